@@ -1,0 +1,1 @@
+"""minillm: from raw text to an aligned assistant, small enough to read."""
