@@ -1,0 +1,527 @@
+"""From documents to batches: the split, tokens on disk, the mixture, validation and masking."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.data import (
+    FEW_DOCUMENTS,
+    Batch,
+    Mixture,
+    TokenizedSource,
+    document_starts,
+    mask_tokens,
+    split_documents,
+    tokenize,
+    validation_rows,
+)
+from minillm.errors import InputError
+from minillm.sources import Source, open_sources
+from minillm.streams import token_dtype
+from minillm.tokenizer import Tokenizer
+
+law = settings(deadline=None)  # a busy machine is no defect
+
+BYTES = Tokenizer.train([], 262)  # bytes and special tokens, no merges: ids 0..255 are the text
+DOCUMENTS = [f"document {i}: " + "words and more " * (i % 7) + "\u20ac" for i in range(60)]
+
+documents = st.lists(st.text(min_size=1, max_size=6), max_size=60)
+fractions = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9])
+
+
+def a_source(texts: list[str], fingerprint: str = "f", name: str = "s") -> Source:
+    return Source(name, 1.0, lambda: iter(texts), fingerprint)
+
+
+def a_stream(length: int, name: str = "s", weight: float = 1.0, val: int = 0) -> TokenizedSource:
+    """A source whose tokens are their own positions, so that a row shows where it was cut."""
+    train, held_out = np.arange(length, dtype=np.uint32), np.arange(val, dtype=np.uint32)
+    return TokenizedSource(name, weight, f"f-{name}", 10**9, train, held_out, 0, 0, 0, 0, {})
+
+
+def fields(batch: Batch) -> list[list]:
+    return [batch.tokens.tolist(), batch.targets.tolist(), batch.start.tolist()]
+
+
+def one_line(caught: pytest.ExceptionInfo) -> str:
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---- Train and validation
+
+
+@law
+@given(texts=documents, fraction=fractions)
+def test_the_split_keeps_every_document_and_shares_none(texts, fraction):
+    texts = texts + texts[: len(texts) // 2]  # copies
+    parts = list(split_documents(texts, fraction))
+    if len(texts) >= FEW_DOCUMENTS:
+        assert [text for _, text in parts] == texts
+        train, val = ({text for side, text in parts if side == want} for want in ("train", "val"))
+        assert not train & val
+        assert bool(val) == bool(fraction)
+    else:
+        assert "".join(text for _, text in parts) == "".join(texts)
+
+
+@law
+@given(text=st.text(min_size=1, max_size=300), fraction=fractions)
+def test_of_few_documents_validation_is_the_tail_from_the_beginning_of_a_character(text, fraction):
+    parts = dict(split_documents([text], fraction))
+    assert parts.get("train", "") + parts.get("val", "") == text
+    held_out, wanted = len(parts.get("val", "").encode()), len(text.encode()) * fraction
+    assert wanted - 1e-6 <= held_out < wanted + 4  # a byte for rounding, three of a character
+
+
+def test_about_the_fraction_asked_for_goes_to_validation():
+    # The hash is fixed, so this either always holds or never; 4 standard deviations are 0.008.
+    sides = Counter(side for side, _ in split_documents(map(str, range(20_000)), 0.1))
+    assert abs(sides["val"] / 20_000 - 0.1) < 4 * (0.1 * 0.9 / 20_000) ** 0.5
+
+
+def test_tinyshakespeare_is_split_as_everybody_splits_it(shared_data):
+    file = shared_data / "text" / "tinyshakespeare.txt"
+    text = file.read_text()
+    (source,) = open_sources([str(file)])
+    parts = list(split_documents(source.documents(), 0.1))
+    cut = int(len(text) * 0.9)
+    assert parts == [("train", text[:cut]), ("val", text[cut:])]
+
+
+# ---- Tokens on disk
+
+
+def test_a_stream_holds_every_document_behind_bos_and_closes_the_last(tmp_path):
+    found = tokenize(a_source(DOCUMENTS), BYTES, tmp_path, 0.1)
+    for side in ("train", "val"):
+        texts = [text for where, text in split_documents(DOCUMENTS, 0.1) if where == side]
+        expected = [i for text in texts for i in (BYTES.bos_id, *text.encode())] + [BYTES.bos_id]
+        assert getattr(found, side).tolist() == expected
+        assert getattr(found, f"{side}_documents") == len(texts)
+        assert getattr(found, f"{side}_bytes") == sum(len(text.encode()) for text in texts)
+        lengths = BYTES.token_lengths[getattr(found, side)]
+        assert lengths.sum() == getattr(found, f"{side}_bytes")
+    assert (found.name, found.weight, found.bos_id) == ("s", 1.0, BYTES.bos_id)
+
+
+def test_an_eos_of_its_own_ends_every_document(tmp_path):
+    other = Tokenizer.train([], 262)
+    other.config |= {"bos_token": "<|user|>", "eos_token": "<|end|>"}
+    found = tokenize(a_source(["ab", "c"]), other, tmp_path, 0.0)
+    bos, eos = other.special_tokens["<|user|>"], other.special_tokens["<|end|>"]
+    assert found.train.tolist() == [bos, 97, 98, eos, bos, 99, eos]
+    assert found.val.tolist() == []
+
+
+def test_a_tokenizer_without_any_mark_is_refused(tmp_path):
+    with pytest.raises(InputError) as caught:
+        tokenize(a_source(["a"]), Tokenizer.train([], 256, special_tokens=()), tmp_path)
+    assert "bos" in one_line(caught)
+
+
+def test_special_tokens_in_a_text_stay_text(tmp_path):
+    found = tokenize(a_source(["<|endoftext|>"]), BYTES, tmp_path, 0.0)
+    assert (found.train == BYTES.bos_id).sum() == 2 and len(found.train) == 2 + 13
+
+
+def test_ids_are_stored_in_two_bytes_while_they_fit():
+    assert [token_dtype(size) for size in (300, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+
+
+def test_the_cache_is_keyed_by_content_tokenizer_and_fraction_and_then_not_written_again(tmp_path):
+    one, other = Tokenizer.train(["aaab"], 263), Tokenizer.train(["bbba"], 263)
+    keys = {
+        tokenize(a_source(DOCUMENTS, content), tokenizer, tmp_path, fraction).fingerprint
+        for content in ("f", "g")
+        for tokenizer in (one, other)
+        for fraction in (0.1, 0.2)
+    }
+    assert len(keys) == 8 == len(list(tmp_path.iterdir()))
+
+    def unread() -> Iterator[str]:
+        raise AssertionError("a warm cache needs no documents")
+
+    again = tokenize(Source("other name", 2.0, unread, "f"), one, tmp_path, 0.1)
+    assert (again.name, again.weight) == ("other name", 2.0) and again.fingerprint in keys
+
+
+def test_what_reading_skipped_is_told_again_from_a_warm_cache(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\nbad\n{"text": ""}\n')
+    for _ in range(2):
+        (source,) = open_sources([str(file)], errors="replace")
+        found = tokenize(source, BYTES, tmp_path / "cache")
+        assert found.skipped == {"lines that do not parse": 1, "empty documents": 1}
+
+
+def failing_source(failure: BaseException | None) -> Source:
+    """Stops in the middle of its documents; with None the whole process is killed there."""
+
+    def some() -> Iterator[str]:
+        yield from DOCUMENTS[:40]
+        if failure is None:
+            os._exit(9)
+        raise failure
+
+    return Source("s", 1.0, some, "f")
+
+
+@pytest.mark.parametrize("failure", [InputError("bad line"), KeyboardInterrupt(), MemoryError()])
+def test_an_exception_while_writing_leaves_nothing(tmp_path, failure):
+    with pytest.raises(type(failure)):
+        tokenize(failing_source(failure), BYTES, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_leaves_is_never_used(tmp_path):
+    if (child := os.fork()) == 0:
+        tokenize(failing_source(None), BYTES, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list(tmp_path.iterdir())  # it did leave something
+    assert tokenize(a_source(DOCUMENTS), BYTES, tmp_path).train_documents > 40
+
+
+def damages(file: Path) -> Iterator[bytes | None]:
+    raw = file.read_bytes()
+    yield None  # deleted
+    yield b""
+    yield raw[:-1]
+    yield raw[: len(raw) // 2]
+    yield raw + b"\0\0"
+    yield raw.replace(b'"bytes": ', b'"bytes": 1')  # still JSON, another count
+    for at in (0, len(raw) // 3, len(raw) - 2):
+        yield raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "counts.json"])
+def test_a_damaged_cache_is_written_anew(tmp_path, name):
+    good = tokenize(a_source(DOCUMENTS), BYTES, tmp_path)
+    expected, file = good.train.tolist(), tmp_path / good.fingerprint / name
+    for content in list(damages(file)):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        again = tokenize(a_source(DOCUMENTS), BYTES, tmp_path)
+        assert again.train.tolist() == expected
+        assert replace(again, train=good.train, val=good.val) == replace(good)
+    assert good.train.tolist() == expected  # what is mapped outlives its file
+
+
+def test_two_processes_may_write_the_same_cache(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def beaten(written: Path, target: Path) -> None:
+        shutil.copytree(written, target)  # the other process, just before
+        rename(written, target)
+
+    monkeypatch.setattr(Path, "rename", beaten)
+    slow = tokenize(a_source(DOCUMENTS), BYTES, tmp_path / "raced")
+    monkeypatch.undo()
+    expected = tokenize(a_source(DOCUMENTS), BYTES, tmp_path / "alone").train.tolist()
+    assert slow.train.tolist() == expected
+    assert len(list((tmp_path / "raced").iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError) as caught:
+        tokenize(a_source(DOCUMENTS), BYTES, tmp_path / "cache")
+    assert "No space left" in one_line(caught) and str(tmp_path) in one_line(caught)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_outside_its_range_is_refused(tmp_path, fraction):
+    with pytest.raises(InputError) as caught:
+        tokenize(a_source(DOCUMENTS), BYTES, tmp_path, fraction)
+    assert "fraction" in one_line(caught)
+
+
+def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path):
+    texts = [text * 1500 for text in DOCUMENTS]  # a few megabytes, or one process does it all
+    alone = tokenize(a_source(texts), BYTES, tmp_path / "1")
+    shared = tokenize(a_source(texts), BYTES, tmp_path / "2", workers=2)
+    assert np.array_equal(shared.train, alone.train) and np.array_equal(shared.val, alone.val)
+
+
+# ---- Rows
+
+
+@law
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=5))
+def test_document_starts_are_those_of_a_loop(rows):
+    expected = []
+    for row in rows:
+        begin, starts = 0, []
+        for position, token in enumerate(row):
+            begin = position if token == 0 else begin
+            starts.append(begin)
+        expected.append(starts)
+    starts = document_starts(torch.tensor(rows), 0)
+    assert starts.tolist() == expected and starts.dtype == torch.int32
+
+
+@law
+@given(block_size=st.integers(1, 20), extra=st.integers(1, 200), seed=st.integers(0, 2**40))
+def test_the_rows_of_an_epoch_are_the_stream_once_without_its_ends(block_size, extra, seed):
+    length = block_size + extra
+    mixture = Mixture([a_stream(length)], block_size, seed)
+    (epoch,) = mixture.streams
+    for _ in range(3):
+        batch = mixture.next_rows(len(epoch.order))
+        tokens = sorted(batch.tokens.flatten().tolist())
+        assert tokens == list(range(tokens[0], tokens[-1] + 1))
+        assert length - len(tokens) < 2 * block_size
+        # A token is its own position: the one that comes next is the one above.
+        assert torch.equal(batch.targets, batch.tokens + 1)
+        assert torch.equal(batch.tokens, batch.tokens[:, :1] + torch.arange(block_size))
+        epoch.seek(epoch.epoch + 1, 0)
+
+
+def test_each_epoch_has_a_phase_and_an_order_of_its_own():
+    mixture = Mixture([a_stream(10_000)], 16, 0)
+    (stream,) = mixture.streams
+    epochs = []
+    for epoch in range(4):
+        stream.seek(epoch, 0)
+        epochs.append((stream.phase, stream.order[:20].tolist()))
+    assert len({phase for phase, _ in epochs}) > 1
+    assert len({tuple(order) for _, order in epochs}) == 4
+    assert all(order != sorted(order) for _, order in epochs)
+
+
+def test_sources_of_one_length_are_not_shuffled_alike():
+    a, b = Mixture([a_stream(1000, "a"), a_stream(1000, "b")], 8, 0).streams
+    assert a.order[:20].tolist() != b.order[:20].tolist()
+
+
+def test_over_the_epochs_every_token_is_seen():
+    stream = Mixture([a_stream(100)], 16, 0).streams[0]
+    seen = {int(token) for _ in range(400) for token in stream.next()}
+    assert seen == set(range(100))
+
+
+def test_a_row_keeps_the_bounds_of_its_documents(tmp_path):
+    found = tokenize(a_source(DOCUMENTS), BYTES, tmp_path)
+    batch = Mixture([found], 32, 0).next_rows(50)
+    for tokens, targets, starts in zip(*fields(batch), strict=True):
+        assert tokens[1:] == targets[:-1]
+        for t, start in enumerate(starts):
+            assert start == 0 or tokens[start] == BYTES.bos_id
+            assert BYTES.bos_id not in tokens[start + 1 : t + 1]
+
+
+def test_a_stream_shorter_than_a_row_is_refused_by_name_and_one_row_is_enough():
+    with pytest.raises(InputError) as caught:
+        Mixture([a_stream(100), a_stream(16, "tiny")], 16, 0)
+    assert "'tiny'" in one_line(caught) and "16" in one_line(caught)
+    row = Mixture([a_stream(17)], 16, 0).next_rows(2)
+    assert row.tokens.tolist() == [list(range(16))] * 2
+
+
+# ---- The mixture
+
+
+def two_sources() -> list[TokenizedSource]:
+    return [a_stream(200, "a", 3.0), a_stream(90, "b", 1.0)]
+
+
+@law
+@given(counts=st.lists(st.integers(0, 40), max_size=8), seed=st.integers(0, 2**64 - 1))
+def test_resuming_anywhere_any_number_of_times_changes_nothing(counts, seed):
+    whole = Mixture(two_sources(), 8, seed).next_rows(sum(counts) + 5)
+    mixture, done = Mixture(two_sources(), 8, seed), 0
+    for count in counts:
+        assert fields(mixture.next_rows(count)) == fields(whole.rows(done, done + count))
+        done += count
+        state = json.loads(json.dumps(mixture.state_dict()))
+        mixture = Mixture(two_sources(), 8, seed)
+        mixture.load_state_dict(state)
+        assert mixture.state_dict() == state
+    assert fields(mixture.next_rows(5)) == fields(whole.rows(done, done + 5))
+
+
+def test_a_mixture_can_go_back():
+    mixture = Mixture(two_sources(), 8, 0)
+    mixture.next_rows(7)
+    state, rows, report = mixture.state_dict(), mixture.next_rows(100), mixture.report()
+    mixture.load_state_dict(state)
+    assert fields(mixture.next_rows(100)) == fields(rows) and mixture.report() == report
+
+
+def test_the_state_stays_small():
+    mixture = Mixture(two_sources(), 8, 0)
+    mixture.next_rows(5000)
+    assert len(json.dumps(mixture.state_dict())) < 500
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (lambda: Mixture(two_sources(), 9, 0), "block_size"),
+        (lambda: Mixture(two_sources(), 8, 1), "seed"),
+        (lambda: Mixture(two_sources()[:1], 8, 0), "data sources"),
+        (lambda: Mixture([replace(s, fingerprint="new") for s in two_sources()], 8, 0), "'a'"),
+    ],
+)
+def test_another_mixture_is_not_resumed_and_the_difference_is_named(other, named):
+    with pytest.raises(InputError) as caught:
+        other().load_state_dict(Mixture(two_sources(), 8, 0).state_dict())
+    assert named in one_line(caught)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (67.0, 15.0, 4.5, 2.0), (1e-9, 1.0)])
+def test_each_source_gets_its_share_of_the_tokens(weights):
+    # For each source 5 standard deviations: a false alarm for fewer than 1 seed in 100,000.
+    rows = 20_000
+    sources = [a_stream(5000, f"s{i}", weight) for i, weight in enumerate(weights)]
+    mixture = Mixture(sources, 4, 0)
+    mixture.next_rows(rows)
+    report = mixture.report()
+    for line, weight in zip(report, weights, strict=True):
+        share = weight / sum(weights)
+        assert line["share"] == pytest.approx(share)
+        assert abs(line["realised"] - share) <= 5 * (share * (1 - share) / rows) ** 0.5
+        assert line["tokens"] == round(line["realised"] * rows) * 4
+    assert sum(line["tokens"] for line in report) == rows * 4
+
+
+def test_the_report_counts_epochs():
+    mixture = Mixture([a_stream(8 * 100 + 8)], 8, 0)
+    assert mixture.report()[0]["epochs"] == 0
+    mixture.next_rows(250)  # an epoch is 99 or 100 rows
+    assert 2.5 <= mixture.report()[0]["epochs"] <= 2.53
+
+
+def test_a_source_gives_the_same_rows_in_the_same_order_whatever_it_is_mixed_with():
+    def rows_of_a(sources: list[TokenizedSource]) -> list:
+        apart = [replace(s, train=s.train + 1000 * i) for i, s in enumerate(sources)]
+        tokens = Mixture(apart, 8, 3).next_rows(300).tokens
+        return tokens[tokens[:, 0] < 1000].tolist()
+
+    alone, mixed = rows_of_a(two_sources()[:1]), rows_of_a(two_sources())
+    assert 100 < len(mixed) < 300 and mixed == alone[: len(mixed)]
+
+
+def test_seeds_give_different_rows():
+    first, second = (Mixture(two_sources(), 8, seed).next_rows(50).tokens for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_a_batch_is_sliced_and_moved_whole():
+    batch = Mixture(two_sources(), 8, 0).next_rows(6)
+    assert fields(batch.rows(1, 3)) == [field[1:3] for field in fields(batch)]
+    assert fields(batch.to("cpu")) == fields(batch)
+    meta = batch.to("meta")
+    assert {x.device.type for x in (meta.tokens, meta.targets, meta.start)} == {"meta"}
+    assert all(x.is_contiguous() for x in (batch.tokens, batch.targets, batch.start))
+
+
+# ---- Validation
+
+
+@law
+@given(length=st.integers(2, 200), block_size=st.integers(1, 40), rows=st.integers(1, 9))
+def test_every_validation_token_but_the_first_is_a_target_once(length, block_size, rows):
+    source = a_stream(block_size + 1, val=length)
+    batches = list(validation_rows([source], block_size, 10**6, rows))
+    assert all(len(batch.tokens) <= rows for batch in batches)
+    targets = torch.cat([batch.targets for batch in batches]).flatten()
+    inputs = torch.cat([batch.tokens for batch in batches]).flatten()
+    real = targets != -100
+    assert targets[real].tolist() == list(range(1, length))
+    assert torch.equal(inputs[real], targets[real] - 1)
+    assert (~real).sum() < block_size
+
+
+def test_a_padded_position_is_a_document_of_its_own():
+    (batch,) = validation_rows([a_stream(9, val=11)], 8, 100)
+    assert batch.targets[1].tolist() == [9, 10] + [-100] * 6
+    assert batch.tokens[1].tolist()[:2] == [8, 9]
+    # Position 2 holds the stream's last token, which has no target; behind it is padding.
+    assert batch.tokens[1].tolist()[3:] == [10**9] * 5
+    assert batch.start[1].tolist() == [0, 0, 0, 3, 4, 5, 6, 7]
+
+
+def test_validation_keeps_to_its_budget_by_weight_and_spreads_over_the_stream():
+    sources = [a_stream(9, "a", 3.0, val=8001), a_stream(9, "b", 1.0, val=80_001)]
+    a, b = validation_rows(sources, 8, 1600, batch_rows=1000)
+    assert (len(a.tokens), len(b.tokens)) == (150, 50)
+    for batch, length in ((a, 8000), (b, 80_000)):
+        begins = batch.tokens[:, 0]
+        assert torch.equal(begins % 8, torch.zeros_like(begins))
+        gaps = begins.diff()
+        assert gaps.max() - gaps.min() <= 8 and length - begins[-1] <= gaps.max()
+    again = validation_rows(sources, 8, 1600, batch_rows=1000)
+    assert [fields(batch) for batch in again] == [fields(a), fields(b)]
+
+
+def test_every_source_gives_a_validation_row_and_one_without_any_is_refused():
+    sources = [a_stream(9, "a", 1e-6, val=100), a_stream(9, "b", 1.0, val=100)]
+    assert len(list(validation_rows(sources, 8, 16))) == 2
+    with pytest.raises(InputError) as caught:
+        list(validation_rows([sources[0], a_stream(9, "none", val=1)], 8, 16))
+    assert "'none'" in one_line(caught)
+
+
+# ---- The masked objective
+
+MASK, SPECIAL, V = 7, (3, 50), 51
+ORDINARY = [i for i in range(V) if i not in (MASK, *SPECIAL)]
+
+
+def masked(tokens: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return mask_tokens(tokens, MASK, V, torch.Generator().manual_seed(seed), SPECIAL)
+
+
+@law
+@given(
+    rows=st.lists(st.lists(st.integers(0, V - 1), min_size=5, max_size=5), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+)
+def test_only_chosen_ordinary_tokens_change_and_they_alone_are_targets(rows, seed):
+    tokens = torch.tensor(rows)
+    inputs, targets = masked(tokens, seed)
+    chosen = targets != -100
+    assert torch.equal(inputs[~chosen], tokens[~chosen])
+    assert torch.equal(targets[chosen], tokens[chosen])
+    special = torch.isin(tokens, torch.tensor([*SPECIAL, MASK]))
+    assert not (chosen & special).any()
+    assert not torch.isin(inputs[chosen], torch.tensor(SPECIAL)).any()
+    assert bool(chosen.any()) == bool((~special).any())
+    again = masked(tokens, seed)
+    assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
+
+
+def test_of_the_tokens_15_percent_are_chosen_and_shown_as_80_10_10():
+    # 5 standard deviations for each of four shares: a false alarm for 1 seed in 400,000.
+    drawn = torch.randint(48, (500, 1000), generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor(ORDINARY)[drawn]
+    inputs, targets = masked(tokens)
+    chosen = targets != -100
+    n = int(chosen.sum())
+    shown, was = inputs[chosen], tokens[chosen]
+    # A random token is the old one once in 48.
+    for count, total, share in (
+        (n, tokens.numel(), 0.15),
+        ((shown == MASK).sum(), n, 0.8),
+        ((shown == was).sum(), n, 0.1 + 0.1 / 48),
+        (((shown != was) & (shown != MASK)).sum(), n, 0.1 * 47 / 48),
+    ):
+        assert abs(float(count) / total - share) < 5 * (share * (1 - share) / total) ** 0.5
+    assert set(shown.unique().tolist()) == {*ORDINARY, MASK}

@@ -1,0 +1,333 @@
+"""Reading text: what a spec means, which files are read, and one line for all that is wrong."""
+
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.errors import InputError
+from minillm.sources import (
+    EXTENSIONS,
+    Source,
+    open_sources,
+    text_pieces,
+    world_sources,
+)
+from minillm.world import SHARES, World
+
+law = settings(deadline=None)  # a busy machine is no defect
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def open_one(spec: object, **options) -> Source:
+    (source,) = open_sources([str(spec)], **options)
+    return source
+
+
+def texts(spec: object, **options) -> list[str]:
+    return list(open_one(spec, **options).documents())
+
+
+def refusal(spec: object, **options) -> str:
+    """The one line with which opening or reading `spec` is refused."""
+    with pytest.raises(InputError) as caught:
+        texts(spec, **options)
+    message = str(caught.value)
+    assert "\n" not in message and message
+    return message
+
+
+# ---- What a spec means
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "weight"),
+    [
+        ("{}/books", "books", 1),
+        ("{}/books/", "books", 1),
+        ("{}/books:0.15", "books", 0.15),
+        ("prose={}/books", "prose", 1),
+        ("prose={}/books:1e-3", "prose", 1e-3),
+        ("{}/books/a.txt:2", "a.txt", 2),
+        ("a={}/b*/*.txt:3", "a", 3),
+        ("{}/odd:0.5", "odd:0.5", 1),
+        ("{}/odd:0.5:2", "odd:0.5", 2),
+        ("{}/x=y", "x=y", 1),
+        ("n={}/x=y:4", "n", 4),
+        ("{}/[draft]", "[draft]", 1),
+    ],
+)
+def test_a_spec_means_its_most_literal_reading_on_disk(tmp_path, spec, name, weight):
+    for file in ("books/a.txt", "odd:0.5/a.txt", "x=y/a.txt", "[draft]/a.txt"):
+        write(tmp_path / file, "text")
+    source = open_one(spec.format(tmp_path))
+    assert (source.name, source.weight, list(source.documents())) == (name, weight, ["text"])
+
+
+def test_a_relative_name_with_an_equals_sign_is_a_file_if_it_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "b.txt", "other")
+    assert (open_one("a=b.txt").name, texts("a=b.txt")) == ("a", ["other"])
+    write(tmp_path / "a=b.txt", "literal")
+    assert (open_one("a=b.txt").name, texts("a=b.txt")) == ("a=b.txt", ["literal"])
+    assert open_one(".").name == tmp_path.name
+
+
+@law
+@given(weight=st.floats(min_value=1e-12, max_value=1e12))
+def test_any_positive_weight_is_read_exactly(tmp_path_factory, weight):
+    file = write(tmp_path_factory.getbasetemp() / "weight.txt", "text")
+    assert open_one(f"{file}:{weight!r}").weight == weight
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-inf", "x", "", "1,5"])
+def test_a_weight_that_is_no_positive_number_is_refused(tmp_path, weight):
+    file = write(tmp_path / "a.txt", "text")
+    assert str(file) in (message := refusal(f"{file}:{weight}")) and "weight" in message
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    specs = [str(write(tmp_path / folder / "a.txt", "text")) for folder in "xy"]
+    with pytest.raises(InputError, match=r"'a\.txt'"):
+        open_sources(specs)
+    assert [s.name for s in open_sources([specs[0], "b=" + specs[1]])] == ["a.txt", "b"]
+
+
+def test_no_source_at_all_is_refused():
+    with pytest.raises(InputError):
+        open_sources([])
+
+
+# ---- Which files are read
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_whatever_the_order_on_disk(tmp_path):
+    # By path component: the folder "a" comes before "a-b.txt", though "-" sorts before "/".
+    names = ["B.txt", "a/z.md", "a/b/c.py", "a-b.txt", "c.jsonl", "d.TXT"]
+    for name in reversed(names):
+        write(tmp_path / name, json.dumps({"text": name}) if name == "c.jsonl" else name)
+    assert texts(tmp_path) == ["B.txt", "a/b/c.py", "a/z.md", "a-b.txt", "c.jsonl", "d.TXT"]
+
+
+def test_in_a_folder_hidden_files_are_passed_over_and_others_counted(tmp_path):
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt", "c.png", "d/e.json", "README"):
+        write(tmp_path / name, "text")
+    write(tmp_path / "empty.txt", "")
+    os.mkfifo(tmp_path / "pipe.txt")  # opening it would block for ever
+    source = open_one(tmp_path)
+    assert list(source.documents()) == ["text"]
+    assert source.skipped == {"files of another kind": 4, "empty files": 1}
+
+
+def test_a_file_given_by_itself_is_read_whatever_its_name(tmp_path):
+    for name in ("README", "a.json", ".hidden", "b.log"):
+        assert texts(write(tmp_path / name, '{"text": 1}\n')) == ['{"text": 1}\n']
+
+
+def test_a_glob_reads_each_matching_file_once(tmp_path):
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/d.png"):
+        write(tmp_path / name, name)
+    assert texts(f"{tmp_path}/*.txt") == ["a.txt"]
+    source = open_one(f"{tmp_path}/**")  # matches the folders too, whose files come again
+    assert list(source.documents()) == ["a.txt", "x/b.txt", "x/y/c.txt"]
+    assert source.skipped == {"files of another kind": 1}
+
+
+@pytest.mark.parametrize("name", ["no/such/file.txt", "no-*.txt", "no:x", "a=no:2"])
+def test_a_path_that_is_not_there_is_refused_by_name(tmp_path, name):
+    assert "no" in refusal(name if "=" in name else tmp_path / name)
+
+
+def test_nothing_to_read_is_refused_with_what_was_left_out(tmp_path):
+    assert "a.txt" in refusal(write(tmp_path / "a.txt", ""))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refusal(tmp_path / "empty")
+    write(tmp_path / "pictures/a.png", "x")
+    assert "another kind: 1" in refusal(tmp_path / "pictures")
+    assert "blank.jsonl" in refusal(write(tmp_path / "blank.jsonl", "\n\n"))
+    assert "mark.txt" in refusal(write(tmp_path / "mark.txt", b"\xef\xbb\xbf"))
+
+
+def test_a_file_that_may_not_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.txt", "text")
+
+    def deny(path, *arguments):
+        raise PermissionError(13, "Permission denied", path)
+
+    # Root may read everything, so the refusal is played.
+    monkeypatch.setattr("builtins.open", deny)
+    assert "a.txt" in (message := refusal(file)) and "Permission denied" in message
+
+
+def test_a_folder_that_may_not_be_listed_is_refused_and_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "open/a.txt", "text")
+    write(tmp_path / "closed/b.txt", "text")
+    scan = os.scandir
+
+    def deny(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", deny)
+    assert "closed" in refusal(tmp_path)
+
+
+def test_a_line_break_in_a_file_name_does_not_break_the_message(tmp_path):
+    refusal(write(tmp_path / "a\nb.txt", b"\0"))
+    refusal(tmp_path / "no\nsuch.txt")
+
+
+# ---- Documents
+
+
+@law
+@given(
+    text=st.text(st.sampled_from("ab\n\r\u00e9\u20ac\U0001f600 "), max_size=200),
+    limit=st.integers(8, 40),
+)
+def test_pieces_of_a_file_join_to_its_text_within_the_limit_and_end_at_newlines(
+    tmp_path_factory, text, limit
+):
+    file = write(tmp_path_factory.getbasetemp() / "pieces.txt", text)
+    pieces = list(text_pieces(str(file), limit=limit))
+    assert "".join(pieces) == text
+    for piece in pieces[:-1]:
+        size = len(piece.encode())
+        assert 0 < size <= limit
+        # Without a newline there, the piece is as long as whole characters allow.
+        assert piece.endswith("\n") or ("\n" not in piece and size >= limit - 4)
+
+
+def test_a_file_longer_than_memory_allows_is_read_in_pieces(tmp_path):
+    limit = 2**20
+    file = write(tmp_path / "a.txt", b"a line of text\n" * (20 * limit // 15))
+    tracemalloc.start()
+    pieces = sum(1 for _ in text_pieces(str(file), limit=limit))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pieces >= 20 and peak < 6 * limit
+
+
+def test_a_byte_order_mark_is_dropped_and_line_ends_are_kept(tmp_path):
+    assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfa\r\nb\n")) == ["a\r\nb\n"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".JSONL"])
+def test_a_line_of_jsonl_is_a_document_from_text_or_content(tmp_path, suffix):
+    records = [{"text": "a\nb"}, {"content": "\u00e9\u2028c"}, {"text": "d", "content": "e"}]
+    raw = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
+    file = write(tmp_path / f"a{suffix}", gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert texts(file) == ["a\nb", "\u00e9\u2028c", "d"]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"other": "x"}', '{"text": 3}', '{"text": "\\ud800"}', "[" * 100_000]
+)
+def test_a_bad_line_is_refused_by_number_or_skipped_and_counted(tmp_path, line):
+    file = write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n')
+    message = refusal(file)
+    assert "a.jsonl" in message and "line 3" in message
+    source = open_one(file, errors="replace")
+    for _ in range(2):  # the count is that of one pass
+        assert list(source.documents()) == ["a", "b"]
+        assert source.skipped == {"lines that do not parse": 1}
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path):
+    source = open_one(write(tmp_path / "a.jsonl", '{"text": ""}\n{"text": "a"}\n{"text": ""}\n'))
+    assert list(source.documents()) == ["a"]
+    assert source.skipped == {"empty documents": 2}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_invalid_utf8_is_refused_with_its_offset_or_replaced(tmp_path, name):
+    good = b'{"text": "\xc3\xa9"}\n' * 3
+    file = write(tmp_path / name, good + b'{"text": "\xff"}\n')
+    assert name in (message := refusal(file)) and f"byte {len(good) + 10};" in message
+    assert "\ufffd" in texts(file, errors="replace")[-1]
+
+
+def test_the_offset_of_invalid_utf8_counts_from_the_beginning_of_the_file(tmp_path):
+    file = write(tmp_path / "a.txt", b"ab\n" * 50 + b"\xff\n")
+    with pytest.raises(InputError, match="byte 150;"):
+        list(text_pieces(str(file), limit=16))
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    for name, content in (("a.txt", b"PK\0\1"), ("b.txt", "text".encode("utf-16"))):
+        assert name in (message := refusal(write(tmp_path / name, content))) and "binary" in message
+
+
+@pytest.mark.parametrize("kept", [slice(-6), slice(5), slice(1, None)])
+def test_a_truncated_gzip_is_refused(tmp_path, kept):
+    raw = gzip.compress(b'{"text": "abc"}\n' * 100)
+    file = write(tmp_path / "a.jsonl.gz", raw[kept])
+    assert "a.jsonl.gz" in (message := refusal(file)) and "gzip" in message
+
+
+def test_a_flipped_bit_in_a_gzip_is_refused(tmp_path):
+    raw = bytearray(gzip.compress(os.urandom(1000).hex().encode()))
+    raw[len(raw) // 2] ^= 1
+    assert "gzip" in refusal(write(tmp_path / "a.jsonl.gz", bytes(raw)))
+
+
+# ---- Fingerprints and the rest
+
+
+def test_a_fingerprint_follows_the_content_and_its_order_and_nothing_else(tmp_path):
+    def fingerprint(*contents: str, folder: str = "", suffix: str = ".txt", **options) -> str:
+        place = tmp_path / (folder or "-".join(contents) + suffix)
+        for i, content in enumerate(contents):
+            write(place / f"{folder}{i}{suffix}", content)
+        return open_one(place, **options).fingerprint
+
+    assert fingerprint("ab", "c") == fingerprint("ab", "c", folder="elsewhere")
+    different = [
+        fingerprint("ab", "c"),
+        fingerprint("a", "bc"),
+        fingerprint("c", "ab"),
+        fingerprint("abc"),
+        fingerprint("abc", suffix=".jsonl"),
+        fingerprint("abc", errors="replace"),
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_every_pass_over_a_source_gives_the_same_documents(shared_data):
+    source = open_one(shared_data / "text" / "books")
+    first = list(source.documents())
+    assert len(first) == 6 and first == list(source.documents())
+    # Universal newlines would translate \r\n: the bytes are compared.
+    raw = [file.read_bytes() for file in sorted((shared_data / "text" / "books").glob("*.txt"))]
+    assert [text.encode() for text in first] == [r.removeprefix(b"\xef\xbb\xbf") for r in raw]
+
+
+def test_the_little_world_is_shared_out_by_its_weights():
+    sources = world_sources(World(0), 0.2)
+    assert {source.name: source.weight for source in sources} == SHARES
+    assert len({source.fingerprint for source in sources}) == len(SHARES)
+    sizes = [sum(len(text.encode()) for text in source.documents()) for source in sources]
+    for source, size in zip(sources, sizes, strict=True):
+        # A source ends with the document that reaches its size; none is longer than 20 kB.
+        wanted = 0.2e6 * source.weight / sum(SHARES.values())
+        assert wanted <= size < wanted + 20_000
+    others = [*world_sources(World(1), 0.2), *world_sources(World(0), 0.3)]
+    assert {s.fingerprint for s in sources}.isdisjoint(s.fingerprint for s in others)
+
+
+def test_every_extension_of_the_documentation_is_read_from_a_folder(tmp_path):
+    line = b'{"text": "x"}'
+    for i, suffix in enumerate(EXTENSIONS):
+        write(tmp_path / f"{i}{suffix}", gzip.compress(line) if suffix.endswith("gz") else line)
+    assert len(texts(tmp_path)) == len(EXTENSIONS) == 5
