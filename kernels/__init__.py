@@ -1,0 +1,1 @@
+"""Attention, cross-entropy and log-probability kernels, each beside its NumPy reference."""

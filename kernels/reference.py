@@ -1,0 +1,197 @@
+"""The kernels in NumPy float64, forward and backward: read this first.
+
+Every fast version in this folder computes what a function here computes, and the tests hold it to
+that. Clarity comes before speed: whole matrices, no blocks, no tricks but the subtraction of the
+maximum inside the softmax. A backward pass takes the upstream gradient `d_out` (the derivative of
+some final scalar with respect to the output) and returns the derivative with respect to each
+operand; its docstring derives it. Left out: dropout, label smoothing, second derivatives.
+
+Method: the chain rule on matrix products and softmaxes; Vaswani et al. 2017 (arXiv 1706.03762),
+section 3.2.1, for attention; Goodfellow, Bengio and Courville 2016, "Deep Learning", section
+6.2.2.3, for the softmax and its loss.
+
+Two facts carry everything below.
+
+1. A product. If  y = a b^T  then  da = dy b  and  db = dy^T a.
+2. A softmax. If  p = softmax(z)  then  dp_i / dz_j = p_i (1[i = j] - p_j), and therefore
+   dz_j = sum_i dp_i p_i (1[i = j] - p_j) = p_j (dp_j - sum_i p_i dp_i).
+
+Shape letters: B batch, T queries, S keys, H query heads, K key/value heads, C head width,
+N rows, D model width, V vocabulary.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int
+from numpy import ndarray
+
+
+def softmax(z: Float64[ndarray, "..."]) -> Float64[ndarray, "..."]:
+    """exp(z) / sum exp(z) over the last axis; a row of nothing but -inf gives zeros."""
+    top = z.max(axis=-1, keepdims=True, initial=-np.inf)
+    e = np.exp(z - np.where(np.isfinite(top), top, 0.0))
+    total = e.sum(axis=-1, keepdims=True)
+    return e / np.where(total == 0.0, 1.0, total)
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def visible_keys(
+    B: int,
+    T: int,
+    S: int,
+    start: Int[ndarray, "B T"] | None = None,
+    end: Int[ndarray, "B T"] | None = None,
+    causal: bool = True,
+) -> Bool[ndarray, "B T S"]:
+    """True where query t of row b sees key s: start <= s < end and, if causal, s <= t + S - T."""
+    seen = np.ones((B, T, S), dtype=bool)
+    for b, t, s in np.ndindex(B, T, S):
+        after_start = start is None or s >= start[b, t]
+        before_end = end is None or s < end[b, t]
+        seen[b, t, s] = after_start and before_end and (not causal or s <= t + S - T)
+    return seen
+
+
+def attention_weights(q, k, start=None, end=None, causal=True, scale=None):
+    """p [B, H, T, S] = softmax over the visible keys of z = scale * q k^T; 0 where not visible."""
+    B, H, T, C = q.shape
+    k = repeat_heads(k, H)
+    z = (C**-0.5 if scale is None else scale) * np.einsum("bhtc,bhsc->bhts", q, k)
+    seen = visible_keys(B, T, k.shape[2], start, end, causal)[:, None]
+    return softmax(np.where(seen, z, -np.inf))
+
+
+def attention(
+    q: Float64[ndarray, "B H T C"],
+    k: Float64[ndarray, "B K S C"],
+    v: Float64[ndarray, "B K S C"],
+    start: Int[ndarray, "B T"] | None = None,
+    end: Int[ndarray, "B T"] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Float64[ndarray, "B H T C"]:
+    """out = p v, the mean of the visible values weighted by p; zeros where no key is visible."""
+    p = attention_weights(q, k, start, end, causal, scale)
+    return np.einsum("bhts,bhsc->bhtc", p, repeat_heads(v, q.shape[1]))
+
+
+def attention_backward(
+    d_out: Float64[ndarray, "B H T C"],
+    q: Float64[ndarray, "B H T C"],
+    k: Float64[ndarray, "B K S C"],
+    v: Float64[ndarray, "B K S C"],
+    start: Int[ndarray, "B T"] | None = None,
+    end: Int[ndarray, "B T"] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Float64[ndarray, "B H T C"], Float64[ndarray, "B K S C"], Float64[ndarray, "B K S C"]]:
+    """(dq, dk, dv) for one head, with z = scale * q k^T, p = softmax(z), out = p v:
+
+        dv = p^T d_out                    product
+        dp = d_out v^T                    product
+        dz = p * (dp - sum_s p * dp)      softmax; the sum over keys is one number a query, and
+                                          equals sum_c d_out * out, which is how fast kernels get it
+        dq = scale * dz k                 product
+        dk = scale * dz^T q               product
+
+    Invisible keys have p = 0, hence dz = 0: nothing flows through them, and a query that sees no
+    key passes nothing at all. A key head shared by several query heads sums what they send it.
+    """
+    H, K = q.shape[1], k.shape[1]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    p = attention_weights(q, k, start, end, causal, scale)
+    dv = np.einsum("bhts,bhtc->bhsc", p, d_out)
+    dp = np.einsum("bhtc,bhsc->bhts", d_out, repeat_heads(v, H))
+    dz = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    dq = scale * np.einsum("bhts,bhsc->bhtc", dz, repeat_heads(k, H))
+    dk = scale * np.einsum("bhts,bhtc->bhsc", dz, q)
+    return dq, sum_heads(dk, K), sum_heads(dv, K)
+
+
+def repeat_heads(x: Float64[ndarray, "B K S C"], H: int) -> Float64[ndarray, "B H S C"]:
+    """Each key/value head once for every query head of its group: a a b b for H = 4, K = 2."""
+    return np.repeat(x, H // x.shape[1], axis=1)
+
+
+def sum_heads(dx: Float64[ndarray, "B H S C"], K: int) -> Float64[ndarray, "B K S C"]:
+    """The gradient of `repeat_heads`: what was copied out is summed back."""
+    B, H, S, C = dx.shape
+    return dx.reshape(B, K, H // K, S, C).sum(axis=2)
+
+
+# --- Cross-entropy -------------------------------------------------------------------------------
+
+
+def row_losses(logits, targets, ignore_index=-100) -> Float64[ndarray, " N"]:
+    """-log softmax(z)[target] = max z + log sum exp(z - max z) - z[target]; 0 for ignored rows."""
+    losses = np.zeros(len(logits))
+    for n, (z, target) in enumerate(zip(logits, targets, strict=True)):
+        if target != ignore_index:
+            losses[n] = z.max() + np.log(np.exp(z - z.max()).sum()) - z[target]
+    return losses
+
+
+def cross_entropy(
+    logits: Float64[ndarray, "N V"],
+    targets: Int[ndarray, " N"],
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float64[ndarray, "*rows"]:
+    """The rows' losses in nats ("none"), their sum, or their mean over the rows not ignored."""
+    losses = row_losses(logits, targets, ignore_index)
+    if reduction == "none":
+        return losses
+    count = (targets != ignore_index).sum()
+    total = losses.sum()
+    if reduction == "mean":
+        total = total / count if count else np.nan
+    return np.asarray(total)
+
+
+def cross_entropy_backward(
+    d_out: Float64[ndarray, "*rows"],
+    logits: Float64[ndarray, "N V"],
+    targets: Int[ndarray, " N"],
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float64[ndarray, "N V"]:
+    """d logits. With loss = log sum exp(z) - z[target], p = softmax(z), u the row's share of d_out:
+
+        d log sum exp(z) / dz = p,   so   dz = u (p - onehot(target))
+
+    which sums to zero: the loss does not change when all logits of a row move together. u is
+    d_out[n] for "none", d_out for "sum", d_out over the count of rows for "mean", and 0 for an
+    ignored row.
+    """
+    kept = targets != ignore_index
+    u = np.broadcast_to(d_out, targets.shape) * kept
+    if reduction == "mean":
+        u = u / max(kept.sum(), 1)
+    d_logits = softmax(logits)
+    d_logits[kept, targets[kept]] -= 1.0
+    return np.where(kept[:, None], u[:, None] * d_logits, 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Float64[ndarray, "N D"],
+    weight: Float64[ndarray, "V D"],
+    targets: Int[ndarray, " N"],
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float64[ndarray, "*rows"]:
+    """Cross-entropy of the logits hidden @ weight.T."""
+    return cross_entropy(hidden @ weight.T, targets, ignore_index, reduction)
+
+
+def linear_cross_entropy_backward(
+    d_out: Float64[ndarray, "*rows"],
+    hidden: Float64[ndarray, "N D"],
+    weight: Float64[ndarray, "V D"],
+    targets: Int[ndarray, " N"],
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
+    """(d hidden, d weight). The logits are a product z = h W^T, so  dh = dz W  and  dW = dz^T h."""
+    dz = cross_entropy_backward(d_out, hidden @ weight.T, targets, ignore_index, reduction)
+    return dz @ weight, dz.T @ hidden
