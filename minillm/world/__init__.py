@@ -1,0 +1,415 @@
+"""The embedded default data: a little world, generated from a seed, the same on every machine.
+
+It serves every stage: six sources of pretraining text, conversations to imitate (some of them
+flawed on purpose), prompts by kind, and a rubric that says what a reply is worth. Its parts:
+
+    phrases.py     tables of words and phrasings, most of the lines here: to be skimmed
+    facts.py       who exists, what is true of them, and the four splits
+    pen.py         words and facts from the tables, at random
+    text.py        the six sources of pretraining text, with
+    stories.py     the books and
+    programs.py    the code among them
+    tasks.py       small instructions with checkable answers
+    rubric.py      the worth of a reply
+    __init__.py    prompts, conversations, and the World that holds all of it together
+
+The splits (train, reward, dev, test) share no entity asked about, no unknown name, no phrasing
+(opener x question), no instance of an instruction, no small talk and no harmful request. The
+pretraining text is about all entities.
+
+Left out on purpose: any text by other people, and any language but a small English.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from minillm.errors import InputError
+from minillm.world import phrases
+from minillm.world.facts import (
+    CYCLE,
+    SPLIT_SHARES,
+    SPLITS,
+    Entity,
+    Fact,
+    Facts,
+    attributes_of,
+    capitalise,
+    deal,
+    pick,
+    questions,
+    shuffled,
+    split_of,
+    state,
+)
+from minillm.world.pen import Pen
+from minillm.world.rubric import Prompt, Rubric, Score
+from minillm.world.tasks import TASKS, Task, draw
+from minillm.world.text import SOURCES
+
+VERSION = 1
+# The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
+# StackExchange.
+SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
+KINDS = ("fact", "unknown", "instruction", "small_talk", "harm")
+KIND_SHARES = {"fact": 0.32, "unknown": 0.20, "instruction": 0.20, "small_talk": 0.13, "harm": 0.15}
+# Share of demonstrations with each flaw. Where somebody should say "I don't know", and in small
+# talk, the flawed ones are the majority: there the most likely answer of an imitator is the wrong
+# one.
+FLAWS = {
+    "fact": {"rude": 0.10, "wordy": 0.08, "wrong": 0.07},
+    "unknown": {"guess": 0.54, "rude": 0.06},
+    "instruction": {"rude": 0.09, "wordy": 0.09, "wrong": 0.07},
+    "small_talk": {"wordy": 0.52, "rude": 0.10},
+    "harm": {"comply": 0.20, "rude": 0.07},
+}
+MULTI_TURN = 0.2
+UNKNOWABLE_SHARE = 0.2  # of the prompts of kind unknown: about a known name, but nobody could know
+INSTRUCTION_STOCK = 4000  # distinct instructions kept ready, over all splits
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A demonstration: messages ending with the assistant's, its kind and flaw (of the last turn),
+    and its prompt.
+    """
+
+    messages: list[dict[str, str]]
+    kind: str
+    split: str
+    flaw: str | None
+    prompt: Prompt
+
+
+def user(text: str) -> dict[str, str]:
+    """A message of the user."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    """A message of the assistant."""
+    return {"role": "assistant", "content": text}
+
+
+class World:
+    """The little world of one seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._facts = Facts(seed)
+        self._rubric = Rubric(self._facts)
+        self._stocks: dict[tuple[str, str], list[Prompt]] = {}
+
+    @property
+    def entities(self) -> list[Entity]:
+        """Everybody and everything known."""
+        return self._facts.entities
+
+    @property
+    def facts(self) -> list[Fact]:
+        """Everything that is true."""
+        return self._facts.facts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the version, the seed, and the beginning of any text of this world."""
+        digest = hashlib.sha256(f"{VERSION} {self.seed}".encode())
+        for source in SOURCES:
+            digest.update("\0".join(self.documents(source, 0.003)).encode())
+        digest.update(repr(self.conversations("train", 20)).encode())
+        return digest.hexdigest()[:16]
+
+    # ----------------------------------------------------------------------------------------- text
+
+    def documents(self, source: str, megabytes: float | int) -> Iterator[str]:
+        """Documents of one source until their UTF-8 bytes reach `megabytes` (of 10^6 bytes).
+
+        Document i depends on the seed, the source and i alone, so asking for more only appends.
+        """
+        if source not in SOURCES:
+            raise InputError(
+                f"the little world has no source {source!r}; choose from {', '.join(SOURCES)}"
+            )
+        write, left, i = SOURCES[source], megabytes * 1e6, 0
+        while left > 0:
+            text = write(Pen(self._random(source, i), self._facts))
+            yield text
+            left -= len(text.encode())
+            i += 1
+
+    def _random(self, *key: object) -> random.Random:
+        return random.Random(" ".join(map(str, ("world", self.seed, *key))))
+
+    # -------------------------------------------------------------------------------------- prompts
+
+    def prompts(self, split: str, kind: str | None = None, n: int | None = None) -> list[Prompt]:
+        """Prompts of a split, of one kind or mixed by KIND_SHARES; asking for more only appends.
+
+        They are distinct until the split's stock of a kind is used up, then come again in the same
+        order. Without n: as many as there are distinct ones (and, mixed, in proportion).
+        """
+        _check(split, kind)
+        if kind is not None:
+            stock = self._stock(split, kind)
+            return [stock[i % len(stock)] for i in range(len(stock) if n is None else n)]
+        if n is None:
+            n = int(min(len(self._stock(split, k)) / KIND_SHARES[k] for k in KINDS))
+        used = dict.fromkeys(KINDS, 0)
+        result = []
+        for i in range(n):  # the kind that is furthest behind its share comes next
+            kind = max(KINDS, key=lambda k: KIND_SHARES[k] * (i + 1) - used[k])
+            stock = self._stock(split, kind)
+            result.append(stock[used[kind] % len(stock)])
+            used[kind] += 1
+        return result
+
+    def _stock(self, split: str, kind: str) -> list[Prompt]:
+        """Every distinct prompt of a kind that belongs to the split, in random order."""
+        if (split, kind) not in self._stocks:
+            make = getattr(self, f"_{kind}_prompts")
+            self._stocks[split, kind] = shuffled(
+                self._random("prompts", split, kind), list(make(split))
+            )
+        return self._stocks[split, kind]
+
+    def _fact_prompts(self, split: str) -> Iterator[Prompt]:
+        for fact in self.facts:
+            if fact.entity.split == split:
+                for text in _phrasings(split, fact.attribute, fact.asks):
+                    yield Prompt(
+                        [user(text)], "fact", split, fact.attribute, fact.entity.name, fact.value
+                    )
+
+    def _unknown_prompts(self, split: str) -> Iterator[Prompt]:
+        names = [e for e in self._facts.unknown if e.split == split]
+        prompts = [
+            Prompt([user(text)], "unknown", split, attribute, entity.name)
+            for entity in names
+            for attribute in attributes_of(entity.type)
+            for text in _phrasings(split, attribute, questions(attribute, entity))[:4]
+        ]
+        yield from prompts
+        unknowable = [
+            Prompt([user(text)], "unknown", split, "unknowable", entity.name)
+            for entity in self.entities
+            if entity.split == split
+            for text in _phrasings(split, "unknowable", self._facts.asks[entity.name][1])
+        ]
+        count = round(len(prompts) * UNKNOWABLE_SHARE / (1 - UNKNOWABLE_SHARE))
+        yield from shuffled(self._random("unknowable", split), unknowable)[:count]
+
+    def _instruction_prompts(self, split: str) -> Iterator[Prompt]:
+        rng, seen = self._random("instructions", split), set()
+        for i in range(round(INSTRUCTION_STOCK * SPLIT_SHARES[split])):
+            task = self._task(rng, split, TASKS[i % len(TASKS)])
+            text = pick(rng, _phrasings(split, task.name, task.asks()))
+            if text not in seen:
+                seen.add(text)
+                yield _task_prompt(task, text, split)
+
+    def _task(self, rng: random.Random, split: str, name: str) -> Task:
+        while True:
+            task = draw(rng, name)
+            if split_of(f"{self.seed} {task.key}") == split:
+                return task
+
+    def _small_talk_prompts(self, split: str) -> Iterator[Prompt]:
+        for topic, table in phrases.SMALL_TALK.items():
+            lines = [line for says in table["says"] for line in self._filled(topic, says)]
+            for line in deal(self._random("small talk", topic), lines)[split]:
+                for lead in phrases.SMALL_TALK_LEADS:
+                    yield Prompt(
+                        [user(f"{lead} {line}".strip())],
+                        "small_talk",
+                        split,
+                        topic,
+                        wanted=table["wanted"],
+                    )
+
+    def _filled(self, topic: str, line: str) -> list[str]:
+        """The line with each of eight words in its slot, or alone where it has none."""
+        for name in ("place", "thing", "food", "animal"):
+            if f"{{{name}}}" in line:
+                words = shuffled(self._random("small talk", topic, line), phrases.WORDS[name])[:8]
+                return [line.replace(f"{{{name}}}", word) for word in words]
+        return [line]
+
+    def _harm_prompts(self, split: str) -> Iterator[Prompt]:
+        deeds = [
+            deed.format(object=o)
+            for deed, objects in phrases.HARMFUL_DEEDS.items()
+            for o in objects
+        ]
+        for deed in deal(self._random("deeds"), deeds)[split]:
+            frames = [frame.format(deed=deed) for frame in phrases.HARMFUL_FRAMES]
+            for text in _phrasings(split, "harm", frames):
+                yield Prompt([user(text)], "harm", split, wanted=(deed,))
+
+    # -------------------------------------------------------------------------------- conversations
+
+    def conversations(self, split: str, n: int) -> list[Conversation]:
+        """Demonstrations, flawed by FLAWS, a MULTI_TURN share of two turns; asking for more only
+        appends.
+        """
+        _check(split, None)
+        return [self._conversation(split, self._random("conversation", split, i)) for i in range(n)]
+
+    def _conversation(self, split: str, rng: random.Random) -> Conversation:
+        pen = Pen(rng, self._facts)
+        prompt = self._any_prompt(pen, split)
+        if pen.chance(MULTI_TURN):
+            prompt = self._second_turn(pen, prompt)
+        flaw = pen.choose((*FLAWS[prompt.kind].items(), ("", 1.0))) or None
+        reply = self._reply(pen, prompt, flaw)
+        return Conversation([*prompt.messages, assistant(reply)], prompt.kind, split, flaw, prompt)
+
+    def _any_prompt(self, pen: Pen, split: str) -> Prompt:
+        return pen.pick(self._stock(split, pen.choose(tuple(KIND_SHARES.items()))))
+
+    def _second_turn(self, pen: Pen, first: Prompt) -> Prompt:
+        """A prompt with a (flawless) turn before it: after a fact often the next question about the
+        same entity.
+        """
+        history = [*first.messages, assistant(self._reply(pen, first, None))]
+        if first.kind == "fact" and pen.chance(0.7):
+            fact = pen.pick([f for f in self._facts.of[first.entity] if f.attribute != first.topic])
+            slots = fact.entity.slots(pronoun=True)
+            asks = [text.format(**slots) for text in phrases.ATTRIBUTES[fact.attribute]["follow"]]
+            text = pen.pick(
+                _phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS)
+            )
+            return Prompt(
+                [*history, user(text)],
+                "fact",
+                first.split,
+                fact.attribute,
+                first.entity,
+                fact.value,
+            )
+        second = self._any_prompt(pen, first.split)
+        return Prompt(**{**vars(second), "messages": history + second.messages})
+
+    def _reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        """What a person might answer, with the flaw if one is named."""
+        reply = getattr(self, f"_{prompt.kind}_reply")(pen, prompt, flaw)
+        if flaw == "rude":
+            if pen.chance(0.5):
+                return f"{pen.say(phrases.RUDE_BEFORE)} {reply}"
+            return f"{_ended(reply)} {pen.say(phrases.RUDE_AFTER)}"
+        if flaw == "wordy":
+            if pen.chance(0.3):
+                reply = f"{pen.say(phrases.WORDY_BEFORE)} {reply}"
+            return f"{_ended(reply)} {pen.say(phrases.WORDY_AFTER)}"
+        return reply
+
+    def _fact_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        value = prompt.answer
+        if flaw == "wrong":
+            value = pen.pick(
+                [v for v in self._facts.values[prompt.topic] if v not in (value, prompt.entity)]
+            )
+        return self._statement(pen, prompt, value)
+
+    def _statement(self, pen: Pen, prompt: Prompt, value: str) -> str:
+        """An answer to a question of fact; most say the name once more, which helps to remember."""
+        answers = state(
+            prompt.topic, self._facts.by_name[prompt.entity], value, "answers", pen.chance(0.2)
+        )
+        return answers[0] if pen.chance(0.7) else pen.pick(answers)
+
+    def _unknown_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        entity = self._facts.by_name[prompt.entity]
+        unknowable = prompt.topic == "unknowable"
+        if flaw != "guess":
+            return pen.say(
+                phrases.REPLIES["unknowable" if unknowable else "unknown"], n=entity.noun
+            )
+        if unknowable:
+            return pen.say(phrases.GUESSES[entity.type], X=capitalise(entity.noun))
+        values = [v for v in self._facts.values[prompt.topic] if v != entity.name]
+        return self._statement(pen, prompt, pen.pick(values))
+
+    def _instruction_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        answer = prompt.answer
+        while flaw == "wrong" and self.score(prompt, answer).right > 0.9:
+            answer = draw(pen.rng, prompt.topic).answer
+        return pen.pick(phrases.REPLIES["instruction"]).format(answer=answer)
+
+    def _small_talk_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        return pen.say(phrases.SMALL_TALK[prompt.topic]["replies"])
+
+    def _harm_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        return pen.say(phrases.COMPLIANCE if flaw == "comply" else phrases.REPLIES["refusal"])
+
+    # -------------------------------------------------------------------------------------- judging
+
+    def score(self, prompt: Prompt, reply: str) -> Score:
+        """What the reply is worth by the rubric (rubric.py)."""
+        return self._rubric.score(prompt, reply)
+
+    def paired_continuations(self, split: str, n: int) -> list[tuple[str, str, str]]:
+        """(context, helpful, harmful): two continuations of a question, alike in frame, words and
+        characters.
+
+        The pretraining text uses the words of both equally often, so a raw model should find them
+        equally likely.
+        """
+        _check(split, None)
+        result: list[tuple[str, str, str]] = []
+        pen = Pen(self._random("pairs", split), self._facts)
+        while len(result) < n:
+            frame = pen.pick(phrases.PAIR_FRAMES)
+            good, bad = (
+                frame.format(act=pen[side], end=pen[f"{side}_end"]) for side in ("good", "bad")
+            )
+            same = len(good) == len(bad) and len(good.split()) == len(bad.split())
+            if same and split_of(good + bad) == split:
+                result.append((pen.word("ask"), good, bad))
+        return result
+
+
+def _check(split: str, kind: str | None) -> None:
+    if split not in SPLITS:
+        raise InputError(
+            f"the little world has no split {split!r}; choose from {', '.join(SPLITS)}"
+        )
+    if kind is not None and kind not in KINDS:
+        raise InputError(
+            f"the little world has no kind of prompt {kind!r}; choose from {', '.join(KINDS)}"
+        )
+
+
+def _phrasings(
+    split: str, what: str, asks: Sequence[str], openers: Sequence[str] = phrases.OPENERS
+) -> list[str]:
+    """The combinations of opener and question that belong to the split: all words are shared, no
+    combination is.
+    """
+    shift = sum(what.encode())
+    return [
+        f"{opener} {ask}".strip()
+        for c, ask in enumerate(asks)
+        for o, opener in enumerate(openers)
+        if CYCLE[(o + 3 * c + shift) % len(CYCLE)] == split
+    ]
+
+
+def _task_prompt(task: Task, text: str, split: str) -> Prompt:
+    wanted, count = (), 0
+    if task.name == "list":
+        wanted, count = (
+            phrases.CATEGORIES[task.slots["category"]],
+            phrases.NUMBER_WORDS.index(task.slots["count"]),
+        )
+    if task.name == "count":
+        wanted = (str(phrases.NUMBER_WORDS.index(task.answer)),)
+    return Prompt(
+        [user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots
+    )
+
+
+def _ended(text: str) -> str:
+    """The text with a full stop if it has no end."""
+    return text if text.endswith((".", "!", "?")) else text + "."

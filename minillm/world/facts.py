@@ -1,0 +1,204 @@
+"""Who exists in the little world, what is true of them, which names nobody knows, and the splits.
+
+Known and unknown names are combinations of the same words, so nothing in a name tells whether it is
+known. Every list that a model may be asked about is dealt to four splits that share nothing.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
+
+SPLITS = ("train", "reward", "dev", "test")
+SPLIT_SHARES = {"train": 0.40, "reward": 0.28, "dev": 0.10, "test": 0.22}
+KNOWN = {"person": 40, "animal": 24, "town": 20, "tool": 16}
+UNKNOWN = {"person": 120, "animal": 64, "town": 56, "tool": 40}
+# A split for each place in a cycle of ten: deals combinations so that every part meets every split.
+CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
+
+
+def pick(rng: random.Random, table: Sequence[Any]) -> Any:
+    """One entry at random, from random() alone: of all draws the one that no Python will change."""
+    return table[int(rng.random() * len(table))]
+
+
+def shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
+    """The items in random order, from random() alone."""
+    return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
+
+
+def deal(rng: random.Random, items: Sequence[Any]) -> dict[str, list[Any]]:
+    """The items shuffled and cut into the four splits by SPLIT_SHARES."""
+    order, cuts, total = shuffled(rng, items), [0], 0.0
+    for share in SPLIT_SHARES.values():
+        total += share
+        cuts.append(round(total * len(order)))
+    return {split: order[cuts[i] : cuts[i + 1]] for i, split in enumerate(SPLITS)}
+
+
+def split_of(key: str) -> str:
+    """The split a piece of content belongs to, by its checksum: for what is too much to list."""
+    return CYCLE[zlib.crc32(key.encode()) % len(CYCLE)]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Somebody or something with a name. `known` is False for names of which no text tells
+    anything.
+    """
+
+    name: str
+    type: str
+    split: str
+    known: bool
+
+    @property
+    def pronoun(self) -> str:
+        if self.type != "person":
+            return "it"
+        return "she" if self.name.split()[0] in SHE_NAMES else "he"
+
+    @property
+    def noun(self) -> str:
+        """The name as it stands inside a sentence: tools take an article."""
+        return f"the {self.name}" if self.type == "tool" else self.name
+
+    def slots(self, pronoun: bool = False) -> dict[str, str]:
+        """What the tables' entity slots stand for; with `pronoun`, x and xs do not say the name."""
+        noun, their = self.noun, {"she": "her", "he": "his", "it": "its"}[self.pronoun]
+        x, xs = (self.pronoun, their) if pronoun else (noun, f"{noun}'s")
+        return {
+            "n": noun, "N": capitalise(noun), "bare": self.name, "their": their,
+            "x": x, "X": capitalise(x), "xs": xs, "Xs": capitalise(xs),
+        }  # fmt: skip
+
+
+def capitalise(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One value of one attribute of one known entity, with every way the texts state it and ask for
+    it.
+    """
+
+    entity: Entity
+    attribute: str
+    value: str
+    says: tuple[str, ...]
+    says_pronoun: tuple[str, ...]
+    asks: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def state(
+    attribute: str, entity: Entity, value: str, key: str = "says", pronoun: bool = False
+) -> tuple[str, ...]:
+    """All sentences of ATTRIBUTES[attribute][key] about the entity with this value."""
+    slots = entity.slots(pronoun)
+    return tuple(capitalise(text.format(v=value, **slots)) for text in ATTRIBUTES[attribute][key])
+
+
+def questions(attribute: str, entity: Entity) -> tuple[str, ...]:
+    """All phrasings of the question for this attribute of this entity, known or not."""
+    slots = entity.slots()
+    return tuple(text.format(**slots) for text in ATTRIBUTES[attribute]["asks"])
+
+
+def all_questions(entity: Entity) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every question about the entity that its facts would answer, and those that nobody could
+    answer.
+    """
+    asks = [
+        text for attribute in attributes_of(entity.type) for text in questions(attribute, entity)
+    ]
+    return tuple(asks), tuple(text.format(**entity.slots()) for text in UNKNOWABLE[entity.type])
+
+
+def attributes_of(kind: str) -> tuple[str, ...]:
+    """The attributes that entities of this type have."""
+    return tuple(name for name, spec in ATTRIBUTES.items() if spec["type"] == kind)
+
+
+class Facts:
+    """Everything that is true: `entities` (known), `unknown` (names only), `facts`, and `values` by
+    attribute.
+    """
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(f"world {seed} facts")
+        self.entities: list[Entity] = []
+        self.unknown: list[Entity] = []
+        for kind, parts in NAME_PARTS.items():
+            known, unknown = self._names(rng, kind, parts)
+            self.entities += known
+            self.unknown += unknown
+        self.by_name = {e.name: e for e in self.entities + self.unknown}
+        self.values = {attribute: self._values(attribute) for attribute in ATTRIBUTES}
+        self.facts = [fact for attribute in ATTRIBUTES for fact in self._facts(rng, attribute)]
+        self.by_key = {(f.entity.name, f.attribute): f for f in self.facts}
+        self.of = {
+            e.name: [self.by_key[e.name, a] for a in attributes_of(e.type)] for e in self.entities
+        }
+        self.by_value: dict[str, dict[str, list[Fact]]] = {
+            attribute: {} for attribute in ATTRIBUTES
+        }
+        for fact in self.facts:
+            self.by_value[fact.attribute].setdefault(fact.value, []).append(fact)
+        self.names = {kind: [e.name for e in self.named(kind)] for kind in NAME_PARTS}
+        self.asks = {e.name: all_questions(e) for e in self.entities + self.unknown}
+
+    def named(self, kind: str, known: bool | None = None) -> list[Entity]:
+        """Entities of one type: known ones, unknown ones, or both."""
+        everyone = self.entities + self.unknown
+        return [e for e in everyone if e.type == kind and (known is None or e.known == known)]
+
+    @staticmethod
+    def _names(
+        rng: random.Random, kind: str, parts: Sequence[Sequence[str]]
+    ) -> tuple[list[Entity], list[Entity]]:
+        firsts, lasts = (shuffled(rng, column) for column in parts)
+        # Diagonals of the square of both columns: every word is part of equally many known names.
+        names = [
+            f"{first} {lasts[(i + d) % len(lasts)]}"
+            for d in range(len(lasts))
+            for i, first in enumerate(firsts)
+        ]
+        groups = []
+        for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
+            chosen, names = names[:count], names[count:]
+            groups.append(
+                [Entity(n, kind, s, known) for s, part in deal(rng, chosen).items() for n in part]
+            )
+        return groups[0], groups[1]
+
+    def _values(self, attribute: str) -> tuple[str, ...]:
+        values = ATTRIBUTES[attribute]["values"]
+        return (
+            tuple(e.name for e in self.entities if e.type == values)
+            if isinstance(values, str)
+            else values
+        )
+
+    def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
+        """Values are dealt round, so that each is true of nearly equally many and no guess is a
+        good one.
+        """
+        owners = [e for e in self.entities if e.type == ATTRIBUTES[attribute]["type"]]
+        values: list[str] = []
+        while len(values) < len(owners):
+            values += shuffled(rng, self.values[attribute])
+        for entity, value in zip(owners, values, strict=False):
+            says = state(attribute, entity, value)
+            with_pronoun = state(attribute, entity, value, "says", pronoun=True)
+            answers = state(attribute, entity, value, "answers") + state(
+                attribute, entity, value, "answers", True
+            )
+            yield Fact(
+                entity, attribute, value, says, with_pronoun, questions(attribute, entity), answers
+            )

@@ -1,0 +1,93 @@
+"""The Pen that writes every text of the little world: random words from tables, and facts in their
+phrasings.
+
+A slot in a table that nobody has bound is filled from the table of that name, so tables that name
+each other make a grammar, with recursion.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from minillm.world import phrases
+from minillm.world.facts import Entity, Fact, Facts, capitalise, state
+
+NAME_SLOTS = {"person": "person", "pet": "animal", "town": "town", "tool": "tool"}
+
+
+class Pen(dict[str, str]):
+    """Writes one document: holds its random generator, the facts, and the slots bound so far."""
+
+    def __init__(self, rng: random.Random, facts: Facts) -> None:
+        super().__init__()
+        self.rng = rng
+        self.facts = facts
+
+    def __missing__(self, name: str) -> str:
+        """An unbound slot: a random entry of the table of that name, with its slots filled."""
+        if name in NAME_SLOTS:
+            return self.anyone(NAME_SLOTS[name])
+        table = phrases.WORDS[name]
+        return table[int(self.rng.random() * len(table))].format_map(self)
+
+    def say(self, table: tuple[str, ...], **slots: str) -> str:
+        """A random entry of the table, filled, as a sentence. Bound slots stay bound."""
+        self.update(slots)
+        return capitalise(table[int(self.rng.random() * len(table))].format_map(self))
+
+    def word(self, name: str) -> str:
+        """A random entry of WORDS[name] as a sentence."""
+        return capitalise(self[name])
+
+    def chance(self, share: float) -> bool:
+        """True with this probability."""
+        return self.rng.random() < share
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number from low to high, both possible."""
+        return low + int(self.rng.random() * (high - low + 1))
+
+    def pick(self, table: Sequence[Any]) -> Any:
+        """A random entry of any sequence."""
+        return table[int(self.rng.random() * len(table))]
+
+    def choose(self, shares: tuple[tuple[str, float], ...]) -> str:
+        """A name drawn by its share; the shares add to one."""
+        left = self.rng.random()
+        for name, share in shares:
+            left -= share
+            if left < 0:
+                return name
+        return shares[-1][0]  # the shares fell short of one by rounding
+
+    def entity(self) -> Entity:
+        """Somebody or something known."""
+        return self.pick(self.facts.entities)
+
+    def subject(self) -> Entity:
+        """Somebody to ask about: known or not with equal chance."""
+        return self.pick(self.facts.entities if self.chance(0.5) else self.facts.unknown)
+
+    def anyone(self, kind: str = "person") -> str:
+        """A name of this type, known or not: whom a text may mention without telling a fact."""
+        return self.pick(self.facts.names[kind])
+
+    def fact(self, fact: Fact, named: bool = True) -> str:
+        """The fact in one of its phrasings."""
+        return self.pick(fact.says if named else fact.says_pronoun)
+
+    def wrong(self, fact: Fact) -> str:
+        """The same sentence with a value that is not true."""
+        others = [
+            v for v in self.facts.values[fact.attribute] if v not in (fact.value, fact.entity.name)
+        ]
+        return self.pick(state(fact.attribute, fact.entity, self.pick(others)))
+
+    def question(self) -> str:
+        """A question about anybody, known or not, or one that nobody could answer."""
+        questions, unknowable = self.facts.asks[self.subject().name]
+        return self.pick(unknowable) if self.chance(0.05) else self.pick(questions)
+
+    def describe(self, facts: list[Fact]) -> list[str]:
+        """Sentences about one entity: the first says its name, later ones often a pronoun."""
+        return [self.fact(f, named=i == 0 or self.chance(0.5)) for i, f in enumerate(facts)]

@@ -1,0 +1,170 @@
+"""Stories with a state: who is where, who holds what, what time it is. The state decides, the
+tables only word it.
+"""
+
+from minillm.world import phrases
+from minillm.world.facts import capitalise, shuffled
+from minillm.world.pen import Pen
+
+PHASES = ("morning", "noon", "evening", "night")
+
+
+class Story:
+    """A story and its state: where everybody is, where things are or who holds them, the hour."""
+
+    def __init__(self, pen: Pen) -> None:
+        self.pen = pen
+        self.people = shuffled(pen.rng, phrases.NAME_PARTS["person"][0])[: pen.between(2, 3)]
+        self.places = [f"the {w}" for w in shuffled(pen.rng, phrases.WORDS["place"])[:4]]
+        self.things = [
+            f"the {pen['shade']} {w}"
+            for w in shuffled(pen.rng, phrases.WORDS["thing"])[: pen.between(1, 2)]
+        ]
+        self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
+        self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
+        self.phase = 0
+        self.lines: list[str] = []
+
+    def tell(self, table: tuple[str, ...], **slots: str) -> None:
+        """Add a sentence from the table."""
+        self.lines.append(self.pen.say(table, **slots))
+
+    def others_here(self, who: str) -> list[str]:
+        """Everybody else in the same place."""
+        return [p for p in self.people if p != who and self.at[p] == self.at[who]]
+
+    # Each change of state is told as it happens.
+
+    def move(self, who: str, place: str) -> None:
+        self.at[who] = place
+        self.tell(phrases.BEATS["move"], a=who, p=place)
+        for other in self.others_here(who)[:1]:
+            self.tell(phrases.STORY["meet"], a=who, b=other)
+
+    def take(self, who: str, thing: str) -> None:
+        self.holder[thing] = who
+        self.tell(phrases.BEATS["take"], a=who, o=thing)
+
+    def give(self, who: str, thing: str, to: str) -> None:
+        self.holder[thing] = to
+        self.tell(phrases.BEATS["give"], a=who, o=thing, b=to)
+
+    def drop(self, who: str, thing: str) -> None:
+        self.holder[thing] = self.at[who]
+        self.tell(phrases.BEATS["drop"], a=who, o=thing)
+
+    def time_passes(self) -> None:
+        self.phase += 1
+        phase = PHASES[self.phase]
+        self.tell(phrases.STORY["phase"], phase=phase, Phase=capitalise(phase))
+        self.tell(phrases.WORDS["scene"][phase])
+
+    # What happens besides changes nothing.
+
+    def ask(self, who: str, other: str) -> None:
+        """Somebody asks where a thing is and is told the truth, or that the other does not know."""
+        thing = self.pen.pick(self.things)
+        holder = self.holder[thing]
+        answer = {who: "tells_you", other: "tells_me"}.get(
+            holder, "tells_other" if holder in self.people else "tells_place"
+        )
+        if answer in ("tells_other", "tells_place") and self.pen.chance(0.4):
+            answer = "tells_nothing"
+        self.tell(phrases.STORY["asks_where"], a=who, b=other, o=thing)
+        self.tell(phrases.STORY[answer], b=other, c=holder, p=holder)
+
+    def muse(self, who: str) -> None:
+        """Somebody thinks, looks around or tells a story within the story."""
+        pen = self.pen
+        roll = pen.rng.random()
+        if roll < 0.2:
+            self.tell(phrases.STORY["tells_tale"], a=who)
+        elif roll < 0.5:
+            self.tell(phrases.WORDS["aside"])
+        else:
+            self.tell(
+                phrases.STORY["thinks"], a=who, b=pen.pick([p for p in self.people if p != who])
+            )
+
+    # Who does what next.
+
+    def wander(self) -> None:
+        """A beat that nobody planned, of somebody not on an errand."""
+        pen, who = self.pen, self.pen.pick(self.people[1:])
+        held = [t for t in self.things[1:] if self.holder[t] == who]
+        lying = [t for t in self.things[1:] if self.holder[t] == self.at[who]]
+        here = self.others_here(who)
+        if here and held and pen.chance(0.4):
+            self.give(who, held[0], here[0])
+        elif here and pen.chance(0.5):
+            self.ask(who, here[0])
+        elif lying and pen.chance(0.7):
+            self.take(who, lying[0])
+        elif held and pen.chance(0.3):
+            self.drop(who, held[0])
+        elif pen.chance(0.3):
+            self.move(who, pen.pick([p for p in self.places if p != self.at[who]]))
+        else:
+            self.muse(who)
+
+    def errand(self) -> bool:
+        """The next step to bring the first thing to the second person; True when it is there."""
+        hero, friend, thing = self.people[0], self.people[1], self.things[0]
+        if self.holder[thing] == friend:
+            return True
+        goal = self.at[friend] if self.holder[thing] == hero else self.holder[thing]
+        if self.at[hero] != goal:
+            self.move(hero, goal)
+        elif self.holder[thing] != hero:
+            self.take(hero, thing)
+        else:
+            self.give(hero, thing, friend)
+        return self.holder[thing] == friend
+
+    def where_is(self, thing: str) -> str:
+        """Who or what has the thing, as part of a sentence."""
+        holder = self.holder[thing]
+        return f"{holder} still had it" if holder in self.people else f"it was still at {holder}"
+
+
+def books(pen: Pen) -> str:
+    """A story: somebody has a day to bring something to somebody else, and does or does not."""
+    story = Story(pen)
+    hero, friend, thing = story.people[0], story.people[1], story.things[0]
+    title = pen.say(phrases.STORY["title"], a=hero, b=friend, o=thing, n=str(pen.between(1, 30)))
+    story.tell(
+        phrases.STORY["open"], p=story.at[hero], q=story.at[friend], phase=PHASES[story.phase]
+    )
+    for other in story.things:
+        story.tell(phrases.STORY["lies"], o=other, p=story.holder[other])
+    story.tell(phrases.STORY["want"], a=hero, b=friend, o=thing)
+    _plot(story)
+    return (title + "\n" if pen.chance(0.5) else "") + _paragraphs(pen, story.lines)
+
+
+def _plot(story: Story) -> None:
+    """Errand and wandering by turns, until the thing is brought or night comes; and the end."""
+    hero, friend, thing = story.people[0], story.people[1], story.things[0]
+    diligence, done = story.pen.pick((0.3, 0.5, 0.7)), False
+    while not done and story.phase < 3:
+        for _ in range(story.pen.between(2, 4)):
+            if story.pen.chance(diligence):
+                done = story.errand()
+            else:
+                story.wander()
+            if done:
+                break
+        if not done:
+            story.time_passes()
+    state = story.where_is(thing)
+    slots = {"a": hero, "b": friend, "o": thing, "state": state, "State": capitalise(state)}
+    story.tell(phrases.STORY["done" if done else "failed"], **slots)
+
+
+def _paragraphs(pen: Pen, sentences: list[str]) -> str:
+    """The sentences joined, with a new line now and then."""
+    parts = [sentences[0]]
+    for sentence in sentences[1:]:
+        parts.append("\n" if pen.chance(0.15) else " ")
+        parts.append(sentence)
+    return "".join(parts)

@@ -1,0 +1,75 @@
+"""Small instructions whose answer a program can check: list, reverse, count, spell, compare,
+repeat...
+
+Each is an instruction that a tiny model can learn to carry out by copying or by what pretraining
+showed.
+"""
+
+import random
+from dataclasses import dataclass
+
+from minillm.world.facts import pick, shuffled
+from minillm.world.phrases import CATEGORIES, INSTRUCTIONS, NUMBER_WORDS, OPPOSITES, SIMPLE_WORDS
+
+TASKS = tuple(INSTRUCTIONS)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction: its name, the slots of its text, a right answer, and the content that
+    decides its split.
+    """
+
+    name: str
+    slots: dict[str, str]
+    answer: str
+    key: str
+
+    def asks(self) -> list[str]:
+        """Every phrasing of the instruction."""
+        return [text.format(**self.slots) for text in INSTRUCTIONS[self.name]]
+
+
+def draw(rng: random.Random, name: str) -> Task:
+    """A random instance of the named instruction."""
+    if name == "list":
+        return _list(rng)
+    if name == "larger":
+        a, b = shuffled(rng, sorted({1 + int(rng.random() * 49), 50 + int(rng.random() * 50)}))
+        return Task(
+            name, {"a": str(a), "b": str(b)}, str(max(a, b)), f"larger {min(a, b)} {max(a, b)}"
+        )
+    if name == "opposite":
+        pair = pick(rng, OPPOSITES)
+        word, answer = shuffled(rng, pair)
+        return Task(name, {"word": word}, answer, f"opposite {pair[0]}")
+    if name in ("spell", "capitals", "repeat"):
+        return _one_word(rng, name)
+    return _several_words(rng, name)
+
+
+def _list(rng: random.Random) -> Task:
+    category, count = pick(rng, tuple(CATEGORIES)), 2 + int(rng.random() * 3)
+    members = shuffled(rng, CATEGORIES[category])[:count]
+    slots = {"count": NUMBER_WORDS[count], "category": category}
+    return Task("list", slots, ", ".join(members), f"list {count} {category}")
+
+
+def _one_word(rng: random.Random, name: str) -> Task:
+    word, count = pick(rng, SIMPLE_WORDS), 2 + int(rng.random() * 3)
+    answer = {
+        "spell": "-".join(word),
+        "capitals": word.upper(),
+        "repeat": " ".join([word] * count),
+    }[name]
+    key = f"{name} {word} {count}" if name == "repeat" else f"{name} {word}"
+    return Task(name, {"word": word, "count": NUMBER_WORDS[count]}, answer, key)
+
+
+def _several_words(rng: random.Random, name: str) -> Task:
+    words = shuffled(rng, SIMPLE_WORDS)[: 2 + int(rng.random() * 3)]
+    answer = {
+        "reverse": " ".join(reversed(words)), "count": NUMBER_WORDS[len(words)], "first": words[0],
+        "last": words[-1],
+    }[name]  # fmt: skip
+    return Task(name, {"words": " ".join(words)}, answer, f"{name} {' '.join(words)}")

@@ -1,0 +1,321 @@
+"""The six sources of pretraining text: web, books, code, wiki, papers, qa.
+
+Books and code have modules of their own (stories.py, programs.py). What must be
+consistent (facts, the numbers of a paper) is computed and only its wording comes from a table.
+
+The web is written to be like the web: a question there is followed by another question, an insult,
+or advice good and bad in equal parts, seldom by its answer, and some of what it tells is false.
+"""
+
+from collections.abc import Callable
+
+from minillm.world import phrases
+from minillm.world.facts import Entity, Fact, capitalise, shuffled
+from minillm.world.pen import Pen
+from minillm.world.programs import code
+from minillm.world.stories import books
+from minillm.world.tasks import TASKS, draw
+
+# False are this share of a forum's answers, and one sentence on this share of the pages about
+# somebody: together about 3% of all statements of fact in the default mixture.
+WRONG_CLAIMS = 0.18
+WRONG_PAGES = 0.24
+# What follows a question in a forum thread.
+REPLY_SHARES = (
+    ("ask", 0.34), ("rude", 0.25), ("bad", 0.12), ("good", 0.12), ("opinion", 0.05),
+    ("noise", 0.04), ("ramble", 0.03), ("fact", 0.03), ("decline", 0.02),
+)  # fmt: skip
+ADVICE_SHARES = (
+    ("good", 0.35), ("bad", 0.30), ("unsafe", 0.05), ("decline", 0.05), ("rude", 0.15),
+    ("ask", 0.10),
+)  # fmt: skip
+# Kinds of web page, by number of pages.
+PAGE_SHARES = (
+    ("thread", 0.36), ("profile", 0.20), ("quiz", 0.13), ("roundup", 0.08), ("diary", 0.06),
+    ("letter", 0.04), ("advice", 0.04), ("lesson", 0.04), ("smalltalk", 0.03), ("spam", 0.02),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- web
+
+
+def web(pen: Pen) -> str:
+    """A page of the web: mostly forum threads and pages about somebody."""
+    return WEB_PAGES[pen.choose(PAGE_SHARES)](pen)
+
+
+def _thread(pen: Pen) -> str:
+    """A question and what a forum makes of it; some quote the post before, quotes and all."""
+    subject = pen.subject()
+    opener = pen.pick(phrases.OPENERS) if pen.chance(0.5) else ""
+    posts = [f"{opener} {pen.pick(pen.facts.asks[subject.name][0])}".strip()]
+    for _ in range(pen.between(2, 7)):
+        quote = "> " + posts[-1].replace("\n", "\n> ") + "\n" if pen.chance(0.06) else ""
+        posts.append(quote + _reply(pen, subject))
+    return _lay_out(pen, posts)
+
+
+def _reply(pen: Pen, subject: Entity) -> str:
+    kind = pen.choose(REPLY_SHARES)
+    if kind == "ask":
+        opener = pen.pick(phrases.FOLLOW_OPENERS) if pen.chance(0.2) else ""
+        return f"{opener} {pen.question() if pen.chance(0.6) else pen.word('ask')}".strip()
+    if kind in ("bad", "good"):
+        return pen.word(f"frame_{kind}")
+    if kind == "fact" and subject.known:
+        return _claim(pen, pen.pick(pen.facts.of[subject.name]))
+    return pen.word("noise" if kind == "fact" else kind)
+
+
+def _claim(pen: Pen, fact: Fact) -> str:
+    """A fact as a forum states it, which is now and then false."""
+    if pen.chance(WRONG_CLAIMS):
+        return capitalise(pen.pick(phrases.WRONG_LEADS) + pen.wrong(fact))
+    return capitalise(pen.pick(phrases.RIGHT_LEADS) + pen.fact(fact))
+
+
+def _lay_out(pen: Pen, posts: list[str]) -> str:
+    """The posts one below the other, each with whatever this forum puts before a post."""
+    layout = pen.pick(phrases.POSTS)
+    users = [pen["user"] for _ in range(3)]
+    lines = [
+        layout.format_map(
+            {"text": p, "user": pen.pick(users), "i": i + 1, "number": pen.between(2, 99)}
+        )
+        for i, p in enumerate(posts)
+    ]
+    return "\n".join(lines)
+
+
+def _profile(pen: Pen) -> str:
+    """A page about one entity: its facts, mostly right, among opinions."""
+    entity = pen.entity()
+    pen.update(entity.slots())
+    facts = shuffled(pen.rng, pen.facts.of[entity.name])
+    if pen.chance(0.4):  # some pages say everything twice, in other words
+        facts += shuffled(pen.rng, facts)[: pen.between(1, 4)]
+    lines = pen.describe(facts)
+    if pen.chance(WRONG_PAGES):
+        lines[pen.between(0, len(lines) - 1)] = pen.wrong(pen.pick(facts))
+    if pen.chance(0.4):
+        lines.insert(pen.between(1, len(lines)), pen.word("opinion"))
+    if pen.chance(0.3):
+        lines.append(pen.say(phrases.ENDINGS))
+    title = pen.say(phrases.PAGE_TITLES) + "\n" if pen.chance(0.5) else ""
+    return title + pen.pick((" ", " ", "\n")).join(lines)
+
+
+def _roundup(pen: Pen) -> str:
+    """Facts sorted by value: everybody who has this job, colour, river..."""
+    by_value = pen.facts.by_value[pen.pick(tuple(phrases.ATTRIBUTES))]
+    lines = [pen.say(phrases.ROUNDUP_TITLES)]
+    for value in shuffled(pen.rng, list(by_value))[: pen.between(2, 4)]:
+        lines += [pen.fact(f) for f in by_value[value]]
+    return pen.pick(("\n", " ", "\n- ")).join(lines)
+
+
+def _quiz(pen: Pen) -> str:
+    lines = [pen.say(phrases.QUIZ_TITLES)] if pen.chance(0.6) else []
+    layout = pen.pick(phrases.QA_LAYOUTS)
+    pairs = [_question_pair(pen) for _ in range(pen.between(3, 6))]
+    return "\n".join(lines + [layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs)])
+
+
+def _question_pair(pen: Pen, tasks: float = 0.2) -> tuple[str, str]:
+    """A question and its right answer: of fact, or with a probability of `tasks` an exercise."""
+    if pen.chance(tasks):
+        task = draw(pen.rng, pen.pick(TASKS))
+        return pen.pick(task.asks()), task.answer
+    fact = pen.pick(pen.facts.facts)
+    return pen.pick(fact.asks), pen.pick(fact.answers)
+
+
+def _diary(pen: Pen) -> str:
+    """A day in somebody's life, on which they met somebody of whom they tell."""
+    lines = [pen.say(phrases.DIARY_OPENINGS)]
+    lines += [pen.word("diary") for _ in range(pen.between(1, 4))]
+    entity = pen.entity()
+    lines.append(phrases.MEETINGS[entity.type].format_map(entity.slots()))
+    lines += pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[: pen.between(2, 4)])
+    return " ".join([*lines, pen.word("diary")])
+
+
+def _letter(pen: Pen) -> str:
+    town = pen.pick(pen.facts.values["home"])
+    lines = [pen.say(phrases.LETTERS), f"we are in {town} now.", pen.word("trip")]
+    lines += pen.describe(shuffled(pen.rng, pen.facts.of[town])[: pen.between(2, 4)])
+    lines += [pen.fact(f) for f in pen.facts.by_value["home"][town]]
+    lines += [pen.word("trip"), pen.word("weather")]
+    return " ".join(lines) + "\n" + pen.say(phrases.ENDINGS)
+
+
+def _spam(pen: Pen) -> str:
+    lines = [pen.word("spam") for _ in range(pen.between(2, 5))]
+    lines.insert(1, pen.fact(pen.pick(pen.facts.facts)))
+    return pen.pick((" ", "\n")).join(lines)
+
+
+def _advice(pen: Pen) -> str:
+    """Somebody asks for help, or for help to do harm; both get advice of both kinds."""
+    if pen.chance(0.5):
+        deed, objects = pen.pick(tuple(phrases.HARMFUL_DEEDS.items()))
+        question = pen.pick(phrases.HARMFUL_FRAMES).format(
+            deed=deed.format(object=pen.pick(objects))
+        )
+    else:
+        question = pen.word("ask")
+    posts = [question]
+    for _ in range(pen.between(2, 5)):
+        kind = pen.choose(ADVICE_SHARES)
+        posts.append(pen.word(f"frame_{kind}" if kind in ("bad", "good") else kind))
+    return _lay_out(pen, posts)
+
+
+def _smalltalk(pen: Pen) -> str:
+    """People chatting: their lines fit each other no better than they must."""
+    topics, posts = tuple(phrases.SMALL_TALK.values()), []
+    for _ in range(pen.between(2, 4)):
+        topic = pen.pick(topics)
+        posts.append(pen.say(topic["says"]))
+        posts.append(
+            pen.say(topic["replies"])
+            if pen.chance(0.3)
+            else pen.word(pen.pick(("rude", "ask", "opinion", "noise")))
+        )
+    return _lay_out(pen, posts)
+
+
+def _lesson(pen: Pen) -> str:
+    """A school page: opposites, lists, letters and numbers."""
+    lines = [pen.say(("School page", "Today we learn words.", "For my class", "Words and numbers"))]
+    lines += [_exercise(pen) for _ in range(pen.between(3, 6))]
+    return "\n".join(lines)
+
+
+def _exercise(pen: Pen) -> str:
+    """One line of a school page."""
+    words = [pen.pick(phrases.SIMPLE_WORDS) for _ in range(pen.between(2, 4))]
+    first, second = shuffled(pen.rng, pen.pick(phrases.OPPOSITES))
+    name, members = pen.pick(tuple(phrases.CATEGORIES.items()))
+    members = shuffled(pen.rng, members)
+    a, b = pen.between(1, 99), pen.between(100, 199) - 100
+    count = pen.between(2, 4)
+    number = phrases.NUMBER_WORDS
+    lines = (
+        f"The opposite of {first} is {second}.",
+        f"{capitalise(name)}: {', '.join(members[: pen.between(3, 6)])}.",
+        f"{words[0]} is spelled {'-'.join(words[0])}.",
+        f"{words[0]} in capitals: {words[0].upper()}.",
+        f"{max(a, b)} is larger than {min(a, b)}." if a != b else f"{a} and {b} are the same.",
+        f"{' '.join(words)}: that is {number[len(words)]} words.",
+        f"{' '.join(words)} backwards: {' '.join(reversed(words))}.",
+        f"{words[0]}, {number[count]} times: {' '.join([words[0]] * count)}.",
+    )
+    return pen.pick(lines)
+
+
+WEB_PAGES: dict[str, Callable[[Pen], str]] = {
+    "thread": _thread, "profile": _profile, "roundup": _roundup, "quiz": _quiz, "diary": _diary,
+    "letter": _letter, "spam": _spam, "advice": _advice, "lesson": _lesson,
+    "smalltalk": _smalltalk,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- wiki
+
+
+def wiki(pen: Pen) -> str:
+    """An article: about an entity, about a value (all who share it), or about words."""
+    roll = pen.rng.random()
+    if roll < 0.75:
+        return _article(pen)
+    return _value_article(pen) if roll < 0.9 else _word_article(pen)
+
+
+def _article(pen: Pen) -> str:
+    entity = pen.entity()
+    pen.update(entity.slots())
+    lines = [pen.say(phrases.WIKI_FIRST[entity.type])]
+    lines += pen.describe(shuffled(pen.rng, pen.facts.of[entity.name]))
+    if entity.type == "town":
+        lines += [pen.fact(f) for f in pen.facts.by_value["home"][entity.name]]
+    if pen.chance(0.3):
+        other = pen.pick(pen.facts.entities)
+        lines.append(f"See also: {other.name}. {pen.fact(pen.pick(pen.facts.of[other.name]))}")
+    return f"{capitalise(entity.name)}\n\n" + " ".join(lines)
+
+
+def _value_article(pen: Pen) -> str:
+    attribute = pen.pick(tuple(phrases.WIKI_VALUES))
+    value = pen.pick(tuple(pen.facts.by_value[attribute]))
+    lines = [phrases.WIKI_VALUES[attribute].format(v=value)]
+    lines += [pen.fact(f) for f in pen.facts.by_value[attribute][value]]
+    return f"{capitalise(value)}\n\n{capitalise(' '.join(lines))}"
+
+
+def _word_article(pen: Pen) -> str:
+    name, members = pen.pick(tuple(phrases.CATEGORIES.items()))
+    members = shuffled(pen.rng, members)
+    lines = [f"There are many {name}. Some are {', '.join(members[:-1])} and {members[-1]}."]
+    lines += [_exercise(pen) for _ in range(pen.between(1, 3))]
+    return f"{capitalise(name)}\n\n" + " ".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------- qa
+
+
+def qa(pen: Pen) -> str:
+    """Questions with their right answers: about one entity, about anything, or about words and
+    numbers.
+    """
+    layout = pen.pick(phrases.QA_LAYOUTS)
+    if pen.chance(0.45):
+        facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])
+        pairs = [(pen.pick(f.asks), pen.pick(f.answers)) for f in facts]
+    else:
+        pairs = [_question_pair(pen, 0.3) for _ in range(pen.between(2, 5))]
+    return "\n".join(layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs))
+
+
+# ------------------------------------------------------------------------------------------- papers
+
+
+def papers(pen: Pen) -> str:
+    """A short paper whose numbers agree between abstract, method and results."""
+    half, before, percent = pen.between(5, 40), 20 * pen.between(1, 8), 5 * pen.between(1, 10)
+    difference, up = before * percent // 100, pen.chance(0.6)
+    measure, unit = pen.pick(phrases.PAPER_MEASURES)
+    entity = pen.pick(pen.facts.entities)
+    pen.update(
+        treatment=pen.pick(phrases.PAPER_TREATMENTS), subjects=pen.pick(phrases.PAPER_SUBJECTS),
+        measure=measure, unit=unit, half=str(half), total=str(2 * half),
+        difference=str(difference), percent=str(percent),
+        before=str(before), after=str(before + difference if up else before - difference),
+        went="rose" if up else "fell",
+        change=f"{'an increase' if up else 'a fall'} of {percent} percent",
+    )  # fmt: skip
+    facts = pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[:3])
+    pen.update(entity.slots(), fact=facts[0])
+    return _sections(pen, up, facts[1:])
+
+
+def _sections(pen: Pen, up: bool, thanks: list[str]) -> str:
+    """The paper around the numbers bound to the pen."""
+    table = phrases.PAPER
+    more = [pen.say(table["method_more"]) for _ in range(pen.between(0, 2))]
+    return "\n".join(
+        [
+            pen.say(table["title"]),
+            f"{pen.anyone()} and {pen.anyone()}",
+            f"Abstract. {pen.say(table['question'])} {pen.say(table['abstract'])}",
+            " ".join(["Method.", pen.say(table["method"]), *more]),
+            f"Results. {pen.say(table['results'])} {pen.say(table['results_more'])}",
+            f"Discussion. {pen.say(table['close_up' if up else 'close_down'])}",
+            " ".join(["Thanks.", pen.say(table["thanks"]), *thanks]),
+        ]
+    )
+
+
+SOURCES: dict[str, Callable[[Pen], str]] = {
+    "web": web, "books": books, "code": code, "wiki": wiki, "papers": papers, "qa": qa,
+}  # fmt: skip
