@@ -1,0 +1,671 @@
+"""tokenizer.py and vocabulary.py: the laws of BPE, and other people's tools as judges."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import minillm.tokenizer
+from minillm.errors import InputError
+from minillm.tokenizer import (
+    ENDOFTEXT,
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    count_words,
+    learn_merges,
+)
+from minillm.vocabulary import Vocabulary, spell, to_json, unspell
+
+ROOT = Path(__file__).parents[1]
+BYTES = [bytes([byte]) for byte in range(256)]
+CORPUS = (
+    "The cat sat on the mat, and the other cat didn't sit: it'd been there 12345 times!\n\n"
+    "  Führer naïve Ελλάδα привет 你好世界 🚀🚀 e\u0301te\u0301\t\ttabs  \r\n" * 3
+)
+
+# Characters that every library's Unicode tables know; those assigned since then are judged by each
+# library's version of Unicode, so no two need agree on them.
+known = st.characters(exclude_categories=["Cs", "Cn"])
+texts = st.text(known)
+# A few letters, so that pairs repeat, and pieces of special tokens, so that they are met half-way.
+crowded = st.lists(st.sampled_from(["a", "b", "ab", " ", "\n", "1", "'s", "<|", "end", "|>", "é"]))
+tricky = st.lists(st.one_of(texts, st.sampled_from([*SPECIAL_TOKENS, "<|end", "of", "|>"]))).map(
+    "".join
+)
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    return Tokenizer.train([CORPUS], 400)
+
+
+@pytest.fixture(scope="module")
+def theirs(ours, tmp_path_factory) -> tokenizers.Tokenizer:
+    """The `tokenizers` library with the file that we write."""
+    folder = tmp_path_factory.mktemp("ours")
+    ours.save(folder)
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(shared_data) -> Tokenizer:
+    return load_gpt2(shared_data / "interop" / "gpt2")
+
+
+def load_gpt2(folder: Path) -> Tokenizer:
+    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(map(unspell, line.split())) for line in lines if line]
+    ordinary = {unspell(token): i for token, i in vocab.items()}
+    return Tokenizer(Vocabulary(ordinary, merges, {ENDOFTEXT: vocab[ENDOFTEXT]}, (GPT2_PATTERN,)))
+
+
+def encode_theirs(judge: tokenizers.Tokenizer, text: str, special: bool = False) -> list[int]:
+    judge.encode_special_tokens = not special  # "encode" them as text, that is
+    return judge.encode(text, add_special_tokens=False).ids
+
+
+# --- training
+
+
+def test_a_corpus_worked_out_by_hand():
+    # "hug" 10, "pug" 5, "pun" 12, "bun" 4, "hugs" 5, each a text of its own, as bytes:
+    #   u g: 10 + 5 + 5 = 20     u n: 12 + 4 = 16     h u: 10 + 5 = 15     p u: 5 + 12 = 17
+    # 1. (u, g) leads with 20.    Then  h ug: 15,  p ug: 5,  u n: 16,  p u: 12 (of pun),  ug s: 5
+    # 2. (u, n) with 16.          Then  h ug: 15,  p un: 12,  b un: 4,  p ug: 5,  ug s: 5
+    # 3. (h, ug) with 15.         Then  p un: 12,  p ug: 5,  b un: 4,  hug s: 5
+    # 4. (p, un) with 12.         Then  p ug: 5,  hug s: 5,  b un: 4
+    # 5. (p, ug) and (hug, s) tie at 5: "p" > "hug", so (p, ug).
+    counts = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
+    documents = [word for word, count in counts.items() for _ in range(count)]
+    tokenizer = Tokenizer.train(documents, 256 + 1 + 5, [ENDOFTEXT])
+    pairs = [(b"u", b"g"), (b"u", b"n"), (b"h", b"ug"), (b"p", b"un"), (b"p", b"ug")]
+    assert tokenizer.vocabulary.merges == pairs
+    assert tokenizer.special_tokens == {ENDOFTEXT: 261}
+    # b·un·s has no merge for its s; hug is 258 and pug 260.
+    assert tokenizer.encode("buns hug") == [ord("b"), 257, ord("s"), ord(" "), 258]
+    assert tokenizer.encode("pug") == [260]
+    assert tokenizer.decode([258, 115, 261]) == "hugs<|endoftext|>"
+
+
+def learn_merges_naively(word_counts: dict[str, int], new_tokens: int):
+    """Recounts everything at every step."""
+    words = {word: [bytes([byte]) for byte in word.encode()] for word in word_counts}
+    tokens, merges = set(BYTES), []
+    while len(tokens) < 256 + new_tokens:
+        counts = Counter()
+        for word, parts in words.items():
+            for pair in pairwise(parts):
+                counts[pair] += word_counts[word]
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges += [best] if best not in merges else []
+        tokens.add(best[0] + best[1])
+        words = {word: merge_naively(parts, best) for word, parts in words.items()}
+    return merges
+
+
+def merge_naively(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    merged: list[bytes] = []
+    for part in parts:
+        merged.append(part)
+        # A product of this very pass is never part of the pair again: it is longer than both sides.
+        if tuple(merged[-2:]) == pair:
+            merged[-2:] = [pair[0] + pair[1]]
+    return merged
+
+
+@given(
+    st.dictionaries(st.text("ab\x00ÿé", min_size=1, max_size=12), st.integers(1, 4), max_size=12),
+    st.integers(0, 40),
+)
+@example({"aaaaa": 1, "aaa": 2}, 5)
+@settings(max_examples=300, deadline=None)
+def test_incremental_training_finds_the_merges_of_recounting(word_counts, new_tokens):
+    assert learn_merges(word_counts, new_tokens) == learn_merges_naively(word_counts, new_tokens)
+
+
+def test_the_published_merges_are_found(shared_data):
+    folder = shared_data / "interop" / "bpe_training"
+    corpus = (folder / "corpus.en").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.train([corpus], 500, [ENDOFTEXT], GPT2_PATTERN)
+    merges = [f"{spell(left)} {spell(right)}" for left, right in tokenizer.vocabulary.merges]
+    published = (folder / "train-bpe-reference-merges.txt").read_text(encoding="utf-8")
+    vocab = json.loads((folder / "train-bpe-reference-vocab.json").read_text(encoding="utf-8"))
+    assert merges == published.splitlines()
+    assert {spell(token) for token in tokenizer.vocabulary.vocab} | {ENDOFTEXT} == set(vocab)
+    assert tokenizer.vocab_size == len(vocab) == 500
+
+
+@given(st.lists(st.text("ab c<|end>", max_size=20), max_size=8), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_training_depends_on_the_documents_and_not_on_their_order_or_grouping(documents, random):
+    expected = Tokenizer.train(documents, 280).fingerprint
+    shuffled = random.sample(documents, len(documents))
+    assert Tokenizer.train(iter(shuffled), 280).fingerprint == expected
+    # One text with the documents between special tokens is the same corpus.
+    assert Tokenizer.train([ENDOFTEXT.join(documents)], 280).fingerprint == expected
+
+
+def test_training_gives_the_same_file_under_any_hash_seed(tmp_path, ours):
+    code = (
+        "import sys; from minillm.tokenizer import Tokenizer;"
+        "Tokenizer.train([sys.argv[1]], 400).save(sys.argv[2])"
+    )
+    ours.save(tmp_path / "0")
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, CORPUS, str(tmp_path / seed)]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            written = (tmp_path / seed / name).read_bytes()
+            assert written == (tmp_path / "0" / name).read_bytes()
+
+
+def test_special_tokens_part_the_text_that_is_trained_on():
+    counts = count_words(["ab<|end|>ab<|end|><|mask|> ab"], SPECIAL_TOKENS, GPT4_PATTERN)
+    assert counts == {"ab": 2, " ab": 1}
+
+
+@pytest.mark.parametrize("corpus", [[], [""], ["a b c"]])
+def test_a_text_with_nothing_to_merge_gives_bytes_and_special_tokens(corpus):
+    tokenizer = Tokenizer.train(corpus, 300, [ENDOFTEXT], r"\S")
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.encode("hi") == list(b"hi")
+    assert tokenizer.special_tokens == {ENDOFTEXT: 256}
+
+
+def test_pieces_of_any_length_are_trained_on_and_encoded_in_reasonable_time():
+    letters = "".join(chr(ord("a") + (i * i + i // 7) % 16) for i in range(200_000))
+    tokenizer = Tokenizer.train([letters, "a" * 100_000], 300)
+    assert tokenizer.decode(tokenizer.encode(letters)) == letters
+    assert len(tokenizer.encode("a" * 100_000)) < 50_000
+
+
+@pytest.mark.parametrize("size", [-1, 0, 261, 2_000_000])
+def test_an_impossible_vocabulary_size_is_refused_in_one_line(size):
+    assert_one_line(lambda: Tokenizer.train(["text"], size), f"vocab_size {size}")
+
+
+def test_a_special_token_that_cannot_be_told_from_an_ordinary_one_is_refused():
+    for special in (["a"], [""], ["Ġ"]):
+        assert_one_line(lambda names=special: Tokenizer.train([""], 300, names), "special token")
+
+
+# --- encoding and decoding
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_text_comes_back(ours, text, special):
+    assert ours.decode(ours.encode(text, special)) == text
+    assert ours.decode_bytes(ours.encode(text, special)) == text.encode()
+
+
+@given(st.binary())
+def test_any_bytes_come_back(ours, data):
+    assert ours.decode_bytes(list(data)) == data
+    assert ours.decode(np.frombuffer(data, dtype=np.uint8)) == data.decode(errors="replace")
+
+
+def encode_naively(tokenizer: Tokenizer, pattern: str, text: str) -> list[int]:
+    """Looks for the lowest rank in the whole piece at every step."""
+    ranks = {pair: rank for rank, pair in enumerate(tokenizer.vocabulary.merges)}
+    ids = []
+    for piece in regex.findall(pattern, text):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while found := [pair for pair in pairwise(parts) if pair in ranks]:
+            parts = merge_naively(parts, min(found, key=ranks.__getitem__))
+        ids += [tokenizer.vocabulary.vocab[part] for part in parts]
+    return ids
+
+
+@given(st.one_of(texts, crowded.map("".join), st.text("the cat sat")))
+@settings(max_examples=300, deadline=None)
+def test_encoding_applies_the_merges_by_rank(ours, text):
+    assert ours.encode(text) == encode_naively(ours, GPT4_PATTERN, text)
+
+
+@given(st.text(), st.sampled_from([GPT2_PATTERN, GPT4_PATTERN]))
+@settings(max_examples=200, deadline=None)
+def test_the_split_patterns_leave_no_character_out(text, pattern):
+    assert "".join(regex.findall(pattern, text)) == text
+
+
+@given(tricky)
+@settings(max_examples=200, deadline=None)
+def test_special_tokens_in_a_text_are_plain_text_unless_asked_for(ours, text):
+    specials = set(ours.special_tokens.values())
+    assert not specials.intersection(ours.encode(text))
+    named = regex.findall("|".join(map(regex.escape, SPECIAL_TOKENS)), text)
+    parsed = [i for i in ours.encode(text, special=True) if i in specials]
+    assert parsed == [ours.special_tokens[name] for name in named]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("a\ud800b", "a\ufffdb"), ("\udc00", "\ufffd"), ("x\ud83d\ude80y", "x🚀y")],
+)
+def test_a_lone_surrogate_counts_as_the_replacement_character(ours, text, meant):
+    assert ours.encode(text) == ours.encode(meant)
+    assert next(ours.encode_documents([text])).tolist() == ours.encode(meant)
+    trained = [Tokenizer.train([corpus * 3], 270).fingerprint for corpus in (text, meant)]
+    assert trained[0] == trained[1]
+
+
+def test_an_id_outside_the_vocabulary_is_refused_in_one_line(ours):
+    for wrong in (-1, ours.vocab_size):
+        assert_one_line(lambda wrong=wrong: ours.decode([5, wrong]), f"token id {wrong}")
+
+
+def test_token_lengths_add_up_to_the_bytes_of_a_text(ours):
+    ids = ours.encode(CORPUS)
+    assert ours.token_lengths.shape == (ours.vocab_size,)
+    assert ours.token_lengths[ids].sum() == len(CORPUS.encode())
+    assert not ours.token_lengths[list(ours.special_tokens.values())].any()
+
+
+def test_a_full_cache_changes_no_ids(ours, monkeypatch):
+    monkeypatch.setattr(minillm.tokenizer, "CACHED_WORDS", 3)
+    small = Tokenizer(ours.vocabulary)
+    assert small.encode(CORPUS) == ours.encode(CORPUS)
+    assert len(small._words) <= 3
+    small.encode("x" * 10_000)
+    assert all(len(word) <= minillm.tokenizer.CACHED_WORD_LENGTH for word in small._words)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_gives_the_same_documents_in_order(ours, monkeypatch, workers):
+    monkeypatch.setattr(minillm.tokenizer, "BATCH_LENGTH", 2_000)
+    documents = [f"{i} " + CORPUS[i % 90 :] if i % 5 else "" for i in range(60)] + ["\ud800"]
+    found = list(ours.encode_documents(iter(documents), workers))
+    assert [ids.tolist() for ids in found] == [ours.encode(text) for text in documents]
+    assert all(ids.dtype == np.uint32 for ids in found)
+
+
+def test_documents_stream_and_an_abandoned_stream_ends_its_workers(ours, monkeypatch):
+    monkeypatch.setattr(minillm.tokenizer, "BATCH_LENGTH", 100)
+    taken, document = [], "some text " * 10
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield document
+
+    stream = ours.encode_documents(endless(), workers=2)
+    assert next(stream).tolist() == ours.encode(document)
+    stream.close()
+    assert len(taken) <= 5  # two batches a worker, and the one that was asked for
+
+
+def test_tokenizing_loads_no_torch():
+    code = "import sys, minillm.tokenizer; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_pickled_tokenizer_encodes_alike(ours):
+    assert pickle.loads(pickle.dumps(ours)).encode(CORPUS) == ours.encode(CORPUS)
+
+
+# --- files, and other libraries as judges
+
+
+@given(tricky, st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_the_tokenizers_library_reads_our_file_with_the_same_ids(ours, theirs, text, special):
+    assert ours.encode(text, special) == encode_theirs(theirs, text, special)
+
+
+@given(st.text(st.sampled_from("a1 \n\r\t'sSſT\u00a0\u3000,.-é你\u0300"), max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_the_tokenizers_library_splits_alike(ours, theirs, text):
+    assert ours.encode(text) == encode_theirs(theirs, text)
+
+
+def test_autotokenizer_opens_a_saved_folder_with_the_same_ids_and_marks(ours, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours.save(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = CORPUS + "<|user|>hello<|end|>"
+    assert auto.encode(text, add_special_tokens=False) == ours.encode(text, special=True)
+    assert auto.encode(CORPUS) == ours.encode(CORPUS)
+    assert (auto.bos_token_id, auto.eos_token_id, auto.mask_token_id) == (
+        ours.bos_id,
+        ours.eos_id,
+        ours.mask_id,
+    )
+    assert auto.pad_token == ENDOFTEXT
+    assert len(auto) == ours.vocab_size
+    assert auto.decode(ours.encode(CORPUS)) == CORPUS
+    # And what transformers writes, its chat template in a file of its own, opens here.
+    auto.chat_template = "{{ messages }}"
+    auto.save_pretrained(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert again.encode(text, special=True) == ours.encode(text, special=True)
+    assert (again.bos_id, again.eos_id) == (ours.bos_id, ours.eos_id)
+    assert again.config["chat_template"] == "{{ messages }}"
+
+
+def test_gpt2_gives_the_published_ids(gpt2, shared_data):
+    folder = shared_data / "interop" / "gpt2"
+    source = (folder / "ggml-vocab-gpt-2.gguf.inp").read_bytes().decode()
+    strings = source.split("\n__ggml_vocab_test__\n")
+    lines = (folder / "ggml-vocab-gpt-2.gguf.out").read_text(encoding="utf-8").split("\n")
+    expected = [[int(i) for i in line.split()] for line in lines]
+    assert len(strings) == 47 == len(expected)
+    assert [gpt2.encode(text) for text in strings] == expected
+    assert [gpt2.decode(ids) for ids in expected] == strings
+
+
+def as_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    special = tokenizer.special_tokens
+    ranks = {
+        token: i for token, i in tokenizer.vocabulary.vocab.items() if i not in special.values()
+    }
+    return tiktoken.Encoding(
+        "judge",
+        pat_str=tokenizer.vocabulary.patterns[0],
+        mergeable_ranks=ranks,
+        special_tokens=special,
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2_tiktoken(gpt2) -> tiktoken.Encoding:
+    # Its ranks are ids in the order of the merges: 256 bytes first, then 50,000 products.
+    return as_tiktoken(gpt2)
+
+
+@given(st.one_of(texts, st.text("aeinorst hld'.,\n0123")))
+@settings(max_examples=300, deadline=None)
+def test_gpt2_gives_tiktokens_ids(gpt2, gpt2_tiktoken, text):
+    assert gpt2.encode(text) == gpt2_tiktoken.encode_ordinary(text)
+
+
+def test_gpt2_encodes_a_play_as_tiktoken_does(gpt2, gpt2_tiktoken, shared_data):
+    text = (shared_data / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:200_000]
+    assert gpt2.encode(text) == gpt2_tiktoken.encode_ordinary(text)
+
+
+def test_save_and_load_keep_everything(ours, tmp_path):
+    tokenizer = Tokenizer(ours.vocabulary, {**ours.config, "chat_template": "é {{ x }}", "n": 1})
+    tokenizer.save(tmp_path / "new" / "folder")
+    loaded = Tokenizer.load(tmp_path / "new" / "folder" / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert tokenizer.config.items() <= loaded.config.items()
+    loaded.save(tmp_path / "other.json")
+    first = (tmp_path / "new" / "folder" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "other.json").read_bytes() == first
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_fingerprint_changes_with_anything_that_changes_ids(ours):
+    changed = [
+        Tokenizer.train([CORPUS], 330),
+        Tokenizer.train([CORPUS], 400, pattern=GPT2_PATTERN),
+        Tokenizer.train([CORPUS], 400, SPECIAL_TOKENS[::-1]),
+        Tokenizer(ours.vocabulary, {**ours.config, "eos_token": "<|end|>"}),
+    ]
+    assert len({ours.fingerprint, *(tokenizer.fingerprint for tokenizer in changed)}) == 5
+
+
+def test_a_failed_save_leaves_the_old_files(ours, tmp_path, monkeypatch):
+    ours.save(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert_one_line(lambda: Tokenizer.train(["x"], 300).save(tmp_path), "No space left")
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "bos", "eos"),
+    [
+        ({"bos_token": "<|user|>", "eos_token": "<|end|>"}, "<|user|>", "<|end|>"),
+        ({"bos_token": None, "eos_token": {"content": "<|end|>"}}, "<|end|>", "<|end|>"),
+        ({"eos_token": None}, None, None),
+        (None, ENDOFTEXT, ENDOFTEXT),
+    ],
+)
+def test_the_marks_of_a_document_come_from_tokenizer_config(ours, tmp_path, config, bos, eos):
+    ours.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.bos_id == (None if bos is None else loaded.special_tokens[bos])
+    assert loaded.eos_id == (None if eos is None else loaded.special_tokens[eos])
+
+
+# What the library can be told to do with byte-level BPE, as in files of well-known models.
+def digits_first() -> pre_tokenizers.PreTokenizer:  # SmolLM, StarCoder
+    steps = [pre_tokenizers.Digits(individual_digits=True)]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def several_splits() -> pre_tokenizers.PreTokenizer:  # DeepSeek
+    patterns = [tokenizers.Regex(r"\p{N}{1,3}"), tokenizers.Regex("[一-龥]+"), "--"]
+    steps = [pre_tokenizers.Split(pattern, "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def no_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def gpt2_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def trained_by_the_library(split=gpt2_split, model=None, **settings) -> tokenizers.Tokenizer:
+    """A byte-level BPE of the library's own making; settings of the trainer."""
+    judge = tokenizers.Tokenizer(model or models.BPE())
+    judge.pre_tokenizer, judge.decoder = split(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        **settings,
+    )
+    judge.train_from_iterator([CORPUS], trainer)
+    return judge
+
+
+def with_nfc() -> tokenizers.Tokenizer:  # Qwen
+    judge = trained_by_the_library()
+    judge.normalizer = normalizers.NFC()
+    return judge
+
+
+def with_whole_words() -> tokenizers.Tokenizer:  # Llama 3
+    judge = trained_by_the_library(model=models.BPE(ignore_merges=True))
+    document = json.loads(judge.to_str())
+    # A token that no merge makes: only a word that is the whole of it can have it.
+    document["model"]["vocab"]["xyzzy"] = len(document["model"]["vocab"])
+    return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+def with_added_tokens() -> tokenizers.Tokenizer:  # Qwen's <tool_call>, and special ones behind
+    judge = trained_by_the_library()
+    plain = [tokenizers.AddedToken("<|of|>", normalized=False), "  \n", "ab"]
+    judge.add_tokens(plain)
+    judge.add_special_tokens(["<|end|>"])
+    return judge
+
+
+def with_old_merges() -> tokenizers.Tokenizer:
+    """Merges written as "a b", as older files have them, and in an order that no training gives."""
+    document = json.loads(trained_by_the_library().to_str())
+    document["model"]["merges"] = [" ".join(m) for m in reversed(document["model"]["merges"])]
+    return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+makers = {
+    "GPT-2": trained_by_the_library,
+    "SmolLM": lambda: trained_by_the_library(digits_first),
+    "DeepSeek": lambda: trained_by_the_library(several_splits),
+    "no split": lambda: trained_by_the_library(no_split),
+    "NFC": with_nfc,
+    "ignore_merges": with_whole_words,
+    "added tokens": with_added_tokens,
+    "old merges": with_old_merges,
+}
+spoken = ["<s>", "</s>", "<|of|>", "<|end|>", "ab", "xyzzy", "  \n", "the", " cat", "12", "e\u0301"]
+
+
+@pytest.fixture(scope="module", params=makers)
+def opened(request, tmp_path_factory) -> tuple[tokenizers.Tokenizer, Tokenizer, Tokenizer]:
+    """A tokenizer of the library, the same opened here, and that saved and opened again."""
+    folder = tmp_path_factory.mktemp("theirs")
+    judge = makers[request.param]()
+    judge.save(str(folder / "tokenizer.json"))
+    loaded = Tokenizer.load(folder)
+    loaded.save(folder / "again")
+    return judge, loaded, Tokenizer.load(folder / "again")
+
+
+@given(st.lists(st.one_of(texts, st.sampled_from(spoken))).map("".join), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_a_file_of_the_tokenizers_library_opens_with_the_same_ids(opened, text, special):
+    judge, loaded, again = opened
+    expected = encode_theirs(judge, text, special)
+    assert loaded.encode(text, special) == expected
+    assert again.encode(text, special) == expected
+
+
+def test_a_file_loaded_and_saved_means_the_same_to_the_library(opened, tmp_path):
+    judge, loaded, _ = opened
+    loaded.save(tmp_path)
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = CORPUS + "".join(spoken)
+    for special in (True, False):
+        assert encode_theirs(again, text, special) == encode_theirs(judge, text, special)
+
+
+def test_a_post_processor_is_kept_for_other_tools(tmp_path):
+    judge = trained_by_the_library()
+    judge.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", judge.token_to_id("<s>"))]
+    )
+    judge.save(str(tmp_path / "tokenizer.json"))
+    Tokenizer.load(tmp_path).save(tmp_path / "again")
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode("the cat").ids == judge.encode("the cat").ids
+    assert Tokenizer.load(tmp_path).encode("the cat") == judge.encode("the cat").ids[1:]
+
+
+# --- what is refused
+
+
+def assert_one_line(action, *fragments: str) -> None:
+    with pytest.raises(InputError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400, message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def change(document: dict, path: str, value) -> None:
+    *keys, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+    for key in keys:
+        document = document[key]
+    if value is None:
+        del document[last]
+    elif path.startswith("model/vocab/") and str(value).isalpha():
+        document[value] = document.pop(last)  # another name for the same id
+    else:
+        document[last] = value
+
+
+nested = r"[^(\s|[.,!?])]+"  # a set within a set, as in BLOOM's file
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fragment"),
+    [
+        ("model/type", "Unigram", "Unigram"),
+        ("model/type", "WordPiece", "WordPiece"),
+        ("model/byte_fallback", True, "byte_fallback"),
+        ("model/dropout", 0.1, "dropout"),
+        ("model/end_of_word_suffix", "</w>", "end_of_word_suffix"),
+        ("pre_tokenizer", {"type": "Metaspace", "replacement": "▁"}, "Metaspace"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
+        ("pre_tokenizer/pretokenizers/0", {"type": "Whitespace"}, "Whitespace"),
+        ("pre_tokenizer/pretokenizers/0/behavior", "Removed", "Isolated"),
+        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": nested}, "disagree"),
+        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": r"\h+|a"}, "disagree"),
+        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": "(a"}, "not valid"),
+        ("normalizer", {"type": "Lowercase"}, "Lowercase"),
+        ("decoder", {"type": "Metaspace"}, "Metaspace"),
+        ("added_tokens/0/lstrip", True, "lstrip"),
+        ("added_tokens/0/id", 7, "added tokens"),
+        ("model/vocab/Ġthe", 100_000, "holes"),
+        ("model/vocab/Ġthe", 65, "two tokens"),
+        ("model/vocab/Ġthe", "300", "whole number"),
+        ("model/vocab/Ġthe", None, "added tokens"),
+        ("model/vocab/Ġthe", "qqq", "lacks a token"),
+        ("model/vocab/a", "qqq", "bytes"),
+        ("model/vocab/Ġthe", "日本", "byte-level"),
+        ("model/merges", [["q", "q"]], "lacks a token"),
+        ("model/merges", [["q"]], "not a complete"),
+        ("model", None, "not a complete"),
+        ("model/vocab", [["a", 0.0]], "not a complete"),
+        ("pre_tokenizer", None, "not a complete"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, path, value, fragment):
+    document = json.loads(to_json(Tokenizer.train(["in the end, the cat " * 9], 290).vocabulary))
+    change(document, path, value)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    assert_one_line(lambda: Tokenizer.load(tmp_path), str(file), fragment)
+
+
+def test_a_missing_or_broken_file_is_refused_in_one_line(ours, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    assert_one_line(lambda: Tokenizer.load(tmp_path), str(file), "No such file")
+    whole = to_json(ours.vocabulary).encode()
+    for broken in (b"", whole[:2000], b"\xff" + whole, b"[1, 2]", b"{}", b"null"):
+        file.write_bytes(broken)
+        assert_one_line(lambda: Tokenizer.load(tmp_path), str(file))
+    ours.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
+    assert_one_line(lambda: Tokenizer.load(tmp_path), "<|stop|>", str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert_one_line(lambda: Tokenizer.load(tmp_path), "tokenizer_config.json")
+
+
+def test_nfc_is_unicodes_own(ours):
+    text = "e\u0301" * 3
+    composed = Tokenizer(Vocabulary(**{**vars_of(ours.vocabulary), "nfc": True}))
+    assert composed.encode(text) == ours.encode(unicodedata.normalize("NFC", text))
+
+
+def vars_of(vocabulary: Vocabulary) -> dict:
+    return {name: getattr(vocabulary, name) for name in vocabulary.__dataclass_fields__}
