@@ -10,18 +10,18 @@ text has a next token to predict. Streams longer than memory are written and rea
 """
 
 import json
-import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import UInt
 
 from minillm.errors import InputError
+from minillm.files import sync_file, sync_folder
 
 Side = Literal["train", "val"]
 SIDES: tuple[Side, Side] = ("train", "val")
@@ -58,7 +58,7 @@ def write_streams(
             _fill(written, documents, dtype, bos, eos, notes)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             written.rename(folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     except OSError as error:
         if not folder.exists():  # else another process was faster, and the folder is its work
             raise InputError(
@@ -108,8 +108,8 @@ def _fill(
     counts |= {"dtype": dtype, "notes": dict(notes)}
     with open(folder / "counts.json", "w") as file:
         json.dump({"counts": counts, "checksum": _checksum(counts)}, file)
-        _sync_file(file)
-    _sync_folder(folder)
+        sync_file(file)
+    sync_folder(folder)
 
 
 class _Writer:
@@ -130,7 +130,7 @@ class _Writer:
         """Close the last document and sync; returns the counts."""
         if self.counts["documents"] and not len(self.eos):
             self._append(self.bos)
-        _sync_file(self.file)
+        sync_file(self.file)
         return self.counts
 
     def _append(self, tokens: Tokens) -> None:
@@ -142,14 +142,3 @@ class _Writer:
 
 def _checksum(counts: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(counts, sort_keys=True).encode())
-
-
-def _sync_file(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

@@ -15,7 +15,6 @@ in C.
 """
 
 import hashlib
-import json
 import os
 import sys
 import unicodedata
@@ -32,15 +31,14 @@ import numpy as np
 import regex
 
 from minillm.errors import InputError
+from minillm.files import read_json, write_json, write_text
 from minillm.vocabulary import (
     GPT2_PATTERN,
     GPT4_PATTERN,
     Vocabulary,
-    read_json,
     read_vocabulary,
     splitter,
     to_json,
-    write_atomically,
 )
 from minillm.workers import map_in_processes
 
@@ -358,9 +356,8 @@ class Tokenizer:
         file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         config = {"clean_up_tokenization_spaces": False, **self.config}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that obeys tokenizer.json
-        write_atomically(file, to_json(self.vocabulary))
-        text = json.dumps(config, ensure_ascii=False, indent=1) + "\n"
-        write_atomically(file.with_name("tokenizer_config.json"), text)
+        write_text(file, to_json(self.vocabulary))
+        write_json(file.with_name("tokenizer_config.json"), config)
 
 
 class _WordCache(dict[str, tuple[int, ...]]):

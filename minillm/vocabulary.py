@@ -7,7 +7,6 @@ read with other ids. What a file says of truncation and padding is ignored: they
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import regex
 
 from minillm.errors import InputError
+from minillm.files import read_json
 
 # A contraction, a word, a number or a run of anything else, each with the space before it; the
 # white space that is left. The step "ByteLevel" of a tokenizer.json means this one.
@@ -159,22 +159,6 @@ def _added_token(name: str, i: int, special: bool) -> dict:
     return {"id": i, "content": name, **switches, "special": special}
 
 
-def write_atomically(file: Path, content: str) -> None:
-    """Write all of a file or nothing of it, even if the machine stops in between."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from None
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -189,19 +173,6 @@ def read_vocabulary(file: Path) -> Vocabulary:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         reason = f"not a complete tokenizer.json ({detail})"
     raise InputError(f"{file}: {reason}")
-
-
-def read_json(file: Path) -> dict:
-    """The JSON object in a file. Raises InputError if there is none."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not valid JSON ({error}); was it copied whole?") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{file}: not a JSON object; check the path")
-    return document
 
 
 def _from_json(document: dict) -> Vocabulary:
