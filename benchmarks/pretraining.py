@@ -1,0 +1,82 @@
+"""Pretraining on tinyshakespeare beside nanoGPT: how low, how soon.
+
+    python benchmarks/pretraining.py --text tinyshakespeare.txt --nanogpt path/to/nanoGPT [--json FILE]
+
+nanoGPT runs its README's command for a CPU. minillm runs twice: `short`, to nanoGPT's loss in a tenth
+of its time, and `long`, within its whole time. Both train on the first 90% of the text and are judged
+on the last 10%; nats per character and nats per byte are the same here, since the text is ASCII. Times
+are wall times of the whole process: start-up, tokenizer, validation and saving included.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minillm.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--steps", "110", "--batch-tokens", "1024", "--block-size", "128"]
+LONG = ["--steps", "1700", "--batch-tokens", "1024", "--block-size", "128"]
+NANOGPT = ["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]
+
+
+def run(command: list[str], folder: Path) -> tuple[float, str]:
+    """Seconds of wall time, and what was printed."""
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return time.perf_counter() - began, done.stdout
+
+
+def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> tuple[float, float]:
+    data = checkout / "data" / "shakespeare_char"
+    shutil.copy(text, data / "input.txt")
+    run([sys.executable, str(data / "prepare.py")], checkout)  # not timed: ours tokenizes in its time
+    out = f"--out_dir={scratch / 'nanogpt'}"
+    seconds, printed = run([sys.executable, *NANOGPT, out], checkout)
+    return seconds, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
+
+
+def run_minillm(text: Path, options: list[str], scratch: Path) -> tuple[float, float]:
+    out = scratch / "minillm"
+    fresh = ["--out", str(out), "--cache", tempfile.mkdtemp(dir=scratch), "--overwrite", "--samples", "0"]
+    judged = ["--data", str(text), "--val-fraction", "0.1", "--val-tokens", "1000000"]
+    seconds, _ = run([sys.executable, "train.py", *judged, *fresh, *options], ROOT)
+    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    return seconds, final["val_nats_per_byte"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--nanogpt", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    text, checkout = arguments.text.resolve(), arguments.nanogpt.resolve()
+    results: dict[str, list[tuple[float, float]]] = {"minillm short": [], "nanoGPT": [], "minillm long": []}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for seed in range(arguments.rounds):
+            seeded = ["--seed", str(seed)]
+            results["minillm short"].append(run_minillm(text, [*SHORT, *seeded], scratch))
+            results["nanoGPT"].append(run_nanogpt(checkout, text, scratch))
+            results["minillm long"].append(run_minillm(text, [*LONG, *seeded], scratch))
+    peer = statistics.median(seconds for seconds, _ in results["nanoGPT"])
+    for name, runs in results.items():
+        seconds = statistics.median(seconds for seconds, _ in runs)
+        losses = ", ".join(f"{loss:.3f}" for _, loss in runs)
+        print(f"{name:14} {seconds:6.1f} s ({seconds / peer:.3f} of nanoGPT's)   nats/byte: {losses}")
+    if arguments.json:
+        record = {"results": results, "short": SHORT, "long": LONG, "nanogpt": NANOGPT, **provenance()}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

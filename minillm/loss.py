@@ -1,0 +1,88 @@
+"""From a batch to a loss: the few lines between the model and the kernels.
+
+A loss is summed here and divided by the caller, which alone knows how many targets the whole step
+has over all micro-batches and processes. Losses are in nats; divided by the bytes that the targets
+stand for they are comparable across tokenizers.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.cross_entropy import linear_cross_entropy
+from minillm.data import Batch
+from minillm.model import LanguageModel
+from minillm.runtime import Runtime
+
+IGNORED = -100
+"""A target that counts for nothing, as in torch."""
+
+
+def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The first position behind each position's document, from the documents' first positions.
+
+    Starts never fall along a row, so a document ends where the starts exceed its own.
+    """
+    start = start.contiguous()
+    return torch.searchsorted(start, start, right=True).to(start.dtype)
+
+
+def summed_loss(
+    forward: Callable[..., Tensor], model: LanguageModel, batch: Batch
+) -> Float[Tensor, ""]:
+    """Σ -log p(target) over the batch. `forward` is the model, or what the runtime wrapped it in."""
+    end = None if model.config.causal else document_ends(batch.start)
+    hidden = forward(batch.tokens, batch.start, end)
+    return linear_cross_entropy(
+        hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten(), IGNORED, reduction="sum"
+    )
+
+
+def backward(
+    forward: Callable[..., Tensor], model: LanguageModel, batch: Batch, micro_tokens: int, runtime: Runtime
+) -> float:
+    """Adds the gradient of the batch's mean loss to the weights; returns that mean, in nats a target.
+
+    `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
+    most `micro_tokens`; dividing by the targets of the whole makes the result the same however the rows
+    are shared out. DistributedDataParallel averages over processes, hence the factor `world`.
+    """
+    targets = max(1, int((batch.targets != IGNORED).sum()))
+    rows, row_tokens = batch.tokens.shape
+    begin, end = (rows * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
+    micro_rows = max(1, micro_tokens // row_tokens)
+    total = torch.zeros((), device=runtime.device)
+    for row in range(begin, end, micro_rows):
+        last = row + micro_rows >= end
+        with runtime.sync_gradients(forward, last):
+            micro = batch.rows(row, min(row + micro_rows, end)).to(runtime.device)
+            loss = summed_loss(forward, model, micro)
+            (loss * (runtime.world / targets)).backward()
+        total += loss.detach()
+    return runtime.total(total).item() / targets
+
+
+def target_bytes(batch: Batch, token_bytes: Int[Tensor, " V"]) -> int:
+    """How many bytes of text the targets stand for; special tokens stand for none."""
+    return int(token_bytes[batch.targets[batch.targets != IGNORED]].sum())
+
+
+def per_byte(loss: float, batch: Batch, token_bytes: Int[Tensor, " V"]) -> float:
+    """A batch's loss in nats per target, as nats per byte of text."""
+    return loss * int((batch.targets != IGNORED).sum()) / max(1, target_bytes(batch, token_bytes))
+
+
+@torch.no_grad()
+def nats_per_byte(
+    model: LanguageModel, batches: Iterable[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
+) -> float:
+    """The loss over validation batches (on the CPU), shared out among the processes."""
+    totals = torch.zeros(2, dtype=torch.float64)
+    for i, batch in enumerate(batches):
+        if i % runtime.world == runtime.rank:
+            totals[0] += summed_loss(model, model, batch.to(runtime.device)).item()
+            totals[1] += target_bytes(batch, token_bytes)
+    nats, size = runtime.total(totals.to(runtime.device)).tolist()
+    return nats / max(1, size)

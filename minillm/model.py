@@ -1,0 +1,348 @@
+"""One decoder of the Llama family, and the language-model head on top of it.
+
+    tokens [B, T] ─► embedding ─► L × (attention, SwiGLU) ─► norm ─► hidden [B, T, D]
+
+Each block adds to the residual stream twice: x + attention(norm(x)), then x + mlp(norm(x)).
+With `qk_norm` the layout is Qwen3's, without it Llama's. The module names are the names Hugging Face
+gives the weights, so `state_dict()` is the file layout and nothing is ever renamed.
+
+The model returns hidden states, not logits: the losses in kernels/ meet `hidden` and `lm_head.weight`
+directly, and only sampling asks for the logits of one position. There is no dropout and no bias.
+
+Sources: RMSNorm, Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4; rotary positions, Su et al. 2021
+(arXiv 2104.09864), section 3.4; SwiGLU, Shazeer 2020 (arXiv 2002.05202), eq. 6; grouped-query
+attention, Ainslie et al. 2023 (arXiv 2305.13245), section 2; QK-norm, Henry et al. 2020
+(arXiv 2010.04245), section 3, in the per-head RMSNorm form of Qwen3; bidirectional training,
+Devlin et al. 2018 (arXiv 1810.04805), section 3.1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from minillm.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Field names are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    """V, the rows of the embedding and of the output matrix."""
+    hidden_size: int
+    """D, the width of the residual stream."""
+    intermediate_size: int
+    """The width inside the SwiGLU block."""
+    num_hidden_layers: int
+    """How many blocks."""
+    num_attention_heads: int
+    """H, the query heads."""
+    num_key_value_heads: int
+    """K, the key/value heads; each serves H / K query heads."""
+    head_dim: int
+    """C, the width of a head; even, because rotary positions turn pairs."""
+    max_position_embeddings: int
+    """The longest row the model was trained on, in tokens."""
+    rope_theta: float = 10_000.0
+    """The base of the rotary wavelengths."""
+    rope_llama3: tuple[float, float, float, int] | None = None
+    """Llama 3.1's stretching of long wavelengths: factor, low and high frequency factor, original
+    length. None for plain rotary positions."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square before the root."""
+    tie_word_embeddings: bool = False
+    """Whether the output matrix is the embedding."""
+    qk_norm: bool = True
+    """Whether queries and keys are normalised per head (the Qwen3 layout)."""
+    causal: bool = True
+    """False for a model trained on masked tokens, which sees both sides and cannot generate."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise InputError(f"model: {name} is {getattr(self, name)}; give at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"model: {self.num_attention_heads} query heads cannot be shared by "
+                f"{self.num_key_value_heads} key/value heads; give a divisor"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"model: head_dim is {self.head_dim}; rotary positions need an even one")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise InputError(f"model: rope_theta is {self.rope_theta}; give a number above 0")
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
+            raise InputError(f"model: rms_norm_eps is {self.rms_norm_eps}; give 0 or more")
+        if self.rope_llama3 is not None:
+            factor, low, high, original_length = self.rope_llama3
+            if not (factor > 0 and 0 < low < high < math.inf and original_length > 0):
+                raise InputError(f"model: rope_llama3 is {self.rope_llama3}; give numbers above 0, "
+                                 "the low frequency factor below the high one")  # fmt: skip
+
+class Linear(nn.Linear):
+    """A matrix without bias that computes in the precision of its input (weights stay float32)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, in the precision of its input."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
+    """Radians per position of each pair of channels: theta^(-2i/C), i = 0 … C/2 - 1.
+
+    Llama 3.1 slows the low frequencies down by a factor, with a smooth ramp between the two
+    corner wavelengths, so that positions beyond the original length stay within known angles.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    if config.rope_llama3 is None:
+        return frequencies
+    factor, low, high, original_length = config.rope_llama3
+    turns = original_length * frequencies / (2 * torch.pi)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (ramp + (1 - ramp) / factor)
+
+
+def rotate(
+    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "#B 1 T half"], sin: Float[Tensor, "#B 1 T half"]
+) -> Float[Tensor, "B heads T C"]:
+    """Turns the channel pairs (i, i + C/2) of every position by that position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the positions already seen, for B rows of different lengths.
+
+    `lengths[b]` positions of row b are real; whatever lies behind them (right padding of a prompt)
+    is never attended to and is overwritten as the row grows. `longest` is the largest length as a
+    Python number, so that attention can stop there without asking the device.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, size: int, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.longest = 0
+
+    def advance(self, lengths: Int[Tensor, "B"], longest: int) -> None:
+        """Counts the positions just written as real: row b now holds `lengths[b]` of them."""
+        self.lengths, self.longest = lengths, longest
+
+    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+        """Drops every row that is not in `rows`."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max())
+
+    def write(
+        self, layer: int, k: Float[Tensor, "B K T C"], v: Float[Tensor, "B K T C"]
+    ) -> tuple[Float[Tensor, "B K S C"], Float[Tensor, "B K S C"]]:
+        """Stores T new positions behind each row's length; returns all keys and values so far."""
+        new = k.shape[2]
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        positions = self.lengths[:, None] + torch.arange(new, device=k.device)
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        seen = self.longest + new
+        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares: rotary angles, attention bounds, the cache."""
+
+    cos: Float[Tensor, "#B 1 T half"]
+    sin: Float[Tensor, "#B 1 T half"]
+    start: Int[Tensor, "B T"] | None
+    end: Int[Tensor, "B T"] | None
+    causal: bool
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        width, head = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, head
+        self.q_proj = Linear(width, config.num_attention_heads * head)
+        self.k_proj = Linear(width, config.num_key_value_heads * head)
+        self.v_proj = Linear(width, config.num_key_value_heads * head)
+        self.o_proj = Linear(config.num_attention_heads * head, width)
+        self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.write(self.layer, k, v)
+        seen = attention(q, k, v, start=context.start, end=context.end, causal=context.causal)
+        return self.o_proj(seen.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states; the trunk that every head shares."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        start: Int[Tensor, "B T"] | None = None,
+        end: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states after the last norm.
+
+        Position t attends to start[b, t] ≤ s < end[b, t] and, in a causal model, to no s > t.
+        With a cache, the T tokens follow the positions the cache holds.
+        """
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        context = self._context(tokens, start, end, cache)
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+    def _context(self, tokens: Tensor, start: Tensor | None, end: Tensor | None,
+                 cache: KVCache | None) -> Context:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
+            end = (positions + 1).to(torch.int32)
+        # Angles in float32: bfloat16 cannot tell position 256 from 257.
+        angles = (positions[:, None, :, None] * self.frequencies)
+        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        return Context(cos, sin, start, end, self.config.causal and cache is None, cache)
+
+
+class LanguageModel(nn.Module):
+    """The decoder with an output matrix: `lm_head.weight` [V, D] turns hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.model.compute_dtype = compute_dtype
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        start: Int[Tensor, "B T"] | None = None,
+        end: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Hidden states [B, T, D]; see `Decoder.forward`."""
+        return self.model(tokens, start, end, cache)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits in float32, for sampling: ask for one position, not for a batch."""
+        return self.lm_head(hidden).float()
+
+
+def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, **overrides) -> ModelConfig:
+    """The shape that follows from the one dial.
+
+    width = 32 · depth; heads are 32 wide up to a width of 256, 64 up to 1,024 and 128 beyond, one
+    key/value head to each; the SwiGLU block is 8/3 as wide as the stream (as many weights as a plain
+    block of 4), rounded up to a multiple of 64. `overrides` names what is wanted otherwise.
+    """
+    width = overrides.pop("hidden_size", None) or 32 * depth
+    head = overrides.pop("head_dim", None) or (32 if width <= 256 else 64 if width <= 1024 else 128)
+    heads = overrides.pop("num_attention_heads", None) or max(1, width // head)
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 64 * -(-8 * width // (3 * 64)),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": head,
+        "max_position_embeddings": max_position_embeddings,
+    }
+    return ModelConfig(**shape | {name: value for name, value in overrides.items() if value is not None})
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many weights a model of this shape has."""
+    width, head = config.hidden_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    norms = 2 * width + (2 * head if config.qk_norm else 0)
+    block = heads * head * width + 3 * width * config.intermediate_size + norms
+    ends = 1 if config.tie_word_embeddings else 2
+    return ends * config.vocab_size * width + config.num_hidden_layers * block + width
+
+
+def initialize(model: LanguageModel, generator: torch.Generator) -> None:
+    """Random weights, drawn in the order of `named_parameters`.
+
+    Every matrix keeps the size of what passes through it (variance 1 / fan-in), except the two that
+    write into the residual stream: they start at zero, so that each block starts as the identity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+        elif name.endswith("embed_tokens.weight"):
+            nn.init.normal_(parameter, std=1.0, generator=generator)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)

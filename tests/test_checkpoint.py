@@ -1,0 +1,618 @@
+"""Run folders: nothing is lost, two runs never mix, and whatever is wrong in a folder is one line."""
+
+import errno
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minillm.checkpoint import (
+    RESUME_FILE,
+    RUN_FILES,
+    TrainingState,
+    check_run_folder,
+    config_from_json,
+    config_to_json,
+    load_model,
+    read_tensors,
+    save_model,
+    start_run_folder,
+)
+from minillm.errors import InputError
+from minillm.files import write_atomically, write_json
+from minillm.model import LanguageModel, ModelConfig, initialize
+from minillm.optim import Rates, build_optimizers
+from minillm.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+LAW = settings(deadline=None, max_examples=60)
+CONFIG = ModelConfig(
+    vocab_size=264, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4, max_position_embeddings=32,
+)  # fmt: skip
+
+
+def refusal(action: Callable, *arguments, **options) -> str:
+    """The one line with which an action is refused."""
+    with pytest.raises(InputError) as caught:
+        action(*arguments, **options)
+    message = str(caught.value)
+    assert message.strip() and "\n" not in message
+    return message
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- Writing
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+)
+def test_a_write_that_fails_midway_leaves_the_old_file_and_says_so(tmp_path, error):
+    path = tmp_path / "weights"
+    path.write_bytes(b"old")
+
+    def write(file: Path) -> None:
+        file.write_bytes(b"half of the n")
+        raise error
+
+    message = refusal(write_atomically, path, write)
+    assert str(path) in message and "unchanged" in message
+    assert contents(tmp_path) == {"weights": b"old"}
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_fails_while_syncing_or_renaming_leaves_the_old_file(tmp_path, monkeypatch, step):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": True})
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"minillm.files.os.{step}", fail)
+    assert "No space left" in refusal(write_json, path, {"new": True})
+    assert contents(tmp_path) == {"a.json": b'{\n  "old": true\n}\n'}
+
+
+def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monkeypatch):
+    save_model(tmp_path, small_model(), TOKENIZER)
+    before = contents(tmp_path)
+
+    def save_half(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device\n(os error 28)")
+
+    monkeypatch.setattr("minillm.checkpoint.save_file", save_half)
+    message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
+    assert "model.safetensors" in message and "No space left" in message
+    refusal(trained_state().save, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_options_with_file_names_of_any_bytes_can_be_written(tmp_path):
+    """Python hands such bytes over as lone surrogates, which no UTF-8 file can hold as they are."""
+    write_json(tmp_path / "run.json", {"data": ["caf\udce9.txt"]})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"data": ["caf\udce9.txt"]}
+
+
+def test_a_defect_of_ours_while_writing_is_no_bad_input_and_leaves_the_old_file_too(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert contents(tmp_path) == {"a.json": b"[\n  1\n]\n"}
+
+
+def test_nobody_ever_sees_a_file_that_is_half_written(tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    seen = []
+
+    def write(file: Path) -> None:
+        file.write_bytes(b"half")
+        seen.append(path.exists())
+        file.write_bytes(b"whole")
+
+    write_atomically(path, write)
+    assert seen == [False] and contents(tmp_path) == {"deep/er/file": b"whole"}
+
+
+def test_a_file_where_a_folder_is_needed_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refusal(write_json, tmp_path / "file" / "run.json", {})
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+# ---- Claiming a folder
+
+
+@pytest.mark.parametrize(
+    ("files", "resume", "overwrite", "refused"),
+    [
+        (None, False, False, None),
+        (None, True, False, None),
+        ([], False, False, None),
+        ([".DS_Store"], False, False, None),
+        (["notes.txt"], False, False, "not a run's"),
+        (["notes.txt"], False, True, "not a run's"),
+        (["run.json", "notes.txt"], False, False, "--overwrite"),
+        (["run.json", "notes.txt"], False, True, None),
+        (["run.json", "model.safetensors"], False, False, "--resume"),
+        (["run.json"], True, False, None),
+        (["config.json", "model.safetensors"], False, True, "not a run's"),
+    ],
+)
+def test_two_runs_never_mix_in_a_folder(tmp_path, files, resume, overwrite, refused):
+    folder = tmp_path / "out"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("mine")
+    before = contents(tmp_path)
+    if refused:
+        message = refusal(check_run_folder, folder, resume, overwrite)
+        assert str(folder) in message and refused in message
+    else:
+        check_run_folder(folder, resume, overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("below", [".", "run", "a/b"])
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, resume, below):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in refusal(check_run_folder, tmp_path / "file" / below, resume, True)
+
+
+def test_a_folder_no_disk_can_hold_is_refused_before_anything_is_computed(tmp_path):
+    assert "too long" in refusal(check_run_folder, tmp_path / ("x" * 300), False, False)
+
+
+def test_a_new_run_removes_the_files_of_the_old_one_and_nothing_else(tmp_path):
+    mine = {
+        "notes.txt": b"mine",
+        "resume/mine": b"mine",
+        ".hidden": b"mine",
+        "model.safetensors.bak": b"mine",
+    }
+    for name in [*mine, *map(str, RUN_FILES)]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    start_run_folder(tmp_path, {"depth": 4}, "train")
+    left = contents(tmp_path)
+    run = json.loads(left.pop("run.json"))
+    assert left == mine
+    assert (run["stage"], run["options"]) == ("train", {"depth": 4}) and "versions" in run
+
+
+def test_a_folder_in_the_place_of_a_run_file_is_one_line(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    assert "config.json" in refusal(start_run_folder, tmp_path, {}, "train")
+
+
+# ---- Opening models
+
+TOKENIZER = Tokenizer.train(["a little world"], 262)
+
+
+def small_model(config: ModelConfig = CONFIG, seed: int = 0) -> LanguageModel:
+    model = LanguageModel(config)
+    initialize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def save_sharded(folder: Path) -> None:
+    """The folder of `save_model`, with its weights in two shards as transformers writes them."""
+    save_model(folder, small_model(), TOKENIZER)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {
+        "model-1-of-2.safetensors": sorted(tensors)[::2],
+        "model-2-of-2.safetensors": sorted(tensors)[1::2],
+    }
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / shard, metadata={"format": "pt"})
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_model(tmp_path, small_model(), TOKENIZER)
+    return tmp_path
+
+
+def config(**changes) -> Callable[[Path], None]:
+    """Changes fields of config.json."""
+
+    def edit(folder: Path) -> None:
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | changes))
+
+    return edit
+
+
+def replaced(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def truncated(name: str, share: float) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return cut
+
+
+def weights(**changes) -> Callable[[Path], None]:
+    """Changes tensors of model.safetensors (dots written as __); None removes one."""
+
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        for name, value in changes.items():
+            key = name.replace("__", ".")
+            tensors = {n: t for n, t in tensors.items() if n != key} | ({} if value is None else {key: value})
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def index(content) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return write
+
+
+DAMAGES = {
+    "no config": (removed("config.json"), "config.json"),
+    "empty config": (replaced("config.json", b""), "config.json"),
+    "cut config": (truncated("config.json", 0.6), "config.json"),
+    "config not utf-8": (replaced("config.json", b'{"a": "\xff"}'), "config.json"),
+    "config a list": (replaced("config.json", b"[]"), "config.json"),
+    "config nested deeply": (replaced("config.json", b"[" * 100_000), "config.json"),
+    "config with an endless number": (
+        replaced("config.json", b'{"vocab_size": 1' + b"0" * 5000 + b"}"), "config.json"),
+    "another family": (config(model_type="gpt2"), "gpt2"),
+    "no family": (config(model_type=None), "model_type"),
+    "family a list": (config(model_type=["llama"]), "model_type"),
+    "biases": (config(attention_bias=True), "attention_bias"),
+    "mlp biases": (config(mlp_bias=True), "mlp_bias"),
+    "sliding window": (config(use_sliding_window=True), "use_sliding_window"),
+    "quantised": (config(quantization_config={"bits": 4}), "quantization_config"),
+    "another activation": (config(hidden_act="gelu"), "hidden_act"),
+    "yarn": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+    "old linear scaling": (
+        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2}), "linear"),
+    "llama3 incomplete": (config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    "llama3 of words": (
+        config(rope_parameters={"rope_type": "llama3", "factor": "8", "low_freq_factor": 1.0,
+                                "high_freq_factor": 4.0, "original_max_position_embeddings": 8}), "factor"),
+    "rope a number": (config(rope_parameters=5), "rope_parameters"),
+    "rope type a list": (config(rope_parameters={"rope_type": ["default"]}), "rotary"),
+    "theta a word": (config(rope_theta="big", rope_parameters=None), "rope_theta"),
+    "theta infinite": (config(rope_parameters={"rope_theta": float("inf")}), "rope_theta"),
+    "no layers": (config(num_hidden_layers=None), "num_hidden_layers"),
+    "no heads": (config(num_attention_heads=None, head_dim=None), "num_attention_heads"),
+    "zero heads": (config(num_attention_heads=0, head_dim=None), "num_attention_heads"),
+    "width a word": (config(hidden_size="8"), "hidden_size"),
+    "width a word, no head_dim": (config(hidden_size="8", head_dim=None), "hidden_size"),
+    "width a fraction": (config(hidden_size=8.5), "hidden_size"),
+    "vocabulary a truth": (config(vocab_size=True), "vocab_size"),
+    "eps NaN": (config(rms_norm_eps=float("nan")), "rms_norm_eps"),
+    "tie a word": (config(tie_word_embeddings="false"), "tie_word_embeddings"),
+    "causal a word": (config(minillm_causal="no"), "minillm_causal"),
+    "vocabulary immense": (config(vocab_size=10**12), "config.json"),
+    "width immense": (config(hidden_size=10**12), "config.json"),
+    "layers immense": (config(num_hidden_layers=10**12), "config.json"),
+    "layers too many": (config(num_hidden_layers=3), "missing"),
+    "layers too few": (config(num_hidden_layers=1), "not part"),
+    "another width": (config(hidden_size=6), "config.json asks for"),
+    "other heads": (config(num_attention_heads=3), "config.json asks for"),
+    "another layout": (config(model_type="llama"), "not part of this model"),
+    "tokenizer larger": (config(vocab_size=261), "tokenizer.json"),
+    "no tokenizer": (removed("tokenizer.json"), "tokenizer.json"),
+    "cut tokenizer": (truncated("tokenizer.json", 0.5), "tokenizer.json"),
+    "cut tokenizer_config": (truncated("tokenizer_config.json", 0.5), "tokenizer_config.json"),
+    "no weights": (removed("model.safetensors"), "model.safetensors"),
+    "empty weights": (replaced("model.safetensors", b""), "model.safetensors"),
+    "cut weights": (truncated("model.safetensors", 0.9), "model.safetensors"),
+    "cut header": (truncated("model.safetensors", 0.01), "model.safetensors"),
+    "weights a pickle": (replaced("model.safetensors", b"\x80\x04K\x01."), "model.safetensors"),
+    "immense header": (replaced("model.safetensors", struct.pack("<Q", 2**62) + b"{}"), "model.safetensors"),
+    "weight missing": (weights(lm_head__weight=None), "lm_head.weight"),
+    "weight unknown": (weights(model__extra=torch.ones(2)), "model.extra"),
+    "weight of another shape": (weights(model__norm__weight=torch.ones(9)), "model.norm.weight"),
+    "weight of integers": (
+        weights(model__norm__weight=torch.ones(8, dtype=torch.int64)), "model.norm.weight"),
+    "index empty": (index({}), "index.json"),
+    "index a list": (index({"weight_map": ["a"]}), "index.json"),
+    "index of numbers": (index({"weight_map": {"a": 1, "b": "c"}}), "index.json"),
+    "index of lists": (index({"weight_map": {"a": ["b"]}}), "index.json"),
+    "index outside the folder": (index({"weight_map": {"a": "../elsewhere.safetensors"}}), "index.json"),
+    "shard absent": (index({"weight_map": {"a": "model-1-of-2.safetensors"}}), "model-1-of-2.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_is_refused_in_one_line_and_stays_as_it_was(folder, damage):
+    do, named = DAMAGES[damage]
+    do(folder)
+    before = contents(folder)
+    message = refusal(load_model, folder, CPU, torch.float32)
+    assert str(folder) in message and named in message
+    assert len(message) < 600
+    assert contents(folder) == before
+
+
+def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "missing", tmp_path / "file"):
+        assert str(place) in refusal(load_model, place, CPU, torch.float32)
+
+
+def test_a_shard_that_is_absent_is_named(tmp_path):
+    save_sharded(tmp_path)
+    model, _ = load_model(tmp_path, CPU, torch.float32)
+    assert torch.equal(model.lm_head.weight, small_model().lm_head.weight)
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    assert "model-2-of-2.safetensors" in refusal(load_model, tmp_path, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("stretched", [None, (8.0, 1.0, 4.0, 16)])
+def test_a_model_comes_back_as_it_was_saved(tmp_path, tied, causal, qk_norm, stretched):
+    shape = replace(CONFIG, tie_word_embeddings=tied, causal=causal, qk_norm=qk_norm, rope_llama3=stretched)
+    model = small_model(shape, seed=3)
+    save_model(tmp_path, model, TOKENIZER)
+    again, tokenizer = load_model(tmp_path, CPU, torch.bfloat16)
+    assert again.config == shape and tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert again.model.compute_dtype == torch.bfloat16
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_a_model_may_be_saved_over_the_folder_it_was_opened_from(folder):
+    model, tokenizer = load_model(folder, CPU, torch.float32)
+    before = contents(folder)
+    save_model(folder, model, tokenizer)
+    assert contents(folder) == before
+
+
+def test_constants_that_old_checkpoints_hold_are_passed_over(folder):
+    weights(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(2))(folder)
+    load_model(folder, CPU, torch.float32)
+
+
+# ---- Any damage at all
+
+
+def flip(content: bytes, places: list[tuple[float, int]], length: float) -> bytes:
+    """Some bytes replaced, then cut to a share of its length."""
+    damaged = bytearray(content)
+    for place, byte in places:
+        damaged[int(place * (len(damaged) - 1))] = byte
+    return bytes(damaged[: round(length * len(damaged))])
+
+
+DAMAGE = st.tuples(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255) | st.sampled_from(b'09-e"[]{},:n')), max_size=4),
+    st.just(1.0) | st.floats(0, 1),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+@given(data=st.data())
+@LAW
+def test_any_damage_to_a_model_folder_ends_well_or_in_one_line(tmp_path_factory, name, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    save_model(folder, small_model(), TOKENIZER)
+    content = (folder / name).read_bytes()
+    # Most of a safetensors file is numbers: its header is the first part.
+    size = 8 + struct.unpack("<Q", content[:8])[0] if name.endswith("safetensors") else len(content)
+    (folder / name).write_bytes(flip(content[:size], *data.draw(DAMAGE)) + content[size:])
+    try:
+        load_model(folder, CPU, torch.float32)
+    except InputError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([0, -1, 10**15, 1e300]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+WHOLE_CONFIG = config_to_json(replace(CONFIG, rope_llama3=(8.0, 1.0, 4.0, 16)), TOKENIZER)
+
+
+@given(
+    st.dictionaries(st.sampled_from(sorted(WHOLE_CONFIG)), JSON, min_size=1, max_size=3),
+    st.dictionaries(st.sampled_from(sorted(WHOLE_CONFIG["rope_parameters"])), JSON, max_size=2),
+)
+@settings(LAW, max_examples=150)
+def test_any_value_in_any_field_of_config_json_is_a_shape_or_one_line(tmp_path_factory, fields, rope):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    rope = WHOLE_CONFIG["rope_parameters"] | rope
+    path.write_text(json.dumps(WHOLE_CONFIG | {"rope_parameters": rope} | fields))
+    try:
+        assert isinstance(config_from_json(path), ModelConfig)
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+# ---- The restart point
+
+
+class Numbers:
+    """A stream of batches that knows its position."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def new_state(config: ModelConfig = CONFIG, kind: str = "muon") -> TrainingState:
+    model = small_model(config)
+    return TrainingState(model, build_optimizers(model, Rates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
+
+
+def trained_state(**options) -> TrainingState:
+    state = new_state(**options)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizers.step(1.0)
+    state.step, state.tokens, state.seconds, state.data.position = 1, 64, 0.5, 7
+    return state
+
+
+def edit_restart(folder: Path, edit: Callable[[dict, dict], None]) -> None:
+    tensors, metadata = read_tensors(folder / RESUME_FILE)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    edit(tensors, metadata)
+    save_file(tensors, folder / RESUME_FILE, metadata=metadata)
+
+
+def first(tensors: dict, beginning: str) -> str:
+    return next(name for name in sorted(tensors) if name.startswith(beginning))
+
+
+def numbers(**changes) -> Callable[[dict, dict], None]:
+    """Changes the numbers beside the tensors."""
+    state = {"step": 1, "tokens": 1, "seconds": 0.5, "data": {"position": 1}}
+    return lambda tensors, metadata: metadata.update(state=json.dumps(state | changes))
+
+
+RESTARTS = {
+    "weight missing": lambda t, m: t.pop("model.lm_head.weight"),
+    "weight of another shape": lambda t, m: t.update({"model.lm_head.weight": torch.ones(3)}),
+    "weight of another model": lambda t, m: t.update({"model.lm_foot.weight": torch.ones(3)}),
+    "muon's state missing": lambda t, m: t.pop(first(t, "optimizer.0.")),
+    "adamw's step missing": lambda t, m: t.pop(next(n for n in t if n.endswith("step"))),
+    "all of adamw missing": lambda t, m: [t.pop(n) for n in list(t) if n.startswith("optimizer.1.")],
+    "all optimizers missing": lambda t, m: [t.pop(n) for n in list(t) if n.startswith("optimizer.")],
+    "state of another shape": lambda t, m: t.update({first(t, "optimizer.0."): torch.ones(3)}),
+    "state of no parameter": lambda t, m: t.update({"optimizer.0.99.momentum_buffer": torch.ones(3)}),
+    "state of no optimizer": lambda t, m: t.update({"optimizer.7.0.step": torch.ones(())}),
+    "state of no name": lambda t, m: t.update({"optimizer.x": torch.ones(())}),
+    "no numbers": lambda t, m: m.clear(),
+    "numbers not JSON": lambda t, m: m.update(state="{"),
+    "numbers a list": lambda t, m: m.update(state="[]"),
+    "step absent": numbers(step=None),
+    "step a word": numbers(step="x"),
+    "step negative": numbers(step=-1),
+    "step infinite": numbers(step=float("inf")),
+    "data absent": numbers(data=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", RESTARTS)
+def test_a_restart_point_that_does_not_fit_is_refused_in_one_line(tmp_path, damage):
+    trained_state().save(tmp_path)
+    edit_restart(tmp_path, RESTARTS[damage])
+    before = contents(tmp_path)
+    assert str(tmp_path / RESUME_FILE) in refusal(new_state().restore, tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kind": "adamw"},
+        {"config": replace(CONFIG, num_hidden_layers=1)},
+        {"config": replace(CONFIG, qk_norm=False)},
+    ],
+)
+def test_the_restart_point_of_another_run_is_refused(tmp_path, other):
+    trained_state().save(tmp_path)
+    assert str(tmp_path / RESUME_FILE) in refusal(new_state(**other).restore, tmp_path)
+
+
+def test_a_missing_restart_point_is_refused(tmp_path):
+    assert str(tmp_path / RESUME_FILE) in refusal(new_state().restore, tmp_path)
+
+
+@given(st.data())
+@settings(LAW, max_examples=100)
+def test_any_damage_to_a_restart_point_ends_well_or_in_one_line(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    trained_state().save(folder)
+    path = folder / RESUME_FILE
+    content = path.read_bytes()
+    size = 8 + struct.unpack("<Q", content[:8])[0]
+    path.write_bytes(flip(content[:size], *data.draw(DAMAGE)) + content[size:])
+    try:
+        new_state().restore(folder)
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_the_restart_point_of_the_real_mixture_survives_any_damage(tmp_path):
+    """The stream of a run reads nested state: whatever that holds, the refusal is one line."""
+    from minillm.data import Mixture, TokenizedSource
+
+    tokens = np.arange(200, dtype=np.uint16) % 50
+    source = TokenizedSource("a", 1.0, "f", 0, tokens, tokens, 200, 200, 1, 1, {})
+
+    def state_of() -> TrainingState:
+        state = new_state()
+        state.data = Mixture([source], 8, seed=0)
+        return state
+
+    state_of().save(tmp_path)
+    numbers = json.loads(read_tensors(tmp_path / RESUME_FILE)[1]["state"])
+    own = numbers["data"]["sources"]["a"]
+    for wrong in (
+        {**own, "epoch": "x"},
+        {**own, "epoch": -1},
+        {**own, "rows": "x"},
+        {**own, "rows": None},
+        {},
+        [],
+        5,
+        None,
+    ):
+        numbers["data"]["sources"] = {"a": wrong}
+        edit_restart(tmp_path, lambda t, m: m.update(state=json.dumps(numbers)))
+        assert str(tmp_path / RESUME_FILE) in refusal(state_of().restore, tmp_path)
+    for wrong in ([], 5, None, "a"):
+        numbers["data"]["sources"] = wrong
+        edit_restart(tmp_path, lambda t, m: m.update(state=json.dumps(numbers)))
+        refusal(state_of().restore, tmp_path)

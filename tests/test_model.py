@@ -1,0 +1,456 @@
+"""The model: the laws of its attention, the judgement of transformers, and the rules of its shape."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.checkpoint import load_model, save_model
+from minillm.errors import InputError
+from minillm.loss import document_ends
+from minillm.model import KVCache, LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+LAW = settings(deadline=None, max_examples=20)
+# The laws are held in float64, where only the logits themselves are rounded to float32: of size 1 to
+# 10, to about 1e-6.
+CLOSE = {"rtol": 1e-6, "atol": 2e-6}
+TINY = ModelConfig(
+    vocab_size=40, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@st.composite
+def configs(draw, vocab_size: int = 40) -> ModelConfig:
+    """Small shapes of every kind: grouped heads, heads that do not make up the width, odd widths."""
+    kv_heads, qk_norm = draw(st.integers(1, 3)), draw(st.booleans())
+    heads = kv_heads * draw(st.integers(1, 3))
+    rope = st.tuples(st.floats(1.5, 8), st.just(1.0), st.floats(2, 4), st.integers(4, 64))
+    return ModelConfig(
+        vocab_size=vocab_size,
+        # transformers refuses a Llama whose width is no multiple of its heads.
+        hidden_size=draw(st.integers(5, 20)) if qk_norm else heads * draw(st.integers(3, 5)),
+        intermediate_size=draw(st.integers(1, 24)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 4, 6, 8])),
+        max_position_embeddings=64,
+        rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
+        rope_llama3=draw(st.none() | rope),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
+        tie_word_embeddings=draw(st.booleans()),
+        qk_norm=qk_norm,
+    )
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """Every weight random, those that `initialize` leaves at zero or one too: no term may hide."""
+    model = LanguageModel(config, dtype)
+    random = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            wide = parameter.ndim == 2
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if wide else 1 + 0.2 * noise)
+    return model.eval()
+
+
+def random_tokens(config: ModelConfig, rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(config.vocab_size, (rows, length), generator=generator(seed))
+
+
+@torch.no_grad()
+def all_logits(model: LanguageModel, tokens: Tensor, **bounds) -> Tensor:
+    return model.logits(model(tokens, **bounds))
+
+
+# ---- Attention sees what it should, and nothing else
+
+
+@given(configs(), SEEDS, st.integers(2, 17), st.data())
+@LAW
+def test_a_position_depends_on_no_later_token(config, seed, length, data):
+    model, tokens = random_model(config, seed), random_tokens(config, 2, length, seed)
+    last = data.draw(st.integers(0, length - 2))
+    other = tokens.clone()
+    other[:, last + 1 :] = random_tokens(config, 2, length - last - 1, seed + 1)
+    seen = slice(0, last + 1)
+    torch.testing.assert_close(all_logits(model, tokens)[:, seen], all_logits(model, other)[:, seen], **CLOSE)
+
+
+@given(configs(), SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@LAW
+def test_right_padding_and_neighbours_in_the_batch_change_nothing(config, seed, lengths):
+    model = random_model(config, seed)
+    batch = random_tokens(config, len(lengths), max(lengths), seed)
+    together = all_logits(model, batch)
+    for row, length in enumerate(lengths):
+        alone = all_logits(model, batch[row : row + 1, :length])
+        torch.testing.assert_close(together[row : row + 1, :length], alone, **CLOSE)
+
+
+def starts_of(lengths: list[int]) -> Tensor:
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    pairs = zip(firsts, lengths, strict=True)
+    return torch.tensor([[first for first, length in pairs for _ in range(length)]], dtype=torch.int32)
+
+
+@given(configs(), SEEDS, st.lists(st.integers(1, 7), min_size=1, max_size=5), st.booleans())
+@LAW
+def test_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths, causal):
+    model = random_model(replace(config, causal=causal), seed)
+    tokens, start = random_tokens(config, 1, sum(lengths), seed), starts_of(lengths)
+    packed = all_logits(model, tokens, start=start, end=None if causal else document_ends(start))
+    alone = [all_logits(model, document) for document in tokens.split(lengths, dim=1)]
+    # Angles are float32: at position 30 they are off by 1e-6, which layers of unit gain multiply.
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
+    model = random_model(replace(TINY, causal=False))
+    start = starts_of([4, 5, 3])
+    tokens = random_tokens(TINY, 1, 12, seed=0)
+
+    def logits(changed: int) -> Tensor:
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % TINY.vocab_size
+        return all_logits(model, other, start=start, end=document_ends(start))
+
+    before = all_logits(model, tokens, start=start, end=document_ends(start))
+    for changed in range(12):
+        moved = (logits(changed) - before).abs().amax(dim=2)[0] > 1e-6
+        assert moved.tolist() == (start[0] == start[0, changed]).tolist()
+
+
+def cached_logits(model: LanguageModel, rows: Tensor, prompts: list[int], total: int) -> Tensor:
+    """Logits [B, T, V], fed as generation feeds them: padded prompts at once, then token by token.
+
+    Row b continues behind its own prompt, so the rows stand at different positions at every step.
+    """
+    config, longest = model.config, max(prompts)
+    cache = KVCache(config, len(prompts), total + longest, CPU, model.model.compute_dtype)
+    lengths = torch.tensor(prompts)
+    padded = rows[:, :longest].masked_fill(torch.arange(longest) >= lengths[:, None], 0)
+    out = torch.zeros(len(prompts), total + longest, config.vocab_size)
+    out[:, :longest] = all_logits(model, padded, cache=cache)
+    cache.advance(lengths, longest)
+    each = torch.arange(len(prompts))
+    for _ in range(total - min(prompts)):
+        token = rows[each, lengths.clamp(max=total - 1)]
+        out[each, lengths] = all_logits(model, token[:, None], cache=cache)[:, 0]
+        lengths = lengths + 1
+        cache.advance(lengths, cache.longest + 1)
+    return out[:, :total]
+
+
+@given(configs(), SEEDS, st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(6, 11))
+@LAW
+def test_padded_prompts_and_single_steps_over_a_cache_equal_one_forward(config, seed, prompts, total):
+    model, rows = random_model(config, seed), random_tokens(config, len(prompts), total, seed)
+    torch.testing.assert_close(cached_logits(model, rows, prompts, total), all_logits(model, rows), **CLOSE)
+
+
+def test_a_cache_that_drops_rows_serves_the_others_as_before():
+    model, rows = random_model(TINY), random_tokens(TINY, 4, 6, seed=1)
+    cache = KVCache(TINY, 4, 8, CPU, torch.float64)
+    all_logits(model, rows[:, :5], cache=cache)
+    cache.advance(torch.tensor([5, 2, 4, 3]), 5)
+    cache.keep(torch.tensor([False, True, False, True]))
+    assert (cache.lengths.tolist(), cache.longest) == ([2, 3], 3)
+    step = all_logits(model, rows[[1, 3], 5:], cache=cache)
+    for row, length, logits in ((1, 2, step[0]), (3, 3, step[1])):
+        sequence = torch.cat([rows[row, :length], rows[row, 5:]])[None]
+        torch.testing.assert_close(all_logits(model, sequence)[0, -1:], logits, **CLOSE)
+
+
+# ---- transformers as judge
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the little world of little words"], 270)
+
+
+VOCABULARY = 273  # a few rows more than the tokenizer has tokens, as padded checkpoints have
+
+
+def hugging_face_config(config: ModelConfig):
+    from transformers import LlamaConfig, Qwen3Config
+
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_llama3:
+        factor, low, high, length = config.rope_llama3
+        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+                 "high_freq_factor": high, "original_max_position_embeddings": length}  # fmt: skip
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+             "tie_word_embeddings")  # fmt: skip
+    shape = {name: getattr(config, name) for name in names}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return (Qwen3Config if config.qk_norm else LlamaConfig)(**shape, **special, rope_parameters=rope)
+
+
+def hugging_face_model(config: ModelConfig, seed: int):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(hugging_face_config(config)).eval()
+    random = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            wide = parameter.ndim == 2
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if wide else 1 + 0.2 * noise)
+    return model
+
+
+@torch.no_grad()
+def judged(model, tokens: Tensor) -> Tensor:
+    return model(tokens).logits.float()
+
+
+@given(configs(vocab_size=VOCABULARY), SEEDS, st.integers(1, 21))
+@LAW
+def test_a_saved_model_opens_in_transformers_with_the_same_logits(
+    tmp_path_factory, tokenizer, config, seed, length
+):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("ours")
+    model = random_model(config, seed, torch.float32)
+    tokens = random_tokens(config, 2, length, seed)
+    save_model(folder, model, tokenizer)
+    opened, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    assert type(opened).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+    torch.testing.assert_close(judged(opened, tokens), all_logits(model, tokens), rtol=0, atol=1e-4)
+
+
+def test_a_saved_folder_gives_transformers_our_tokenizer(tmp_path, tokenizer):
+    from transformers import AutoTokenizer
+
+    save_model(tmp_path, random_model(replace(TINY, vocab_size=VOCABULARY)), tokenizer)
+    theirs, text = AutoTokenizer.from_pretrained(tmp_path), "the little wörld\n 12345 <x>"
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+@given(configs(vocab_size=VOCABULARY), SEEDS, st.integers(1, 21), st.sampled_from(["5GB", "4KB"]))
+@LAW
+def test_a_folder_of_transformers_whole_or_sharded_opens_here_with_the_same_logits(
+    tmp_path_factory, tokenizer, config, seed, length, shard
+):
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs, tokens = hugging_face_model(config, seed), random_tokens(config, 2, length, seed)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save(folder)
+    assert (shard == "4KB") == (folder / "model.safetensors.index.json").exists()
+    model, loaded = load_model(folder, CPU, torch.float32)
+    assert model.config == config
+    assert loaded.fingerprint == tokenizer.fingerprint
+    torch.testing.assert_close(all_logits(model, tokens), judged(theirs, tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bfloat16_weights_on_disk_are_the_same_numbers_in_float32(tmp_path, tokenizer, qk_norm):
+    from transformers import AutoModelForCausalLM
+
+    config = replace(TINY, vocab_size=VOCABULARY, qk_norm=qk_norm)
+    theirs = hugging_face_model(config, seed=0).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    model, _ = load_model(tmp_path, CPU, torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    tokens = random_tokens(config, 3, 13, seed=0)
+    judge = judged(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tokens)
+    torch.testing.assert_close(all_logits(model, tokens), judge, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stretched", [False, True])
+def test_config_json_of_older_transformers_means_the_same(tmp_path, tokenizer, stretched):
+    """Before version 5: rope_theta and rope_scaling at the top; Llama 1 had no head_dim either."""
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    config = replace(TINY, vocab_size=VOCABULARY, qk_norm=False, head_dim=3 * 2, hidden_size=4 * 6,
+                     num_key_value_heads=4, rope_theta=500.0)  # fmt: skip
+    save_model(tmp_path, random_model(config), tokenizer)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    for name in ("rope_parameters", "head_dim", "num_key_value_heads", "dtype"):
+        del raw[name]
+    if stretched:
+        raw["rope_scaling"] = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    path.write_text(json.dumps(raw))
+    model, _ = load_model(tmp_path, CPU, torch.float32)
+    assert model.config == replace(config, rope_llama3=(4.0, 1.0, 4.0, 32) if stretched else None)
+    tokens = random_tokens(config, 2, 33, seed=0)
+    judge = judged(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tokens)
+    torch.testing.assert_close(all_logits(model, tokens), judge, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_bfloat16_errs_at_most_twice_as_far_as_transformers_in_bfloat16(tmp_path, tokenizer, qk_norm):
+    """Root mean square over all logits; the floor of 1e-3 is a quarter of a bfloat16 step at 1."""
+    from transformers import AutoModelForCausalLM
+
+    config = replace(TINY, vocab_size=VOCABULARY, qk_norm=qk_norm, num_hidden_layers=3)
+    save_model(tmp_path, random_model(config), tokenizer)
+    tokens = random_tokens(config, 4, 31, seed=0)
+    exact = all_logits(load_model(tmp_path, CPU, torch.float32)[0], tokens)
+    ours = all_logits(load_model(tmp_path, CPU, torch.bfloat16)[0], tokens)
+    theirs = judged(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), tokens)
+    error, allowed = ((x - exact).square().mean().sqrt() for x in (ours, theirs))
+    assert 0 < error <= 2 * allowed + 1e-3
+
+
+# ---- Shape and start
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"num_key_value_heads": 3}, "key/value heads"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 4}, "key/value heads"),
+        ({"head_dim": 5}, "head_dim"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ({"rope_llama3": (0.0, 1.0, 4.0, 32)}, "rope_llama3"),
+        ({"rope_llama3": (4.0, 1.0, 1.0, 32)}, "rope_llama3"),
+    ],
+)
+def test_a_shape_that_cannot_be_computed_is_refused_by_name(wrong, named):
+    with pytest.raises(InputError) as caught:
+        replace(TINY, **wrong)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(depth=st.integers(1, 32))
+@LAW
+def test_the_shape_follows_from_depth_by_the_written_rules(depth):
+    config = config_of_depth(depth, 300, 128)
+    width, head = 32 * depth, config.head_dim
+    assert (config.hidden_size, config.num_hidden_layers) == (width, depth)
+    assert head == (32 if width <= 256 else 64)
+    assert 0 <= width - head * config.num_attention_heads < head
+    assert config.num_key_value_heads == config.num_attention_heads
+    assert config.intermediate_size % 64 == 0
+    assert 8 * width <= 3 * config.intermediate_size < 8 * width + 3 * 64
+    assert (config.vocab_size, config.max_position_embeddings) == (300, 128)
+
+
+@given(
+    st.integers(1, 40),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "hidden_size": st.integers(1, 2000),
+            "num_attention_heads": st.sampled_from([4, 8]),
+            "num_key_value_heads": st.sampled_from([1, 2, 4]),
+            "head_dim": st.sampled_from([2, 64]),
+            "intermediate_size": st.integers(1, 99),
+            "tie_word_embeddings": st.booleans(),
+            "qk_norm": st.booleans(),
+            "rope_theta": st.sampled_from([1e4, 1e6]),
+        },
+    ),
+)
+@LAW
+def test_what_is_given_wins_over_depth(depth, overrides):
+    if "num_key_value_heads" in overrides:
+        overrides.setdefault("num_attention_heads", 4)
+    config = config_of_depth(depth, 300, 128, **overrides)
+    assert {name: getattr(config, name) for name in overrides} == overrides
+    assert config_of_depth(depth, 300, 128, **overrides, causal=None) == config
+
+
+@given(configs())
+@LAW
+def test_the_number_of_parameters_is_the_formula(config):
+    V, D, F, C = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    block = heads * C * D + 3 * D * F + 2 * D + (2 * C if config.qk_norm else 0)
+    total = V * D * (1 if config.tie_word_embeddings else 2) + config.num_hidden_layers * block + D
+    assert sum(p.numel() for p in LanguageModel(config).parameters()) == total
+
+
+@given(configs(), SEEDS)
+@LAW
+def test_first_weights_depend_on_the_seed_alone(config, seed):
+    models = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        models.append(LanguageModel(config))
+        initialize(models[-1], generator(seed))
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+    initialize(models[1], generator(seed + 1))
+    assert not torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+
+
+@given(configs(), SEEDS)
+@LAW
+def test_each_block_starts_as_the_identity(config, seed):
+    model, tokens = LanguageModel(config), random_tokens(config, 2, 5, seed)
+    initialize(model, generator(seed))
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model.model.norm(model.model.embed_tokens(tokens)))
+
+
+def test_first_weights_keep_the_size_of_what_passes_through():
+    config = config_of_depth(4, 300, 64)
+    model = LanguageModel(config)
+    initialize(model, generator(0))
+    block = model.model.layers[0]
+    for matrix in (block.self_attn.q_proj, block.mlp.up_proj, block.mlp.gate_proj, model.lm_head):
+        fan_in = matrix.weight.shape[1]
+        # The deviation of n normal numbers errs by about 1 / sqrt(2n), below 0.6% here.
+        assert matrix.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.03)
+
+
+@given(configs(), SEEDS)
+@LAW
+def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
+    from minillm.optim import Rates, build_optimizers
+
+    model, tokens = LanguageModel(config), random_tokens(config, 4, 9, seed)
+    initialize(model, generator(seed))
+    optimizers = build_optimizers(model, Rates(0.02, 0.01, 0.01, 0.0), "adamw")
+    for _ in range(2):
+        optimizers.step(1.0)
+        logits = model.logits(model(tokens[:, :-1]))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_folder_written_here_is_the_layout_of_its_family(tmp_path: Path, tokenizer):
+    """The names of the weights are those transformers gives its own: nothing renamed, nothing extra."""
+    for qk_norm in (False, True):
+        config = replace(TINY, qk_norm=qk_norm)
+        ours = {name: value.shape for name, value in LanguageModel(config).state_dict().items()}
+        theirs = hugging_face_model(config, 0).state_dict()
+        assert ours == {name: value.shape for name, value in theirs.items()}

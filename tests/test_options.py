@@ -1,0 +1,246 @@
+"""From the command line to the options: each flag in its place, one line for each mistake, and --resume."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.errors import InputError
+from minillm.options import FREE_TO_CHANGE, options_json, parse_options
+
+
+@dataclass(frozen=True)
+class Options:
+    """A small script's options, one of every kind."""
+
+    out: str = "out/x"
+    """Where it writes."""
+    resume: bool = False
+    """Goes on with it."""
+    overwrite: bool = False
+    """Replaces it."""
+    data: tuple[str, ...] = ()
+    """Files to read."""
+    steps: int | None = None
+    """How many updates."""
+    rate: float = 0.5
+    """How far each goes."""
+    kind: Literal["causal", "masked"] = "causal"
+    """What is predicted."""
+    loud: bool = False
+    """Says more."""
+    qk_norm: bool | None = None
+    """Whether queries are normalised."""
+    device: str = "auto"
+    """Where it computes."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: give at least 1")
+
+
+VALUES = {
+    "out": st.sampled_from(["a", "b/c", "with space"]),
+    "data": st.lists(st.sampled_from(["a.txt", "b=c:0.5", "*.md"]), max_size=3).map(tuple),
+    "steps": st.integers(1, 10**6),
+    "rate": st.floats(allow_nan=False, allow_infinity=False, min_value=0),
+    "kind": st.sampled_from(["causal", "masked"]),
+    "loud": st.just(True),
+    "qk_norm": st.booleans(),
+    "device": st.sampled_from(["cpu", "cuda:1"]),
+}
+GIVEN = st.fixed_dictionaries({}, optional=VALUES)
+LAW = settings(deadline=None, max_examples=25)
+
+
+def flags(given: dict, underscores: bool = False) -> list[str]:
+    """The command line that gives these values."""
+    words = []
+    for name, value in given.items():
+        words.append("--" + (name if underscores else name.replace("_", "-")))
+        if isinstance(value, tuple):
+            words += value
+        elif name not in ("loud", "overwrite", "resume"):
+            words.append(str(value))
+    return words
+
+
+def refusal(arguments: list[str], kind: type = Options) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(InputError) as caught:
+        parse_options(kind, arguments)
+    message = str(caught.value)
+    assert message.strip() and "\n" not in message and "│" not in message
+    return message
+
+
+def start_run(folder: Path, given: dict) -> None:
+    """What a script leaves in run.json."""
+    options = parse_options(Options, flags({**given, "out": str(folder)}))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"options": options_json(options)}))
+
+
+def resume(folder: Path, given: dict) -> list[str]:
+    return flags({**given, "out": str(folder), "resume": True})
+
+
+# ---- One command line
+
+
+@given(GIVEN, st.booleans())
+@LAW
+def test_every_flag_reaches_its_field_and_the_others_keep_their_defaults(given_values, underscores):
+    options = parse_options(Options, flags(given_values, underscores))
+    assert asdict(options) == asdict(Options()) | given_values
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stepps", "3"], "--stepps"),
+        (["--steps", "three"], "--steps"),
+        (["--steps", "1.5"], "--steps"),
+        (["--steps"], "--steps"),
+        (["--rate", "fast"], "--rate"),
+        (["--kind", "other"], "--kind"),
+        (["--qk-norm", "perhaps"], "--qk-norm"),
+        (["stray"], "stray"),
+        (["--loud", "yes"], "yes"),
+        (["--steps", "0"], "--steps 0"),
+        (["--steps", "0", "--resume"], "--steps 0"),
+    ],
+)
+def test_a_command_line_that_does_not_fit_is_refused_in_one_line(arguments, named):
+    assert named in refusal(arguments)
+
+
+@given(
+    st.lists(
+        st.text(min_size=1, max_size=8) | st.sampled_from(["--steps", "--data", "--kind", "3"]), max_size=4
+    )
+)
+@LAW
+def test_no_command_line_ends_in_anything_but_options_or_one_line(words):
+    if not {"-h", "--help", "--resume"} & set(words):
+        try:
+            parse_options(Options, words)
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+def test_help_names_every_option_with_its_line_and_default_and_ends_well(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(Options, ["--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, explanation in DOCUMENTATION.items():
+        after = shown.split(f" --{name.replace('_', '-')} ", 1)[1]
+        assert f"{explanation} (default: " in after[: len(explanation) + 40], name
+
+
+DOCUMENTATION = {
+    "out": "Where it writes.", "resume": "Goes on with it.", "overwrite": "Replaces it.",
+    "data": "Files to read.", "steps": "How many updates.", "rate": "How far each goes.",
+    "kind": "What is predicted.", "loud": "Says more.", "qk_norm": "Whether queries are normalised.",
+    "device": "Where it computes.",
+}  # fmt: skip
+
+
+def test_the_help_of_train_explains_every_option(capsys, monkeypatch):
+    import train
+
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(train.Options, ["--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in fields(train.Options):
+        flag = f"--{field.name.replace('_', '-')} "
+        assert flag in shown
+        explained = shown.split(flag, 1)[1].split("(default")[0]
+        assert len(explained.split()) >= 4, field.name
+
+
+# ---- --resume
+
+
+@given(GIVEN)
+@LAW
+def test_the_same_command_with_resume_goes_on(tmp_path_factory, given_values):
+    folder = tmp_path_factory.mktemp("run")
+    start_run(folder, given_values)
+    given_values = given_values | {"out": str(folder)}
+    options = parse_options(Options, resume(folder, given_values))
+    assert asdict(options) == asdict(Options()) | given_values | {"resume": True}
+
+
+@given(GIVEN)
+@LAW
+def test_resume_alone_brings_back_every_option(tmp_path_factory, given_values):
+    folder = tmp_path_factory.mktemp("run")
+    start_run(folder, given_values)
+    options = parse_options(Options, resume(folder, {}))
+    expected = given_values | {"out": str(folder), "resume": True}
+    assert asdict(options) == asdict(Options()) | expected
+
+
+@given(GIVEN, GIVEN)
+@LAW
+def test_another_value_is_refused_by_name_unless_it_changes_no_result(tmp_path_factory, first, second):
+    folder = tmp_path_factory.mktemp("run")
+    start_run(folder, first)
+    stored = asdict(Options()) | first
+    changed = {n for n, value in second.items() if value != stored[n] and n not in FREE_TO_CHANGE}
+    arguments = resume(folder, second)
+    if changed:
+        message = refusal(arguments)
+        for name in asdict(Options()):
+            assert (f"--{name.replace('_', '-')} " in message) == (name in changed)
+    else:
+        resumed = parse_options(Options, arguments)
+        assert resumed.device == second.get("device", stored["device"])
+
+
+def test_going_back_to_a_default_is_a_change_too(tmp_path):
+    start_run(tmp_path, {"kind": "masked"})
+    assert "--kind causal (was masked)" in refusal(resume(tmp_path, {"kind": "causal"}))
+
+
+def test_a_run_that_replaced_another_resumes_with_the_same_command(tmp_path):
+    start_run(tmp_path, {"overwrite": True})
+    assert parse_options(Options, resume(tmp_path, {})).resume
+    assert parse_options(Options, resume(tmp_path, {"overwrite": True})).resume
+
+
+def test_a_run_that_was_moved_resumes_in_its_new_place(tmp_path):
+    start_run(tmp_path / "old", {"steps": 7})
+    (tmp_path / "old").rename(tmp_path / "new")
+    options = parse_options(Options, resume(tmp_path / "new", {}))
+    assert (options.steps, options.out) == (7, str(tmp_path / "new"))
+
+
+def test_a_folder_without_a_run_has_nothing_to_resume(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert str(folder) in refusal(resume(folder, {}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", "5", "{}", '{"options": []}', '{"options": null}', '{"options": {"epochs": 3}}',
+        '{"options": {"steps": "many"}}', '{"options": {"steps": [3, 4]}}', '{"options": {"rate": null}}',
+        '{"options": {"kind": "other"}}', '{"options": {"rate": {}}}', '{"options": {"steps": 1.5}}',
+        '{"options": {"steps": 0}}', '{"options": {"steps": true}}',
+    ],
+)  # fmt: skip
+def test_a_run_file_of_another_script_or_damaged_is_refused(tmp_path, content):
+    path = tmp_path / "run.json"
+    path.write_text(content)
+    assert str(path) in refusal(resume(tmp_path, {}))
+    assert path.read_text() == content

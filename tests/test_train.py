@@ -1,0 +1,352 @@
+"""Whole pretraining runs through the command line: trained, killed, resumed, shared out, refused."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from minillm.checkpoint import load_model
+from minillm.errors import InputError
+from minillm.generate import SamplingOptions, generate
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--depth", "1", "--vocab-size", "300", "--block-size", "16", "--batch-tokens", "64", "--steps", "12", "--val-every", "4", "--save-every", "3", "--samples", "1", "--precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A few kilobytes to train on."""
+    path = tmp_path_factory.mktemp("text") / "tale.txt"
+    path.write_text("".join(f"On day {i} the {i % 7} cats met {i % 5} dogs by the well.\n" for i in range(200)))
+    return path
+
+
+def run_in_process(text: Path, out: Path, *options: str) -> list[dict]:
+    """Trains here and returns the metrics."""
+    train.main(["--data", str(text), "--out", str(out), "--cache", str(out.parent / "cache"), *TINY, *options])
+    return metrics_of(out)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(events: list[dict]) -> list[tuple[str, int, float]]:
+    return [(e["event"], e["step"], e["nats_per_byte"]) for e in events if e["event"] in ("train", "val")]
+
+
+def command(text: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "train.py", "--data", str(text), "--out", str(out),
+            "--cache", str(out.parent / "cache"), *TINY, *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(text, tmp_path_factory) -> Path:
+    """An uninterrupted run to compare with."""
+    out = tmp_path_factory.mktemp("reference") / "base"
+    run_in_process(text, out)
+    return out
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses_of(metrics_of(one)) == losses_of(metrics_of(other))
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
+    events = metrics_of(reference)
+    final = events[-1]
+    assert final["event"] == "final" and final["step"] == 12 and final["tokens"] == 12 * 64
+    assert final["seconds"] > 0 and 0 < final["val_nats_per_byte"] < 10
+    assert [s["name"] for s in final["sources"]] == ["tale.txt"] and final["sources"][0]["epochs"] > 0
+    assert final["val_nats_per_byte"] == [e for e in events if e["event"] == "val"][-1]["nats_per_byte"]
+    assert {p.name for p in reference.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json",
+        "metrics.jsonl", "loss.png", "samples.txt", "resume",
+    }  # fmt: skip
+    record = json.loads((reference / "run.json").read_text())
+    assert record["options"]["seed"] == 0 and record["options"]["steps"] == 12
+    assert record["commit"] and record["versions"]["torch"] == torch.__version__
+    assert (reference / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_lowers_the_loss(text, tmp_path):
+    events = run_in_process(text, tmp_path / "base", "--steps", "60", "--val-every", "30")
+    val = [e["nats_per_byte"] for e in events if e["event"] == "val"]
+    uniform = events[0]["nats_per_byte"]
+    assert val[-1] < val[0] < uniform and val[-1] < 0.6 * uniform
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(text, tmp_path, reference):
+    run_in_process(text, tmp_path / "same")
+    assert_same_run(reference, tmp_path / "same")
+    other = run_in_process(text, tmp_path / "other", "--seed", "1")
+    assert losses_of(other) != losses_of(metrics_of(reference))
+
+
+@pytest.mark.parametrize("extra", [(), ("--objective", "masked"), ("--optimizer", "adamw")], ids=str)
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_in_process(text, whole, *extra)
+    # Killed at step 5, after the restart point of step 3: two steps are lost and done again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "clip_gradients", _die_at_call(6))
+        with pytest.raises(_Killed):
+            run_in_process(text, killed, *extra)
+    assert max(e["step"] for e in metrics_of(killed)) == 5
+    train.main(["--out", str(killed), "--resume", "--cache", str(tmp_path / "cache")])
+    assert_same_run(whole, killed)
+
+
+class _Killed(BaseException):
+    """Nothing in the script may catch it, as nothing can catch kill -9."""
+
+
+def _die_at_call(number: int):
+    clip, calls = train.clip_gradients, []
+
+    def clip_or_die(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise _Killed
+        return clip(*arguments)
+
+    return clip_or_die
+
+
+def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() and any(e["step"] >= step for e in _whole_lines(out)):
+            return
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def _whole_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_stopped_process_goes_on_with_resume_alone(text, tmp_path, number):
+    long = ("--steps", "300", "--val-every", "100", "--save-every", "7")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(text, whole, *long)
+    process = subprocess.Popen(command(text, stopped, *long), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for_step(process, stopped, 20)
+    process.send_signal(number)
+    printed = b"".join(process.communicate()).decode()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"python train.py --resume --out {stopped}" in printed
+    assert metrics_of(stopped)[-1]["step"] < 300
+    train.main(["--out", str(stopped), "--resume", "--cache", str(tmp_path / "cache")])
+    assert_same_run(whole, stopped)
+
+
+def test_a_run_killed_before_its_first_restart_point_starts_again(text, tmp_path, reference):
+    out = tmp_path / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "clip_gradients", _die_at_call(1))
+        with pytest.raises(_Killed):
+            run_in_process(text, out)
+    assert not (out / "resume").exists()
+    train.main(["--out", str(out), "--resume", "--cache", str(tmp_path / "cache")])
+    assert_same_run(reference, out)
+
+
+def test_resuming_a_finished_run_changes_no_weight(text, tmp_path):
+    out = tmp_path / "base"
+    run_in_process(text, out)
+    before = (out / "model.safetensors").read_bytes(), losses_of(metrics_of(out))
+    train.main(["--out", str(out), "--resume", "--cache", str(tmp_path / "cache")])
+    assert before == ((out / "model.safetensors").read_bytes(), losses_of(metrics_of(out)))
+
+
+def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference):
+    out = tmp_path / "base"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *command(text, out)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out))
+    assert [x[:2] for x in one] == [x[:2] for x in two]
+    # float32 sums in another order, over twelve steps.
+    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=1e-4)
+
+
+def test_accumulating_small_batches_follows_the_curve_of_one_batch(text, tmp_path, reference):
+    events = run_in_process(text, tmp_path / "base", "--micro-tokens", "16")
+    one = [x[2] for x in losses_of(metrics_of(reference))]
+    assert [x[2] for x in losses_of(events)] == pytest.approx(one, rel=1e-4)
+
+
+def test_a_masked_model_trains_and_generate_refuses_it(text, tmp_path):
+    out = tmp_path / "masked"
+    events = run_in_process(text, out, "--objective", "masked", "--steps", "40")
+    losses = [e["loss"] for e in events if e["event"] == "train"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    model, tokenizer = load_model(out, torch.device("cpu"), torch.float32)
+    assert not model.config.causal
+    with pytest.raises(InputError, match="masked"):
+        generate(model, [[tokenizer.bos_id]], SamplingOptions(max_new_tokens=3), [0])
+
+
+def test_a_run_goes_on_from_another_model_with_its_tokenizer(text, tmp_path, reference):
+    out = tmp_path / "adapted"
+    shape = {"--depth", "--vocab-size"}
+    kept = [TINY[i : i + 2] for i in range(0, len(TINY), 2) if TINY[i] not in shape]
+    flags = [flag for pair in kept for flag in pair]
+    train.main(["--data", str(text), "--init", str(reference), "--out", str(out),
+                "--cache", str(tmp_path / "cache"), *flags])  # fmt: skip
+    assert (out / "tokenizer.json").read_bytes() == (reference / "tokenizer.json").read_bytes()
+    first = metrics_of(out)[0]["loss"]
+    assert first < metrics_of(reference)[0]["loss"] - 0.5, "it must start from the trained weights"
+
+
+def test_the_loss_that_explodes_ends_the_run_and_keeps_the_last_restart_point(text, tmp_path, capsys):
+    out = tmp_path / "base"
+    with pytest.raises(SystemExit) as stop:
+        run_in_process(text, out, "--matrix-rate", "1e38", "--warmup", "0", "--save-every", "1")
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "at step" in line and "restart point is kept" in line
+    for name, tensor in load_file(out / "resume" / "state.safetensors").items():
+        if name.startswith("model."):
+            assert tensor.isfinite().all(), name
+
+
+# Bad input: one line, exit 2, nothing lost
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_bad_files(folder: Path) -> None:
+    (folder / "empty.txt").touch()
+    (folder / "binary.txt").write_bytes(b"\x7fELF\0\0\0")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    (folder / "short.txt").write_text("too short")
+    (folder / "torn.jsonl").write_text('{"text": "fine"}\n{"text": "to')
+    (folder / "fields.jsonl").write_text('{"body": "no text here"}\n')
+    (folder / "bad.jsonl.gz").write_bytes(b"\x1f\x8b\x08\0garbage")
+
+
+BAD_INPUT = {
+    "missing file": ("--data nowhere.txt", "nowhere.txt"),
+    "empty file": ("--data {d}/empty.txt", "empty.txt"),
+    "binary file": ("--data {d}/binary.txt", "binary"),
+    "invalid UTF-8": ("--data {d}/latin.txt", "byte 3"),
+    "torn jsonl": ("--data {d}/torn.jsonl", "line 2"),
+    "jsonl without text": ("--data {d}/fields.jsonl", "line 1"),
+    "corrupt gzip": ("--data {d}/bad.jsonl.gz", "gzip"),
+    "too short for a row": ("--data {d}/short.txt", "short.txt"),
+    "weight of zero": ("--data {t}:0", "weight"),
+    "two sources of one name": ("--data {t} {t}", "name"),
+    "vocabulary too small": ("--vocab-size 100", "vocab"),
+    "depth of zero": ("--depth 0", "--depth"),
+    "negative rate": ("--matrix-rate -1", "--matrix-rate"),
+    "validation of everything": ("--val-fraction 1", "--val-fraction"),
+    "heads that do not divide": ("--heads 3 --kv-heads 2", "heads"),
+    "unknown option": ("--dept 3", "--dept"),
+    "a word where a number belongs": ("--steps many", "--steps"),
+    "unknown objective": ("--objective both", "objective"),
+    "unknown device": ("--device abacus", "--device"),
+    "CUDA where there is none": ("--device cuda:99", "--device"),
+    "init from nowhere": ("--init nowhere", "nowhere"),
+    "init from a folder that is no run": ("--init {d}", "config.json"),
+    "init with another shape": ("--init {r} --width 64 --block-size 16", "--width"),
+    "init with longer rows": ("--init {r} --block-size 64", "--block-size"),
+    "init with another objective": ("--init {r} --block-size 16 --objective masked", "objective"),
+    "warm-up of less than nothing": ("--warmup -1", "--warmup"),
+    "resume and overwrite at once": ("--resume --overwrite", "--overwrite"),
+    "resume where nothing is": ("--resume", "--resume"),
+    "out is a file": ("--out {t}", "is a file"),
+    "out holds a run": ("--out {r}", "--overwrite"),
+    "out holds other files": ("--out {d}", "not a run"),
+    "resume with other options": ("--out {r} --resume --seed 7", "--seed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(case, text, reference, tmp_path, capfd):
+    if "--device cuda" in BAD_INPUT[case][0] and torch.cuda.device_count() > 99:
+        pytest.skip("a machine of a hundred GPUs")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    write_bad_files(bad)
+    before = folder_bytes(reference), folder_bytes(bad), text.read_bytes()
+    options, words = BAD_INPUT[case]
+    given = options.format(d=bad, t=text, r=reference).split()
+    defaults = {"--data": str(text), "--out": str(tmp_path / "out"), "--cache": str(tmp_path / "cache")}
+    filled = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*given, *filled])
+    printed = capfd.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
+    assert before == (folder_bytes(reference), folder_bytes(bad), text.read_bytes())
+    assert not (tmp_path / "out").exists()
+
+
+def test_replace_reads_what_strict_refuses_and_counts_it(tmp_path):
+    write_bad_files(tmp_path)
+    lines = "".join(json.dumps({"text": f"a line of text, number {i}"}) + "\n" for i in range(100))
+    (tmp_path / "torn.jsonl").write_text(lines + '{"text": "to')
+    events = run_in_process(tmp_path / "torn.jsonl", tmp_path / "base", "--errors", "replace")
+    assert events[-1]["sources"][0]["skipped"] == {"lines that do not parse": 1}
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_restart_point(text, tmp_path):
+    out = tmp_path / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "clip_gradients", _die_at_call(5))
+        with pytest.raises(_Killed):
+            run_in_process(text, out)
+    before = (out / "resume" / "state.safetensors").read_bytes()
+    limit = len(before) // 2
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "train.py", "--resume", "--out", str(out), "--cache", str(tmp_path / "cache")],
+        cwd=ROOT, preexec_fn=small_disk, capture_output=True, text=True, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert (out / "resume" / "state.safetensors").read_bytes() == before
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_help_names_every_option_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in train.Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+
+
+def test_another_package_named_kernels_is_refused_in_one_line(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import minillm"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "kernels" in done.stderr

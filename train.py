@@ -1,0 +1,409 @@
+"""Pretraining: raw text → a base model that predicts the next token.
+
+    python train.py                                       the embedded little world, about 3 minutes on 2 cores
+    python train.py --data books=../books:2 notes.jsonl   your own text, each source with a weight
+    python train.py --init out/base --data notes.txt --out out/notes     go on from a model
+    python train.py --resume                              go on after Ctrl-C, a crash or a kill
+    torchrun --nproc-per-node 2 train.py                  several processes, the same curve
+
+Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
+Leaves a run folder (minillm/checkpoint.py) that transformers can open too.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minillm.checkpoint import (
+    RESUME_FILE,
+    TrainingState,
+    check_run_folder,
+    config_from_json,
+    load_model,
+    save_model,
+    start_run_folder,
+)
+from minillm.data import Batch, Mixture, TokenizedSource, mask_tokens, tokenize, validation_rows
+from minillm.errors import InputError, one_line_errors
+from minillm.files import write_text
+from minillm.generate import SamplingOptions, generate
+from minillm.loss import backward, nats_per_byte, per_byte
+from minillm.metrics import Metrics, open_tracker, plot_loss
+from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.options import options_json, parse_options
+from minillm.runtime import Runtime, StopRequest, start_runtime
+from minillm.sources import Source, open_sources, world_sources
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a base model on raw text."""
+
+    data: tuple[str, ...] = ()
+    """Text: files, folders or globs of .txt, .md, .py, .jsonl(.gz), each as PATH, PATH:WEIGHT or
+    NAME=PATH:WEIGHT. Nothing: the embedded little world."""
+    out: str = "out/base"
+    """The run folder."""
+    init: str | None = None
+    """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer."""
+    resume: bool = False
+    """Go on with the run in --out, exactly where it stopped."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    depth: int | None = None
+    """Blocks: the one dial; every value below that says "by depth" follows from it. Default 4."""
+    width: int | None = None
+    """Width of the residual stream. By depth: 32 per block."""
+    heads: int | None = None
+    """Query heads. By depth: so that a head is 32, 64 or 128 wide."""
+    kv_heads: int | None = None
+    """Key/value heads, a divisor of the heads. By depth: as many as heads."""
+    qk_norm: bool | None = None
+    """Normalise queries and keys (the Qwen3 layout) or not (Llama's). Default True."""
+    tie_embeddings: bool | None = None
+    """Use the embedding as output matrix too. Default False."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer trained on the text: 256 bytes, merges, specials. By depth: 256 per
+    block."""
+    objective: Literal["causal", "masked"] = "causal"
+    """Predict the next token, or (BERT) masked tokens from both sides; the second cannot generate."""
+
+    block_size: int = 128
+    """Tokens in a row, the longest context seen in training."""
+    batch_tokens: int | None = None
+    """Tokens in a step, over all processes. By depth: 1,024 at 4, growing with its cube."""
+    micro_tokens: int = 65_536
+    """Tokens in one forward pass of one process; a larger batch is accumulated."""
+    steps: int | None = None
+    """Updates. By depth: 600 per block."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
+    matrix_rate: float | None = None
+    """Learning rate of the block matrices. Default 0.03 for Muon, 3e-3 · (128/width) for AdamW."""
+    embedding_rate: float | None = None
+    """Learning rate of embedding and output matrix. By depth: 0.01 · (128/width)^0.5."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the block matrices."""
+    warmup: int = 20
+    """Steps over which the rates rise; 0 for none."""
+    decay: float = 0.5
+    """Share of the run, at its end, over which the rates fall towards 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation (of each document, where they are few)."""
+    val_every: int | None = None
+    """Steps between validations. Default a tenth of the run."""
+    val_tokens: int = 65_536
+    """Tokens of one validation, at most."""
+    save_every: int | None = None
+    """Steps between restart points. Default a tenth of the run."""
+    samples: int = 4
+    """Texts sampled at the end."""
+    world_megabytes: float = 12.0
+    """Size of the little world's text, where that is the data."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
+    cache: str = "out/cache"
+    """Where tokenized text is kept between runs."""
+    workers: int = 1
+    """Processes that tokenize."""
+    seed: int = 0
+    """Of the weights, the little world, the order of the text and the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; the weights stay float32. auto: bfloat16 where the hardware has it."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics there."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "heads", "kv_heads", "block_size", "batch_tokens", "steps",
+                     "micro_tokens", "val_every", "save_every", "val_tokens", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
+        for name in ("matrix_rate", "embedding_rate", "clip", "world_megabytes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+        for name in ("weight_decay", "decay", "warmup", "samples", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"--{name} {value}: give a number of at least 0")
+        if self.resume and self.overwrite:
+            raise InputError("--resume --overwrite: go on with the run or replace it, not both")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
+
+
+SHAPE = {
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "qk_norm": "qk_norm",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Options that set the shape of a new model, and their names in its config."""
+
+
+def train(options: Options, runtime: Runtime) -> None:
+    """One pretraining run, from the text to the finished folder."""
+    folder, began = Path(options.out), time.perf_counter()
+    check_run_folder(folder, options.resume, options.overwrite)
+    resuming = options.resume and (folder / RESUME_FILE).exists()
+    with runtime.main_first():
+        sources = text_sources(options)
+        model, tokenizer = start_model(options, sources, folder if resuming else None, runtime)
+        streams = [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
+                   for source in sources]  # fmt: skip
+    plan = plan_of(options, model, runtime)
+    validation = validation_batches(streams, tokenizer, options)
+    token_bytes = torch.from_numpy(tokenizer.token_lengths)
+    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer),
+                          Mixture(streams, options.block_size, options.seed))  # fmt: skip
+    if resuming:
+        state.restore(folder)
+    elif runtime.is_main:
+        start_run_folder(folder, options_json(options), "train")
+    earlier = state.seconds
+
+    def save() -> None:
+        if not state.is_finite():
+            raise exploded(folder, state, "some weights are no longer finite")
+        state.seconds = earlier + time.perf_counter() - began
+        if runtime.is_main:
+            metrics.sync()
+            save_model(folder, model, tokenizer)
+            state.save(folder)
+
+    forward = runtime.wrap(model)
+    tracker = open_tracker(options.tracker, folder, options_json(options)) if runtime.is_main else None
+    with Metrics(folder, plan.steps, state.step, tracker, runtime) as metrics, StopRequest(runtime) as stop:
+        if metrics.last("final"):
+            metrics.say(f"{folder}: already finished; nothing to do")
+            return
+        while state.step < plan.steps and not stop.asked():
+            step_began = time.perf_counter()
+            batch = next_batch(state.data, state.step, plan, options, tokenizer)
+            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+                raise exploded(folder, state, f"the loss is {loss}, its gradient's norm {gradient_norm}")
+            rate = rate_multiplier(state.step, plan.steps, options.warmup, options.decay)
+            state.optimizers.step(rate)
+            state.step += 1
+            state.tokens += batch.tokens.numel()
+
+            speed = batch.tokens.numel() / (time.perf_counter() - step_began)
+            metrics.log(
+                "train", state.step, loss=loss, nats_per_byte=per_byte(loss, batch, token_bytes),
+                gradient_norm=gradient_norm, rate=rate, tokens_per_second=speed,
+            )  # fmt: skip
+            metrics.show(state.step, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
+            if state.step % plan.val_every == 0 or state.step == plan.steps:
+                val = nats_per_byte(model, validation, token_bytes, runtime)
+                metrics.log("val", state.step, nats_per_byte=val)
+                metrics.show(state.step, val=f"val {val:.3f} nats/byte")
+            if state.step % plan.save_every == 0:
+                save()
+        save()
+        if state.step < plan.steps:
+            metrics.say(f"stopped at step {state.step}; go on with: python train.py --resume --out {folder}")
+            sys.exit(130)
+        finish(folder, state, metrics, tokenizer, options)
+
+
+# Before the loop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that follow from the model's shape unless they are given."""
+
+    steps: int
+    rows: int
+    """Rows of a step, over all processes."""
+    val_every: int
+    save_every: int
+    rates: Rates
+
+
+def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
+    """The rules of the one dial: a deeper model takes more steps, larger batches, smaller rates.
+
+    batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 600 · depth. Muon's steps have a fixed
+    spectral norm, so its rate needs no width; AdamW's fall with the root of the width (embeddings)
+    or with the width (matrices).
+    """
+    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    steps = options.steps or 600 * depth
+    tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
+    rows = max(1, tokens // options.block_size)
+    if rows % runtime.world:
+        raise InputError(f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
+                         f"give --batch-tokens a multiple of {runtime.world * options.block_size}")
+    muon = options.optimizer == "muon"
+    rates = Rates(
+        matrix=options.matrix_rate or (0.03 if muon else 3e-3 * 128 / width),
+        embedding=options.embedding_rate or 0.01 * (128 / width) ** 0.5,
+        norm=0.01,
+        weight_decay=options.weight_decay,
+    )
+    tenth = max(1, steps // 10)
+    return Plan(steps, rows, options.val_every or tenth, options.save_every or tenth, rates)
+
+
+def text_sources(options: Options) -> list[Source]:
+    if options.data:
+        return open_sources(options.data, options.errors)
+    return world_sources(World(options.seed), options.world_megabytes)
+
+
+def start_model(
+    options: Options, sources: list[Source], resumed: Path | None, runtime: Runtime
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model of an earlier folder, or a new one with a tokenizer trained on the text."""
+    if resumed or options.init:
+        return load_model(resumed or initial_folder(options), runtime.device, runtime.dtype)
+    depth = options.depth or 4
+    tokenizer = Tokenizer.train(text_sample(sources), options.vocab_size or 256 * depth)
+    shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
+    config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
+    model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
+    initialize(model, torch.Generator().manual_seed(options.seed))
+    return model.to(runtime.device), tokenizer
+
+
+def initial_folder(options: Options) -> Path:
+    """The folder of --init, after checking that nothing else is asked of the model in it."""
+    folder, config = Path(options.init), config_from_json(Path(options.init) / "config.json")
+    given = [flag for flag in ("depth", "vocab_size", *SHAPE) if getattr(options, flag) is not None]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise InputError(f"--init {folder} sets the shape of the model: leave out --{flag}")
+    if config.causal != (options.objective == "causal"):
+        raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
+    if options.block_size > config.max_position_embeddings:
+        raise InputError(
+            f"--init {folder} has {config.max_position_embeddings} positions: "
+            f"give --block-size no more (now {options.block_size})"
+        )
+    return folder
+
+
+def text_sample(sources: list[Source], characters: int = 4_000_000) -> Iterator[str]:
+    """The beginning of every source, each as long as its share, for the tokenizer to be trained on."""
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        left = round(characters * source.weight / total)
+        for text in source.documents():
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def validation_batches(
+    streams: list[TokenizedSource], tokenizer: Tokenizer, options: Options
+) -> list[Batch]:
+    """The same rows at every validation; for masked tokens, with the same tokens hidden."""
+    batches = list(validation_rows(streams, options.block_size, options.val_tokens))
+    if options.objective == "causal":
+        return batches
+    return [hide_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(batches)]
+
+
+# Inside the loop
+
+
+def next_batch(
+    mixture: Mixture, step: int, plan: Plan, options: Options, tokenizer: Tokenizer
+) -> Batch:
+    """The rows of one step, the same in every process."""
+    batch = mixture.next_rows(plan.rows)
+    if options.objective == "causal":
+        return batch
+    return hide_tokens(batch, tokenizer, seed=(options.seed << 32) + step)
+
+
+def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
+    """The batch with some tokens masked and only those as targets."""
+    if tokenizer.mask_id is None:
+        raise InputError("--objective masked: this tokenizer has no <|mask|> token; train one, without --init")
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = mask_tokens(
+        batch.tokens, tokenizer.mask_id, tokenizer.vocab_size, generator, set(tokenizer.special_tokens.values())
+    )
+    return replace(batch, tokens=tokens, targets=targets)
+
+
+def exploded(folder: Path, state: TrainingState, what: str) -> InputError:
+    """The last words of a run whose weights can no longer be trusted."""
+    return InputError(
+        f"{folder}: {what} at step {state.step}; the last good restart point is kept: "
+        "try a lower --matrix-rate or --embedding-rate"
+    )
+
+
+# After the loop
+
+
+def finish(
+    folder: Path, state: TrainingState, metrics: Metrics, tokenizer: Tokenizer, options: Options
+) -> None:
+    """The last line of metrics.jsonl, the plot and the samples."""
+    sources = [
+        {**report, "skipped": source.skipped}
+        for report, source in zip(state.data.report(), state.data.sources, strict=True)
+    ]
+    metrics.log(
+        "final", state.step, seconds=state.seconds, tokens=state.tokens,
+        val_nats_per_byte=metrics.last("val")["nats_per_byte"], sources=sources,
+    )  # fmt: skip
+    plot_loss(folder)
+    for source in sources:
+        metrics.say("{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**source)
+                    + "".join(f", {count} {what} skipped" for what, count in source["skipped"].items()))
+    if state.model.config.causal and options.samples:
+        write_samples(folder, state.model, tokenizer, options, metrics)
+
+
+def write_samples(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, options: Options, metrics: Metrics
+) -> None:
+    """A few texts from nothing but a document's beginning, on the screen and in samples.txt."""
+    sampling = SamplingOptions(
+        max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(tokenizer.eos_id,)
+    )
+    seeds = [options.seed + i for i in range(options.samples)]
+    samples = generate(model, [[tokenizer.bos_id]] * options.samples, sampling, seeds)
+    texts = [
+        tokenizer.decode(row[1:length].tolist()).replace("<|endoftext|>", "").strip()
+        for row, length in zip(samples.tokens, samples.lengths, strict=True)
+    ]
+    content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
+    write_text(folder / "samples.txt", content + "\n")
+    metrics.say(content)
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        with start_runtime(options.device, options.precision) as runtime:
+            train(options, runtime)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
