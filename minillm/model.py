@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.attention import attention
@@ -123,69 +123,29 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
 
 
 def rotate(
-    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "#B 1 T half"], sin: Float[Tensor, "#B 1 T half"]
+    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]
 ) -> Float[Tensor, "B heads T C"]:
     """Turns the channel pairs (i, i + C/2) of every position by that position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class KVCache:
-    """Keys and values of the positions already seen, for B rows of different lengths.
-
-    `lengths[b]` positions of row b are real; whatever lies behind them (right padding of a prompt)
-    is never attended to and is overwritten as the row grows. `longest` is the largest length as a
-    Python number, so that attention can stop there without asking the device.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, size: int, device: torch.device,
-                 dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(rows, device=device, dtype=torch.int64)
-        self.longest = 0
-
-    def advance(self, lengths: Int[Tensor, "B"], longest: int) -> None:
-        """Counts the positions just written as real: row b now holds `lengths[b]` of them."""
-        self.lengths, self.longest = lengths, longest
-
-    def keep(self, rows: Bool[Tensor, "B"]) -> None:
-        """Drops every row that is not in `rows`."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max())
-
-    def write(
-        self, layer: int, k: Float[Tensor, "B K T C"], v: Float[Tensor, "B K T C"]
-    ) -> tuple[Float[Tensor, "B K S C"], Float[Tensor, "B K S C"]]:
-        """Stores T new positions behind each row's length; returns all keys and values so far."""
-        new = k.shape[2]
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        positions = self.lengths[:, None] + torch.arange(new, device=k.device)
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        seen = self.longest + new
-        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
-
-
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares: rotary angles, attention bounds, the cache."""
+    """What every layer of one forward pass shares: rotary angles and attention bounds."""
 
-    cos: Float[Tensor, "#B 1 T half"]
-    sin: Float[Tensor, "#B 1 T half"]
+    cos: Float[Tensor, "T half"]
+    sin: Float[Tensor, "T half"]
     start: Int[Tensor, "B T"] | None
     end: Int[Tensor, "B T"] | None
     causal: bool
-    cache: KVCache | None
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, head = config.hidden_size, config.head_dim
-        self.layer, self.head_dim = layer, head
+        self.head_dim = head
         self.q_proj = Linear(width, config.num_attention_heads * head)
         self.k_proj = Linear(width, config.num_key_value_heads * head)
         self.v_proj = Linear(width, config.num_key_value_heads * head)
@@ -199,8 +159,6 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.write(self.layer, k, v)
         seen = attention(q, k, v, start=context.start, end=context.end, causal=context.causal)
         return self.o_proj(seen.transpose(1, 2).flatten(2))
 
@@ -217,10 +175,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -237,7 +195,7 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
@@ -246,29 +204,19 @@ class Decoder(nn.Module):
         tokens: Int[Tensor, "B T"],
         start: Int[Tensor, "B T"] | None = None,
         end: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the last norm.
 
         Position t attends to start[b, t] ≤ s < end[b, t] and, in a causal model, to no s > t.
-        With a cache, the T tokens follow the positions the cache holds.
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        context = self._context(tokens, start, end, cache)
+        # Angles in float32: bfloat16 cannot tell position 256 from 257.
+        angles = torch.arange(tokens.shape[1], device=tokens.device)[:, None] * self.frequencies
+        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        context = Context(cos, sin, start, end, self.config.causal)
         for layer in self.layers:
             x = layer(x, context)
         return self.norm(x)
-
-    def _context(self, tokens: Tensor, start: Tensor | None, end: Tensor | None,
-                 cache: KVCache | None) -> Context:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        if cache is not None:
-            positions = positions + cache.lengths[:, None]
-            end = (positions + 1).to(torch.int32)
-        # Angles in float32: bfloat16 cannot tell position 256 from 257.
-        angles = (positions[:, None, :, None] * self.frequencies)
-        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        return Context(cos, sin, start, end, self.config.causal and cache is None, cache)
 
 
 class LanguageModel(nn.Module):
@@ -288,10 +236,9 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, "B T"],
         start: Int[Tensor, "B T"] | None = None,
         end: Int[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states [B, T, D]; see `Decoder.forward`."""
-        return self.model(tokens, start, end, cache)
+        return self.model(tokens, start, end)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in float32, for sampling: ask for one position, not for a batch."""

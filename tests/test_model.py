@@ -12,7 +12,7 @@ from torch import Tensor
 from minillm.checkpoint import load_model, save_model
 from minillm.errors import InputError
 from minillm.loss import document_ends
-from minillm.model import KVCache, LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -134,47 +134,6 @@ def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
     for changed in range(12):
         moved = (logits(changed) - before).abs().amax(dim=2)[0] > 1e-6
         assert moved.tolist() == (start[0] == start[0, changed]).tolist()
-
-
-def cached_logits(model: LanguageModel, rows: Tensor, prompts: list[int], total: int) -> Tensor:
-    """Logits [B, T, V], fed as generation feeds them: padded prompts at once, then token by token.
-
-    Row b continues behind its own prompt, so the rows stand at different positions at every step.
-    """
-    config, longest = model.config, max(prompts)
-    cache = KVCache(config, len(prompts), total + longest, CPU, model.model.compute_dtype)
-    lengths = torch.tensor(prompts)
-    padded = rows[:, :longest].masked_fill(torch.arange(longest) >= lengths[:, None], 0)
-    out = torch.zeros(len(prompts), total + longest, config.vocab_size)
-    out[:, :longest] = all_logits(model, padded, cache=cache)
-    cache.advance(lengths, longest)
-    each = torch.arange(len(prompts))
-    for _ in range(total - min(prompts)):
-        token = rows[each, lengths.clamp(max=total - 1)]
-        out[each, lengths] = all_logits(model, token[:, None], cache=cache)[:, 0]
-        lengths = lengths + 1
-        cache.advance(lengths, cache.longest + 1)
-    return out[:, :total]
-
-
-@given(configs(), SEEDS, st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(6, 11))
-@LAW
-def test_padded_prompts_and_single_steps_over_a_cache_equal_one_forward(config, seed, prompts, total):
-    model, rows = random_model(config, seed), random_tokens(config, len(prompts), total, seed)
-    torch.testing.assert_close(cached_logits(model, rows, prompts, total), all_logits(model, rows), **CLOSE)
-
-
-def test_a_cache_that_drops_rows_serves_the_others_as_before():
-    model, rows = random_model(TINY), random_tokens(TINY, 4, 6, seed=1)
-    cache = KVCache(TINY, 4, 8, CPU, torch.float64)
-    all_logits(model, rows[:, :5], cache=cache)
-    cache.advance(torch.tensor([5, 2, 4, 3]), 5)
-    cache.keep(torch.tensor([False, True, False, True]))
-    assert (cache.lengths.tolist(), cache.longest) == ([2, 3], 3)
-    step = all_logits(model, rows[[1, 3], 5:], cache=cache)
-    for row, length, logits in ((1, 2, step[0]), (3, 3, step[1])):
-        sequence = torch.cat([rows[row, :length], rows[row, 5:]])[None]
-        torch.testing.assert_close(all_logits(model, sequence)[0, -1:], logits, **CLOSE)
 
 
 # ---- transformers as judge
