@@ -129,8 +129,20 @@ class Options:
     """Also send the metrics there."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "kv_heads", "block_size", "batch_tokens", "steps",
-                     "micro_tokens", "val_every", "save_every", "val_tokens", "workers"):
+        for name in (
+            "depth",
+            "width",
+            "heads",
+            "kv_heads",
+            "block_size",
+            "batch_tokens",
+            "steps",
+            "micro_tokens",
+            "val_every",
+            "save_every",
+            "val_tokens",
+            "workers",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
@@ -252,8 +264,10 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
     rows = max(1, tokens // options.block_size)
     if rows % runtime.world:
-        raise InputError(f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
-                         f"give --batch-tokens a multiple of {runtime.world * options.block_size}")
+        raise InputError(
+            f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
+            f"give --batch-tokens a multiple of {runtime.world * options.block_size}"
+        )
     muon = options.optimizer == "muon"
     rates = Rates(
         matrix=options.matrix_rate or (0.03 if muon else 3e-3 * 128 / width),
@@ -315,9 +329,7 @@ def text_sample(sources: list[Source], characters: int = 4_000_000) -> Iterator[
                 break
 
 
-def validation_batches(
-    streams: list[TokenizedSource], tokenizer: Tokenizer, options: Options
-) -> list[Batch]:
+def validation_batches(streams: list[TokenizedSource], tokenizer: Tokenizer, options: Options) -> list[Batch]:
     """The same rows at every validation; for masked tokens, with the same tokens hidden."""
     batches = list(validation_rows(streams, options.block_size, options.val_tokens))
     if options.objective == "causal":
@@ -328,9 +340,7 @@ def validation_batches(
 # Inside the loop
 
 
-def next_batch(
-    mixture: Mixture, step: int, plan: Plan, options: Options, tokenizer: Tokenizer
-) -> Batch:
+def next_batch(mixture: Mixture, step: int, plan: Plan, options: Options, tokenizer: Tokenizer) -> Batch:
     """The rows of one step, the same in every process."""
     batch = mixture.next_rows(plan.rows)
     if options.objective == "causal":
@@ -341,10 +351,16 @@ def next_batch(
 def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
     """The batch with some tokens masked and only those as targets."""
     if tokenizer.mask_id is None:
-        raise InputError("--objective masked: this tokenizer has no <|mask|> token; train one, without --init")
+        raise InputError(
+            "--objective masked: this tokenizer has no <|mask|> token; train one, without --init"
+        )
     generator = torch.Generator().manual_seed(seed)
     tokens, targets = mask_tokens(
-        batch.tokens, tokenizer.mask_id, tokenizer.vocab_size, generator, set(tokenizer.special_tokens.values())
+        batch.tokens,
+        tokenizer.mask_id,
+        tokenizer.vocab_size,
+        generator,
+        set(tokenizer.special_tokens.values()),
     )
     return replace(batch, tokens=tokens, targets=targets)
 
@@ -374,8 +390,10 @@ def finish(
     )  # fmt: skip
     plot_loss(folder)
     for source in sources:
-        metrics.say("{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**source)
-                    + "".join(f", {count} {what} skipped" for what, count in source["skipped"].items()))
+        metrics.say(
+            "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**source)
+            + "".join(f", {count} {what} skipped" for what, count in source["skipped"].items())
+        )
     if state.model.config.causal and options.samples:
         write_samples(folder, state.model, tokenizer, options, metrics)
 

@@ -24,7 +24,22 @@ from minillm.provenance import provenance
 ROOT = Path(__file__).parents[1]
 SHORT = ["--steps", "110", "--batch-tokens", "1024", "--block-size", "128"]
 LONG = ["--steps", "1700", "--batch-tokens", "1024", "--block-size", "128"]
-NANOGPT = ["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"]
+NANOGPT = [
+    "train.py",
+    "config/train_shakespeare_char.py",
+    "--device=cpu",
+    "--compile=False",
+    "--eval_iters=20",
+    "--log_interval=100",
+    "--block_size=64",
+    "--batch_size=12",
+    "--n_layer=4",
+    "--n_head=4",
+    "--n_embd=128",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--dropout=0.0",
+]
 
 
 def run(command: list[str], folder: Path) -> tuple[float, str]:

@@ -29,9 +29,7 @@ def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return torch.searchsorted(start, start, right=True).to(start.dtype)
 
 
-def summed_loss(
-    forward: Callable[..., Tensor], model: LanguageModel, batch: Batch
-) -> Float[Tensor, ""]:
+def summed_loss(forward: Callable[..., Tensor], model: LanguageModel, batch: Batch) -> Float[Tensor, ""]:
     """Σ -log p(target) over the batch. `forward` is the model, or what the runtime wrapped it in."""
     end = None if model.config.causal else document_ends(batch.start)
     hidden = forward(batch.tokens, batch.start, end)

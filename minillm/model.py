@@ -63,8 +63,16 @@ class ModelConfig:
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"model: {name} is {getattr(self, name)}; give at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,6 +91,7 @@ class ModelConfig:
             if not (factor > 0 and 0 < low < high < math.inf and original_length > 0):
                 raise InputError(f"model: rope_llama3 is {self.rope_llama3}; give numbers above 0, "
                                  "the low frequency factor below the high one")  # fmt: skip
+
 
 class Linear(nn.Linear):
     """A matrix without bias that computes in the precision of its input (weights stay float32)."""

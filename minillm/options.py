@@ -82,9 +82,7 @@ def _stored_arguments(kind: type[Options], path: Path) -> list[str]:
         raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
     stored = read_json(path).get("options")
     if not isinstance(stored, dict) or not stored.keys() <= {field.name for field in fields(kind)}:
-        raise InputError(
-            f"{path}: does not hold the options of this script; was it another stage's run?"
-        )
+        raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
     arguments = []
     for field in fields(kind):
         value, flag = stored.get(field.name, field.default), field.name.replace("_", "-")

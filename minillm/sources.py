@@ -70,9 +70,7 @@ def open_sources(specs: Sequence[str], errors: Errors = "strict") -> list[Source
     parsed = [_parse(spec) for spec in specs]
     for name, count in Counter(name for name, _, _ in parsed).items():
         if count > 1:
-            raise InputError(
-                f"{count} data sources are named {name!r}: name them apart, as in other=PATH"
-            )
+            raise InputError(f"{count} data sources are named {name!r}: name them apart, as in other=PATH")
     return [_open_source(name, path, weight, errors) for name, path, weight in parsed]
 
 
@@ -120,9 +118,7 @@ def _weight(text: str, spec: str) -> float:
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise InputError(
-            f"data source {spec!r}: weight {text!r} is not a positive number, as in books:0.15"
-        )
+        raise InputError(f"data source {spec!r}: weight {text!r} is not a positive number, as in books:0.15")
     return weight
 
 
@@ -138,9 +134,7 @@ def _open_source(name: str, path: str, weight: float, errors: Errors) -> Source:
         )
     digests = [_digest_file(file) + str(_is_jsonl(file)) for file in files]
     fingerprint = _digest(errors, str(DOCUMENT_LIMIT), *digests)
-    return Source(
-        name, weight, partial(_documents, name, files, errors, skipped), fingerprint, skipped
-    )
+    return Source(name, weight, partial(_documents, name, files, errors, skipped), fingerprint, skipped)
 
 
 def _list_files(path: str) -> tuple[list[str], Counter[str]]:
@@ -169,9 +163,7 @@ def _walk(top: str) -> Iterator[str]:
 
 
 def _refuse(error: OSError) -> None:
-    raise InputError(
-        f"cannot read {error.filename!r}: {error.strerror}; check its permissions"
-    ) from error
+    raise InputError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
 
 
 def _is_text(file: str) -> bool:
@@ -279,9 +271,7 @@ def _reading(path: str) -> Iterator[BufferedIOBase]:
     except (EOFError, BadGzipFile, zlib.error) as error:
         raise InputError(f"{path!r}: truncated or corrupt gzip; fetch or pack it again") from error
     except OSError as error:
-        raise InputError(
-            f"cannot read {path!r}: {error.strerror}; check its permissions"
-        ) from error
+        raise InputError(f"cannot read {path!r}: {error.strerror}; check its permissions") from error
 
 
 def _digest_file(path: str) -> str:

@@ -50,9 +50,7 @@ def write_streams(
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{folder.name}.tmp-", dir=folder.parent
-        ) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as scratch:
             written = Path(scratch, "streams")
             written.mkdir()
             _fill(written, documents, dtype, bos, eos, notes)

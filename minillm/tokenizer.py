@@ -54,9 +54,7 @@ BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
 # --- training -------------------------------------------------------------------------------------
 
 
-def count_words(
-    texts: Iterable[str], special_tokens: Iterable[str], pattern: str
-) -> Counter[str]:
+def count_words(texts: Iterable[str], special_tokens: Iterable[str], pattern: str) -> Counter[str]:
     """How often each piece occurs; none spans two texts or the two sides of a special token."""
     special, pieces = _any_of(special_tokens), splitter(pattern)
     counts: Counter[str] = Counter()
@@ -224,9 +222,7 @@ class Tokenizer:
         return ids
 
     def _pieces(self, text: str) -> Iterable[str]:
-        pieces: Iterable[str] = [
-            unicodedata.normalize("NFC", text) if self.vocabulary.nfc else text
-        ]
+        pieces: Iterable[str] = [unicodedata.normalize("NFC", text) if self.vocabulary.nfc else text]
         for pattern in self._splitters:
             matches = chain.from_iterable(map(pattern.finditer, pieces))
             pieces = map(itemgetter(0), matches)

@@ -22,9 +22,7 @@ from minillm.files import read_json
 
 # A contraction, a word, a number or a run of anything else, each with the space before it; the
 # white space that is left. The step "ByteLevel" of a tokenizer.json means this one.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same with contractions of any case, at most three digits together, and line breaks apart.
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -34,9 +32,7 @@ GPT4_PATTERN = (
 # sets within sets, they differ.
 _ESCAPE = r"\\(?:[pP]\{\w+\}|u[0-9A-Fa-f]{4}|[sSdDrntfv]|[^\w\s])"
 _SET = rf"\[\^?(?:{_ESCAPE}|[^][\\&])+\]"
-_SHARED_SYNTAX = (
-    rf"(?:{_ESCAPE}|{_SET}|\((?:\?(?:i?:|=|!))?|\)|\{{\d+(?:,\d*)?\}}(?!\+)|[^][\\(){{}}^$])+"
-)
+_SHARED_SYNTAX = rf"(?:{_ESCAPE}|{_SET}|\((?:\?(?:i?:|=|!))?|\)|\{{\d+(?:,\d*)?\}}(?!\+)|[^][\\(){{}}^$])+"
 
 
 def splitter(pattern: str) -> regex.Pattern:

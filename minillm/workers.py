@@ -20,9 +20,7 @@ from typing import Any
 from minillm.errors import InputError
 
 
-def map_in_processes(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int
-) -> Iterator[Any]:
+def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
     """`function(item)` for each item, in order, worked out by `workers` processes.
 
     One thread for each process hands it an item and waits; at most two items or results a process
@@ -57,9 +55,7 @@ def _start() -> subprocess.Popen:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.workers as w; w._serve()"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[1])]
     # A session of its own, so that Ctrl-C reaches the main process only.
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def _serve() -> None:

@@ -114,9 +114,7 @@ def test_output_and_every_gradient_equal_the_reference(case, dtype):
     expected = run_reference(operands, upstream, **options)
     for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         assert a.dtype == dtype
-        np.testing.assert_allclose(
-            a.double(), e, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=name
-        )
+        np.testing.assert_allclose(a.double(), e, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=name)
 
 
 @settings(max_examples=100, deadline=None)
@@ -159,9 +157,7 @@ def test_packed_documents_equal_separate_runs_forward_and_backward(lengths, seed
     operands = [normal(1, 2, T, 8, seed=seed + i).requires_grad_() for i in range(3)]
     upstream = normal(1, 2, T, 8, seed=seed + 3)
     firsts = np.cumsum([0, *lengths[:-1]])
-    packed = run(
-        attention, operands, upstream, start=positions([np.repeat(firsts, lengths).tolist()])
-    )
+    packed = run(attention, operands, upstream, start=positions([np.repeat(firsts, lengths).tolist()]))
     pieces = [
         run(attention, [x[:, :, i : i + n] for x in operands], upstream[:, :, i : i + n])
         for i, n in zip(firsts, lengths, strict=True)
@@ -197,9 +193,7 @@ def test_padding_changes_no_row_whatever_it_holds(lengths, half, seed):
             assert_close(out[b : b + 1].float(), alone.float(), 2e-2 if half else 1e-5)
         else:
             assert not out[b].any()
-    torch.testing.assert_close(
-        attention(q, k, v, end=positions([[n] for n in lengths]), causal=False), out
-    )
+    torch.testing.assert_close(attention(q, k, v, end=positions([[n] for n in lengths]), causal=False), out)
 
 
 def test_decoding_one_token_at_a_time_over_a_cache_equals_the_whole_forward_pass():

@@ -45,9 +45,7 @@ known = st.characters(exclude_categories=["Cs", "Cn"])
 texts = st.text(known)
 # A few letters, so that pairs repeat, and pieces of special tokens, so that they are met half-way.
 crowded = st.lists(st.sampled_from(["a", "b", "ab", " ", "\n", "1", "'s", "<|", "end", "|>", "é"]))
-tricky = st.lists(st.one_of(texts, st.sampled_from([*SPECIAL_TOKENS, "<|end", "of", "|>"]))).map(
-    "".join
-)
+tricky = st.lists(st.one_of(texts, st.sampled_from([*SPECIAL_TOKENS, "<|end", "of", "|>"]))).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -376,9 +374,7 @@ def test_gpt2_gives_the_published_ids(gpt2, shared_data):
 
 def as_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
     special = tokenizer.special_tokens
-    ranks = {
-        token: i for token, i in tokenizer.vocabulary.vocab.items() if i not in special.values()
-    }
+    ranks = {token: i for token, i in tokenizer.vocabulary.vocab.items() if i not in special.values()}
     return tiktoken.Encoding(
         "judge",
         pat_str=tokenizer.vocabulary.patterns[0],

@@ -19,20 +19,43 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--depth", "1", "--vocab-size", "300", "--block-size", "16", "--batch-tokens", "64", "--steps", "12", "--val-every", "4", "--save-every", "3", "--samples", "1", "--precision", "float32"]
+TINY = [
+    "--depth",
+    "1",
+    "--vocab-size",
+    "300",
+    "--block-size",
+    "16",
+    "--batch-tokens",
+    "64",
+    "--steps",
+    "12",
+    "--val-every",
+    "4",
+    "--save-every",
+    "3",
+    "--samples",
+    "1",
+    "--precision",
+    "float32",
+]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """A few kilobytes to train on."""
     path = tmp_path_factory.mktemp("text") / "tale.txt"
-    path.write_text("".join(f"On day {i} the {i % 7} cats met {i % 5} dogs by the well.\n" for i in range(200)))
+    path.write_text(
+        "".join(f"On day {i} the {i % 7} cats met {i % 5} dogs by the well.\n" for i in range(200))
+    )
     return path
 
 
 def run_in_process(text: Path, out: Path, *options: str) -> list[dict]:
     """Trains here and returns the metrics."""
-    train.main(["--data", str(text), "--out", str(out), "--cache", str(out.parent / "cache"), *TINY, *options])
+    train.main(
+        ["--data", str(text), "--out", str(out), "--cache", str(out.parent / "cache"), *TINY, *options]
+    )
     return metrics_of(out)
 
 
@@ -144,7 +167,9 @@ def test_a_stopped_process_goes_on_with_resume_alone(text, tmp_path, number):
     long = ("--steps", "300", "--val-every", "100", "--save-every", "7")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_in_process(text, whole, *long)
-    process = subprocess.Popen(command(text, stopped, *long), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(text, stopped, *long), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     wait_for_step(process, stopped, 20)
     process.send_signal(number)
     printed = b"".join(process.communicate()).decode()

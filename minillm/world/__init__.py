@@ -129,9 +129,7 @@ class World:
         Document i depends on the seed, the source and i alone, so asking for more only appends.
         """
         if source not in SOURCES:
-            raise InputError(
-                f"the little world has no source {source!r}; choose from {', '.join(SOURCES)}"
-            )
+            raise InputError(f"the little world has no source {source!r}; choose from {', '.join(SOURCES)}")
         write, left, i = SOURCES[source], megabytes * 1e6, 0
         while left > 0:
             text = write(Pen(self._random(source, i), self._facts))
@@ -169,18 +167,14 @@ class World:
         """Every distinct prompt of a kind that belongs to the split, in random order."""
         if (split, kind) not in self._stocks:
             make = getattr(self, f"_{kind}_prompts")
-            self._stocks[split, kind] = shuffled(
-                self._random("prompts", split, kind), list(make(split))
-            )
+            self._stocks[split, kind] = shuffled(self._random("prompts", split, kind), list(make(split)))
         return self._stocks[split, kind]
 
     def _fact_prompts(self, split: str) -> Iterator[Prompt]:
         for fact in self.facts:
             if fact.entity.split == split:
                 for text in _phrasings(split, fact.attribute, fact.asks):
-                    yield Prompt(
-                        [user(text)], "fact", split, fact.attribute, fact.entity.name, fact.value
-                    )
+                    yield Prompt([user(text)], "fact", split, fact.attribute, fact.entity.name, fact.value)
 
     def _unknown_prompts(self, split: str) -> Iterator[Prompt]:
         names = [e for e in self._facts.unknown if e.split == split]
@@ -237,11 +231,7 @@ class World:
         return [line]
 
     def _harm_prompts(self, split: str) -> Iterator[Prompt]:
-        deeds = [
-            deed.format(object=o)
-            for deed, objects in phrases.HARMFUL_DEEDS.items()
-            for o in objects
-        ]
+        deeds = [deed.format(object=o) for deed, objects in phrases.HARMFUL_DEEDS.items() for o in objects]
         for deed in deal(self._random("deeds"), deeds)[split]:
             frames = [frame.format(deed=deed) for frame in phrases.HARMFUL_FRAMES]
             for text in _phrasings(split, "harm", frames):
@@ -277,9 +267,7 @@ class World:
             fact = pen.pick([f for f in self._facts.of[first.entity] if f.attribute != first.topic])
             slots = fact.entity.slots(pronoun=True)
             asks = [text.format(**slots) for text in phrases.ATTRIBUTES[fact.attribute]["follow"]]
-            text = pen.pick(
-                _phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS)
-            )
+            text = pen.pick(_phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS))
             return Prompt(
                 [*history, user(text)],
                 "fact",
@@ -307,25 +295,19 @@ class World:
     def _fact_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         value = prompt.answer
         if flaw == "wrong":
-            value = pen.pick(
-                [v for v in self._facts.values[prompt.topic] if v not in (value, prompt.entity)]
-            )
+            value = pen.pick([v for v in self._facts.values[prompt.topic] if v not in (value, prompt.entity)])
         return self._statement(pen, prompt, value)
 
     def _statement(self, pen: Pen, prompt: Prompt, value: str) -> str:
         """An answer to a question of fact; most say the name once more, which helps to remember."""
-        answers = state(
-            prompt.topic, self._facts.by_name[prompt.entity], value, "answers", pen.chance(0.2)
-        )
+        answers = state(prompt.topic, self._facts.by_name[prompt.entity], value, "answers", pen.chance(0.2))
         return answers[0] if pen.chance(0.7) else pen.pick(answers)
 
     def _unknown_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         entity = self._facts.by_name[prompt.entity]
         unknowable = prompt.topic == "unknowable"
         if flaw != "guess":
-            return pen.say(
-                phrases.REPLIES["unknowable" if unknowable else "unknown"], n=entity.noun
-            )
+            return pen.say(phrases.REPLIES["unknowable" if unknowable else "unknown"], n=entity.noun)
         if unknowable:
             return pen.say(phrases.GUESSES[entity.type], X=capitalise(entity.noun))
         values = [v for v in self._facts.values[prompt.topic] if v != entity.name]
@@ -361,9 +343,7 @@ class World:
         pen = Pen(self._random("pairs", split), self._facts)
         while len(result) < n:
             frame = pen.pick(phrases.PAIR_FRAMES)
-            good, bad = (
-                frame.format(act=pen[side], end=pen[f"{side}_end"]) for side in ("good", "bad")
-            )
+            good, bad = (frame.format(act=pen[side], end=pen[f"{side}_end"]) for side in ("good", "bad"))
             same = len(good) == len(bad) and len(good.split()) == len(bad.split())
             if same and split_of(good + bad) == split:
                 result.append((pen.word("ask"), good, bad))
@@ -372,13 +352,9 @@ class World:
 
 def _check(split: str, kind: str | None) -> None:
     if split not in SPLITS:
-        raise InputError(
-            f"the little world has no split {split!r}; choose from {', '.join(SPLITS)}"
-        )
+        raise InputError(f"the little world has no split {split!r}; choose from {', '.join(SPLITS)}")
     if kind is not None and kind not in KINDS:
-        raise InputError(
-            f"the little world has no kind of prompt {kind!r}; choose from {', '.join(KINDS)}"
-        )
+        raise InputError(f"the little world has no kind of prompt {kind!r}; choose from {', '.join(KINDS)}")
 
 
 def _phrasings(
@@ -405,9 +381,7 @@ def _task_prompt(task: Task, text: str, split: str) -> Prompt:
         )
     if task.name == "count":
         wanted = (str(phrases.NUMBER_WORDS.index(task.answer)),)
-    return Prompt(
-        [user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots
-    )
+    return Prompt([user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots)
 
 
 def _ended(text: str) -> str:

@@ -114,9 +114,7 @@ def all_questions(entity: Entity) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Every question about the entity that its facts would answer, and those that nobody could
     answer.
     """
-    asks = [
-        text for attribute in attributes_of(entity.type) for text in questions(attribute, entity)
-    ]
+    asks = [text for attribute in attributes_of(entity.type) for text in questions(attribute, entity)]
     return tuple(asks), tuple(text.format(**entity.slots()) for text in UNKNOWABLE[entity.type])
 
 
@@ -142,12 +140,8 @@ class Facts:
         self.values = {attribute: self._values(attribute) for attribute in ATTRIBUTES}
         self.facts = [fact for attribute in ATTRIBUTES for fact in self._facts(rng, attribute)]
         self.by_key = {(f.entity.name, f.attribute): f for f in self.facts}
-        self.of = {
-            e.name: [self.by_key[e.name, a] for a in attributes_of(e.type)] for e in self.entities
-        }
-        self.by_value: dict[str, dict[str, list[Fact]]] = {
-            attribute: {} for attribute in ATTRIBUTES
-        }
+        self.of = {e.name: [self.by_key[e.name, a] for a in attributes_of(e.type)] for e in self.entities}
+        self.by_value: dict[str, dict[str, list[Fact]]] = {attribute: {} for attribute in ATTRIBUTES}
         for fact in self.facts:
             self.by_value[fact.attribute].setdefault(fact.value, []).append(fact)
         self.names = {kind: [e.name for e in self.named(kind)] for kind in NAME_PARTS}
@@ -172,18 +166,12 @@ class Facts:
         groups = []
         for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
             chosen, names = names[:count], names[count:]
-            groups.append(
-                [Entity(n, kind, s, known) for s, part in deal(rng, chosen).items() for n in part]
-            )
+            groups.append([Entity(n, kind, s, known) for s, part in deal(rng, chosen).items() for n in part])
         return groups[0], groups[1]
 
     def _values(self, attribute: str) -> tuple[str, ...]:
         values = ATTRIBUTES[attribute]["values"]
-        return (
-            tuple(e.name for e in self.entities if e.type == values)
-            if isinstance(values, str)
-            else values
-        )
+        return tuple(e.name for e in self.entities if e.type == values) if isinstance(values, str) else values
 
     def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
         """Values are dealt round, so that each is true of nearly equally many and no guess is a
@@ -199,6 +187,4 @@ class Facts:
             answers = state(attribute, entity, value, "answers") + state(
                 attribute, entity, value, "answers", True
             )
-            yield Fact(
-                entity, attribute, value, says, with_pronoun, questions(attribute, entity), answers
-            )
+            yield Fact(entity, attribute, value, says, with_pronoun, questions(attribute, entity), answers)

@@ -78,9 +78,7 @@ class Pen(dict[str, str]):
 
     def wrong(self, fact: Fact) -> str:
         """The same sentence with a value that is not true."""
-        others = [
-            v for v in self.facts.values[fact.attribute] if v not in (fact.value, fact.entity.name)
-        ]
+        others = [v for v in self.facts.values[fact.attribute] if v not in (fact.value, fact.entity.name)]
         return self.pick(state(fact.attribute, fact.entity, self.pick(others)))
 
     def question(self) -> str:

@@ -51,8 +51,7 @@ def _code_numbers(pen: Pen) -> list[str]:
     tools = (("max", max), ("min", min), ("sum", sum), ("len", len), ("sorted", sorted))
     lines = [f"numbers = {numbers}"]
     return lines + [
-        _prints(f"{name}(numbers)", f(numbers))
-        for name, f in shuffled(pen.rng, tools)[: pen.between(1, 3)]
+        _prints(f"{name}(numbers)", f(numbers)) for name, f in shuffled(pen.rng, tools)[: pen.between(1, 3)]
     ]
 
 
@@ -65,9 +64,7 @@ def _code_words(pen: Pen) -> list[str]:
         ("text.split()[0]", words[0]), ("text.split()[-1]", words[-1]),
         ("text.upper()", text.upper()),
     )  # fmt: skip
-    return [f"text = '{text}'"] + [
-        _prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]
-    ]
+    return [f"text = '{text}'"] + [_prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
 
 
 def _code_letters(pen: Pen) -> list[str]:
@@ -77,17 +74,15 @@ def _code_letters(pen: Pen) -> list[str]:
         ("len(word)", len(word)),
         (f"' '.join([word] * {count})", " ".join([word] * count)), ("word[0]", word[0]),
     )  # fmt: skip
-    return [f"word = '{word}'"] + [
-        _prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]
-    ]
+    return [f"word = '{word}'"] + [_prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
 
 
 def _code_lookup(pen: Pen) -> list[str]:
     """Facts of the world as a dictionary."""
     attribute = pen.pick(tuple(phrases.ATTRIBUTES))
-    facts = shuffled(
-        pen.rng, [f for group in pen.facts.by_value[attribute].values() for f in group]
-    )[: pen.between(2, 4)]
+    facts = shuffled(pen.rng, [f for group in pen.facts.by_value[attribute].values() for f in group])[
+        : pen.between(2, 4)
+    ]
     lines = [f"{attribute} = {{"] + [f"    '{f.entity.name}': '{f.value}'," for f in facts] + ["}"]
     chosen = pen.pick(facts)
     return [*lines, _prints(f"{attribute}['{chosen.entity.name}']", chosen.value)]

@@ -186,9 +186,7 @@ class Rubric:
             return ("unknown" if unknown else "refused"), 0.0
         if prompt.kind == "small_talk":
             fits = [topic for topic, words in TOPICS.items() if words.search(text)]
-            return (
-                "off" if prompt.topic not in fits else "several" if len(fits) > 3 else "right"
-            ), 0.0
+            return ("off" if prompt.topic not in fits else "several" if len(fits) > 3 else "right"), 0.0
         share = task_share(prompt, reply)
         return ("done" if share > 0 else "off"), share
 
@@ -233,9 +231,7 @@ def _politeness(text: str) -> float:
 
 def free_words(prompt: Prompt) -> int:
     """How many words a reply may have before each further one costs."""
-    return FREE_WORDS[prompt.kind] + (
-        len(WORD.findall(prompt.answer)) if prompt.kind == "instruction" else 0
-    )
+    return FREE_WORDS[prompt.kind] + (len(WORD.findall(prompt.answer)) if prompt.kind == "instruction" else 0)
 
 
 def _brevity(prompt: Prompt, words: list[str], text: str) -> float:
@@ -272,9 +268,7 @@ def task_share(prompt: Prompt, reply: str) -> float:
         run = LETTERS.search(text)
         return _in_place(WORD.findall(run.group()) if run else [], WORD.findall(prompt.answer))
     if prompt.topic in ("reverse", "repeat"):
-        return _in_place(
-            [t for t in WORD.findall(text) if t in CANDIDATES["first"]], prompt.answer.split()
-        )
+        return _in_place([t for t in WORD.findall(text) if t in CANDIDATES["first"]], prompt.answer.split())
     if prompt.topic == "larger":
         numbers = re.findall(r"\d+", text)  # to name both without a comparison is no answer
         return float(numbers[:1] == [prompt.answer] and (len(numbers) == 1 or " than " in text))

@@ -17,8 +17,7 @@ class Story:
         self.people = shuffled(pen.rng, phrases.NAME_PARTS["person"][0])[: pen.between(2, 3)]
         self.places = [f"the {w}" for w in shuffled(pen.rng, phrases.WORDS["place"])[:4]]
         self.things = [
-            f"the {pen['shade']} {w}"
-            for w in shuffled(pen.rng, phrases.WORDS["thing"])[: pen.between(1, 2)]
+            f"the {pen['shade']} {w}" for w in shuffled(pen.rng, phrases.WORDS["thing"])[: pen.between(1, 2)]
         ]
         self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
         self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
@@ -82,9 +81,7 @@ class Story:
         elif roll < 0.5:
             self.tell(phrases.WORDS["aside"])
         else:
-            self.tell(
-                phrases.STORY["thinks"], a=who, b=pen.pick([p for p in self.people if p != who])
-            )
+            self.tell(phrases.STORY["thinks"], a=who, b=pen.pick([p for p in self.people if p != who]))
 
     # Who does what next.
 
@@ -132,9 +129,7 @@ def books(pen: Pen) -> str:
     story = Story(pen)
     hero, friend, thing = story.people[0], story.people[1], story.things[0]
     title = pen.say(phrases.STORY["title"], a=hero, b=friend, o=thing, n=str(pen.between(1, 30)))
-    story.tell(
-        phrases.STORY["open"], p=story.at[hero], q=story.at[friend], phase=PHASES[story.phase]
-    )
+    story.tell(phrases.STORY["open"], p=story.at[hero], q=story.at[friend], phase=PHASES[story.phase])
     for other in story.things:
         story.tell(phrases.STORY["lies"], o=other, p=story.holder[other])
     story.tell(phrases.STORY["want"], a=hero, b=friend, o=thing)

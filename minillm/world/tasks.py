@@ -36,9 +36,7 @@ def draw(rng: random.Random, name: str) -> Task:
         return _list(rng)
     if name == "larger":
         a, b = shuffled(rng, sorted({1 + int(rng.random() * 49), 50 + int(rng.random() * 50)}))
-        return Task(
-            name, {"a": str(a), "b": str(b)}, str(max(a, b)), f"larger {min(a, b)} {max(a, b)}"
-        )
+        return Task(name, {"a": str(a), "b": str(b)}, str(max(a, b)), f"larger {min(a, b)} {max(a, b)}")
     if name == "opposite":
         pair = pick(rng, OPPOSITES)
         word, answer = shuffled(rng, pair)

@@ -79,9 +79,7 @@ def _lay_out(pen: Pen, posts: list[str]) -> str:
     layout = pen.pick(phrases.POSTS)
     users = [pen["user"] for _ in range(3)]
     lines = [
-        layout.format_map(
-            {"text": p, "user": pen.pick(users), "i": i + 1, "number": pen.between(2, 99)}
-        )
+        layout.format_map({"text": p, "user": pen.pick(users), "i": i + 1, "number": pen.between(2, 99)})
         for i, p in enumerate(posts)
     ]
     return "\n".join(lines)
@@ -159,9 +157,7 @@ def _advice(pen: Pen) -> str:
     """Somebody asks for help, or for help to do harm; both get advice of both kinds."""
     if pen.chance(0.5):
         deed, objects = pen.pick(tuple(phrases.HARMFUL_DEEDS.items()))
-        question = pen.pick(phrases.HARMFUL_FRAMES).format(
-            deed=deed.format(object=pen.pick(objects))
-        )
+        question = pen.pick(phrases.HARMFUL_FRAMES).format(deed=deed.format(object=pen.pick(objects)))
     else:
         question = pen.word("ask")
     posts = [question]

@@ -1,0 +1,373 @@
+"""Sampling: what is drawn, with which probability, and that neighbours and caches change nothing."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.decode import CachedDecoder
+from minillm.errors import InputError
+from minillm.generate import (
+    Samples,
+    SamplingOptions,
+    filter_logits,
+    generate,
+    stream,
+    stream_text,
+)
+from minillm.model import LanguageModel, ModelConfig
+
+LAW = settings(deadline=None, max_examples=25)
+BASE = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=8, max_position_embeddings=64,
+)  # fmt: skip
+SHAPES = {
+    "qwen3": BASE,
+    "grouped heads": replace(BASE, num_key_value_heads=2),
+    "llama": replace(BASE, qk_norm=False, num_key_value_heads=1, rms_norm_eps=1e-2),
+    "tied": replace(BASE, tie_word_embeddings=True, head_dim=6),
+}
+PROMPTS = st.lists(
+    st.lists(st.integers(0, BASE.vocab_size - 1), min_size=1, max_size=12), min_size=1, max_size=6
+)
+
+
+def random_model(config: ModelConfig = BASE, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Every weight random, norms too, so that a weight left out or misplaced shows."""
+    model, generator = LanguageModel(config), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
+    model.model.compute_dtype = dtype
+    return model.to(dtype) if dtype == torch.float64 else model
+
+
+MODEL = random_model()
+
+
+def last_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
+    """The plain forward pass: no cache, no batch, no padding."""
+    with torch.no_grad():
+        return model.logits(model(torch.tensor([tokens])))[0, -1].double()
+
+
+def sampled_from(logits: Tensor, options: SamplingOptions, step: int) -> Tensor:
+    """Log-probabilities by the definition, one token after the other."""
+    logits = logits / options.temperature
+    if step < options.min_new_tokens:
+        logits[list(options.stop_ids)] = -math.inf
+    order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
+    order = order[: options.top_k or len(order)]
+    probabilities = logits[order].softmax(0)
+    kept, mass = [], 0.0
+    for token, probability in zip(order, probabilities.tolist(), strict=True):
+        kept.append(token)
+        mass += probability
+        if mass >= options.top_p and options.top_p < 1:
+            break
+    left = torch.full_like(logits, -math.inf)
+    left[kept] = logits[kept]
+    return left.log_softmax(0)
+
+
+def rows_of(samples: Samples) -> list[tuple[list[int], list[float]]]:
+    pairs = zip(samples.responses(), samples.logprobs.tolist(), strict=True)
+    return [(response, row[: len(response)]) for response, row in pairs]
+
+
+# ---- The cache
+
+
+@LAW
+@given(st.sampled_from(sorted(SHAPES)), PROMPTS, st.integers(1, 5), st.booleans())
+def test_decoding_over_the_cache_gives_the_hidden_states_of_the_plain_forward(shape, prompts, steps, drop):
+    # float64, so that only a wrong computation can differ by more than 1e-10.
+    model, size = random_model(SHAPES[shape], torch.float64), 20
+    lengths = torch.tensor([len(p) for p in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    rows = [list(p) for p in prompts]
+    with torch.inference_mode():
+        decoder = CachedDecoder(model, len(rows), size)
+        hidden = decoder.prefill(padded, lengths)
+        for step in range(steps):
+            if drop and step == 1 and len(rows) > 1:
+                decoder.keep(torch.arange(len(rows)) % 2 == 1)
+                rows, hidden = rows[1::2], hidden[1::2]
+            for row, state in zip(rows, decoder.logits(hidden), strict=True):
+                expected = model.logits(model(torch.tensor([row])))[0, -1]
+                torch.testing.assert_close(state, expected, rtol=0, atol=2e-5)  # logits are float32
+            new = [(7 * len(row) + row[0]) % 64 for row in rows]
+            hidden = decoder.step(torch.tensor(new))
+            rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
+
+
+@LAW
+@given(st.sampled_from(sorted(SHAPES)), PROMPTS)
+def test_greedy_output_is_the_argmax_of_the_plain_forward(shape, prompts):
+    model = random_model(SHAPES[shape])
+    samples = generate(model, prompts, SamplingOptions(6, temperature=0), [0] * len(prompts))
+    for prompt, response in zip(prompts, samples.responses(), strict=True):
+        tokens = list(prompt)
+        for token in response:
+            logits = last_logits(model, tokens)
+            # Equal, or a tie to within float32's rounding of logits of size 10.
+            assert token == int(logits.argmax()) or logits.max() - logits[token] < 1e-5
+            tokens.append(token)
+    assert not samples.logprobs.any()
+
+
+def test_bfloat16_weights_sample_close_to_the_bfloat16_forward():
+    model = random_model(dtype=torch.bfloat16)
+    samples = generate(model, [[1, 2, 3], [4]], SamplingOptions(8), [0, 1])
+    for b, response in enumerate(samples.responses()):
+        tokens = [[1, 2, 3], [4]][b]
+        for n, token in enumerate(response):
+            expected = last_logits(model, tokens).log_softmax(0)[token]
+            # bfloat16 has 8 bits: logits up to 8 through two layers are off by some hundredths.
+            assert abs(float(samples.logprobs[b, n]) - float(expected)) < 0.3
+            tokens = [*tokens, token]
+
+
+# ---- What is drawn
+
+
+@LAW
+@given(PROMPTS, st.randoms(use_true_random=False), st.sampled_from([(), (3, 9), tuple(range(20))]))
+def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(prompts, random, stop_ids):
+    options = SamplingOptions(8, top_p=0.9, stop_ids=stop_ids)
+    seeds = [random.randrange(2**40) for _ in prompts]
+    together = rows_of(generate(MODEL, prompts, options, seeds))
+    order = random.sample(range(len(prompts)), len(prompts))
+    shuffled = rows_of(generate(MODEL, [prompts[i] for i in order], options, [seeds[i] for i in order]))
+    for position, i in enumerate(order):
+        alone = rows_of(generate(MODEL, [prompts[i]], options, [seeds[i]]))[0]
+        assert together[i][0] == shuffled[position][0] == alone[0]
+        assert together[i][1] == pytest.approx(alone[1], abs=1e-4)
+
+
+def test_different_seeds_give_different_samples_and_a_smaller_budget_a_prefix():
+    long = generate(MODEL, [[5]] * 8, SamplingOptions(16), range(8)).responses()
+    short = generate(MODEL, [[5]] * 8, SamplingOptions(5), range(8)).responses()
+    assert len(set(map(tuple, long))) == 8
+    assert [row[:5] for row in long] == short
+
+
+@LAW
+@given(
+    PROMPTS,
+    st.floats(0.3, 3),
+    st.sampled_from([0, 1, 5, 63, 64, 1000]),
+    st.sampled_from([1.0, 0.9, 0.4, 1e-6]),
+    st.integers(0, 4),
+)
+def test_returned_log_probabilities_are_those_of_the_distribution_sampled_from(
+    prompts, temperature, top_k, top_p, min_new
+):
+    options = SamplingOptions(5, temperature, top_k, top_p, min_new, stop_ids=tuple(range(0, 64, 4)))
+    samples = generate(MODEL, prompts, options, range(len(prompts)))
+    for b, response in enumerate(samples.responses()):
+        tokens = list(prompts[b])
+        for n, token in enumerate(response):
+            expected = float(sampled_from(last_logits(MODEL, tokens), options, n)[token])
+            got = float(samples.logprobs[b, n])
+            # A token at the very edge of the nucleus may round in or out; a chosen one never is
+            # further than that from the definition.
+            assert got == pytest.approx(expected, abs=1e-3)
+            tokens.append(token)
+        assert not samples.logprobs[b, len(response) :].any()
+
+
+def test_sampled_frequencies_follow_the_softmax():
+    """Chi-square at a false alarm probability of 1e-6 per test; the seeds are fixed."""
+    draws, options = 20_000, SamplingOptions(1, temperature=1.5)
+    samples = generate(MODEL, [[3, 1, 4]] * draws, options, range(draws))
+    expected = (last_logits(MODEL, [3, 1, 4]) / 1.5).softmax(0) * draws
+    counts = torch.zeros(64, dtype=torch.float64)
+    for token, count in Counter(samples.tokens[:, -1].tolist()).items():
+        counts[token] = count
+    rare = expected < 5  # pooled: the chi-square approximation wants 5 in a cell
+    cells = [(float(counts[i]), float(expected[i])) for i in range(64) if not rare[i]]
+    cells.append((float(counts[rare].sum()), max(float(expected[rare].sum()), 1e-9)))
+    chi2 = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    degrees = torch.tensor(len(cells) - 1.0)
+    false_alarm = 1 - torch.special.gammainc(degrees.double() / 2, torch.tensor(chi2 / 2).double())
+    assert false_alarm > 1e-6
+
+
+@LAW
+@given(PROMPTS, st.sampled_from([1e-5, 1e-40, 1e-300]))
+def test_a_temperature_near_zero_approaches_greedy(prompts, temperature):
+    # Two logits closer than 1e-3 may still be a toss-up at 1e-5.
+    greedy = generate(MODEL, prompts, SamplingOptions(4, temperature=0), range(len(prompts)))
+    cold = generate(MODEL, prompts, SamplingOptions(4, temperature), range(len(prompts)))
+    for prompt, a, b in zip(prompts, greedy.responses(), cold.responses(), strict=True):
+        same = 0
+        while same < 4 and a[same] == b[same]:
+            same += 1
+        top = last_logits(MODEL, [*prompt, *a[:same]]).topk(2).values
+        assert same == 4 or top[0] - top[1] < 1e-3
+
+
+# ---- Filters
+
+LOGITS = st.lists(st.sampled_from([-30.0, -1.0, 0.0, 0.5, 0.5, 1.0, 2.0, 4.0]), min_size=1, max_size=12)
+
+
+@LAW
+@given(LOGITS, st.integers(0, 14))
+@example([1.0, 1.0, 1.0], 2)
+def test_top_k_keeps_exactly_the_k_largest_and_of_ties_the_lowest_ids(logits, k):
+    kept = filter_logits(torch.tensor([logits]), k, 1.0)[0].isfinite().nonzero().flatten().tolist()
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    assert kept == sorted(order[: k or len(order)])
+
+
+@LAW
+@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=10), st.floats(0.01, 0.99))
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p):
+    probabilities = torch.tensor(logits).double().softmax(0)
+    kept = filter_logits(torch.tensor([logits]), 0, top_p)[0].isfinite()
+    # Sums in float32 are off by at most 1e-6 here.
+    assert probabilities[kept].sum() >= top_p - 1e-6
+    count = int(kept.sum())
+    smaller = probabilities.sort(descending=True).values[: count - 1].sum()
+    assert smaller < top_p + 1e-6
+    assert probabilities[kept].min() >= probabilities[~kept].max() if count < len(logits) else True
+
+
+@LAW
+@given(st.lists(LOGITS.map(lambda row: (row * 12)[:12]), min_size=1, max_size=4), st.integers(12, 99))
+def test_filters_that_leave_nothing_out_change_nothing(rows, k):
+    logits = torch.tensor(rows)
+    assert torch.equal(filter_logits(logits, k, 1.0), logits)
+    assert torch.equal(filter_logits(logits, 0, 1.0), logits)
+
+
+def test_top_p_counts_what_top_k_left():
+    # 0.4, 0.3, 0.2, 0.1: of the two largest the first has 4/7 and alone reaches 0.5.
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert filter_logits(logits, 2, 0.5).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_logits(logits, 0, 0.5).isfinite().tolist() == [[True, True, False, False]]
+
+
+# ---- Ends
+
+
+@LAW
+@given(PROMPTS, st.integers(0, 10), st.sets(st.integers(0, 63), max_size=40), st.sampled_from([0, 1.0]))
+def test_a_response_ends_on_its_first_stop_token_and_not_before_min_new_tokens(
+    prompts, min_new, stop_ids, temperature
+):
+    options = SamplingOptions(8, temperature, min_new_tokens=min_new, stop_ids=tuple(sorted(stop_ids)))
+    samples = generate(MODEL, prompts, options, range(len(prompts)))
+    assert samples.prompt_lengths.tolist() == [len(p) for p in prompts]
+    assert samples.tokens.shape[1] == max(samples.lengths.tolist())
+    for b, response in enumerate(samples.responses()):
+        assert samples.tokens[b, : len(prompts[b])].tolist() == prompts[b]
+        assert not samples.tokens[b, samples.lengths[b] :].any()
+        stops = [n for n, token in enumerate(response) if token in stop_ids]
+        assert bool(samples.stopped[b]) == bool(stops)
+        assert stops == ([len(response) - 1] if stops else [])
+        assert not stops or stops[0] >= min_new
+        assert stops or len(response) == 8
+
+
+def test_samples_can_take_part_in_training():
+    samples = generate(MODEL, [[1, 2], [3]], SamplingOptions(4), [0, 1])
+    hidden = MODEL(samples.tokens)
+    (hidden.sum() * samples.logprobs.sum()).backward()
+    MODEL.zero_grad()
+
+
+# ---- Streams
+
+
+@LAW
+@given(st.lists(st.integers(0, 63), min_size=1, max_size=12), st.integers(0, 2**40), st.booleans())
+def test_a_stream_gives_the_tokens_of_generate(prompt, seed, stops):
+    options = SamplingOptions(10, top_k=30, stop_ids=tuple(range(8)) if stops else ())
+    (whole,) = generate(MODEL, [prompt], options, [seed]).responses()
+    assert list(stream(MODEL, prompt, options, seed)) == whole
+
+
+@LAW
+@given(st.text(), st.binary(max_size=8), st.integers(1, 3))
+@example("a😀ß", b"\xf0\x9f", 1)
+def test_streamed_text_is_the_decoded_text_and_never_half_a_character(text, tail, width):
+    whole = text.encode("utf-8", "surrogatepass") + tail
+    tokens = [whole[i : i + width] for i in range(0, len(whole), width)]
+    pieces = list(stream_text(lambda ids: b"".join(tokens[i] for i in ids), range(len(tokens))))
+    assert "".join(pieces) == whole.decode("utf-8", "replace")
+    assert all(pieces)
+    if not tail and text.isprintable():
+        assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_is_given_out_as_soon_as_its_character_is_whole():
+    pieces = stream_text(lambda ids: bytes(ids), "é!".encode())
+    assert list(pieces) == ["é", "!"]
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
+     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_new_tokens": -1}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_by_name(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        SamplingOptions(**({"max_new_tokens": 4} | change))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], SamplingOptions(4), "no prompts"),
+        ([[1], []], SamplingOptions(4), "prompt 1 is empty"),
+        ([[1] * 61], SamplingOptions(4), "prompt 0 has 61 tokens"),
+        ([[1]], SamplingOptions(64), "prompt 0 has 1 tokens"),
+        ([[64]], SamplingOptions(4), "outside the model's vocabulary"),
+        ([[-1]], SamplingOptions(4), "outside the model's vocabulary"),
+        ([[1]], SamplingOptions(4, stop_ids=(64,)), "stop_ids"),
+        ([[1]], SamplingOptions(4, stop_ids=tuple(range(64)), min_new_tokens=1), "every token"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(prompts, options, message):
+    for start in (generate, lambda m, p, o, s: stream(m, p[0], o, 0) if p else generate(m, p, o, s)):
+        with pytest.raises(InputError, match=message.replace("prompt 1", r"prompt \d")) as error:
+            start(MODEL, prompts[::-1] if start is not generate else prompts, options, [0] * len(prompts))
+        assert "\n" not in str(error.value)
+
+
+def test_the_longest_prompt_that_fits_is_sampled():
+    assert len(generate(MODEL, [[1] * 60], SamplingOptions(4), [0]).responses()[0]) == 4
+
+
+def test_one_seed_to_a_prompt():
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        generate(MODEL, [[1], [2]], SamplingOptions(2), [0])
+
+
+def test_a_model_trained_on_masked_tokens_is_refused():
+    with pytest.raises(InputError, match="masked"):
+        generate(random_model(replace(BASE, causal=False)), [[1]], SamplingOptions(2), [0])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_refused(temperature, bad):
+    model = random_model()
+    model.lm_head.weight.data[3] = bad
+    with pytest.raises(InputError, match="not finite"):
+        generate(model, [[1], [2]], SamplingOptions(3, temperature), [0, 1])
