@@ -1,6 +1,6 @@
 """Pretraining: raw text → a base model that predicts the next token.
 
-    python train.py                                       the embedded little world, about 3 minutes on 2 cores
+    python train.py                                       the embedded little world, 3 minutes on 2 cores
     python train.py --data books=../books:2 notes.jsonl   your own text, each source with a weight
     python train.py --init out/base --data notes.txt --out out/notes     go on from a model
     python train.py --resume                              go on after Ctrl-C, a crash or a kill
@@ -29,7 +29,15 @@ from minillm.checkpoint import (
     save_model,
     start_run_folder,
 )
-from minillm.data import Batch, Mixture, TokenizedSource, mask_tokens, tokenize, validation_rows
+from minillm.data import (
+    Batch,
+    Mixture,
+    TokenizedSource,
+    mask_tokens,
+    split_documents,
+    tokenize,
+    validation_rows,
+)
 from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
@@ -73,7 +81,7 @@ class Options:
     tie_embeddings: bool | None = None
     """Use the embedding as output matrix too. Default False."""
     vocab_size: int | None = None
-    """Entries of the tokenizer trained on the text: 256 bytes, merges, specials. By depth: 256 per
+    """Entries of the tokenizer trained on the text: 256 bytes, merges, specials. By depth: 512 per
     block."""
     objective: Literal["causal", "masked"] = "causal"
     """Predict the next token, or (BERT) masked tokens from both sides; the second cannot generate."""
@@ -81,17 +89,17 @@ class Options:
     block_size: int = 128
     """Tokens in a row, the longest context seen in training."""
     batch_tokens: int | None = None
-    """Tokens in a step, over all processes. By depth: 1,024 at 4, growing with its cube."""
+    """Tokens in a step, over all processes. By depth: 2,048 at 4, growing with its cube."""
     micro_tokens: int = 65_536
     """Tokens in one forward pass of one process; a larger batch is accumulated."""
     steps: int | None = None
-    """Updates. By depth: 600 per block."""
+    """Updates. By depth: 200 per block."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
     matrix_rate: float | None = None
-    """Learning rate of the block matrices. Default 0.03 for Muon, 3e-3 · (128/width) for AdamW."""
+    """Learning rate of the block matrices. Default 0.03 for Muon, 5e-3 · (128/width) for AdamW."""
     embedding_rate: float | None = None
-    """Learning rate of embedding and output matrix. By depth: 0.01 · (128/width)^0.5."""
+    """Learning rate of embedding and output matrix. By depth: 0.02 · (128/width)^0.5."""
     weight_decay: float = 0.0
     """Decoupled decay of the block matrices."""
     warmup: int = 20
@@ -105,7 +113,7 @@ class Options:
     """Share of the documents held out for validation (of each document, where they are few)."""
     val_every: int | None = None
     """Steps between validations. Default a tenth of the run."""
-    val_tokens: int = 65_536
+    val_tokens: int = 32_768
     """Tokens of one validation, at most."""
     save_every: int | None = None
     """Steps between restart points. Default a tenth of the run."""
@@ -129,20 +137,8 @@ class Options:
     """Also send the metrics there."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "width",
-            "heads",
-            "kv_heads",
-            "block_size",
-            "batch_tokens",
-            "steps",
-            "micro_tokens",
-            "val_every",
-            "save_every",
-            "val_tokens",
-            "workers",
-        ):
+        counts = "depth width heads kv_heads vocab_size block_size batch_tokens micro_tokens steps"
+        for name in (*counts.split(), "val_every", "val_tokens", "save_every", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
@@ -234,7 +230,8 @@ def train(options: Options, runtime: Runtime) -> None:
         if state.step < plan.steps:
             metrics.say(f"stopped at step {state.step}; go on with: python train.py --resume --out {folder}")
             sys.exit(130)
-        finish(folder, state, metrics, tokenizer, options)
+        if runtime.is_main:
+            finish(folder, state, metrics, tokenizer, options)
 
 
 # Before the loop
@@ -255,13 +252,13 @@ class Plan:
 def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     """The rules of the one dial: a deeper model takes more steps, larger batches, smaller rates.
 
-    batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 600 · depth. Muon's steps have a fixed
+    batch = 2048 · (depth/4)^3 tokens, to a power of two; steps = 200 · depth. Muon's steps have a fixed
     spectral norm, so its rate needs no width; AdamW's fall with the root of the width (embeddings)
     or with the width (matrices).
     """
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
-    steps = options.steps or 600 * depth
-    tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
+    steps = options.steps or 200 * depth
+    tokens = options.batch_tokens or 2 ** round(math.log2(2048 * (depth / 4) ** 3))
     rows = max(1, tokens // options.block_size)
     if rows % runtime.world:
         raise InputError(
@@ -270,8 +267,8 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
         )
     muon = options.optimizer == "muon"
     rates = Rates(
-        matrix=options.matrix_rate or (0.03 if muon else 3e-3 * 128 / width),
-        embedding=options.embedding_rate or 0.01 * (128 / width) ** 0.5,
+        matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),
+        embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
         norm=0.01,
         weight_decay=options.weight_decay,
     )
@@ -292,7 +289,8 @@ def start_model(
     if resumed or options.init:
         return load_model(resumed or initial_folder(options), runtime.device, runtime.dtype)
     depth = options.depth or 4
-    tokenizer = Tokenizer.train(text_sample(sources), options.vocab_size or 256 * depth)
+    sample = text_sample(sources, options.val_fraction)
+    tokenizer = Tokenizer.train(sample, options.vocab_size or 512 * depth)
     shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
     config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
     model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
@@ -317,15 +315,16 @@ def initial_folder(options: Options) -> Path:
     return folder
 
 
-def text_sample(sources: list[Source], characters: int = 4_000_000) -> Iterator[str]:
-    """The beginning of every source, each as long as its share, for the tokenizer to be trained on."""
+def text_sample(sources: list[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
+    """Training text from the beginning of every source, each as much as its share, for the tokenizer."""
     total = sum(source.weight for source in sources)
     for source in sources:
         left = round(characters * source.weight / total)
-        for text in source.documents():
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
+        for side, text in split_documents(source.documents(), val_fraction):
+            if side == "train" and left > 0:
+                yield text[:left]
+                left -= len(text)
+            elif left <= 0:
                 break
 
 

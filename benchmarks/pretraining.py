@@ -22,8 +22,9 @@ from pathlib import Path
 from minillm.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--steps", "110", "--batch-tokens", "1024", "--block-size", "128"]
-LONG = ["--steps", "1700", "--batch-tokens", "1024", "--block-size", "128"]
+SMALL_BATCH = "--block-size 64 --batch-tokens 1024 --warmup 5"
+SHORT = f"--optimizer adamw --matrix-rate 0.006 --steps 34 {SMALL_BATCH} --val-every 1000".split()
+LONG = "--steps 390 --val-every 1000".split()
 NANOGPT = [
     "train.py",
     "config/train_shakespeare_char.py",

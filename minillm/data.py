@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Int, Int32, Int64, UInt
 from torch import Tensor
+from tqdm import tqdm
 
 from minillm.errors import InputError
 from minillm.sources import Source
@@ -142,7 +143,7 @@ def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
 def _encoded(
     source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
 ) -> Iterator[tuple[Side, Tokens, int]]:
-    """Every document as its side, its tokens and its bytes."""
+    """Every document as its side, its tokens and its bytes; where it takes long, a bar shows how far."""
     # The encoder reads ahead of what it gives back: the queue holds what was said of each text.
     ahead: deque[tuple[Side, int]] = deque()
 
@@ -151,9 +152,12 @@ def _encoded(
             ahead.append((side, len(text.encode())))
             yield text
 
-    for ids in tokenizer.encode_documents(texts(), workers=workers):
-        side, size = ahead.popleft()
-        yield side, ids, size
+    title = f"tokenize {source.name}"
+    with tqdm(desc=title, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True) as bar:
+        for ids in tokenizer.encode_documents(texts(), workers=workers):
+            side, size = ahead.popleft()
+            yield side, ids, size
+            bar.update(size)
 
 
 # ---- Tokens -> batches

@@ -93,6 +93,7 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
     final = events[-1]
     assert final["event"] == "final" and final["step"] == 12 and final["tokens"] == 12 * 64
     assert final["seconds"] > 0 and 0 < final["val_nats_per_byte"] < 10
+    assert final["sources"][0]["skipped"] == {}
     assert [s["name"] for s in final["sources"]] == ["tale.txt"] and final["sources"][0]["epochs"] > 0
     assert final["val_nats_per_byte"] == [e for e in events if e["event"] == "val"][-1]["nats_per_byte"]
     assert {p.name for p in reference.iterdir()} == {
