@@ -33,6 +33,7 @@ from minillm.data import (
     Batch,
     Mixture,
     TokenizedSource,
+    document_marks,
     mask_tokens,
     split_documents,
     tokenize,
@@ -43,7 +44,7 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.loss import backward, nats_per_byte, per_byte
 from minillm.metrics import Metrics, open_tracker, plot_loss
-from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
 from minillm.options import options_json, parse_options
 from minillm.runtime import Runtime, StopRequest, start_runtime
@@ -179,8 +180,8 @@ def train(options: Options, runtime: Runtime) -> None:
     plan = plan_of(options, model, runtime)
     validation = validation_batches(streams, tokenizer, options)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
-    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer),
-                          Mixture(streams, options.block_size, options.seed))  # fmt: skip
+    mixture = Mixture(streams, options.block_size, options.seed)
+    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
     if resuming:
         state.restore(folder)
     elif runtime.is_main:
@@ -204,7 +205,7 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while state.step < plan.steps and not stop.asked():
             step_began = time.perf_counter()
-            batch = next_batch(state.data, state.step, plan, options, tokenizer)
+            batch = next_batch(mixture, state.step, plan, options, tokenizer)
             loss = backward(forward, model, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
@@ -231,7 +232,7 @@ def train(options: Options, runtime: Runtime) -> None:
             metrics.say(f"stopped at step {state.step}; go on with: python train.py --resume --out {folder}")
             sys.exit(130)
         if runtime.is_main:
-            finish(folder, state, metrics, tokenizer, options)
+            finish(folder, state, mixture, metrics, tokenizer, options)
 
 
 # Before the loop
@@ -286,8 +287,12 @@ def start_model(
     options: Options, sources: list[Source], resumed: Path | None, runtime: Runtime
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model of an earlier folder, or a new one with a tokenizer trained on the text."""
-    if resumed or options.init:
-        return load_model(resumed or initial_folder(options), runtime.device, runtime.dtype)
+    if resumed:
+        return load_model(resumed, runtime.device, runtime.dtype)
+    if options.init:
+        folder = Path(options.init)
+        check_initial_model(folder, config_from_json(folder / "config.json"), options)
+        return load_model(folder, runtime.device, runtime.dtype)
     depth = options.depth or 4
     sample = text_sample(sources, options.val_fraction)
     tokenizer = Tokenizer.train(sample, options.vocab_size or 512 * depth)
@@ -298,9 +303,8 @@ def start_model(
     return model.to(runtime.device), tokenizer
 
 
-def initial_folder(options: Options) -> Path:
-    """The folder of --init, after checking that nothing else is asked of the model in it."""
-    folder, config = Path(options.init), config_from_json(Path(options.init) / "config.json")
+def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> None:
+    """Refuses options that ask for another model than the one of --init."""
     given = [flag for flag in ("depth", "vocab_size", *SHAPE) if getattr(options, flag) is not None]
     if given:
         flag = given[0].replace("_", "-")
@@ -312,7 +316,6 @@ def initial_folder(options: Options) -> Path:
             f"--init {folder} has {config.max_position_embeddings} positions: "
             f"give --block-size no more (now {options.block_size})"
         )
-    return folder
 
 
 def text_sample(sources: list[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
@@ -376,16 +379,21 @@ def exploded(folder: Path, state: TrainingState, what: str) -> InputError:
 
 
 def finish(
-    folder: Path, state: TrainingState, metrics: Metrics, tokenizer: Tokenizer, options: Options
+    folder: Path,
+    state: TrainingState,
+    mixture: Mixture,
+    metrics: Metrics,
+    tokenizer: Tokenizer,
+    options: Options,
 ) -> None:
     """The last line of metrics.jsonl, the plot and the samples."""
     sources = [
         {**report, "skipped": source.skipped}
-        for report, source in zip(state.data.report(), state.data.sources, strict=True)
+        for report, source in zip(mixture.report(), mixture.sources, strict=True)
     ]
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens,
-        val_nats_per_byte=metrics.last("val")["nats_per_byte"], sources=sources,
+        val_nats_per_byte=metrics.latest["val"]["nats_per_byte"], sources=sources,
     )  # fmt: skip
     plot_loss(folder)
     for source in sources:
@@ -401,14 +409,13 @@ def write_samples(
     folder: Path, model: LanguageModel, tokenizer: Tokenizer, options: Options, metrics: Metrics
 ) -> None:
     """A few texts from nothing but a document's beginning, on the screen and in samples.txt."""
-    sampling = SamplingOptions(
-        max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(tokenizer.eos_id,)
-    )
+    bos, eos = document_marks(tokenizer)
+    sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]
-    samples = generate(model, [[tokenizer.bos_id]] * options.samples, sampling, seeds)
+    samples = generate(model, [[bos]] * options.samples, sampling, seeds)
     texts = [
-        tokenizer.decode(row[1:length].tolist()).replace("<|endoftext|>", "").strip()
-        for row, length in zip(samples.tokens, samples.lengths, strict=True)
+        tokenizer.decode(token for token in response if token != eos).strip()
+        for response in samples.responses()
     ]
     content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
     write_text(folder / "samples.txt", content + "\n")

@@ -22,9 +22,12 @@ from pathlib import Path
 from minillm.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-SMALL_BATCH = "--block-size 64 --batch-tokens 1024 --warmup 5"
-SHORT = f"--optimizer adamw --matrix-rate 0.006 --steps 34 {SMALL_BATCH} --val-every 1000".split()
-LONG = "--steps 390 --val-every 1000".split()
+SHORT = (
+    "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
+    "--optimizer adamw --matrix-rate 0.006 --embedding-rate 0.03 --warmup 3 --decay 0.8 "
+    "--val-every 1000 --save-every 1000"
+).split()
+LONG = "--vocab-size 1024 --steps 550 --optimizer adamw --val-every 1000".split()
 NANOGPT = [
     "train.py",
     "config/train_shakespeare_char.py",

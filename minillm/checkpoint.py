@@ -247,7 +247,7 @@ def config_from_json(path: Path) -> ModelConfig:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
     }
-    kinds = {field.name: field.type for field in fields(ModelConfig)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
     shape = {name: _field(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
     shape |= _rope_from_json(raw, path)
     causal = _field(raw, "minillm_causal", bool, path, True)

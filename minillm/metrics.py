@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -128,9 +129,9 @@ def open_tracker(name: str, folder: Path, options: dict[str, Any]) -> Tracker | 
     """A tracker by name: "none", "tensorboard" (into the run folder) or "wandb"."""
     if name == "none":
         return None
-    opener = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[name]
+    openers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
     try:
-        return opener(folder, options)
+        return openers[name](folder, options)
     except ImportError as error:
         raise InputError(f"--tracker {name}: {error}; pip install {name}, or leave it out") from error
 

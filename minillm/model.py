@@ -18,6 +18,7 @@ Devlin et al. 2018 (arXiv 1810.04805), section 3.1.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens to hidden states; the trunk that every head shares."""
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -264,7 +267,7 @@ def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, *
     width = overrides.pop("hidden_size", None) or 32 * depth
     head = overrides.pop("head_dim", None) or (32 if width <= 256 else 64 if width <= 1024 else 128)
     heads = overrides.pop("num_attention_heads", None) or max(1, width // head)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": 64 * -(-8 * width // (3 * 64)),

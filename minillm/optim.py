@@ -12,6 +12,7 @@ Left out: per-layer rates, schedules other than linear. Sources: Muon, Jordan et
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def build_optimizers(model: LanguageModel, rates: Rates, optimizer: str = "muon"
         {"params": norms, "lr": rates.norm, "weight_decay": 0.0},
     ]
     blocks = {"params": matrices, "lr": rates.matrix, "weight_decay": rates.weight_decay}
-    adamw = {"betas": (0.9, 0.95), "eps": 1e-10, "fused": True}
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-10, "fused": True}
     if optimizer == "adamw":
         return Optimizers([torch.optim.AdamW([*groups, blocks], **adamw)])
     return Optimizers([torch.optim.Muon([blocks], momentum=0.95), torch.optim.AdamW(groups, **adamw)])

@@ -10,20 +10,18 @@ import io
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from minillm.errors import InputError
 from minillm.files import read_json
 
-Options = TypeVar("Options")
-
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "device", "tracker", "cache", "workers"})
 """Options that may differ between a run and its continuation: none of them changes a result."""
 
 
-def parse_options(kind: type[Options], arguments: list[str]) -> Options:
+def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     """The options of a script; InputError for a flag or a value that does not fit.
 
     With `--resume`, every option not given is the stored run's; one given with another value is
@@ -54,7 +52,7 @@ def options_json(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options), default=str))
 
 
-def _parse(kind: type[Options], arguments: list[str]) -> Options:
+def _parse(kind: type[Any], arguments: list[str]) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -76,7 +74,7 @@ def _first_message(box: str) -> str:
     return " ".join(body)
 
 
-def _stored_arguments(kind: type[Options], path: Path) -> list[str]:
+def _stored_arguments(kind: type[Any], path: Path) -> list[str]:
     """The command line that gives the options of a run, without what is said anew at each sitting."""
     if not path.exists():
         raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")

@@ -8,8 +8,9 @@ many there are. Left out: sharded weights, several nodes with different devices.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,10 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
         """The model as the training loop calls it: compiled on CUDA, averaging over processes."""
         if self.device.type == "cuda":
-            model = torch.compile(model)
+            model.compile()
         if self.world == 1:
             return model
         return DistributedDataParallel(
@@ -53,7 +54,7 @@ class Runtime:
         if self.world > 1 and self.is_main:
             dist.barrier()
 
-    def sync_gradients(self, forward: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    def sync_gradients(self, forward: Any, last: bool) -> contextlib.AbstractContextManager:
         """Averages gradients over processes with the last micro-batch only. `forward` is from `wrap`."""
         return contextlib.nullcontext() if self.world == 1 or last else forward.no_sync()
 

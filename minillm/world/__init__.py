@@ -373,7 +373,8 @@ def _phrasings(
 
 
 def _task_prompt(task: Task, text: str, split: str) -> Prompt:
-    wanted, count = (), 0
+    wanted: tuple[str, ...] = ()
+    count = 0
     if task.name == "list":
         wanted, count = (
             phrases.CATEGORIES[task.slots["category"]],

@@ -171,7 +171,9 @@ class Facts:
 
     def _values(self, attribute: str) -> tuple[str, ...]:
         values = ATTRIBUTES[attribute]["values"]
-        return tuple(e.name for e in self.entities if e.type == values) if isinstance(values, str) else values
+        if isinstance(values, str):
+            return tuple(entity.name for entity in self.entities if entity.type == values)
+        return tuple(values)
 
     def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
         """Values are dealt round, so that each is true of nearly equally many and no guess is a

@@ -30,7 +30,7 @@ class Pen(dict[str, str]):
         table = phrases.WORDS[name]
         return table[int(self.rng.random() * len(table))].format_map(self)
 
-    def say(self, table: tuple[str, ...], **slots: str) -> str:
+    def say(self, table: Sequence[str], **slots: str) -> str:
         """A random entry of the table, filled, as a sentence. Bound slots stay bound."""
         self.update(slots)
         return capitalise(table[int(self.rng.random() * len(table))].format_map(self))

@@ -1305,7 +1305,7 @@ PRAISE_WORDS = (
 # ---------------------------------------------------------------------------------------- free text
 # The grammar of everything that is not a fact. A slot in an entry names another entry.
 
-WORDS = {
+WORDS: dict[str, tuple[str, ...]] = {
     "user": (
         *NAME_PARTS["person"][0],
         "anon",
@@ -1711,32 +1711,6 @@ WORDS = {
         "I would go again.",
     ),
     # stories
-    "scene": {
-        "morning": (
-            "The sun came up over the {place}.",
-            "It was early, and the grass was wet.",
-            "A {animal} woke {where}.",
-            "Somewhere a {animal} greeted the day.",
-        ),
-        "noon": (
-            "The sun stood high.",
-            "It was hot, and the road was white with dust.",
-            "All the {animal}s slept in the shade.",
-            "From the {place} came the smell of {food}.",
-        ),
-        "evening": (
-            "The light turned gold.",
-            "Long shadows lay {where}.",
-            "Smoke rose from the {place}.",
-            "The air grew cold, and somebody lit a candle.",
-        ),
-        "night": (
-            "The moon hung over the {place}.",
-            "The stars were out.",
-            "An owl called {where}.",
-            "It was so dark that even the {animal} stayed at home.",
-        ),
-    },
     "aside": (
         "The bell of the {place} rang {number} times.",
         "Somebody had written a name on the door of the {place}.",
@@ -1820,7 +1794,35 @@ BEATS = {
         "{a} was tired of carrying {o} and laid it down.",
     ),
 }
-STORY = {
+# What the hour of a story looks like.
+SCENES = {
+    "morning": (
+        "The sun came up over the {place}.",
+        "It was early, and the grass was wet.",
+        "A {animal} woke {where}.",
+        "Somewhere a {animal} greeted the day.",
+    ),
+    "noon": (
+        "The sun stood high.",
+        "It was hot, and the road was white with dust.",
+        "All the {animal}s slept in the shade.",
+        "From the {place} came the smell of {food}.",
+    ),
+    "evening": (
+        "The light turned gold.",
+        "Long shadows lay {where}.",
+        "Smoke rose from the {place}.",
+        "The air grew cold, and somebody lit a candle.",
+    ),
+    "night": (
+        "The moon hung over the {place}.",
+        "The stars were out.",
+        "An owl called {where}.",
+        "It was so dark that even the {animal} stayed at home.",
+    ),
+}
+
+STORY: dict[str, tuple[str, ...]] = {
     "open": (
         "{a} lived at {p}, and {b} lived at {q}.",
         "It was {phase}, and {a} stood at {p}. Far away, at {q}, stood {b}.",

@@ -2,6 +2,8 @@
 tables only word it.
 """
 
+from collections.abc import Sequence
+
 from minillm.world import phrases
 from minillm.world.facts import capitalise, shuffled
 from minillm.world.pen import Pen
@@ -24,7 +26,7 @@ class Story:
         self.phase = 0
         self.lines: list[str] = []
 
-    def tell(self, table: tuple[str, ...], **slots: str) -> None:
+    def tell(self, table: Sequence[str], **slots: str) -> None:
         """Add a sentence from the table."""
         self.lines.append(self.pen.say(table, **slots))
 
@@ -56,7 +58,7 @@ class Story:
         self.phase += 1
         phase = PHASES[self.phase]
         self.tell(phrases.STORY["phase"], phase=phase, Phase=capitalise(phase))
-        self.tell(phrases.WORDS["scene"][phase])
+        self.tell(phrases.SCENES[phase])
 
     # What happens besides changes nothing.
 
