@@ -20,15 +20,7 @@ from typing import Literal
 
 import torch
 
-from minillm.checkpoint import (
-    RESUME_FILE,
-    TrainingState,
-    check_run_folder,
-    config_from_json,
-    load_model,
-    save_model,
-    start_run_folder,
-)
+from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
 from minillm.data import (
     Batch,
     Mixture,
@@ -42,6 +34,7 @@ from minillm.data import (
 from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
+from minillm.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, nats_per_byte, per_byte
 from minillm.metrics import Metrics, open_tracker, plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize

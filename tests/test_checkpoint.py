@@ -15,20 +15,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minillm.checkpoint import (
-    RESUME_FILE,
-    RUN_FILES,
-    TrainingState,
-    check_run_folder,
-    config_from_json,
-    config_to_json,
-    load_model,
-    read_tensors,
-    save_model,
-    start_run_folder,
-)
+from minillm.checkpoint import RESUME_FILE, RUN_FILES, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
+from minillm.huggingface import config_from_json, config_to_json, load_model, read_tensors, save_model
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import Rates, build_optimizers
 from minillm.tokenizer import Tokenizer
@@ -98,7 +88,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
         file.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device\n(os error 28)")
 
-    monkeypatch.setattr("minillm.checkpoint.save_file", save_half)
+    monkeypatch.setattr("minillm.huggingface.save_file", save_half)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
     refusal(trained_state().save, tmp_path)

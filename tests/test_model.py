@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.checkpoint import load_model, save_model
 from minillm.errors import InputError
+from minillm.huggingface import load_model, save_model
 from minillm.loss import document_ends
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer

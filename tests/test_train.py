@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minillm.checkpoint import load_model
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
+from minillm.huggingface import load_model
 
 ROOT = Path(__file__).parents[1]
 TINY = [
