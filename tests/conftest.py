@@ -1,10 +1,18 @@
-"""What every test shares: shape checks switched on, hypothesis without a clock, the real data."""
+"""What every test shares: shape checks and Triton's interpreter on, hypothesis without a clock, the data."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from jaxtyping import install_import_hook
+
+# The device that kernels are tested on. Without a GPU Triton interprets them on the CPU; it decides at
+# their import, so this stands before any.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Every jaxtyping annotation of the project becomes a check at each call.
 install_import_hook(["minillm", "kernels"], "beartype.beartype")
@@ -21,3 +29,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not present at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run in tests: a GPU, or the CPU under Triton's interpreter."""
+    return DEVICE
