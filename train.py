@@ -12,7 +12,6 @@ Leaves a run folder (minillm/checkpoint.py) that transformers can open too.
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
+from minillm.checkpoint import TrainingState
 from minillm.data import (
     Batch,
     Mixture,
@@ -36,18 +35,19 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, nats_per_byte, per_byte
-from minillm.metrics import Metrics, open_tracker, plot_loss
+from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
-from minillm.options import options_json, parse_options
-from minillm.runtime import Runtime, StopRequest, start_runtime
+from minillm.options import TrainingOptions, parse_options
+from minillm.run import Run
+from minillm.runtime import Runtime, start_runtime
 from minillm.sources import Source, open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TrainingOptions):
     """Train a base model on raw text."""
 
     data: tuple[str, ...] = ()
@@ -57,10 +57,6 @@ class Options:
     """The run folder."""
     init: str | None = None
     """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer."""
-    resume: bool = False
-    """Go on with the run in --out, exactly where it stopped."""
-    overwrite: bool = False
-    """Replace the run in --out."""
 
     depth: int | None = None
     """Blocks: the one dial; every value below that says "by depth" follows from it. Default 4."""
@@ -84,8 +80,6 @@ class Options:
     """Tokens in a row, the longest context seen in training."""
     batch_tokens: int | None = None
     """Tokens in a step, over all processes. By depth: 2,048 at 4, growing with its cube."""
-    micro_tokens: int = 65_536
-    """Tokens in one forward pass of one process; a larger batch is accumulated."""
     steps: int | None = None
     """Updates. By depth: 200 per block."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -94,23 +88,11 @@ class Options:
     """Learning rate of the block matrices. Default 0.03 for Muon, 5e-3 · (128/width) for AdamW."""
     embedding_rate: float | None = None
     """Learning rate of embedding and output matrix. By depth: 0.02 · (128/width)^0.5."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the block matrices."""
-    warmup: int = 20
-    """Steps over which the rates rise; 0 for none."""
-    decay: float = 0.5
-    """Share of the run, at its end, over which the rates fall towards 0."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
 
     val_fraction: float = 0.05
     """Share of the documents held out for validation (of each document, where they are few)."""
-    val_every: int | None = None
-    """Steps between validations. Default a tenth of the run."""
     val_tokens: int = 32_768
     """Tokens of one validation, at most."""
-    save_every: int | None = None
-    """Steps between restart points. Default a tenth of the run."""
     samples: int = 4
     """Texts sampled at the end."""
     world_megabytes: float = 12.0
@@ -121,31 +103,13 @@ class Options:
     """Where tokenized text is kept between runs."""
     workers: int = 1
     """Processes that tokenize."""
-    seed: int = 0
-    """Of the weights, the little world, the order of the text and the samples."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; the weights stay float32. auto: bfloat16 where the hardware has it."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also send the metrics there."""
 
     def __post_init__(self) -> None:
-        counts = "depth width heads kv_heads vocab_size block_size batch_tokens micro_tokens steps"
-        for name in (*counts.split(), "val_every", "val_tokens", "save_every", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: give at least 1")
-        for name in ("matrix_rate", "embedding_rate", "clip", "world_megabytes"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"--{name.replace('_', '-')} {value}: give a number above 0")
-        for name in ("weight_decay", "decay", "warmup", "samples", "seed"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"--{name} {value}: give a number of at least 0")
-        if self.resume and self.overwrite:
-            raise InputError("--resume --overwrite: go on with the run or replace it, not both")
+        super().__post_init__()
+        self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size", "block_size")
+        self.require_counts("batch_tokens", "steps", "val_tokens", "workers")
+        self.require_positive("matrix_rate", "embedding_rate", "world_megabytes")
+        self.require_not_negative("samples")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
 
@@ -162,12 +126,10 @@ SHAPE = {
 
 def train(options: Options, runtime: Runtime) -> None:
     """One pretraining run, from the text to the finished folder."""
-    folder, began = Path(options.out), time.perf_counter()
-    check_run_folder(folder, options.resume, options.overwrite)
-    resuming = options.resume and (folder / RESUME_FILE).exists()
+    run = Run("train", options, runtime)
     with runtime.main_first():
         sources = text_sources(options)
-        model, tokenizer = start_model(options, sources, folder if resuming else None, runtime)
+        model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
         streams = [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
                    for source in sources]  # fmt: skip
     plan = plan_of(options, model, runtime)
@@ -175,57 +137,31 @@ def train(options: Options, runtime: Runtime) -> None:
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(streams, options.block_size, options.seed)
     state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
-    if resuming:
-        state.restore(folder)
-    elif runtime.is_main:
-        start_run_folder(folder, options_json(options), "train")
-    earlier = state.seconds
-
-    def save() -> None:
-        if not state.is_finite():
-            raise exploded(folder, state, "some weights are no longer finite")
-        state.seconds = earlier + time.perf_counter() - began
-        if runtime.is_main:
-            metrics.sync()
-            save_model(folder, model, tokenizer)
-            state.save(folder)
-
     forward = runtime.wrap(model)
-    tracker = open_tracker(options.tracker, folder, options_json(options)) if runtime.is_main else None
-    with Metrics(folder, plan.steps, state.step, tracker, runtime) as metrics, StopRequest(runtime) as stop:
-        if metrics.last("final"):
-            metrics.say(f"{folder}: already finished; nothing to do")
+
+    with run.training(state, plan.steps, lambda: save_model(run.folder, model, tokenizer)):
+        if run.already_finished():
             return
-        while state.step < plan.steps and not stop.asked():
-            step_began = time.perf_counter()
+        while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
             loss = backward(forward, model, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
-            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-                raise exploded(folder, state, f"the loss is {loss}, its gradient's norm {gradient_norm}")
+            run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = rate_multiplier(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
-            state.step += 1
-            state.tokens += batch.tokens.numel()
 
-            speed = batch.tokens.numel() / (time.perf_counter() - step_began)
-            metrics.log(
-                "train", state.step, loss=loss, nats_per_byte=per_byte(loss, batch, token_bytes),
-                gradient_norm=gradient_norm, rate=rate, tokens_per_second=speed,
+            run.log_step(
+                batch.tokens.numel(), loss=loss, nats_per_byte=per_byte(loss, batch, token_bytes),
+                gradient_norm=gradient_norm, rate=rate,
             )  # fmt: skip
-            metrics.show(state.step, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
-            if state.step % plan.val_every == 0 or state.step == plan.steps:
+            if run.due(plan.val_every) or state.step == plan.steps:
                 val = nats_per_byte(model, validation, token_bytes, runtime)
-                metrics.log("val", state.step, nats_per_byte=val)
-                metrics.show(state.step, val=f"val {val:.3f} nats/byte")
-            if state.step % plan.save_every == 0:
-                save()
-        save()
-        if state.step < plan.steps:
-            metrics.say(f"stopped at step {state.step}; go on with: python train.py --resume --out {folder}")
-            sys.exit(130)
+                run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
+            if run.due(plan.save_every):
+                run.save()
+        run.end()
         if runtime.is_main:
-            finish(folder, state, mixture, metrics, tokenizer, options)
+            finish(run, mixture, tokenizer, options)
 
 
 # Before the loop
@@ -360,26 +296,12 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
     return replace(batch, tokens=tokens, targets=targets)
 
 
-def exploded(folder: Path, state: TrainingState, what: str) -> InputError:
-    """The last words of a run whose weights can no longer be trusted."""
-    return InputError(
-        f"{folder}: {what} at step {state.step}; the last good restart point is kept: "
-        "try a lower --matrix-rate or --embedding-rate"
-    )
-
-
 # After the loop
 
 
-def finish(
-    folder: Path,
-    state: TrainingState,
-    mixture: Mixture,
-    metrics: Metrics,
-    tokenizer: Tokenizer,
-    options: Options,
-) -> None:
+def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot and the samples."""
+    state, metrics = run.state, run.metrics
     sources = [
         {**report, "skipped": source.skipped}
         for report, source in zip(mixture.report(), mixture.sources, strict=True)
@@ -388,31 +310,29 @@ def finish(
         "final", state.step, seconds=state.seconds, tokens=state.tokens,
         val_nats_per_byte=metrics.latest["val"]["nats_per_byte"], sources=sources,
     )  # fmt: skip
-    plot_loss(folder)
+    plot_loss(run.folder)
     for source in sources:
         metrics.say(
             "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**source)
             + "".join(f", {count} {what} skipped" for what, count in source["skipped"].items())
         )
     if state.model.config.causal and options.samples:
-        write_samples(folder, state.model, tokenizer, options, metrics)
+        write_samples(run, tokenizer, options)
 
 
-def write_samples(
-    folder: Path, model: LanguageModel, tokenizer: Tokenizer, options: Options, metrics: Metrics
-) -> None:
+def write_samples(run: Run, tokenizer: Tokenizer, options: Options) -> None:
     """A few texts from nothing but a document's beginning, on the screen and in samples.txt."""
     bos, eos = document_marks(tokenizer)
     sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]
-    samples = generate(model, [[bos]] * options.samples, sampling, seeds)
+    samples = generate(run.state.model, [[bos]] * options.samples, sampling, seeds)
     texts = [
         tokenizer.decode(token for token in response if token != eos).strip()
         for response in samples.responses()
     ]
     content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
-    write_text(folder / "samples.txt", content + "\n")
-    metrics.say(content)
+    write_text(run.folder / "samples.txt", content + "\n")
+    run.metrics.say(content)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,21 +1,86 @@
 """From the command line to one frozen dataclass of options.
 
-tyro reads the dataclass: its fields are the flags, the line under each field is its help. Here stands
-only what tyro does not do: errors in one line, and `--resume`, which reads the stored options of the
-run as a command line before the new one; an option given again is compared with the run's.
+tyro reads the dataclass: its fields are the flags, the line under each field is its help. Here stand
+the options that every training script has, and what tyro does not do: errors in one line, and
+`--resume`, which reads the stored options of the run as a command line before the new one; an option
+given again is compared with the run's.
 """
 
 import contextlib
 import io
 import json
-from dataclasses import asdict, fields
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from minillm.errors import InputError
 from minillm.files import read_json
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What every training script asks for; each says below what else, and with which defaults."""
+
+    out: str
+    """The run folder."""
+    resume: bool = False
+    """Go on with the run in --out, exactly where it stopped."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    micro_tokens: int = 65_536
+    """Tokens in one forward pass of one process; a larger batch is accumulated."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the block matrices."""
+    warmup: int = 20
+    """Steps over which the rates rise; 0 for none."""
+    decay: float = 0.5
+    """Share of the run, at its end, over which the rates fall towards 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    val_every: int | None = None
+    """Steps between validations. Default a tenth of the run."""
+    save_every: int | None = None
+    """Steps between restart points. Default a tenth of the run."""
+
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; the weights stay float32. auto: bfloat16 where the hardware has it."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send the metrics there."""
+
+    def __post_init__(self) -> None:
+        self.require_counts("micro_tokens", "val_every", "save_every")
+        self.require_positive("clip")
+        self.require_not_negative("weight_decay", "warmup", "decay", "seed")
+        if self.resume and self.overwrite:
+            raise InputError("--resume --overwrite: go on with the run or replace it, not both")
+
+    def require_counts(self, *names: str) -> None:
+        """InputError unless each of these options is at least 1, or None where it may be."""
+        self._require(names, lambda value: value >= 1, "at least 1")
+
+    def require_positive(self, *names: str) -> None:
+        """InputError unless each is a finite number above 0, or None where it may be."""
+        self._require(names, lambda value: math.isfinite(value) and value > 0, "a number above 0")
+
+    def require_not_negative(self, *names: str) -> None:
+        """InputError unless each is a finite number of at least 0, or None where it may be."""
+        self._require(names, lambda value: math.isfinite(value) and value >= 0, "a number of at least 0")
+
+    def _require(self, names: tuple[str, ...], holds: Callable[[float], bool], wanted: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
+
 
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "device", "tracker", "cache", "workers"})
 """Options that may differ between a run and its continuation: none of them changes a result."""

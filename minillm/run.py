@@ -1,0 +1,122 @@
+"""A run under way: what every script does around its training loop, whatever it trains.
+
+    run = Run("train", options, runtime)        refuses to mix two runs, knows whether it resumes one
+    ...                                         data, model, state
+    with run.training(state, steps, save_model):
+        while run.goes_on():
+            ...                                 one update: the script's own lines
+            run.log_step(tokens, loss=loss, ...)
+            if run.due(val_every): ...
+            if run.due(save_every): run.save()
+        run.end()
+
+The loop itself stands in the script. Here stand the clock, the log, the restart points, Ctrl-C and
+the refusal of numbers that are no longer finite.
+"""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
+from minillm.errors import InputError
+from minillm.metrics import Metrics, open_tracker
+from minillm.options import options_json
+from minillm.runtime import Runtime, StopRequest
+
+
+class Run:
+    """One stage's run in its folder, from the first check to the last line.
+
+    `options` is the script's dataclass, of which `out`, `resume`, `overwrite` and `tracker` are read.
+    """
+
+    def __init__(self, stage: str, options: Any, runtime: Runtime) -> None:
+        self.stage, self.options, self.runtime = stage, options, runtime
+        self.folder, self.began = Path(options.out), time.perf_counter()
+        check_run_folder(self.folder, options.resume, options.overwrite)
+        self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
+
+    @contextlib.contextmanager
+    def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
+        """The time between the first step and the last: `state` goes on from its restart point or
+        starts anew, and `save_model` writes what others open."""
+        if self.resuming:
+            state.restore(self.folder)
+        elif self.runtime.is_main:
+            start_run_folder(self.folder, options_json(self.options), self.stage)
+        self.state, self.steps, self.save_model, self.earlier = state, steps, save_model, state.seconds
+        tracker = None
+        if self.runtime.is_main:
+            tracker = open_tracker(self.options.tracker, self.folder, options_json(self.options))
+        with (
+            Metrics(self.folder, steps, state.step, tracker, self.runtime) as self.metrics,
+            StopRequest(self.runtime) as self.stop,
+        ):
+            self.step_began = time.perf_counter()
+            yield
+
+    def already_finished(self) -> bool:
+        """Whether this run had come to its end before; says so."""
+        if self.metrics.last("final"):
+            self.metrics.say(f"{self.folder}: already finished; nothing to do")
+            return True
+        return False
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to take: none is left at the end, or after Ctrl-C."""
+        self.step_began = time.perf_counter()
+        return self.state.step < self.steps and not self.stop.asked()
+
+    def check_finite(self, **figures: float) -> None:
+        """Ends the run, before the weights move, where a figure of this step is no number."""
+        if not all(map(math.isfinite, figures.values())):
+            values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
+            raise self._exploded(f"a figure is no longer finite ({values})")
+
+    def log_step(self, tokens: int, loss: float, **figures: float) -> None:
+        """Counts an update of `tokens` tokens, logs its figures and moves the bar."""
+        self.state.step += 1
+        self.state.tokens += tokens
+        speed = tokens / (time.perf_counter() - self.step_began)
+        self.metrics.log("train", self.state.step, loss=loss, **figures, tokens_per_second=speed)
+        self.metrics.show(self.state.step, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
+
+    def log(self, event: str, shown: str, **figures: Any) -> None:
+        """Logs figures that are not of every step; the bar goes on showing `shown`."""
+        self.metrics.log(event, self.state.step, **figures)
+        self.metrics.show(self.state.step, **{event: shown})
+
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps happens now."""
+        return self.state.step % every == 0
+
+    def save(self) -> None:
+        """The model as others open it, and the restart point; refused where a weight is no number."""
+        if not self.state.is_finite():
+            raise self._exploded("some weights are no longer finite")
+        self.state.seconds = self.earlier + time.perf_counter() - self.began
+        if self.runtime.is_main:
+            self.metrics.sync()
+            self.save_model()
+            self.state.save(self.folder)
+
+    def end(self) -> None:
+        """Saves; after an early stop says how to go on, and exits."""
+        self.save()
+        if self.state.step < self.steps:
+            self.metrics.say(
+                f"stopped at step {self.state.step}; go on with: "
+                f"python {self.stage}.py --resume --out {self.folder}"
+            )
+            sys.exit(130)
+
+    def _exploded(self, what: str) -> InputError:
+        return InputError(
+            f"{self.folder}: {what} at step {self.state.step}; the last good restart point is kept: "
+            "try a lower --matrix-rate or --embedding-rate"
+        )
