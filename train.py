@@ -26,6 +26,7 @@ from minillm.data import (
     TokenizedSource,
     document_marks,
     mask_tokens,
+    source_line,
     split_documents,
     tokenize,
     validation_rows,
@@ -34,7 +35,7 @@ from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.huggingface import config_from_json, load_model, save_model
-from minillm.loss import backward, nats_per_byte, per_byte
+from minillm.loss import backward, held_out, per_byte
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
@@ -155,7 +156,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 gradient_norm=gradient_norm, rate=rate,
             )  # fmt: skip
             if run.due(plan.val_every) or state.step == plan.steps:
-                val = nats_per_byte(model, validation, token_bytes, runtime)
+                val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
             if run.due(plan.save_every):
                 run.save()
@@ -302,20 +303,14 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot and the samples."""
     state, metrics = run.state, run.metrics
-    sources = [
-        {**report, "skipped": source.skipped}
-        for report, source in zip(mixture.report(), mixture.sources, strict=True)
-    ]
+    sources = mixture.report()
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens,
         val_nats_per_byte=metrics.latest["val"]["nats_per_byte"], sources=sources,
     )  # fmt: skip
-    plot_loss(run.folder)
+    plot_loss(run.folder, "nats_per_byte", "nats per byte")
     for source in sources:
-        metrics.say(
-            "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**source)
-            + "".join(f", {count} {what} skipped" for what, count in source["skipped"].items())
-        )
+        metrics.say(source_line(source))
     if state.model.config.causal and options.samples:
         write_samples(run, tokenizer, options)
 

@@ -6,6 +6,7 @@ stand for they are comparable across tokenizers.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -72,15 +73,25 @@ def per_byte(loss: float, batch: Batch, token_bytes: Int[Tensor, " V"]) -> float
     return loss * int((batch.targets != IGNORED).sum()) / max(1, target_bytes(batch, token_bytes))
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss over validation batches, in nats."""
+
+    per_target: float
+    per_byte: float
+    """Over the bytes of text that the targets stand for."""
+
+
 @torch.no_grad()
-def nats_per_byte(
+def held_out(
     model: LanguageModel, batches: Iterable[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
-) -> float:
+) -> HeldOut:
     """The loss over validation batches (on the CPU), shared out among the processes."""
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64)
     for i, batch in enumerate(batches):
         if i % runtime.world == runtime.rank:
             totals[0] += summed_loss(model, model, batch.to(runtime.device)).item()
-            totals[1] += target_bytes(batch, token_bytes)
-    nats, size = runtime.total(totals.to(runtime.device)).tolist()
-    return nats / max(1, size)
+            totals[1] += int((batch.targets != IGNORED).sum())
+            totals[2] += target_bytes(batch, token_bytes)
+    nats, targets, size = runtime.total(totals.to(runtime.device)).tolist()
+    return HeldOut(nats / max(1, targets), nats / max(1, size))

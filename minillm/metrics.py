@@ -108,18 +108,18 @@ def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise InputError(f"{path}: line {number} is no event; restore the file or --overwrite")
 
 
-def plot_loss(folder: Path) -> None:
-    """loss.png: training and validation loss in nats per byte over the steps."""
+def plot_loss(folder: Path, key: str, unit: str) -> None:
+    """loss.png: what training and validation events hold under `key`, over the steps."""
     from matplotlib.figure import Figure  # a second of import that only the end of a run needs
 
     events = read_metrics(folder)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for event, key, style in (("train", "nats_per_byte", "-"), ("val", "nats_per_byte", "o-")):
+    for event, style in (("train", "-"), ("val", "o-")):
         points = [(e["step"], e[key]) for e in events if e["event"] == event]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=event, markersize=3)
-    axes.set(xlabel="step", ylabel="nats per byte", title=f"loss of {folder.name}")
+    axes.set(xlabel="step", ylabel=unit, title=f"loss of {folder.name}")
     if axes.lines:
         axes.legend()
     write_atomically(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))

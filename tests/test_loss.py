@@ -11,7 +11,7 @@ from minillm.loss import (
     IGNORED,
     backward,
     document_ends,
-    nats_per_byte,
+    held_out,
     per_byte,
     summed_loss,
     target_bytes,
@@ -153,13 +153,17 @@ def test_ignored_targets_send_no_gradient(batch):
 
 @given(st.lists(batches(), min_size=1, max_size=3), st.booleans())
 @LAW
-def test_nats_per_byte_is_all_loss_over_all_bytes_of_text(some, causal):
+def test_held_out_loss_is_all_loss_over_all_targets_or_all_bytes_of_text(some, causal):
     model, sizes = model_of(causal), token_bytes()
     with torch.no_grad():
         nats = sum(plain_losses(model, batch).sum().item() for batch in some)
     size = sum(sizes[target].item() for b in some for target in b.targets.flatten() if target != IGNORED)
+    targets = sum(int((batch.targets != IGNORED).sum()) for batch in some)
+    loss = held_out(model, some, sizes, ONE)
+    if targets:
+        assert loss.per_target == pytest.approx(nats / targets, rel=1e-5)
     if size:
-        assert nats_per_byte(model, some, sizes, ONE) == pytest.approx(nats / size, rel=1e-5)
+        assert loss.per_byte == pytest.approx(nats / size, rel=1e-5)
 
 
 @given(batches())
@@ -168,14 +172,14 @@ def test_one_batch_has_the_same_nats_per_byte_in_training_and_in_validation(batc
     model, sizes = model_of(causal=True), token_bytes()
     loss = backward(model, model, batch, 1000, ONE)
     if target_bytes(batch, sizes):
-        expected = nats_per_byte(model, [batch], sizes, ONE)
+        expected = held_out(model, [batch], sizes, ONE).per_byte
         assert per_byte(loss, batch, sizes) == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_leaves_no_gradient_and_no_graph():
     model = model_of(causal=True)
     tokens = torch.ones(1, 4, dtype=torch.int64)
-    nats_per_byte(model, [Batch(tokens, tokens, document_starts(tokens, 0))], token_bytes(), ONE)
+    held_out(model, [Batch(tokens, tokens, document_starts(tokens, 0))], token_bytes(), ONE)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -183,7 +187,7 @@ def test_targets_that_stand_for_no_bytes_divide_nothing_by_zero():
     model = model_of(causal=True)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     batch = Batch(tokens, tokens, document_starts(tokens, 0))
-    value = nats_per_byte(model, [batch], token_bytes(), ONE)
+    value = held_out(model, [batch], token_bytes(), ONE).per_byte
     assert value == pytest.approx(summed_loss(model, model, batch).item(), rel=1e-5)
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_line_is_refused_by_its_file(tmp_path, line):
     content = '{"event": "val", "step": 1}\n' + line + '\n{"event": "val", "step": 2}\n'
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
     assert str(path) in refusal(Metrics, tmp_path, 10, 5, None, MAIN)
-    assert str(path) in refusal(plot_loss, tmp_path)
+    assert str(path) in refusal(plot_loss, tmp_path, "loss", "nats")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -149,7 +149,7 @@ def test_the_plot_is_a_png_whatever_was_logged(tmp_path, steps, recwarn):
         for step in range(1, steps + 1):
             metrics.log("train", step, **TRAIN)
             metrics.log("val", step, nats_per_byte=1.0)
-    plot_loss(tmp_path)
+    plot_loss(tmp_path, "nats_per_byte", "nats per byte")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not [warning for warning in recwarn if "legend" in str(warning.message)]
 

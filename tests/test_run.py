@@ -32,7 +32,7 @@ class Nothing:
 
 def fresh_state() -> TrainingState:
     model = LanguageModel(config_of_depth(1, 260, 8))
-    rates = Rates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0)
+    rates = Rates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
     return TrainingState(model, build_optimizers(model, rates), Nothing())
 
 

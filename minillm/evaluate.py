@@ -1,0 +1,194 @@
+"""How well a model answers the little world's held-out prompts, by kind of prompt.
+
+    python -m minillm.evaluate out/base out/sft              greedy, on the development prompts
+    python -m minillm.evaluate out/sft --split test --temperature 1
+
+A chat model is asked in its chat format. A base model, which has none, gets the question as the first
+line of a text and goes on as it likes: that is what aligning it is compared with.
+
+    in form   the reply ended by itself, as one speaker's answer: no other speaker's line, no question back
+    right     in form, and right by the rubric (world/rubric.py): the fact, "I don't know" where nobody
+              could know, the task done, a fitting word, a refusal of harm
+    utility   the rubric's price of the whole reply, manners and brevity included
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import tyro
+
+from minillm.errors import InputError, one_line_errors
+from minillm.files import write_json
+from minillm.generate import SamplingOptions, generate
+from minillm.huggingface import load_model
+from minillm.model import LanguageModel
+from minillm.options import options_json, parse_options
+from minillm.provenance import provenance
+from minillm.runtime import start_runtime
+from minillm.template import ChatTemplate
+from minillm.tokenizer import Tokenizer
+from minillm.world import KINDS, World
+from minillm.world.rubric import Score
+
+ROWS = 256  # prompts sampled together
+IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said to a prompt."""
+
+    text: str
+    ended: bool
+    """Whether it ended by itself rather than at the longest length."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Shares and means over the replies to prompts of one kind."""
+
+    prompts: int
+    in_form: float
+    right: float
+    utility: float
+
+
+def prompt_tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """The tokens a reply follows: in the chat format, or for a base model a line of text."""
+    if tokenizer.config.get("chat_template") is not None:
+        return ChatTemplate(tokenizer).prompt(messages)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode("".join(message["content"] + "\n" for message in messages))
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens at which a reply, or a base model's text, is over."""
+    if tokenizer.config.get("chat_template") is not None:
+        return ChatTemplate(tokenizer).stop_ids
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+
+def sample_replies(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    conversations: Sequence[list[dict[str, str]]],
+    temperature: float = 0.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Iterator[Reply]:
+    """A reply to each conversation, the i-th drawn with `seed` + i."""
+    stops = stop_tokens(tokenizer)
+    options = SamplingOptions(max_new_tokens, temperature, stop_ids=stops)
+    prompts = [prompt_tokens(tokenizer, messages) for messages in conversations]
+    for first in range(0, len(prompts), ROWS):
+        part = prompts[first : first + ROWS]
+        samples = generate(model, part, options, range(seed + first, seed + first + len(part)))
+        for tokens, ended in zip(samples.responses(), samples.stopped.tolist(), strict=True):
+            yield Reply(tokenizer.decode(tokens[:-1] if ended else tokens), ended)
+
+
+def summarise(replies: Sequence[Reply], scores: Sequence[Score]) -> Figures:
+    """The figures of replies to prompts of one kind, and of what the rubric says of each."""
+    in_form = [
+        reply.ended and bool(reply.text.strip()) and score.in_role >= IN_ROLE
+        for reply, score in zip(replies, scores, strict=True)
+    ]
+    right = [form and score.right > 0.99 for form, score in zip(in_form, scores, strict=True)]
+    return Figures(len(scores), fmean(in_form), fmean(right), fmean(score.utility for score in scores))
+
+
+def evaluate_world(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    world: World,
+    split: str,
+    prompts_per_kind: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Figures]:
+    """The figures of every kind, over its first prompts of a split (fewer where there are fewer)."""
+    prompts = {
+        kind: world.prompts(split, kind, min(prompts_per_kind, len(world.prompts(split, kind))))
+        for kind in KINDS
+    }
+    asked = [prompt for of_kind in prompts.values() for prompt in of_kind]
+    replies = list(
+        sample_replies(model, tokenizer, [prompt.messages for prompt in asked], temperature, seed=seed)
+    )
+    figures, begin = {}, 0
+    for kind, of_kind in prompts.items():
+        said = replies[begin : begin + len(of_kind)]
+        scores = [world.score(prompt, reply.text) for prompt, reply in zip(of_kind, said, strict=True)]
+        figures[kind] = summarise(said, scores)
+        begin += len(of_kind)
+    return figures
+
+
+def figures_table(figures: Mapping[str, Mapping[str, Figures]]) -> str:
+    """The figures of several models, a line for each kind of prompt."""
+    names = list(figures)
+    width = max(len(name) for name in [*names, " in form  right  utility"])
+    lines = [f"{'':13} " + "  ".join(f"{name:>{width}}" for name in names)]
+    lines.append(f"{'':13} " + "  ".join(f"{'in form  right  utility':>{width}}" for _ in names))
+    for kind in KINDS:
+        cells = (figures[name][kind] for name in names)
+        rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
+        lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
+    return "\n".join(lines)
+
+
+# ---- The command
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ask models the little world's held-out prompts and let its rubric judge what they say."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders or Hugging Face folders."""
+    split: Literal["dev", "test"] = "dev"
+    """Prompts to choose by, or prompts to report on."""
+    prompts: int = 100
+    """Of each kind, at most."""
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most probable token."""
+    seed: int = 0
+    """Of the little world and of sampling."""
+    json: str | None = None
+    """Also write the figures to this file."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of the computation; sampling on a CPU is fastest in float32."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("no run given: name at least one, as in out/sft")
+        if self.prompts < 1:
+            raise InputError(f"--prompts {self.prompts}: give at least 1")
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        with start_runtime(options.device, options.precision) as runtime:
+            world, figures = World(options.seed), {}
+            for run in options.runs:
+                model, tokenizer = load_model(Path(run), runtime.device, runtime.dtype)
+                figures[run] = evaluate_world(
+                    model, tokenizer, world, options.split, options.prompts, options.temperature, options.seed
+                )
+        print(figures_table(figures))
+        if options.json:
+            content = {run: {kind: asdict(f) for kind, f in of.items()} for run, of in figures.items()}
+            write_json(
+                Path(options.json), {"options": options_json(options), "figures": content} | provenance()
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,257 @@
+"""Supervised fine-tuning: a base model and conversations → an assistant.
+
+    python sft.py                                    out/base → out/sft: the little world, a minute on 2 cores
+    python sft.py --data chats.jsonl alpaca.json:0.5 --init out/mine --out out/helper    your conversations
+    python sft.py --data chats.jsonl --text ../books --text-share 0.3    and raw text, against forgetting
+    python sft.py --resume                           go on after Ctrl-C, a crash or a kill
+    torchrun --nproc-per-node 2 sft.py               several processes, the same curve
+    python -m minillm.chat out/sft                   talk with it
+
+The model sees whole conversations and learns to produce what the assistant says in them, and the end of
+each reply; nothing else is a target. A share of the rows is raw text, all of it target, as in pretraining:
+without it, what pretraining taught is soon forgotten.
+
+Reads top to bottom like train.py, whose frame, batches and loss it shares. Left out: LoRA.
+Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5; the share of pretraining text as
+in its PPO-ptx.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from minillm.conversations import ConversationSource, open_conversations, world_conversations
+from minillm.packing import EncodedSource, encode_source, packed_batches
+from minillm.template import ChatTemplate, with_chat_template
+
+from minillm.checkpoint import TrainingState
+from minillm.data import Batch, Mixture, TokenizedSource, source_line, tokenize
+from minillm.errors import InputError, one_line_errors
+from minillm.evaluate import Figures, evaluate_world, figures_table
+from minillm.huggingface import load_model, save_model
+from minillm.loss import backward, held_out
+from minillm.metrics import plot_loss
+from minillm.model import LanguageModel
+from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.options import TrainingOptions, parse_options
+from minillm.run import Run
+from minillm.runtime import Runtime, start_runtime
+from minillm.sources import open_sources, world_sources
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Fine-tune a base model on conversations."""
+
+    data: tuple[str, ...] = ()
+    """Conversations: files, folders or globs of .json(l)(.gz), each as PATH, PATH:WEIGHT or
+    NAME=PATH:WEIGHT, in any of the formats of minillm/conversations.py. Nothing: the little world's."""
+    out: str = "out/sft"
+    """The run folder."""
+    init: str = "out/base"
+    """The model to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
+    text: tuple[str, ...] = ()
+    """Raw text to mix in, as train.py's --data. Nothing: the little world's, where the conversations are."""
+    text_share: float = 0.25
+    """Share of the rows that are raw text, where there is some."""
+
+    block_size: int | None = None
+    """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest."""
+    batch_tokens: int = 2048
+    """Tokens in a step, over all processes, padding included."""
+    steps: int = 500
+    """Updates."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
+    matrix_rate: float = 2e-3
+    """Learning rate of the block matrices."""
+    embedding_rate: float = 6e-3
+    """Learning rate of embedding and output matrix: higher, for the rows of the control tokens are new."""
+
+    val_fraction: float = 0.05
+    """Share of the conversations held out for validation."""
+    val_tokens: int = 32_768
+    """Tokens of one validation, at most."""
+    eval_prompts: int = 48
+    """Of each kind, that the little world's rubric judges before and after; 0 for none."""
+    world_conversations: int = 4000
+    """How many the little world offers, where they are the data."""
+    world_megabytes: float = 12.0
+    """Size of the little world's text, where that is mixed in."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
+    cache: str = "out/cache"
+    """Where tokenized text is kept between runs."""
+    workers: int = 1
+    """Processes that tokenize."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts("block_size", "batch_tokens", "steps", "val_tokens", "workers")
+        self.require_counts("world_conversations")
+        self.require_positive("matrix_rate", "embedding_rate", "world_megabytes")
+        self.require_not_negative("eval_prompts")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
+        if not 0 <= self.text_share < 1:
+            raise InputError(f"--text-share {self.text_share}: give a share of at least 0 and below 1")
+
+    @property
+    def on_world(self) -> bool:
+        """Whether the conversations are the little world's."""
+        return not self.data
+
+
+def train(options: Options, runtime: Runtime) -> None:
+    """One run, from the conversations to the finished folder."""
+    run = Run("sft", options, runtime)
+    with runtime.main_first():
+        model, tokenizer = load_model(
+            run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
+        )
+        tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
+        template = ChatTemplate(tokenizer)
+        conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
+                         for source in conversation_sources(options)]  # fmt: skip
+        sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
+    rows = rows_of(options, block_size, runtime)
+    validation = validation_batches(conversations, block_size, options.val_tokens)
+    token_bytes = torch.from_numpy(tokenizer.token_lengths)
+    mixture = Mixture(sources, block_size, options.seed)
+    rates = Rates(
+        options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
+    )
+    state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
+    forward = runtime.wrap(model)
+    tenth = max(1, options.steps // 10)
+
+    with run.training(state, options.steps, lambda: save_model(run.folder, model, tokenizer)):
+        if run.already_finished():
+            return
+        while run.goes_on():
+            batch = mixture.next_rows(rows)
+            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            run.check_finite(loss=loss, gradient_norm=gradient_norm)
+            rate = rate_multiplier(state.step, options.steps, options.warmup, options.decay)
+            state.optimizers.step(rate)
+
+            run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=gradient_norm, rate=rate)
+            if run.due(options.val_every or tenth) or state.step == options.steps:
+                val = held_out(model, validation, token_bytes, runtime).per_target
+                run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
+            if run.due(options.save_every or tenth):
+                run.save()
+        run.end()
+        if runtime.is_main:
+            finish(run, mixture, tokenizer, options)
+
+
+# Before the loop
+
+
+def conversation_sources(options: Options) -> list[ConversationSource]:
+    if options.on_world:
+        return [world_conversations(World(options.seed), "train", options.world_conversations)]
+    return open_conversations(options.data, options.errors)
+
+
+def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
+    """The raw text to mix in, as tokens on disk; none where there is none or it has no share."""
+    if not options.text_share:
+        return []
+    if options.text:
+        sources = open_sources(options.text, options.errors)
+    elif options.on_world:
+        sources = world_sources(World(options.seed), options.world_megabytes)
+    else:
+        return []
+    return [tokenize(source, tokenizer, Path(options.cache), workers=options.workers) for source in sources]
+
+
+def mixed(
+    conversations: Sequence[EncodedSource], text: Sequence[TokenizedSource], text_share: float
+) -> list[EncodedSource | TokenizedSource]:
+    """All sources, with weights that give the text its share of the rows; within each side as given."""
+    sides = [(conversations, 1 - text_share), (text, text_share)]
+    return [
+        replace(source, weight=source.weight * share / sum(other.weight for other in side))
+        for side, share in sides
+        for source in side
+    ]
+
+
+def block_size_of(options: Options, model: LanguageModel) -> int:
+    longest = model.config.max_position_embeddings
+    if options.block_size and options.block_size > longest:
+        raise InputError(
+            f"--block-size {options.block_size}: {options.init} has {longest} positions; give no more"
+        )
+    return options.block_size or longest
+
+
+def rows_of(options: Options, block_size: int, runtime: Runtime) -> int:
+    """Rows of a step, over all processes."""
+    rows = max(1, options.batch_tokens // block_size)
+    if rows % runtime.world:
+        raise InputError(
+            f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
+            f"give --batch-tokens a multiple of {runtime.world * block_size}"
+        )
+    return rows
+
+
+def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_tokens: int) -> list[Batch]:
+    """The first held-out rows of every source, up to its share of `max_tokens`; the same each time."""
+    total, batches = sum(source.weight for source in sources), []
+    for source in sources:
+        rows = max(1, round(max_tokens * source.weight / total / block_size))
+        batches += islice(packed_batches(source.val, block_size, min(rows, 64)), -(-rows // 64))
+    return batches
+
+
+# After the loop
+
+
+def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
+    """The last line of metrics.jsonl, the plot, and on the little world what the rubric says."""
+    state, metrics, figures = run.state, run.metrics, {}
+    if options.on_world and options.eval_prompts:
+        figures = before_and_after(run, tokenizer, options)
+        metrics.say(figures_table(figures))
+    sources = mixture.report()
+    for source in sources:
+        metrics.say(source_line(source))
+    val = metrics.latest["val"]
+    metrics.log(
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val["loss"],
+        val_perplexity=val["perplexity"], sources=sources,
+        figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
+    )  # fmt: skip
+    plot_loss(run.folder, "loss", "nats per target")
+
+
+def before_and_after(run: Run, tokenizer: Tokenizer, options: Options) -> dict[str, dict[str, Figures]]:
+    """What the rubric says of the model it started from and of this one, on the development prompts."""
+    before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
+    pairs = {options.init: before, str(run.folder): (run.state.model, tokenizer)}
+    world = World(options.seed)
+    return {name: evaluate_world(*pair, world, "dev", options.eval_prompts) for name, pair in pairs.items()}
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        with start_runtime(options.device, options.precision) as runtime:
+            train(options, runtime)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
