@@ -2,7 +2,9 @@
 
     sources.py: documents ──► tokenize ──► streams.py: tokens on disk ──► Mixture ──► Batch
 
-A row is `block_size` consecutive tokens of a stream, wherever documents begin and end in it.
+Conversations (packing.py) are another kind of source for the same mixture.
+
+A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it.
 `Batch.start` keeps their bounds and attention does not cross them; so neither the order of
 documents nor that of rows changes what a row means, and packing equals running every piece of a
 document alone. A document cut by the end of a row goes on in another row without its beginning:
@@ -19,16 +21,16 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int32, Int64, UInt
+from jaxtyping import Bool, Int, Int32, Int64, UInt
 from torch import Tensor
 from tqdm import tqdm
 
 from minillm.errors import InputError
-from minillm.sources import Source
+from minillm.sources import Source, check_names
 from minillm.streams import Side, Tokens, open_streams, token_dtype, write_streams
 from minillm.tokenizer import Tokenizer
 
@@ -54,9 +56,9 @@ def split_documents(documents: Iterable[str], val_fraction: float) -> Iterator[t
         for text in first:
             yield from _cut_tail(text, val_fraction)
         return
-    smallest = min(map(_unit_hash, first)) if val_fraction else -1
+    smallest = min(map(unit_hash, first)) if val_fraction else -1
     for text in itertools.chain(first, stream):
-        value = _unit_hash(text)
+        value = unit_hash(text)
         yield "val" if value < val_fraction or value == smallest else "train", text
 
 
@@ -69,7 +71,8 @@ def _cut_tail(text: str, val_fraction: float) -> Iterator[tuple[Side, str]]:
         yield "val", text[len(train) :]
 
 
-def _unit_hash(text: str) -> float:
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: what the split goes by."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48  # exact: 48 bits fit a float
 
@@ -92,6 +95,15 @@ class TokenizedSource:
     train_documents: int
     val_documents: int
     skipped: dict[str, int]  # what reading left out, by reason
+
+    def rows(self, block_size: int, seed: int) -> "RowStream":
+        """The rows of the training text. Raises InputError where it is shorter than one row."""
+        if len(self.train) <= block_size:
+            raise InputError(
+                f"data source {self.name!r}: {len(self.train)} training tokens, fewer than "
+                f"one row of {block_size} + 1; give more text or a smaller block size"
+            )
+        return _ShuffledRows(self, block_size, seed)
 
 
 def tokenize(
@@ -182,8 +194,29 @@ class Batch:
 
 def document_starts(tokens: Int64[Tensor, "B T"], bos_id: int) -> Int32[Tensor, "B T"]:
     """For every position the last position of `bos_id` up to it, or 0: its document's beginning."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.where(tokens == bos_id, positions, 0).cummax(dim=1).values.to(torch.int32)
+    return _starts(tokens == bos_id)
+
+
+def _starts(opens: Bool[Tensor, "B T"]) -> Int32[Tensor, "B T"]:
+    positions = torch.arange(opens.shape[1], device=opens.device)
+    return torch.where(opens, positions, 0).cummax(dim=1).values.to(torch.int32)
+
+
+class Row(NamedTuple):
+    """One row of a batch; the numbers in any type of integers."""
+
+    tokens: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
+    targets: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
+    opens: Bool[np.ndarray, " T"]  # whether a document begins here; the row's first position need not say
+
+
+def stack(rows: Sequence[Row], block_size: int) -> Batch:
+    """The batch of `rows`, which may be none."""
+    tokens, targets = (np.empty((len(rows), block_size), np.int64) for _ in range(2))
+    opens = np.empty((len(rows), block_size), bool)
+    for i, row in enumerate(rows):
+        tokens[i], targets[i], opens[i] = row
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(torch.from_numpy(opens)))
 
 
 def _batch(rows: Int64[np.ndarray, "B T_plus_1"], bos_id: int) -> Batch:
@@ -192,70 +225,102 @@ def _batch(rows: Int64[np.ndarray, "B T_plus_1"], bos_id: int) -> Batch:
     return Batch(tokens, targets, document_starts(tokens, bos_id))
 
 
-class _ShuffledRows:
-    """The rows of one stream, epoch after epoch, each with another phase and in another order.
+@runtime_checkable
+class RowStream(Protocol):
+    """The rows of one source, epoch after epoch, each epoch in another order.
 
-    Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. An
-    epoch leaves out fewer than 2T tokens, before the phase and behind the last whole row. Phase
-    and order are drawn anew from (seed, name, epoch): they need not be saved, and no other source
-    and no weight changes them. The order takes 8 bytes a row in memory.
+    Which row it is follows from seed, name, epoch and position alone: only the last two need saving,
+    and no other source and no weight changes it.
     """
 
-    def __init__(self, tokens: UInt[np.ndarray, " L"], block_size: int, seed: int, name: str):
-        self.tokens, self.block_size = tokens, block_size
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        self.key = (seed, int.from_bytes(digest))
-        self.seek(0, 0)
+    epoch: int
+    position: int  # rows of this epoch given so far
+    length: int  # rows of this epoch
 
     def seek(self, epoch: int, position: int) -> None:
         """Go to the `position`-th row of an epoch."""
-        self.epoch, self.position = epoch, position
-        random, size, length = _generator(*self.key, epoch), self.block_size, len(self.tokens)
-        self.phase = int(random.integers(min(size, length - size)))
-        self.order = random.permutation((length - 1 - self.phase) // size)
 
-    def next(self) -> UInt[np.ndarray, " T_plus_1"]:
-        """The next row, and one token more."""
-        if self.position == len(self.order):
+    def next(self) -> Row:
+        """The next row, of the next epoch where this one is over."""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """What a mixture draws from: text (TokenizedSource) or conversations (packing.PackedSource)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def skipped(self) -> dict[str, int]: ...
+
+    def rows(self, block_size: int, seed: int) -> RowStream:
+        """Its training rows of `block_size` tokens."""
+
+
+class _ShuffledRows:
+    """The rows of one stream of text, a RowStream.
+
+    Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. An
+    epoch leaves out fewer than 2T tokens, before the phase and behind the last whole row. Phase
+    and order are drawn anew for each epoch. The order takes 8 bytes a row in memory.
+    """
+
+    def __init__(self, source: TokenizedSource, block_size: int, seed: int):
+        self.source, self.block_size, self.seed = source, block_size, seed
+        self.seek(0, 0)
+
+    def seek(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        size, length = self.block_size, len(self.source.train)
+        random = epoch_generator(self.seed, self.source.name, epoch)
+        self.phase = int(random.integers(min(size, length - size)))
+        self.length = (length - 1 - self.phase) // size
+        self.order = random.permutation(self.length)
+
+    def next(self) -> Row:
+        if self.position == self.length:
             self.seek(self.epoch + 1, 0)
         begin = self.phase + int(self.order[self.position]) * self.block_size
         self.position += 1
-        return self.tokens[begin : begin + self.block_size + 1]
+        ids = self.source.train[begin : begin + self.block_size + 1]
+        return Row(ids[:-1], ids[1:], ids[:-1] == self.source.bos_id)
 
 
 class Mixture:
     """Rows drawn from several sources: each row's source by weight, its rows in shuffled order.
 
     All rows are equally long, so in expectation a source's share of the tokens is exactly its share
-    of the weights. The sequence of rows is a function of streams, weights, block size and seed
+    of the weights. The sequence of rows is a function of sources, weights, block size and seed
     alone: not of how many are asked for at a time, nor of being stopped and resumed.
     """
 
-    def __init__(self, sources: Sequence[TokenizedSource], block_size: int, seed: int):
-        """Raises InputError for a source whose training text is shorter than one row."""
-        for source in sources:
-            if len(source.train) <= block_size:
-                raise InputError(
-                    f"data source {source.name!r}: {len(source.train)} training tokens, fewer than "
-                    f"one row of {block_size} + 1; give more text or a smaller block size"
-                )
+    def __init__(self, sources: Sequence[RowSource], block_size: int, seed: int):
+        """Raises InputError for two sources of one name and for one too short to give a row."""
+        check_names(source.name for source in sources)
         weights = np.array([source.weight for source in sources])
         self.sources, self.block_size, self.seed = list(sources), block_size, seed
         self.shares = weights / weights.sum()
         self.drawn = [0] * len(sources)
-        self.streams = [_ShuffledRows(s.train, block_size, seed, s.name) for s in sources]
+        self.streams = [source.rows(block_size, seed) for source in sources]
         self.choices = _generator(seed)
 
     def next_rows(self, n: int) -> Batch:
         """The next `n` rows."""
         # The shares divide [0, 1): each row's number falls into the part of its source.
         bounds = self.shares.cumsum()[:-1]
-        chosen = np.searchsorted(bounds, self.choices.random(n), side="right")
-        rows = np.empty((n, self.block_size + 1), np.int64)
-        for row, source in zip(rows, chosen.tolist(), strict=True):
-            row[:] = self.streams[source].next()
+        chosen = np.searchsorted(bounds, self.choices.random(n), side="right").tolist()
+        rows = []
+        for source in chosen:
+            rows.append(self.streams[source].next())
             self.drawn[source] += 1
-        return _batch(rows, self.sources[0].bos_id)
+        return stack(rows, self.block_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the mixture stands, in a few numbers that JSON can hold."""
@@ -295,7 +360,7 @@ class Mixture:
                 "share": float(share),
                 "realised": drawn / max(1, sum(self.drawn)),
                 "tokens": drawn * self.block_size,
-                "epochs": stream.epoch + stream.position / len(stream.order),
+                "epochs": stream.epoch + stream.position / stream.length,
             }
             for source, share, drawn, stream in own
         ]
@@ -304,6 +369,12 @@ class Mixture:
 def _check_same(what: str, was: Any, now: Any) -> None:
     if was != now:
         raise InputError(f"cannot resume: {what} was {was} and is now {now}; put back the old one")
+
+
+def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
+    """The randomness of one epoch of one source."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return _generator(seed, int.from_bytes(digest), epoch)
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -17,13 +17,13 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from gzip import BadGzipFile, GzipFile
 from io import BufferedIOBase
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from minillm.errors import InputError
 from minillm.world import SHARES, World
@@ -32,6 +32,7 @@ EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 DOCUMENT_LIMIT = 8 * 2**20  # bytes; longer than any novel, so that only dumps of many texts are cut
 
 Errors = Literal["strict", "replace"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,7 @@ def open_sources(specs: Sequence[str], errors: Errors = "strict") -> list[Source
     Raises InputError for specs and files that are wrong; what only decoding can show (invalid
     UTF-8, a bad line) is raised by `documents()`.
     """
-    if not specs:
-        raise InputError("no data given: name a file or folder, as in books=../books:0.15")
-    parsed = [_parse(spec) for spec in specs]
-    for name, count in Counter(name for name, _, _ in parsed).items():
-        if count > 1:
-            raise InputError(f"{count} data sources are named {name!r}: name them apart, as in other=PATH")
-    return [_open_source(name, path, weight, errors) for name, path, weight in parsed]
+    return [_open_source(name, path, weight, errors) for name, path, weight in parse_specs(specs)]
 
 
 def world_sources(world: World, megabytes: float) -> list[Source]:
@@ -79,12 +74,28 @@ def world_sources(world: World, megabytes: float) -> list[Source]:
     sources = []
     for name, share in SHARES.items():
         size = megabytes * share / sum(SHARES.values())
-        digest = _digest(world.fingerprint, name, repr(size))
-        sources.append(Source(name, share, partial(world.documents, name, size), digest))
+        fingerprint = digest(world.fingerprint, name, repr(size))
+        sources.append(Source(name, share, partial(world.documents, name, size), fingerprint))
     return sources
 
 
 # ---- What the user wrote -> name, path, weight
+
+
+def parse_specs(specs: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The name, path and weight of each spec (see `open_sources`). Raises InputError for wrong ones."""
+    if not specs:
+        raise InputError("no data given: name a file or folder, as in books=../books:0.15")
+    parsed = [_parse(spec) for spec in specs]
+    check_names(name for name, _, _ in parsed)
+    return parsed
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises InputError where two sources have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{count} data sources are named {name!r}: name them apart, as in other=PATH")
 
 
 def _parse(spec: str) -> tuple[str, str, float]:
@@ -126,29 +137,34 @@ def _weight(text: str, spec: str) -> float:
 
 
 def _open_source(name: str, path: str, weight: float, errors: Errors) -> Source:
-    files, skipped = _list_files(path)
-    if not files:
-        why = ", ".join(f"{what}: {count}" for what, count in skipped.items()) or "an empty folder"
-        raise InputError(
-            f"data source {name!r}: no text in {path!r} ({why}); give {', '.join(EXTENSIONS)} files"
-        )
+    files, skipped = list_files(name, path, EXTENSIONS)
     digests = [_digest_file(file) + str(_is_jsonl(file)) for file in files]
-    fingerprint = _digest(errors, str(DOCUMENT_LIMIT), *digests)
+    fingerprint = digest(errors, str(DOCUMENT_LIMIT), *digests)
     return Source(name, weight, partial(_documents, name, files, errors, skipped), fingerprint, skipped)
 
 
-def _list_files(path: str) -> tuple[list[str], Counter[str]]:
-    """The files to read under `path`, sorted, and a count of those left out, by reason."""
+def list_files(name: str, path: str, extensions: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """The files to read under `path`, sorted, and a count of those left out, by reason.
+
+    Raises InputError, for the source `name`, where there are none.
+    """
     skipped = Counter[str]()
     if os.path.isfile(path):
         found = [path]
     else:
         tops = [path] if os.path.exists(path) else _matches(path)
         every = {file for top in tops for file in _walk(top)}
-        found = sorted(filter(_is_text, every), key=lambda file: file.split(os.sep))
+        # A pipe or device would block, or differ at the second reading.
+        wanted = [file for file in every if file.lower().endswith(extensions) and os.path.isfile(file)]
+        found = sorted(wanted, key=lambda file: file.split(os.sep))
         skipped["files of another kind"] = len(every) - len(found)
     files = [file for file in found if os.path.getsize(file)]
     skipped["empty files"] = len(found) - len(files)
+    if not files:
+        why = ", ".join(f"{what}: {count}" for what, count in (+skipped).items()) or "an empty folder"
+        raise InputError(
+            f"data source {name!r}: nothing to read in {path!r} ({why}); give {', '.join(extensions)} files"
+        )
     return files, +skipped
 
 
@@ -166,11 +182,6 @@ def _refuse(error: OSError) -> None:
     raise InputError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
 
 
-def _is_text(file: str) -> bool:
-    # A pipe or device would block, or differ at the second reading.
-    return file.lower().endswith(EXTENSIONS) and os.path.isfile(file)
-
-
 def _is_jsonl(file: str) -> bool:
     return file.lower().endswith((".jsonl", ".jsonl.gz"))
 
@@ -184,8 +195,8 @@ def _documents(name: str, files: list[str], errors: Errors, skipped: Counter[str
         skipped.pop(reason, None)
     found = False
     for file in files:
-        read = _json_texts(file, errors, skipped) if _is_jsonl(file) else text_pieces(file, errors)
-        for text in read:
+        lines = (text for _, text in json_lines(file, errors, skipped, _json_text))
+        for text in lines if _is_jsonl(file) else text_pieces(file, errors):
             if text:
                 found = True
                 yield text
@@ -205,10 +216,10 @@ def text_pieces(path: str, errors: Errors = "strict", limit: int = DOCUMENT_LIMI
     of invalid UTF-8.
     """
     offset, rest = 0, b""
-    with _reading(path) as file:
+    with reading(path) as file:
         while raw := rest + file.read(limit - len(rest)):
             cut = _last_cut(raw) if len(raw) == limit else len(raw)
-            text = _decode(raw[:cut], path, offset, errors)
+            text = decode(raw[:cut], path, offset, errors)
             yield text if offset else text.removeprefix("\ufeff")
             offset, rest = offset + cut, raw[cut:]
 
@@ -221,15 +232,20 @@ def _last_cut(raw: bytes) -> int:
     return len(raw) - last
 
 
-def _json_texts(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[str]:
-    """The text of every line of a .jsonl file but blank ones; bad ones raise or are counted."""
+def json_lines(
+    path: str, errors: Errors, skipped: Counter[str], read: Callable[[str], T]
+) -> Iterator[tuple[int, T]]:
+    """The number of every line but blank ones and what `read` makes of it.
+
+    A line for which `read` raises ValueError raises InputError, or is counted in `skipped`.
+    """
     offset = 0
-    with _reading(path) as file:
+    with reading(path) as file:
         for number, line in enumerate(file, start=1):
             try:
-                if text := _decode(line, path, offset, errors).removeprefix("\ufeff").strip():
-                    yield _json_text(text)
-            except (ValueError, RecursionError) as error:
+                if text := decode(line, path, offset, errors).removeprefix("\ufeff").strip():
+                    yield number, read(text)
+            except ValueError as error:
                 if errors == "strict":
                     raise InputError(
                         f"{path!r}, line {number}: {error}; mend it or use --errors replace"
@@ -240,10 +256,7 @@ def _json_texts(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[st
 
 def _json_text(line: str) -> str:
     """The text in a line of JSON. Raises ValueError with the reason where there is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError("not valid JSON") from error
+    record = parse_json(line)
     texts = [record.get(key) for key in ("text", "content")] if isinstance(record, dict) else []
     text = next((text for text in texts if isinstance(text, str)), None)
     if text is None:
@@ -252,7 +265,16 @@ def _json_text(line: str) -> str:
     return text
 
 
-def _decode(raw: bytes, path: str, offset: int, errors: Errors) -> str:
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. Raises ValueError, with a short reason, where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not valid JSON") from error
+
+
+def decode(raw: bytes, path: str, offset: int, errors: Errors) -> str:
+    """The text of the bytes from `offset` of a file. Raises InputError for invalid UTF-8."""
     try:
         return raw.decode("utf-8", errors)
     except UnicodeDecodeError as error:
@@ -263,7 +285,7 @@ def _decode(raw: bytes, path: str, offset: int, errors: Errors) -> str:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[BufferedIOBase]:
+def reading(path: str) -> Iterator[BufferedIOBase]:
     """The bytes of a file, unpacked if it ends in .gz; what goes wrong becomes an InputError."""
     try:
         with open(path, "rb") as packed:
@@ -276,12 +298,13 @@ def _reading(path: str) -> Iterator[BufferedIOBase]:
 
 def _digest_file(path: str) -> str:
     """A digest of a file's content, read as a stream. Raises InputError for a binary file."""
-    with _reading(path) as file:
+    with reading(path) as file:
         if b"\0" in file.read(8192):
             raise InputError(f"{path!r}: binary, not UTF-8 text; leave it out or convert it")
         file.seek(0)
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A fingerprint of strings, which keeps them apart."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -312,7 +312,8 @@ def test_sources_of_one_length_are_not_shuffled_alike():
 
 def test_over_the_epochs_every_token_is_seen():
     stream = Mixture([a_stream(100)], 16, 0).streams[0]
-    seen = {int(token) for _ in range(400) for token in stream.next()}
+    rows = [stream.next() for _ in range(400)]
+    seen = {int(token) for row in rows for token in (*row.tokens, row.targets[-1])}
     assert seen == set(range(100))
 
 
@@ -339,6 +340,13 @@ def test_a_stream_shorter_than_a_row_is_refused_by_name_and_one_row_is_enough():
 
 def two_sources() -> list[TokenizedSource]:
     return [a_stream(200, "a", 3.0), a_stream(90, "b", 1.0)]
+
+
+def test_two_sources_of_one_name_are_refused():
+    # The restart point holds where each stands by its name.
+    with pytest.raises(InputError) as caught:
+        Mixture([a_stream(100, "a"), a_stream(200, "a")], 8, 0)
+    assert "'a'" in one_line(caught)
 
 
 @law
