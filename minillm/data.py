@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -361,9 +361,16 @@ class Mixture:
                 "realised": drawn / max(1, sum(self.drawn)),
                 "tokens": drawn * self.block_size,
                 "epochs": stream.epoch + stream.position / stream.length,
+                "skipped": source.skipped,
             }
             for source, share, drawn, stream in own
         ]
+
+
+def source_line(report: Mapping[str, Any]) -> str:
+    """What a mixture reports of one source, as a line to read."""
+    line = "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**report)
+    return line + "".join(f", {count} {what} skipped" for what, count in report["skipped"].items())
 
 
 def _check_same(what: str, was: Any, now: Any) -> None:
