@@ -36,7 +36,7 @@ class Stateful(Protocol):
 RESUME_FILE = Path("resume") / "state.safetensors"
 RUN_FILES = (
     RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "run.json",
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "run.json",
 )  # fmt: skip
 
 

@@ -17,13 +17,20 @@ from torch import Tensor
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
 from minillm.model import LanguageModel, ModelConfig, parameter_count
+from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """config.json, tokenizer files and model.safetensors (float32), the weights last."""
+    """config.json, tokenizer files and model.safetensors (float32), the weights last.
+
+    For a chat model also generation_config.json: there transformers looks up where a reply ends.
+    """
     write_json(folder / "config.json", config_to_json(model.config, tokenizer))
     tokenizer.save(folder)
+    if tokenizer.config.get("chat_template") is not None:
+        stops = list(ChatTemplate(tokenizer).stop_ids)
+        write_json(folder / "generation_config.json", {"eos_token_id": stops})
     weights = model_tensors(model)
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 

@@ -6,11 +6,21 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import (
+    ROOT,
+    TORCHRUN,
+    assert_same_run,
+    folder_bytes,
+    killed_at_update,
+    losses_of,
+    metrics_of,
+    refusal,
+    wait_for_step,
+)
 from safetensors.torch import load_file
 
 import train
@@ -18,7 +28,6 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.huggingface import load_model
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     "--depth",
     "1",
@@ -59,14 +68,6 @@ def run_in_process(text: Path, out: Path, *options: str) -> list[dict]:
     return metrics_of(out)
 
 
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(events: list[dict]) -> list[tuple[str, int, float]]:
-    return [(e["event"], e["step"], e["nats_per_byte"]) for e in events if e["event"] in ("train", "val")]
-
-
 def command(text: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "train.py", "--data", str(text), "--out", str(out),
             "--cache", str(out.parent / "cache"), *TINY, *options]  # fmt: skip
@@ -78,14 +79,6 @@ def reference(text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "base"
     run_in_process(text, out)
     return out
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert losses_of(metrics_of(one)) == losses_of(metrics_of(other))
-    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
@@ -125,42 +118,11 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_in_process(text, whole, *extra)
     # Killed at step 5, after the restart point of step 3: two steps are lost and done again.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "clip_gradients", _die_at_call(6))
-        with pytest.raises(_Killed):
-            run_in_process(text, killed, *extra)
+    with killed_at_update(train, 6):
+        run_in_process(text, killed, *extra)
     assert max(e["step"] for e in metrics_of(killed)) == 5
     train.main(["--out", str(killed), "--resume", "--cache", str(tmp_path / "cache")])
     assert_same_run(whole, killed)
-
-
-class _Killed(BaseException):
-    """Nothing in the script may catch it, as nothing can catch kill -9."""
-
-
-def _die_at_call(number: int):
-    clip, calls = train.clip_gradients, []
-
-    def clip_or_die(*arguments):
-        calls.append(1)
-        if len(calls) == number:
-            raise _Killed
-        return clip(*arguments)
-
-    return clip_or_die
-
-
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    for _ in range(1200):
-        if (out / "metrics.jsonl").exists() and any(e["step"] >= step for e in _whole_lines(out)):
-            return
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.05)
-    raise AssertionError(f"no step {step} within a minute")
-
-
-def _whole_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
@@ -184,10 +146,8 @@ def test_a_stopped_process_goes_on_with_resume_alone(text, tmp_path, number):
 
 def test_a_run_killed_before_its_first_restart_point_starts_again(text, tmp_path, reference):
     out = tmp_path / "base"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "clip_gradients", _die_at_call(1))
-        with pytest.raises(_Killed):
-            run_in_process(text, out)
+    with killed_at_update(train, 1):
+        run_in_process(text, out)
     assert not (out / "resume").exists()
     train.main(["--out", str(out), "--resume", "--cache", str(tmp_path / "cache")])
     assert_same_run(reference, out)
@@ -203,8 +163,7 @@ def test_resuming_a_finished_run_changes_no_weight(text, tmp_path):
 
 def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference):
     out = tmp_path / "base"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *command(text, out)[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*TORCHRUN, *command(text, out)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out))
     assert [x[:2] for x in one] == [x[:2] for x in two]
@@ -254,10 +213,6 @@ def test_the_loss_that_explodes_ends_the_run_and_keeps_the_last_restart_point(te
 
 
 # Bad input: one line, exit 2, nothing lost
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_bad_files(folder: Path) -> None:
@@ -318,12 +273,7 @@ def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(case, text, ref
     given = options.format(d=bad, t=text, r=reference).split()
     defaults = {"--data": str(text), "--out": str(tmp_path / "out"), "--cache": str(tmp_path / "cache")}
     filled = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
-    with pytest.raises(SystemExit) as stop:
-        train.main([*given, *filled])
-    printed = capfd.readouterr()
-    lines = printed.err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
+    assert words in refusal(train, [*given, *filled], capfd)
     assert before == (folder_bytes(reference), folder_bytes(bad), text.read_bytes())
     assert not (tmp_path / "out").exists()
 
@@ -338,10 +288,8 @@ def test_replace_reads_what_strict_refuses_and_counts_it(tmp_path):
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_restart_point(text, tmp_path):
     out = tmp_path / "base"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "clip_gradients", _die_at_call(5))
-        with pytest.raises(_Killed):
-            run_in_process(text, out)
+    with killed_at_update(train, 5):
+        run_in_process(text, out)
     before = (out / "resume" / "state.safetensors").read_bytes()
     limit = len(before) // 2
 

@@ -1,0 +1,100 @@
+"""Judging replies to the little world's prompts: what counts as in form and as right."""
+
+import json
+
+import pytest
+import torch
+from minillm.template import ChatTemplate, with_chat_template
+from runs import refusal
+
+from minillm import evaluate
+from minillm.evaluate import Reply, evaluate_world, figures_table, sample_replies, summarise
+from minillm.generate import SamplingOptions, generate
+from minillm.huggingface import save_model
+from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.tokenizer import Tokenizer
+from minillm.world import KINDS, World
+
+WORLD = World(0)
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[LanguageModel, Tokenizer]:
+    tokenizer = Tokenizer.train(["What is the name of the cat?"], 262)
+    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 256))
+    initialize(model, torch.Generator().manual_seed(0))
+    return model, tokenizer
+
+
+def figures_of(prompt, text, ended=True):
+    return summarise([Reply(text, ended)], [WORLD.score(prompt, text)])
+
+
+def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone():
+    prompt = WORLD.prompts("dev", "fact", 1)[0]
+    assert figures_of(prompt, f"It is {prompt.answer}.").in_form == 1
+    assert figures_of(prompt, f"It is {prompt.answer}.", ended=False).in_form == 0
+    assert figures_of(prompt, "").in_form == 0
+    assert figures_of(prompt, "Where does he live?").in_form == 0
+    assert figures_of(prompt, f"It is {prompt.answer}.\nMara: Go away.").in_form == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_people_said_without_flaw_is_right_and_in_form(kind):
+    said = [c for c in WORLD.conversations("dev", 300) if c.kind == kind and c.flaw is None]
+    replies = [Reply(c.messages[-1]["content"], True) for c in said]
+    scores = [WORLD.score(c.prompt, reply.text) for c, reply in zip(said, replies, strict=True)]
+    figures = summarise(replies, scores)
+    assert figures.prompts >= 10 and figures.in_form == 1 and figures.right > 0.95
+
+
+def test_a_wrong_answer_is_in_form_and_not_right():
+    prompt = WORLD.prompts("dev", "fact", 1)[0]
+    wrong = next(f.value for f in WORLD.facts if f.attribute == prompt.topic and f.value != prompt.answer)
+    figures = figures_of(prompt, f"It is {wrong}.")
+    assert (figures.in_form, figures.right) == (1, 0)
+
+
+def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
+    asked = [[{"role": "user", "content": f"Who is {i}?"}] for i in range(5)]
+    together = list(sample_replies(*base, asked, 1.0, 12, seed=7))
+    monkeypatch.setattr(evaluate, "ROWS", 2)
+    assert list(sample_replies(*base, asked, 1.0, 12, seed=7)) == together
+    assert list(sample_replies(*base, asked[3:], 1.0, 12, seed=10)) == together[3:]
+
+
+def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_text(base):
+    model, tokenizer = base
+    asked = [{"role": "user", "content": "Who?"}]
+    chat = with_chat_template(tokenizer)
+    for known, prompt in ((tokenizer, [tokenizer.bos_id, *tokenizer.encode("Who?\n")]),
+                          (chat, ChatTemplate(chat).prompt(asked))):  # fmt: skip
+        stops = evaluate.stop_tokens(known)
+        samples = generate(model, [prompt], SamplingOptions(9, 0.0, stop_ids=stops), [0])
+        tokens, ended = samples.responses()[0], bool(samples.stopped[0])
+        reply = next(sample_replies(model, known, [asked], 0.0, 9))
+        assert reply == Reply(known.decode(tokens[:-1] if ended else tokens), ended)
+
+
+def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
+    figures = evaluate_world(*base, WORLD, "dev", 3)
+    assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
+    table = figures_table({"one": figures, "another": figures})
+    assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
+
+
+def test_the_command_prints_a_table_and_writes_what_it_says(base, tmp_path, capsys):
+    save_model(tmp_path / "run", *base)
+    evaluate.main([str(tmp_path / "run"), "--prompts", "1", "--json", str(tmp_path / "f.json")])
+    assert "small_talk" in capsys.readouterr().out
+    record = json.loads((tmp_path / "f.json").read_text())
+    assert record["figures"][str(tmp_path / "run")].keys() == set(KINDS)
+    assert record["options"]["split"] == "dev" and record["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [("", "run"), ("nowhere", "nowhere"), ("nowhere --prompts 0", "--prompts"), ("x --split train", "split")],
+)
+def test_bad_input_is_one_line(arguments, words, capfd):
+    assert words in refusal(evaluate, arguments.split(), capfd)

@@ -1,0 +1,277 @@
+"""Whole fine-tuning runs through the command line: trained, killed, resumed, shared out, refused."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from minillm.template import ChatTemplate
+from runs import (
+    ROOT,
+    TORCHRUN,
+    assert_same_run,
+    folder_bytes,
+    killed_at_update,
+    losses_of,
+    metrics_of,
+    refusal,
+    wait_for_step,
+)
+
+import sft
+import train
+from minillm.huggingface import load_model
+from minillm.tokenizer import Tokenizer
+
+SHORT = "--steps 12 --val-every 4 --save-every 3 --batch-tokens 128 --precision float32".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "tale.txt"
+    path.write_text("".join(f"On day {i} the {i % 7} cats met {i % 5} dogs.\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(text, tmp_path_factory) -> Path:
+    """A small base model."""
+    out = tmp_path_factory.mktemp("base") / "base"
+    shape = "--depth 1 --vocab-size 300 --block-size 64 --batch-tokens 128 --steps 10 --samples 0"
+    train.main(["--data", str(text), "--out", str(out), "--cache", str(out.parent / "cache"),
+                *shape.split(), "--precision", "float32"])  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    """Conversations of one and of two turns; one is longer than a row, one has nothing to learn."""
+    records = [
+        {"messages": [{"role": "user", "content": f"How many cats on day {i}?"},
+                      {"role": "assistant", "content": f"{i % 7} cats."}]} for i in range(80)
+    ]  # fmt: skip
+    more = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    records += [{"messages": records[i]["messages"] + more} for i in range(0, 80, 4)]
+    records.append({"messages": records[0]["messages"] + [{"role": "user", "content": "x" * 400}, *more[1:]]})
+    records.append({"messages": [{"role": "user", "content": "Anybody?"}]})
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def arguments(base: Path, chats: Path, out: Path, *options: str) -> list[str]:
+    places = ["--init", str(base), "--data", str(chats), "--out", str(out)]
+    return [*places, "--cache", str(out.parent / "cache"), *SHORT, *options]
+
+
+@pytest.fixture(scope="module")
+def reference(base, chats, tmp_path_factory) -> Path:
+    """An uninterrupted run to compare with."""
+    out = tmp_path_factory.mktemp("reference") / "sft"
+    sft.main(arguments(base, chats, out))
+    return out
+
+
+def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
+    final = metrics_of(reference)[-1]
+    assert final["event"] == "final" and final["step"] == 12 and final["tokens"] == 12 * 128
+    assert final["val_perplexity"] == pytest.approx(torch.tensor(final["val_loss"]).exp().item())
+    source = final["sources"][0]
+    assert source["skipped"] == {
+        "conversations without a message of the assistant's": 1,
+        "ends of conversations longer than a row": 1,
+    }
+    assert {p.name for p in reference.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json",
+        "generation_config.json", "metrics.jsonl", "loss.png", "resume",
+    }  # fmt: skip
+    assert json.loads((reference / "run.json").read_text())["stage"] == "sft"
+
+
+def test_it_learns_to_answer_and_to_end_its_answer(base, chats, tmp_path):
+    out = tmp_path / "sft"
+    sft.main(arguments(base, chats, out, "--steps", "120", "--val-every", "40", "--val-fraction", "0.2"))
+    val = [event["loss"] for event in metrics_of(out) if event["event"] == "val"]
+    assert val[-1] < 0.5 * val[0]
+    model, tokenizer = load_model(out, torch.device("cpu"), torch.float32)
+    template = ChatTemplate(tokenizer)
+    conversation = [{"role": "user", "content": "How many cats on day 9?"}]
+    asked = template.prompt(conversation)
+    whole = template.encode([*conversation, {"role": "assistant", "content": "2 cats."}]).tokens
+    hidden = model(torch.tensor([whole]))
+    best = model.logits(hidden[0]).argmax(dim=-1)[len(asked) :]
+    assert best[-1] != template.end_id and template.end_id in best[-2:], "the reply must end, and not before"
+
+
+def test_only_what_the_assistant_says_is_learned(base, chats, tmp_path):
+    """Other words of the user's, of the same number of tokens, must not change a single target."""
+    _, tokenizer = load_model(base, torch.device("cpu"), torch.float32)
+    template = ChatTemplate(sft.with_chat_template(tokenizer))
+    sources = [sft.encode_source(s, template.encode, 64, 0.1) for s in sft.open_conversations([str(chats)])]
+    said = []
+    for batch in (b for source in sources for b in sft.packed_batches(source.train, 64)):
+        said += [tokenizer.decode(row[row != -100]) for row in batch.targets]
+    for text in said:
+        assert "How many" not in text and "Sure?" not in text
+        assert all(
+            reply in ("Yes.", *(f"{n} cats." for n in range(7))) for reply in text.split("<|end|>")[:-1]
+        )
+
+
+def test_the_saved_folder_opens_in_transformers_with_the_same_chat_format_and_end(reference, tmp_path):
+    tokenizer = Tokenizer.load(reference)
+    theirs = transformers.AutoTokenizer.from_pretrained(reference)
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3 cats."}]
+    template = ChatTemplate(tokenizer)
+    assert (
+        theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        == template.encode(messages).tokens
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(reference)
+    assert set(model.generation_config.eos_token_id) == set(template.stop_ids)
+
+
+def test_a_share_of_the_rows_is_raw_text_where_some_is_given(base, chats, text, tmp_path):
+    out = tmp_path / "sft"
+    sft.main(arguments(base, chats, out, "--text", str(text), "--text-share", "0.5", "--steps", "40"))
+    shares = {source["name"]: source["realised"] for source in metrics_of(out)[-1]["sources"]}
+    assert set(shares) == {"chats.jsonl", "tale.txt"} and 0.3 < shares["tale.txt"] < 0.7
+
+
+def test_an_imported_chat_template_is_kept(base, chats, tmp_path):
+    given, out = tmp_path / "given", tmp_path / "sft"
+    given.mkdir()
+    for name, content in folder_bytes(base).items():
+        if "/" not in name:
+            (given / name).write_bytes(content)
+    own = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    config = json.loads((given / "tokenizer_config.json").read_text())
+    (given / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own}))
+    sft.main(arguments(given, chats, out, "--steps", "1"))
+    assert Tokenizer.load(out).config["chat_template"] == own
+
+
+def test_on_the_little_world_the_rubric_judges_before_and_after(base, tmp_path):
+    out = tmp_path / "sft"
+    sizes = "--world-conversations 60 --world-megabytes 0.2 --eval-prompts 2 --block-size 64"
+    places = ["--init", str(base), "--out", str(out), "--cache", str(tmp_path / "cache")]
+    sft.main([*places, *SHORT, "--steps", "2", *sizes.split()])
+    final = metrics_of(out)[-1]
+    assert set(final["figures"]) == {str(base), str(out)}
+    for kinds in final["figures"].values():
+        assert len(kinds) == 5 and all(figures["prompts"] == 2 for figures in kinds.values())
+    assert len(final["sources"]) == 7, "conversations and the six sources of text"
+
+
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    mixed = ("--text", str(text), "--text-share", "0.3")
+    sft.main(arguments(base, chats, whole, *mixed))
+    with killed_at_update(sft, 6):  # two steps behind the restart point of step 3
+        sft.main(arguments(base, chats, killed, *mixed))
+    assert max(e["step"] for e in metrics_of(killed)) == 5
+    sft.main(["--out", str(killed), "--resume", "--cache", str(tmp_path / "cache")])
+    assert_same_run(whole, killed)
+
+
+def test_a_killed_process_goes_on_with_resume_alone(base, chats, tmp_path):
+    long = ("--steps", "200", "--val-every", "100", "--save-every", "7")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    sft.main(arguments(base, chats, whole, *long))
+    process = subprocess.Popen(
+        [sys.executable, "sft.py", *arguments(base, chats, stopped, *long)], cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(process, stopped, 20)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert metrics_of(stopped)[-1]["step"] < 200
+    sft.main(["--out", str(stopped), "--resume", "--cache", str(tmp_path / "cache")])
+    assert_same_run(whole, stopped)
+
+
+def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference):
+    out = tmp_path / "sft"
+    done = subprocess.run(
+        [*TORCHRUN, "sft.py", *arguments(base, chats, out)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out))
+    assert [x[:2] for x in one] == [x[:2] for x in two]
+    # float32 sums in another order, over twelve steps.
+    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=1e-3)
+
+
+# Bad input: one line, exit 2, nothing lost
+
+
+def write_bad_files(folder: Path) -> None:
+    (folder / "empty.jsonl").touch()
+    (folder / "torn.jsonl").write_text('{"question": "Who?", "answer": "I."}\n{"question": "W')
+    (folder / "fields.jsonl").write_text('{"title": "no conversation"}\n')
+    (folder / "silent.jsonl").write_text('{"question": "Who?", "answer": ""}\n')
+    (folder / "array.json").write_text('[{"question": "Who?", "answer": "I."}')
+    (folder / "binary.jsonl").write_bytes(b"\x7fELF\0\0\0")
+    long = {"question": "Who?", "answer": "I " * 500}
+    (folder / "long.jsonl").write_text(json.dumps(long) + "\n")
+
+
+BAD_INPUT = {
+    "missing file": ("--data nowhere.jsonl", "nowhere.jsonl"),
+    "empty file": ("--data {d}/empty.jsonl", "empty"),
+    "torn line": ("--data {d}/torn.jsonl", "line 2"),
+    "no known format": ("--data {d}/fields.jsonl", "title"),
+    "nothing said by the assistant": ("--data {d}/silent.jsonl", "silent.jsonl"),
+    "torn array": ("--data {d}/array.json", "array.json"),
+    "binary file": ("--data {d}/binary.jsonl", "binary"),
+    "all longer than a row": ("--data {d}/long.jsonl", "longer than a row"),
+    "weight of zero": ("--data {c}:0", "weight"),
+    "text and conversations of one name": ("--text {c}", "name"),
+    "missing text": ("--text nowhere.txt", "nowhere.txt"),
+    "init from nowhere": ("--init nowhere", "nowhere"),
+    "init from a folder that is no model": ("--init {d}", "config.json"),
+    "longer rows than the model has positions": ("--block-size 65", "--block-size 65"),
+    "text for all": ("--text-share 1", "--text-share"),
+    "no steps": ("--steps 0", "--steps"),
+    "a rate of nothing": ("--matrix-rate 0", "--matrix-rate"),
+    "validation of everything": ("--val-fraction 1", "--val-fraction"),
+    "out holds a run": ("--out {r}", "--overwrite"),
+    "out is another stage's run": ("--out {b} --resume", "another stage"),
+    "resume with other options": ("--out {r} --resume --steps 13", "--steps"),
+    "unknown option": ("--lora 3", "--lora"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(
+    case, base, chats, reference, tmp_path, capfd
+):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    write_bad_files(bad)
+    before = folder_bytes(reference), folder_bytes(base), folder_bytes(bad)
+    options, words = BAD_INPUT[case]
+    given = options.format(d=bad, c=chats, r=reference, b=base).split()
+    defaults = {"--data": str(chats), "--init": str(base), "--out": str(tmp_path / "out")}
+    filled = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+    if "--resume" in given:
+        filled = []
+    assert words in refusal(sft, [*given, *filled, "--cache", str(tmp_path / "cache")], capfd)
+    assert before == (folder_bytes(reference), folder_bytes(base), folder_bytes(bad))
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_option_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sft.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in sft.Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
