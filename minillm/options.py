@@ -24,11 +24,11 @@ FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "device", "tracker", "
 def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     """The options of a script; InputError for a flag or a value that does not fit.
 
-    With `--resume`, every option not given is the stored run's; one given with another value is
-    refused by name.
+    With `--resume`, where a script has it, every option not given is the stored run's; one given with
+    another value is refused by name.
     """
     given = _parse(kind, arguments)
-    if not given.resume:
+    if not getattr(given, "resume", False):
         return given
     path = Path(given.out) / "run.json"
     earlier = _stored_arguments(kind, path)
