@@ -1,0 +1,399 @@
+"""The conversation as a value, its commands, and the real thing in a terminal."""
+
+import fcntl
+import io
+import os
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minillm import chat as chat_module
+from minillm.chat import HELP, Chat, Options, drop_oldest, main, obey, read_entry, take_turn
+from minillm.errors import InputError
+from minillm.generate import SamplingOptions, generate
+from minillm.huggingface import save_model
+from minillm.model import LanguageModel, ModelConfig
+from minillm.template import with_chat_template
+from minillm.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+LAW = settings(deadline=None, max_examples=25)
+
+
+@cache
+def plain_tokenizer() -> Tokenizer:
+    return Tokenizer.train(["The cat sat on the mat. Where is the cat? On the mat it is. " * 4], 300)
+
+
+def random_model(positions: int = 2048, causal: bool = True) -> LanguageModel:
+    """Random weights, but for the row of the end token: at 0 it is never among the likeliest few."""
+    V = plain_tokenizer().vocab_size
+    config = ModelConfig(V, 32, 48, 2, 4, 4, 8, positions, causal=causal)
+    model, generator = LanguageModel(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5, generator=generator)
+        model.lm_head.weight[plain_tokenizer().special_tokens["<|end|>"]] = 0
+    return model
+
+
+MODEL = random_model()
+
+
+def new_chat(model: LanguageModel = MODEL, base: bool = False, **options) -> Chat:
+    tokenizer = plain_tokenizer() if base else with_chat_template(plain_tokenizer())
+    return Chat(model, tokenizer, Options("run", **options))
+
+
+def make_run(folder: Path, model: LanguageModel, base: bool = False) -> Path:
+    save_model(folder, model, plain_tokenizer() if base else with_chat_template(plain_tokenizer()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    (root / "empty").mkdir()
+    return {
+        "sft": make_run(root / "sft", MODEL),
+        "base": make_run(root / "base", MODEL, base=True),
+        "masked": make_run(root / "masked", random_model(causal=False), base=True),
+        "empty": root / "empty",
+    }
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10).filter(str.strip)
+exchanges = st.lists(st.tuples(texts, texts), max_size=5)
+
+
+def conversation(system: str | None, pairs: list[tuple[str, str]], last: str) -> tuple[dict[str, str], ...]:
+    turns = [m for asked, said in pairs for m in (message("user", asked), message("assistant", said))]
+    head = [] if system is None else [message("system", system)]
+    return (*head, *turns, message("user", last))
+
+
+# --- what no longer fits
+
+
+@given(st.none() | texts, exchanges, texts, st.integers(0, 80))
+@example(None, [], "x", 0)
+def test_the_oldest_exchanges_go_first_no_more_than_must_and_the_system_message_stays(
+    system, pairs, last, room
+):
+    messages = conversation(system, pairs, last)
+
+    def fits(some):
+        return sum(len(m["content"]) for m in some) <= room
+
+    kept = drop_oldest(messages, fits)
+    head = messages[: 0 if system is None else 1]
+    candidates = [head + messages[i:] for i, m in enumerate(messages) if m["role"] == "user"]
+    assert kept == next(filter(fits, candidates), None)
+
+
+@LAW
+@given(st.booleans(), st.lists(st.text("cat é", min_size=1, max_size=12), min_size=1, max_size=10))
+@example(True, ["cat", "a" * 12, "é" * 12, "c", "t" * 12, "é" * 12])
+def test_every_prompt_leaves_room_for_the_reply_and_what_was_dropped_is_told(with_system, said):
+    chat = new_chat(random_model(64), max_new_tokens=6, system="It is." if with_system else None)
+    for text in said:
+        before = chat.messages
+        reply = chat.hear(text)
+        assert chat.messages == before, "nothing changes before the reply is kept"
+        assert len(chat.template.prompt(reply.asked)) + 6 <= 64
+        assert reply.dropped == len(before) + 1 - len(reply.asked)
+        head = before[:with_system]
+        assert reply.asked == (*head, *before[len(head) + reply.dropped :], message("user", text))
+        said_back = "".join(reply)
+        chat.keep(reply)
+        if said_back:
+            assert chat.messages[:-1] == reply.asked and chat.messages[-1]["content"] == said_back
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing(base):
+    chat = new_chat(random_model(64), base=base)
+    list(first := chat.hear("the cat"))
+    chat.keep(first)
+    before = chat.messages
+    with pytest.raises(InputError, match="too long"):
+        chat.hear("x0" * 60)
+    assert chat.messages == before
+    list(chat.hear("the mat"))  # and the conversation goes on
+
+
+# --- commands
+
+actions = st.lists(
+    st.tuples(st.sampled_from(["say", "/undo", "/reset", "/system"]), texts | st.just("")), max_size=8
+)
+
+
+@LAW
+@given(actions)
+def test_the_conversation_is_what_was_said_and_not_taken_back(actions):
+    chat, system, turns = new_chat(max_new_tokens=2), "", []
+    for action, text in actions:
+        if action == "say":
+            reply = chat.hear(text or "cat")
+            said = "".join(reply)
+            chat.keep(reply)
+            turns.append((text or "cat", said))
+        elif action == "/system":
+            system = text.strip()
+            assert obey(chat, f"/system {text}") == f"system message {'set' if system else 'removed'}"
+        elif action == "/undo":
+            told = "last exchange taken back" if turns else "nothing to take back"
+            assert obey(chat, "/undo") == told
+            turns = turns[:-1]
+        else:
+            obey(chat, "/reset")
+            turns = []
+        held = [message(m["role"], m["content"]) for m in chat.messages]
+        assert held == list(conversation(system or None, turns, "next")[:-1])
+
+
+def test_every_command_that_help_names_is_obeyed_and_others_are_not():
+    named = re.findall(r"^(/\w+)", HELP, flags=re.MULTILINE)
+    assert named == ["/system", "/undo", "/reset", "/quit", "/help"]
+    for name in named:
+        assert "no such command" not in (obey(new_chat(), name) or "")
+    assert obey(new_chat(), "/help") == HELP and obey(new_chat(), "/quit") is None
+    for wrong in ("/", "/hello", "/Quit", "/ quit"):
+        assert "no such command" in obey(new_chat(), wrong)
+    assert obey(new_chat(), "/quit now") == "/quit takes no text"
+    obey(chat := new_chat(), "/system\nBe kind.\nBe brief.")
+    assert chat.messages == (message("system", "Be kind.\nBe brief."),)
+
+
+@pytest.mark.parametrize(
+    ("typed", "entry"),
+    [
+        ("Hello\n", "Hello"),
+        ("one\\\ntwo\\\n\nthree\n", "one\ntwo\n"),
+        ("ends here\\\n", "ends here\n"),
+    ],
+)
+def test_a_line_that_ends_in_a_backslash_goes_on(typed, entry, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert read_entry() == entry
+
+
+def test_a_message_that_begins_with_a_slash_is_typed_with_two_and_a_blank_one_is_none():
+    chat = new_chat(max_new_tokens=1)
+    assert take_turn(chat, "//undo it") and take_turn(chat, "  \n")
+    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["/undo it"]
+
+
+def test_a_template_without_a_place_for_a_system_message_refuses_it_at_once():
+    tokenizer = plain_tokenizer()
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}"
+        "{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    )
+    tokenizer = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
+    chat = Chat(MODEL, tokenizer, Options("run"))
+    with pytest.raises(InputError, match="no system message"):
+        obey(chat, "/system Be kind.")
+    assert chat.messages == ()
+    with pytest.raises(InputError, match="no system message"):
+        Chat(MODEL, tokenizer, Options("run", system="Be kind."))
+
+
+# --- replies
+
+
+@LAW
+@given(st.lists(texts, min_size=1, max_size=3), st.integers(0, 2**40), st.sampled_from([0.0, 0.7, 3.0]))
+def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, temperature):
+    chat = new_chat(max_new_tokens=16, seed=seed, temperature=temperature, top_p=0.999)
+    for number, text in enumerate(said):
+        prompt = chat.template.prompt([*chat.messages, message("user", text)])
+        options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.template.stop_ids)
+        samples = generate(MODEL, [prompt], options, [seed + number])
+        (response,), stopped = samples.responses(), bool(samples.stopped[0])
+        reply = chat.hear(text)
+        pieces = list(reply)
+        assert "".join(pieces) == plain_tokenizer().decode(response[:-1] if stopped else response)
+        assert reply.cut == (not stopped)
+        chat.keep(reply)
+
+
+@LAW
+@given(st.integers(1, 8), st.integers(0, 100))
+def test_a_reply_that_is_stopped_leaves_what_was_said_marked_as_cut(count, seed):
+    chat = new_chat(max_new_tokens=12, seed=seed, top_k=20)
+    reply, shown = chat.hear("Where is the cat?"), []
+    for piece in reply:
+        shown.append(piece)
+        if len(shown) == count:
+            break
+    chat.keep(reply)
+    assert chat.messages[-1] == {"role": "assistant", "content": "".join(shown), "cut": True}
+    list(chat.hear("And the mat?"))  # which can go on from it
+
+
+def test_a_reply_stopped_before_its_first_word_leaves_nothing():
+    chat = new_chat()
+    chat.keep(chat.hear("Where is the cat?"))
+    assert chat.messages == ()
+
+
+@pytest.mark.parametrize("longest", [20, 512])
+def test_without_a_length_a_reply_takes_what_the_context_leaves_up_to_a_limit(longest, monkeypatch):
+    monkeypatch.setattr(chat_module, "LONGEST_REPLY", longest)
+    reply = new_chat(random_model(64), top_k=20).hear("a")
+    assert len(list(reply.tokens)) == min(longest, 64 - 5)  # bos <|user|> a <|end|> <|assistant|>
+
+
+def test_a_base_model_goes_on_with_each_text_by_itself():
+    chat = new_chat(base=True, max_new_tokens=20, seed=5)
+    bos = plain_tokenizer().bos_id
+    for number, text in enumerate(["The cat", "sat <|end|>"]):
+        prompt = [bos, *plain_tokenizer().encode(text)]
+        options = SamplingOptions(20, 0.7, stop_ids=(bos,))
+        (response,) = generate(MODEL, [prompt], options, [5 + number]).responses()
+        reply = chat.hear(text)
+        expected = plain_tokenizer().decode(token for token in response if token != bos)
+        assert "".join(reply) == expected
+        chat.keep(reply)
+        assert chat.messages == ()
+    with pytest.raises(InputError, match="base model"):
+        obey(chat, "/system Be kind.")
+
+
+# --- scripts
+
+
+@pytest.mark.parametrize("kind", ["sft", "base"])
+def test_prompt_prints_the_answer_alone(kind, runs, capfdbinary):
+    main([str(runs[kind]), "--prompt", "Where is the cat?", "--max-new-tokens", "30", "--top-k", "20",
+          "--seed", "3", "--device", "cpu"])  # fmt: skip
+    printed = capfdbinary.readouterr()
+    expected = "".join(
+        new_chat(base=kind == "base", max_new_tokens=30, top_k=20, seed=3).hear("Where is the cat?")
+    )
+    assert printed.out == expected.encode() + b"\n"
+    assert (b"is a base model" in printed.err) == (kind == "base")
+    assert b"[cut]" in printed.err
+
+
+BAD_INPUT = {
+    "missing folder": ("nowhere", "nowhere: no such folder"),
+    "folder without a model": ("{empty}", "config.json"),
+    "a masked model": ("{masked}", "masked tokens"),
+    "empty prompt": ("{sft} --prompt=", "--prompt"),
+    "blank prompt": ("{sft} --prompt=\n", "--prompt"),
+    "prompt longer than the model": ("{sft} --prompt=" + "x0" * 2000, "too long"),
+    "no run of the default name": ("", "out/sft"),
+    "system message for a base model": ("{base} --system=Kind.", "base model"),
+    "negative temperature": ("{sft} --temperature -1", "temperature"),
+    "top-p of zero": ("{sft} --top-p 0", "top_p"),
+    "no new tokens": ("{sft} --max-new-tokens 0", "max_new_tokens"),
+    "more new tokens than positions": ("{sft} --max-new-tokens 2048", "2048 positions"),
+    "negative seed": ("{sft} --seed -1", "--seed"),
+    "unknown device": ("{sft} --device abacus", "--device"),
+    "unknown precision": ("{sft} --precision float8", "precision"),
+    "unknown option": ("{sft} --temprature 1", "--temprature"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_line_and_exit_2(case, runs, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no run is
+    options, words = BAD_INPUT[case]
+    with pytest.raises(SystemExit) as stop:
+        main([word.format(**runs) for word in options.split(" ") if word])
+    printed = capfd.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert stop.value.code == 2 and printed.out == ""
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
+
+
+# --- the terminal
+
+
+class Terminal:
+    """A process on a pseudo-terminal of its own, and a person's hands and eyes."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.master, slave = os.openpty()
+        self.process = subprocess.Popen(
+            arguments, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = b""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def wait_for(self, words: bytes, seconds: float = 60) -> bytes:
+        """Reads up to these words. Returns what came before them."""
+        end = time.monotonic() + seconds
+        while words not in self.seen:
+            assert time.monotonic() < end, f"no {words!r} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 1 << 16)
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def close(self) -> None:
+        os.close(self.master)
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def terminal(runs):
+    terminal = Terminal([sys.executable, "-m", "minillm.chat", str(runs["sft"]), "--device", "cpu",
+                         "--top-k", "20", "--max-new-tokens", "1900"])  # fmt: skip
+    yield terminal
+    terminal.close()
+
+
+def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_alone_and_quit_ends(terminal):
+    assert b"/help lists the commands" in terminal.wait_for(b">>> ")
+    terminal.type(b"/undo\n")
+    terminal.wait_for(b"nothing to take back\r\n>>> ")
+    terminal.type(b"Where is\\\n")
+    terminal.wait_for(b"... ")
+    terminal.type(b"the cat?\n")
+    terminal.wait_for(b"the cat?\r\n")
+    while len(terminal.seen) < 20:  # part of a reply, which takes seconds, on the screen
+        terminal.seen += os.read(terminal.master, 64)
+    terminal.type(b"\x03")
+    terminal.wait_for(b" [cut]\r\n>>> ")
+    terminal.type(b"\x03")
+    terminal.wait_for(b"(Ctrl-D or /quit ends)\r\n>>> ")
+    terminal.type(b"/undo\n")
+    terminal.wait_for(b"last exchange taken back\r\n>>> ")
+    terminal.type(b"/quit\n")
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_a_piped_conversation_ends_with_its_input(runs):
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm.chat", str(runs["base"]), "--max-new-tokens", "3", "--device", "cpu"],
+        input=b"/system x\nThe cat\n\xff\nunfinished\\", cwd=ROOT, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b""
+    assert b"is a base model" in done.stdout
+    assert b"error: a base model takes no system message" in done.stdout
+    assert done.stdout.count(b">>> ") == 5
