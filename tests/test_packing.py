@@ -1,0 +1,416 @@
+"""Packing: every conversation whole and once, alone in what it sees, and resumed at the exact row."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minillm.conversations import ConversationSource, world_conversations
+from minillm.data import Batch, Mixture, TokenizedSource
+from minillm.errors import InputError
+from minillm.loss import IGNORED, summed_loss
+from minillm.model import LanguageModel, ModelConfig
+from minillm.packing import (
+    STRETCH,
+    EncodedConversations,
+    EncodedSource,
+    encode_source,
+    pack,
+    packed_batches,
+)
+from minillm.world import World, assistant, user
+
+ROLES = {"system": 1, "user": 2, "assistant": 3}
+END = 4
+
+
+class Fake(NamedTuple):
+    tokens: list[int]
+    assistant: list[bool]
+
+
+def encode(messages: list[dict[str, str]]) -> Fake:
+    """A role, the letters from 10 on, an end; the assistant's letters and ends are its to produce."""
+    if messages[0]["content"] == "refuse":
+        raise InputError("no such talk")
+    tokens, owed = [], []
+    for message in messages:
+        letters = [ord(letter) - ord("a") + 10 for letter in message["content"]]
+        tokens += [ROLES[message["role"]], *letters, END]
+        owed += [False] + [message["role"] == "assistant"] * (len(letters) + 1)
+    return Fake(tokens, owed)
+
+
+def a_source(conversations: list, name: str = "s", weight: float = 1.0) -> ConversationSource:
+    return ConversationSource(name, weight, lambda: iter(conversations), "f")
+
+
+def encoded(conversations: list, block_size: int, name: str = "s", weight: float = 1.0) -> EncodedSource:
+    return encode_source(a_source(conversations, name, weight), encode, block_size, 0.0)
+
+
+words = st.text("abcd", min_size=1, max_size=4)
+turns = st.tuples(st.builds(user, words), st.builds(assistant, words)).map(list)
+talks = st.lists(turns, min_size=1, max_size=3).map(lambda pairs: list(chain(*pairs)))
+systems = st.just([]) | words.map(lambda text: [{"role": "system", "content": text}])
+conversations = st.tuples(systems, talks).map(lambda parts: parts[0] + parts[1])
+sources = st.lists(conversations, min_size=1, max_size=25)
+LONGEST = 6 + 3 * 12  # tokens of the longest conversation that is drawn
+blocks = st.integers(LONGEST - 1, 3 * LONGEST)
+SEEDS = st.integers(0, 2**63)
+
+
+def segments(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Inputs and targets of every document of a batch, padding included."""
+    found = []
+    for tokens, targets, starts in zip(
+        batch.tokens.tolist(), batch.targets.tolist(), batch.start.tolist(), strict=True
+    ):
+        bounds = [t for t, start in enumerate(starts) if start == t] + [len(starts)]
+        for begin, end in pairwise(bounds):
+            assert starts[begin:end] == [begin] * (end - begin)
+            found.append((tokens[begin:end], targets[begin:end]))
+    return found
+
+
+PADDING = ([0], [IGNORED])
+
+
+def alone(conversation: list) -> tuple[list[int], list[int]]:
+    """A conversation as it is trained on by itself: inputs and targets."""
+    tokens, owed = encode(conversation)
+    targets = [token if mine else IGNORED for token, mine in zip(tokens[1:], owed[1:], strict=True)]
+    return tokens[:-1], targets
+
+
+def same(found: list, expected: list) -> bool:
+    return Counter(map(repr, found)) == Counter(map(repr, expected))
+
+
+def fields(batch: Batch) -> list[list]:
+    return [batch.tokens.tolist(), batch.targets.tolist(), batch.start.tolist()]
+
+
+# ---- Rows
+
+
+@given(sources, blocks, SEEDS)
+def test_an_epoch_holds_every_conversation_once_whole_with_the_assistants_tokens_as_targets(
+    talks, block_size, seed
+):
+    mixture = Mixture([encoded(talks, block_size)], block_size, seed)
+    (stream,) = mixture.streams
+    for _ in range(2):
+        batch = mixture.next_rows(stream.length)
+        assert batch.tokens.shape[1] == block_size
+        assert bool((batch.targets != IGNORED).any(dim=1).all())
+        documents = [document for document in segments(batch) if document != PADDING]
+        assert same(documents, [alone(talk) for talk in talks])
+        used = sum(len(tokens) for tokens, _ in documents)
+        assert stream.fill == pytest.approx(used / batch.tokens.numel())
+        stream.seek(stream.epoch + 1, 0)
+
+
+def test_a_row_by_hand():
+    talks = [[user("a"), assistant("bc")], [user("d"), assistant("e")]]
+    mixture = Mixture([encoded(talks, 14)], 14, 0)
+    row = mixture.next_rows(1)
+    # The last end of a conversation is a target only. The longer one is placed first.
+    assert row.tokens.tolist() == [[2, 10, 4, 3, 11, 12, 2, 13, 4, 3, 14, 0, 0, 0]]
+    x = IGNORED
+    assert row.targets.tolist() == [[x, x, x, 11, 12, 4, x, x, x, 14, 4, x, x, x]]
+    assert row.start.tolist() == [[0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 6, 11, 12, 13]]
+
+
+CONFIG = ModelConfig(
+    vocab_size=20, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=6, max_position_embeddings=256,
+)  # fmt: skip
+
+
+def tiny_model(causal: bool) -> LanguageModel:
+    random = torch.Generator().manual_seed(0)
+    model = LanguageModel(replace(CONFIG, causal=causal))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 1 + 0.2 * noise)
+    return model
+
+
+def loss_and_gradient(model: LanguageModel, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss = sum(summed_loss(model, model, batch) for batch in batches)
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@settings(max_examples=15)
+@given(st.lists(conversations, min_size=1, max_size=8), blocks)
+def test_packing_equals_running_every_conversation_alone(causal, talks, block_size):
+    model, source = tiny_model(causal), encoded(talks, block_size)
+    packed = list(packed_batches(source.train, block_size, batch_rows=3))
+    single = []
+    for talk in talks:
+        tokens, targets = (torch.tensor([numbers]) for numbers in alone(talk))
+        single.append(Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32)))
+    loss, gradient = loss_and_gradient(model, packed)
+    expected, expected_gradient = loss_and_gradient(model, single)
+    # float32: the same numbers, summed in another order and with rotary angles of other positions.
+    assert loss == pytest.approx(expected, rel=1e-5)
+    size = expected_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5 * max(1.0, size))
+
+
+# ---- Which conversations share a row
+
+
+@given(st.lists(st.integers(1, 30), max_size=400), st.integers(30, 90), st.randoms(use_true_random=False))
+@settings(max_examples=50)
+def test_rows_hold_each_conversation_once_within_bounds_and_no_two_rows_would_fit_into_one(
+    sizes, block_size, random
+):
+    order = random.sample(range(len(sizes)), len(sizes))
+    rows = pack(np.array(sizes, np.int64), np.array(order, np.int64), block_size)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    used = [sum(sizes[i] for i in row) for row in rows]
+    assert all(0 < size <= block_size for size in used)
+    stretches = 1 + sum(sizes) // (STRETCH * block_size)
+    if stretches == 1 and len(used) > 1:
+        assert sum(sorted(used)[:2]) > block_size
+    # A row is opened where no other has room, so of each stretch all but one lack less than the longest.
+    longest = max(sizes, default=0)
+    assert sum(size <= block_size - longest for size in used) <= stretches
+
+
+@given(SEEDS, st.integers(64, 1024))
+@settings(max_examples=15)
+def test_nine_tenths_of_the_positions_are_filled_where_conversations_are_short(seed, block_size):
+    lengths = np.random.default_rng(seed).integers(1, block_size // 4, 1500, endpoint=True)
+    rows = pack(lengths, np.arange(1500), block_size)
+    assert lengths.sum() / (len(rows) * block_size) >= 0.9
+
+
+def test_every_epoch_has_neighbours_and_an_order_of_its_own():
+    talks = [[user(a), assistant(b + a)] for a in "abcd" for b in ("a", "bb", "ccc", "dddd")] * 5
+    (stream,) = Mixture([encoded(talks, 40)], 40, 0).streams
+    neighbours, orders = set(), set()
+    for epoch in range(4):
+        stream.seek(epoch, 0)
+        neighbours.add(frozenset(frozenset(row) for row in stream.order))
+        orders.add(tuple(min(row) for row in stream.order))
+    assert len(neighbours) == len(orders) == 4
+
+
+# ---- In a mixture
+
+
+def some_talks(n: int = 30) -> list:
+    random = np.random.default_rng(0)
+
+    def text() -> str:
+        return "".join(random.choice(list("abcd"), random.integers(1, 5)))
+
+    return [[user(text()), assistant(text())] for _ in range(n)]
+
+
+def a_text(weight: float = 1.0, name: str = "text") -> TokenizedSource:
+    tokens = np.arange(5000, dtype=np.uint32) + 1000
+    return TokenizedSource(name, weight, f"f-{name}", 10**9, tokens, tokens[:0], 0, 0, 0, 0, {})
+
+
+def mixed(seed: int = 0, block_size: int = 40) -> Mixture:
+    talks = some_talks()
+    return Mixture(
+        [encoded(talks[:20], block_size, "a", 3.0), a_text(2.0), encoded(talks[20:], block_size, "b", 1.0)],
+        block_size,
+        seed,
+    )
+
+
+@settings(max_examples=25)
+@given(counts=st.lists(st.integers(0, 20), max_size=6), seed=SEEDS)
+def test_resuming_anywhere_any_number_of_times_changes_nothing(counts, seed):
+    whole = mixed(seed).next_rows(sum(counts) + 5)
+    mixture, done = mixed(seed), 0
+    for count in counts:
+        assert fields(mixture.next_rows(count)) == fields(whole.rows(done, done + count))
+        done += count
+        state = json.loads(json.dumps(mixture.state_dict()))
+        mixture = mixed(seed)
+        mixture.load_state_dict(state)
+        assert mixture.state_dict() == state
+    assert fields(mixture.next_rows(5)) == fields(whole.rows(done, done + 5))
+
+
+def test_text_and_conversations_get_their_shares():
+    # For each source 5 standard deviations: a false alarm for fewer than 1 seed in 100,000.
+    mixture, rows = mixed(), 6000
+    batch = mixture.next_rows(rows)
+    for line, share in zip(mixture.report(), (1 / 2, 1 / 3, 1 / 6), strict=True):
+        assert line["share"] == pytest.approx(share)
+        assert abs(line["realised"] - share) < 5 * (share * (1 - share) / rows) ** 0.5
+    is_text = batch.tokens[:, 0] >= 1000
+    assert int(is_text.sum()) == mixture.drawn[1]
+    assert torch.equal(batch.targets[is_text], batch.tokens[is_text] + 1)
+
+
+def test_the_rows_of_a_source_depend_on_no_other_source_and_not_on_the_order_of_sources():
+    talks = some_talks()
+    a, b = encoded(talks[:20], 40, "a", 3.0), encoded(talks[20:], 40, "b", 1.0)
+
+    def rows_of(name: str, sources: list) -> list:
+        mixture = Mixture(sources, 40, 7)
+        stream = mixture.streams[[source.name for source in sources].index(name)]
+        mixture.next_rows(50)
+        stream.seek(1, 0)
+        return [[field.tolist() for field in stream.next()] for _ in range(30)]
+
+    for name, source in (("a", a), ("b", b)):
+        expected = rows_of(name, [source])
+        for others in ([a, a_text(), b], [b, a, a_text(9.0)], [replace(a, weight=1e-3), b]):
+            assert rows_of(name, others) == expected
+
+
+def test_a_source_encoded_otherwise_is_not_resumed():
+    state = mixed().state_dict()
+    talks = some_talks()
+    talks[0] = [user("a"), assistant("another")]
+    other = Mixture([encoded(talks[:20], 40, "a", 3.0), a_text(2.0), encoded(talks[20:], 40, "b")], 40, 0)
+    with pytest.raises(InputError, match="'a'"):
+        other.load_state_dict(state)
+
+
+# ---- Encoding
+
+
+@given(conversations, st.integers(1, LONGEST))
+@example([user("a"), assistant("b"), user("c"), assistant("d")], 5)  # L - 1 positions: just the first turn
+def test_a_conversation_too_long_is_cut_behind_the_last_reply_that_fits_or_left_out(talk, block_size):
+    fitting = [
+        talk[:end]
+        for end in range(1, len(talk) + 1)
+        if talk[end - 1]["role"] == "assistant" and len(encode(talk[:end]).tokens) - 1 <= block_size
+    ]
+    short = [user("a"), assistant("b")]
+    both = [talk, short] if block_size >= 5 else [talk]
+    if not fitting and len(both) == 1:
+        with pytest.raises(InputError, match="longer than a row"):
+            encoded(both, block_size)
+        return
+    source = encoded(both, block_size)
+    kept = [fitting[-1]] if fitting else []
+    (batch,) = packed_batches(source.train, block_size)
+    found = [document for document in segments(batch) if document != PADDING]
+    assert same(found, [alone(one) for one in kept + both[1:]])
+    cut, out = bool(fitting) and fitting[-1] != talk, not fitting
+    expected = {"ends of conversations longer than a row": cut, "conversations longer than a row": out}
+    assert source.skipped == {reason: 1 for reason, holds in expected.items() if holds}
+    assert (source.first_skipped is not None) == (cut or out)
+
+
+def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_shown():
+    good, refused = [user("a"), assistant("b")], [user("refuse"), assistant("b")]
+    source = encoded([good, refused, good, refused], 40)
+    assert source.skipped == {"conversations that the chat template refuses": 2}
+    assert source.first_skipped == "conversation 2 of 's': no such talk"
+    assert len(source.train.sizes) == 2
+
+    def silent(messages: list) -> Fake:
+        tokens, owed = encode(messages)
+        # The first token has none before it to predict it from.
+        return Fake(tokens, [messages is not good] + [messages is not good and mine for mine in owed[1:]])
+
+    talks = [good, [user("c"), assistant("d")]]
+    source = encode_source(a_source(talks), silent, 40, 0.0)
+    assert source.skipped == {"conversations without a token of the assistant's": 1}
+    only_first = encode_source(a_source(talks), lambda m: Fake([1, 2], [True, m is not good]), 40, 0.0)
+    assert only_first.skipped == {"conversations without a token of the assistant's": 1}
+
+
+def test_what_reading_left_out_is_passed_on():
+    source = replace(a_source(some_talks()), first_skipped="line 1 of 'x'")
+    source.skipped["records in no known format"] = 3
+    found = encode_source(source, encode, 40, 0.0)
+    assert found.skipped == {"records in no known format": 3}
+    assert found.first_skipped == "line 1 of 'x'" and source.skipped.total() == 3
+
+
+def test_a_source_of_which_nothing_is_left_ends_in_one_line():
+    for talks, fraction, purpose in (
+        ([[user("refuse"), assistant("b")]], 0.0, "train"),
+        ([], 0.0, "train"),
+        ([[user("a"), assistant("b")]] * 3, 0.5, "validate"),
+    ):
+        with pytest.raises(InputError) as caught:
+            encode_source(a_source(talks), encode, 40, fraction)
+        assert "'s'" in str(caught.value) and purpose in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rows_shorter_than_those_encoded_for_are_a_mistake():
+    source = encoded([[user("abcd"), assistant("abcd")]], 40)
+    assert Mixture([source], 11, 0).next_rows(1).tokens.tolist() == [
+        [2, 10, 11, 12, 13, 4, 3, 10, 11, 12, 13]
+    ]
+    with pytest.raises(ValueError, match="longer rows than 10"):
+        Mixture([source], 10, 0)
+
+
+def test_an_encoder_that_does_not_say_whose_a_token_is_is_a_mistake():
+    with pytest.raises(ValueError, match="every token"):
+        encode_source(a_source(some_talks()), lambda messages: Fake([1, 2, 3], [False, True]), 40, 0.0)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65_535, "uint16"), (65_536, "uint32")])
+def test_ids_take_two_bytes_while_they_fit_and_come_back_as_they_were(largest, dtype):
+    ids = [7, largest, 3, largest]
+    source = encode_source(a_source(some_talks(3)), lambda m: Fake(ids, [False, True, True, True]), 3, 0.0)
+    assert source.train.tokens.dtype == dtype
+    batch = Mixture([source], 3, 0).next_rows(2)
+    assert batch.tokens.tolist() == [ids[:-1]] * 2 and batch.targets.tolist() == [ids[1:]] * 2
+
+
+# ---- Validation
+
+
+@given(st.lists(conversations, min_size=2, max_size=40), blocks, st.integers(1, 5))
+def test_validation_holds_every_held_out_conversation_once_and_always_the_same(talks, block_size, rows):
+    if len({repr(talk) for talk in talks}) == 1:
+        return
+    source = encode_source(a_source(talks), encode, block_size, 0.5)
+    batches = list(packed_batches(source.val, block_size, rows))
+    assert all(len(batch.tokens) <= rows for batch in batches)
+    held_out = [document for batch in batches for document in segments(batch) if document != PADDING]
+    (stream,) = (mixture := Mixture([source], block_size, 0)).streams
+    trained = [d for d in segments(mixture.next_rows(stream.length)) if d != PADDING]
+    assert held_out and trained
+    assert same(held_out + trained, [alone(talk) for talk in talks])
+    again = packed_batches(source.val, block_size, rows)
+    assert [fields(batch) for batch in again] == [fields(batch) for batch in batches]
+
+
+def test_of_no_conversation_there_is_no_batch():
+    empty = EncodedConversations(np.zeros(0, np.uint16), np.zeros(0, bool), np.zeros(1, np.int64))
+    assert list(packed_batches(empty, 8)) == []
+
+
+def test_the_little_world_is_packed_nearly_without_waste():
+    def in_bytes(messages: list) -> Fake:
+        tokens, owed = [], []
+        for message in messages:
+            said = [ROLES[message["role"]], *message["content"].encode(), END]
+            tokens += said
+            owed += [False] + [message["role"] == "assistant"] * (len(said) - 1)
+        return Fake(tokens, owed)
+
+    source = encode_source(world_conversations(World(0), "train", 600), in_bytes, 1024)
+    assert not source.skipped
+    assert Mixture([source], 1024, 0).streams[0].fill > 0.97
