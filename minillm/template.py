@@ -270,8 +270,8 @@ def _trimmed(content: str) -> tuple[str, ...]:
 
 def _untraceable(number: int) -> InputError:
     return InputError(
-        f"message {number}: the chat template alters it, or its own text because of it, so that what the "
-        "model must produce cannot be told; change the message or the template"
+        f"at message {number} the chat template alters a content, or its own text because of one, beyond "
+        "trimming: what the model must produce cannot be told; change the messages or the template"
     )
 
 
