@@ -26,7 +26,7 @@ from minillm.huggingface import load_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.runtime import choose_device, choose_dtype
-from minillm.template import ChatTemplate
+from minillm.template import ChatTemplate, chat_format
 from minillm.tokenizer import Tokenizer
 
 LONGEST_REPLY = 512
@@ -122,13 +122,14 @@ class Chat:
         if not model.config.causal:
             raise InputError(f"{options.run}: was trained on masked tokens and cannot generate text")
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.template = None if tokenizer.config.get("chat_template") is None else ChatTemplate(tokenizer)
+        self.format = chat_format(tokenizer)
+        self.is_base = not isinstance(self.format, ChatTemplate)
         self.positions = model.config.max_position_embeddings
         reserved = options.max_new_tokens
         if reserved is None:
             reserved = max(1, min(LONGEST_REPLY, self.positions // 4))
         self.sampling = SamplingOptions(
-            reserved, options.temperature, options.top_k, options.top_p, stop_ids=self._stop_ids()
+            reserved, options.temperature, options.top_k, options.top_p, stop_ids=self.format.stop_ids
         )
         self.room = self.positions - reserved
         """The longest prompt, in tokens."""
@@ -143,13 +144,13 @@ class Chat:
     def hear(self, text: str) -> Reply:
         """Begins a reply to a text of the user's. The conversation changes only when it is kept."""
         said = (*self.messages, {"role": "user", "content": text})
-        asked = drop_oldest(said, lambda messages: len(self._prompt(messages)) <= self.room)
+        asked = drop_oldest(said, lambda messages: len(self.format.prompt(messages)) <= self.room)
         if asked is None:
             raise InputError(
                 f"too long: of the model's {self.positions} tokens {self.positions - self.room} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        prompt = self._prompt(asked)
+        prompt = self.format.prompt(asked)
         sampling = self.sampling
         if self.options.max_new_tokens is None:
             sampling = replace(sampling, max_new_tokens=min(LONGEST_REPLY, self.positions - len(prompt)))
@@ -159,18 +160,18 @@ class Chat:
 
     def keep(self, reply: Reply) -> None:
         """Makes a reply part of the conversation, unless it was cut before its first word."""
-        if self.template and not (reply.cut and not reply.text):
+        if not self.is_base and not (reply.cut and not reply.text):
             mark = {"cut": True} if reply.cut else {}
             self.messages = (*reply.asked, {"role": "assistant", "content": reply.text, **mark})
 
     def set_system(self, text: str) -> None:
         """Sets, or with an empty text removes, the system message."""
         turns = tuple(message for message in self.messages if message["role"] != "system")
-        if text and self.template is None:
+        if text and self.is_base:
             raise InputError("a base model takes no system message; it only goes on with a text")
         system = ({"role": "system", "content": text},) if text else ()
-        if self.template and system:  # some templates have no place for it
-            self.template.prompt([*system, {"role": "user", "content": "Hello"}])
+        if system:  # some templates have no place for it
+            self.format.prompt([*system, {"role": "user", "content": "Hello"}])
         self.messages = system + turns
 
     def undo(self) -> int:
@@ -183,18 +184,6 @@ class Chat:
     def reset(self) -> None:
         """Forgets everything but the system message."""
         self.messages = tuple(message for message in self.messages if message["role"] == "system")
-
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        if self.template:
-            return self.template.prompt(messages)
-        bos = self.tokenizer.bos_id
-        return [*([] if bos is None else [bos]), *self.tokenizer.encode(messages[-1]["content"])]
-
-    def _stop_ids(self) -> tuple[int, ...]:
-        if self.template:
-            return self.template.stop_ids
-        eos = self.tokenizer.eos_id
-        return () if eos is None else (eos,)
 
 
 def drop_oldest(
@@ -256,7 +245,7 @@ def converse(chat: Chat) -> None:
 
 
 def greeting(chat: Chat) -> str:
-    if chat.template is None:
+    if chat.is_base:
         return f"{chat.options.run} is a base model (no chat template): it goes on with your text. {HINT}"
     return f"{chat.options.run}, {chat.positions} tokens of memory. {HINT}"
 
@@ -296,7 +285,7 @@ def say(reply: Reply) -> None:
 
 def answer(chat: Chat, text: str) -> None:
     """The reply alone on standard output; what there is to say about it on standard error."""
-    if chat.template is None:
+    if chat.is_base:
         print(greeting(chat), file=sys.stderr)
     reply = chat.hear(text)
     say(reply)

@@ -29,7 +29,7 @@ from minillm.model import LanguageModel
 from minillm.options import options_json, parse_options
 from minillm.provenance import provenance
 from minillm.runtime import start_runtime
-from minillm.template import ChatTemplate
+from minillm.template import Completion, chat_format
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
 from minillm.world.rubric import Score
@@ -57,21 +57,6 @@ class Figures:
     utility: float
 
 
-def prompt_tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """The tokens a reply follows: in the chat format, or for a base model a line of text."""
-    if tokenizer.config.get("chat_template") is not None:
-        return ChatTemplate(tokenizer).prompt(messages)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return bos + tokenizer.encode("".join(message["content"] + "\n" for message in messages))
-
-
-def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens at which a reply, or a base model's text, is over."""
-    if tokenizer.config.get("chat_template") is not None:
-        return ChatTemplate(tokenizer).stop_ids
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-
-
 def sample_replies(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -81,9 +66,11 @@ def sample_replies(
     seed: int = 0,
 ) -> Iterator[Reply]:
     """A reply to each conversation, the i-th drawn with `seed` + i."""
-    stops = stop_tokens(tokenizer)
-    options = SamplingOptions(max_new_tokens, temperature, stop_ids=stops)
-    prompts = [prompt_tokens(tokenizer, messages) for messages in conversations]
+    form = chat_format(tokenizer)
+    if isinstance(form, Completion):  # the question stands on a line of its own
+        conversations = [[{"role": "user", "content": c[-1]["content"] + "\n"}] for c in conversations]
+    options = SamplingOptions(max_new_tokens, temperature, stop_ids=form.stop_ids)
+    prompts = [form.prompt(messages) for messages in conversations]
     for first in range(0, len(prompts), ROWS):
         part = prompts[first : first + ROWS]
         samples = generate(model, part, options, range(seed + first, seed + first + len(part)))

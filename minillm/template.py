@@ -36,7 +36,9 @@ __all__ = [
     "PLAIN_TEMPLATE",
     "ROLES",
     "ChatTemplate",
+    "Completion",
     "Dialogue",
+    "chat_format",
     "check_messages",
     "with_chat_template",
 ]
@@ -219,6 +221,28 @@ class ChatTemplate:
                 "make it special in tokenizer.json"
             )
         return count
+
+
+class Completion:
+    """What a base model has in place of a chat template: it goes on with the last message, as with any text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token that ends a document, if there is one."""
+        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of the last message, as the beginning of a document."""
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(messages[-1]["content"])
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatTemplate | Completion:
+    """How a model is asked: by its chat template, or as the base model it is without one."""
+    return Completion(tokenizer) if tokenizer.config.get("chat_template") is None else ChatTemplate(tokenizer)
 
 
 # --- where the contents are -----------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_every_prompt_leaves_room_for_the_reply_and_what_was_dropped_is_told(wit
         before = chat.messages
         reply = chat.hear(text)
         assert chat.messages == before, "nothing changes before the reply is kept"
-        assert len(chat.template.prompt(reply.asked)) + 6 <= 64
+        assert len(chat.format.prompt(reply.asked)) + 6 <= 64
         assert reply.dropped == len(before) + 1 - len(reply.asked)
         head = before[:with_system]
         assert reply.asked == (*head, *before[len(head) + reply.dropped :], message("user", text))
@@ -223,8 +223,8 @@ def test_a_template_without_a_place_for_a_system_message_refuses_it_at_once():
 def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, temperature):
     chat = new_chat(max_new_tokens=16, seed=seed, temperature=temperature, top_p=0.999)
     for number, text in enumerate(said):
-        prompt = chat.template.prompt([*chat.messages, message("user", text)])
-        options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.template.stop_ids)
+        prompt = chat.format.prompt([*chat.messages, message("user", text)])
+        options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.format.stop_ids)
         samples = generate(MODEL, [prompt], options, [seed + number])
         (response,), stopped = samples.responses(), bool(samples.stopped[0])
         reply = chat.hear(text)

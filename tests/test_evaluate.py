@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from minillm.template import ChatTemplate, with_chat_template
 from runs import refusal
 
 from minillm import evaluate
@@ -12,6 +11,7 @@ from minillm.evaluate import Reply, evaluate_world, figures_table, sample_replie
 from minillm.generate import SamplingOptions, generate
 from minillm.huggingface import save_model
 from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.template import ChatTemplate, chat_format, with_chat_template
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
 
@@ -69,7 +69,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
     chat = with_chat_template(tokenizer)
     for known, prompt in ((tokenizer, [tokenizer.bos_id, *tokenizer.encode("Who?\n")]),
                           (chat, ChatTemplate(chat).prompt(asked))):  # fmt: skip
-        stops = evaluate.stop_tokens(known)
+        stops = chat_format(known).stop_ids
         samples = generate(model, [prompt], SamplingOptions(9, 0.0, stop_ids=stops), [0])
         tokens, ended = samples.responses()[0], bool(samples.stopped[0])
         reply = next(sample_replies(model, known, [asked], 0.0, 9))
