@@ -246,7 +246,7 @@ class RowStream(Protocol):
 
 @runtime_checkable
 class RowSource(Protocol):
-    """What a mixture draws from: text (TokenizedSource) or conversations (packing.PackedSource)."""
+    """What a mixture draws from: text (TokenizedSource) or conversations (packing.EncodedSource)."""
 
     @property
     def name(self) -> str: ...
@@ -352,7 +352,7 @@ class Mixture:
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
 
     def report(self) -> list[dict[str, Any]]:
-        """For each source its share by weight and as drawn so far, the tokens drawn, and epochs."""
+        """For each source its share by weight and as drawn so far, the positions drawn, and epochs."""
         own = zip(self.sources, self.shares, self.drawn, self.streams, strict=True)
         return [
             {

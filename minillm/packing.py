@@ -121,14 +121,14 @@ def encode_source(
         if reason:
             skipped[reason] += 1
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"
-        if encoded:
+        if encoded is not None:
             writers[side].add(encoded)
     train, val = (writers[side].finish() for side in SIDES)
     for purpose, part in (("train", train), ("validate", val if val_fraction else train)):
         if not len(part.sizes):
             raise InputError(
                 f"data source {source.name!r}: no conversation to {purpose} on ({first or 'too few'}); "
-                "give more, or a larger block size"
+                "give more, a larger block size or another validation fraction"
             )
     return EncodedSource(
         source.name, source.weight, _fingerprint(train, val), train, val, dict(skipped), first
@@ -136,7 +136,7 @@ def encode_source(
 
 
 def _fitted(conversation: Conversation, encode: Encode, limit: int) -> tuple[Encoded | None, str | None]:
-    """The conversation in at most `limit` tokens, if so it is of use, and what was left out, if any."""
+    """The conversation in at most `limit` tokens, or None, and the reason if some of it is left out."""
     encoded, reason = encode(conversation), None
     if len(encoded.tokens) > limit:
         ends = [i for i, message in enumerate(conversation, start=1) if message["role"] == "assistant"]

@@ -199,6 +199,14 @@ def test_an_unusable_record_is_counted_by_reason_and_the_first_is_shown(tmp_path
     assert reason in refusal(write(tmp_path / f"none{suffix}", [record]))
 
 
+def test_of_several_files_the_first_unusable_record_is_shown(tmp_path):
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}.json", [GOOD, {name: 1}])
+    source = open_one(tmp_path)
+    assert source.skipped == {"records in no known format": 3}
+    assert "a.json" in source.first_skipped and "its fields: a" in source.first_skipped
+
+
 def test_what_cannot_be_learned_is_left_away_and_a_system_message_of_nothing_too():
     messages = [{"role": "system", "content": ""}, *ASKED, user("Thanks."), user("Bye.")]
     assert conversations_of({"messages": messages}) == [ASKED]

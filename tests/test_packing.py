@@ -191,6 +191,10 @@ def test_rows_hold_each_conversation_once_within_bounds_and_no_two_rows_would_fi
     assert sum(size <= block_size - longest for size in used) <= stretches
 
 
+def test_a_conversation_goes_where_it_leaves_least():
+    assert pack(np.array([2, 6, 8]), np.arange(3), 10) == [[2, 0], [1]]
+
+
 @given(SEEDS, st.integers(64, 1024))
 @settings(max_examples=15)
 def test_nine_tenths_of_the_positions_are_filled_where_conversations_are_short(seed, block_size):
@@ -201,13 +205,27 @@ def test_nine_tenths_of_the_positions_are_filled_where_conversations_are_short(s
 
 def test_every_epoch_has_neighbours_and_an_order_of_its_own():
     talks = [[user(a), assistant(b + a)] for a in "abcd" for b in ("a", "bb", "ccc", "dddd")] * 5
-    (stream,) = Mixture([encoded(talks, 40)], 40, 0).streams
-    neighbours, orders = set(), set()
+    source = encoded(talks, 40)
+    (stream,) = Mixture([source], 40, 0).streams
+    neighbours = set()
     for epoch in range(4):
         stream.seek(epoch, 0)
         neighbours.add(frozenset(frozenset(row) for row in stream.order))
-        orders.add(tuple(min(row) for row in stream.order))
-    assert len(neighbours) == len(orders) == 4
+        # Packing begins with the longest, and a row tells its own: left so, an epoch would grow shorter.
+        longest = [max(source.train.sizes[row]) for row in stream.order]
+        assert longest != sorted(longest, reverse=True)
+    assert len(neighbours) == 4
+
+
+def test_behind_the_last_row_of_an_epoch_comes_the_first_of_the_next():
+    source = encoded(some_talks(), 40)
+    (stream,), (other,) = (Mixture([source], 40, 0).streams for _ in range(2))
+    for _ in range(stream.length):
+        stream.next()
+    assert (stream.epoch, stream.position) == (0, stream.length)
+    other.seek(1, 0)
+    row, first = ([field.tolist() for field in rows.next()] for rows in (stream, other))
+    assert row == first and (stream.epoch, stream.position) == (1, 1)
 
 
 # ---- In a mixture
@@ -281,12 +299,22 @@ def test_the_rows_of_a_source_depend_on_no_other_source_and_not_on_the_order_of_
 
 
 def test_a_source_encoded_otherwise_is_not_resumed():
-    state = mixed().state_dict()
     talks = some_talks()
-    talks[0] = [user("a"), assistant("another")]
-    other = Mixture([encoded(talks[:20], 40, "a", 3.0), a_text(2.0), encoded(talks[20:], 40, "b")], 40, 0)
-    with pytest.raises(InputError, match="'a'"):
-        other.load_state_dict(state)
+    state = Mixture([encoded(talks, 40)], 40, 0).state_dict()
+
+    def other_ids(messages: list) -> Fake:
+        tokens, owed = encode(messages)
+        return Fake([token + 1 for token in tokens], owed)
+
+    def all_owed(messages: list) -> Fake:
+        tokens, owed = encode(messages)
+        return Fake(tokens, [True] * len(owed))
+
+    for other in (other_ids, all_owed):
+        source = encode_source(a_source(talks), other, 40, 0.0)
+        with pytest.raises(InputError, match="content of 's'"):
+            Mixture([source], 40, 0).load_state_dict(state)
+    Mixture([encoded(talks, 40)], 40, 0).load_state_dict(state)
 
 
 # ---- Encoding
@@ -337,10 +365,12 @@ def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_sh
 
 
 def test_what_reading_left_out_is_passed_on():
-    source = replace(a_source(some_talks()), first_skipped="line 1 of 'x'")
+    talks = [*some_talks(), [user("refuse"), assistant("b")]]
+    source = replace(a_source(talks), first_skipped="line 1 of 'x'")
     source.skipped["records in no known format"] = 3
     found = encode_source(source, encode, 40, 0.0)
-    assert found.skipped == {"records in no known format": 3}
+    refused = "conversations that the chat template refuses"
+    assert found.skipped == {"records in no known format": 3, refused: 1}
     assert found.first_skipped == "line 1 of 'x'" and source.skipped.total() == 3
 
 
