@@ -1,0 +1,146 @@
+"""Fine-tuning beside TRL's SFTTrainer: the same model, conversations, optimizer and rates.
+
+    pip install trl                                        (a peer, not a dependency)
+    python benchmarks/sft.py --init out/base [--json benchmarks/sft.json]
+
+Both go through the same conversations of the little world as often, with AdamW at one rate, in bfloat16,
+and their loss counts what the assistant says alone. TRL pads each batch to its longest conversation (its
+packing needs kernels that exist on GPUs only); minillm packs. What counts is the seconds of the training
+loop for each token of a conversation, padding not counted, and the held-out loss of both at the end,
+measured by the same code. The two take turns; medians.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from minillm.conversations import open_conversations, world_conversations
+from minillm.huggingface import load_model, save_model
+from minillm.loss import held_out
+from minillm.packing import encode_source, packed_batches
+from minillm.provenance import provenance
+from minillm.runtime import Runtime, choose_dtype
+from minillm.template import ChatTemplate, with_chat_template
+from minillm.world import World
+
+ROOT = Path(__file__).parents[1]
+CONVERSATIONS, EPOCHS, BLOCK, RATE = 2000, 2, 128, 2e-3
+ROWS = 16  # of a packed step; TRL's batch has as many conversations as such a step holds on average
+CPU = torch.device("cpu")
+
+
+def write_conversations(path: Path, seed: int) -> None:
+    """A file that both programs read."""
+    source = world_conversations(World(seed), "train", CONVERSATIONS)
+    path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in source.conversations()))
+
+
+def run_minillm(init: Path, data: Path, out: Path, steps: int, seed: int) -> float:
+    """Seconds in the training loop."""
+    options = {
+        "--init": init, "--data": data, "--out": out, "--steps": steps, "--batch-tokens": ROWS * BLOCK,
+        "--matrix-rate": RATE, "--embedding-rate": RATE, "--optimizer": "adamw", "--warmup": 0, "--decay": 1,
+        "--val-every": 10**6, "--save-every": 10**6, "--seed": seed,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    subprocess.run([sys.executable, "sft.py", *words], cwd=ROOT, check=True, capture_output=True)
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return sum(ROWS * BLOCK / e["tokens_per_second"] for e in events if e["event"] == "train")
+
+
+def run_trl(init: Path, data: Path, out: Path, batch: int, seed: int) -> float:
+    """Seconds in the training loop, in a process of its own."""
+    words = [__file__, "--trl", str(init), str(data), str(out), str(batch), str(seed)]
+    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def trl_process(init: str, data: str, out: str, batch: int, seed: int) -> None:
+    """What `run_trl` starts: trains, saves, prints the seconds of the loop."""
+    import transformers
+    import trl
+    from datasets import Dataset
+
+    records = [json.loads(line)["messages"] for line in Path(data).read_text().splitlines()]
+    pairs = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in records]
+    config = trl.SFTConfig(
+        output_dir=f"{out}.trainer", per_device_train_batch_size=batch, num_train_epochs=EPOCHS,
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=0, max_grad_norm=1.0, adam_beta2=0.95,
+        adam_epsilon=1e-10, weight_decay=0.0, bf16=True, use_cpu=True, max_length=BLOCK, report_to=[],
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(init),
+        args=config,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=transformers.AutoTokenizer.from_pretrained(init),
+    )
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    trainer.save_model(out)
+    print(seconds)
+
+
+def held_out_loss(run: Path) -> float:
+    """Nats per token of the assistant's, on conversations of another split."""
+    model, tokenizer = load_model(run, CPU, torch.float32)
+    source = encode_source(
+        world_conversations(World(0), "dev", 400), ChatTemplate(tokenizer).encode, BLOCK, val_fraction=0
+    )
+    here = Runtime(CPU, torch.float32)
+    sizes = torch.from_numpy(tokenizer.token_lengths)
+    return held_out(model, packed_batches(source.train, BLOCK), sizes, here).per_target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--init", type=Path, default=Path("out/base"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results: dict[str, list[tuple[float, float]]] = {"minillm": [], "TRL": []}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        model, tokenizer = load_model(arguments.init, CPU, choose_dtype(CPU))
+        tokenizer = with_chat_template(tokenizer)
+        init, data = scratch / "init", scratch / "conversations.jsonl"
+        save_model(init, model, tokenizer)  # with the chat template, which TRL asks for
+        write_conversations(data, 0)
+        encoded = encode_source(
+            open_conversations([str(data)])[0], ChatTemplate(tokenizer).encode, BLOCK, val_fraction=0.05
+        )
+        tokens = EPOCHS * int(encoded.train.sizes.sum())
+        batch = round(ROWS * BLOCK / encoded.train.sizes.mean())
+        steps = round(tokens / (ROWS * BLOCK * encoded.rows(BLOCK, 0).fill))
+        for seed in range(arguments.rounds):
+            for name in results:
+                out = scratch / f"{name}-{seed}"
+                if name == "minillm":
+                    seconds = run_minillm(init, data, out, steps, seed)
+                else:
+                    seconds = run_trl(init, data, out, batch, seed)
+                results[name].append((seconds, held_out_loss(out)))
+                print(f"{name:8} {seconds:6.1f} s   held-out loss {results[name][-1][1]:.3f}", flush=True)
+    ours, theirs = (statistics.median(seconds for seconds, _ in runs) for runs in results.values())
+    print(f"{tokens:,} tokens; TRL takes {theirs / ours:.2f} times as long for each")
+    if arguments.json:
+        record = {"results": results, "tokens": tokens, "ratio": theirs / ours, "trl_batch": batch,
+                  "rate": RATE, "rows": ROWS, "block": BLOCK, "epochs": EPOCHS, **provenance()}  # fmt: skip
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--trl"]:
+        trl_process(*sys.argv[2:5], int(sys.argv[5]), int(sys.argv[6]))
+    else:
+        main()
