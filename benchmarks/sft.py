@@ -60,7 +60,7 @@ def run_minillm(init: Path, data: Path, out: Path, steps: int, seed: int) -> flo
 def run_trl(init: Path, data: Path, out: Path, batch: int, seed: int) -> float:
     """Seconds in the training loop, in a process of its own."""
     words = [__file__, "--trl", str(init), str(data), str(out), str(batch), str(seed)]
-    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
 

@@ -91,15 +91,16 @@ def generate(
     model that cannot generate; ValueError where there is not one seed to a prompt.
     """
     _check(model, prompts, options, seeds)
-    device, shape = model.lm_head.weight.device, (len(prompts), options.max_new_tokens)
-    # Made here and not in the sampler: tensors of the inference mode cannot take part in training.
-    chosen = torch.zeros(shape, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(shape, device=device)
-    sampler = _Sampler(model, prompts, options, seeds)
+    sampler, steps = _Sampler(model, prompts, options, seeds), []
     while not sampler.finished:
-        step, (rows, token, logprob) = sampler.count, sampler.step()
-        chosen[rows, step], logprobs[rows, step] = token, logprob
-    return _assemble(prompts, chosen[:, : sampler.count], logprobs[:, : sampler.count], options.stop_ids)
+        steps.append(sampler.step())
+    rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
+    step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
+    # Made here and not in the sampler: tensors of the inference mode cannot take part in training.
+    chosen = torch.zeros((len(prompts), len(steps)), dtype=torch.int64, device=rows.device)
+    logprobs = torch.zeros(chosen.shape, device=rows.device)
+    chosen[rows, step], logprobs[rows, step] = tokens, step_logprobs
+    return _assemble(prompts, chosen, logprobs, options.stop_ids)
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
@@ -149,9 +150,10 @@ def _choose(
     if options.temperature == 0:
         best, token = logits.max(dim=1)
         return token, best - best  # 0, or NaN where the logits are not finite
-    # The largest moved to 0 first, so that no temperature, however low, makes it infinite; float32
-    # knows none below 1e-38.
-    logits = (logits - logits.amax(dim=1, keepdim=True)) / max(options.temperature, 1e-30)
+    if options.temperature != 1:
+        # The largest moved to 0 first, so that no temperature, however low, makes it infinite; float32
+        # knows none below 1e-38.
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / max(options.temperature, 1e-30)
     logits = filter_logits(logits, options.top_k, options.top_p)
     logprobs = logits.log_softmax(dim=1)
     # The token at which the cumulative sum first exceeds the uniform share of the total. In float64,
@@ -198,7 +200,8 @@ class _Sampler:
             logits[:, self.stop_ids] = -torch.inf
         self.token, logprob = _choose(logits, self.uniforms[:, self.count], self.options)
         self.count += 1
-        self.running = self.running & (self.token[:, None] != self.stop_ids).all(dim=1)
+        if self.options.stop_ids:
+            self.running = self.running & (self.token[:, None] != self.stop_ids).all(dim=1)
         # The one wait for the device in a step. NaN where a log-probability is not finite.
         self.left = float(self.running.sum() + 0 * logprob.sum())
         if math.isnan(self.left):
