@@ -25,23 +25,23 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from minillm.conversations import ConversationSource, open_conversations, world_conversations
-from minillm.packing import EncodedSource, encode_source, packed_batches
-from minillm.template import ChatTemplate, with_chat_template
 
 from minillm.checkpoint import TrainingState
+from minillm.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.data import Batch, Mixture, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
-from minillm.evaluate import Figures, evaluate_world, figures_table
+from minillm.evaluate import Figures, figures_table
 from minillm.huggingface import load_model, save_model
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
 from minillm.options import TrainingOptions, parse_options
+from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.sources import open_sources, world_sources
+from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 

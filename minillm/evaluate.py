@@ -1,6 +1,7 @@
 """How well a model answers the little world's held-out prompts, by kind of prompt.
 
     python -m minillm.evaluate out/base out/sft              greedy, on the development prompts
+    python -m minillm.evaluate out/base out/sft --show 2     and some replies side by side
     python -m minillm.evaluate out/sft --split test --temperature 1
 
 A chat model is asked in its chat format. A base model, which has none, gets the question as the first
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 from typing import Literal
 
 import tyro
@@ -32,7 +34,7 @@ from minillm.runtime import start_runtime
 from minillm.template import Completion, chat_format
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
-from minillm.world.rubric import Score
+from minillm.world.rubric import Prompt, Score
 
 ROWS = 256  # prompts sampled together
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
@@ -45,6 +47,20 @@ class Reply:
     text: str
     ended: bool
     """Whether it ended by itself rather than at the longest length."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A reply, and what the rubric says of it."""
+
+    prompt: Prompt
+    reply: Reply
+    score: Score
+
+    @property
+    def in_form(self) -> bool:
+        """Whether it is an answer at all: it has words, ended by itself, and one speaker says it."""
+        return self.reply.ended and bool(self.reply.text.strip()) and self.score.in_role >= IN_ROLE
 
 
 @dataclass(frozen=True)
@@ -78,17 +94,7 @@ def sample_replies(
             yield Reply(tokenizer.decode(tokens[:-1] if ended else tokens), ended)
 
 
-def summarise(replies: Sequence[Reply], scores: Sequence[Score]) -> Figures:
-    """The figures of replies to prompts of one kind, and of what the rubric says of each."""
-    in_form = [
-        reply.ended and bool(reply.text.strip()) and score.in_role >= IN_ROLE
-        for reply, score in zip(replies, scores, strict=True)
-    ]
-    right = [form and score.right > 0.99 for form, score in zip(in_form, scores, strict=True)]
-    return Figures(len(scores), fmean(in_form), fmean(right), fmean(score.utility for score in scores))
-
-
-def evaluate_world(
+def judged_replies(
     model: LanguageModel,
     tokenizer: Tokenizer,
     world: World,
@@ -96,23 +102,46 @@ def evaluate_world(
     prompts_per_kind: int,
     temperature: float = 0.0,
     seed: int = 0,
-) -> dict[str, Figures]:
-    """The figures of every kind, over its first prompts of a split (fewer where there are fewer)."""
-    prompts = {
-        kind: world.prompts(split, kind, min(prompts_per_kind, len(world.prompts(split, kind))))
+) -> dict[str, list[Judged]]:
+    """By kind, the replies to its first prompts of a split (fewer where there are fewer), judged."""
+    prompts = [
+        prompt
         for kind in KINDS
+        for prompt in world.prompts(split, kind, min(prompts_per_kind, len(world.prompts(split, kind))))
+    ]
+    asked = [prompt.messages for prompt in prompts]
+    judged: dict[str, list[Judged]] = {kind: [] for kind in KINDS}
+    replies = sample_replies(model, tokenizer, asked, temperature, seed=seed)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        judged[prompt.kind].append(Judged(prompt, reply, world.score(prompt, reply.text)))
+    return judged
+
+
+def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
+    """The figures of every kind."""
+    return {
+        kind: Figures(
+            len(some),
+            fmean(one.in_form for one in some),
+            fmean(one.in_form and one.score.right > 0.99 for one in some),
+            fmean(one.score.utility for one in some),
+        )
+        for kind, some in judged.items()
     }
-    asked = [prompt for of_kind in prompts.values() for prompt in of_kind]
-    replies = list(
-        sample_replies(model, tokenizer, [prompt.messages for prompt in asked], temperature, seed=seed)
-    )
-    figures, begin = {}, 0
-    for kind, of_kind in prompts.items():
-        said = replies[begin : begin + len(of_kind)]
-        scores = [world.score(prompt, reply.text) for prompt, reply in zip(of_kind, said, strict=True)]
-        figures[kind] = summarise(said, scores)
-        begin += len(of_kind)
-    return figures
+
+
+def side_by_side(judged: Mapping[str, Mapping[str, Sequence[Judged]]], count: int) -> str:
+    """The first `count` prompts of every kind, with what each model said."""
+    lines = []
+    width = max(map(len, judged))
+    for kind in KINDS:
+        for row in zip(*(of_model[kind][:count] for of_model in judged.values()), strict=True):
+            lines.append(f"\n{kind}: {row[0].prompt.text}")
+            lines += [
+                f"    {name:{width}}  {shorten(' '.join(one.reply.text.split()), 100, placeholder=' …')}"
+                for name, one in zip(judged, row, strict=True)
+            ]
+    return "\n".join(lines)
 
 
 def figures_table(figures: Mapping[str, Mapping[str, Figures]]) -> str:
@@ -141,6 +170,8 @@ class Options:
     """Prompts to choose by, or prompts to report on."""
     prompts: int = 100
     """Of each kind, at most."""
+    show: int = 0
+    """Prompts of each kind to print with every model's reply."""
     temperature: float = 0.0
     """Of sampling; 0 takes the most probable token."""
     seed: int = 0
@@ -157,19 +188,23 @@ class Options:
             raise InputError("no run given: name at least one, as in out/sft")
         if self.prompts < 1:
             raise InputError(f"--prompts {self.prompts}: give at least 1")
+        if self.show < 0:
+            raise InputError(f"--show {self.show}: give 0 or more")
 
 
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
         with start_runtime(options.device, options.precision) as runtime:
-            world, figures = World(options.seed), {}
+            world, judged = World(options.seed), {}
             for run in options.runs:
                 model, tokenizer = load_model(Path(run), runtime.device, runtime.dtype)
-                figures[run] = evaluate_world(
+                judged[run] = judged_replies(
                     model, tokenizer, world, options.split, options.prompts, options.temperature, options.seed
                 )
+        figures = {run: summarise(of_run) for run, of_run in judged.items()}
         print(figures_table(figures))
+        print(side_by_side(judged, options.show))
         if options.json:
             content = {run: {kind: asdict(f) for kind, f in of.items()} for run, of in figures.items()}
             write_json(

@@ -224,7 +224,7 @@ class ChatTemplate:
 
 
 class Completion:
-    """What a base model has in place of a chat template: it goes on with the last message, as with any text."""
+    """What a base model has in place of a chat template: it goes on with the last message as a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -7,7 +7,7 @@ import torch
 from runs import refusal
 
 from minillm import evaluate
-from minillm.evaluate import Reply, evaluate_world, figures_table, sample_replies, summarise
+from minillm.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
 from minillm.generate import SamplingOptions, generate
 from minillm.huggingface import save_model
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -27,7 +27,9 @@ def base() -> tuple[LanguageModel, Tokenizer]:
 
 
 def figures_of(prompt, text, ended=True):
-    return summarise([Reply(text, ended)], [WORLD.score(prompt, text)])
+    return summarise({prompt.kind: [Judged(prompt, Reply(text, ended), WORLD.score(prompt, text))]})[
+        prompt.kind
+    ]
 
 
 def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone():
@@ -42,9 +44,12 @@ def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_said_without_flaw_is_right_and_in_form(kind):
     said = [c for c in WORLD.conversations("dev", 300) if c.kind == kind and c.flaw is None]
-    replies = [Reply(c.messages[-1]["content"], True) for c in said]
-    scores = [WORLD.score(c.prompt, reply.text) for c, reply in zip(said, replies, strict=True)]
-    figures = summarise(replies, scores)
+    texts = [conversation.messages[-1]["content"] for conversation in said]
+    judged = [
+        Judged(c.prompt, Reply(text, True), WORLD.score(c.prompt, text))
+        for c, text in zip(said, texts, strict=True)
+    ]
+    figures = summarise({kind: judged})[kind]
     assert figures.prompts >= 10 and figures.in_form == 1 and figures.right > 0.95
 
 
@@ -77,7 +82,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 
 
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
-    figures = evaluate_world(*base, WORLD, "dev", 3)
+    figures = summarise(judged_replies(*base, WORLD, "dev", 3))
     assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
     table = figures_table({"one": figures, "another": figures})
     assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
@@ -85,8 +90,15 @@ def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base)
 
 def test_the_command_prints_a_table_and_writes_what_it_says(base, tmp_path, capsys):
     save_model(tmp_path / "run", *base)
-    evaluate.main([str(tmp_path / "run"), "--prompts", "1", "--json", str(tmp_path / "f.json")])
-    assert "small_talk" in capsys.readouterr().out
+    run = str(tmp_path / "run")
+    evaluate.main([run, "--prompts", "2", "--show", "1", "--json", str(tmp_path / "f.json")])
+    printed = capsys.readouterr().out
+    for kind in KINDS:
+        assert f"{kind}: {WORLD.prompts('dev', kind, 1)[0].text}" in printed
+        assert WORLD.prompts("dev", kind, 2)[1].text not in printed
+    model, tokenizer = base
+    reply = next(sample_replies(model, tokenizer, [WORLD.prompts("dev", "fact", 1)[0].messages]))
+    assert " ".join(reply.text.split())[:60] in printed
     record = json.loads((tmp_path / "f.json").read_text())
     assert record["figures"][str(tmp_path / "run")].keys() == set(KINDS)
     assert record["options"]["split"] == "dev" and record["versions"]["torch"]
@@ -94,7 +106,13 @@ def test_the_command_prints_a_table_and_writes_what_it_says(base, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [("", "run"), ("nowhere", "nowhere"), ("nowhere --prompts 0", "--prompts"), ("x --split train", "split")],
+    [
+        ("", "run"),
+        ("nowhere", "nowhere"),
+        ("nowhere --prompts 0", "--prompts"),
+        ("x --split train", "split"),
+        ("x --show -1", "--show"),
+    ],
 )
 def test_bad_input_is_one_line(arguments, words, capfd):
     assert words in refusal(evaluate, arguments.split(), capfd)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from minillm.template import ChatTemplate
 from runs import (
     ROOT,
     TORCHRUN,
@@ -25,6 +24,7 @@ from runs import (
 import sft
 import train
 from minillm.huggingface import load_model
+from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 SHORT = (
