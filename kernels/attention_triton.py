@@ -387,7 +387,7 @@ TILES = {
     ("dq", "half", "sm_100"): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
     # Keys stay and rows stream by, into two sums as wide as a head. On sm_90 those of 64 keys and heads of
     # 256 leave too few registers, so that case takes 32 keys and does without wgmma.
-    ("dkdv", "half", "sm_80"): ((32, 64, 4, 3), (64, 64, 8, 2), (32, 32, 8, 2)),
+    ("dkdv", "half", "sm_80"): ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
     ("dkdv", "half", "sm_90"): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2)),
     ("dkdv", "half", "sm_100"): ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
     # One tile of rows; what counts is how many keys are on their way.
@@ -395,7 +395,7 @@ TILES = {
     # Exact products run outside the tensor cores, with their factors in registers; dq at 256 spills a little.
     ("forward", "float32", "any"): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
     ("dq", "float32", "any"): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("dkdv", "float32", "any"): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("dkdv", "float32", "any"): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     ("decode", "float32", "any"): ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 SMALLEST = (16, 16, 8, 1)
