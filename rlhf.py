@@ -152,12 +152,12 @@ def sample(options: Options, runtime: Runtime) -> None:
     sampler = ResponseSampler(respondents, questions, plan)
     path = options.folder / "responses.jsonl"
     if not options.resume:
+        path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
         start_run_folder(options.folder, options_json(options), "rlhf")
-        path.unlink(missing_ok=True)
     with JsonLines(path) as file:
         if file.mended:
             print(file.mended)
-        done = sum(1 for _ in read_json_lines(path, ""))
+        done = lines_done(path, questions)
         with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
             for records in sampler.records(done):
                 file.append(records)
@@ -165,6 +165,14 @@ def sample(options: Options, runtime: Runtime) -> None:
     noted = sum("note" in record for _, record in read_json_lines(path, ""))
     print(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
     print(f"{noted:,} of them hold a response that repeats another")
+
+
+def lines_done(path: Path, questions: Sequence[Question]) -> int:
+    """How many prompts have their responses. InputError where the lines are those of other prompts."""
+    answered = [record.get("messages") for _, record in read_json_lines(path, "")]
+    if answered != [question.messages for question in questions[: len(answered)]]:
+        raise InputError(f"{path}: answers other prompts than these; has --data changed? use --overwrite")
+    return len(answered)
 
 
 def questions_of(options: Options) -> list[Question]:

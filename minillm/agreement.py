@@ -94,8 +94,10 @@ def _preferences(rankings: Iterable[Ranking]) -> dict[str, dict[str, Preferences
 
 
 def preferences(ranking: Ranking) -> Preferences:
-    """What a ranking says of each two responses, whatever order they were listed in."""
-    rank = dict(zip(ranking.responses, ranking.ranks(), strict=True))
+    """What a ranking says of each two texts, whatever order they were listed in; of equal ones the best."""
+    rank: dict[str, int] = {}
+    for text, place in zip(ranking.responses, ranking.ranks(), strict=True):
+        rank[text] = min(place, rank.get(text, place))
     return {
         (first, second): int(np.sign(rank[second] - rank[first]))
         for first, second in combinations(sorted(rank), 2)

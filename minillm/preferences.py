@@ -4,7 +4,8 @@
 
 A ranking is one line of JSON:
 
-    {"messages": […], "responses": […], "ranking": [[1], [0, 3], [2]], "annotator": "…", "seed": 0, "time": "…"}
+    {"messages": […], "responses": […], "ranking": [[1], [0, 3], [2]],
+     "annotator": "Ada", "seed": 0, "time": "2026-01-31T12:00:00+00:00"}
 
 best first, ties together, and "kind" where the prompt is the little world's. The file only ever grows:
 a ranking taken back stays, and a later line withdraws it. So an undo can destroy nobody's work, however
@@ -55,12 +56,7 @@ class ResponseSet:
     """The seed of that world."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", check_messages(self.messages))
-        _check_texts(self.responses)
-        if not isinstance(self.kind, str | None) or not isinstance(self.world, int | None):
-            raise InputError(
-                "its kind or world is of another type; give a name and a seed, or leave both out"
-            )
+        _check_count(self.responses)
 
     @property
     def key(self) -> str:
@@ -84,17 +80,19 @@ class Ranking:
     kind: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "messages", check_messages(self.messages))
-        _check_texts(self.responses)
-        _check_ranking(self.ranking, len(self.responses))
-        if not isinstance(self.annotator, str) or not self.annotator.strip():
-            raise InputError(f"its annotator is {self.annotator!r:.40}; give a name")
-        if type(self.seed) is not int:
-            raise InputError(f"its seed is {self.seed!r:.40}; give a whole number")
-        if not _is_time(self.time):
-            raise InputError(f"its time is {self.time!r:.40}; give it as 2026-01-31T12:00:00")
-        if not isinstance(self.kind, str | None):
-            raise InputError(f"its kind is {self.kind!r:.40}; give a name or leave it out")
+        _check_count(self.responses)
+        named = sorted(index for tied in self.ranking for index in tied)
+        if named != list(range(len(self.responses))) or not all(self.ranking):
+            raise InputError(
+                f"its ranking is {self.ranking!r:.60}; let every index below {len(self.responses)} "
+                "stand in it once, and no group be empty"
+            )
+        if not self.annotator.strip():
+            raise InputError("its annotator has no name; give one")
+        try:
+            datetime.fromisoformat(self.time)
+        except ValueError:
+            raise InputError(f"its time is {self.time!r:.40}; give it as 2026-01-31T12:00:00") from None
 
     @property
     def key(self) -> str:
@@ -140,28 +138,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _is_time(text: object) -> bool:
-    try:
-        return isinstance(text, str) and datetime.fromisoformat(text) is not None
-    except ValueError:
-        return False
-
-
-def _check_texts(responses: object) -> None:
-    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-        raise InputError("its responses are not a list of texts; give one")
+def _check_count(responses: Sequence[str]) -> None:
     if len(responses) < 2:
         raise InputError(f"it has {len(responses)} responses; give at least 2 to compare")
-
-
-def _check_ranking(ranking: object, count: int) -> None:
-    if not isinstance(ranking, list) or not all(isinstance(tied, list) for tied in ranking):
-        raise InputError("its ranking is not a list of lists; give one such as [[1], [0, 2]]")
-    indices = [index for tied in ranking for index in tied]
-    if not all(type(index) is int for index in indices) or sorted(indices) != list(range(count)):
-        raise InputError(f"its ranking is {ranking!r:.60}; let every index below {count} stand in it once")
-    if not all(ranking):
-        raise InputError(f"its ranking is {ranking!r:.60}; leave empty groups out")
 
 
 # ---- As typed: "B > A = D > C"
@@ -211,7 +190,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a write that fails leaves nothing behind for close() to try again.
-            self.file = open(path, "a+b", buffering=0)
+            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
             sync_folder(path.parent)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
@@ -304,7 +283,7 @@ def read_responses(path: Path) -> list[ResponseSet]:
     sets = []
     for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
         with _at(place):
-            sets.append(ResponseSet(**_values(record, "messages responses kind world")))
+            sets.append(_set_of(record))
     if not sets:
         raise InputError(f"{path}: holds no responses; python rlhf.py --stage sample makes them")
     return sets
@@ -322,8 +301,40 @@ def read_rankings(path: Path) -> list[Ranking]:
     return rankings
 
 
+def _set_of(record: Record) -> ResponseSet:
+    return ResponseSet(
+        check_messages(record.get("messages")),
+        _list(record, "responses", str),
+        _value(record, "kind", str, None),
+        _value(record, "world", int, None),
+    )
+
+
 def _ranking_of(record: Record) -> Ranking:
-    return Ranking(**_values(record, "messages responses ranking annotator seed time kind"))
+    return Ranking(
+        check_messages(record.get("messages")),
+        _list(record, "responses", str),
+        [_list({"ranking": tied}, "ranking", int) for tied in _list(record, "ranking", list)],
+        _value(record, "annotator", str),
+        _value(record, "seed", int),
+        _value(record, "time", str),
+        _value(record, "kind", str, None),
+    )
+
+
+def _value(record: Record, name: str, kind: type, *default: object) -> Any:
+    """A field of a type, or the default, if one is given, where there is none."""
+    value = record.get(name, *default)
+    if type(value) is not kind and value not in default:  # a bool is no number here
+        raise InputError(f"its {name} is {value!r:.40}; give a {kind.__name__}")
+    return value
+
+
+def _list(record: Record, name: str, kind: type) -> list[Any]:
+    value = _value(record, name, list)
+    for element in value:
+        _value({name: element}, name, kind)
+    return value
 
 
 def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Ranking:
@@ -332,11 +343,6 @@ def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Rankin
         if (rankings[index].annotator, rankings[index].key) == (annotator, key):
             return rankings.pop(index)
     raise InputError("withdraws a ranking that does not stand before it; take the line out")
-
-
-def _values(record: Record, names: str) -> Record:
-    """The fields named; what is missing is None, and refused like what is wrong."""
-    return {name: record.get(name) for name in names.split()}
 
 
 @contextmanager
