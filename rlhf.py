@@ -1,0 +1,383 @@
+"""Reinforcement learning from human feedback: an assistant → responses → rankings of them.
+
+    python rlhf.py --stage sample                          4 responses of out/sft to each of 2,400 prompts
+    python rlhf.py --stage sample --data chats.jsonl --models out/sft out/base --out out/mine    of your own
+    python rlhf.py --stage sample --resume                 go on after Ctrl-C, a crash or a kill
+    python rlhf.py --stage rank                            five simulated people rank them, or
+    python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
+    python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
+    python rlhf.py --stage rank --annotator file --data hh.jsonl.gz    other people did
+    python rlhf.py --stage agreement                       how far they agree
+
+    out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──agreement──► agreement.json
+
+Each stage reads what the one before it wrote into --out. Ranking goes on by itself where it stopped, and
+several annotators may add to one file, one after another.
+
+Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from minillm.agreement import agreement_report, agreement_table
+from minillm.annotators import (
+    Desk,
+    Simulated,
+    find_prompts,
+    obey,
+    screen,
+    share_out,
+    simulated_annotators,
+)
+from minillm.checkpoint import check_run_folder, start_run_folder
+from minillm.comparisons import open_comparisons
+from minillm.conversations import open_conversations
+from minillm.errors import InputError, one_line_errors
+from minillm.files import read_json, write_json
+from minillm.generate import SamplingOptions
+from minillm.huggingface import load_model
+from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.options import TrainingOptions, options_json, parse_options
+from minillm.preferences import (
+    LETTERS,
+    JsonLines,
+    Ranking,
+    RankingFile,
+    ResponseSet,
+    new_ranking,
+    read_json_lines,
+    read_rankings,
+    read_responses,
+)
+from minillm.provenance import provenance
+from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan
+from minillm.runtime import Runtime, start_runtime
+from minillm.world import World
+from minillm.world.rubric import Prompt
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Sample responses, have them ranked, measure agreement."""
+
+    stage: Literal["sample", "rank", "agreement"] = "sample"
+    """What to do; each stage reads what the one before it left in --out."""
+    out: str = "out/rlhf"
+    """The folder of responses and rankings."""
+    data: tuple[str, ...] = ()
+    """sample: conversations, of which all before the last reply is a prompt. Nothing: the little world's
+    prompts. rank --annotator file: rankings that others published (minillm/comparisons.py)."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
+
+    models: tuple[str, ...] = ("out/sft",)
+    """sample: the models that respond, in turn: run folders or Hugging Face folders."""
+    prompts: int = 2400
+    """sample: how many prompts; of --data at most so many."""
+    responses: int = 4
+    """sample: K, the responses to a prompt, 2 to 9."""
+    distractors: int = 0
+    """sample: how many of the K are responses to another prompt."""
+    temperature: float = 1.0
+    """sample: divides the logits."""
+    top_k: int = 0
+    """sample: among this many most probable tokens; 0 for all."""
+    top_p: float = 1.0
+    """sample: among the fewest most probable tokens that together reach this probability."""
+    max_new_tokens: int = 64
+    """sample: tokens of a response at most."""
+
+    annotator: Literal["person", "simulated", "model", "file"] = "simulated"
+    """rank: who ranks."""
+    name: str = "person"
+    """rank --annotator person: your name, under which your rankings are kept."""
+    annotators: int = 5
+    """rank --annotator simulated: how many people."""
+    twice: float = 0.1
+    """rank --annotator simulated: share of the prompts that two of them rank."""
+    noise: float = 1.0
+    """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
+    judge: str | None = None
+    """rank --annotator model: the model that judges, a run folder or a Hugging Face folder."""
+    principles: str = str(DEFAULT_PRINCIPLES)
+    """rank --annotator model: a text file that says what makes a reply better."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts("prompts", "max_new_tokens", "annotators")
+        self.require_positive("temperature", "top_p")
+        self.require_not_negative("distractors", "top_k", "noise")
+        if not 2 <= self.responses <= len(LETTERS):
+            raise InputError(f"--responses {self.responses}: give 2 to {len(LETTERS)}")
+        if self.distractors >= self.responses:
+            raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
+        if not 0 <= self.twice <= 1:
+            raise InputError(f"--twice {self.twice}: give a share from 0 to 1")
+        if not self.models:
+            raise InputError("--models: name at least one, as in out/sft")
+        if not self.name.strip():
+            raise InputError("--name: is empty; give a name")
+        if self.stage != "sample" and self.resume:
+            raise InputError(f"--resume: --stage {self.stage} needs none; it goes on by itself")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+
+# ---- sample: prompts → K responses to each
+
+
+def sample(options: Options, runtime: Runtime) -> None:
+    """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
+    check_run_folder(options.folder, options.resume, options.overwrite)
+    models = [(name, *load_model(Path(name), runtime.device, runtime.dtype)) for name in options.models]
+    respondents = [Respondent(*model) for model in models]
+    questions = with_room(questions_of(options), respondents, options)
+    plan = SamplingPlan(options.responses, options.distractors, options.sampling, options.seed)
+    sampler = ResponseSampler(respondents, questions, plan)
+    path = options.folder / "responses.jsonl"
+    if not options.resume:
+        path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
+        start_run_folder(options.folder, options_json(options), "rlhf")
+    with JsonLines(path) as file:
+        if file.mended:
+            print(file.mended)
+        done = lines_done(path, questions)
+        with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
+            for records in sampler.records(done):
+                file.append(records)
+                bar.update(len(records))
+    noted = sum("note" in record for _, record in read_json_lines(path, ""))
+    print(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
+    print(f"{noted:,} of them hold a response that repeats another")
+
+
+def lines_done(path: Path, questions: Sequence[Question]) -> int:
+    """How many prompts have their responses. InputError where the lines are those of other prompts."""
+    answered = [record.get("messages") for _, record in read_json_lines(path, "")]
+    if answered != [question.messages for question in questions[: len(answered)]]:
+        raise InputError(f"{path}: answers other prompts than these; has --data changed? use --overwrite")
+    return len(answered)
+
+
+def questions_of(options: Options) -> list[Question]:
+    """The little world's prompts for rankings, or those of the conversations given."""
+    if not options.data:
+        world = World(options.seed)
+        prompts = world.prompts("reward", n=options.prompts)
+        return [Question(prompt.messages, prompt.kind, world.seed) for prompt in prompts]
+    questions = []
+    for source in open_conversations(options.data, options.errors):
+        if source.weight != 1:
+            raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
+        prompts_of_source = [conversation[:-1] for conversation in source.conversations()]
+        questions += [Question(messages) for messages in prompts_of_source if messages]
+        lone = sum(not messages for messages in prompts_of_source)
+        skipped = source.skipped + Counter({"replies to nothing": lone})
+        report(source.name, len(prompts_of_source) - lone, "prompts", skipped, source.first_skipped)
+    if len(questions) > options.prompts:
+        print(f"the first {options.prompts:,} of {len(questions):,} prompts are used; see --prompts")
+    return questions[: options.prompts]
+
+
+def with_room(
+    questions: Sequence[Question], respondents: Sequence[Respondent], options: Options
+) -> list[Question]:
+    """The questions that leave room for a response in each model's context; says how many do not."""
+    length = options.max_new_tokens
+    kept = [q for q in questions if all(r.has_room(q.messages, length) for r in respondents)]
+    if len(kept) < len(questions):
+        print(f"{len(questions) - len(kept):,} prompts left out: too long for {length} tokens of response")
+    if not kept:
+        raise InputError(
+            "no prompt leaves a model room for its response; "
+            f"give less than --max-new-tokens {length}, or shorter prompts"
+        )
+    if options.distractors and len(kept) < 2:
+        raise InputError(f"--distractors {options.distractors}: needs a second prompt; give more --prompts")
+    return kept
+
+
+# ---- rank: responses → rankings
+
+
+@dataclass(frozen=True)
+class Job:
+    """A ranking to be made: by whom, of which set, and how; None comes of a set that cannot be ranked."""
+
+    annotator: str
+    key: str
+    make: Callable[[], Ranking | None]
+
+
+def rank(options: Options, runtime: Runtime) -> None:
+    """Adds to rankings.jsonl what the chosen annotators have not ranked yet."""
+    if options.annotator == "person":
+        sets = read_responses(options.folder / "responses.jsonl")
+        with open_rankings(options) as file:
+            hold_screen(Desk(sets, file, options.name, options.seed))
+            return
+    all_jobs = {"simulated": simulated, "model": judged, "file": published}[options.annotator]
+    jobs = all_jobs(options, runtime)
+    with open_rankings(options) as file:
+        ranked = file.ranked()
+        left = [job for job in jobs if (job.annotator, job.key) not in ranked]
+        made = 0
+        for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
+            rankings = [ranking for job in left[first : first + 64] if (ranking := job.make())]
+            file.append(rankings)
+            made += len(rankings)
+        print(f"{file.lines.path}: {made:,} rankings added to {len(file.rankings) - made:,}")
+    if left and not made:
+        raise InputError(f"--judge {options.judge}: no set fits its context; name a judge with a longer one")
+    if made < len(left):
+        print(f"{len(left) - made:,} sets left out: too long for the judge")
+
+
+def open_rankings(options: Options) -> RankingFile:
+    """rankings.jsonl to add to. InputError where rankings of this kind were made in another way before."""
+    path, record = options.folder / "rankings.jsonl", options.folder / f"rank-{options.annotator}.json"
+    if options.overwrite and path.exists():
+        os.replace(path, f"{path}.old")
+        print(f"{path}: begins anew; what it held is kept in {path.name}.old")
+    elif record.exists():
+        earlier = read_json(record).get("options", {})
+        for name in DECISIVE[options.annotator]:
+            if earlier.get(name) != (value := getattr(options, name)):
+                raise InputError(
+                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or --overwrite"
+                )
+    file = RankingFile(path)
+    if file.mended:
+        print(file.mended)
+    write_json(record, {"options": options_json(options), **provenance()})
+    return file
+
+
+DECISIVE: dict[str, tuple[str, ...]] = {
+    "person": (),
+    "file": (),
+    "simulated": ("seed", "annotators", "twice", "noise"),
+    "model": ("judge", "principles"),
+}
+"""The options without which a ranking would be another one: a file must not mix them."""
+
+
+def simulated(options: Options, runtime: Runtime) -> list[Job]:
+    """Each set to one simulated annotator, some to two."""
+    sets = read_responses(options.folder / "responses.jsonl")
+    people = simulated_annotators(options.annotators)
+    shares = share_out([given.key for given in sets], len(people), options.twice, options.seed)
+
+    def make(person: Simulated, given: ResponseSet, world: World, prompt: Prompt) -> Ranking:
+        ranking = person.rank(world, prompt, given, options.noise, options.seed)
+        return new_ranking(given, ranking, person.name, options.seed)
+
+    return [
+        Job(people[number].name, given.key, partial(make, people[number], given, world, prompt))
+        for given, (world, prompt), numbers in zip(sets, find_prompts(sets), shares, strict=True)
+        for number in numbers
+    ]
+
+
+def judged(options: Options, runtime: Runtime) -> list[Job]:
+    """Each set to the judge."""
+    if options.judge is None:
+        raise InputError("--annotator model: name a --judge, as in out/sft")
+    sets = read_responses(options.folder / "responses.jsonl")
+    principles = read_principles(Path(options.principles))
+    judge = Judge(*load_model(Path(options.judge), runtime.device, runtime.dtype), principles)
+    name = f"model-{options.judge}"
+
+    def make(given: ResponseSet) -> Ranking | None:
+        ranking = judge.rank(given)
+        return None if ranking is None else new_ranking(given, ranking, name, options.seed)
+
+    return [Job(name, given.key, partial(make, given)) for given in sets]
+
+
+def published(options: Options, runtime: Runtime) -> list[Job]:
+    """The rankings of other people's files, under the names of the files."""
+    if not options.data:
+        raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
+    sources = open_comparisons(options.data, options.errors)
+    for source in sources:
+        report(source.name, len(source.rankings), "rankings", source.skipped, source.first_skipped)
+    return [
+        Job(source.name, ranking.key, partial(replace, ranking))
+        for source in sources
+        for ranking in source.rankings
+    ]
+
+
+def hold_screen(desk: Desk) -> None:
+    """Shows set after set and obeys, until the end of the sitting."""
+    with suppress(ImportError):  # not everywhere; with it, input() can edit its line
+        import readline  # noqa: F401
+    answer: str | None = ""
+    shown = ""
+    while answer is not None:
+        if (text := screen(desk)) != shown:
+            print(text)
+            shown = text
+        try:
+            answer = obey(desk, input("> "))
+        except (EOFError, KeyboardInterrupt):
+            answer = None
+        print(answer or "")
+    print(f"{desk.done} of {len(desk.sets)} ranked; the same command goes on")
+
+
+# ---- agreement: rankings → how far annotators agree
+
+
+def agreement(options: Options) -> None:
+    """Prints the table of agreement and writes agreement.json."""
+    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"), options.seed)
+    print(agreement_table(found))
+    write_json(options.folder / "agreement.json", asdict(found) | provenance())
+
+
+# ---- The command
+
+
+def report(name: str, count: int, what: str, skipped: Mapping[str, int], first: str | None) -> None:
+    """Says how much a source gave and what was left out of it."""
+    print(f"{name}: {count:,} {what}")
+    for reason, number in sorted(skipped.items()):
+        print(f"  left out: {number:,} {reason}")
+    if first:
+        print(f"  the first: {first}")
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        with start_runtime(options.device, options.precision) as runtime:
+            if runtime.world > 1:
+                raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
+            if options.stage == "sample":
+                sample(options, runtime)
+            elif options.stage == "rank":
+                rank(options, runtime)
+            else:
+                agreement(options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

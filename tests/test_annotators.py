@@ -1,0 +1,344 @@
+"""Annotators: the person's screen apart from the terminal, simulated people, a judge, published files."""
+
+import json
+import random
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm.agreement import agreement_report
+from minillm.annotators import (
+    MARGIN,
+    Desk,
+    find_prompts,
+    obey,
+    screen,
+    share_out,
+    simulated_annotators,
+)
+from minillm.comparisons import comparisons_of, open_comparisons
+from minillm.errors import InputError
+from minillm.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
+from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.preferences import (
+    Ranking,
+    RankingFile,
+    ResponseSet,
+    format_ranking,
+    new_ranking,
+    ranking_by,
+    read_rankings,
+)
+from minillm.template import with_chat_template
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+# ---- A person
+
+SETS = [
+    ResponseSet([{"role": "user", "content": f"Question {i}?"}], [f"r{i}{k}" for k in range(4)])
+    for i in range(5)
+]
+
+
+@pytest.fixture
+def desk(tmp_path):
+    with RankingFile(tmp_path / "rankings.jsonl") as file:
+        yield Desk(SETS, file, "Ada", 0)
+
+
+@given(st.integers(0, 10_000), st.permutations(range(4)), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_the_blind_order_never_changes_what_is_stored(tmp_path_factory, seed, best_first, tied):
+    """Whatever letters the responses got, the person who likes them in one order stores that order."""
+    ranking = [[best_first[0]]]
+    for index, ties in zip(best_first[1:], tied, strict=True):
+        ranking = [*ranking[:-1], [*ranking[-1], index]] if ties else [*ranking, [index]]
+    with RankingFile(tmp_path_factory.mktemp("desk") / "rankings.jsonl") as file:
+        desk = Desk(SETS, file, "Ada", seed)
+        places = [[desk.shown().index(SETS[0].responses[i]) for i in group] for group in ranking]
+        assert desk.rank(format_ranking(places)).ranking == [sorted(group) for group in ranking]
+
+
+def test_the_blind_order_differs_between_sets_and_seeds_and_is_the_same_at_the_next_sitting(desk):
+    letters = set()
+    for seed in range(20):
+        again = Desk(SETS, desk.file, "Ada", seed)
+        assert again.shown() == Desk(SETS, desk.file, "Ada", seed).shown()
+        letters.add(tuple(again.shown()))
+    assert len(letters) > 8  # of 24 orders
+
+
+def test_each_ranking_is_on_the_disk_before_the_next_set_shows(desk):
+    for number, given_set in enumerate(SETS, start=1):
+        assert given_set.messages[0]["content"] in screen(desk)
+        assert obey(desk, "A > B = C > D") == "kept: 5 comparisons"
+        assert len(read_rankings(desk.file.lines.path)) == number
+    assert "Nothing is left" in screen(desk)
+    assert obey(desk, "A > B > C > D").startswith("not a ranking: there is nothing left")
+
+
+@pytest.mark.parametrize("typed", ["", "A > B > C", "A > A > B > C > D", "A > B > C > E", "best", "A>B>C>D>"])
+def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(desk, typed):
+    before = desk.file.lines.path.read_bytes()
+    answer = obey(desk, typed)
+    assert answer.startswith("not a ranking: ") and len(answer.splitlines()) == 1
+    assert desk.file.lines.path.read_bytes() == before and desk.current == SETS[0]
+
+
+def test_undo_brings_the_last_set_back_and_skip_puts_one_off(desk):
+    assert obey(desk, "u") == "nothing to take back"
+    obey(desk, "A > B > C > D")
+    obey(desk, "s")
+    assert desk.current == SETS[2] and desk.skipped == {SETS[1].key}
+    obey(desk, "A = B = C = D")
+    assert "Question 2?" in obey(desk, " U ")
+    assert desk.current == SETS[2] and desk.done == 1
+    obey(desk, "u")
+    assert desk.current == SETS[0] and desk.done == 0
+    assert Desk(SETS, desk.file, "Ada", 0).skipped == set(), "at the next sitting it comes again"
+    assert obey(desk, "q") is None
+
+
+def test_people_do_not_see_or_undo_each_others_rankings(desk):
+    obey(desk, "A > B > C > D")
+    bob = Desk(SETS, desk.file, "Bob", 0)
+    assert bob.current == SETS[0] and bob.done == 0 and bob.undo() is None
+    assert desk.done == 1
+
+
+def test_what_a_model_says_cannot_command_the_terminal(tmp_path):
+    said = ResponseSet([{"role": "user", "content": "\x1b[2J"}], ["\x1b]0;x\x07", "two\nlines"])
+    with RankingFile(tmp_path / "rankings.jsonl") as file:
+        shown = screen(Desk([said], file, "Ada", 0))
+    assert all(c.isprintable() or c == "\n" for c in shown) and "two\n      lines" in shown
+
+
+def test_more_responses_than_letters_are_refused(tmp_path):
+    many = ResponseSet(SETS[0].messages, [str(i) for i in range(10)])
+    with RankingFile(tmp_path / "r.jsonl") as file, pytest.raises(InputError, match="10 responses; 9"):
+        Desk([many], file, "Ada", 0)
+
+
+# ---- Simulated people
+
+WORLD = World(0)
+
+
+@pytest.fixture(scope="module")
+def world_sets():
+    """Sets as a model makes them: good and flawed replies of the world's people to like prompts."""
+    said: dict[str, list[str]] = {}
+    for conversation in WORLD.conversations("reward", 300):
+        said.setdefault(conversation.kind, []).append(conversation.messages[-1]["content"])
+    rng = random.Random(0)
+    return [
+        ResponseSet(p.messages, rng.sample(sorted(set(said[p.kind])), 4), p.kind, 0)
+        for p in WORLD.prompts("reward", n=60)
+    ]
+
+
+def simulate(sets, noise, seed=0, count=3):
+    people, found = simulated_annotators(count), find_prompts(sets)
+    return [
+        new_ranking(given_set, person.rank(world, prompt, given_set, noise, seed), person.name, seed)
+        for given_set, (world, prompt) in zip(sets, found, strict=True)
+        for person in people
+    ]
+
+
+def orders_of(rankings):
+    return [(ranking.annotator, ranking.ranking) for ranking in rankings]
+
+
+def test_the_same_seed_gives_the_same_rankings_and_another_seed_others(world_sets):
+    assert orders_of(simulate(world_sets[:20], 1)) == orders_of(simulate(world_sets[:20], 1))
+    assert orders_of(simulate(world_sets[:20], 1)) != orders_of(simulate(world_sets[:20], 1, seed=1))
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_without_noise_everybody_ranks_as_the_rubric_does(world_sets, noise):
+    for ranking, (_, prompt) in zip(
+        simulate(world_sets, noise), [f for f in find_prompts(world_sets) for _ in range(3)], strict=True
+    ):
+        utilities = [WORLD.score(prompt, text).utility for text in ranking.responses]
+        assert ranking.ranking == ranking_by(utilities, MARGIN)
+
+
+def test_more_noise_means_less_agreement(world_sets):
+    """The draws stay the same, only their scale grows; over 60 prompts and 3 annotators."""
+    rates = [agreement_report(simulate(world_sets, noise)).rows[0].rate for noise in (0, 0.3, 1, 3, 30)]
+    assert rates[0] == 1 and rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.6, "little but noise is left, and leanings that all share"
+
+
+def test_a_ranking_does_not_depend_on_the_order_of_the_responses_and_equal_ones_tie(world_sets):
+    person, (world, prompt) = simulated_annotators(1)[0], find_prompts(world_sets[:1])[0]
+    given_set = world_sets[0]
+    there = person.rank(world, prompt, given_set, 1, 0)
+    back = person.rank(world, prompt, ResponseSet(given_set.messages, given_set.responses[::-1]), 1, 0)
+    assert [sorted(3 - i for i in tied) for tied in back] == there
+    twins = ResponseSet(given_set.messages, [given_set.responses[0]] * 2)
+    assert person.rank(world, prompt, twins, 1, 0) == [[0, 1]]
+
+
+def test_two_annotators_rank_the_share_of_prompts_asked_for():
+    shares = list(share_out([str(i) for i in range(5000)], 5, 0.1, 0))
+    assert sum(len(share) == 2 for share in shares) == pytest.approx(500, abs=65)  # 3 standard deviations
+    assert all(len(set(share)) == len(share) for share in shares)
+    firsts = Counter(share[0] for share in shares)
+    assert len(firsts) == 5 and min(firsts.values()) > 880
+    assert all(len(share) == 1 for share in share_out(["a", "b"], 1, 1.0, 0)), "alone nobody is a second"
+    assert all(len(share) == 2 for share in share_out(["a", "b"], 2, 1.0, 0))
+
+
+def test_prompts_of_ones_own_have_no_rubric(world_sets):
+    with pytest.raises(InputError, match="prompt 2 is none of the little world's"):
+        find_prompts([world_sets[0], SETS[0]])
+
+
+# ---- A judge
+
+
+def tiny_judge(seed: int, chat: bool) -> Judge:
+    tokenizer = Tokenizer.train(["Which reply is better? The better reply is A"], 262)
+    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 512))
+    initialize(model, torch.Generator().manual_seed(seed))
+    return Judge(model, with_chat_template(tokenizer) if chat else tokenizer, "Better is shorter.")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_verdict_is_the_difference_of_the_letters_log_probabilities(chat):
+    judge = tiny_judge(0, chat)
+    questions = [judge.question(SETS[0].messages, first, "b") for first in ("a", "a much longer one")]
+    for question, margin in zip(questions, judge.margins(questions), strict=True):
+        logits = judge.model.logits(judge.model(torch.tensor([question]))[0, -1])
+        a, b = logits.log_softmax(0)[list(judge.letters)].tolist()
+        assert float(margin) == pytest.approx(a - b, abs=1e-5)  # float32, another batch
+    assert judge.tokenizer.decode(questions[0]).endswith("The better reply is ")
+    assert judge.tokenizer.decode(list(judge.letters)) == "AB"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_judges_ranking_does_not_depend_on_the_order_in_which_responses_are_listed(seed):
+    judge = tiny_judge(seed, True)
+    for given_set in SETS[:3]:
+        there = judge.rank(given_set)
+        back = judge.rank(ResponseSet(given_set.messages, given_set.responses[::-1]))
+        assert [sorted(3 - i for i in tied) for tied in back] == there
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=9))
+def test_a_verdict_that_goes_with_the_place_is_a_tie(margins):
+    found = verdicts(torch.tensor(margins).flatten())
+    for (as_a, as_b), verdict in zip(margins, found, strict=True):
+        wins = torch.tensor(as_a).sign().item(), -torch.tensor(as_b).sign().item()
+        assert verdict == (wins[0] if wins[0] == wins[1] else 0)
+    assert verdicts(torch.full((8,), 2.0)) == [0] * 4, "a judge that always says A"
+
+
+@given(st.permutations(range(5)))
+def test_a_judge_of_one_mind_ranks_as_it_judges(best_first):
+    pairs = list(combinations(range(5), 2))
+    wins = [1 if best_first.index(i) < best_first.index(j) else -1 for i, j in pairs]
+    assert ranking_by(copeland(5, pairs, wins)) == [[i] for i in best_first]
+
+
+def test_a_set_beyond_the_judges_context_is_not_ranked():
+    assert tiny_judge(0, True).rank(ResponseSet(SETS[0].messages, ["a" * 600, "b"])) is None
+
+
+def test_the_principles_are_a_text_of_ones_own(tmp_path):
+    assert "harm" in read_principles(DEFAULT_PRINCIPLES)
+    (tmp_path / "mine.txt").write_text(" \n")
+    with pytest.raises(InputError, match="holds no principles"):
+        read_principles(tmp_path / "mine.txt")
+    (tmp_path / "mine.txt").write_text("Shorter is better.\n")
+    assert read_principles(tmp_path / "mine.txt") == "Shorter is better."
+
+
+# ---- Published rankings
+
+HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: Yes",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: No"}  # fmt: skip
+
+
+def node(text, role="assistant", rank=None, replies=()):
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+
+def test_a_pair_of_transcripts_is_two_responses_to_what_they_have_in_common():
+    (ranking,) = comparisons_of(HH, "hh")
+    assert [message["content"] for message in ranking.messages] == ["Hi", "Hello", "And?"]
+    assert (ranking.responses, ranking.ranking, ranking.annotator) == (["Yes", "No"], [[0], [1]], "hh")
+
+
+def test_instructions_and_labelled_pairs_are_read():
+    record = {"instruction": "Add.", "input": "1 1", "output": "x", "chosen": "2", "rejected": "3"}
+    (ranking,) = comparisons_of(record, "a")
+    assert ranking.messages == [{"role": "user", "content": "Add.\n\n1 1"}]
+    assert ranking.pairs() == [(0, 1)] and ranking.responses == ["2", "3"]
+    for label, pairs in ((1, [(0, 1)]), ("2", [(1, 0)])):
+        record = {"input": "Who?", "output_1": "I", "output_2": "You", "label": label}
+        (ranking,) = comparisons_of(record, "a")
+        assert ranking.pairs() == pairs and ranking.messages[0]["content"] == "Who?"
+
+
+def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_rank():
+    deep = [node("d1", rank=1), node("d0", rank=0), node("d none")]
+    follow = node("And then?", "prompter", replies=deep)
+    tree = {"prompt": node("Why?", "prompter", replies=[
+        node("b", rank=2, replies=[follow]), node("a", rank=0), node("c", rank=2)])}  # fmt: skip
+    first, second = comparisons_of(tree, "trees")
+    assert (first.responses, first.ranking) == (["b", "a", "c"], [[1], [0, 2]])
+    assert [m["content"] for m in second.messages] == ["Why?", "b", "And then?"]
+    assert (second.responses, second.ranking) == (["d1", "d0"], [[1], [0]])
+
+
+REFUSED = {
+    "records that are no JSON objects": 3,
+    "records in no known format": {"title": "x"},
+    "comparisons of replies to different prompts": {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
+    "comparisons of replies to nothing": {"chosen": "Assistant: Yes", "rejected": "Assistant: No"},
+    "comparisons of equal responses": {**HH, "rejected": HH["chosen"]},
+    "comparisons of conversations with an empty message": {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "},
+    "records whose fields hold something else than their format has": {"prompt": "text"},
+    "records with no two ranked responses": {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_ranking_is_left_out_with_its_reason(reason):
+    assert list(comparisons_of(REFUSED[reason], "x")) == [reason]
+
+
+def test_what_is_left_out_is_counted_and_the_first_is_shown(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps(r) + "\n" for r in (HH, {"title": 1}, {**HH, "rejected": HH["chosen"]}))
+    )
+    (source,) = open_comparisons([f"friends={path}"])
+    assert len(source.rankings) == 1 and source.rankings[0].annotator == "friends"
+    assert source.skipped == {"records in no known format": 1, "comparisons of equal responses": 1}
+    assert source.first_skipped.startswith("line 2 of ")
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "left_out"),
+    [
+        ("preferences/hh_rlhf_harmless_test.jsonl.gz", 2308, 4),
+        ("preferences/llmbar_Natural.json", 100, 0),
+        ("preferences/llmbar_Adversarial_Manual.json", 46, 0),
+        ("preferences/llmbar_Adversarial_Neighbor.json", 134, 0),
+        ("instructions/instruction-data-with-preference.json", 1094, 6),
+        ("rankings/oasst_en_100_tree.jsonl", 212, 0),
+    ],
+)
+def test_published_files_are_read_whole(shared_data, name, read, left_out):
+    (source,) = open_comparisons([str(shared_data / name)])
+    assert (len(source.rankings), sum(source.skipped.values())) == (read, left_out)
+    assert all(isinstance(r, Ranking) and r.messages[-1]["role"] == "user" for r in source.rankings)
+    assert all(2 <= len(r.responses) <= 9 and r.pairs() for r in source.rankings)

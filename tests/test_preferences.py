@@ -1,0 +1,412 @@
+"""Rankings: as typed, on disk, the responses they are of, and how far they agree."""
+
+import json
+import random
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from minillm import responses
+from minillm.agreement import agreement_report, agreement_table, krippendorff_alpha
+from minillm.errors import InputError
+from minillm.generate import SamplingOptions
+from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.preferences import (
+    LETTERS,
+    JsonLines,
+    Ranking,
+    RankingFile,
+    ResponseSet,
+    format_ranking,
+    new_ranking,
+    parse_ranking,
+    ranking_by,
+    read_json_lines,
+    read_rankings,
+    read_responses,
+)
+from minillm.responses import ATTEMPTS, Question, Respondent, ResponseSampler, SamplingPlan
+from minillm.template import with_chat_template
+from minillm.tokenizer import Tokenizer
+
+TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
+
+NAMES = st.text(min_size=1, max_size=5).filter(str.strip)
+
+
+@st.composite
+def orders(draw, most=9):
+    """A ranking of 2 to `most` responses, ties sorted."""
+    count = draw(st.integers(2, most))
+    ranks = draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
+    return [[i for i in range(count) if ranks[i] == rank] for rank in sorted(set(ranks))]
+
+
+@st.composite
+def rankings(draw):
+    order = draw(orders())
+    count = sum(map(len, order))
+    texts = draw(st.lists(TEXTS, min_size=count, max_size=count))
+    given_set = ResponseSet([{"role": "user", "content": draw(TEXTS)}], texts, draw(st.none() | TEXTS))
+    return new_ranking(given_set, order, draw(NAMES), draw(st.integers(0, 2**63)))
+
+
+def ranking_of(order, annotator="Ada", question="Who?", texts=None) -> Ranking:
+    texts = texts or [f"response {i}" for i in range(sum(map(len, order)))]
+    return new_ranking(ResponseSet([{"role": "user", "content": question}], texts), order, annotator, 0)
+
+
+# ---- As typed
+
+
+@given(orders(), st.data())
+@example([[1], [0, 3], [2]], None)
+def test_a_typed_ranking_is_read_as_it_was_written_with_any_spaces_and_case(order, data):
+    typed = format_ranking(order)
+    if data:
+        spaces = st.sampled_from(["", " ", "\t", "   "])
+        typed = "".join(data.draw(spaces) + c + data.draw(spaces) for c in typed if c != " ")
+        typed = typed.lower() if data.draw(st.booleans()) else typed
+    assert parse_ranking(typed, sum(map(len, order))) == order
+
+
+def test_the_example_of_the_help_means_what_it_says():
+    assert parse_ranking("B > A = D > C", 4) == [[1], [0, 3], [2]]
+
+
+WRONG = st.sampled_from(["missing", "twice", "unknown", "empty group", "other sign"])
+
+
+@given(orders(), WRONG, st.randoms(use_true_random=False))
+def test_a_wrong_ranking_is_refused_in_one_line(order, fault, rng):
+    count = sum(map(len, order))
+    typed = format_ranking(order)
+    letter = rng.choice(LETTERS[:count])
+    wrong = {
+        "missing": " > ".join(part for part in format_ranking(order).replace("=", ">").split(" > ")
+                              if part != letter),
+        "twice": f"{typed} > {letter}",
+        "unknown": typed.replace(letter, rng.choice("XYZ1é")),
+        "empty group": f"{typed} >",
+        "other sign": typed.replace(" > ", " < ").replace(" = ", " , "),
+    }[fault]  # fmt: skip
+    with pytest.raises(InputError) as refusal:
+        parse_ranking(wrong, count)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+# ---- A ranking
+
+
+@given(rankings())
+def test_pairs_are_all_pairs_of_different_rank_better_first(ranking):
+    ranks = ranking.ranks()
+    assert all(ranks[better] < ranks[worse] for better, worse in ranking.pairs())
+    untied = sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
+    assert len(ranking.pairs()) == len(set(ranking.pairs())) == untied
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9), st.floats(0, 0.5))
+def test_ranking_by_value_puts_no_higher_value_behind_a_lower_one_and_ties_only_within_the_margin(
+    values, margin
+):
+    order = ranking_by(values, margin)
+    assert sorted(i for tied in order for i in tied) == list(range(len(values)))
+    for tied, worse in pairwise(order):
+        assert max(values[i] for i in tied) - max(values[i] for i in worse) > margin
+        assert min(values[i] for i in tied) >= max(values[i] for i in worse)
+    assert all(max(values[i] for i in t) - min(values[i] for i in t) <= margin for t in order)
+
+
+FAULTS = {
+    "an index is missing": {"ranking": [[0], [1]]},
+    "an index stands twice": {"ranking": [[0], [1], [1, 2]]},
+    "an index is out of range": {"ranking": [[0], [1], [3]]},
+    "an index is a boolean": {"ranking": [[0], [True], [2]]},
+    "a group is empty": {"ranking": [[0], [], [1, 2]]},
+    "the ranking is flat": {"ranking": [0, 1, 2]},
+    "a response is no text": {"responses": ["a", "b", None]},
+    "there is one response": {"responses": ["a"], "ranking": [[0]]},
+    "there are no messages": {"messages": []},
+    "a role is unknown": {"messages": [{"role": "robot", "content": "Hello"}]},
+    "the annotator is missing": {"annotator": None},
+    "the seed is a text": {"seed": "0"},
+    "the time is no time": {"time": "yesterday"},
+    "the kind is a number": {"kind": 3},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_line_that_is_no_ranking_is_refused_with_file_and_line(fault, tmp_path):
+    path = tmp_path / "rankings.jsonl"
+    good = vars(ranking_of([[0], [1, 2]]))
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps(good | FAULTS[fault]) + "\n")
+    with pytest.raises(InputError, match=r"rankings\.jsonl, line 3: "):
+        read_rankings(path)
+
+
+# ---- On disk
+
+
+@given(st.lists(rankings(), max_size=4))
+def test_a_file_gives_back_what_was_put_in_whatever_the_text(tmp_path_factory, made):
+    path = tmp_path_factory.mktemp("file") / "rankings.jsonl"
+    for ranking in made:
+        with RankingFile(path) as file:
+            file.append([ranking])
+    assert (read_rankings(path) if made else []) == made
+
+
+@given(st.lists(rankings(), min_size=1, max_size=3), st.data())
+def test_a_file_cut_at_any_byte_gives_back_all_whole_lines_and_goes_on(tmp_path_factory, made, data):
+    path = tmp_path_factory.mktemp("file") / "rankings.jsonl"
+    with RankingFile(path) as file:
+        file.append(made)
+    content = path.read_bytes()
+    cut = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:cut])
+    # A line is whole with its last bracket: its newline may be missing.
+    whole = sum(cut >= len(b"\n".join(content.split(b"\n")[: i + 1])) for i in range(len(made)))
+    assert read_rankings(path) == made[:whole]
+    with RankingFile(path) as file:
+        assert file.rankings == made[:whole]
+        torn = len(content[:cut].rpartition(b"\n")[2]) > 0 and content[cut : cut + 1] != b"\n"
+        assert bool(file.mended) == torn
+        file.append(made)
+    assert read_rankings(path) == made[:whole] + made
+    if torn:
+        assert Path(f"{path}.torn").read_bytes() == content[:cut].rpartition(b"\n")[2] + b"\n"
+
+
+def test_a_ranking_taken_back_no_longer_stands_and_the_others_do(tmp_path):
+    path = tmp_path / "rankings.jsonl"
+    ada, bob = ranking_of([[0], [1]]), ranking_of([[1], [0]], "Bob")
+    again = replace(ada, ranking=[[1], [0]])
+    with RankingFile(path) as file:
+        file.append([ada, bob, again])
+        before = path.read_bytes()
+        assert file.withdraw("Ada") == again
+        assert path.read_bytes().startswith(before), "the file only grows"
+        assert file.rankings == read_rankings(path) == [ada, bob]
+        assert file.withdraw("Ada") == ada
+        assert file.withdraw("Ada") is None
+    assert read_rankings(path) == [bob]
+
+
+def test_a_withdrawal_of_nothing_is_refused(tmp_path):
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps({"withdraws": "0", "annotator": "Ada"}) + "\n")
+    with pytest.raises(InputError, match="line 1: withdraws"):
+        read_rankings(path)
+
+
+def test_two_processes_never_write_to_one_file(tmp_path):
+    with JsonLines(tmp_path / "x.jsonl"), pytest.raises(InputError, match="another process"):
+        JsonLines(tmp_path / "x.jsonl")
+    JsonLines(tmp_path / "x.jsonl").file.close()
+
+
+def test_a_full_disk_is_one_line_and_the_next_opening_mends_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with JsonLines(path) as lines:
+        lines.append([{"a": 1}])
+        full = type("Full", (), {"write": lambda self, data: lines_file.write(data[:3])})()
+        lines_file, lines.file = lines.file, full
+        with pytest.raises(InputError, match="free some space"):
+            lines.append([{"b": 2}])
+        lines.file = lines_file
+    with JsonLines(path) as lines:
+        assert "line 2" in lines.mended
+        lines.append([{"c": 3}])
+    assert [record for _, record in read_json_lines(path, "")] == [{"a": 1}, {"c": 3}]
+
+
+def test_a_file_of_no_responses_or_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text("")
+    with pytest.raises(InputError, match="--stage sample"):
+        read_responses(path)
+    path.write_text('{"messages": [{"role": "user", "content": "Who?"}], "responses": ["a"]}\n')
+    with pytest.raises(InputError, match="line 1: it has 1 responses"):
+        read_responses(path)
+    path.write_text("[1]\n")
+    with pytest.raises(InputError, match="line 1: is no JSON object"):
+        read_responses(path)
+
+
+# ---- Sampling
+
+
+@pytest.fixture(scope="module")
+def respondent() -> Respondent:
+    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
+    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 64))
+    initialize(model, torch.Generator().manual_seed(0))
+    return Respondent("tiny", model, tokenizer)
+
+
+QUESTIONS = [Question([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
+PLAN = SamplingPlan(3, 0, SamplingOptions(6), 0)
+
+
+def all_records(respondents, plan, questions=QUESTIONS, done=0):
+    return [
+        record for block in ResponseSampler(respondents, questions, plan).records(done) for record in block
+    ]
+
+
+@pytest.mark.parametrize("done", range(8))
+def test_going_on_behind_any_prompt_gives_what_an_uninterrupted_run_gives(respondent, done, monkeypatch):
+    monkeypatch.setattr(responses, "ROWS", 9)  # three prompts in a block
+    whole = all_records([respondent], PLAN)
+    assert len(whole) == 7 and all_records([respondent], PLAN, done=done) == whole[done:]
+
+
+def test_a_response_can_be_made_again_from_its_recorded_draw(respondent):
+    record = all_records([respondent], PLAN)[4]
+    for text, draw in zip(record["responses"], record["draws"], strict=True):
+        prompt = [QUESTIONS[draw["prompt"]].messages]
+        assert next(respondent.replies(prompt, PLAN.sampling, [draw["seed"]])) == (text, draw["ended"])
+
+
+def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(respondent):
+    # Two tokens to choose from and one token of response: of three, two must be alike.
+    few = replace(PLAN, sampling=SamplingOptions(1, top_k=2))
+    for record in all_records([respondent], few):
+        different = len({text.strip() for text in record["responses"]})
+        assert record["note"] == f"{3 - different} of the responses repeat another after {ATTEMPTS} attempts"
+    # One pair of six tokens: an attempt or two suffices.
+    seeds = [draw["seed"] for record in all_records([respondent], PLAN) for draw in record["draws"]]
+    assert len(set(seeds)) == len(seeds)
+    pair = replace(PLAN, responses=2, sampling=SamplingOptions(1, top_k=4))
+    redrawn = all_records([respondent], pair)
+    assert all(len(set(record["responses"])) == 2 for record in redrawn if "note" not in record)
+    first = {responses.seed_of(0, i, 1, 0) for i in range(7)}
+    assert any(record["draws"][1]["seed"] not in first for record in redrawn), "some were drawn again"
+
+
+def test_distractors_answer_other_prompts_and_the_others_their_own(respondent):
+    for i, record in enumerate(all_records([respondent], replace(PLAN, distractors=2))):
+        own, *others = [draw["prompt"] for draw in record["draws"]]
+        assert own == i and i not in others and all(0 <= other < 7 for other in others)
+
+
+def test_models_are_dealt_equally_over_places(respondent):
+    other = Respondent("other", respondent.model, respondent.tokenizer)
+    records = all_records([respondent, other], replace(PLAN, responses=2), QUESTIONS[:6])
+    for place in range(2):
+        assert [r["draws"][place]["model"] for r in records].count("tiny") == 3
+    assert all({draw["model"] for draw in record["draws"]} == {"tiny", "other"} for record in records)
+
+
+# ---- Agreement
+
+
+def rankings_of_two(count=30, k=4, seed=0):
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        for annotator in ("Ada", "Bob"):
+            order = ranking_by([rng.randrange(5) for _ in range(k)])
+            made.append(ranking_of(order, annotator, f"{i}?"))
+    return made
+
+
+def relabelled(ranking: Ranking, rng: random.Random) -> Ranking:
+    """The same ranking with its responses listed in another order."""
+    new = list(range(len(ranking.responses)))
+    rng.shuffle(new)
+    texts = [ranking.responses[new.index(i)] for i in range(len(new))]
+    return replace(ranking, responses=texts, ranking=[sorted(new[i] for i in t) for t in ranking.ranking])
+
+
+@given(st.integers(0, 1000))
+def test_agreement_does_not_depend_on_how_responses_are_listed_nor_on_who_comes_first(seed):
+    made = rankings_of_two(6, seed=seed)
+    rng = random.Random(seed)
+    other = [relabelled(ranking, rng) for ranking in made]
+    swap = {"Ada": "Bob", "Bob": "Ada"}
+    swapped = [replace(ranking, annotator=swap[ranking.annotator]) for ranking in made]
+    assert agreement_report(made) == agreement_report(other) == agreement_report(swapped)
+    assert agreement_report(made[::-1]).rows[0].rate == agreement_report(made).rows[0].rate
+
+
+@given(st.lists(orders(), min_size=1, max_size=6))
+def test_an_annotator_agrees_with_themself(made):
+    ada = [ranking_of(order, "Ada", f"{i}?") for i, order in enumerate(made)]
+    report = agreement_report(ada + [replace(ranking, annotator="Ada again") for ranking in ada])
+    pairs = sum(len(ranking.pairs()) for ranking in ada)
+    row = report.rows[0]
+    assert row.pairs == pairs and row.pairs + row.ties == sum(
+        len(r.ranks()) * (len(r.ranks()) - 1) // 2 for r in ada
+    )
+    if pairs:
+        assert (row.rate, row.interval, report.alpha) == (1, (1, 1), 1)
+    else:
+        assert (row.rate, row.interval, report.alpha) == (None, None, None)
+
+
+def test_rankings_at_random_agree_on_half_and_have_an_alpha_of_nothing():
+    report = agreement_report(rankings_of_two(600))
+    low, high = report.rows[0].interval
+    assert low < 0.5 < high and high - low < 0.1
+    assert abs(report.alpha) < 0.06  # 3 standard deviations for 3,600 pairs, six to a prompt
+
+
+def test_agreement_counts_by_hand():
+    made = [ranking_of([[0], [1], [2]], "Ada"), ranking_of([[0], [2], [1]], "Bob"),
+            ranking_of([[0, 1], [2]], "Cid"), ranking_of([[0], [1], [2]], "Dan", "alone?")]  # fmt: skip
+    report = agreement_report(made)
+    rows = {row.annotators: (row.prompts, row.pairs, row.ties, row.rate) for row in report.rows}
+    assert rows == {
+        ("Ada", "Bob"): (1, 3, 0, 2 / 3),  # they differ on 1 and 2
+        ("Ada", "Cid"): (1, 2, 1, 1.0),
+        ("Bob", "Cid"): (1, 2, 1, 0.5),
+        ("all",): (3, 7, 2, 5 / 7),
+    }
+    table = agreement_table(report)
+    assert "Ada and Bob" in table and "66.7%" in table and "alpha" in table
+
+
+def test_the_later_of_two_rankings_of_a_set_by_one_annotator_counts():
+    ada, bob = ranking_of([[0], [1]], "Ada"), ranking_of([[0], [1]], "Bob")
+    assert agreement_report([replace(ada, ranking=[[1], [0]]), bob, ada]).rows[0].rate == 1
+
+
+def test_without_a_prompt_ranked_by_two_there_is_no_agreement_to_measure():
+    with pytest.raises(InputError, match="two annotators"):
+        agreement_report([ranking_of([[0], [1]]), ranking_of([[0], [1]], "Bob", "Else?")])
+
+
+def test_alpha_is_that_of_krippendorffs_own_example():
+    """Four observers of twelve units, Krippendorff 2011, section D: ordinal alpha 0.815."""
+    table = """1 2 3 3 2 1 4 1 2 * * *
+               1 2 3 3 2 2 4 1 2 5 * 3
+               * 3 3 3 2 3 4 2 2 5 1 *
+               1 2 3 3 2 4 4 1 2 5 1 *"""
+    units = zip(*(line.split() for line in table.splitlines()), strict=True)
+    assert krippendorff_alpha([[int(v) for v in unit if v != "*"] for unit in units]) == pytest.approx(
+        0.815, abs=5e-4
+    )
+
+
+def test_alpha_by_hand():
+    """Units (1,1), (1,1), (0,0), (0,1): o(0,1) = o(1,0) = 1, n(0) = 3, n(1) = 5, so with two values
+
+    alpha = 1 - (8 - 1) · 2 / (2 · 3 · 5) = 1 - 14/30, whatever δ².
+    """
+    assert krippendorff_alpha([[1, 1], [1, 1], [0, 0], [0, 1]]) == pytest.approx(1 - 14 / 30)
+    assert krippendorff_alpha([[1, 1], [1]]) is None
+
+
+@given(st.lists(st.lists(st.integers(-1, 1), min_size=1, max_size=4), min_size=1, max_size=12), st.randoms())
+def test_alpha_does_not_depend_on_the_order_of_units_or_annotators(units, rng):
+    mixed = [rng.sample(unit, len(unit)) for unit in rng.sample(units, len(units))]
+    alpha, other = krippendorff_alpha(units), krippendorff_alpha(mixed)
+    assert alpha == other or alpha == pytest.approx(other, abs=1e-12)  # a sum in another order
+    assert alpha is None or alpha <= 1

@@ -1,0 +1,343 @@
+"""Whole stages through the command line: sampled, killed, resumed, ranked at a terminal, refused."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, Killed, folder_bytes, refusal
+
+import rlhf
+from minillm import responses
+from minillm.huggingface import save_model
+from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.preferences import JsonLines, read_rankings, read_responses
+from minillm.template import with_chat_template
+from minillm.tokenizer import Tokenizer
+
+SMALL = "--prompts 23 --responses 3 --max-new-tokens 5 --precision float32".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A chat model that knows nothing."""
+    folder = tmp_path_factory.mktemp("model") / "sft"
+    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
+    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 160))
+    initialize(network, torch.Generator().manual_seed(0))
+    save_model(folder, network, tokenizer)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(responses, "ROWS", 12)  # four prompts of three responses
+
+
+def sample(model: Path, out: Path, *options: str) -> bytes:
+    rlhf.main(["--stage", "sample", "--models", str(model), "--out", str(out), *SMALL, *options])
+    return (out / "responses.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sampled(model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sampled") / "rlhf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses, "ROWS", 12)
+        sample(model, out)
+    return out
+
+
+@pytest.fixture
+def out(sampled, tmp_path) -> Path:
+    """A folder with responses to rank."""
+    folder = tmp_path / "rlhf"
+    folder.mkdir()
+    (folder / "responses.jsonl").write_bytes((sampled / "responses.jsonl").read_bytes())
+    return folder
+
+
+def rank(out: Path, *options: str) -> list[tuple]:
+    """The rankings after another go, without their time."""
+    rlhf.main(["--stage", "rank", "--out", str(out), "--precision", "float32", *options])
+    return [(r.annotator, r.messages, r.ranking) for r in read_rankings(out / "rankings.jsonl")]
+
+
+# ---- sample
+
+
+def test_sampling_writes_a_line_a_prompt_and_every_option(sampled):
+    sets = read_responses(sampled / "responses.jsonl")
+    assert len(sets) == 23 and all(len(s.responses) == 3 and s.kind and s.world == 0 for s in sets)
+    run = json.loads((sampled / "run.json").read_text())
+    assert run["options"]["temperature"] == 1 and run["options"]["stage"] == "sample"
+
+
+def test_killed_between_any_two_blocks_it_resumes_to_the_same_file_bit_for_bit(model, sampled, tmp_path):
+    out, whole = tmp_path / "rlhf", (sampled / "responses.jsonl").read_bytes()
+    append, calls = JsonLines.append, []
+
+    def append_or_die(self, records):
+        calls.append(1)
+        if len(calls) == 3:
+            self.file.write(b'{"messages": [{"ro')  # what a kill in the middle of a write leaves
+            raise Killed
+        append(self, records)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(JsonLines, "append", append_or_die)
+        sample(model, out)
+    assert whole.startswith((out / "responses.jsonl").read_bytes()[:-18])
+    assert sample(model, out, "--resume") == whole
+
+
+@pytest.mark.parametrize("share", [0.0, 0.31, 0.5, 0.77, 0.999])
+def test_cut_at_any_byte_it_resumes_to_the_same_file_bit_for_bit(model, sampled, tmp_path, share):
+    out, whole = tmp_path / "rlhf", (sampled / "responses.jsonl").read_bytes()
+    out.mkdir()
+    (out / "run.json").write_bytes((sampled / "run.json").read_bytes())
+    (out / "responses.jsonl").write_bytes(whole[: int(share * len(whole))])
+    rlhf.main(["--resume", "--out", str(out)])
+    assert (out / "responses.jsonl").read_bytes() == whole
+
+
+def test_a_killed_process_resumes_to_the_same_file_bit_for_bit(model, tmp_path):
+    whole = sample(model, tmp_path / "whole", "--prompts", "2000")
+    out = tmp_path / "killed"
+    words = ["--models", str(model), "--out", str(out), *SMALL, "--prompts", "2000"]
+    small = "import sys, rlhf; from minillm import responses; responses.ROWS = 12; rlhf.main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    path = out / "responses.jsonl"
+    while not path.exists() or path.stat().st_size < 20_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.stat().st_size < len(whole)
+    sample(model, out, "--prompts", "2000", "--resume")
+    assert path.read_bytes() == whole
+
+
+def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, capsys):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    data = tmp_path / "chats.jsonl"
+    records = [messages, messages[:2], [messages[1]], [{"role": "user", "content": "x" * 200}, messages[1]]]
+    data.write_text("".join(json.dumps({"messages": record}) + "\n" for record in records))
+    sample(model, tmp_path / "rlhf", "--data", str(data), "--distractors", "1")
+    assert [s.messages for s in read_responses(tmp_path / "rlhf" / "responses.jsonl")] == [
+        messages[:3], messages[:1],
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "1 replies to nothing" in printed and "1 prompts left out: too long" in printed
+    data.write_text(json.dumps({"messages": messages[:2]}) + "\n")
+    with pytest.raises(SystemExit):
+        rlhf.main(["--resume", "--out", str(tmp_path / "rlhf")])
+    assert "other prompts" in capsys.readouterr().err
+
+
+# ---- rank
+
+
+def test_simulated_annotators_rank_everything_once_and_some_prompts_twice(out):
+    made = rank(out, "--twice", "0.5")
+    assert 23 < len(made) < 46 and {json.dumps(m) for _, m, _ in made} == {
+        json.dumps(s.messages) for s in read_responses(out / "responses.jsonl")
+    }
+    assert rank(out, "--twice", "0.5") == made, "nothing is left to rank"
+    rlhf.main(["--stage", "agreement", "--out", str(out)])
+    report = json.loads((out / "agreement.json").read_text())
+    assert report["rows"][0]["annotators"] == ["all"] and report["rows"][0]["prompts"] == len(made) - 23
+
+
+def test_ranking_stopped_at_any_byte_goes_on_to_the_same_rankings(out):
+    made = rank(out)
+    path = out / "rankings.jsonl"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert rank(out) == made
+    assert (out / "rankings.jsonl.torn").exists()
+
+
+def test_rankings_of_other_settings_are_not_mixed_and_overwriting_keeps_the_old_ones(out, capfd):
+    made = rank(out)
+    words = ["--stage", "rank", "--out", str(out), "--noise", "2"]
+    assert "--noise 2.0: " in refusal(rlhf, words, capfd)
+    assert rank(out, "--noise", "2", "--overwrite") != made
+    kept = [(r.annotator, r.messages, r.ranking) for r in read_rankings(out / "rankings.jsonl.old")]
+    assert kept == made
+
+
+def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_their_names(
+    out, model, tmp_path, capsys
+):
+    (tmp_path / "short.txt").write_text("Short is better.")
+    judged = rank(
+        out, "--annotator", "model", "--judge", str(model), "--principles", str(tmp_path / "short.txt")
+    )
+    assert {name for name, _, _ in judged} == {f"model-{model}"} and judged
+    left_out = int(capsys.readouterr().out.split(" sets left out")[0].split()[-1]) if len(judged) < 23 else 0
+    assert len(judged) + left_out == 23
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"instruction": "Add 1 and 1.", "chosen": "2", "rejected": "3"}\n{"title": "none"}\n')
+    for _ in range(2):
+        both = rank(out, "--annotator", "file", "--data", str(pairs))
+        assert both == [*judged, ("pairs.jsonl", [{"role": "user", "content": "Add 1 and 1."}], [[0], [1]])]
+    assert "left out: 1 records in no known format" in capsys.readouterr().out
+
+
+class Terminal:
+    """A person at a pseudo-terminal, with rlhf.py on its other end."""
+
+    def __init__(self, out: Path) -> None:
+        master, slave = pty.openpty()
+        words = ["rlhf.py", "--stage", "rank", "--annotator", "person", "--name", "Ada", "--out", str(out)]
+        self.process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave
+        )
+        os.close(slave)
+        self.master, self.seen = master, ""
+        self.read_until("> ")
+
+    def read_until(self, end: str) -> str:
+        """What shows up to a prompt of the screen."""
+        shown = ""
+        while not shown.endswith(end):
+            shown += os.read(self.master, 1).decode(errors="replace")
+        return shown
+
+    def type(self, line: str) -> str:
+        os.write(self.master, line.encode() + b"\n")
+        return self.read_until("> ") if line != "q" else ""
+
+    def quit(self) -> None:
+        self.type("q")
+        try:
+            while os.read(self.master, 1024):
+                pass
+        except OSError:  # how Linux says that the other end is closed
+            pass
+        assert self.process.wait() == 0
+        os.close(self.master)
+
+
+def test_a_person_ranks_undoes_quits_and_goes_on_at_a_terminal(out):
+    def stored():
+        return [r.messages for r in read_rankings(out / "rankings.jsonl")]
+
+    asked = [s.messages for s in read_responses(out / "responses.jsonl")]
+    ada = Terminal(out)
+    # The echo of "A > B" ends like the prompt, so commands are typed without a space before their end.
+    assert "1 of 23 ranked" in ada.type("A>B>C")
+    assert stored() == asked[:1], "on the disk before the next set shows"
+    assert "2 of 23 ranked" in ada.type("b>A=c")
+    assert "not a ranking: D" not in (wrong := ada.type("A>B")) and "not a ranking: C missing" in wrong
+    assert stored() == asked[:2]
+    assert "1 of 23 ranked" in ada.type("u")
+    assert stored() == asked[:1]
+    ada.quit()
+    ada = Terminal(out)
+    assert "2 of 23 ranked, 0 skipped" in ada.type("C>B>A")
+    assert "2 of 23 ranked, 1 skipped" in ada.type("s")
+    ada.process.send_signal(signal.SIGKILL)
+    ada.process.wait()
+    assert stored() == asked[:2]
+    assert read_rankings(out / "rankings.jsonl")[0].annotator == "Ada"
+
+
+# ---- Bad input: one line, exit 2, nothing lost
+
+BAD_INPUT = {
+    "unknown stage": ("--stage dance", "stage"),
+    "unknown option": ("--stage sample --beam 3", "--beam"),
+    "one response": ("--stage sample --responses 1", "--responses"),
+    "ten responses": ("--stage sample --responses 10", "--responses"),
+    "only distractors": ("--stage sample --distractors 4", "--distractors"),
+    "a distractor without a second prompt": ("--stage sample --prompts 1 --distractors 1", "second prompt"),
+    "no prompts": ("--stage sample --prompts 0", "--prompts"),
+    "greedy": ("--stage sample --temperature 0", "--temperature"),
+    "nucleus of more than all": ("--stage sample --top-p 2", "top_p"),
+    "no room": ("--stage sample --max-new-tokens 160", "--max-new-tokens"),
+    "missing model": ("--stage sample --models nowhere", "nowhere"),
+    "no models": ("--stage sample --models", "--models"),
+    "missing data": ("--stage sample --data nowhere.jsonl", "nowhere.jsonl"),
+    "data without conversations": ("--stage sample --data {d}/fields.jsonl", "title"),
+    "weighted prompts": ("--stage sample --data {d}/chats.jsonl:2", "weight"),
+    "out holds something else": ("--stage sample --out {d}", "not a run"),
+    "out holds a run": ("--stage sample --out {s}", "--overwrite"),
+    "resume with other options": ("--stage sample --resume --out {s} --top-k 3", "--top-k"),
+    "resume of nothing": ("--stage sample --resume --out {d}", "no run to resume"),
+    "resume of a ranking": ("--stage rank --resume --out {s}", "--resume"),
+    "no responses to rank": ("--stage rank", "--stage sample"),
+    "unknown annotator": ("--stage rank --annotator oracle", "annotator"),
+    "no annotators": ("--stage rank --annotators 0", "--annotators"),
+    "negative noise": ("--stage rank --noise -1", "--noise"),
+    "share above 1": ("--stage rank --twice 1.5", "--twice"),
+    "responses that are none": ("--stage rank --out {b}", "line 1"),
+    "responses to prompts of ones own": ("--stage rank --out {o}", "little world"),
+    "no name": ("--stage rank --annotator person --name=", "--name"),
+    "no judge": ("--stage rank --annotator model --out {s}", "--judge"),
+    "missing judge": ("--stage rank --annotator model --judge nowhere --out {s}", "nowhere"),
+    "no principles": (
+        "--stage rank --annotator model --judge {m} --principles {d}/no.txt --out {s}",
+        "no.txt",
+    ),
+    "no file to read": ("--stage rank --annotator file", "--data"),
+    "a missing file of rankings": ("--stage rank --annotator file --data nowhere.jsonl", "nowhere.jsonl"),
+    "a file without a ranking": ("--stage rank --annotator file --data {d}/chats.jsonl", "no ranking"),
+    "a torn line of rankings": ("--stage rank --annotator file --data {d}/torn.jsonl", "line 2"),
+    "weighted rankings": ("--stage rank --annotator file --data {d}/torn.jsonl:3", "weight"),
+    "no rankings": ("--stage agreement", "--stage rank"),
+    "no overlap": ("--stage agreement --out {o}", "two annotators"),
+}
+
+
+def write_bad_files(folder: Path) -> None:
+    for name in ("data", "broken", "own"):
+        (folder / name).mkdir(parents=True)
+    said = [{"role": "user", "content": "Who?"}]
+    (folder / "data" / "fields.jsonl").write_text('{"title": "no conversation"}\n')
+    (folder / "data" / "chats.jsonl").write_text('{"question": "Who?", "answer": "I."}\n')
+    (folder / "data" / "torn.jsonl").write_text(
+        '{"instruction": "x", "chosen": "a", "rejected": "b"}\n{"inst'
+    )
+    (folder / "broken" / "responses.jsonl").write_text('{"messages": "Who?", "responses": ["a", "b"]}\n')
+    given = {"messages": said, "responses": ["a", "b"]}
+    (folder / "own" / "responses.jsonl").write_text(json.dumps(given) + "\n")
+    ranked = {"ranking": [[0], [1]], "annotator": "Ada", "seed": 0, "time": "2026-01-31T12:00:00"}
+    (folder / "own" / "rankings.jsonl").write_text(json.dumps(given | ranked) + "\n")
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(case, model, sampled, tmp_path, capfd):
+    write_bad_files(tmp_path)
+    before = folder_bytes(tmp_path), folder_bytes(sampled)
+    options, words = BAD_INPUT[case]
+    places = {
+        "d": tmp_path / "data",
+        "b": tmp_path / "broken",
+        "o": tmp_path / "own",
+        "s": sampled,
+        "m": model,
+    }
+    given = options.format(**places).split()
+    defaults = {"--models": str(model), "--out": str(tmp_path / "out")}
+    filled = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
+    if "--resume" in given:
+        filled = []
+    assert words in refusal(rlhf, [*given, *filled], capfd)
+    assert before == (folder_bytes(tmp_path), folder_bytes(sampled))
+
+
+def test_help_names_every_option_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        rlhf.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for name in rlhf.Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
