@@ -220,9 +220,7 @@ def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_to
 # After the loop
 
 
-def finish(
-    run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options
-) -> None:
+def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot, and on the little world what the rubric says."""
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:

@@ -300,9 +300,7 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 # After the loop
 
 
-def finish(
-    run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options
-) -> None:
+def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot and the samples."""
     state, metrics = run.state, run.metrics
     sources = mixture.report()

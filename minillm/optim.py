@@ -92,9 +92,7 @@ class Optimizers:
         return shapes
 
 
-def build_optimizers(
-    model: LanguageModel | ScalarModel, rates: Rates, optimizer: str = "muon"
-) -> Optimizers:
+def build_optimizers(model: LanguageModel | ScalarModel, rates: Rates, optimizer: str = "muon") -> Optimizers:
     """Every parameter of the model in exactly one group. `optimizer` is "muon" or "adamw"."""
     matrices, embeddings, norms = [], [], []
     for name, parameter in model.named_parameters():
