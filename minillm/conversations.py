@@ -125,7 +125,7 @@ def _read(files: Sequence[str], errors: Errors, skipped: _Skipped) -> Iterator[C
     """One pass over the conversations of `files`; puts into `skipped` what it leaves out."""
     for file in files:
         found, first = False, None
-        for place, record in _records(file, errors, skipped.counts):
+        for place, record in records(file, errors, skipped.counts):
             for result in conversations_of(record):
                 if isinstance(result, str):
                     skipped.counts[result] += 1
@@ -147,7 +147,7 @@ def _fields(record: Any) -> str:
     return f"its fields: {', '.join(record) or 'none'}"
 
 
-def _records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
+def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place in it."""
     with reading(path) as file:
         # No line of a known format begins with a bracket, but every array does.
