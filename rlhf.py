@@ -26,7 +26,7 @@ from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
 from minillm.options import TrainingOptions, parse_options
 from minillm.preferences import Ranking, read_rankings
-from minillm.report import Worth, judge, report_card, report_text, world_worth, write_report
+from minillm.report import judge, report_card, report_text, unknown_worth, world_worth, write_report
 from minillm.reward import (
     EncodedRanking,
     RankingStream,
@@ -41,7 +41,7 @@ from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
-from minillm.world import World
+from minillm.world import KINDS, World
 
 DEMONSTRATIONS = 512  # that score 0 on average
 
@@ -61,11 +61,11 @@ class Options(TrainingOptions):
 
     epochs: int = 1
     """Passes over the rankings; more than one soon learns them by heart."""
-    batch_rankings: int = 32
+    batch_rankings: int = 16
     """Rankings in a step, over all processes, each with all of its responses."""
-    matrix_rate: float = 1e-3
+    matrix_rate: float = 2e-3
     """Learning rate of the block matrices, by AdamW."""
-    embedding_rate: float = 1e-3
+    embedding_rate: float = 6e-3
     """Learning rate of the embedding and the scalar head."""
     val_fraction: float = 0.1
     """Share of the prompts held out, for validation and the report."""
@@ -95,6 +95,8 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     model, tokenizer = start_reward_model(run, options)
     template = ChatTemplate(tokenizer)
     encoded, skipped = encode_rankings(rankings, template, model.config.max_position_embeddings)
+    if not encoded:
+        raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
     training, held_out = split_by_prompt(encoded, options.val_fraction)
     stream, steps = RankingStream(training, options.seed), steps_of(training, options, runtime)
     rates = Rates(
@@ -172,12 +174,12 @@ def finish_reward_model(
     options: Options,
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
-    world = World(options.seed)
-    worth = world_worth(world)
-    center(model, demonstrations(training, world, worth, template))
+    rankings = [one.ranking for one in (*training, *held_out)]
+    world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
+    worth = world_worth(world) if world else unknown_worth
+    center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
-    rankings = [one.ranking for one in (*training, *held_out)]
     card = report_card(model, template, judged, rankings, worth)
     write_report(run.folder, card, judged)
     plot_loss(run.folder, "loss", "nats per ranking")
@@ -190,12 +192,11 @@ def finish_reward_model(
 
 
 def demonstrations(
-    training: Sequence[EncodedRanking], world: World, worth: Worth, template: ChatTemplate
+    training: Sequence[EncodedRanking], world: World | None, template: ChatTemplate
 ) -> list[list[int]]:
     """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
     the best response of each ranking."""
-    ranking = training[0].ranking
-    if worth(ranking, ranking.responses[0]) is None:
+    if world is None:
         return [one.rows[one.ranking.ranking[0][0]] for one in training[:DEMONSTRATIONS]]
     shown = [conversation.messages for conversation in world.conversations("train", DEMONSTRATIONS)]
     return [encode_response(template, messages[:-1], messages[-1]["content"]) for messages in shown]

@@ -234,7 +234,10 @@ class Probe:
 def probes(rankings: Sequence[Ranking], worth: Worth) -> dict[str, list[Probe]]:
     """For every trick one probe to a prompt; none where the trick leaves the answer as it is, or where
     it is truly worth no less."""
-    first = list({prompt_key(ranking): ranking for ranking in reversed(rankings)}.values())
+    of_prompt: dict[str, Ranking] = {}
+    for ranking in rankings:
+        of_prompt.setdefault(prompt_key(ranking), ranking)
+    first = list(of_prompt.values())
     honest = [_honest(ranking, worth) for ranking in first]
     return {
         name: [
@@ -345,8 +348,8 @@ def report_text(card: dict[str, Any]) -> str:
         f"accuracy       {_percent(accuracy['value'])} of pairs in the annotator's order "
         f"(95%: {_percent(low)} to {_percent(high)})",
         (
-            f"ceiling        between {_percent(annotators['value'])}, the share of {annotators['count']} pairs "
-            f"on which two annotators agree, and {_percent(annotators['ceiling'])}"
+            f"ceiling        between {_percent(annotators['value'])} and {_percent(annotators['ceiling'])}, "
+            f"for two annotators agree on {_percent(annotators['value'])} of {annotators['count']} pairs"
             if annotators["count"]
             else "ceiling        unknown: no two annotators ranked the same responses"
         ),

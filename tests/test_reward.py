@@ -332,7 +332,9 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
     in_order = []
     for one in encoded:
         scores = score_rows(model, one.rows)
-        in_order += [(1 + np.sign(scores[better] - scores[worse])) / 2 for better, worse in one.ranking.pairs()]
+        in_order += [
+            (1 + np.sign(scores[better] - scores[worse])) / 2 for better, worse in one.ranking.pairs()
+        ]
     assert found.accuracy == pytest.approx(np.mean(in_order) if in_order else 0)
 
 
