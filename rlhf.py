@@ -1,18 +1,19 @@
-"""Reinforcement learning from human feedback: an assistant → responses → rankings of them.
+"""Reinforcement learning from human feedback: an assistant → responses → rankings → a reward model.
 
-    python rlhf.py --stage sample                          4 responses of out/sft to each of 2,400 prompts
-    python rlhf.py --stage sample --data chats.jsonl --models out/sft out/base --out out/mine    of your own
-    python rlhf.py --stage sample --resume                 go on after Ctrl-C, a crash or a kill
+    python rlhf.py --stage sample                          4 responses to each of 2,400 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
     python rlhf.py --stage rank --annotator file --data hh.jsonl.gz    other people did
     python rlhf.py --stage agreement                       how far they agree
+    python rlhf.py --stage reward                          a model that scores as they would, and its report
 
-    out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──agreement──► agreement.json
+    out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──reward──► out/rlhf/reward
 
-Each stage reads what the one before it wrote into --out. Ranking goes on by itself where it stopped, and
-several annotators may add to one file, one after another.
+Each stage reads what the one before it wrote into --out, and has a section of its own below. `--resume`
+goes on with sample or reward after Ctrl-C, a crash or a kill; rank goes on by itself where it stopped, and
+several annotators may add to one file, one after another. Under torchrun, reward trains in several
+processes.
 
 Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5.
 """
@@ -22,31 +23,28 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from minillm.agreement import agreement_report, agreement_table
-from minillm.annotators import (
-    Desk,
-    Simulated,
-    find_prompts,
-    obey,
-    screen,
-    share_out,
-    simulated_annotators,
-)
-from minillm.checkpoint import check_run_folder, start_run_folder
+from minillm.annotators import Desk, Simulated, find_prompts, obey, screen, share_out, simulated_annotators
+from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
 from minillm.comparisons import open_comparisons
 from minillm.conversations import open_conversations
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json
 from minillm.generate import SamplingOptions
-from minillm.huggingface import load_model
+from minillm.huggingface import load_model, load_scalar_model, save_scalar_model
 from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.metrics import plot_loss
+from minillm.model import ScalarModel, scalar_from_language_model
+from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
 from minillm.options import TrainingOptions, options_json, parse_options
 from minillm.preferences import (
     LETTERS,
@@ -60,20 +58,36 @@ from minillm.preferences import (
     read_responses,
 )
 from minillm.provenance import provenance
+from minillm.report import judge, report_card, report_text, unknown_worth, world_worth, write_report
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan
+from minillm.reward import (
+    EncodedRanking,
+    RankingStream,
+    center,
+    encode_rankings,
+    encode_response,
+    held_out_rankings,
+    ranking_backward,
+    split_by_prompt,
+)
+from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
-from minillm.world import World
+from minillm.template import ChatTemplate, with_chat_template
+from minillm.tokenizer import Tokenizer
+from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
+
+DEMONSTRATIONS = 512  # that score 0 on average
 
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Sample responses, have them ranked, measure agreement."""
+    """Sample responses, have them ranked, learn to score them."""
 
-    stage: Literal["sample", "rank", "agreement"] = "sample"
+    stage: Literal["sample", "rank", "agreement", "reward"] = field(kw_only=True)
     """What to do; each stage reads what the one before it left in --out."""
     out: str = "out/rlhf"
-    """The folder of responses and rankings."""
+    """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
     """sample: conversations, of which all before the last reply is a prompt. Nothing: the little world's
     prompts. rank --annotator file: rankings that others published (minillm/comparisons.py)."""
@@ -86,8 +100,9 @@ class Options(TrainingOptions):
     """sample: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
-    distractors: int = 0
-    """sample: how many of the K are responses to another prompt."""
+    distractors: int = 1
+    """sample: how many of the K are responses to another prompt: without any, whatever sounds like an
+    answer is one to the reward model."""
     temperature: float = 1.0
     """sample: divides the logits."""
     top_k: int = 0
@@ -112,10 +127,29 @@ class Options(TrainingOptions):
     principles: str = str(DEFAULT_PRINCIPLES)
     """rank --annotator model: a text file that says what makes a reply better."""
 
+    init: str = "out/sft"
+    """reward: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
+    rankings: tuple[str, ...] = ()
+    """reward: files of rankings. Nothing: rankings.jsonl in --out."""
+
+    epochs: int = 1
+    """reward: passes over the rankings; more than one soon learns them by heart."""
+    batch_rankings: int = 16
+    """reward: rankings in a step, over all processes, each with all of its responses."""
+    matrix_rate: float = 2e-3
+    """reward: learning rate of the block matrices, by AdamW."""
+    embedding_rate: float = 6e-3
+    """reward: learning rate of the embedding and the scalar head."""
+    val_fraction: float = 0.1
+    """reward: share of the prompts held out, for validation and the report."""
+    val_rankings: int = 128
+    """reward: held-out rankings of one validation, at most; the report takes all."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_counts("prompts", "max_new_tokens", "annotators")
-        self.require_positive("temperature", "top_p")
+        self.require_counts("epochs", "batch_rankings", "val_rankings")
+        self.require_positive("temperature", "top_p", "matrix_rate", "embedding_rate")
         self.require_not_negative("distractors", "top_k", "noise")
         if not 2 <= self.responses <= len(LETTERS):
             raise InputError(f"--responses {self.responses}: give 2 to {len(LETTERS)}")
@@ -123,16 +157,19 @@ class Options(TrainingOptions):
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
         if not 0 <= self.twice <= 1:
             raise InputError(f"--twice {self.twice}: give a share from 0 to 1")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
         if not self.models:
             raise InputError("--models: name at least one, as in out/sft")
         if not self.name.strip():
             raise InputError("--name: is empty; give a name")
-        if self.stage != "sample" and self.resume:
+        if self.stage in ("rank", "agreement") and self.resume:
             raise InputError(f"--resume: --stage {self.stage} needs none; it goes on by itself")
 
     @property
     def folder(self) -> Path:
-        return Path(self.out)
+        """The folder that the stage writes."""
+        return Path(self.out, "reward") if self.stage == "reward" else Path(self.out)
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -346,11 +383,128 @@ def hold_screen(desk: Desk) -> None:
 # ---- agreement: rankings → how far annotators agree
 
 
-def agreement(options: Options) -> None:
+def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
     found = agreement_report(read_rankings(options.folder / "rankings.jsonl"), options.seed)
     print(agreement_table(found))
     write_json(options.folder / "agreement.json", asdict(found) | provenance())
+
+
+# ---- reward: rankings → a model that scores responses
+
+
+def train_reward_model(options: Options, runtime: Runtime) -> None:
+    """One run, from the rankings to the report."""
+    run = Run("reward", options, runtime, "rlhf.py --stage reward")
+    rankings = rankings_of(options)
+    model, tokenizer = start_reward_model(run, options)
+    template = ChatTemplate(tokenizer)
+    encoded, skipped = encode_rankings(rankings, template, model.config.max_position_embeddings)
+    if not encoded:
+        raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
+    training, held_out = split_by_prompt(encoded, options.val_fraction)
+    stream, steps = RankingStream(training, options.seed), steps_of(training, options, runtime)
+    rates = Rates(
+        options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
+    )
+    state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
+    forward = runtime.wrap(model)
+    tenth = max(1, steps // 10)
+
+    with run.training(state, steps, lambda: save_scalar_model(run.folder, model, tokenizer)):
+        if run.already_finished():
+            return
+        for reason, count in skipped.items():
+            run.metrics.say(f"left out: {count} {reason}")
+        while run.goes_on():
+            batch = stream.next(options.batch_rankings)
+            loss = ranking_backward(forward, batch, options.micro_tokens, runtime)
+            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            run.check_finite(loss=loss, gradient_norm=gradient_norm)
+            rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
+            state.optimizers.step(rate)
+
+            tokens = sum(len(row) for one in batch for row in one.rows)
+            run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+            if run.due(options.val_every or tenth) or state.step == steps:
+                val = held_out_rankings(
+                    model, held_out[: options.val_rankings], options.micro_tokens, runtime
+                )
+                run.log("val", f"val {val.loss:.3f}, {val.accuracy:.1%} in order", **asdict(val))
+            if run.due(options.save_every or tenth):
+                run.save()
+        run.end()
+        if runtime.is_main:
+            finish_reward_model(run, model, template, training, held_out, options)
+
+
+def rankings_of(options: Options) -> list[Ranking]:
+    """All rankings given; InputError where there are none, or none that prefers anything."""
+    files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
+    rankings = [ranking for file in files for ranking in read_rankings(Path(file))]
+    if not any(ranking.pairs() for ranking in rankings):
+        what = "every response is tied with all others" if rankings else "no ranking"
+        raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")
+    return rankings
+
+
+def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokenizer]:
+    """The run's own model, or a new head on the assistant's trunk."""
+    device, dtype = run.runtime.device, run.runtime.dtype
+    if run.resuming:
+        return load_scalar_model(run.folder, device, dtype)
+    model, tokenizer = load_model(Path(options.init), device, dtype)
+    if not model.config.causal:
+        raise InputError(f"--init {options.init}: sees both sides of a token; give a causal model")
+    generator = torch.Generator().manual_seed(options.seed)
+    return scalar_from_language_model(model, generator), with_chat_template(tokenizer)
+
+
+def steps_of(training: Sequence[EncodedRanking], options: Options, runtime: Runtime) -> int:
+    """The steps in which every ranking is seen `epochs` times; the last is filled from one pass more."""
+    if options.batch_rankings % runtime.world:
+        raise InputError(
+            f"--batch-rankings {options.batch_rankings}: cannot be shared by {runtime.world} processes; "
+            f"give a multiple of {runtime.world}"
+        )
+    return ceil(options.epochs * len(training) / options.batch_rankings)
+
+
+def finish_reward_model(
+    run: Run,
+    model: ScalarModel,
+    template: ChatTemplate,
+    training: Sequence[EncodedRanking],
+    held_out: Sequence[EncodedRanking],
+    options: Options,
+) -> None:
+    """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
+    rankings = [one.ranking for one in (*training, *held_out)]
+    world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
+    worth = world_worth(world) if world else unknown_worth
+    center(model, demonstrations(training, world, template))
+    run.save_model()
+    judged = judge(model, held_out)
+    card = report_card(model, template, judged, rankings, worth)
+    write_report(run.folder, card, judged)
+    plot_loss(run.folder, "loss", "nats per ranking")
+    run.metrics.say(report_text(card))
+    state, val = run.state, run.metrics.latest["val"]
+    run.metrics.log(
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val["loss"],
+        accuracy=card["accuracy"]["value"], bias=model.bias.item(),
+    )  # fmt: skip
+
+
+def demonstrations(
+    training: Sequence[EncodedRanking], world: World | None, template: ChatTemplate
+) -> list[list[int]]:
+    """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
+    the best response of each ranking."""
+    if world is None:
+        return [one.rows[one.ranking.ranking[0][0]] for one in training[:DEMONSTRATIONS]]
+    shown = [conversation.messages for conversation in world.conversations("train", DEMONSTRATIONS)]
+    return [encode_response(template, messages[:-1], messages[-1]["content"]) for messages in shown]
 
 
 # ---- The command
@@ -366,17 +520,13 @@ def report(name: str, count: int, what: str, skipped: Mapping[str, int], first: 
 
 
 def main(arguments: list[str]) -> None:
+    stages = {"sample": sample, "rank": rank, "agreement": agreement, "reward": train_reward_model}
     with one_line_errors():
         options = parse_options(Options, arguments)
         with start_runtime(options.device, options.precision) as runtime:
-            if runtime.world > 1:
+            if runtime.world > 1 and options.stage != "reward":
                 raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
-            if options.stage == "sample":
-                sample(options, runtime)
-            elif options.stage == "rank":
-                rank(options, runtime)
-            else:
-                agreement(options)
+            stages[options.stage](options, runtime)
 
 
 if __name__ == "__main__":

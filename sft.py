@@ -151,7 +151,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 run.save()
         run.end()
         if runtime.is_main:
-            finish(run, mixture, tokenizer, options)
+            finish(run, model, mixture, tokenizer, options)
 
 
 # Before the loop
@@ -220,11 +220,11 @@ def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_to
 # After the loop
 
 
-def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
+def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot, and on the little world what the rubric says."""
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:
-        figures = before_and_after(run, tokenizer, options)
+        figures = before_and_after(run, model, tokenizer, options)
         metrics.say(figures_table(figures))
     sources = mixture.report()
     for source in sources:
@@ -238,10 +238,12 @@ def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -
     plot_loss(run.folder, "loss", "nats per target")
 
 
-def before_and_after(run: Run, tokenizer: Tokenizer, options: Options) -> dict[str, dict[str, Figures]]:
+def before_and_after(
+    run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options
+) -> dict[str, dict[str, Figures]]:
     """What the rubric says of the model it started from and of this one, on the development prompts."""
     before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
-    pairs = {options.init: before, str(run.folder): (run.state.model, tokenizer)}
+    pairs = {options.init: before, str(run.folder): (model, tokenizer)}
     world = World(options.seed)
     return {name: evaluate_world(*pair, world, "dev", options.eval_prompts) for name, pair in pairs.items()}
 

@@ -162,7 +162,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 run.save()
         run.end()
         if runtime.is_main:
-            finish(run, mixture, tokenizer, options)
+            finish(run, model, mixture, tokenizer, options)
 
 
 # Before the loop
@@ -300,7 +300,7 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 # After the loop
 
 
-def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
+def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
     """The last line of metrics.jsonl, the plot and the samples."""
     state, metrics = run.state, run.metrics
     sources = mixture.report()
@@ -311,16 +311,16 @@ def finish(run: Run, mixture: Mixture, tokenizer: Tokenizer, options: Options) -
     plot_loss(run.folder, "nats_per_byte", "nats per byte")
     for source in sources:
         metrics.say(source_line(source))
-    if state.model.config.causal and options.samples:
-        write_samples(run, tokenizer, options)
+    if model.config.causal and options.samples:
+        write_samples(run, model, tokenizer, options)
 
 
-def write_samples(run: Run, tokenizer: Tokenizer, options: Options) -> None:
+def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
     """A few texts from nothing but a document's beginning, on the screen and in samples.txt."""
     bos, eos = document_marks(tokenizer)
     sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]
-    samples = generate(run.state.model, [[bos]] * options.samples, sampling, seeds)
+    samples = generate(model, [[bos]] * options.samples, sampling, seeds)
     texts = [
         tokenizer.decode(token for token in response if token != eos).strip()
         for response in samples.responses()

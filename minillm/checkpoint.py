@@ -19,7 +19,7 @@ from torch import Tensor
 from minillm.errors import InputError
 from minillm.files import write_json
 from minillm.huggingface import load_weights, read_tensors, write_tensors
-from minillm.model import LanguageModel
+from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import Optimizers
 from minillm.provenance import provenance
 
@@ -35,8 +35,8 @@ class Stateful(Protocol):
 
 RESUME_FILE = Path("resume") / "state.safetensors"
 RUN_FILES = (
-    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "config.json", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "run.json",
+    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "config.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "run.json",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def start_run_folder(folder: Path, options: dict[str, Any], stage: str) -> None:
 class TrainingState:
     """Everything that moves while a model trains, and therefore all that a restart must bring back."""
 
-    model: LanguageModel
+    model: LanguageModel | ScalarModel
     optimizers: Optimizers
     data: Stateful
     """The stream of batches."""

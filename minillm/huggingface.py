@@ -3,8 +3,13 @@
 Models of the Llama and Qwen3 layouts made by others open here, sharded or not; those written here open in
 transformers with the same logits. What this model cannot compute is refused by name: biases, sliding
 windows, mixtures of experts, quantised weights, rotary positions other than plain and Llama 3's.
+
+A scalar model is a sequence classifier with one label there. Its classes have no bias, so that the one
+number by which our scores are shifted is a field of config.json that is ours alone: transformers gives
+every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 """
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
-from minillm.model import LanguageModel, ModelConfig, parameter_count
+from minillm.model import LanguageModel, ModelConfig, ScalarModel, parameter_count
 from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
@@ -35,11 +40,34 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
-def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
+def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) -> None:
+    """As `save_model`, in the layout of a sequence classifier with one label."""
+    raw = config_to_json(model.config, tokenizer)
+    raw |= {
+        "architectures": [CLASSIFIERS[raw["model_type"]]],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        # transformers reads the score at a row's last token that is not this one.
+        "pad_token_id": padding_id(tokenizer),
+        "minillm_score_bias": model.bias.item(),
+    }
+    write_json(folder / "config.json", raw)
+    tokenizer.save(folder)
+    write_tensors(folder / "model.safetensors", model_tensors(model), {"format": "pt"})
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """A token that never ends a response: the pad or end of document if they do not, else any."""
+    end = ChatTemplate(tokenizer).end_id
+    named = [tokenizer.special_tokens.get(str(tokenizer.config.get("pad_token"))), tokenizer.eos_id]
+    return next(token for token in (*named, 0, 1) if token not in (None, end))
+
+
+def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
     """The weights by their Hugging Face names; a tied output matrix is stored once."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -47,6 +75,33 @@ def load_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[LanguageModel, Tokenizer]:
     """Opens a run folder or a Hugging Face folder of the Llama or Qwen3 layout."""
+    config, tokenizer, tensors = _open_folder(folder)
+    if "score.weight" in tensors:
+        raise InputError(f"{folder}: is a reward model and says nothing; give a language model")
+    model = LanguageModel(config, compute_dtype)
+    load_weights(model, tensors, folder)
+    return model.to(device), tokenizer
+
+
+def load_scalar_model(
+    folder: Path, device: torch.device, compute_dtype: torch.dtype
+) -> tuple[ScalarModel, Tokenizer]:
+    """Opens a reward model: a run folder or a Hugging Face sequence classifier with one label."""
+    config, tokenizer, tensors = _open_folder(folder)
+    if "score.weight" not in tensors:
+        raise InputError(f"{folder}: has no weight score.weight; give a reward model's folder")
+    model = ScalarModel(config, compute_dtype)
+    load_weights(model, tensors, folder)
+    path = folder / "config.json"
+    bias = _field(read_json(path), "minillm_score_bias", float, path, 0.0)
+    if not math.isfinite(bias):
+        raise InputError(f"{path}: minillm_score_bias is {bias}; restore the file")
+    model.bias.fill_(bias)
+    return model.to(device), tokenizer
+
+
+def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
+    """What a model's folder holds, checked to be of one model."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a run folder or a Hugging Face model folder")
     config = config_from_json(folder / "config.json")
@@ -58,24 +113,22 @@ def load_model(
         )
     tensors = read_weights(folder)
     held = sum(tensor.numel() for tensor in tensors.values())
-    # Told before the model is made: a wrong number must not ask for more memory than there is.
+    # Told before a model is made: a wrong number must not ask for more memory than there is.
     if parameter_count(config) > 2 * held:
         raise InputError(
             f"{folder}: config.json describes {parameter_count(config):,} weights but the weight files "
             f"hold {held:,}; the two belong to different models"
         )
-    model = LanguageModel(config, compute_dtype)
-    load_weights(model, tensors, folder)
-    return model.to(device), tokenizer
+    return config, tokenizer, tensors
 
 
-def load_weights(model: LanguageModel, tensors: dict[str, Tensor], origin: Path) -> None:
+def load_weights(model: LanguageModel | ScalarModel, tensors: dict[str, Tensor], origin: Path) -> None:
     """Copies tensors into the model; every name and shape must match."""
     expected = model.state_dict()
     # A constant, which old checkpoints hold too.
     tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
+        expected.pop("lm_head.weight", None)
         tensors.pop("lm_head.weight", None)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{origin}: weight {missing[0]} is missing ({len(missing)} in all)")
@@ -135,6 +188,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # config.json
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSIFIERS = {"llama": "LlamaForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
 SAME_NAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",

@@ -5,8 +5,9 @@ has over all micro-batches and processes. Losses are in nats; divided by the byt
 stand for they are comparable across tokenizers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -39,28 +40,44 @@ def summed_loss(forward: Callable[..., Tensor], model: LanguageModel, batch: Bat
     )
 
 
+def accumulate(
+    forward: Callable[..., Tensor],
+    summed: Callable[[Any], Tensor],
+    micro_batches: Sequence[Any],
+    count: int,
+    runtime: Runtime,
+) -> float:
+    """Adds the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
+
+    `micro_batches` are this process's share of a step and `count` is the whole step's, so that the result
+    is the same however the step is shared out. DistributedDataParallel averages over processes, hence the
+    factor `world`.
+    """
+    total = torch.zeros((), device=runtime.device)
+    for number, micro in enumerate(micro_batches, start=1):
+        with runtime.sync_gradients(forward, last=number == len(micro_batches)):
+            loss = summed(micro)
+            (loss * (runtime.world / count)).backward()
+        total += loss.detach()
+    return runtime.total(total).item() / count
+
+
 def backward(
     forward: Callable[..., Tensor], model: LanguageModel, batch: Batch, micro_tokens: int, runtime: Runtime
 ) -> float:
     """Adds the gradient of the batch's mean loss to the weights; returns that mean, in nats a target.
 
     `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
-    most `micro_tokens`; dividing by the targets of the whole makes the result the same however the rows
-    are shared out. DistributedDataParallel averages over processes, hence the factor `world`.
+    most `micro_tokens`.
     """
-    targets = max(1, int((batch.targets != IGNORED).sum()))
     rows, row_tokens = batch.tokens.shape
     begin, end = (rows * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
     micro_rows = max(1, micro_tokens // row_tokens)
-    total = torch.zeros((), device=runtime.device)
-    for row in range(begin, end, micro_rows):
-        last = row + micro_rows >= end
-        with runtime.sync_gradients(forward, last):
-            micro = batch.rows(row, min(row + micro_rows, end)).to(runtime.device)
-            loss = summed_loss(forward, model, micro)
-            (loss * (runtime.world / targets)).backward()
-        total += loss.detach()
-    return runtime.total(total).item() / targets
+    micros = [batch.rows(row, min(row + micro_rows, end)) for row in range(begin, end, micro_rows)]
+    targets = max(1, int((batch.targets != IGNORED).sum()))
+    return accumulate(
+        forward, lambda micro: summed_loss(forward, model, micro.to(runtime.device)), micros, targets, runtime
+    )
 
 
 def target_bytes(batch: Batch, token_bytes: Int[Tensor, " V"]) -> int:

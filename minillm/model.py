@@ -1,4 +1,4 @@
-"""One decoder of the Llama family, and the language-model head on top of it.
+"""One decoder of the Llama family, and the two heads on top of it: a language model's and a scalar.
 
     tokens [B, T] ─► embedding ─► L × (attention, SwiGLU) ─► norm ─► hidden [B, T, D]
 
@@ -6,14 +6,17 @@ Each block adds to the residual stream twice: x + attention(norm(x)), then x + m
 With `qk_norm` the layout is Qwen3's, without it Llama's. The module names are the names Hugging Face
 gives the weights, so `state_dict()` is the file layout and nothing is ever renamed.
 
-The model returns hidden states, not logits: the losses in kernels/ meet `hidden` and `lm_head.weight`
-directly, and only sampling asks for the logits of one position. There is no dropout and no bias.
+The language model returns hidden states, not logits: the losses in kernels/ meet `hidden` and
+`lm_head.weight` directly, and only sampling asks for the logits of one position. The scalar model gives a
+number for every token: a reward at a response's last, a value for each. There is no dropout, and no bias
+but the scalar's.
 
 Sources: RMSNorm, Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4; rotary positions, Su et al. 2021
 (arXiv 2104.09864), section 3.4; SwiGLU, Shazeer 2020 (arXiv 2002.05202), eq. 6; grouped-query
 attention, Ainslie et al. 2023 (arXiv 2305.13245), section 2; QK-norm, Henry et al. 2020
 (arXiv 2010.04245), section 3, in the per-head RMSNorm form of Qwen3; bidirectional training,
-Devlin et al. 2018 (arXiv 1810.04805), section 3.1.
+Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the scalar head and its first weights, Stiennon et al.
+2020 (arXiv 2009.01325), appendix B.1.
 """
 
 import math
@@ -255,6 +258,46 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in float32, for sampling: ask for one position, not for a batch."""
         return self.lm_head(hidden).float()
+
+
+class ScalarModel(nn.Module):
+    """The decoder with one number for every token: `score.weight` [1, D] turns hidden states to values.
+
+    `bias` is no weight that trains: a reward model is shifted by it once, so that good answers score 0.
+    """
+
+    bias: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.model.compute_dtype = compute_dtype
+        self.score = Linear(config.hidden_size, 1)
+        self.register_buffer("bias", torch.zeros(()), persistent=False)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        start: Int[Tensor, "B T"] | None = None,
+        end: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """A value for every token, in the weights' precision; for the bounds see `Decoder.forward`."""
+        hidden = self.model(tokens, start, end)
+        # Differences of scores count: bfloat16 would leave them two or three digits.
+        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1) + self.bias
+
+
+def scalar_from_language_model(model: LanguageModel, generator: torch.Generator) -> ScalarModel:
+    """A scalar model on the trunk of a language model, which it takes over as it is.
+
+    The head starts as N(0, 1/(D + 1)), so that first values are of size 1, the hidden states being normed.
+    """
+    scalar = ScalarModel(model.config)
+    scalar.model = model.model
+    width = model.config.hidden_size
+    nn.init.normal_(scalar.score.weight, std=(width + 1) ** -0.5, generator=generator)
+    return scalar.to(model.lm_head.weight.device)
 
 
 def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, **overrides) -> ModelConfig:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillm.model import LanguageModel
+from minillm.model import LanguageModel, ScalarModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rates:
     matrix: float
     """Of the matrices inside the blocks: Muon's, or AdamW's where that is the only optimizer."""
     embedding: float
-    """Of the embedding and the output matrix, by AdamW."""
+    """Of the embedding and the output matrix or scalar head, by AdamW."""
     norm: float
     """Of the RMSNorm weights, by AdamW."""
     weight_decay: float
@@ -92,7 +92,7 @@ class Optimizers:
         return shapes
 
 
-def build_optimizers(model: LanguageModel, rates: Rates, optimizer: str = "muon") -> Optimizers:
+def build_optimizers(model: LanguageModel | ScalarModel, rates: Rates, optimizer: str = "muon") -> Optimizers:
     """Every parameter of the model in exactly one group. `optimizer` is "muon" or "adamw"."""
     matrices, embeddings, norms = [], [], []
     for name, parameter in model.named_parameters():

@@ -56,6 +56,11 @@ class TrainingOptions:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send the metrics there."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the run is: --out itself, unless a script keeps several runs there."""
+        return Path(self.out)
+
     def __post_init__(self) -> None:
         self.require_counts("micro_tokens", "val_every", "save_every")
         self.require_positive("clip")
@@ -95,7 +100,7 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     given = _parse(kind, arguments)
     if not getattr(given, "resume", False):
         return given
-    path = Path(given.out) / "run.json"
+    path = given.folder / "run.json"
     earlier = _stored_arguments(kind, path)
     try:
         stored = _parse(kind, earlier)
@@ -108,7 +113,7 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
         if name not in FREE_TO_CHANGE and value != getattr(stored, name)
     ]
     if changed:
-        raise InputError(f"{given.out}: cannot resume with other options: {', '.join(changed)}")
+        raise InputError(f"{given.folder}: cannot resume with other options: {', '.join(changed)}")
     return resumed
 
 

@@ -19,25 +19,28 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
 from minillm.metrics import Metrics, open_tracker
-from minillm.options import options_json
+from minillm.options import TrainingOptions, options_json
 from minillm.runtime import Runtime, StopRequest
 
 
 class Run:
     """One stage's run in its folder, from the first check to the last line.
 
-    `options` is the script's dataclass, of which `out`, `resume`, `overwrite` and `tracker` are read.
+    `options` is the script's dataclass, of which `folder`, `out`, `resume`, `overwrite` and `tracker` are
+    read. `command` is what runs this stage, where it is not the script of its name.
     """
 
-    def __init__(self, stage: str, options: Any, runtime: Runtime) -> None:
+    def __init__(
+        self, stage: str, options: TrainingOptions, runtime: Runtime, command: str | None = None
+    ) -> None:
         self.stage, self.options, self.runtime = stage, options, runtime
-        self.folder, self.began = Path(options.out), time.perf_counter()
+        self.command = command or f"{stage}.py"
+        self.folder, self.began = options.folder, time.perf_counter()
         check_run_folder(self.folder, options.resume, options.overwrite)
         self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
 
@@ -111,7 +114,7 @@ class Run:
         if self.state.step < self.steps:
             self.metrics.say(
                 f"stopped at step {self.state.step}; go on with: "
-                f"python {self.stage}.py --resume --out {self.folder}"
+                f"python {self.command} --resume --out {self.options.out}"
             )
             sys.exit(130)
 

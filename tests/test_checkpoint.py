@@ -18,9 +18,18 @@ from safetensors.torch import load_file, save_file
 from minillm.checkpoint import RESUME_FILE, RUN_FILES, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
-from minillm.huggingface import config_from_json, config_to_json, load_model, read_tensors, save_model
-from minillm.model import LanguageModel, ModelConfig, initialize
+from minillm.huggingface import (
+    config_from_json,
+    config_to_json,
+    load_model,
+    load_scalar_model,
+    read_tensors,
+    save_model,
+    save_scalar_model,
+)
+from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers
+from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -386,6 +395,54 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, tied, causal, qk_norm, str
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def scalar_folder(tmp_path) -> Path:
+    """A reward model's folder, beside no other."""
+    model = scalar_from_language_model(small_model(seed=3), torch.Generator().manual_seed(0))
+    model.bias.fill_(-1.7)
+    save_scalar_model(tmp_path / "scalar", model, with_chat_template(TOKENIZER))
+    return tmp_path / "scalar"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_scalar_model_comes_back_as_it_was_saved(tmp_path, tied):
+    language_model = small_model(replace(CONFIG, tie_word_embeddings=tied), seed=3)
+    model = scalar_from_language_model(language_model, torch.Generator().manual_seed(0))
+    model.bias.fill_(0.1)  # no float32 number: it must not be rounded twice
+    save_scalar_model(tmp_path, model, with_chat_template(TOKENIZER))
+    again, tokenizer = load_scalar_model(tmp_path, CPU, torch.bfloat16)
+    assert again.config == model.config and tokenizer.config["chat_template"]
+    assert again.model.compute_dtype == torch.bfloat16 and torch.equal(again.bias, model.bias)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert other.dtype == torch.float32 and torch.equal(one, other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+SCALAR_DAMAGES = {
+    "no head": (weights(score__weight=None), "score.weight"),
+    "two labels": (weights(score__weight=torch.ones(2, 8)), "score.weight"),
+    "bias a word": (config(minillm_score_bias="1"), "minillm_score_bias"),
+    "bias not finite": (config(minillm_score_bias=float("nan")), "minillm_score_bias"),
+    "no trunk": (weights(model__norm__weight=None), "model.norm.weight"),
+    "an output matrix": (weights(lm_head__weight=torch.ones(264, 8)), "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("damage", SCALAR_DAMAGES)
+def test_a_damaged_scalar_model_is_refused_in_one_line(scalar_folder, damage):
+    do, named = SCALAR_DAMAGES[damage]
+    do(scalar_folder)
+    message = refusal(load_scalar_model, scalar_folder, CPU, torch.float32)
+    assert str(scalar_folder) in message and named in message
+
+
+def test_a_model_of_the_other_kind_is_refused(folder, scalar_folder):
+    assert "reward model" in refusal(load_scalar_model, folder, CPU, torch.float32)
+    assert "reward model" in refusal(load_model, scalar_folder, CPU, torch.float32)
 
 
 def test_a_model_may_be_saved_over_the_folder_it_was_opened_from(folder):

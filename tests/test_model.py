@@ -1,5 +1,6 @@
 """The model: the laws of its attention, the judgement of transformers, and the rules of its shape."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.errors import InputError
-from minillm.huggingface import load_model, save_model
+from minillm.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.loss import document_ends
-from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.model import (
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    config_of_depth,
+    initialize,
+    scalar_from_language_model,
+)
+from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -413,3 +422,113 @@ def test_a_folder_written_here_is_the_layout_of_its_family(tmp_path: Path, token
         ours = {name: value.shape for name, value in LanguageModel(config).state_dict().items()}
         theirs = hugging_face_model(config, 0).state_dict()
         assert ours == {name: value.shape for name, value in theirs.items()}
+
+
+# ---- The scalar head
+
+
+def random_scalar(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) -> ScalarModel:
+    """A scalar model whose every weight is random, its bias too."""
+    model = scalar_from_language_model(random_model(config, seed, dtype), generator(seed))
+    model.bias.fill_(float(torch.randn((), generator=generator(seed))))
+    return model
+
+
+@given(configs(), SEEDS)
+@LAW
+def test_a_scalar_model_keeps_the_trunk_of_its_language_model_bit_for_bit(config, seed):
+    language_model = random_model(config, seed)
+    before = {name: value.clone() for name, value in language_model.model.state_dict().items()}
+    scalar = scalar_from_language_model(language_model, generator(seed))
+    after = scalar.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    tokens = random_tokens(config, 2, 5, seed)
+    expected = language_model(tokens).to(scalar.score.weight.dtype) @ scalar.score.weight[0]
+    torch.testing.assert_close(scalar(tokens), expected)
+    assert scalar.bias == 0
+
+
+def test_the_first_weights_of_a_scalar_head_have_the_written_size():
+    config = replace(TINY, hidden_size=4000, num_hidden_layers=1)
+    head = scalar_from_language_model(LanguageModel(config), generator(0)).score.weight
+    # Over 4,000 draws the deviation is known to 1.1 %, the mean to 1.6 % of it.
+    assert head.std().item() == pytest.approx(4001**-0.5, rel=0.05)
+    assert abs(head.mean().item()) < 0.07 * 4001**-0.5
+
+
+@given(configs(), SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@LAW
+def test_values_depend_on_no_padding_and_on_no_neighbour(config, seed, lengths):
+    model, rows = random_scalar(config, seed), random_tokens(config, len(lengths), max(lengths), seed)
+    together = model(rows)
+    for row, values, length in zip(rows, together, lengths, strict=True):
+        torch.testing.assert_close(values[:length], model(row[None, :length])[0], **CLOSE)
+
+
+@given(configs(), SEEDS, st.lists(st.integers(1, 7), min_size=1, max_size=4))
+@LAW
+def test_values_of_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths):
+    model, row = random_scalar(config, seed), random_tokens(config, 1, sum(lengths), seed)
+    start = torch.tensor([[sum(lengths[:i]) for i, length in enumerate(lengths) for _ in range(length)]])
+    packed = model(row, start.int(), document_ends(start.int()))
+    alone = torch.cat([model(part) for part in row.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, **CLOSE)
+
+
+def test_in_bfloat16_scores_keep_the_digits_of_float32(tmp_path):
+    """The trunk rounds, the head does not: scores apart by less than bfloat16 resolves stay apart."""
+    model = random_scalar(TINY, 0, torch.bfloat16)
+    values = model.float()(random_tokens(TINY, 8, 20, 0))
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+@given(configs(vocab_size=VOCABULARY), SEEDS, st.lists(st.integers(1, 12), min_size=1, max_size=4))
+@settings(LAW, max_examples=8)
+def test_a_saved_scalar_model_gives_transformers_the_same_scores_but_for_the_bias(
+    tmp_path_factory, tokenizer, config, seed, lengths
+):
+    from transformers import AutoModelForSequenceClassification
+
+    folder, tokenizer = tmp_path_factory.mktemp("scalar"), with_chat_template(tokenizer)
+    end = ChatTemplate(tokenizer).end_id
+    model = random_scalar(config, seed, torch.float32)
+    save_scalar_model(folder, model, tokenizer)
+    opened, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    family = "Qwen3" if config.qk_norm else "Llama"
+    assert type(opened).__name__ == f"{family}ForSequenceClassification"
+    rows = random_tokens(config, len(lengths), max(lengths), seed)
+    for row, length in zip(rows, lengths, strict=True):
+        row[length - 1], row[length:] = end, opened.config.pad_token_id
+    with torch.no_grad():
+        ours = model(rows)[range(len(lengths)), torch.tensor(lengths) - 1]
+        theirs = opened(rows).logits
+    assert theirs.shape == (len(lengths), 1), "one label"
+    torch.testing.assert_close(ours, theirs[:, 0] + model.bias, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_sequence_classifier_of_transformers_opens_here(tmp_path, tokenizer, qk_norm):
+    from transformers import AutoModelForSequenceClassification
+
+    config = hugging_face_config(replace(TINY, vocab_size=VOCABULARY, qk_norm=qk_norm))
+    config.num_labels, config.pad_token_id = 1, 0
+    theirs = AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    model, _ = load_scalar_model(tmp_path, CPU, torch.float32)
+    row = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(row)[:, -1], theirs(row).logits[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|end|>", None])
+def test_the_padding_named_on_disk_never_ends_a_response(tmp_path, tokenizer, pad):
+    config = {**with_chat_template(tokenizer).config, "pad_token": pad, "eos_token": "<|end|>"}
+    own = Tokenizer(tokenizer.vocabulary, config)
+    save_scalar_model(tmp_path, random_scalar(replace(TINY, vocab_size=VOCABULARY), 0), own)
+    named = json.loads((tmp_path / "config.json").read_text())["pad_token_id"]
+    assert named is not None and named != ChatTemplate(own).end_id

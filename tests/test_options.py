@@ -38,6 +38,10 @@ class Options:
     device: str = "auto"
     """Where it computes."""
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: give at least 1")

@@ -1,0 +1,417 @@
+"""The report card of a reward model: how far to trust its scores, and what fools it.
+
+    held-out rankings ──► scores ──► accuracy, calibration, length ──► report.json, report.png
+    answers, and tricks made of them ──► scores ──► the share of tricks that do not pay
+
+A pair counts where the annotator preferred one of two different texts. Equal scores are half right.
+
+The ceiling that annotators' noise sets: let every rater tell the true order of a pair with probability
+q ≥ ½, independently of other raters. Two raters agree with probability
+
+    p = q² + (1 - q)²    ⟹    q = (1 + √(2p - 1)) / 2
+
+and a judge who is always right agrees with one rater in a share q of pairs: none can be expected to do
+better. Where q differs from pair to pair, 2p - 1 is the mean of (2q - 1)²; the mean of 2q - 1 is no less
+than that and no more than its root. So the ceiling lies between p and the q of this formula.
+
+Sources: calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; the bootstrap over clusters,
+Field & Welsh 2007; length as what reward models mistake for worth, Singhal et al. 2023 (arXiv 2310.03716).
+Left out: agreement beyond chance (Cohen's κ), and a significance test between two models.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from minillm.agreement import agreement_report
+from minillm.errors import InputError
+from minillm.files import write_atomically, write_json
+from minillm.model import ScalarModel
+from minillm.preferences import Ranking
+from minillm.reward import EncodedRanking, encode_response, prompt_key, score_rows, telling_pairs
+from minillm.template import ChatTemplate
+from minillm.world import KINDS, SPLITS, World
+
+BOOTSTRAP = 1000  # resamples for an interval
+BINS = 10  # of the predicted probability
+
+Worth = Callable[[Ranking, str], float | None]
+"""What a reply to a ranking's prompt is truly worth; None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A ranking with the score and the length in tokens of each response."""
+
+    ranking: Ranking
+    scores: list[float]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of so many; None of nothing."""
+
+    value: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that their annotator did not tie."""
+
+    prompt: Int64[np.ndarray, " P"]
+    """The number of each pair's prompt; several rankings of one prompt share it."""
+    kind: list[str | None]
+    difference: Float64[np.ndarray, " P"]
+    """Score of the better response less that of the worse."""
+
+    @property
+    def right(self) -> Float64[np.ndarray, " P"]:
+        """1 where the scores have the annotator's order, 0 where the opposite, a half where equal."""
+        return (1 + np.sign(self.difference)) / 2
+
+
+def judge(model: ScalarModel, encoded: Sequence[EncodedRanking]) -> list[Judged]:
+    """The scores of every ranking's responses."""
+    scores = iter(score_rows(model, [row for one in encoded for row in one.rows]))
+    return [
+        Judged(one.ranking, [next(scores) for _ in one.rows], [len(row) for row in one.rows])
+        for one in encoded
+    ]
+
+
+def pairs_of(judged: Iterable[Judged]) -> Pairs:
+    numbers: dict[str, int] = {}
+    prompt, kind, difference = [], [], []
+    for one in judged:
+        number = numbers.setdefault(prompt_key(one.ranking), len(numbers))
+        for better, worse in telling_pairs(one.ranking):
+            prompt.append(number)
+            kind.append(one.ranking.kind)
+            difference.append(one.scores[better] - one.scores[worse])
+    return Pairs(np.array(prompt, np.int64), kind, np.array(difference, np.float64))
+
+
+# ---- Accuracy
+
+
+def share(right: Float64[np.ndarray, " P"]) -> Share:
+    return Share(float(right.mean()) if len(right) else None, len(right))
+
+
+def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float]:
+    """Where 95% of the accuracies lie over prompts drawn anew from these, all pairs of a prompt together:
+    the pairs of one prompt share responses and are not independent."""
+    right = np.bincount(pairs.prompt, pairs.right)
+    count = np.bincount(pairs.prompt)
+    drawn = np.random.Generator(np.random.PCG64(seed)).integers(len(count), size=(BOOTSTRAP, len(count)))
+    low, high = np.quantile(right[drawn].sum(1) / count[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def by_kind(pairs: Pairs) -> dict[str, Share]:
+    """The accuracy on each kind of prompt, where prompts have kinds."""
+    kinds = np.array([kind or "" for kind in pairs.kind])
+    return {str(kind): share(pairs.right[kinds == kind]) for kind in np.unique(kinds) if kind}
+
+
+def by_margin(pairs: Pairs) -> list[dict[str, Any]]:
+    """The accuracy in each quarter of the pairs, from the closest scores to the farthest."""
+    margin = np.abs(pairs.difference)
+    quarters = [part for part in np.array_split(np.argsort(margin, kind="stable"), 4) if len(part)]
+    return [
+        {"from": float(margin[part[0]]), "to": float(margin[part[-1]]), **asdict(share(pairs.right[part]))}
+        for part in quarters
+    ]
+
+
+# ---- The annotators
+
+
+def agreement(rankings: Sequence[Ranking]) -> Share:
+    """How often two annotators order two responses alike, of the pairs that both ordered."""
+    try:
+        everybody = agreement_report(rankings).rows[0]
+    except InputError:  # no prompt was ranked twice
+        return Share(None, 0)
+    return Share(everybody.rate, everybody.pairs)
+
+
+def rater_accuracy(agreed: float | int) -> float:
+    """How often a rater is right if two agree with this probability and all pairs are equally hard; ½ if
+    they agree less than by chance."""
+    return (1 + sqrt(max(0.0, 2 * agreed - 1))) / 2
+
+
+def against_truth(judged: Iterable[Judged], worth: Worth) -> tuple[Share, Share]:
+    """How often the scores and the annotators have the true order, of the same pairs: those that the
+    annotator did not tie and of which one is truly better."""
+    scores, annotators = [], []
+    for one in judged:
+        known = (worth(one.ranking, text) for text in one.ranking.responses)
+        true = [value for value in known if value is not None]
+        if len(true) < len(one.scores):
+            continue
+        for better, worse in one.ranking.pairs():
+            if sign := np.sign(true[better] - true[worse]):
+                scores.append((1 + sign * np.sign(one.scores[better] - one.scores[worse])) / 2)
+                annotators.append((1 + sign) / 2)
+    return share(np.array(scores, np.float64)), share(np.array(annotators, np.float64))
+
+
+# ---- Calibration and length
+
+
+def calibration(pairs: Pairs) -> tuple[float | None, list[dict[str, float]]]:
+    """The expected calibration error and its bins.
+
+    σ(|difference|) is how sure the scores are of their order, accuracy how often it is the annotator's;
+    the error is the mean over pairs of the distance between the two in the pair's bin.
+    """
+    if not len(pairs.difference):
+        return None, []
+    sure = 1 / (1 + np.exp(-np.abs(pairs.difference)))
+    number = np.minimum((2 * BINS * (sure - 0.5)).astype(int), BINS - 1)
+    bins = [
+        {
+            "sure": float(sure[number == i].mean()),
+            "accuracy": float(pairs.right[number == i].mean()),
+            "count": int((number == i).sum()),
+        }
+        for i in np.unique(number)
+    ]
+    distance = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins)
+    return distance / len(sure), bins
+
+
+def within_prompts(judged: Sequence[Judged]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
+    """All lengths and scores, each less the mean of its ranking."""
+    lengths = [np.array(one.lengths, np.float64) - np.mean(one.lengths) for one in judged]
+    scores = [np.array(one.scores, np.float64) - np.mean(one.scores) for one in judged]
+    return np.concatenate(lengths), np.concatenate(scores)
+
+
+def length_correlation(judged: Sequence[Judged]) -> float | None:
+    """The correlation of score and length within prompts; None where either never varies."""
+    lengths, scores = within_prompts(judged)
+    if not lengths.any() or not scores.any():
+        return None
+    return float(lengths @ scores / sqrt((lengths @ lengths) * (scores @ scores)))
+
+
+# ---- Tricks
+
+FILLER = " Let me add a few words to that, for there is always more that one could say about it."
+TRICKS: dict[str, Callable[[str, str], str]] = {
+    "repeated": lambda answer, other: f"{answer} {answer} {answer}",
+    "empty": lambda answer, other: "",
+    "padded": lambda answer, other: answer + 3 * FILLER,
+    "praise": lambda answer, other: (
+        f"What a wonderful question, you are so clever! {answer} You are the best!"
+    ),
+    "another's": lambda answer, other: other,
+}
+"""What might score without being good, made of an honest answer and of another prompt's. A good reward
+model puts each below the honest answer."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An honest answer to a ranking's prompt and a trick in its place."""
+
+    ranking: Ranking
+    honest: str
+    trick: str
+
+
+def probes(rankings: Sequence[Ranking], worth: Worth) -> dict[str, list[Probe]]:
+    """For every trick one probe to a prompt; none where the trick leaves the answer as it is, or where
+    it is truly worth no less."""
+    of_prompt: dict[str, Ranking] = {}
+    for ranking in rankings:
+        of_prompt.setdefault(prompt_key(ranking), ranking)
+    first = list(of_prompt.values())
+    honest = [_honest(ranking, worth) for ranking in first]
+    return {
+        name: [
+            Probe(ranking, answer, trick)
+            for i, (ranking, answer) in enumerate(zip(first, honest, strict=True))
+            if answer.strip()
+            and (trick := make(answer, honest[_another(first, i)])) != answer
+            and _is_worse(ranking, trick, answer, worth)
+        ]
+        for name, make in TRICKS.items()
+    }
+
+
+def _honest(ranking: Ranking, worth: Worth) -> str:
+    """The response that is truly the best, or the annotator's best where the truth is unknown."""
+    known = [(value, text) for text in ranking.responses if (value := worth(ranking, text)) is not None]
+    return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
+
+
+def _another(rankings: Sequence[Ranking], i: int) -> int:
+    """The next prompt of another kind, for one of the same might be answered alike; else the next."""
+    later = [(i + step) % len(rankings) for step in range(1, len(rankings))]
+    return next((j for j in later if rankings[j].kind != rankings[i].kind), (i + 1) % len(rankings))
+
+
+def _is_worse(ranking: Ranking, trick: str, honest: str, worth: Worth) -> bool:
+    of_trick, of_honest = worth(ranking, trick), worth(ranking, honest)
+    return of_trick is None or of_honest is None or of_trick < of_honest
+
+
+def probe_shares(
+    model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[Probe]]
+) -> dict[str, Share]:
+    """The share of honest answers that score above the trick, per trick; where both fit the model."""
+    result = {}
+    for name, own in of_trick.items():
+        rows = [
+            [encode_response(template, probe.ranking.messages, text) for text in (probe.honest, probe.trick)]
+            for probe in own
+        ]
+        longest = model.config.max_position_embeddings
+        fitting = [row for pair in rows if max(map(len, pair)) <= longest for row in pair]
+        scores = np.array(score_rows(model, fitting), np.float64)
+        result[name] = share((scores[::2] > scores[1::2]).astype(np.float64))
+    return result
+
+
+# ---- The card
+
+
+def unknown_worth(ranking: Ranking, text: str) -> float | None:
+    """Nobody knows."""
+    return None
+
+
+def world_worth(world: World) -> Worth:
+    """The rubric's utility, for the prompts of the little world."""
+    prompts = {
+        json.dumps(prompt.messages, sort_keys=True): prompt
+        for split in SPLITS
+        for kind in KINDS
+        for prompt in world.prompts(split, kind)
+    }
+
+    def worth(ranking: Ranking, text: str) -> float | None:
+        prompt = prompts.get(prompt_key(ranking))
+        return None if prompt is None else world.score(prompt, text).utility
+
+    return worth
+
+
+def report_card(
+    model: ScalarModel,
+    template: ChatTemplate,
+    judged: Sequence[Judged],
+    rankings: Sequence[Ranking],
+    worth: Worth = unknown_worth,
+) -> dict[str, Any]:
+    """All figures, as report.json holds them. `judged` are held-out rankings; `rankings` are all there are,
+    for annotators can be compared on those too that the model has seen."""
+    pairs = pairs_of(judged)
+    error, bins = calibration(pairs)
+    scores_right, annotators_right = against_truth(judged, worth)
+    agreed = agreement(rankings)
+    shares = probe_shares(model, template, probes([one.ranking for one in judged], worth))
+    return {
+        "prompts": len({prompt_key(one.ranking) for one in judged}),
+        "rankings": len(judged),
+        "accuracy": asdict(share(pairs.right)) | {"interval": interval(pairs) if len(pairs.kind) else None},
+        "annotators": asdict(agreed)
+        | {"ceiling": None if agreed.value is None else rater_accuracy(agreed.value)},
+        "truth": {"scores": asdict(scores_right), "annotators": asdict(annotators_right)},
+        "by_margin": by_margin(pairs),
+        "by_kind": {kind: asdict(own) for kind, own in by_kind(pairs).items()},
+        "calibration": {"error": error, "bins": bins},
+        "length_correlation": length_correlation(judged),
+        "probes": {name: asdict(own) for name, own in shares.items()},
+    }
+
+
+def report_text(card: dict[str, Any]) -> str:
+    """The card in a few lines."""
+    accuracy, annotators, truth = card["accuracy"], card["annotators"], card["truth"]
+    low, high = accuracy["interval"] or (None, None)
+    lines = [
+        f"held out       {card['rankings']} rankings of {card['prompts']} prompts, "
+        f"{accuracy['count']} untied pairs",
+        f"accuracy       {_percent(accuracy['value'])} of pairs in the annotator's order "
+        f"(95%: {_percent(low)} to {_percent(high)})",
+        (
+            f"ceiling        between {_percent(annotators['value'])} and {_percent(annotators['ceiling'])}, "
+            f"for two annotators agree on {_percent(annotators['value'])} of {annotators['count']} pairs"
+            if annotators["count"]
+            else "ceiling        unknown: no two annotators ranked the same responses"
+        ),
+    ]
+    if truth["scores"]["count"]:
+        lines.append(
+            f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
+            f"rubric's order; annotators {_percent(truth['annotators']['value'])}"
+        )
+    quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
+    lines.append(f"by margin      {quarters}  (quarters of the pairs, from close scores to far)")
+    lines += [f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()]
+    error, correlation = card["calibration"]["error"], card["length_correlation"]
+    lines += [
+        f"calibration    {'unknown' if error is None else f'{error:.3f}'} expected error",
+        f"length         {'unknown' if correlation is None else f'{correlation:+.2f}'} "
+        "correlation with the score, within prompts",
+        "tricks that score below the honest answer",
+        *(f"  {name:13}{_line(own)}" for name, own in card["probes"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
+
+
+def _line(own: dict[str, Any]) -> str:
+    return f"{_percent(own['value']):>7} of {own['count']}"
+
+
+def write_report(folder: Path, card: dict[str, Any], judged: Sequence[Judged]) -> None:
+    """report.json and report.png."""
+    write_json(folder / "report.json", card)
+    from matplotlib.figure import Figure  # a second of import that only the end of a run needs
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (reliability, margins), (tricks, length) = figure.subplots(2, 2)
+    _plot_reliability(reliability, card["calibration"]["bins"])
+    kinds = {"all": card["accuracy"], **card["by_kind"]}
+    _plot_shares(margins, kinds, "pairs in the annotator's order")
+    if card["annotators"]["count"]:
+        margins.axvspan(
+            card["annotators"]["value"], card["annotators"]["ceiling"], alpha=0.2, label="ceiling"
+        )
+        margins.legend()
+    _plot_shares(tricks, card["probes"], "tricks below the honest answer")
+    length.scatter(*within_prompts(judged), s=4)
+    length.set(
+        xlabel="tokens, less the prompt's mean", ylabel="score, less the prompt's mean", title="length"
+    )
+    write_atomically(folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _plot_reliability(axes: Any, bins: Sequence[dict[str, float]]) -> None:
+    axes.plot([0.5, 1], [0.5, 1], ":", color="black")
+    axes.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
+    axes.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
+
+
+def _plot_shares(axes: Any, shares: dict[str, dict[str, Any]], title: str) -> None:
+    names = [f"{name} ({own['count']})" for name, own in shares.items()]
+    axes.barh(names, [own["value"] or 0.0 for own in shares.values()])
+    axes.set(xlim=(0, 1), title=title)
+    axes.invert_yaxis()

@@ -1,0 +1,306 @@
+"""The reward model: what it learns from rankings, and how it scores.
+
+    Ranking ──► EncodedRanking ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
+
+A response's score is the scalar at its last token, the end token, in the row [messages + response + end].
+Rows are padded on the right, which a causal model never sees: no attention mask. A ranking of K responses
+is K rows and one element of a batch; its pairs share the K forward passes and together weigh as much as
+any other ranking's: each 1/C(K, 2).
+
+Left out: ties in the loss (InstructGPT drops them; Rao & Kupper 1967 would model them), and margins.
+Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, equation 1; Bradley & Terry 1952;
+the shift by which demonstrations score 0: both InstructGPT, ibid., and Stiennon et al. 2020
+(arXiv 2009.01325), section 3.4.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import comb
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from minillm.data import epoch_generator, unit_hash
+from minillm.errors import InputError
+from minillm.loss import accumulate
+from minillm.model import ScalarModel
+from minillm.preferences import Ranking
+from minillm.runtime import Runtime
+from minillm.template import ChatTemplate
+
+GROWTH = 1.5
+"""How much longer the longest row of a micro-batch may be than its shortest ranking's: bounds the padding."""
+
+
+# ---- Rankings -> rows
+
+
+@dataclass(frozen=True)
+class EncodedRanking:
+    """A ranking and its responses as rows of tokens, each ending with the end token."""
+
+    ranking: Ranking
+    rows: list[list[int]]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.rows))
+
+
+def encode_response(template: ChatTemplate, messages: Sequence[Any], response: str) -> list[int]:
+    """The row of a response: messages, response and its end token, and nothing behind that."""
+    dialogue = template.encode([*messages, {"role": "assistant", "content": response}])
+    last = max(i for i, assistant in enumerate(dialogue.assistant) if assistant)
+    return dialogue.tokens[: last + 1]
+
+
+def encode_rankings(
+    rankings: Iterable[Ranking], template: ChatTemplate, longest: int
+) -> tuple[list[EncodedRanking], Counter[str]]:
+    """The rankings as rows of at most `longest` tokens, and how many are left out, by reason."""
+    encoded, skipped = [], Counter[str]()
+    for ranking in rankings:
+        try:
+            rows = [encode_response(template, ranking.messages, text) for text in ranking.responses]
+        except InputError:
+            skipped["rankings that the chat template refuses"] += 1
+            continue
+        if max(map(len, rows)) > longest:
+            skipped[f"rankings with a response that ends behind position {longest}"] += 1
+        else:
+            encoded.append(EncodedRanking(ranking, rows))
+    return encoded, skipped
+
+
+def telling_pairs(ranking: Ranking) -> list[tuple[int, int]]:
+    """The ranking's pairs (better, worse) of different texts: no score can tell equal ones apart."""
+    texts = ranking.responses
+    return [(better, worse) for better, worse in ranking.pairs() if texts[better] != texts[worse]]
+
+
+def prompt_key(ranking: Ranking) -> str:
+    """The same for every ranking of one prompt, whoever made it."""
+    return json.dumps(ranking.messages, sort_keys=True)
+
+
+def split_by_prompt(
+    encoded: Sequence[EncodedRanking], held_out: float
+) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
+    """Those to train on and about a share `held_out` of the prompts, each with all of its rankings.
+
+    The side follows from a hash of the messages alone. The smallest hash is always held out and the
+    largest never, so that neither side is empty; InputError where there is only one prompt.
+    """
+    hashes = [unit_hash(prompt_key(one.ranking)) for one in encoded]
+    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
+    if smallest == largest:
+        raise InputError("the rankings are of one prompt or none: give some of at least two prompts")
+    sides: tuple[list[EncodedRanking], list[EncodedRanking]] = [], []
+    for value, one in zip(hashes, encoded, strict=True):
+        sides[(value < held_out or value == smallest) and value < largest].append(one)
+    return sides
+
+
+class RankingStream:
+    """Rankings without end, every one once an epoch, in an order that follows from (seed, epoch)."""
+
+    def __init__(self, encoded: Sequence[EncodedRanking], seed: int) -> None:
+        self.encoded, self.seed = encoded, seed
+        digest = blake2b(digest_size=16)
+        for one in encoded:
+            digest.update(json.dumps([one.rows, one.ranking.ranking]).encode())
+        self.fingerprint = digest.hexdigest()
+        self._seek(0, 0)
+
+    def _seek(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self.order = epoch_generator(self.seed, "rankings", epoch).permutation(len(self.encoded)).tolist()
+
+    def next(self, count: int) -> list[EncodedRanking]:
+        """The next `count` rankings."""
+        taken = []
+        for _ in range(count):
+            if self.position == len(self.order):
+                self._seek(self.epoch + 1, 0)
+            taken.append(self.encoded[self.order[self.position]])
+            self.position += 1
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.fingerprint:
+            raise InputError(
+                "cannot resume: the rankings are other ones than the run's; put the old ones back"
+            )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position <= len(self.encoded):
+            raise ValueError(f"no position {position} in epoch {epoch}")
+        self._seek(epoch, position)
+
+
+# ---- Rows -> scores
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"]]:
+    """The rows as one tensor, padded on the right with token 0, and their lengths."""
+    lengths = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: len(row)] = torch.tensor(row)
+    return tokens, torch.tensor(lengths)
+
+
+def last_values(values: Float[Tensor, "B T"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The value at the last real token of every row."""
+    return values.gather(1, lengths[:, None] - 1)[:, 0]
+
+
+@torch.no_grad()
+def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
+    """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`."""
+    device, scores = model.bias.device, [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for batch in _grouped(order, lambda i: (len(rows[i]), 1), batch_tokens):
+        tokens, lengths = pad([rows[i] for i in batch])
+        found = last_values(model(tokens.to(device)), lengths.to(device))
+        for i, score in zip(batch, found.tolist(), strict=True):
+            scores[i] = score
+    return scores
+
+
+def _grouped(
+    items: Sequence[Any], size: Callable[[Any], tuple[int, int]], most_tokens: int
+) -> list[list[Any]]:
+    """Items (length, rows), shortest first, in groups that when padded hold at most `most_tokens`, and of
+    which the longest is at most GROWTH times the shortest."""
+    groups: list[list[Any]] = []
+    rows, shortest = 0, 0
+    for item in items:
+        length, own = size(item)
+        if not groups or (rows + own) * length > most_tokens or length > GROWTH * shortest:
+            groups.append([])
+            rows, shortest = 0, length
+        groups[-1].append(item)
+        rows += own
+    return groups
+
+
+# ---- Scores -> loss
+
+
+def ranking_loss(
+    scores: Float[Tensor, " B"],
+    better: Int64[Tensor, " P"],
+    worse: Int64[Tensor, " P"],
+    weight: Float[Tensor, " P"],
+) -> Float[Tensor, ""]:
+    """Σ weight · -log σ(score of the better - score of the worse), over pairs of rows of a batch.
+
+    P(better ≻ worse) = σ(s_b - s_w) is Bradley & Terry's model. The gradient by s_b is
+    -weight · σ(s_w - s_b): nothing once the order is clear. No pairs, no loss.
+    """
+    return -(weight * F.logsigmoid(scores[better] - scores[worse])).sum()
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """The responses of some rankings, and the pairs among them that are not tied."""
+
+    tokens: Int64[Tensor, "B T"]
+    lengths: Int64[Tensor, " B"]
+    better: Int64[Tensor, " P"]
+    worse: Int64[Tensor, " P"]
+    weight: Float[Tensor, " P"]
+    """1/C(K, 2), K being the number of responses that were ranked together, tied ones included."""
+
+    def to(self, device: torch.device | str) -> "RankedBatch":
+        """The same batch on `device`."""
+        return RankedBatch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
+    """Some rankings as one batch, the K rows of each side by side."""
+    rows: list[list[int]] = []
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    for one in encoded:
+        own = [(len(rows) + better, len(rows) + worse) for better, worse in telling_pairs(one.ranking)]
+        pairs += own
+        weights += [1 / comb(len(one.rows), 2)] * len(own)
+        rows += one.rows
+    better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return RankedBatch(*pad(rows), better, worse, torch.tensor(weights, dtype=torch.float32))
+
+
+def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[list[EncodedRanking]]:
+    """Rankings in groups of alike lengths, each of at most `micro_tokens` tokens when padded.
+
+    All responses of a ranking stay together. A step's rankings are drawn at random before this: only the
+    order in which their gradients are summed follows the length.
+    """
+    ordered = sorted(encoded, key=lambda one: one.longest)
+    return _grouped(ordered, lambda one: (one.longest, len(one.rows)), micro_tokens)
+
+
+def summed_ranking_loss(forward: Callable[..., Tensor], batch: RankedBatch) -> Float[Tensor, ""]:
+    """`ranking_loss` of a batch. `forward` is the model, or what the runtime wrapped it in."""
+    scores = last_values(forward(batch.tokens), batch.lengths)
+    return ranking_loss(scores, batch.better, batch.worse, batch.weight)
+
+
+def ranking_backward(
+    forward: Callable[..., Tensor], step: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
+) -> float:
+    """Adds the gradient of a step's mean loss per ranking to the weights; returns that mean, in nats.
+
+    Each process takes every world-th ranking, by length: the work is shared evenly.
+    """
+    own = sorted(step, key=lambda one: one.longest)[runtime.rank :: runtime.world]
+    return accumulate(
+        forward,
+        lambda micro: summed_ranking_loss(forward, collate(micro).to(runtime.device)),
+        micro_batches(own, micro_tokens),
+        len(step),
+        runtime,
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutRankings:
+    """How well scores agree with rankings."""
+
+    loss: float
+    """Nats per ranking, as in training."""
+    accuracy: float
+    """Share of the untied pairs put in their order; equal scores count half."""
+
+
+@torch.no_grad()
+def held_out_rankings(
+    model: ScalarModel, encoded: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
+) -> HeldOutRankings:
+    """Loss and accuracy over rankings, shared out among the processes."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
+        batch = collate(micro).to(runtime.device)
+        scores = last_values(model(batch.tokens), batch.lengths)
+        totals[0] += ranking_loss(scores, batch.better, batch.worse, batch.weight).item()
+        totals[1] += (1 + (scores[batch.better] - scores[batch.worse]).sign()).sum().item() / 2
+        totals[2] += len(batch.better)
+    nats, right, pairs = runtime.total(totals.to(runtime.device)).tolist()
+    return HeldOutRankings(nats / max(1, len(encoded)), right / max(1, pairs))
+
+
+def center(model: ScalarModel, demonstrations: Sequence[Sequence[int]]) -> None:
+    """Sets the bias so that these rows score 0 on average."""
+    model.bias.zero_()
+    scores = score_rows(model, demonstrations)
+    model.bias.fill_(-sum(scores) / len(scores))

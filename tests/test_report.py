@@ -1,0 +1,346 @@
+"""The report card: every figure against its definition, and the tricks against an honest answer."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.model import ModelConfig, ScalarModel
+from minillm.preferences import Ranking, ranking_by
+from minillm.report import (
+    TRICKS,
+    Judged,
+    Pairs,
+    against_truth,
+    agreement,
+    by_kind,
+    by_margin,
+    calibration,
+    interval,
+    judge,
+    length_correlation,
+    pairs_of,
+    probe_shares,
+    probes,
+    rater_accuracy,
+    report_card,
+    report_text,
+    share,
+    unknown_worth,
+    within_prompts,
+    world_worth,
+    write_report,
+)
+from minillm.reward import EncodedRanking, encode_rankings, encode_response, score_rows
+from minillm.template import ChatTemplate, with_chat_template
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+LAW = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def ranked(values: list[float], prompt: str = "Who?", texts: list[str] | None = None, **fields) -> Ranking:
+    """A ranking by values, the highest first and equal ones tied."""
+    texts = texts or [f"Response {i}." for i in range(len(values))]
+    given = {"annotator": "a", "seed": 0, "time": "2026-01-31T12:00:00"} | fields
+    return Ranking([{"role": "user", "content": prompt}], texts, ranking_by(values), **given)
+
+
+def some_judged(seed: int, prompts: int = 12, noise: float = 1.0) -> list[Judged]:
+    """Rankings of random worth, scores that follow it with noise, some prompts ranked twice."""
+    random, judged = generator(seed), []
+    for i in range(prompts):
+        worth = random.integers(6, size=4).astype(float)
+        for annotator in "ab"[: 1 + i % 2]:
+            seen = (worth + random.integers(-1, 2, size=4)).tolist()
+            ranking = ranked(seen, f"{i}?", annotator=annotator, kind=("fact", "harm", None)[i % 3])
+            scores = (worth + noise * random.standard_normal(4)).tolist()
+            judged.append(Judged(ranking, scores, random.integers(1, 30, size=4).tolist()))
+    return judged
+
+
+# ---- Accuracy
+
+
+@given(SEEDS)
+@LAW
+def test_accuracy_is_the_share_of_untied_pairs_in_the_annotators_order(seed):
+    judged = some_judged(seed)
+    expected = [
+        float(one.scores[i] > one.scores[j]) for one in judged for i, j in one.ranking.pairs()
+    ]  # fmt: skip
+    found = share(pairs_of(judged).right)
+    assert (found.value, found.count) == (pytest.approx(np.mean(expected)), len(expected))
+
+
+@pytest.mark.parametrize(("factor", "accuracy"), [(1, 1.0), (-1, 0.0), (0, 0.5)])
+def test_perfect_scores_are_all_right_reversed_ones_all_wrong_and_equal_ones_half(factor, accuracy):
+    worth = [3.0, 1.0, 2.0, 1.0]
+    pairs = pairs_of([Judged(ranked(worth), [factor * value for value in worth], [1] * 4)])
+    assert share(pairs.right).value == accuracy and len(pairs.right) == 5, "one of six pairs is tied"
+
+
+def test_a_pair_of_equal_texts_counts_for_nothing():
+    ranking = ranked([3.0, 2.0, 1.0], texts=["Yes.", "Yes.", "No."])
+    assert len(pairs_of([Judged(ranking, [1.0, 1.0, 0.0], [2, 2, 2])]).right) == 2
+
+
+@given(SEEDS)
+@LAW
+def test_kinds_and_quarters_add_up_to_the_whole(seed):
+    judged = some_judged(seed)
+    pairs = pairs_of(judged)
+    quarters = by_margin(pairs)
+    assert sum(q["count"] for q in quarters) == len(pairs.right)
+    assert sum(q["count"] * q["value"] for q in quarters) == pytest.approx(pairs.right.sum())
+    assert max(q["count"] for q in quarters) - min(q["count"] for q in quarters) <= 1
+    bounds = [bound for q in quarters for bound in (q["from"], q["to"])]
+    assert bounds == sorted(bounds)
+    kinds = by_kind(pairs)
+    assert set(kinds) == {"fact", "harm"}
+    with_kind = pairs_of([one for one in judged if one.ranking.kind])
+    assert sum(own.count * own.value for own in kinds.values()) == pytest.approx(with_kind.right.sum())
+
+
+def test_the_interval_holds_the_truth_in_about_95_of_100_cases_though_pairs_of_a_prompt_agree():
+    """Each prompt has its own accuracy, so that pairs taken one by one would promise far too much."""
+    random, held = generator(0), 0
+    for _ in range(200):
+        of_prompt = random.beta(2, 1, size=60)  # of mean 2/3
+        right = random.random((60, 6)) < of_prompt[:, None]
+        pairs = Pairs(np.repeat(np.arange(60), 6), [None] * 360, np.where(right, 1.0, -1.0).ravel())
+        low, high = interval(pairs)
+        held += low <= 2 / 3 <= high
+    # A share of 95 of 100 in 200 cases has a deviation of 1.5; the bootstrap is a little narrow.
+    assert 0.89 <= held / 200 <= 0.99
+
+
+# ---- Annotators
+
+
+@given(st.floats(0.5, 1))
+@LAW
+def test_the_accuracy_of_raters_solves_the_equation_of_their_agreement(q):
+    assert rater_accuracy(q**2 + (1 - q) ** 2) == pytest.approx(q, abs=1e-7)
+
+
+def test_annotators_who_agree_less_than_by_chance_are_right_by_chance():
+    assert rater_accuracy(0.3) == 0.5
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_the_ceiling_lies_between_agreement_and_the_formula(spread):
+    """Raters right with probability q, the same for all pairs or spread around .8."""
+    random = generator(1)
+    q = np.where(random.random(1500) < 0.5, 0.8 - spread, 0.8 + spread)
+    rankings = [
+        ranked([1.0, 0.0] if random.random() < q[i] else [0.0, 1.0], f"{i}?", annotator=name)
+        for i in range(1500)
+        for name in ("a", "b")
+    ]
+    agreed = agreement(rankings)
+    assert agreed.count == 1500
+    assert agreed.value == pytest.approx(np.mean(q**2 + (1 - q) ** 2), abs=0.05)  # four deviations
+    slack = 0.05
+    assert agreed.value - slack < 0.8 < rater_accuracy(agreed.value) + slack
+    if not spread:
+        assert rater_accuracy(agreed.value) == pytest.approx(0.8, abs=slack)
+
+
+def test_without_two_annotators_of_one_prompt_nothing_is_known_of_their_agreement():
+    assert agreement([ranked([1.0, 0.0], f"{i}?") for i in range(5)]).value is None
+
+
+@given(SEEDS)
+@LAW
+def test_scores_and_annotators_are_held_against_the_truth_on_the_same_pairs(seed):
+    judged = some_judged(seed)
+    worth = {one.ranking.messages[0]["content"]: generator(i).integers(5, size=4).tolist()
+             for i, one in enumerate(judged)}  # fmt: skip
+
+    def of(ranking: Ranking, text: str) -> float | None:
+        number = ranking.messages[0]["content"]
+        return None if number == "0?" else float(worth[number][int(text[9])])
+
+    scores, annotators = against_truth(judged, of)
+    found = []
+    for one in judged:
+        for i, j in one.ranking.pairs():
+            mine = worth[one.ranking.messages[0]["content"]]
+            if one.ranking.messages[0]["content"] != "0?" and mine[i] != mine[j]:
+                found.append(((one.scores[i] > one.scores[j]) == (mine[i] > mine[j]), mine[i] > mine[j]))
+    assert scores.count == annotators.count == len(found)
+    assert scores.value == pytest.approx(np.mean([s for s, _ in found]))
+    assert annotators.value == pytest.approx(np.mean([a for _, a in found]))
+
+
+def test_against_the_truth_perfect_scores_are_right_where_annotators_err():
+    judged = [Judged(ranked([0.0, 1.0], "wrong"), [5.0, 1.0], [1, 1]),
+              Judged(ranked([1.0, 0.0], "right"), [5.0, 1.0], [1, 1])]  # fmt: skip
+    scores, annotators = against_truth(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]])
+    assert (scores.value, annotators.value) == (1.0, 0.5)
+
+
+# ---- Calibration and length
+
+
+@pytest.mark.parametrize(("factor", "low", "high"), [(1.0, 0.0, 0.02), (4.0, 0.1, 0.5), (0.0, 0.2, 0.5)])
+def test_scores_that_mean_their_differences_are_calibrated_and_no_others(factor, low, high):
+    """20,000 pairs in the order that σ(difference) gives; 4 times the difference is too sure, none not
+    sure enough."""
+    random = generator(2)
+    true = 2 * random.standard_normal(20_000)
+    better_first = random.random(20_000) < 1 / (1 + np.exp(-true))
+    pairs = Pairs(np.arange(20_000), [None] * 20_000, factor * np.where(better_first, true, -true) + 0.0)
+    if factor == 0:  # an order, but hardly any difference
+        pairs = Pairs(pairs.prompt, pairs.kind, 1e-6 * np.where(better_first, true, -true))
+    error, bins = calibration(pairs)
+    assert error is not None and low <= error <= high
+    assert sum(b["count"] for b in bins) == 20_000
+
+
+@given(SEEDS)
+@LAW
+def test_the_calibration_error_is_the_weighted_distance_of_sureness_and_accuracy(seed):
+    pairs = pairs_of(some_judged(seed))
+    error, bins = calibration(pairs)
+    assert all(0.5 <= b["sure"] <= 1 and 0 <= b["accuracy"] <= 1 for b in bins)
+    assert sum(b["count"] * b["accuracy"] for b in bins) == pytest.approx(pairs.right.sum())
+    naive = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(pairs.right)
+    assert error == pytest.approx(naive)
+
+
+@given(SEEDS, st.floats(-50, 50))
+@LAW
+def test_length_and_score_are_correlated_within_prompts_alone(seed, shift):
+    judged = some_judged(seed)
+    moved = [Judged(j.ranking, [s + i * shift for s in j.scores], j.lengths) for i, j in enumerate(judged)]
+    expected = np.corrcoef(*within_prompts(judged))[0, 1]
+    assert length_correlation(judged) == pytest.approx(expected, abs=1e-9)
+    assert length_correlation(moved) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("slope", "expected"), [(0.3, 1.0), (-2.0, -1.0), (0.0, None)])
+def test_scores_that_are_nothing_but_length_show(slope, expected):
+    judged = [Judged(ranked([1.0, 0.0, 2.0], f"{i}?"), [slope * n + i for n in (3, 9, 4)], [3, 9, 4])
+              for i in range(3)]  # fmt: skip
+    assert length_correlation(judged) == (None if expected is None else pytest.approx(expected))
+
+
+# ---- Tricks
+
+KINDS_OF = [ranked([0.0, 1.0], f"{i}?", [f"Worse {i}.", f"Best {i}."], kind=kind)
+            for i, kind in enumerate(["fact", "fact", "harm", "fact"])]  # fmt: skip
+
+
+def test_every_prompt_is_probed_once_by_every_trick_on_its_best_answer():
+    twice = [*KINDS_OF, ranked([1.0, 0.0], "0?", ["Worse 0.", "Best 0."], annotator="b", kind="fact")]
+    found = probes(twice, unknown_worth)
+    assert set(found) == set(TRICKS)
+    for own in found.values():
+        assert [probe.honest for probe in own] == [f"Best {i}." for i in range(4)]
+        assert all(probe.trick != probe.honest for probe in own)
+
+
+def test_anothers_answer_is_of_another_kind_where_there_is_one():
+    own = {probe.honest: probe.trick for probe in probes(KINDS_OF, unknown_worth)["another's"]}
+    assert own["Best 2."] == "Best 3."
+    assert {own[f"Best {i}."] for i in (0, 1, 3)} == {"Best 2."}
+
+
+def test_a_trick_that_is_truly_no_worse_proves_nothing_and_the_truth_says_what_is_honest():
+    def worth(ranking: Ranking, text: str) -> float:
+        return 1.0 if "Worse" in text else 0.0
+
+    found = probes(KINDS_OF, worth)
+    assert {probe.honest for probe in found["empty"]} == {f"Worse {i}." for i in range(4)}
+    assert not found["repeated"] and not found["praise"], "those hold the honest words too"
+
+
+def small_model(tokenizer: Tokenizer, positions: int = 400) -> ScalarModel:
+    torch.manual_seed(0)
+    return ScalarModel(ModelConfig(tokenizer.vocab_size, 12, 16, 1, 2, 1, 4, positions))
+
+
+TOKENIZER = with_chat_template(Tokenizer.train(["a little world of words"], 270))
+CHAT = ChatTemplate(TOKENIZER)
+
+
+def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
+    model, found = small_model(TOKENIZER), probes(KINDS_OF, unknown_worth)
+    shares = probe_shares(model, CHAT, found)
+    for name, own in found.items():
+        below = []
+        for probe in own:
+            rows = [encode_response(CHAT, probe.ranking.messages, t) for t in (probe.honest, probe.trick)]
+            honest, trick = score_rows(model, rows)
+            below.append(honest > trick)
+        assert (shares[name].value, shares[name].count) == (np.mean(below), 4)
+    short = probe_shares(small_model(TOKENIZER, positions=60), CHAT, found)
+    assert short["padded"].count == 0 and short["padded"].value is None and short["empty"].count == 4
+
+
+# ---- The card
+
+
+def whole_card(rankings: list[Ranking], worth=unknown_worth) -> tuple[dict, list[Judged]]:
+    model = small_model(TOKENIZER)
+    encoded, _ = encode_rankings(rankings, CHAT, 400)
+    judged = judge(model, encoded)
+    return report_card(model, CHAT, judged, rankings, worth), judged
+
+
+def test_judged_scores_are_those_of_the_rows():
+    model = small_model(TOKENIZER)
+    encoded = [EncodedRanking(ranked([1.0, 0.0, 3.0]), [[1, 2], [3], [4, 5, 6]])]
+    (judged,) = judge(model, encoded)
+    assert judged.scores == pytest.approx(score_rows(model, encoded[0].rows)) and judged.lengths == [2, 1, 3]
+
+
+def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
+    rankings = [one.ranking for one in some_judged(3)]
+    card, judged = whole_card(rankings)
+    write_report(tmp_path, card, judged)
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(card))
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    low, high = card["accuracy"]["interval"]
+    assert low <= card["accuracy"]["value"] <= high
+    assert card["prompts"] == 12 and card["rankings"] == 18
+    for figure in (card["accuracy"]["value"], card["annotators"]["ceiling"]):
+        assert f"{figure:.1%}" in report_text(card)
+    assert "rubric" not in report_text(card), "nobody knows the truth here"
+
+
+def test_what_is_unknown_is_said_to_be(tmp_path):
+    card, judged = whole_card([ranked([1.0, 1.0], texts=["", ""])])
+    write_report(tmp_path, card, judged)
+    text = report_text(card)
+    assert "ceiling        unknown" in text and "accuracy       unknown" in text and "nan" not in text
+
+
+def test_on_the_little_world_the_rubric_is_the_truth():
+    world = World(0)
+    prompts = [world.prompts("reward", kind, 1)[0] for kind in ("fact", "harm")]
+    rankings = []
+    for prompt in prompts:
+        texts = ["I do not know.", "You fool!", "Sorry, I can't help with that. It would hurt someone."]
+        values = [world.score(prompt, text).utility for text in texts]
+        rankings.append(
+            Ranking(prompt.messages, texts, ranking_by(values), "a", 0, "2026-01-31", prompt.kind)
+        )
+    worth = world_worth(world)
+    assert worth(rankings[0], "You fool!") == world.score(prompts[0], "You fool!").utility
+    assert worth(ranked([0.0, 1.0]), "Response 1.") is None
+    card, _ = whole_card(rankings, worth)
+    assert card["truth"]["annotators"] == {"value": 1.0, "count": 6}
+    assert "rubric" in report_text(card)
+    assert math.isfinite(card["length_correlation"])

@@ -1,0 +1,418 @@
+"""The reward model: the laws of its loss, scores that depend on the response alone, and learning in small."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.errors import InputError
+from minillm.model import ModelConfig, ScalarModel
+from minillm.optim import Rates, build_optimizers
+from minillm.preferences import Ranking, ranking_by
+from minillm.reward import (
+    GROWTH,
+    EncodedRanking,
+    RankingStream,
+    center,
+    collate,
+    encode_rankings,
+    encode_response,
+    held_out_rankings,
+    micro_batches,
+    ranking_backward,
+    ranking_loss,
+    score_rows,
+    split_by_prompt,
+)
+from minillm.runtime import Runtime
+from minillm.template import ChatTemplate, with_chat_template
+from minillm.tokenizer import Tokenizer
+
+LAW = settings(deadline=None, max_examples=40)
+SLOWER = settings(deadline=None, max_examples=12)
+CPU = torch.device("cpu")
+HERE = Runtime(CPU, torch.float32)
+V = 20
+# float32 sums of a few hundred terms in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def model_of(vocab_size: int = V, seed: int = 0, positions: int = 64) -> ScalarModel:
+    torch.manual_seed(seed)  # the weights torch draws by itself; any do
+    shape = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": positions}  # fmt: skip
+    return ScalarModel(ModelConfig(vocab_size, **shape))
+
+
+def ranked(places: list[int], prompt: str = "Who?", **fields) -> Ranking:
+    """A ranking by places, the smallest best and equal ones tied."""
+    responses = [f"Response {i}." for i in range(len(places))]
+    messages = [{"role": "user", "content": prompt}]
+    given = {"annotator": "a", "seed": 0, "time": "2026-01-31T12:00:00"} | fields
+    return Ranking(messages, responses, ranking_by([-place for place in places]), **given)
+
+
+places = st.lists(st.integers(0, 4), min_size=2, max_size=6)
+
+
+@st.composite
+def judged_places(draw) -> tuple[list[int], Tensor]:
+    """Places of some responses, and scores for them."""
+    own = draw(places)
+    numbers = st.floats(-20, 20)
+    return own, torch.tensor(
+        draw(st.lists(numbers, min_size=len(own), max_size=len(own))), dtype=torch.float64
+    )
+
+
+def drawn_rankings(most: int = 6) -> st.SearchStrategy:
+    """What `encoded_of` makes rankings of: places, a seed, and the range of the rows' lengths."""
+    lengths = st.sampled_from([(1, 4), (1, 30), (7, 8)])
+    return st.tuples(st.lists(places, min_size=1, max_size=most), st.integers(0, 2**32), lengths)
+
+
+def encoded_of(drawn: tuple) -> list[EncodedRanking]:
+    """Rankings of random rows, all of a ranking's responses tied now and then."""
+    many, seed, lengths = drawn
+    random = np.random.Generator(np.random.PCG64(seed))
+    return [
+        EncodedRanking(
+            ranked(own, f"{i}?"), [random.integers(V, size=random.integers(*lengths)).tolist() for _ in own]
+        )
+        for i, own in enumerate(many)
+    ]
+
+
+# ---- The loss
+
+
+def loss_of(own: list[int], scores: Tensor) -> Tensor:
+    """The loss of one ranking with these scores."""
+    batch = collate([EncodedRanking(ranked(own), [[0]] * len(own))])
+    return ranking_loss(scores, batch.better, batch.worse, batch.weight.to(scores.dtype))
+
+
+@given(judged_places())
+@LAW
+def test_the_loss_is_the_mean_over_all_pairs_of_minus_log_sigmoid_of_the_difference(given):
+    own, scores = given
+    terms = [
+        -math.log(1 / (1 + math.exp(-float(scores[i] - scores[j]))))
+        for i in range(len(own))
+        for j in range(len(own))
+        if own[i] < own[j]
+    ]
+    # The weights are kept in float32.
+    assert loss_of(own, scores).item() == pytest.approx(sum(terms) / math.comb(len(own), 2), rel=1e-6)
+
+
+@given(judged_places(), st.floats(-100, 100))
+@LAW
+def test_a_constant_added_to_all_scores_leaves_the_loss(given, constant):
+    own, scores = given
+    torch.testing.assert_close(loss_of(own, scores + constant), loss_of(own, scores))
+
+
+@given(judged_places(), st.randoms(use_true_random=False))
+@LAW
+def test_responses_may_change_places_with_their_ranks(given, random):
+    own, scores = given
+    order = random.sample(range(len(own)), len(own))
+    torch.testing.assert_close(loss_of([own[i] for i in order], scores[order]), loss_of(own, scores))
+
+
+@given(places, st.floats(0.1, 30))
+@LAW
+def test_scores_in_perfect_order_lose_no_more_than_their_margin_allows(own, margin):
+    """Toward 0 as the margin grows."""
+    loss = loss_of(own, -margin * torch.tensor(own, dtype=torch.float64)).item()
+    assert 0 <= loss <= math.log1p(math.exp(-margin)) + 1e-12
+
+
+@given(st.integers(2, 6), st.floats(-1e4, 1e4))
+@LAW
+def test_where_all_are_tied_nothing_is_lost_and_nothing_moves(count, score):
+    scores = torch.full((count,), score, requires_grad=True)
+    loss = loss_of([3] * count, scores)
+    loss.backward()
+    assert loss.item() == 0 and scores.grad is not None and not scores.grad.any()
+
+
+@given(judged_places())
+@example(([0, 1], torch.tensor([-800.0, 800.0], dtype=torch.float64)))  # exp would overflow
+@LAW
+def test_the_gradient_is_the_written_formula(given):
+    own, scores = given
+    scores = scores.clone().requires_grad_()
+    loss_of(own, scores).backward()
+    expected = torch.zeros_like(scores)
+    for i in range(len(own)):
+        for j in range(len(own)):
+            if own[i] < own[j]:
+                pull = torch.sigmoid((scores[j] - scores[i]).detach()) / math.comb(len(own), 2)
+                expected[i] -= pull
+                expected[j] += pull
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@given(judged_places())
+@example(([0, 0, 1], torch.tensor([0.0, 0.0, 20.0], dtype=torch.float64)))  # where torch's softplus jumps
+@settings(SLOWER, max_examples=6)
+def test_the_gradient_agrees_with_finite_differences(given):
+    own, scores = given
+    assert torch.autograd.gradcheck(lambda s: loss_of(own, s), scores.clone().requires_grad_(), atol=1e-6)
+
+
+@given(st.lists(st.integers(2, 7), min_size=1, max_size=5))
+@LAW
+def test_every_ranking_weighs_the_same_whatever_its_number_of_responses(counts):
+    batch = collate([EncodedRanking(ranked(list(range(k))), [[0]] * k) for k in counts])
+    assert batch.weight.sum().item() == pytest.approx(len(counts), rel=1e-6)
+    loss = ranking_loss(torch.zeros(sum(counts)), batch.better, batch.worse, batch.weight)
+    assert loss.item() == pytest.approx(len(counts) * math.log(2), rel=1e-5)
+
+
+# ---- Scores
+
+
+@given(
+    st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=40), min_size=1, max_size=12),
+    st.integers(1, 300),
+    st.randoms(use_true_random=False),
+)
+@SLOWER
+def test_a_score_is_the_value_at_the_last_token_whatever_else_is_scored(rows, batch_tokens, random):
+    model = model_of()
+    with torch.no_grad():
+        alone = [model(torch.tensor([row]))[0, -1].item() for row in rows]
+    order = random.sample(range(len(rows)), len(rows))
+    scores = score_rows(model, [rows[i] for i in order], batch_tokens)
+    assert scores == pytest.approx([alone[i] for i in order], abs=1e-5)
+
+
+def test_no_rows_have_no_scores():
+    assert score_rows(model_of(), []) == []
+
+
+def tokenizer_of(template: str | None = None) -> Tokenizer:
+    tokenizer = with_chat_template(Tokenizer.train(["a little world of words"], 270))
+    if template is None:
+        return tokenizer
+    return Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
+
+
+LINES = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, LINES])
+@pytest.mark.parametrize("response", ["A word.", "", "two  lines\n", "<|end|>"])
+def test_a_row_is_the_prompt_the_response_and_its_end_and_no_more(template, response):
+    tokenizer = tokenizer_of(template)
+    chat = ChatTemplate(tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+                {"role": "user", "content": "A word!"}]  # fmt: skip
+    expected = [*chat.prompt(messages), *tokenizer.encode(response), chat.end_id]
+    assert encode_response(chat, messages, response) == expected
+
+
+def test_rankings_too_long_for_the_model_are_left_out_and_counted():
+    chat = ChatTemplate(tokenizer_of())
+    rankings = [ranked([0, 1], "short"), ranked([0, 1], "very " * 50 + "long")]
+    encoded, skipped = encode_rankings(rankings, chat, 60)
+    assert [one.ranking for one in encoded] == rankings[:1]
+    assert skipped == Counter({"rankings with a response that ends behind position 60": 1})
+
+
+def test_a_template_that_knows_no_system_message_costs_the_rankings_with_one():
+    chat = ChatTemplate(tokenizer_of("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}"
+                                     "{% endif %}" + LINES))  # fmt: skip
+    system = replace(ranked([0, 1]), messages=[{"role": "system", "content": "Be good."},
+                                               {"role": "user", "content": "Who?"}])  # fmt: skip
+    encoded, skipped = encode_rankings([system, ranked([1, 0])], chat, 60)
+    assert len(encoded) == 1 and skipped == Counter({"rankings that the chat template refuses": 1})
+
+
+def test_after_centering_the_demonstrations_score_zero_on_average():
+    model, rows = model_of(), [[1, 2, 3], [4], [5, 6]]
+    before = score_rows(model, rows)
+    center(model, rows)
+    after = score_rows(model, rows)
+    assert sum(after) == pytest.approx(0, abs=1e-5)
+    assert np.diff(after) == pytest.approx(np.diff(before), abs=1e-5), "only a shift"
+    center(model, rows)
+    assert score_rows(model, rows) == after, "a second time changes nothing"
+
+
+# ---- Steps
+
+
+@given(drawn_rankings(most=12), st.integers(1, 400))
+@LAW
+def test_micro_batches_keep_responses_together_within_the_limit_and_of_alike_lengths(drawn, micro_tokens):
+    encoded = encoded_of(drawn)
+    groups = micro_batches(encoded, micro_tokens)
+    assert sorted(id(one) for group in groups for one in group) == sorted(map(id, encoded))
+    for group in groups:
+        longest = max(one.longest for one in group)
+        assert len(group) == 1 or longest * sum(len(one.rows) for one in group) <= micro_tokens
+        assert longest <= GROWTH * min(one.longest for one in group)
+
+
+def mean_loss(model: ScalarModel, encoded: list[EncodedRanking]) -> Tensor:
+    """Ranking by ranking, row by row, pair by pair."""
+    total = torch.zeros(())
+    for one in encoded:
+        scores = [model(torch.tensor([row]))[0, -1] for row in one.rows]
+        for better, worse in one.ranking.pairs():
+            total = total - torch.sigmoid(scores[better] - scores[worse]).log() / math.comb(len(scores), 2)
+    return total / len(encoded)
+
+
+def gradients(model: ScalarModel) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+@given(drawn_rankings(), st.integers(1, 200))
+@SLOWER
+def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(drawn, micro_tokens):
+    encoded = encoded_of(drawn)
+    model = model_of()
+    mean = mean_loss(model, encoded)
+    if mean.requires_grad:
+        mean.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    assert ranking_backward(model, encoded, micro_tokens, HERE) == pytest.approx(mean.item(), abs=1e-5)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+class OneOf(Runtime):
+    """A process among several, for once alone."""
+
+    def sync_gradients(self, forward, last):
+        return super().sync_gradients(forward, last=True)
+
+    def total(self, value: Tensor) -> Tensor:
+        return value
+
+
+@given(drawn_rankings(most=3), st.integers(2, 3))
+@SLOWER
+def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn, world):
+    """What DistributedDataParallel averages, computed one rank after the other."""
+    encoded = encoded_of(drawn)
+    model, step = model_of(), encoded * world
+    whole = ranking_backward(model, step, 100, HERE)
+    expected = gradients(model)
+    model.zero_grad()
+    shares = [ranking_backward(model, step, 100, OneOf(CPU, torch.float32, r, world)) for r in range(world)]
+    assert sum(shares) == pytest.approx(whole, abs=1e-5)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours / world, theirs, **CLOSE)
+
+
+@given(drawn_rankings(), st.integers(1, 200))
+@SLOWER
+def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micro_tokens):
+    encoded = encoded_of(drawn)
+    model = model_of()
+    found = held_out_rankings(model, encoded, micro_tokens, HERE)
+    with torch.no_grad():
+        assert found.loss == pytest.approx(mean_loss(model, encoded).item(), abs=1e-5)
+    in_order = []
+    for one in encoded:
+        scores = score_rows(model, one.rows)
+        in_order += [
+            (1 + np.sign(scores[better] - scores[worse])) / 2 for better, worse in one.ranking.pairs()
+        ]
+    assert found.accuracy == pytest.approx(np.mean(in_order) if in_order else 0)
+
+
+# ---- Which rankings, and when
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=30), st.floats(0.01, 0.9))
+@LAW
+def test_all_rankings_of_a_prompt_are_on_one_side_and_neither_side_is_empty(prompts, fraction):
+    encoded = [
+        EncodedRanking(ranked([0, 1], f"{p}?", annotator=str(i)), [[1], [2]]) for i, p in enumerate(prompts)
+    ]
+    if len(set(prompts)) == 1:
+        with pytest.raises(InputError, match="one prompt"):
+            split_by_prompt(encoded, fraction)
+        return
+    sides = split_by_prompt(encoded, fraction)
+    assert sorted(map(id, sides[0] + sides[1])) == sorted(map(id, encoded))
+    asked = [{one.ranking.messages[0]["content"] for one in side} for side in sides]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+
+
+def test_the_split_has_about_the_share_asked_for_and_other_prompts_do_not_move_one():
+    encoded = [EncodedRanking(ranked([0, 1], f"{i}?"), [[1], [2]]) for i in range(1000)]
+    held_out = split_by_prompt(encoded, 0.1)[1]
+    assert 60 < len(held_out) < 140  # four standard deviations of a binomial
+    fewer = split_by_prompt(encoded[::2], 0.1)[1]
+    assert [one for one in held_out if one in encoded[::2]] == fewer
+
+
+@given(drawn_rankings(), st.integers(0, 30), st.integers(0, 3))
+@LAW
+def test_the_stream_gives_each_ranking_once_an_epoch_and_goes_on_where_it_stopped(drawn, before, seed):
+    encoded = encoded_of(drawn)
+    stream, count = RankingStream(encoded, seed), len(encoded)
+    epochs = [stream.next(count) for _ in range(3)]
+    assert all(sorted(map(id, epoch)) == sorted(map(id, encoded)) for epoch in epochs)
+    stopped, resumed = RankingStream(encoded, seed), RankingStream(encoded, seed)
+    stopped.next(before)
+    resumed.load_state_dict(stopped.state_dict())
+    assert list(map(id, resumed.next(20))) == list(map(id, stopped.next(20)))
+
+
+def test_a_stream_of_other_rankings_does_not_resume():
+    one = EncodedRanking(ranked([0, 1]), [[1], [2]])
+    state = RankingStream([one], 0).state_dict()
+    other = replace(one, ranking=ranked([1, 0]))
+    with pytest.raises(InputError, match="other"):
+        RankingStream([other], 0).load_state_dict(state)
+    with pytest.raises(ValueError, match="position"):
+        RankingStream([one], 0).load_state_dict(state | {"position": 7})
+
+
+# ---- Learning
+
+
+def learned_accuracy(noise: float, seed: int = 0) -> float:
+    """How often a model puts unseen rows in their true order (the more 1s the better), after learning from
+    rankings by an annotator with such noise."""
+    random = np.random.Generator(np.random.PCG64(seed))
+
+    def ranking(i: int, noise: float) -> EncodedRanking:
+        rows = random.integers(3, size=(4, 8))
+        seen = (rows == 1).sum(1) + noise * random.standard_normal(4)
+        return EncodedRanking(ranked((-np.argsort(np.argsort(seen))).tolist(), f"{i}?"), rows.tolist())
+
+    model = model_of(vocab_size=3)
+    optimizers = build_optimizers(model, Rates(1e-2, 1e-2, 1e-3, 0.0), "adamw")
+    for step in range(40):
+        ranking_backward(model, [ranking(i, noise) for i in range(8)], 4096, HERE)
+        optimizers.step(1 - step / 40)
+    held_out = [random.integers(3, size=(4, 8)) for _ in range(100)]
+    scores = np.array(score_rows(model, np.concatenate(held_out).tolist())).reshape(100, 4)
+    true = np.array([(rows == 1).sum(1) for rows in held_out])
+    better = true[:, :, None] > true[:, None, :]
+    return float((scores[:, :, None] > scores[:, None, :])[better].mean())
+
+
+def test_the_noisier_the_annotator_the_less_accurate_the_model():
+    clean, noisy, blind = (learned_accuracy(noise) for noise in (0.0, 6.0, 1e9))
+    assert clean > 0.97 and clean > noisy + 0.02 and noisy > blind + 0.05, (clean, noisy, blind)
