@@ -318,16 +318,17 @@ DECISIVE: dict[str, tuple[str, ...]] = {
 def simulated(options: Options, runtime: Runtime) -> list[Job]:
     """Each set to one simulated annotator, some to two."""
     sets = read_responses(options.folder / "responses.jsonl")
+    world = World(sets[0].world or 0)
     people = simulated_annotators(options.annotators)
     shares = share_out([given.key for given in sets], len(people), options.twice, options.seed)
 
-    def make(person: Simulated, given: ResponseSet, world: World, prompt: Prompt) -> Ranking:
+    def make(person: Simulated, given: ResponseSet, prompt: Prompt) -> Ranking:
         ranking = person.rank(world, prompt, given, options.noise, options.seed)
         return new_ranking(given, ranking, person.name, options.seed)
 
     return [
-        Job(people[number].name, given.key, partial(make, people[number], given, world, prompt))
-        for given, (world, prompt), numbers in zip(sets, find_prompts(sets), shares, strict=True)
+        Job(people[number].name, given.key, partial(make, people[number], given, prompt))
+        for given, prompt, numbers in zip(sets, find_prompts(sets, world), shares, strict=True)
         for number in numbers
     ]
 

@@ -159,13 +159,13 @@ class Simulated:
     """What a response gains or loses with them beyond the rubric."""
 
     def rank(
-        self, world: World, prompt: Prompt, given: ResponseSet, noise: float, seed: int
+        self, world: World, prompt: Prompt, given: ResponseSet, noise: float | int, seed: int
     ) -> list[list[int]]:
         """Their ranking. The draws follow from the seed, the name and the texts alone."""
         seen = [self._seen(world.score(prompt, text), given, text, noise, seed) for text in given.responses]
         return ranking_by(seen, MARGIN)
 
-    def _seen(self, score: Score, given: ResponseSet, text: str, noise: float, seed: int) -> float:
+    def _seen(self, score: Score, given: ResponseSet, text: str, noise: float | int, seed: int) -> float:
         # The same words seem as good each time they are read: the draw is the text's.
         rng = random.Random(f"{seed} {self.name} {json.dumps([given.messages, text])}")
         gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log E has that law if E is exponential
@@ -204,24 +204,20 @@ def share_out(keys: Sequence[str], annotators: int, twice: float, seed: int) -> 
         yield rng.sample(range(annotators), 2 if annotators > 1 and rng.random() < twice else 1)
 
 
-def find_prompts(sets: Sequence[ResponseSet]) -> list[tuple[World, Prompt]]:
+def find_prompts(sets: Sequence[ResponseSet], world: World) -> list[Prompt]:
     """The little world's prompt behind each set, which its rubric must know.
 
     Raises InputError for a set that has none.
     """
-    worlds = {given.world: World(given.world) for given in sets if given.world is not None}
-    prompts = {
-        (seed, json.dumps(prompt.messages)): prompt
-        for seed, world in worlds.items()
-        for prompt in (p for kind in KINDS for p in world.prompts("reward", kind))
-    }
+    stocks = (world.prompts("reward", kind) for kind in KINDS)
+    prompts = {json.dumps(prompt.messages): prompt for stock in stocks for prompt in stock}
     found = []
     for number, given in enumerate(sets, start=1):
-        prompt = prompts.get((given.world, json.dumps(given.messages))) if given.world is not None else None
-        if prompt is None or given.world is None:
+        prompt = prompts.get(json.dumps(given.messages))
+        if prompt is None or given.world != world.seed:
             raise InputError(
                 f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "
                 "know; give --annotator person or model"
             )
-        found.append((worlds[given.world], prompt))
+        found.append(prompt)
     return found

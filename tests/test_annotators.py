@@ -142,10 +142,10 @@ def world_sets():
 
 
 def simulate(sets, noise, seed=0, count=3):
-    people, found = simulated_annotators(count), find_prompts(sets)
+    people, found = simulated_annotators(count), find_prompts(sets, WORLD)
     return [
-        new_ranking(given_set, person.rank(world, prompt, given_set, noise, seed), person.name, seed)
-        for given_set, (world, prompt) in zip(sets, found, strict=True)
+        new_ranking(given_set, person.rank(WORLD, prompt, given_set, noise, seed), person.name, seed)
+        for given_set, prompt in zip(sets, found, strict=True)
         for person in people
     ]
 
@@ -161,8 +161,10 @@ def test_the_same_seed_gives_the_same_rankings_and_another_seed_others(world_set
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
 def test_without_noise_everybody_ranks_as_the_rubric_does(world_sets, noise):
-    for ranking, (_, prompt) in zip(
-        simulate(world_sets, noise), [f for f in find_prompts(world_sets) for _ in range(3)], strict=True
+    for ranking, prompt in zip(
+        simulate(world_sets, noise),
+        [f for f in find_prompts(world_sets, WORLD) for _ in range(3)],
+        strict=True,
     ):
         utilities = [WORLD.score(prompt, text).utility for text in ranking.responses]
         assert ranking.ranking == ranking_by(utilities, MARGIN)
@@ -176,13 +178,13 @@ def test_more_noise_means_less_agreement(world_sets):
 
 
 def test_a_ranking_does_not_depend_on_the_order_of_the_responses_and_equal_ones_tie(world_sets):
-    person, (world, prompt) = simulated_annotators(1)[0], find_prompts(world_sets[:1])[0]
+    person, prompt = simulated_annotators(1)[0], find_prompts(world_sets[:1], WORLD)[0]
     given_set = world_sets[0]
-    there = person.rank(world, prompt, given_set, 1, 0)
-    back = person.rank(world, prompt, ResponseSet(given_set.messages, given_set.responses[::-1]), 1, 0)
+    there = person.rank(WORLD, prompt, given_set, 1, 0)
+    back = person.rank(WORLD, prompt, ResponseSet(given_set.messages, given_set.responses[::-1]), 1, 0)
     assert [sorted(3 - i for i in tied) for tied in back] == there
     twins = ResponseSet(given_set.messages, [given_set.responses[0]] * 2)
-    assert person.rank(world, prompt, twins, 1, 0) == [[0, 1]]
+    assert person.rank(WORLD, prompt, twins, 1, 0) == [[0, 1]]
 
 
 def test_two_annotators_rank_the_share_of_prompts_asked_for():
@@ -197,7 +199,7 @@ def test_two_annotators_rank_the_share_of_prompts_asked_for():
 
 def test_prompts_of_ones_own_have_no_rubric(world_sets):
     with pytest.raises(InputError, match="prompt 2 is none of the little world's"):
-        find_prompts([world_sets[0], SETS[0]])
+        find_prompts([world_sets[0], SETS[0]], WORLD)
 
 
 # ---- A judge
