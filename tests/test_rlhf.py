@@ -24,7 +24,7 @@ from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
-SMALL = "--prompts 23 --responses 3 --max-new-tokens 5 --precision float32".split()
+SMALL = "--prompts 23 --responses 3 --distractors 0 --max-new-tokens 5 --precision float32".split()
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +111,14 @@ def test_cut_at_any_byte_it_resumes_to_the_same_file_bit_for_bit(model, sampled,
     out.mkdir()
     (out / "run.json").write_bytes((sampled / "run.json").read_bytes())
     (out / "responses.jsonl").write_bytes(whole[: int(share * len(whole))])
-    rlhf.main(["--resume", "--out", str(out)])
+    rlhf.main(["--stage", "sample", "--resume", "--out", str(out)])
     assert (out / "responses.jsonl").read_bytes() == whole
 
 
 def test_a_killed_process_resumes_to_the_same_file_bit_for_bit(model, tmp_path):
     whole = sample(model, tmp_path / "whole", "--prompts", "120")
     out = tmp_path / "killed"
-    words = ["--models", str(model), "--out", str(out), *SMALL, "--prompts", "120"]
+    words = ["--stage", "sample", "--models", str(model), "--out", str(out), *SMALL, "--prompts", "120"]
     small = "import sys, rlhf; from minillm import responses; responses.ROWS = 12; rlhf.main(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     path = out / "responses.jsonl"
@@ -146,7 +146,7 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
     assert "1 replies to nothing" in printed and "1 prompts left out: too long" in printed
     data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
     with pytest.raises(SystemExit):
-        rlhf.main(["--resume", "--out", str(tmp_path / "rlhf")])
+        rlhf.main(["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")])
     assert "other prompts" in capsys.readouterr().err
 
 
