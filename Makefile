@@ -1,15 +1,24 @@
-# make demo   a fresh machine to a trained model that writes: environment, then every stage there is
+# make demo   a fresh machine to an assistant and its reward model: environment, then every stage there is
 # make test   a fresh machine to a tested checkout
 # make lint   style and types
+#
+# Interrupted and started again, the demo goes on where it was. TRAIN, SFT, SAMPLE and ASK add options to
+# its stages.
 
 PYTHON ?= python3
 BIN := .venv/bin
-TRAIN ?=
+RESUME = $(if $(wildcard $(1)/run.json),--resume,$(2))
 
 .PHONY: demo test lint
 
 demo: .venv/installed
-	$(BIN)/python train.py $(if $(wildcard out/base/run.json),--resume,$(TRAIN))
+	$(BIN)/python train.py $(call RESUME,out/base,$(TRAIN))
+	$(BIN)/python sft.py $(call RESUME,out/sft,$(SFT))
+	$(BIN)/python rlhf.py --stage sample $(call RESUME,out/rlhf,$(SAMPLE))
+	$(BIN)/python rlhf.py --stage rank
+	$(BIN)/python rlhf.py --stage agreement
+	$(BIN)/python rlhf.py --stage reward $(call RESUME,out/rlhf/reward,)
+	$(BIN)/python -m minillm.evaluate out/base out/sft --show 1 $(ASK)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)

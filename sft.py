@@ -81,7 +81,7 @@ class Options(TrainingOptions):
     """Tokens of one validation, at most."""
     eval_prompts: int = 48
     """Of each kind, that the little world's rubric judges before and after; 0 for none."""
-    world_conversations: int = 4000
+    world_conversations: int = 16_000
     """How many the little world offers, where they are the data."""
     world_megabytes: float = 12.0
     """Size of the little world's text, where that is mixed in."""
