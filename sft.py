@@ -28,7 +28,7 @@ import torch
 
 from minillm.checkpoint import TrainingState
 from minillm.conversations import ConversationSource, open_conversations, world_conversations
-from minillm.data import Batch, Mixture, TokenizedSource, source_line, tokenize
+from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
 from minillm.evaluate import Figures, figures_table
 from minillm.huggingface import load_model, save_model
@@ -121,7 +121,7 @@ def train(options: Options, runtime: Runtime) -> None:
         conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
                          for source in conversation_sources(options)]  # fmt: skip
         sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
-    rows = rows_of(options, block_size, runtime)
+    rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(sources, block_size, options.seed)
@@ -178,13 +178,14 @@ def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource
 
 def mixed(
     conversations: Sequence[EncodedSource], text: Sequence[TokenizedSource], text_share: float
-) -> list[EncodedSource | TokenizedSource]:
+) -> list[RowSource]:
     """All sources, with weights that give the text its share of the rows; within each side as given."""
-    sides = [(conversations, 1 - text_share), (text, text_share)]
+    if not text:
+        return list(conversations)
+    said, written = (sum(source.weight for source in side) for side in (conversations, text))
     return [
-        replace(source, weight=source.weight * share / sum(other.weight for other in side))
-        for side, share in sides
-        for source in side
+        *(replace(source, weight=source.weight / said * (1 - text_share)) for source in conversations),
+        *(replace(source, weight=source.weight / written * text_share) for source in text),
     ]
 
 
@@ -197,20 +198,10 @@ def block_size_of(options: Options, model: LanguageModel) -> int:
     return options.block_size or longest
 
 
-def rows_of(options: Options, block_size: int, runtime: Runtime) -> int:
-    """Rows of a step, over all processes."""
-    rows = max(1, options.batch_tokens // block_size)
-    if rows % runtime.world:
-        raise InputError(
-            f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
-            f"give --batch-tokens a multiple of {runtime.world * block_size}"
-        )
-    return rows
-
-
 def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_tokens: int) -> list[Batch]:
     """The first held-out rows of every source, up to its share of `max_tokens`; the same each time."""
-    total, batches = sum(source.weight for source in sources), []
+    total = sum(source.weight for source in sources)
+    batches: list[Batch] = []
     for source in sources:
         rows = max(1, round(max_tokens * source.weight / total / block_size))
         batches += islice(packed_batches(source.val, block_size, min(rows, 64)), -(-rows // 64))
@@ -245,7 +236,10 @@ def before_and_after(
     before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
     pairs = {options.init: before, str(run.folder): (model, tokenizer)}
     world = World(options.seed)
-    return {name: evaluate_world(*pair, world, "dev", options.eval_prompts) for name, pair in pairs.items()}
+    return {
+        name: summarise(judged_replies(*pair, world, "dev", options.eval_prompts))
+        for name, pair in pairs.items()
+    }
 
 
 def main(arguments: list[str]) -> None:

@@ -190,12 +190,7 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     steps = options.steps or 200 * depth
     tokens = options.batch_tokens or 2 ** round(math.log2(2048 * (depth / 4) ** 3))
-    rows = max(1, tokens // options.block_size)
-    if rows % runtime.world:
-        raise InputError(
-            f"a step of {rows} rows cannot be shared by {runtime.world} processes; "
-            f"give --batch-tokens a multiple of {runtime.world * options.block_size}"
-        )
+    rows = runtime.rows_of_step(tokens, options.block_size)
     muon = options.optimizer == "muon"
     rates = Rates(
         matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),

@@ -45,6 +45,16 @@ class Runtime:
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None
         )
 
+    def rows_of_step(self, batch_tokens: int, block_size: int) -> int:
+        """Rows of a step, over all processes. InputError where they cannot be shared out evenly."""
+        rows = max(1, batch_tokens // block_size)
+        if rows % self.world:
+            raise InputError(
+                f"a step of {rows} rows cannot be shared by {self.world} processes; "
+                f"give --batch-tokens a multiple of {self.world * block_size}"
+            )
+        return rows
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Lets the main process go first, so that the others find what it wrote."""
