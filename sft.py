@@ -30,7 +30,7 @@ from minillm.checkpoint import TrainingState
 from minillm.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
-from minillm.evaluate import Figures, figures_table
+from minillm.evaluate import Figures, figures_table, judged_replies, summarise
 from minillm.huggingface import load_model, save_model
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
