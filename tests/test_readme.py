@@ -20,7 +20,7 @@ COMMANDS = [
 # What makes a command small: its size is no part of the promise.
 SHAPE = "--vocab-size 300 --depth 1".split()
 SMALL = {
-    "train": "--block-size 256 --batch-tokens 256 --steps 3 --samples 1",
+    "train": "--block-size 256 --batch-tokens 512 --steps 3 --samples 1",
     "sft": "--batch-tokens 512 --steps 3 --world-conversations 60 --world-megabytes 0.2 --eval-prompts 1",
     "rlhf sample": "--prompts 12 --max-new-tokens 8",
     "rlhf reward": "--batch-rankings 2",
