@@ -36,7 +36,7 @@ from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
-from minillm.options import TrainingOptions, parse_options
+from minillm.options import DataOptions, parse_options
 from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
@@ -47,7 +47,7 @@ from minillm.world import World
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
+class Options(DataOptions):
     """Fine-tune a base model on conversations."""
 
     data: tuple[str, ...] = ()
@@ -75,31 +75,16 @@ class Options(TrainingOptions):
     embedding_rate: float = 6e-3
     """Learning rate of embedding and output matrix: higher, for the rows of the control tokens are new."""
 
-    val_fraction: float = 0.05
-    """Share of the conversations held out for validation."""
-    val_tokens: int = 32_768
-    """Tokens of one validation, at most."""
     eval_prompts: int = 48
     """Of each kind, that the little world's rubric judges before and after; 0 for none."""
     world_conversations: int = 16_000
     """How many the little world offers, where they are the data."""
-    world_megabytes: float = 12.0
-    """Size of the little world's text, where that is mixed in."""
-    errors: Literal["strict", "replace"] = "strict"
-    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
-    cache: str = "out/cache"
-    """Where tokenized text is kept between runs."""
-    workers: int = 1
-    """Processes that tokenize."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("block_size", "batch_tokens", "steps", "val_tokens", "workers")
-        self.require_counts("world_conversations")
-        self.require_positive("matrix_rate", "embedding_rate", "world_megabytes")
+        self.require_counts("block_size", "batch_tokens", "steps", "world_conversations")
+        self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("eval_prompts")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
         if not 0 <= self.text_share < 1:
             raise InputError(f"--text-share {self.text_share}: give a share of at least 0 and below 1")
 
@@ -173,7 +158,8 @@ def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource
         sources = world_sources(World(options.seed), options.world_megabytes)
     else:
         return []
-    return [tokenize(source, tokenizer, Path(options.cache), workers=options.workers) for source in sources]
+    return [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
+            for source in sources]  # fmt: skip
 
 
 def mixed(

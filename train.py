@@ -39,7 +39,7 @@ from minillm.loss import backward, held_out, per_byte
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
-from minillm.options import TrainingOptions, parse_options
+from minillm.options import DataOptions, parse_options
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.sources import Source, open_sources, world_sources
@@ -48,7 +48,7 @@ from minillm.world import World
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
+class Options(DataOptions):
     """Train a base model on raw text."""
 
     data: tuple[str, ...] = ()
@@ -90,29 +90,15 @@ class Options(TrainingOptions):
     embedding_rate: float | None = None
     """Learning rate of embedding and output matrix. By depth: 0.02 · (128/width)^0.5."""
 
-    val_fraction: float = 0.05
-    """Share of the documents held out for validation (of each document, where they are few)."""
-    val_tokens: int = 32_768
-    """Tokens of one validation, at most."""
     samples: int = 4
     """Texts sampled at the end."""
-    world_megabytes: float = 12.0
-    """Size of the little world's text, where that is the data."""
-    errors: Literal["strict", "replace"] = "strict"
-    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
-    cache: str = "out/cache"
-    """Where tokenized text is kept between runs."""
-    workers: int = 1
-    """Processes that tokenize."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size", "block_size")
-        self.require_counts("batch_tokens", "steps", "val_tokens", "workers")
-        self.require_positive("matrix_rate", "embedding_rate", "world_megabytes")
+        self.require_counts("batch_tokens", "steps")
+        self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("samples")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
 
 
 SHAPE = {

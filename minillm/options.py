@@ -87,6 +87,31 @@ class TrainingOptions:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
 
 
+@dataclass(frozen=True)
+class DataOptions(TrainingOptions):
+    """What a script asks for besides that trains on text or conversations."""
+
+    val_fraction: float = 0.05
+    """Share held out for validation, of the documents (of each, where they are few) or conversations."""
+    val_tokens: int = 32_768
+    """Tokens of one validation, at most."""
+    world_megabytes: float = 12.0
+    """Size of the little world's text, where that is used."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
+    cache: str = "out/cache"
+    """Where tokenized text is kept between runs."""
+    workers: int = 1
+    """Processes that tokenize."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts("val_tokens", "workers")
+        self.require_positive("world_megabytes")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
+
+
 FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "device", "tracker", "cache", "workers"})
 """Options that may differ between a run and its continuation: none of them changes a result."""
 

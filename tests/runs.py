@@ -84,3 +84,8 @@ def refusal(script: ModuleType, arguments: list[str], capfd: pytest.CaptureFixtu
     assert stop.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), printed
     return lines[0]
+
+
+def missing_words(given: list[str], defaults: dict[str, str]) -> list[str]:
+    """The flags of `defaults` that a command line lacks, with their values."""
+    return [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]

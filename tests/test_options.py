@@ -9,6 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rlhf
+import sft
+import train
+from minillm import chat, evaluate
 from minillm.errors import InputError
 from minillm.options import FREE_TO_CHANGE, options_json, parse_options
 
@@ -248,3 +252,16 @@ def test_a_run_file_of_another_script_or_damaged_is_refused(tmp_path, content):
     path.write_text(content)
     assert str(path) in refusal(resume(tmp_path, {}))
     assert path.read_text() == content
+
+
+# ---- The scripts
+
+
+@pytest.mark.parametrize("script", [train, sft, rlhf, chat, evaluate], ids=lambda script: script.__name__)
+def test_help_names_every_option_with_its_meaning(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    named = {field.name for field in fields(script.Options)} - {"run", "runs"}  # these have no flag
+    assert [name for name in named if f"--{name.replace('_', '-')}" not in printed] == []

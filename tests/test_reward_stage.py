@@ -14,6 +14,7 @@ from runs import (
     killed_at_update,
     losses_of,
     metrics_of,
+    missing_words,
     refusal,
 )
 
@@ -245,8 +246,8 @@ def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(
     defaults = {"--stage": "reward"}
     if "--resume" not in given:
         defaults |= {"--rankings": str(ranked), "--init": str(assistant), "--out": str(tmp_path / "out")}
-    filled = [word for flag, value in defaults.items() if flag not in given for word in (flag, value)]
-    assert words in refusal(rlhf, [*given, *filled], capfd)
+    given += missing_words(given, defaults)
+    assert words in refusal(rlhf, given, capfd)
     assert before == (folder_bytes(reference), folder_bytes(bad))
     assert not (tmp_path / "out").exists()
 
@@ -255,12 +256,3 @@ def test_a_step_that_processes_cannot_share_is_refused():
     options = rlhf.Options(stage="reward", batch_rankings=5)
     with pytest.raises(rlhf.InputError, match="--batch-rankings 5"):
         rlhf.steps_of([], options, rlhf.Runtime(CPU, torch.float32, rank=0, world=2))
-
-
-def test_help_names_every_option_with_its_meaning(capsys):
-    with pytest.raises(SystemExit) as stop:
-        rlhf.main(["--help"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    for name in rlhf.Options.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in printed
