@@ -356,8 +356,8 @@ def measure(contest: Contest, limits: Ceilings, runs: int, flush: Tensor | None 
                 raise
             missing[who] = f"{type(problem).__name__}: {problem}".split("\n")[0]
             ready.pop(who, None)
-    for _ in range(2):  # compilers and allocators settle
-        [run() for run in ready.values()]
+    if flush is not None:  # on a GPU allocators and clocks settle over the first runs
+        [run() for run in (*ready.values(), *ready.values())]
     times: dict[str, list[float]] = {who: [] for who in ready}
     for _ in range(runs):
         for who, run in ready.items():
