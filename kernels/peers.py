@@ -1,0 +1,179 @@
+"""The operations of this folder as others compute them: what bench.py measures the kernels against.
+
+Plain PyTorch says what an operation is in a few lines. The libraries are imported where they run: each
+function that makes one's version raises ImportError where it is not installed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+
+# --- Plain PyTorch --------------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, start=None):
+    """Scores in memory, float32 softmax: what fused kernels are measured against."""
+    T, S = q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    key = torch.arange(S, device=q.device)
+    seen = key <= torch.arange(S - T, S, device=q.device)[:, None]
+    if start is not None:
+        seen = (seen & (key >= start[:, :, None]))[:, None]
+    z = (q @ k.mT).float() * q.shape[3] ** -0.5
+    return z.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+
+def plain_cross_entropy(logits, targets):
+    return F.cross_entropy(logits.float(), targets)
+
+
+def plain_token_logprobs(logits, targets):
+    p = logits.float().log_softmax(1)
+    return p.gather(1, targets[:, None])[:, 0], -(p.exp() * p).sum(1)
+
+
+def plain_kl(p, q):
+    p, q = p.float().log_softmax(1), q.float().log_softmax(1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def plain_linear_cross_entropy(hidden, weight, targets):
+    return plain_cross_entropy(hidden @ weight.T, targets)
+
+
+def plain_linear_token_logprobs(hidden, weight, targets):
+    return plain_token_logprobs(hidden @ weight.T, targets)
+
+
+def plain_linear_kl(p_hidden, p_weight, q_hidden, q_weight):
+    return plain_kl(p_hidden @ p_weight.T, q_hidden @ q_weight.T)
+
+
+# --- Libraries ------------------------------------------------------------------------------------
+
+Makers = dict[str, Callable[[], Callable]]  # library -> what imports it and gives a function of the operands
+
+
+def attention_peers(start, window: int | None, grouped: bool) -> Makers:
+    """Fused attention on a GPU. `start` [B, T] holds documents or a window; None is causal, or one query."""
+    backends = ("flash", "cudnn", "efficient")
+    found: Makers = {f"SDPA {name}": partial(sdpa, name, start, grouped) for name in backends}
+    found["flex_attention"] = partial(flex, start, grouped)
+    for name, package in (("flash-attn 2", "flash_attn"), ("flash-attn 4", "flash_attn.cute")):
+        if start is None or window:
+            found[name] = partial(flash_attn, package, window)
+        else:
+            found[name] = partial(flash_attn_documents, package, start)
+    return found
+
+
+def sdpa(backend: str, start, grouped: bool) -> Callable:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q, k, v):
+        causal = mask is None and q.shape[2] > 1
+        with sdpa_kernel(SDPBackend[f"{backend.upper()}_ATTENTION"]):
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+    mask = None
+    if start is not None:
+        key = torch.arange(start.shape[1], device=start.device)
+        mask = ((key >= start[:, :, None]) & (key <= key[:, None]))[:, None]
+    return run
+
+
+def flex(start, grouped: bool) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b, h, t, s):
+        return s <= t if start is None else (s <= t) & (s >= start[b, t])
+
+    def run(q, k, v):
+        B, T, S = q.shape[0], q.shape[2], k.shape[2]
+        if T > 1 and not masks:  # in the first run, which is not timed
+            masks.append(create_block_mask(visible, B, None, T, S, device=q.device))
+        return fused(q, k, v, block_mask=masks[0] if masks else None, enable_gqa=grouped)
+
+    fused = torch.compile(flex_attention)
+    masks: list = []
+    return run
+
+
+def flash_attn(package: str, window: int | None) -> Callable:
+    theirs = import_module(package).flash_attn_func
+    sliding = {} if window is None else {"window_size": (window - 1, 0)}
+
+    def run(q, k, v):
+        out = theirs(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, **sliding)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return run
+
+
+def flash_attn_documents(package: str, start) -> Callable:
+    """Here the documents of all rows are one list of sequences of different lengths."""
+    theirs = import_module(package).flash_attn_varlen_func
+    B, T = start.shape
+    first = (start == torch.arange(T, device=start.device)).flatten().nonzero()[:, 0]
+    edges = F.pad(first, (0, 1), value=B * T).to(torch.int32)
+    longest = int(edges.diff().max())
+    lengths = {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+    def run(q, k, v):
+        out = theirs(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), causal=True, **lengths)
+        return (out[0] if isinstance(out, tuple) else out).unflatten(0, (B, T)).transpose(1, 2)
+
+    return run
+
+
+def row_peers(operation: str, targets) -> Makers:
+    """Those who have an operation on rows; without a GPU only torch."""
+    if operation == "cross_entropy" and targets.is_cuda:
+        return {"liger-kernel": partial(liger, targets), "quack-kernels": partial(quack, targets)}
+    if operation != "linear_cross_entropy":
+        return {}
+    found: Makers = {"torch in chunks": partial(torch_in_chunks, targets)}
+    if targets.is_cuda:
+        found["liger-kernel"] = partial(liger_linear, targets)
+        found["quack-kernels"] = partial(quack_linear, targets)
+        found["cut-cross-entropy"] = partial(cut, targets)
+    return found
+
+
+def torch_in_chunks(targets) -> Callable:
+    from torch.nn import LinearCrossEntropyOptions  # since torch 2.13
+
+    return partial(F.linear_cross_entropy, target=targets, options=LinearCrossEntropyOptions())
+
+
+def liger(targets) -> Callable:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return partial(liger_cross_entropy, target=targets)
+
+
+def liger_linear(targets) -> Callable:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return partial(liger_fused_linear_cross_entropy, target=targets)
+
+
+def quack(targets) -> Callable:
+    from quack.cross_entropy import cross_entropy
+
+    return partial(cross_entropy, target=targets)
+
+
+def quack_linear(targets) -> Callable:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return partial(chunked_linear_cross_entropy, target=targets)
+
+
+def cut(targets) -> Callable:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return partial(linear_cross_entropy, targets=targets)

@@ -1,0 +1,208 @@
+"""gate.py: what it reports of kernels known to be good or bad, and that the table in docs/kernels.md is true.
+
+Builds run in processes without Triton's interpreter, which cannot be switched off once imported.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import triton
+
+from kernels import gate
+from kernels.gate import MARKERS, PAGE, SHARED_LIMITS, TENSOR_CORES, Build, faults, page, table
+
+ROOT = Path(__file__).parents[1]
+
+# Columns of the table that hold for any version of Triton: kernel, dtype, size and what the rules assert.
+ASSERTED = 6
+
+# The kernels, and after them their launches: one that breaks no rule, then one a rule.
+TOYS = """
+import json, sys
+from dataclasses import asdict
+import torch, triton, triton.language as tl
+from kernels.gate import SHARED_LIMITS, builds, faults
+
+@triton.jit
+def copies(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at + n) + 1)
+
+@triton.jit
+def strided(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + n * at))
+
+@triton.jit
+def hoards(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    kept = tl.load(x + at)
+    for i in range(n):
+        kept += tl.load(x + at + 16 * i) * kept
+    tl.store(x + at, kept)
+
+@triton.jit
+def multiplies(x, n, ROWS: tl.constexpr):
+    rows, inner = tl.arange(0, ROWS)[:, None] * 64, tl.arange(0, 64)
+    y = tl.zeros((ROWS, 64), tl.float32)
+    for i in range(n):
+        a = tl.load(x + i * 64 + rows + inner)
+        b = tl.load(x + i * 64 + 64 * inner[:, None] + inner)
+        y = tl.dot(a, b, y)
+    tl.store(x + rows + inner, y.to(x.dtype.element_ty))
+
+def toys(dtype, size):
+    x = torch.zeros(1 << 16, dtype=dtype)
+    copies[(1,)](x, 1024, BLOCK=2048)
+    copies[(1,)](x, 2048, BLOCK=2048)  # the same specialisation: built once
+    strided[(1,)](x, 7, BLOCK=2048)
+    hoards[(1,)](x, 7, BLOCK=1 << 15, num_warps=1)
+    multiplies[(1,)](x, 7, ROWS=64)
+    multiplies[(1,)](x, 7, ROWS=16)
+    multiplies[(1,)](x, 7, ROWS=64, num_warps=2)  # newer tensor cores need four warps
+    multiplies[(1,)](x, 7, ROWS=128, num_stages=12)
+
+found = {capability: builds(toys, torch.float16, 7, capability) for capability in SHARED_LIMITS}
+json.dump({c: [asdict(b) | {"faults": faults(b)} for b in found[c]] for c in found}, sys.stdout)
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> dict[int, list[dict]]:
+    """What the gate says of each toy, in the order of their launches, for each device."""
+    script = tmp_path_factory.mktemp("toys") / "toys.py"  # Triton reads a kernel's source from its file
+    script.write_text(TOYS)
+    done = run(str(script))
+    assert done.returncode == 0, done.stderr
+    return {int(capability): reports for capability, reports in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMITS)
+def test_each_broken_rule_is_reported_and_no_other(toys, capability):
+    newest = TENSOR_CORES[capability]
+    expected = [
+        ("copies", []),
+        ("strided", ["loads at most 16 bits at a time"]),
+        ("hoards", ["spills"]),
+        ("multiplies", []),
+        ("multiplies", []),
+        ("multiplies", [f"multiplies with mma instead of {newest}"] if newest != "mma" else []),
+        ("multiplies", ["needs"]),
+    ]
+    for report, (kernel, words) in zip(toys[capability], expected, strict=True):
+        assert report["kernel"] == kernel
+        assert len(report["faults"]) == len(words), report
+        assert all(fault.startswith(word) for fault, word in zip(report["faults"], words, strict=True)), (
+            report
+        )
+
+
+def test_tensor_cores_are_the_newest_that_a_tile_can_fill(toys):
+    for capability, newest in TENSOR_CORES.items():
+        large, small = toys[capability][3:5]
+        assert (large["tile_rows"], large["tensor_cores"]) == (64, newest)
+        assert (small["tile_rows"], small["tensor_cores"]) == (16, "mma")
+
+
+GOOD = Build(90, "forward", "bfloat16", 64, 128, 0, 64 << 10, 64, "wgmma", True, 128)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spilled": 4},
+        {"shared": (227 << 10) + 1},
+        {"capability": 80, "tensor_cores": "mma", "shared": (163 << 10) + 1},
+        {"tensor_cores": ""},
+        {"tensor_cores": "mma"},
+        {"tile_rows": 16, "tensor_cores": ""},
+        {"load_bits": 64},
+    ],
+)
+def test_every_rule_can_fail_at_its_bound(change):
+    assert faults(GOOD) == []
+    assert len(faults(replace(GOOD, **change))) == 1
+
+
+def test_an_exception_allows_its_bytes_and_no_more(monkeypatch):
+    monkeypatch.setitem(gate.EXCEPTIONS, (90, "forward", "bfloat16", 64), (8, "measured faster so"))
+    assert faults(replace(GOOD, spilled=8)) == []
+    assert faults(replace(GOOD, spilled=12)) == ["spills 12 bytes a thread, 8 are allowed"]
+    assert faults(replace(GOOD, spilled=8, size=128)) == ["spills 8 bytes a thread, 0 are allowed"]
+
+
+def test_a_kernel_with_a_reason_may_load_narrowly_and_no_other():
+    assert faults(replace(GOOD, kernel=next(iter(gate.NARROW)), load_bits=32)) == []
+    assert faults(replace(GOOD, load_bits=32)) == ["loads at most 32 bits at a time"]
+
+
+def test_a_line_of_the_table_shows_the_worst_of_its_builds_for_each_device():
+    found = [replace(GOOD, registers=r, shared=s << 10) for r, s in ((100, 80), (120, 60))]
+    found.append(replace(GOOD, capability=80, tensor_cores="mma", registers=90, load_bits=64))
+    [_, _, line] = table(found).splitlines()
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "forward", "bfloat16", "64", "0 / 0 / not built", "mma / wgmma / not built", "64 / 128 / not built",
+        "90 / 120 / not built", "64 / 80 / not built",
+    ]  # fmt: skip
+
+
+def test_writing_the_table_keeps_the_page_around_it_and_is_stable():
+    before, after = "# Kernels\n\n", "\nThe end.\n"
+    once = page(before + "\n".join(MARKERS) + after, [GOOD])
+    assert (
+        once.startswith(before + MARKERS[0]) and once.endswith(MARKERS[1] + after) and table([GOOD]) in once
+    )
+    assert page(once, [GOOD]) == once
+
+
+def test_the_gate_refuses_to_run_where_nothing_would_be_compiled():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "kernels.gate"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: TRITON_INTERPRET is set")
+
+
+def test_the_code_in_the_docs_is_the_code():
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "kernels").glob("*.py")]
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert any(textwrap.indent(block, "    ") in source for source in sources), block
+
+
+def test_every_kernel_passes_the_gate_and_the_table_in_the_docs_is_true():
+    """Rules and asserted columns hold for any Triton; registers and shared memory are one version's own."""
+    done = run("-m", "kernels.gate")
+    assert done.returncode == 0, done.stderr
+    _, built = done.stdout.split("\n\n")
+    written = PAGE.read_text(encoding="utf-8").split(MARKERS[0])[1].split(MARKERS[1])[0]
+    version, documented = written.strip("\n").split("\n\n")
+    exact = version == f"Triton {triton.__version__}"
+    assert columns(built, exact) == columns(documented, exact)
+
+
+@pytest.mark.slow
+def test_every_kernel_passes_the_gate_in_every_dtype_at_every_width():
+    done = run("-m", "kernels.gate", "--all")
+    assert done.returncode == 0, done.stderr
+
+
+def columns(lines: str, every: bool) -> list[list[str]]:
+    return [
+        line.strip("| ").split(" | ")[: None if every else ASSERTED] for line in lines.strip().splitlines()
+    ]
