@@ -14,6 +14,8 @@ A bound not given does not bind. Causality only ever lowers `end`; a caller whos
 the last T positions of the keys passes causal=False and says all in `end`. Bounds may lie outside
 0..S. A query that sees no key gives zeros and passes zero gradients, never nan.
 
+PyTorch's version stands here, Triton's in attention_triton.py.
+
 Left out: dropout, additive biases, returning the attention weights.
 Method: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.2.1; grouped
 queries: Ainslie et al. 2023, "GQA" (arXiv 2305.13245), section 2. `reference.py` has the algebra.
@@ -26,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from kernels.dispatch import choose_impl
 
 # Half types on a CPU take plain matrix products up to this many scores a head (see `_plain`).
 PLAIN_SCORES = 1 << 20
@@ -44,19 +48,25 @@ def attention(
     """softmax(scale * q k^T over the visible keys) v, for T queries over S keys.
 
     H is a multiple of K: consecutive groups of H / K query heads share a key/value head. `start`
-    and `end` are positions in 0..S (int32); `scale` is 1 / sqrt(C) unless given. Under autocast the
-    operands are cast to its dtype first. ValueError for H not a multiple of K or an unknown `impl`.
+    and `end` are positions in 0..S (int32); `scale` is 1 / sqrt(C) unless given. `impl` is "triton",
+    "torch", or None for the faster one. Under autocast the operands are cast to its dtype first.
+    ValueError for H not a multiple of K, an unknown `impl`, and, in Triton, C > 256 or mixed dtypes.
     """
-    if impl not in (None, "torch"):
-        raise ValueError(f"unknown impl {impl!r}: there are None and 'torch'")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not share {k.shape[1]} key heads evenly")
+    attend = _triton if choose_impl(impl, q) == "triton" else _torch
     device, scale = q.device.type, q.shape[3] ** -0.5 if scale is None else scale
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         with torch.autocast(device, enabled=False):
-            return _torch(q, k, v, start, end, causal, scale)
-    return _torch(q, k, v, start, end, causal, scale)
+            return attend(q, k, v, start, end, causal, scale)
+    return attend(q, k, v, start, end, causal, scale)
+
+
+def _triton(q, k, v, start, end, causal, scale):
+    from kernels import attention_triton  # here, because where the kernels never run Triton may be missing
+
+    return attention_triton.attention(q, k, v, start, end, causal, scale)
 
 
 def _torch(q, k, v, start, end, causal, scale):

@@ -14,8 +14,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Every jaxtyping annotation of the project becomes a check at each call.
-install_import_hook(["minillm", "kernels"], "beartype.beartype")
+# Every jaxtyping annotation of the project becomes a check at each call. The files of Triton's kernels hold
+# none, and a wrapped kernel would lose sight of its module.
+KERNELS = Path(__file__).parents[1] / "kernels"
+CHECKED = [f"kernels.{file.stem}" for file in KERNELS.glob("*.py") if not file.stem.endswith("_triton")]
+install_import_hook(["minillm", *CHECKED], "beartype.beartype")
 
 # A busy machine is slow now and then: time is not a property of ours.
 hypothesis.settings.register_profile("minillm", deadline=None)
