@@ -1,14 +1,16 @@
 """Softmax cross-entropy, over logits and fused with the output projection that makes them.
 
-The loss of one row is  -log softmax(logits)[target] = logsumexp(logits) - logits[target].
+The loss of one row is its target's log-probability with the sign turned,
 
-`cross_entropy` takes logits that already exist. `linear_cross_entropy` takes the hidden states and
-the output matrix, and walks through the rows in chunks: the [N, V] logits, which for a real
-vocabulary are the largest tensor of a whole training step, never exist.
-The gradient of a chunk's logits is at hand the moment its loss is, so for "mean" and "sum" the
-forward pass multiplies it straight into both operands and the backward pass only scales the result;
-for "none" every row has an upstream gradient of its own, and the backward pass goes through the
-chunks once more.
+    -log softmax(logits)[target] = logsumexp(logits) - logits[target],
+
+and `cross_entropy` of logits that exist is just that (`logprob.py`), or PyTorch's own function.
+`linear_cross_entropy` takes the hidden states and the output matrix, and walks through the rows in chunks
+(`linear.py`): the [N, V] logits, which for a real vocabulary are the largest tensor of a whole training
+step, never exist. For "mean" and "sum" all rows have the same upstream gradient, and but for that factor
+the gradient of a chunk's logits is at hand the moment its loss is: the forward pass multiplies it straight
+into both operands, and the backward pass only scales the result. For "none" the backward pass goes through
+the chunks once more.
 
 Left out: label smoothing, class weights, soft targets, second derivatives.
 Method: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv
@@ -22,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# A chunk has about this many logits (2 MB in float32, within one core's cache), ...
-CHUNK_LOGITS = 1 << 19
-# ... but never fewer rows: below that, adding to d weight costs as much as the product it adds.
-CHUNK_ROWS = 256
+from kernels.dispatch import choose_impl
+from kernels.linear import Gradients, Logits, autocast, check_targets, multiplied, row_functions
+from kernels.logprob import row_logprobs
+from kernels.rows_torch import accumulator
 
 
 def cross_entropy(
@@ -39,11 +41,15 @@ def cross_entropy(
 
     Rows whose target is `ignore_index` count for nothing: loss 0, gradient 0, and not in the mean's
     denominator (with no row left the mean is nan and the sum 0). The loss is float32, or float64
-    for float64 logits. IndexError for a target outside 0..V-1; ValueError for an unknown option.
+    for float64 logits. IndexError for a target outside 0..V-1, on a GPU nan; ValueError for an unknown
+    option.
     """
-    _check(targets, logits.shape[1], ignore_index, reduction, impl)
-    logits = logits.to(_accumulator(logits.dtype))
-    return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction=reduction)
+    _check(reduction)
+    if choose_impl(impl, logits) == "torch":
+        targets = _checked(targets, ignore_index, logits.shape[1])
+        logits = logits.to(accumulator(logits.dtype))
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    return _row_losses(logits, None, targets, ignore_index, reduction, impl)
 
 
 def linear_cross_entropy(
@@ -54,89 +60,116 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """`cross_entropy(hidden @ weight.T, targets)` that never holds the [N, V] logits.
+    """`cross_entropy(hidden @ weight.T, targets)` that never holds more than a chunk of the logits.
 
     The products run in hidden's dtype (under autocast, in autocast's), d weight is summed in
-    float32, and each gradient comes back in its operand's dtype. Ignored rows cost nothing: they
-    are skipped. Loss, reductions and errors as in `cross_entropy`.
+    float32, and each gradient comes back in its operand's dtype. On a CPU "mean" and "sum" skip ignored
+    rows, which then cost nothing. Loss, reductions and errors as in `cross_entropy`.
     """
-    _check(targets, weight.shape[0], ignore_index, reduction, impl)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    kept = (targets != ignore_index).nonzero().squeeze(1)
-    return _LinearCrossEntropy.apply(hidden, weight, targets.long(), kept, reduction)
+    _check(reduction)
+    hidden = autocast(hidden)
+    if reduction == "none":
+        return _row_losses(*multiplied(hidden, weight), targets, ignore_index, reduction, impl)
+    grad = torch.is_grad_enabled()
+    want = hidden.requires_grad and grad, weight.requires_grad and grad
+    total, _, _ = _summed(hidden, weight, targets, ignore_index, *want, choose_impl(impl, hidden))
+    return _mean(total, targets != ignore_index) if reduction == "mean" else total
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Only the rows in `kept` take part; the others keep a loss and a gradient of zero."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, kept, reduction):
-        ctx.count = len(kept) if reduction == "mean" else 1
-        ctx.per_row = reduction == "none"
-        if ctx.per_row:
-            ctx.save_for_backward(hidden, weight, targets, kept)
-            return _run(hidden, weight, targets, kept)[0]
-        losses, *gradients = _run(hidden, weight, targets, kept, ctx.needs_input_grad)
-        ctx.save_for_backward(*gradients)
-        return losses.sum() / ctx.count  # 0 / 0 is the nan of a mean over no rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        if ctx.per_row:
-            _, *gradients = _run(*ctx.saved_tensors, ctx.needs_input_grad, upstream)
-        else:
-            share = upstream.reshape(1) / max(ctx.count, 1)  # [1], so that d is scaled in float32
-            gradients = [d if d is None else (d * share).to(d.dtype) for d in ctx.saved_tensors]
-        return *gradients, None, None, None
-
-
-def _run(hidden, weight, targets, kept, wanted=(False, False), upstream=None):
-    """Losses [N] and the wanted ones of d hidden [N, D] and d weight [V, D], else None.
-
-    With logits z = h W^T, p = softmax(z), loss = -log p[target] and u the row's upstream gradient
-    (1 where none is given):
-        dz = u (p - onehot(target)),   dh = dz W,   dW = sum over rows of dz^T h
-    """
-    dtype = _accumulator(hidden.dtype)
-    losses = hidden.new_zeros(len(hidden), dtype=dtype)
-    d_hidden = torch.zeros_like(hidden) if wanted[0] else None
-    d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
-    matrix = weight.to(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in kept.split(max(CHUNK_ROWS, CHUNK_LOGITS // len(weight))):
-            h, target = hidden.index_select(0, rows), targets[rows, None]
-            z = (h @ matrix.T).to(dtype)
-            p = z.softmax(1)
-            # log sum exp z = max z - log max p, and max p >= 1/V: no second pass of exponentials.
-            losses[rows] = z.amax(1) - z.gather(1, target)[:, 0] - p.amax(1).log()
-            if not (wanted[0] or wanted[1]):
-                continue
-            dz = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-            dz = (dz if upstream is None else dz.mul_(upstream[rows, None])).to(hidden.dtype)
-            if wanted[0]:
-                d_hidden.index_copy_(0, rows, dz @ matrix)
-            if wanted[1] and dz.dtype == dtype:
-                d_weight.addmm_(dz.T, h)
-            elif wanted[1]:
-                d_weight += (dz.T @ h).to(dtype)
-    return losses, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmaxes and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _check(targets, vocabulary: int, ignore_index: int, reduction: str, impl: str | None) -> None:
-    if impl not in (None, "torch"):
-        raise ValueError(f"unknown impl {impl!r}: there are None and 'torch'")
+def _check(reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}: there are 'mean', 'sum' and 'none'")
-    if targets.is_cuda:
-        return  # reading the answer would stall the GPU, whose own bounds checks catch it
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise IndexError(f"target {int(targets[row])} in row {row} is outside 0..{vocabulary - 1}")
+
+
+@torch.library.custom_op("minillm::checked_targets", mutates_args=())
+def _checked(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """The targets as int64, once they are known to be good: an operator, for the check reads them."""
+    check_targets(targets.where(targets != ignore_index, 0), vocabulary)
+    return targets.to(torch.int64, copy=True)
+
+
+@_checked.register_fake
+def _(targets, ignore_index, vocabulary):
+    return torch.empty_like(targets, dtype=torch.int64)
+
+
+def _row_losses(hidden, weight, targets, ignore_index, reduction, impl):
+    """The losses, or their sum or mean, from log-probabilities; an ignored row looks up token 0."""
+    kept = targets != ignore_index
+    logprobs = row_logprobs(hidden, weight, targets.where(kept, 0), impl)
+    losses = (-logprobs).where(kept, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), kept)
+
+
+def _mean(total: Tensor, kept: Tensor) -> Tensor:
+    """total over the rows kept; over no rows nan, with gradients of 0."""
+    count = kept.sum()
+    return (total / count.clamp(min=1)).where(count > 0, torch.nan)
+
+
+@torch.library.custom_op("minillm::summed_cross_entropy", mutates_args=())
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    want_hidden: bool,
+    want_weight: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of losses [], its d hidden [N, D], its d weight [V, D]); what is not wanted is empty."""
+    kept = targets != ignore_index
+    check_targets(targets.where(kept, 0), len(weight))
+    if hidden.is_cuda:  # to know how many rows are kept would stall the GPU: ignored ones get a share of 0
+        return _run(hidden, weight, targets.where(kept, 0), kept, want_hidden, want_weight, impl)
+    if kept.all():
+        return _run(hidden, weight, targets, None, want_hidden, want_weight, impl)
+    rows = kept.nonzero().squeeze(1)
+    chosen = hidden[rows], weight, targets[rows], None
+    total, d_hidden, d_weight = _run(*chosen, want_hidden, want_weight, impl)
+    if want_hidden:
+        d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+    return total, d_hidden, d_weight
+
+
+def _run(hidden, weight, targets, kept, want_hidden, want_weight, impl):
+    """With logits z = h W^T and p = softmax(z):  dz = p - onehot(target),  0 in rows that are not kept."""
+    logits, functions = Logits(hidden, weight), row_functions(impl)
+    gradients = Gradients(logits, want_hidden, want_weight)
+    total = hidden.new_zeros((), dtype=accumulator(hidden.dtype))
+    for rows in logits.chunks():
+        z = logits[rows]
+        share = None if kept is None else kept[rows].to(total.dtype)
+        if gradients.wanted:
+            losses, dz = functions.loss_and_gradient(z, targets[rows], share)
+            gradients.add(rows, dz)
+        else:
+            losses = -functions.logprob(z, targets[rows], 1.0, False)[0]
+        total += losses.sum() if kept is None else losses.where(kept[rows], 0.0).sum()
+    return total, *gradients.result()
+
+
+@_summed.register_fake
+def _(hidden, weight, targets, ignore_index, want_hidden, want_weight, impl):
+    total = hidden.new_empty((), dtype=accumulator(hidden.dtype))
+    d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
+    return total, d_hidden, weight.new_empty(weight.shape if want_weight else 0)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+@once_differentiable
+def _scale(ctx, upstream, *_):
+    upstream = upstream.reshape(1)  # not a scalar, so that half gradients are scaled in float32
+    gradients = (
+        (d * upstream).to(d.dtype) if wanted else None
+        for d, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    )
+    return *gradients, None, None, None, None, None
+
+
+_summed.register_autograd(_scale, setup_context=_save)

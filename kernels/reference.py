@@ -195,3 +195,111 @@ def linear_cross_entropy_backward(
     """(d hidden, d weight). The logits are a product z = h W^T, so  dh = dz W  and  dW = dz^T h."""
     dz = cross_entropy_backward(d_out, hidden @ weight.T, targets, ignore_index, reduction)
     return dz @ weight, dz.T @ hidden
+
+
+# --- Log-probability, entropy and KL -------------------------------------------------------------
+
+
+def token_logprobs(
+    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], temperature: float = 1.0
+) -> tuple[Float64[ndarray, " N"], Float64[ndarray, " N"]]:
+    """(log p[target], H) with p = softmax(z / temperature) and H = -sum p log p, where 0 log 0 is 0."""
+    p = softmax(logits / temperature)
+    return -row_losses(logits / temperature, targets, ignore_index=None), -xlogy(p, p).sum(axis=1)
+
+
+def token_logprobs_backward(
+    d_logprob: Float64[ndarray, " N"],
+    d_entropy: Float64[ndarray, " N"],
+    logits: Float64[ndarray, "N V"],
+    targets: Int[ndarray, " N"],
+    temperature: float = 1.0,
+) -> Float64[ndarray, "N V"]:
+    """d logits. With y = z / temperature and p = softmax(y):
+
+        d log p[target] / dy = onehot(target) - p       cross-entropy with the sign turned
+        dH / dp = -(log p + 1),   so by the softmax rule
+        dH / dy = -p (log p + 1 - sum p (log p + 1)) = -p (log p + H)
+        dz = dy / temperature
+
+    Both sum to zero: neither changes when all logits of a row move together.
+    """
+    p = softmax(logits / temperature)
+    H = -xlogy(p, p).sum(axis=1, keepdims=True)
+    d_y = -d_logprob[:, None] * p - d_entropy[:, None] * (xlogy(p, p) + p * H)
+    d_y[np.arange(len(targets)), targets] += d_logprob
+    return d_y / temperature
+
+
+def linear_token_logprobs(
+    hidden: Float64[ndarray, "N D"],
+    weight: Float64[ndarray, "V D"],
+    targets: Int[ndarray, " N"],
+    temperature: float = 1.0,
+) -> tuple[Float64[ndarray, " N"], Float64[ndarray, " N"]]:
+    """Log-probability and entropy of the logits hidden @ weight.T."""
+    return token_logprobs(hidden @ weight.T, targets, temperature)
+
+
+def linear_token_logprobs_backward(
+    d_logprob: Float64[ndarray, " N"],
+    d_entropy: Float64[ndarray, " N"],
+    hidden: Float64[ndarray, "N D"],
+    weight: Float64[ndarray, "V D"],
+    targets: Int[ndarray, " N"],
+    temperature: float = 1.0,
+) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
+    """(d hidden, d weight) of the product z = h W^T."""
+    dz = token_logprobs_backward(d_logprob, d_entropy, hidden @ weight.T, targets, temperature)
+    return dz @ weight, dz.T @ hidden
+
+
+def kl(p_logits: Float64[ndarray, "N V"], q_logits: Float64[ndarray, "N V"]) -> Float64[ndarray, " N"]:
+    """KL(p || q) = sum p (log p - log q): 0 where p is 0 whatever q is, inf where only q is 0."""
+    p, q = softmax(p_logits), softmax(q_logits)
+    return (xlogy(p, p) - xlogy(p, q)).sum(axis=1)
+
+
+def kl_backward(
+    d_kl: Float64[ndarray, " N"], p_logits: Float64[ndarray, "N V"], q_logits: Float64[ndarray, "N V"]
+) -> tuple[Float64[ndarray, "N V"], Float64[ndarray, "N V"]]:
+    """(d p_logits, d q_logits), by the softmax rule for either side:
+
+        dKL / dp = log p - log q + 1,   so   dKL / dz_p = p (log p - log q - KL)
+        dKL / dq = -p / q,              so   dKL / dz_q = q (-p / q + sum p) = q - p
+
+    Both sum to zero along a row.
+    """
+    p, q = softmax(p_logits), softmax(q_logits)
+    d_p = xlogy(p, p) - xlogy(p, q) - p * kl(p_logits, q_logits)[:, None]
+    return d_kl[:, None] * d_p, d_kl[:, None] * (q - p)
+
+
+def linear_kl(
+    p_hidden: Float64[ndarray, "N P"],
+    p_weight: Float64[ndarray, "V P"],
+    q_hidden: Float64[ndarray, "N Q"],
+    q_weight: Float64[ndarray, "V Q"],
+) -> Float64[ndarray, " N"]:
+    """KL of the logits p_hidden @ p_weight.T from the logits q_hidden @ q_weight.T."""
+    return kl(p_hidden @ p_weight.T, q_hidden @ q_weight.T)
+
+
+def linear_kl_backward(
+    d_kl: Float64[ndarray, " N"],
+    p_hidden: Float64[ndarray, "N P"],
+    p_weight: Float64[ndarray, "V P"],
+    q_hidden: Float64[ndarray, "N Q"],
+    q_weight: Float64[ndarray, "V Q"],
+) -> tuple[
+    Float64[ndarray, "N P"], Float64[ndarray, "V P"], Float64[ndarray, "N Q"], Float64[ndarray, "V Q"]
+]:
+    """The gradients of the four, in their order; either side is a product z = h W^T."""
+    d_p, d_q = kl_backward(d_kl, p_hidden @ p_weight.T, q_hidden @ q_weight.T)
+    return d_p @ p_weight, d_p.T @ p_hidden, d_q @ q_weight, d_q.T @ q_hidden
+
+
+def xlogy(x: Float64[ndarray, "*n"], y: Float64[ndarray, "*n"]) -> Float64[ndarray, "*n"]:
+    """x log y, and 0 where x is 0."""
+    with np.errstate(divide="ignore"):
+        return np.where(x == 0.0, 0.0, x * np.log(np.where(x == 0.0, 1.0, y)))
