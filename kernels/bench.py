@@ -457,6 +457,8 @@ def run(device: str, only: str, quick: bool, runs: int) -> dict:
     print(f"{len(validation)} validations against the float64 reference passed")
     if device == "cpu":
         print("No GPU: the Triton kernels were validated in their interpreter, and none of them is timed.")
+    absent = [name for name, version in libraries().items() if version is None]
+    print(f"peers not installed: {', '.join(absent) or 'none'}")
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
     limits = ceilings(device, torch.bfloat16 if device == "cuda" else torch.float32, flush)
     print(
@@ -473,6 +475,12 @@ def run(device: str, only: str, quick: bool, runs: int) -> dict:
     return {"validation": validation, "ceilings": vars(limits), "contests": results}
 
 
+def libraries() -> dict[str, str | None]:
+    """The versions of the peers' packages, None for those that are absent."""
+    installed = {d.name: d.version for d in metadata.distributions()}
+    return {name: installed.get(name) for name in LIBRARIES}
+
+
 def where(device: str) -> dict:
     """The machine, the versions and the commit behind the figures.
 
@@ -481,9 +489,7 @@ def where(device: str) -> dict:
     """
     from minillm.provenance import provenance
 
-    installed = {d.name: d.version for d in metadata.distributions()}
-    libraries = {name: installed.get(name) for name in LIBRARIES}  # None where absent
-    found = provenance() | {"libraries": libraries, "threads": torch.get_num_threads(), "gpu": None}
+    found = provenance() | {"libraries": libraries(), "threads": torch.get_num_threads(), "gpu": None}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
