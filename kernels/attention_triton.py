@@ -387,7 +387,7 @@ TILES = {
     ("dq", "half", "sm_100"): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
     # Keys stay and rows stream by, into two sums as wide as a head. On sm_90 those of 64 keys and heads of
     # 256 leave too few registers, so that case takes 32 keys and does without wgmma.
-    ("dkdv", "half", "sm_80"): ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    ("dkdv", "half", "sm_80"): ((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     ("dkdv", "half", "sm_90"): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2)),
     ("dkdv", "half", "sm_100"): ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
     # One tile of rows; what counts is how many keys are on their way.

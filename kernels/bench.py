@@ -158,8 +158,8 @@ def attention_contest(name, B, H, K, T, S, C, device, dtype) -> Contest:
     """The last T of S tokens; causal, and of the keys before a query those that the name leaves visible.
 
     A visible pair of query and key takes 2 C operations in each product: 2 products forward (q k^T, p v),
-    5 backward (the scores again, dv, dp, dq, dk). Forward reads q, k and v and writes out; backward reads
-    those four and d out, and writes three gradients.
+    5 backward (dv, dp, dq, dk, and the scores again, as the literature counts: nobody has room to keep them).
+    Forward reads q, k and v and writes out; backward reads those and d out, and writes three gradients.
     """
     _, pattern, way = name.split(", ")
     # In memory tokens come before heads, as projections leave them and as flash-attn wants them.
@@ -332,7 +332,8 @@ class Ceilings:
         return 1e3 * max(contest.flops / self.flops, contest.moved / self.moved)
 
 
-def ceilings(device: str, dtype: torch.dtype, flush: Tensor | None, runs: int) -> Ceilings:
+def ceilings(device: str, dtype: torch.dtype, flush: Tensor | None) -> Ceilings:
+    """The best of many runs: others on the machine only ever lower it."""
     n, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 27)
     a, source = (
         normal(n, n, device=device, dtype=dtype, seed=0),
@@ -340,7 +341,7 @@ def ceilings(device: str, dtype: torch.dtype, flush: Tensor | None, runs: int) -
     )
     target = torch.empty_like(source)
     work = (lambda: a @ a, lambda: target.copy_(source))
-    product_ms, copy_ms = (min(milliseconds(run, flush) for _ in range(runs + 3)) for run in work)
+    product_ms, copy_ms = (min(milliseconds(run, flush) for _ in range(40)) for run in work)
     return Ceilings(2e3 * n**3 / product_ms, 2e3 * size / copy_ms)
 
 
@@ -456,8 +457,10 @@ def run(device: str, only: str, quick: bool, runs: int) -> dict:
     print(f"{len(validation)} validations against the float64 reference passed")
     if device == "cpu":
         print("No GPU: the Triton kernels were validated in their interpreter, and none of them is timed.")
+    absent = [name for name, version in libraries().items() if version is None]
+    print(f"peers not installed: {', '.join(absent) or 'none'}")
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
-    limits = ceilings(device, torch.bfloat16 if device == "cuda" else torch.float32, flush, runs)
+    limits = ceilings(device, torch.bfloat16 if device == "cuda" else torch.float32, flush)
     print(
         f"ceilings: {limits.flops / 1e12:.3f} TFLOP/s in a product, {limits.moved / 1e9:.1f} GB/s by copying"
     )
@@ -472,6 +475,12 @@ def run(device: str, only: str, quick: bool, runs: int) -> dict:
     return {"validation": validation, "ceilings": vars(limits), "contests": results}
 
 
+def libraries() -> dict[str, str | None]:
+    """The versions of the peers' packages, None for those that are absent."""
+    installed = {d.name: d.version for d in metadata.distributions()}
+    return {name: installed.get(name) for name in LIBRARIES}
+
+
 def where(device: str) -> dict:
     """The machine, the versions and the commit behind the figures.
 
@@ -480,9 +489,7 @@ def where(device: str) -> dict:
     """
     from minillm.provenance import provenance
 
-    installed = {d.name: d.version for d in metadata.distributions()}
-    libraries = {name: installed.get(name) for name in LIBRARIES}  # None where absent
-    found = provenance() | {"libraries": libraries, "threads": torch.get_num_threads(), "gpu": None}
+    found = provenance() | {"libraries": libraries(), "threads": torch.get_num_threads(), "gpu": None}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda

@@ -60,7 +60,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """`cross_entropy(hidden @ weight.T, targets)` that never holds the [N, V] logits.
+    """`cross_entropy(hidden @ weight.T, targets)` that never holds more than a chunk of the logits.
 
     The products run in hidden's dtype (under autocast, in autocast's), d weight is summed in
     float32, and each gradient comes back in its operand's dtype. On a CPU "mean" and "sum" skip ignored
@@ -130,7 +130,7 @@ def _summed(
     chosen = hidden[rows], weight, targets[rows], None
     total, d_hidden, d_weight = _run(*chosen, want_hidden, want_weight, impl)
     if want_hidden:
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden)
+        d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
     return total, d_hidden, d_weight
 
 

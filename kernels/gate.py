@@ -62,7 +62,6 @@ LARGE_BLOCK = 1024
 
 # (capability, kernel, dtype, size): bytes a thread may spill, and why that is the better choice.
 PACKED = "ptxas stops at a number of registers that lets another block onto the multiprocessor"
-STEPS = "without it a step of the loop takes half as many rows"
 EXACT = "exact float32 products keep their factors in registers; the blocks are the smallest already"
 EXCEPTIONS: dict[tuple[int, str, str, int], tuple[int, str]] = {
     (80, "_forward", "bfloat16", 32): (8, PACKED),
@@ -71,8 +70,6 @@ EXCEPTIONS: dict[tuple[int, str, str, int], tuple[int, str]] = {
     (100, "_forward", "bfloat16", 32): (16, PACKED),
     (100, "_forward", "float16", 32): (16, PACKED),
     (90, "_backward_dkdv", "float32", 64): (8, PACKED),
-    (80, "_backward_dkdv", "bfloat16", 96): (8, STEPS),
-    (80, "_backward_dkdv", "float16", 96): (8, STEPS),
     (80, "_backward_dq", "float32", 256): (248, EXACT),
     (90, "_backward_dq", "float32", 256): (272, EXACT),
     (100, "_backward_dq", "float32", 256): (272, EXACT),

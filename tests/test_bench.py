@@ -163,6 +163,11 @@ def test_the_program_writes_figures_hardware_versions_and_commit(monkeypatch, tm
     assert record["cpu"] and record["cores"] and record["versions"]["torch"] == torch.__version__
     assert set(record) >= {"commit", "dirty", "threads", "libraries", "validation", "ceilings"}
     assert set(record["libraries"]) == set(bench.LIBRARIES)
+    [absent] = [line for line in shown.splitlines() if line.startswith("peers not installed: ")]
+    assert all(
+        (version is None) == (name in absent.split(": ")[1].split(", "))
+        for name, version in record["libraries"].items()
+    )
     [(name, contest)] = record["contests"].items()
     assert name in shown and name.startswith("cross_entropy")
     for figures in ("milliseconds", "median", "peak_bytes", "share_of_ceiling"):

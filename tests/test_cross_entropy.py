@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import linear, reference
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from kernels.cross_entropy import _run, cross_entropy, linear_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on -inf
 
@@ -348,6 +348,22 @@ def test_under_autocast_the_products_run_in_its_dtype_and_gradients_return_in_th
     expected = linear_cross_entropy(hidden.bfloat16(), weight, targets, reduction="none")
     assert torch.equal(loss, expected) and loss.dtype == torch.float32
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("wanted", [(True, True), (False, False)])
+def test_to_give_ignored_rows_no_share_is_to_leave_them_out(device, impl, wanted):
+    """The first is what GPUs do, the second what CPUs do."""
+    hidden, weight = normal(7, 4).to(device), normal(37, 4, seed=1).to(device)
+    targets = torch.tensor([0, 36, 1, 5, 3, 3, 5], device=device)
+    kept = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool, device=device)
+    total, d_hidden, d_weight = _run(hidden, weight, targets, kept, *wanted, impl)
+    expected = _run(hidden[kept], weight, targets[kept], None, *wanted, impl)
+    if wanted[0]:
+        assert not d_hidden[~kept].any()
+        d_hidden = d_hidden[kept]
+    for a, e in zip((total, d_hidden, d_weight), expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def test_int32_targets_are_as_good_as_int64():
