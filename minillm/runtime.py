@@ -88,6 +88,8 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
     try:
         dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
         yield Runtime(chosen, dtype, rank, world)
+        if world > 1:
+            dist.barrier()  # the main process has more to do at the end: nobody hangs up on it
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -344,7 +344,7 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
-    def wait_for(self, words: bytes, seconds: float = 60) -> bytes:
+    def wait_for(self, words: bytes, seconds: float = 240) -> bytes:
         """Reads up to these words. Returns what came before them."""
         end = time.monotonic() + seconds
         while words not in self.seen:
