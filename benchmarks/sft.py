@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from minillm.conversations import open_conversations, world_conversations
+from minillm.conversations import open_conversations, split_conversations, world_conversations
 from minillm.huggingface import load_model, save_model
 from minillm.loss import held_out
 from minillm.packing import encode_source, packed_batches
@@ -34,14 +34,20 @@ from minillm.world import World
 
 ROOT = Path(__file__).parents[1]
 CONVERSATIONS, EPOCHS, BLOCK, RATE = 2000, 2, 128, 2e-3
+VAL_FRACTION = 0.05
 ROWS = 16  # of a packed step; TRL's batch has as many conversations as such a step holds on average
 CPU = torch.device("cpu")
 
 
-def write_conversations(path: Path, seed: int) -> None:
-    """A file that both programs read."""
-    source = world_conversations(World(seed), "train", CONVERSATIONS)
-    path.write_text("".join(json.dumps({"messages": c}) + "\n" for c in source.conversations()))
+def write_conversations(every: Path, training: Path) -> None:
+    """All conversations, for minillm, and those of them that it trains on, for TRL."""
+    source = world_conversations(World(0), "train", CONVERSATIONS)
+    with every.open("w") as all_lines, training.open("w") as training_lines:
+        for side, conversation in split_conversations(source, VAL_FRACTION):
+            line = json.dumps({"messages": conversation}) + "\n"
+            all_lines.write(line)
+            if side == "train":
+                training_lines.write(line)
 
 
 def run_minillm(init: Path, data: Path, out: Path, steps: int, seed: int) -> float:
@@ -49,7 +55,7 @@ def run_minillm(init: Path, data: Path, out: Path, steps: int, seed: int) -> flo
     options = {
         "--init": init, "--data": data, "--out": out, "--steps": steps, "--batch-tokens": ROWS * BLOCK,
         "--matrix-rate": RATE, "--embedding-rate": RATE, "--optimizer": "adamw", "--warmup": 0, "--decay": 1,
-        "--val-every": 10**6, "--save-every": 10**6, "--seed": seed,
+        "--val-every": 10**6, "--save-every": 10**6, "--seed": seed, "--val-fraction": VAL_FRACTION,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
     subprocess.run([sys.executable, "sft.py", *words], cwd=ROOT, check=True, capture_output=True)
@@ -113,11 +119,11 @@ def main() -> None:
         scratch = Path(folder)
         model, tokenizer = load_model(arguments.init, CPU, choose_dtype(CPU))
         tokenizer = with_chat_template(tokenizer)
-        init, data = scratch / "init", scratch / "conversations.jsonl"
+        init, data, training = (scratch / name for name in ("init", "every.jsonl", "training.jsonl"))
         save_model(init, model, tokenizer)  # with the chat template, which TRL asks for
-        write_conversations(data, 0)
+        write_conversations(data, training)
         encoded = encode_source(
-            open_conversations([str(data)])[0], ChatTemplate(tokenizer).encode, BLOCK, val_fraction=0.05
+            open_conversations([str(data)])[0], ChatTemplate(tokenizer).encode, BLOCK, VAL_FRACTION
         )
         tokens = EPOCHS * int(encoded.train.sizes.sum())
         batch = round(ROWS * BLOCK / encoded.train.sizes.mean())
@@ -128,7 +134,7 @@ def main() -> None:
                 if name == "minillm":
                     seconds = run_minillm(init, data, out, steps, seed)
                 else:
-                    seconds = run_trl(init, data, out, batch, seed)
+                    seconds = run_trl(init, training, out, batch, seed)
                 results[name].append((seconds, held_out_loss(out)))
                 print(f"{name:8} {seconds:6.1f} s   held-out loss {results[name][-1][1]:.3f}", flush=True)
     ours, theirs = (statistics.median(seconds for seconds, _ in runs) for runs in results.values())
