@@ -155,13 +155,13 @@ def _choose(
         # knows none below 1e-38.
         logits = (logits - logits.amax(dim=1, keepdim=True)) / max(options.temperature, 1e-30)
     logits = filter_logits(logits, options.top_k, options.top_p)
-    logprobs = logits.log_softmax(dim=1)
+    probabilities = logits.softmax(dim=1)
     # The token at which the cumulative sum first exceeds the uniform share of the total. In float64,
     # where a large vocabulary's sum keeps its small terms.
-    cumulative = logprobs.exp().cumsum(dim=1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(dim=1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
 class _Sampler:
@@ -200,10 +200,12 @@ class _Sampler:
             logits[:, self.stop_ids] = -torch.inf
         self.token, logprob = _choose(logits, self.uniforms[:, self.count], self.options)
         self.count += 1
+        left: Tensor | int = len(self.rows)
         if self.options.stop_ids:
             self.running = self.running & (self.token[:, None] != self.stop_ids).all(dim=1)
+            left = self.running.sum()
         # The one wait for the device in a step. NaN where a log-probability is not finite.
-        self.left = float(self.running.sum() + 0 * logprob.sum())
+        self.left = float(left + 0 * logprob.sum())
         if math.isnan(self.left):
             raise InputError("sampling: the model's logits are not finite; its weights are damaged")
         self.finished = self.left == 0 or self.count == self.options.max_new_tokens
