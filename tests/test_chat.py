@@ -5,6 +5,7 @@ import io
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -328,6 +329,12 @@ def test_bad_input_gives_one_line_and_exit_2(case, runs, capfd, monkeypatch, tmp
 # --- the terminal
 
 
+def _own_terminal() -> None:
+    """Makes the process the terminal's own, with a Ctrl-C that tests in the background had switched off."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """A process on a pseudo-terminal of its own, and a person's hands and eyes."""
 
@@ -336,7 +343,7 @@ class Terminal:
         self.process = subprocess.Popen(
             arguments, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_own_terminal,
         )  # fmt: skip
         os.close(slave)
         self.seen = b""

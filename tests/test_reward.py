@@ -321,7 +321,8 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn,
         torch.testing.assert_close(ours / world, theirs, **CLOSE)
 
 
-@given(drawn_rankings(), st.integers(1, 200))
+@given(drawn=drawn_rankings(), micro_tokens=st.integers(1, 200))
+@example(drawn=([[0, 1]], 1744984, (1, 4)), micro_tokens=1)  # two equal rows, but for the rounding
 @SLOWER
 def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micro_tokens):
     encoded = encoded_of(drawn)
@@ -329,13 +330,13 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
     found = held_out_rankings(model, encoded, micro_tokens, HERE)
     with torch.no_grad():
         assert found.loss == pytest.approx(mean_loss(model, encoded).item(), abs=1e-5)
-    in_order = []
+    margins = []
     for one in encoded:
         scores = score_rows(model, one.rows)
-        in_order += [
-            (1 + np.sign(scores[better] - scores[worse])) / 2 for better, worse in one.ranking.pairs()
-        ]
-    assert found.accuracy == pytest.approx(np.mean(in_order) if in_order else 0)
+        margins += [scores[better] - scores[worse] for better, worse in one.ranking.pairs()]
+    # Scores of size one, summed in another order in another batch: closer ones may fall either way.
+    sure, possible = (np.mean(np.array(margins or [-1.0]) > bound) for bound in (1e-5, -1e-5))
+    assert sure - 1e-6 <= found.accuracy <= possible + 1e-6
 
 
 # ---- Which rankings, and when
