@@ -10,9 +10,10 @@ no longer fit, and gives replies piece by piece. Behind it the terminal: lines i
 """
 
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -271,11 +272,25 @@ def take_turn(chat: Chat, entry: str) -> bool:
         reply = chat.hear(entry.removeprefix("/"))
         if reply.dropped:
             print(f"(no room for the {reply.dropped} oldest messages: dropped)")
-        with suppress(KeyboardInterrupt):
-            say(reply)
+        with interrupts() as interrupted, suppress(KeyboardInterrupt):
+            for piece in reply:
+                print(piece, end="", flush=True)
+                if interrupted():
+                    break
         print(" [cut]" if reply.cut else "")
         chat.keep(reply)
     return True
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Lets Ctrl-C ask instead of raise: deep inside a tensor operation an exception can get lost."""
+    asked: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def say(reply: Reply) -> None:

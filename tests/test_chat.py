@@ -326,6 +326,23 @@ def test_bad_input_gives_one_line_and_exit_2(case, runs, capfd, monkeypatch, tmp
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
 
 
+def test_ctrl_c_stops_a_reply_where_it_is_and_keeps_what_was_said(monkeypatch, capsys):
+    chat, given = new_chat(), []
+
+    def tokens(*_):
+        for letter in "abcdef":
+            given.append(letter)
+            if letter == "c":
+                os.kill(os.getpid(), signal.SIGINT)
+            yield chat.tokenizer.encode(letter)[0]
+
+    monkeypatch.setattr(chat_module, "stream", tokens)
+    before = signal.getsignal(signal.SIGINT)
+    assert take_turn(chat, "Hello") and signal.getsignal(signal.SIGINT) is before
+    assert given == ["a", "b", "c"] and capsys.readouterr().out == "abc [cut]\n"
+    assert chat.messages[-1] == {"role": "assistant", "content": "abc", "cut": True}
+
+
 # --- the terminal
 
 
@@ -375,6 +392,7 @@ def terminal(runs):
     terminal.close()
 
 
+@pytest.mark.slow
 def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_alone_and_quit_ends(terminal):
     assert b"/help lists the commands" in terminal.wait_for(b">>> ")
     terminal.type(b"/undo\n")
