@@ -272,11 +272,8 @@ def take_turn(chat: Chat, entry: str) -> bool:
         reply = chat.hear(entry.removeprefix("/"))
         if reply.dropped:
             print(f"(no room for the {reply.dropped} oldest messages: dropped)")
-        with interrupts() as interrupted, suppress(KeyboardInterrupt):
-            for piece in reply:
-                print(piece, end="", flush=True)
-                if interrupted():
-                    break
+        with interrupts() as interrupted:
+            say(reply, interrupted)
         print(" [cut]" if reply.cut else "")
         chat.keep(reply)
     return True
@@ -284,7 +281,7 @@ def take_turn(chat: Chat, entry: str) -> bool:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Lets Ctrl-C ask instead of raise: deep inside a tensor operation an exception can get lost."""
+    """Lets Ctrl-C ask instead of raise, which could strike in the middle of any operation."""
     asked: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     try:
@@ -293,9 +290,11 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def say(reply: Reply) -> None:
+def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
     for piece in reply:
         print(piece, end="", flush=True)
+        if interrupted():
+            return
 
 
 def answer(chat: Chat, text: str) -> None:
