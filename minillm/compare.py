@@ -100,9 +100,9 @@ class Options:
     name: str = "person"
     """--judge person: your name, under which your verdicts are kept in --out."""
 
-    pairs: int = 200
+    pairs: int = 100
     """Pairs of a helpful and a harmful reply of each sort, from the little world."""
-    text_bytes: int = 60_000
+    text_bytes: int = 40_000
     """Of held-out text, about."""
     out: str = "out/compare"
     """Where compare.html and compare.json go."""
@@ -331,7 +331,7 @@ def main(arguments: list[str]) -> None:
         folder = Path(options.out)
         write_json(folder / "compare.json", content)
         write_text(folder / "compare.html", page(content))
-        print("\n\n".join(map(section_text, sections(content))))
+        print("\n\n".join(section_text(section) for section in sections(content) if section.tables))
         print(side_by_side(content, options.show))
         print(f"\n{folder / 'compare.html'}: the page; compare.json beside it has every figure and reply")
 

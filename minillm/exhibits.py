@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import sqrt
+from textwrap import wrap
 from typing import Any
 
 from minillm.svg import bars, curves, intervals
@@ -39,6 +40,9 @@ class Plot:
 class Section:
     title: str
     text: str
+    """What to see in it."""
+    notes: list[str] = field(default_factory=list)
+    """What there is to say besides, each by itself."""
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
 
@@ -51,8 +55,15 @@ def sections(content: Content) -> list[Section]:
 
 def section_text(section: Section) -> str:
     """A section for the terminal: its plots stay on the page."""
-    parts = [f"── {section.title} ──\n{section.text}", *map(table_text, section.tables)]
-    return "\n\n".join(parts)
+    lines = [f"── {section.title} ──", *fill_lines(section.text)]
+    for note in section.notes:
+        lines += [f"{'  ' if i else '• '}{line}" for i, line in enumerate(fill_lines(note))]
+    return "\n\n".join(["\n".join(lines), *map(table_text, section.tables)])
+
+
+def fill_lines(text: str) -> list[str]:
+    """The text in lines of a terminal's usual width."""
+    return wrap(text, 100)
 
 
 def table_text(table: Table) -> str:
@@ -130,7 +141,7 @@ def _legend(content: Content) -> list[tuple[str, str]]:
 
 HEADLINES = (
     Shown("answers in form", "in_form", better=1),
-    Shown("rubric, 0 to 1", "utility", form="score", better=1),
+    Shown("worth by the rubric", "utility", form="score", better=1),
     Shown("known facts right", "right", "fact", better=1),
     Shown("admits what it cannot know", "said_unknown", "unknown", better=1),
     Shown("refuses harm", "refused", "harm", better=1),
@@ -146,13 +157,14 @@ WITHOUT_RUBRIC = (
 
 def _headline(content: Content) -> Section:
     shown = HEADLINES if content["on_world"] else WITHOUT_RUBRIC
-    text = "The same prompts and the same seeds for every model; 95 % intervals in brackets."
-    for sampling in content["figures"]:
-        for earlier, later in pairwise(content["runs"]):
-            words = _changes(content["figures"][sampling], shown, earlier, later)
-            if words:
-                text += f" From {earlier} to {later}, {how(content, sampling)}: {words}."
-    return Section("In short", text, _each_sampling(content, shown))
+    text = "Every model was given the same prompts and the same seeds. In brackets 95 % intervals."
+    notes = [
+        f"From {earlier} to {later}, {how(content, sampling)}: {words}."
+        for sampling, figures in content["figures"].items()
+        for earlier, later in pairwise(content["runs"])
+        if (words := _changes(figures, shown, earlier, later))
+    ]
+    return Section("In short", text, notes, _each_sampling(content, shown))
 
 
 def _changes(figures: Content, shown: Sequence[Shown], earlier: str, later: str) -> str:
@@ -161,8 +173,9 @@ def _changes(figures: Content, shown: Sequence[Shown], earlier: str, later: str)
     for one in shown:
         if one.better and one.group in figures.get(one.figure, {}):
             before, after = (figures[one.figure][one.group][run] for run in (earlier, later))
-            sides[_side(before, after, one.better)].append(one.label)
-    return "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides.items() if labels)
+            moved = " → ".join(cell(figure, one.form)[0] for figure in (before, after))
+            sides[_side(before, after, one.better)].append(f"{one.label} {moved}")
+    return "; ".join(f"{side}: {', '.join(moves)}" for side, moves in sides.items() if moves)
 
 
 def _side(before: Figure, after: Figure, better: int) -> str:
@@ -177,8 +190,8 @@ def _side(before: Figure, after: Figure, better: int) -> str:
 
 def _by_kind(content: Content) -> Section:
     text = (
-        "What a reply is worth by the rubric, 0 to 1: right, honest, polite, short. Alignment shows where "
-        "the dots of one kind lie far apart; where their strokes overlap, nothing is shown."
+        "What a reply is worth by the rubric, from 0 to 1: right, honest, polite and short. Look for kinds "
+        "whose dots lie far apart; where the strokes overlap, no difference is shown."
     )
     kinds = list(content["prompts"])
     tables, plots = [], []
@@ -194,7 +207,7 @@ def _by_kind(content: Content) -> Section:
             kind: [_interval(figures["utility"][kind][run]) for run in content["runs"]] for kind in kinds
         }
         plots.append(Plot(caption, intervals(groups, "rubric", 0, 1), _legend(content)))
-    return Section("The rubric, by kind of prompt", text, tables, plots)
+    return Section("The rubric, by kind of prompt", text, tables=tables, plots=plots)
 
 
 def _interval(figure: Figure) -> tuple[float | None, float | None, float | None]:
@@ -229,7 +242,7 @@ def _contests(content: Content) -> Section:
                 legend = [("won", f"{contest['later']} wins"), ("tied", "tie"),
                           ("lost", f"{contest['earlier']} wins")]  # fmt: skip
                 plots.append(Plot(caption, bars(drawn, "share of the prompts"), legend))
-    return Section("Win, tie, loss", text, tables, plots)
+    return Section("Win, tie, loss", text, tables=tables, plots=plots)
 
 
 def _names(contest: Content) -> str:
@@ -254,7 +267,7 @@ def _manner(content: Content) -> Section:
     ]
     if not content["on_world"]:
         text = "A raw model goes on until it is cut off; one that answers ends by itself, and says less."
-    return Section("How they reply", text, _each_sampling(content, shown))
+    return Section("How they reply", text, tables=_each_sampling(content, shown))
 
 
 PAIR_NAMES = {
@@ -266,13 +279,18 @@ PAIR_NAMES = {
 
 def _pairs(content: Content) -> Section:
     text = (
-        "Two replies to one prompt, scored by each model. To a model of raw text a harmful one is about as "
-        "likely as a helpful one; alignment is what moves the dots to the left."
+        "Two replies to one prompt, a helpful and a harmful one; which is likelier to each model? At a half "
+        "both look alike to it. The further left of it a dot lies, the more the model tells them apart."
     )
     pairs, runs = content["pairs"], content["runs"]
     if not pairs:
         return Section("Helpful and harmful text", text)
     names = {name: PAIR_NAMES[name] for name in pairs}
+    notes = [
+        f"{own['left_out']} pairs of {names[name]} do not fit every model's context and are left out."
+        for name, own in pairs.items()
+        if own["left_out"]
+    ]
     tables = [
         Table(caption, runs, [(names[name], [cell(pairs[name][key][run], form) for run in runs])
                               for name in pairs])
@@ -285,55 +303,80 @@ def _pairs(content: Content) -> Section:
     label = "share of pairs with the harmful one at least as likely"
     plot = Plot("; ".join(f"{name}: {words}" for name, words in names.items()),
                 intervals(groups, label, 0, 1), _legend(content))  # fmt: skip
-    return Section("Helpful and harmful text", text, tables, [plot])
+    return Section("Helpful and harmful text", text, notes, tables, [plot])
 
 
 def _cost(content: Content) -> Section:
     text = (
-        "Held-out text of the kind the first model was trained on: what a later model pays more for it, it "
-        "has forgotten. KL is how far a model moved from an earlier one, on its own replies, exact over the "
-        "vocabulary; each is asked in its own form."
+        "A later model that pays more for held-out text of the kind that the first one was trained on has "
+        "forgotten something. KL is how far a model has moved from an earlier one, on its own replies, exact "
+        "over the vocabulary, each asked in its own form."
     )
-    tables = []
-    runs = content["runs"]
+    runs, tables = content["runs"], []
     if content["text"]:
         row = ("nats per byte", [cell(content["text"]["nats"][run], "score") for run in runs])
-        tables.append(Table(f"{content['text']['documents']} held-out documents", runs, [row]))
-    rows = [
-        (f"{one['later']} from {one['earlier']}",
-         [cell(one["token"], "score"), cell(one["response"], "count")])
+        size = f"{content['text']['documents']} held-out documents, {content['text']['bytes']:,} bytes"
+        tables.append(Table(size, runs, [row]))
+    known = [one for one in content["kl"] if one["token"] is not None]
+    if known:
+        rows = [
+            (
+                f"{one['later']} from {one['earlier']}",
+                [cell(one["token"], "score"), cell(one["response"], "count")],
+            )
+            for one in known
+        ]
+        caption = f"KL in nats, on replies {how(content, known[0]['sampling'])}"
+        tables.append(Table(caption, ["a token", "a reply"], rows))
+    notes = [
+        f"{one['later']} and {one['earlier']} have different vocabularies: there is no KL between them."
         for one in content["kl"]
-        if one["token"] is not None
-    ]  # fmt: skip
-    if rows:
-        tables.append(Table("KL in nats", ["a token", "a reply"], rows))
-    apart = [f"{one['later']} and {one['earlier']}" for one in content["kl"] if one["token"] is None]
-    if apart:
-        text += f" No KL between models of different vocabularies: {'; '.join(apart)}."
-    return Section("What it cost", text, tables)
+        if one["token"] is None
+    ]
+    return Section("What it cost", text, notes, tables)
 
 
 def _sure(content: Content) -> Section:
     text = (
-        "On questions of fact. Left: each model picks the likeliest of up to 8 answers in the same words; "
-        "on the dotted line it is right as often as it is sure, below it it is too sure. The words of a "
-        "wrong answer are about as probable to the model as those of a right one: it sounds sure all the same."
+        "On the dotted line a model is right as often as it is sure; below it, it is surer than it should "
+        "be. First each picks the likeliest of up to 8 answers to a question of fact; then how probable the "
+        "words of its own greedy replies were to it, to questions of fact and to those that nobody can "
+        "answer. Where wrong replies are nearly as probable as right ones, they sound as sure."
     )
     sure, runs = content["sure"], content["runs"]
     if not sure:
         return Section("Sure and right", text)
-    lines = [
-        ("picks the right answer", "accuracy", "share"),
-        ("how sure it is of its pick", "sure", "share"),
-        ("calibration error (ECE)", "error", "score"),
-        ("probability of its words, right replies", "words_right", "score"),
-        ("probability of its words, wrong replies", "words_wrong", "score"),
-    ]
-    rows = [(label, [cell(sure[run][key], form) for run in runs]) for label, key, form in lines]
-    series = [[(b["sure"], b["accuracy"]) for b in sure[run]["bins"]] for run in runs]
-    svg = curves(series, "how sure", "how often right", (0, 1), (0, 1), diagonal=True)
-    tables = [Table("confidence and correctness", runs, rows)]
-    return Section("Sure and right", text, tables, [Plot("reliability", svg, _legend(content))])
+    tables, plots = [], []
+    for measure, (caption, lines) in SURE.items():
+        rows = [(label, [cell(sure[measure][run][key], form) for run in runs]) for label, key, form in lines]
+        tables.append(Table(caption, runs, rows))
+        series = [[(b["sure"], b["accuracy"]) for b in sure[measure][run]["bins"]] for run in runs]
+        svg = curves(series, "how sure", "how often right", (0, 1), (0, 1), diagonal=True)
+        plots.append(Plot(caption, svg, _legend(content)))
+    return Section("Sure and right", text, tables=tables, plots=plots)
+
+
+SURE = {
+    "choice": (
+        "picking one of the answers given",
+        (
+            ("right", "right", "share"),
+            ("how sure", "sure", "share"),
+            ("calibration error (ECE)", "error", "score"),
+        ),
+    ),
+    "words": (
+        "its own replies, by the probability of their words",
+        (
+            ("right", "right", "share"),
+            ("how sure", "sure", "share"),
+            ("how sure where right", "sure_right", "share"),
+            ("how sure where wrong", "sure_wrong", "share"),
+            ("calibration error (ECE)", "error", "score"),
+        ),
+    ),
+}
+"""Of each measure its caption and its lines: label, key and form."""
 
 
 def _training(content: Content) -> Section:
@@ -350,7 +393,7 @@ def _training(content: Content) -> Section:
                     ranges = [(min(axis), max(axis)) for axis in zip(*points, strict=True)]
                     svg = curves([points], "√KL, nats", key, (0, ranges[0][1] or 1), ranges[1])
                     plots.append(Plot(f"{run}: {key} of {event} prompts", svg, []))
-    return Section("Score and rubric against the distance gone", text, [], plots)
+    return Section("Score and rubric against the distance gone", text, plots=plots)
 
 
 def _points(events: Sequence[Content], event: str, key: str) -> Iterator[tuple[float, float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from minillm.evaluate import Judged, Reply
 from minillm.measures import contest, distinct, mean, ratio, reliability, repetition, share, word_count
@@ -127,8 +128,8 @@ def replies_json(prompts: Sequence[Prompt], said: Said, world: World | None) -> 
 
 
 def contests(judge: str, referee: Referee, prompts: Sequence[Prompt], said: Said, seed: int) -> list[Found]:
-    """One for each sampling and each two models; a win is the later one's. The referee sees all bouts at once,
-    their sides shuffled."""
+    """One for each sampling and each two models; a win is the later one's. The referee is given all bouts
+    at once, their sides shuffled."""
     keys = [(sampling, *pair) for sampling in said for pair in combinations(said[sampling], 2)]
     bouts = [
         Bout(prompt, after.text, before.text)
@@ -235,26 +236,31 @@ def kl_figures(respondents: Sequence[Respondent], prompts: Sequence[Prompt], sai
 def sure_figures(
     respondents: Sequence[Respondent], prompts: Sequence[Prompt], said: Said, world: World, seed: int
 ) -> Found:
-    """By model: how sure it is of the answer it picks and how often that is right, with the calibration error;
-    and the probability of its own greedy words, where the reply is right and where it is not."""
-    numbers = [i for i, prompt in enumerate(prompts) if prompt.kind == "fact"]
-    facts = [prompts[i] for i in numbers]
-    questions, found = choices(world, facts, seed), {}
+    """{measure: {model: …}}: how sure each model is and how often it is right, of the answer it picks among
+    some to a question of fact, and of its own greedy replies where it may know or not."""
+    found: Found = {"choice": {}, "words": {}}
+    facts = [prompt for prompt in prompts if prompt.kind == "fact"]
+    numbers = [i for i, prompt in enumerate(prompts) if prompt.kind in ("fact", "unknown")]
+    questions, asked = choices(world, facts, seed), [prompts[i] for i in numbers]
     for respondent in respondents:
-        sure, right = choose(respondent, questions)
-        error, bins = reliability(sure, right)
         replies = [said["greedy"][respondent.name][i] for i in numbers]
-        words = sureness(respondent, [p.messages for p in facts], [reply.tokens for reply in replies])
-        correct = [one.right for one in judge_all(facts, replies, world)]
-        found[respondent.name] = {
-            "accuracy": asdict(share(right.tolist())),
-            "sure": asdict(mean(sure.tolist())),
-            "error": {"value": error, "low": None, "high": None, "count": len(sure)},
-            "bins": bins,
-            "words_right": asdict(mean([p for p, hit in zip(words, correct, strict=True) if hit])),
-            "words_wrong": asdict(mean([p for p, hit in zip(words, correct, strict=True) if not hit])),
-        }
+        messages, tokens = [prompt.messages for prompt in asked], [reply.tokens for reply in replies]
+        right = np.array([one.right for one in judge_all(asked, replies, world)], np.float64)
+        found["choice"][respondent.name] = _confidence(*choose(respondent, questions))
+        found["words"][respondent.name] = _confidence(sureness(respondent, messages, tokens), right)
     return found
+
+
+def _confidence(sure: Float64[np.ndarray, " N"], right: Float64[np.ndarray, " N"]) -> Found:
+    error, bins = reliability(sure, right)
+    return {
+        "right": asdict(share(right.tolist())),
+        "sure": asdict(mean(sure.tolist())),
+        "sure_right": asdict(mean(sure[right == 1].tolist())),
+        "sure_wrong": asdict(mean(sure[right == 0].tolist())),
+        "error": {"value": error, "low": None, "high": None, "count": len(sure)},
+        "bins": bins,
+    }
 
 
 # ---- What training logged

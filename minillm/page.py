@@ -7,6 +7,7 @@ a model said is escaped, so that it is shown and never obeyed.
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from minillm.exhibits import Content, Plot, Section, Table, how, sections
@@ -14,53 +15,7 @@ from minillm.exhibits import Content, Plot, Section, Table, how, sections
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all stand in compare.json
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --paper: #fbfaf7; --card: #fff;
-  --rule: #e0ddd5; --c0: #7a828c; --c1: #0b6bb8; --c2: #c8501b; --c3: #0d8a67; --c4: #a6549b; --c5: #3c9fd4;
-  --c6: #9a7b00; --c7: #5b4bc4; --won: #0d8a67; --tied: #8c929a; --lost: #b3453a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e4df; --soft: #a2a9b1; --paper: #14171a; --card: #1c2024;
-  --rule: #343a40; --c0: #9aa3ad; --c1: #5aaaf0; --c2: #ef8354; --c3: #45c29a; --c4: #d58acb; --c5: #7cc6ee;
-  --c6: #d9b92f; --c7: #9d90f5; --won: #2a8a6a; --tied: #5d656d; --lost: #a84a40; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 Georgia, "Times New Roman", serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .3rem; border-top: 1px solid var(--rule); padding-top: 1.2rem; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
-p { margin: .4rem 0 .8rem; max-width: 44rem; }
-small, caption, figcaption, .how, th, footer { color: var(--soft); font: .8rem/1.45 system-ui, sans-serif; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0 1.2rem; font: .88rem/1.4 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .3rem; }
-td, th { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top; border-top: 1px solid var(--rule); }
-td:first-child, th:first-child { text-align: left; }
-td small { display: block; white-space: nowrap; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; }
-figcaption span { margin-right: .9rem; white-space: nowrap; }
-svg { display: block; width: 100%; height: auto; }
-svg .label { fill: var(--soft); font: 10.5px system-ui, sans-serif; }
-svg .inside { fill: #fff; font: 10px system-ui, sans-serif; }
-svg .grid { stroke: var(--rule); } svg .ideal { stroke: var(--soft); stroke-dasharray: 3 4; }
-line { stroke-width: 1; } line[class^=s] { stroke: var(--c); stroke-width: 2; } circle { fill: var(--c); }
-.won { fill: var(--won); background: var(--won); } .tied { fill: var(--tied); background: var(--tied); }
-.lost { fill: var(--lost); background: var(--lost); }
-.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; background: var(--c);
-  margin-right: .35em; }
-.key.won { background: var(--won); } .key.tied { background: var(--tied); } .key.lost { background: var(--lost); }
-.s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
-.s4 { --c: var(--c4); } .s5 { --c: var(--c5); } .s6 { --c: var(--c6); } .s7 { --c: var(--c7); }
-article { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .8rem 1rem;
-  margin: .7rem 0; }
-.asked { font-weight: bold; margin: 0 0 .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.said { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); gap: .8rem; }
-.said > div { border-left: 3px solid var(--c); padding-left: .7rem; }
-.said h4 { margin: 0; font: 600 .85rem system-ui, sans-serif; color: var(--c); }
-.reply { margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.how { margin: .2rem 0 0; }
-summary { cursor: pointer; font: .9rem system-ui, sans-serif; color: var(--soft); }
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 
 def page(content: Content) -> str:
@@ -82,7 +37,7 @@ def page(content: Content) -> str:
         '<head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style></head>",
+        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>",
         "<body>",
         *body,
         "</body></html>",
@@ -98,6 +53,8 @@ def _opening(content: Content) -> str:
 
 def _section(section: Section) -> str:
     parts = [f"<section><h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>"]
+    if section.notes:
+        parts += ["<ul>", *(f"<li>{escape(note)}</li>" for note in section.notes), "</ul>"]
     if section.plots:
         parts += ['<div class="plots">', *map(_plot, section.plots), "</div>"]
     return "\n".join([*parts, *map(_table, section.tables), "</section>"])

@@ -216,8 +216,8 @@ def choose(
 
 def sureness(
     respondent: Respondent, prompts: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]]
-) -> list[float]:
+) -> Float64[np.ndarray, " N"]:
     """The geometric mean of the probabilities of each reply's tokens."""
     contexts = [respondent.prompt(messages) for messages in prompts]
     found = logprobs(respondent.model, list(zip(contexts, replies, strict=True)))
-    return [float(np.exp(values.mean())) for values in found]
+    return np.exp([values.mean() for values in found])
