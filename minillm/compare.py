@@ -17,6 +17,7 @@ Left out: figures of more than one sample to a prompt, and of more than one seed
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class Options:
     text: tuple[str, ...] = ()
     """Text, as train.py's --data, whose held-out part tells what was forgotten. Nothing: the little world's,
     where the prompts are."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
     split: Literal["dev", "test"] = "dev"
     """Prompts of the little world to choose by, or to report on."""
     prompts: int = 100
@@ -180,23 +183,24 @@ def check_world(run: Path, seed: int) -> None:
         )
 
 
-def prompts_of(options: Options, world: World | None) -> list[Prompt]:
-    """The little world's prompts, or those of the conversations given: all before their last reply."""
+def prompts_of(options: Options, world: World | None) -> tuple[list[Prompt], Counter[str]]:
+    """The little world's prompts, or those of the conversations given: all before their last reply. And what
+    is left out, by reason."""
     if world is not None:
-        return world_prompts(world, options.split, options.prompts)
-    return [
-        Prompt(conversation[:-1], UNNAMED, "")
-        for source in open_conversations(options.data)
-        for conversation in source.conversations()
-        if len(conversation) > 1
-    ]
+        return world_prompts(world, options.split, options.prompts), Counter()
+    prompts, left_out = [], Counter[str]()
+    for source in open_conversations(options.data, options.errors):
+        left_out += source.skipped
+        for conversation in source.conversations():
+            prompts.append(Prompt(conversation[:-1], UNNAMED, ""))
+    asked = [prompt for prompt in prompts if prompt.messages]
+    left_out["replies to nothing"] = len(prompts) - len(asked)
+    left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
+    return asked[: options.prompts], left_out
 
 
-def fitting(
-    prompts: Sequence[Prompt], respondents: Sequence[Respondent], options: Options
-) -> tuple[list[Prompt], dict[str, int]]:
-    """The prompts with room for a reply in every context, at most --prompts of a kind, and how many of the
-    rest are left out, by reason."""
+def fitting(prompts: Sequence[Prompt], respondents: Sequence[Respondent], options: Options) -> list[Prompt]:
+    """The prompts that leave room for a reply in every model's context. InputError where none does."""
     length = options.max_new_tokens
     fit = [p for p in prompts if all(r.has_room(p.messages, length) for r in respondents)]
     if not fit:
@@ -204,37 +208,38 @@ def fitting(
             f"no prompt leaves every model room for {length} tokens of reply; give less than "
             f"--max-new-tokens {length}, or shorter prompts"
         )
-    limit = len(fit) if options.on_world else options.prompts
-    counts = {"without room for a reply": len(prompts) - len(fit), "beyond --prompts": len(fit[limit:])}
-    return fit[:limit], {reason: count for reason, count in counts.items() if count}
+    return fit
 
 
 def text_of(options: Options, world: World | None) -> list[Source]:
     """The text of which a part was held out; none where none is known."""
     if options.text:
-        return open_sources(options.text)
+        return open_sources(options.text, options.errors)
     return [] if world is None else world_sources(world, WORLD_MEGABYTES)
 
 
 def open_referees(
     options: Options, world: World | None, runtime: Runtime, stack: ExitStack
-) -> dict[str, Referee]:
-    """The judges by name, opened before anything is sampled, so that what is wrong with one shows at once."""
-    found: dict[str, Referee] = {}
-    for judge in dict.fromkeys(options.judges):
-        if judge == "rubric" and world is not None:
-            found["the rubric"] = by_rubric(world)
-        elif judge == "reward":
-            loaded = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
-            found[f"the reward model {options.reward}"] = by_reward(*loaded)
-        elif judge == "model":
-            principles = read_principles(Path(options.principles))
-            model = load_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
-            found[f"the model {options.judge_model}"] = by_model(Judge(*model, principles))
-        elif judge == "person":
-            file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
-            found[options.name] = by_person(file, options.name, options.seed)
-    return found
+) -> dict[JudgeName, tuple[str, Referee]]:
+    """The judges and what they are called, opened before anything is sampled: what is wrong with one shows
+    at once."""
+
+    def open_referee(judge: JudgeName) -> tuple[str, Referee]:
+        match judge:
+            case "reward":
+                loaded = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
+                return f"the reward model {options.reward}", by_reward(*loaded)
+            case "model":
+                principles = read_principles(Path(options.principles))
+                model = load_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
+                return f"the model {options.judge_model}", by_model(Judge(*model, principles))
+            case "person":
+                file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
+                return options.name, by_person(file, options.name, options.seed)
+            case _:
+                return "the rubric", by_rubric(world or World(options.seed))
+
+    return {judge: open_referee(judge) for judge in options.judges}
 
 
 # ---- All of it
@@ -246,15 +251,17 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     world = World(options.seed) if options.on_world else None
     respondents = open_respondents(options, runtime)
     folders = {respondent.name: run for respondent, run in zip(respondents, options.runs, strict=True)}
-    prompts, left_out = fitting(prompts_of(options, world), respondents, options)
+    offered, left_out = prompts_of(options, world)
+    prompts = fitting(offered, respondents, options)
+    left_out["prompts without room for a reply"] = len(offered) - len(prompts)
     sources = text_of(options, world)
     with ExitStack() as stack:
         referees = open_referees(options, world, runtime, stack)
         said = ask(respondents, prompts, options)
         judged = [
             contest
-            for name, referee in referees.items()
-            for contest in contests(name, referee, prompts, _seen_by(name, said, options), options.seed)
+            for judge, (name, referee) in referees.items()
+            for contest in contests(name, referee, prompts, shown_to(judge, said), options.seed)
         ]
     kinds = dict.fromkeys(prompt.kind for prompt in prompts)
     pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
@@ -266,7 +273,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "device": str(runtime.device),
         "on_world": options.on_world,
         "prompts": {kind: sum(prompt.kind == kind for prompt in prompts) for kind in kinds},
-        "left_out": left_out,
+        "left_out": {what: count for what, count in left_out.items() if count},
         "samplings": options.samplings,
         "figures": reply_figures(prompts, said, world),
         "contests": judged,
@@ -296,12 +303,10 @@ def ask(respondents: Sequence[Respondent], prompts: Sequence[Prompt], options: O
     }
 
 
-def _seen_by(judge: str, said: Said, options: Options) -> Said:
-    """A person judges the sampled replies alone: to read each prompt twice is too much to ask."""
-    if "person" not in options.judges or judge != options.name:
-        return said
+def shown_to(judge: JudgeName, said: Said) -> Said:
+    """A person judges the replies of the last sampling alone: to read every prompt twice is much to ask."""
     last = list(said)[-1]
-    return {last: said[last]}
+    return {last: said[last]} if judge == "person" else said
 
 
 def side_by_side(content: dict[str, Any], count: int) -> str:

@@ -11,7 +11,7 @@ from math import sqrt
 from textwrap import wrap
 from typing import Any
 
-from minillm.svg import bars, curves, intervals
+from minillm.svg import Point, bars, curves, intervals
 
 Content = Mapping[str, Any]
 """compare.json, as minillm/compare.py writes it."""
@@ -82,7 +82,8 @@ def table_text(table: Table) -> str:
 
 FORMS: dict[str, tuple[Callable[[float], str], Callable[[float], str]]] = {
     "share": (lambda value: f"{value:.1%}", lambda value: f"{100 * value:.0f}"),
-    "score": (lambda value: f"{value:.3f}", lambda value: f"{value:.3f}"),
+    "score": (lambda value: f"{value:.2f}", lambda value: f"{value:.2f}"),
+    "nats": (lambda value: f"{value:.3f}", lambda value: f"{value:.3f}"),
     "count": (lambda value: f"{value:.1f}", lambda value: f"{value:.1f}"),
     "signed": (lambda value: f"{value:+.3f}", lambda value: f"{value:+.3f}"),
 }
@@ -150,14 +151,17 @@ HEADLINES = (
 )
 WITHOUT_RUBRIC = (
     Shown("ends by itself", "ended"),
-    Shown("words", "words", form="count"),
-    Shown("repeats itself", "repetition"),
+    Shown("words in a reply", "words", form="count"),
+    Shown("word pairs it said before in the reply", "repetition"),
+    Shown("different word pairs over all replies", "distinct"),
 )
 
 
 def _headline(content: Content) -> Section:
     shown = HEADLINES if content["on_world"] else WITHOUT_RUBRIC
     text = "Every model was given the same prompts and the same seeds. In brackets 95 % intervals."
+    if not content["on_world"]:
+        text += " A raw model goes on until it is cut off; one that answers ends by itself, and says less."
     notes = [
         f"From {earlier} to {later}, {how(content, sampling)}: {words}."
         for sampling, figures in content["figures"].items()
@@ -173,8 +177,11 @@ def _changes(figures: Content, shown: Sequence[Shown], earlier: str, later: str)
     for one in shown:
         if one.better and one.group in figures.get(one.figure, {}):
             before, after = (figures[one.figure][one.group][run] for run in (earlier, later))
+            side = _side(before, after, one.better)
             moved = " → ".join(cell(figure, one.form)[0] for figure in (before, after))
-            sides[_side(before, after, one.better)].append(f"{one.label} {moved}")
+            sides[side].append(f"{one.label} {moved}" if side in ("better", "worse") else one.label)
+    if not sides["better"] and not sides["worse"]:
+        return "no clear change in any of these figures"
     return "; ".join(f"{side}: {', '.join(moves)}" for side, moves in sides.items() if moves)
 
 
@@ -231,18 +238,24 @@ def _contests(content: Content) -> Section:
             for contest in own
         ]  # fmt: skip
         tables.append(Table(f"judged by {judge}", ["win", "tie", "loss", "rate", "not judged"], rows))
-        for contest in own:
-            drawn = {
-                group: [(figures[name]["value"], style) for name, style in OUTCOMES]
-                for group, figures in contest["figures"].items()
-                if figures["win"]["value"] is not None
-            }
-            if drawn:
-                caption = f"{_names(contest)}, by {judge}"
-                legend = [("won", f"{contest['later']} wins"), ("tied", "tie"),
-                          ("lost", f"{contest['earlier']} wins")]  # fmt: skip
-                plots.append(Plot(caption, bars(drawn, "share of the prompts"), legend))
+        plots += [_bars(contest) for contest in own if _is_next(content, contest)]
     return Section("Win, tie, loss", text, tables=tables, plots=plots)
+
+
+def _is_next(content: Content, contest: Content) -> bool:
+    """Whether it is one of those drawn: a model against the one before it, as judged last."""
+    neighbours = (contest["earlier"], contest["later"]) in pairwise(content["runs"])
+    return neighbours and contest["sampling"] == list(content["samplings"])[-1]
+
+
+def _bars(contest: Content) -> Plot:
+    drawn = {
+        group: [(figures[name]["value"], style) for name, style in OUTCOMES]
+        for group, figures in contest["figures"].items()
+        if figures["win"]["value"] is not None
+    }
+    legend = [("won", f"{contest['later']} wins"), ("tied", "tie"), ("lost", f"{contest['earlier']} wins")]
+    return Plot(f"{_names(contest)}, by {contest['judge']}", bars(drawn, "share of the prompts"), legend)
 
 
 def _names(contest: Content) -> str:
@@ -260,14 +273,10 @@ def _manner(content: Content) -> Section:
         Shown("\u201cI don't know\u201d, unknowable (wanted)", "said_unknown", "unknown"),
         Shown("\u201cI don't know\u201d, known fact (unwanted)", "said_unknown", "fact"),
         Shown("rude", "rude"),
-        Shown("ends by itself", "ended"),
-        Shown("words in a reply", "words", form="count"),
-        Shown("word pairs it said before in the reply", "repetition"),
-        Shown("different word pairs over all replies", "distinct"),
+        *WITHOUT_RUBRIC,
     ]
-    if not content["on_world"]:
-        text = "A raw model goes on until it is cut off; one that answers ends by itself, and says less."
-    return Section("How they reply", text, tables=_each_sampling(content, shown))
+    tables = _each_sampling(content, shown) if content["on_world"] else []
+    return Section("How they reply", text, tables=tables)
 
 
 PAIR_NAMES = {
@@ -314,7 +323,7 @@ def _cost(content: Content) -> Section:
     )
     runs, tables = content["runs"], []
     if content["text"]:
-        row = ("nats per byte", [cell(content["text"]["nats"][run], "score") for run in runs])
+        row = ("nats per byte", [cell(content["text"]["nats"][run], "nats") for run in runs])
         size = f"{content['text']['documents']} held-out documents, {content['text']['bytes']:,} bytes"
         tables.append(Table(size, runs, [row]))
     known = [one for one in content["kl"] if one["token"] is not None]
@@ -322,7 +331,7 @@ def _cost(content: Content) -> Section:
         rows = [
             (
                 f"{one['later']} from {one['earlier']}",
-                [cell(one["token"], "score"), cell(one["response"], "count")],
+                [cell(one["token"], "nats"), cell(one["response"], "count")],
             )
             for one in known
         ]
@@ -341,7 +350,8 @@ def _sure(content: Content) -> Section:
         "On the dotted line a model is right as often as it is sure; below it, it is surer than it should "
         "be. First each picks the likeliest of up to 8 answers to a question of fact; then how probable the "
         "words of its own greedy replies were to it, to questions of fact and to those that nobody can "
-        "answer. Where wrong replies are nearly as probable as right ones, they sound as sure."
+        "answer. Where wrong replies are nearly as probable as right ones, they sound as sure. "
+        "Large dots stand for many questions."
     )
     sure, runs = content["sure"], content["runs"]
     if not sure:
@@ -350,10 +360,16 @@ def _sure(content: Content) -> Section:
     for measure, (caption, lines) in SURE.items():
         rows = [(label, [cell(sure[measure][run][key], form) for run in runs]) for label, key, form in lines]
         tables.append(Table(caption, runs, rows))
-        series = [[(b["sure"], b["accuracy"]) for b in sure[measure][run]["bins"]] for run in runs]
+        series = [_dots(sure[measure][run]["bins"]) for run in runs]
         svg = curves(series, "how sure", "how often right", (0, 1), (0, 1), diagonal=True)
         plots.append(Plot(caption, svg, _legend(content)))
     return Section("Sure and right", text, tables=tables, plots=plots)
+
+
+def _dots(bins: Sequence[Content]) -> list[Point]:
+    """A dot for each bin, its area as its share of the questions."""
+    total = sum(b["count"] for b in bins)
+    return [(b["sure"], b["accuracy"], sqrt(b["count"] / total)) for b in bins]
 
 
 SURE = {
@@ -362,7 +378,7 @@ SURE = {
         (
             ("right", "right", "share"),
             ("how sure", "sure", "share"),
-            ("calibration error (ECE)", "error", "score"),
+            ("calibration error (ECE)", "error", "nats"),
         ),
     ),
     "words": (
@@ -372,7 +388,7 @@ SURE = {
             ("how sure", "sure", "share"),
             ("how sure where right", "sure_right", "share"),
             ("how sure where wrong", "sure_wrong", "share"),
-            ("calibration error (ECE)", "error", "score"),
+            ("calibration error (ECE)", "error", "nats"),
         ),
     ),
 }
@@ -386,17 +402,21 @@ def _training(content: Content) -> Section:
     )
     plots = []
     for run, events in content["training"].items():
-        for event in ("train", "val"):
-            for key in ("score", "rubric"):
-                points = sorted(_points(events, event, key))
-                if points:
-                    ranges = [(min(axis), max(axis)) for axis in zip(*points, strict=True)]
-                    svg = curves([points], "√KL, nats", key, (0, ranges[0][1] or 1), ranges[1])
-                    plots.append(Plot(f"{run}: {key} of {event} prompts", svg, []))
+        for key in ("score", "rubric"):
+            series = [sorted(_points(events, event, key)) for event in EVENTS]
+            points = [point for one in series for point in one]
+            if points:
+                reach, heights, _ = zip(*points, strict=True)
+                ranges = (0, max(reach) or 1), (min(heights), max(heights))
+                legend = [(f"s{number}", f"{event} prompts") for number, event in enumerate(EVENTS)]
+                plots.append(Plot(f"{run}: {key}", curves(series, "√KL, nats a reply", key, *ranges), legend))
     return Section("Score and rubric against the distance gone", text, plots=plots)
 
 
-def _points(events: Sequence[Content], event: str, key: str) -> Iterator[tuple[float, float]]:
+EVENTS = ("train", "val")
+
+
+def _points(events: Sequence[Content], event: str, key: str) -> Iterator[Point]:
     for one in events:
-        if one["event"] == event and one.get(key) is not None:
-            yield sqrt(max(0.0, one["kl"])), one[key]
+        if one["event"] == event and one[key] is not None:
+            yield sqrt(max(0.0, one["kl"])), one[key], 0.2

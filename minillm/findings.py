@@ -83,7 +83,7 @@ def _values(
     plain: dict[str, tuple[Callable, list]] = {
         "ended": (share, [reply.ended for reply in replies]),
         "words": (mean, [word_count(text) for text in texts]),
-        "repetition": (mean, [repetition(text) for text in texts]),
+        "repetition": (share, [repetition(text) for text in texts]),
     }
     if world is None:
         return plain
@@ -271,7 +271,10 @@ def training_figures(folders: Mapping[str, str]) -> Found:
     found = {}
     for name, folder in folders.items():
         events = [
-            {key: event.get(key) for key in ("event", "step", "kl", "score", "rubric")}
+            {
+                key: event[key] if key in ("event", "step") or _is_number(event.get(key)) else None
+                for key in ("event", "step", "kl", "score", "rubric")
+            }
             for event in read_metrics(Path(folder))
             if event["event"] in ("train", "val") and _is_number(event.get("kl"))
         ]

@@ -57,7 +57,9 @@ def _section(section: Section) -> str:
         parts += ["<ul>", *(f"<li>{escape(note)}</li>" for note in section.notes), "</ul>"]
     if section.plots:
         parts += ['<div class="plots">', *map(_plot, section.plots), "</div>"]
-    return "\n".join([*parts, *map(_table, section.tables), "</section>"])
+    if section.tables:
+        parts += ['<div class="tables">', *map(_table, section.tables), "</div>"]
+    return "\n".join([*parts, "</section>"])
 
 
 def _plot(plot: Plot) -> str:

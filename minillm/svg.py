@@ -18,7 +18,8 @@ ROW = 11  # between the dots of one group
 COLOURS = 8  # classes s0 to s7 of the page; further names begin anew
 
 Number = float | int
-Point = tuple[Number, Number]
+Point = tuple[Number, Number, Number]
+"""x, y and how large its dot is, from 0 to 1."""
 Interval = tuple[float | None, float | None, float | None]
 """Value, low, high."""
 
@@ -67,20 +68,20 @@ def curves(
     diagonal: bool = False,
 ) -> str:
     """A line with dots for each name, through its points in their order; with `diagonal` also y = x."""
-    bottom = 220.0
-    x, y = _scale(*x_range, 46, WIDTH - RIGHT), _scale(*y_range, bottom, TOP)
-    parts = _x_axis(x, *x_range, bottom, x_label)
+    bottom, top, left = 230.0, 24.0, 46
+    x, y = _scale(*x_range, left, WIDTH - RIGHT), _scale(*y_range, bottom, top)
+    parts = [*_x_axis(x, *x_range, bottom, x_label, top), _text(left, 12, y_label, "start")]
     for tick in _ticks(*y_range):
-        parts.append(_line(46, y(tick), WIDTH - RIGHT, y(tick), "grid"))
-        parts.append(_text(40, y(tick) + 4, f"{tick:g}", "end"))
+        parts.append(_line(left, y(tick), WIDTH - RIGHT, y(tick), "grid"))
+        parts.append(_text(left - 6, y(tick) + 4, f"{tick:.3g}", "end"))
     if diagonal:
         ends = max(x_range[0], y_range[0]), min(x_range[1], y_range[1])
         parts.append(_line(x(ends[0]), y(ends[0]), x(ends[1]), y(ends[1]), "ideal"))
     for number, points in enumerate(series):
-        for (x0, y0), (x1, y1) in pairwise(points):
+        for (x0, y0, _), (x1, y1, _) in pairwise(points):
             parts.append(_line(x(x0), y(y0), x(x1), y(y1), _class(number)))
-        parts += [_dot(x(px), y(py), number) for px, py in points]
-    return _drawing([*parts, _text(46, TOP + 2, y_label, "start")], bottom + 32, f"{y_label} by {x_label}")
+        parts += [_dot(x(px), y(py), number, 2 + 4 * size) for px, py, size in points]
+    return _drawing(parts, bottom + 32, f"{y_label} by {x_label}")
 
 
 def _class(number: int) -> str:
@@ -94,14 +95,14 @@ def _scale(low: Number, high: Number, begin: Number, end: Number):
 
 
 def _ticks(low: Number, high: Number) -> list[float]:
-    """Five round-looking marks over a range."""
+    """Five marks from end to end."""
     return [low + (high - low) * i / 4 for i in range(5)]
 
 
-def _x_axis(x, low: Number, high: Number, y: float, label: str) -> list[str]:
+def _x_axis(x, low: Number, high: Number, y: float, label: str, top: float = TOP - 4) -> list[str]:
     marks = []
     for tick in _ticks(low, high):
-        marks.append(_line(x(tick), TOP - 4, x(tick), y, "grid"))
+        marks.append(_line(x(tick), top, x(tick), y, "grid"))
         marks.append(_text(x(tick), y + 13, f"{tick:.3g}", "middle"))
     return [*marks, _text(x((low + high) / 2), y + 28, label, "middle")]
 
@@ -110,8 +111,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _dot(x: float, y: float, number: int) -> str:
-    return f'<circle class="{_class(number)}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+def _dot(x: float, y: float, number: int, radius: float = 3.2) -> str:
+    return f'<circle class="{_class(number)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "label") -> str:
