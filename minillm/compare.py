@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import tyro
 
+from minillm.annotators import printable
 from minillm.conversations import open_conversations
 from minillm.errors import InputError, one_line_errors
 from minillm.evaluate import sample_replies, world_prompts
@@ -323,9 +324,7 @@ def side_by_side(content: dict[str, Any], count: int) -> str:
 
 
 def _one_line(text: str) -> str:
-    """What fits a line; control characters of a model's do not reach the terminal."""
-    printable = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return shorten(" ".join(printable.split()), 100, placeholder=" …")
+    return shorten(" ".join(printable(text).split()), 100, placeholder=" …")
 
 
 def main(arguments: list[str]) -> None:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from minillm.annotators import printable
 from minillm.exhibits import Content, Plot, Section, Table, how, sections
 
 SHOWN = 3  # prompts of each kind in sight
@@ -24,8 +25,8 @@ def page(content: Content) -> str:
     title = f"What alignment did: {runs}"
     first, *rest = sections(content)
     body = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(_opening(content))}</p>",
+        f"<h1>{_text(title)}</h1>",
+        f"<p>{_text(_opening(content))}</p>",
         _section(first),
         _replies(content),
         *map(_section, rest),
@@ -36,13 +37,18 @@ def page(content: Content) -> str:
         '<html lang="en">',
         '<head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title>",
+        f"<title>{_text(title)}</title>",
         f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head>",
         "<body>",
         *body,
         "</body></html>",
         "",
     ])  # fmt: skip
+
+
+def _text(text: str) -> str:
+    """Anybody's words, as what they are."""
+    return escape(printable(text))
 
 
 def _opening(content: Content) -> str:
@@ -52,9 +58,9 @@ def _opening(content: Content) -> str:
 
 
 def _section(section: Section) -> str:
-    parts = [f"<section><h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>"]
+    parts = [f"<section><h2>{_text(section.title)}</h2>", f"<p>{_text(section.text)}</p>"]
     if section.notes:
-        parts += ["<ul>", *(f"<li>{escape(note)}</li>" for note in section.notes), "</ul>"]
+        parts += ["<ul>", *(f"<li>{_text(note)}</li>" for note in section.notes), "</ul>"]
     if section.plots:
         parts += ['<div class="plots">', *map(_plot, section.plots), "</div>"]
     if section.tables:
@@ -63,20 +69,20 @@ def _section(section: Section) -> str:
 
 
 def _plot(plot: Plot) -> str:
-    keys = "".join(f'<span><i class="key {style}"></i>{escape(name)}</span>' for style, name in plot.legend)
-    return f"<figure>{plot.svg}<figcaption>{keys}<br>{escape(plot.caption)}</figcaption></figure>"
+    keys = "".join(f'<span><i class="key {style}"></i>{_text(name)}</span>' for style, name in plot.legend)
+    return f"<figure>{plot.svg}<figcaption>{keys}<br>{_text(plot.caption)}</figcaption></figure>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *table.head))
+    head = "".join(f"<th>{_text(name)}</th>" for name in ("", *table.head))
     rows = [
-        f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{escape(figure)}<small>{escape(interval)}</small></td>" for figure, interval in row)
+        f"<tr><td>{_text(name)}</td>"
+        + "".join(f"<td>{_text(figure)}<small>{_text(interval)}</small></td>" for figure, interval in row)
         + "</tr>"
         for name, row in table.rows
     ]
     return "\n".join(
-        [f'<div class="wide"><table><caption>{escape(table.caption)}</caption>', f"<tr>{head}</tr>", *rows,
+        [f'<div class="wide"><table><caption>{_text(table.caption)}</caption>', f"<tr>{head}</tr>", *rows,
          "</table></div>"]
     )  # fmt: skip
 
@@ -92,7 +98,7 @@ def _replies(content: Content) -> str:
     ]
     for kind in content["prompts"]:
         own = [record for record in content["replies"] if record["kind"] == kind]
-        parts += [f"<h3>{escape(kind)}</h3>", *(_card(content, record) for record in own[:SHOWN])]
+        parts += [f"<h3>{_text(kind)}</h3>", *(_card(content, record) for record in own[:SHOWN])]
         folded = own[SHOWN : SHOWN + FOLDED]
         if folded:
             parts.append(
@@ -106,12 +112,12 @@ def _card(content: Content, record: Mapping[str, Any]) -> str:
     columns = []
     for number, run in enumerate(content["runs"]):
         said = "".join(
-            f'<p class="how">{escape(how(content, sampling) + _worth(of_run[run]))}</p>'
-            f'<p class="reply">{escape(of_run[run]["text"]) or "(nothing)"}</p>'
+            f'<p class="how">{_text(how(content, sampling) + _worth(of_run[run]))}</p>'
+            f'<p class="reply">{_text(of_run[run]["text"]) or "(nothing)"}</p>'
             for sampling, of_run in record["said"].items()
         )
-        columns.append(f'<div class="s{number % 8}"><h4>{escape(run)}</h4>{said}</div>')
-    asked = f'<p class="asked">{escape(record["prompt"])}</p>'
+        columns.append(f'<div class="s{number % 8}"><h4>{_text(run)}</h4>{said}</div>')
+    asked = f'<p class="asked">{_text(record["prompt"])}</p>'
     return f'<article>{asked}<div class="said">{"".join(columns)}</div></article>'
 
 
@@ -134,7 +140,7 @@ def _footer(content: Content) -> str:
         f"{versions}; {commit}{changed}. It took {content['seconds']:.0f} seconds.",
         "Every figure of this page stands in compare.json beside it.",
     ]
-    return "\n".join(["<footer><h2>How this was made</h2>", *(f"<p>{escape(line)}</p>" for line in lines),
+    return "\n".join(["<footer><h2>How this was made</h2>", *(f"<p>{_text(line)}</p>" for line in lines),
                       "</footer>"])  # fmt: skip
 
 

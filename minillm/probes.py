@@ -71,8 +71,10 @@ def logprobs(model: LanguageModel, rows: Sequence[Row]) -> list[Float64[np.ndarr
     for batch in _batches(rows):
         chosen = [rows[i] for i in batch]
         hidden = said_hidden(model, chosen)
-        targets = torch.tensor([token for _, said in chosen for token in said], device=hidden.device)
-        values = linear_token_logprobs(hidden, model.lm_head.weight, targets)[0].double().cpu()
+        targets = torch.tensor([token for _, said in chosen for token in said], dtype=torch.int64)
+        values = (
+            linear_token_logprobs(hidden, model.lm_head.weight, targets.to(hidden.device))[0].double().cpu()
+        )
         for i, part in zip(batch, values.split([len(said) for _, said in chosen]), strict=True):
             found[i] = part.numpy()
     return found

@@ -99,7 +99,7 @@ def _ticks(low: Number, high: Number) -> list[float]:
     return [low + (high - low) * i / 4 for i in range(5)]
 
 
-def _x_axis(x, low: Number, high: Number, y: float, label: str, top: float = TOP - 4) -> list[str]:
+def _x_axis(x, low: Number, high: Number, y: Number, label: str, top: Number = TOP - 4) -> list[str]:
     marks = []
     for tick in _ticks(low, high):
         marks.append(_line(x(tick), top, x(tick), y, "grid"))
@@ -107,18 +107,18 @@ def _x_axis(x, low: Number, high: Number, y: float, label: str, top: float = TOP
     return [*marks, _text(x((low + high) / 2), y + 28, label, "middle")]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
+def _line(x1: Number, y1: Number, x2: Number, y2: Number, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _dot(x: float, y: float, number: int, radius: float = 3.2) -> str:
+def _dot(x: Number, y: Number, number: int, radius: Number = 3.2) -> str:
     return f'<circle class="{_class(number)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "label") -> str:
+def _text(x: Number, y: Number, text: str, anchor: str, style: str = "label") -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _drawing(parts: Sequence[str], height: float, label: str) -> str:
+def _drawing(parts: Sequence[str], height: Number, label: str) -> str:
     head = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
     return "\n".join([head, *parts, "</svg>"])
