@@ -15,6 +15,7 @@ exhibits.py, which of them are shown, in which order and words.
 Left out: figures of more than one sample to a prompt, and of more than one seed of training.
 """
 
+import os
 import sys
 import time
 from collections import Counter
@@ -149,6 +150,13 @@ class Options:
 # ---- What is compared
 
 
+def check_out(folder: Path) -> None:
+    """InputError where nothing can be written, before anything is computed."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{nearest}: is no folder that can be written; give another --out")
+
+
 def open_respondents(options: Options, runtime: Runtime) -> list[Respondent]:
     """The models under short names. InputError for one that cannot reply, or that knows another world."""
     respondents = []
@@ -212,11 +220,11 @@ def fitting(prompts: Sequence[Prompt], respondents: Sequence[Respondent], option
     return fit
 
 
-def text_of(options: Options, world: World | None) -> list[Source]:
-    """The text of which a part was held out; none where none is known."""
+def text_of(options: Options, world: World | None) -> tuple[list[Source], str]:
+    """The text of which a part was held out, and whose it is; none where none is known."""
     if options.text:
-        return open_sources(options.text, options.errors)
-    return [] if world is None else world_sources(world, WORLD_MEGABYTES)
+        return open_sources(options.text, options.errors), ", ".join(options.text)
+    return [] if world is None else world_sources(world, WORLD_MEGABYTES), "the little world"
 
 
 def open_referees(
@@ -249,13 +257,14 @@ def open_referees(
 def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     """What compare.json holds."""
     began = time.perf_counter()
+    check_out(Path(options.out))
     world = World(options.seed) if options.on_world else None
     respondents = open_respondents(options, runtime)
     folders = {respondent.name: run for respondent, run in zip(respondents, options.runs, strict=True)}
     offered, left_out = prompts_of(options, world)
     prompts = fitting(offered, respondents, options)
     left_out["prompts without room for a reply"] = len(offered) - len(prompts)
-    sources = text_of(options, world)
+    sources, origin = text_of(options, world)
     with ExitStack() as stack:
         referees = open_referees(options, world, runtime, stack)
         said = ask(respondents, prompts, options)
@@ -279,7 +288,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "figures": reply_figures(prompts, said, world),
         "contests": judged,
         "pairs": pair_figures(respondents, pairs),
-        "text": text_figures(respondents, sources, options.text_bytes),
+        "text": text_figures(respondents, sources, origin, options.text_bytes),
         "kl": kl_figures(respondents, prompts, said),
         "sure": {} if world is None else sure_figures(respondents, prompts, said, world, options.seed),
         "training": training_figures(folders),

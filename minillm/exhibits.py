@@ -11,7 +11,7 @@ from math import sqrt
 from textwrap import wrap
 from typing import Any
 
-from minillm.svg import Point, bars, curves, intervals
+from minillm.svg import Point, bars, curves, intervals, style_of
 
 Content = Mapping[str, Any]
 """compare.json, as minillm/compare.py writes it."""
@@ -135,7 +135,7 @@ def how(content: Content, sampling: str) -> str:
 
 
 def _legend(content: Content) -> list[tuple[str, str]]:
-    return [(f"s{number % 8}", run) for number, run in enumerate(content["runs"])]
+    return [(style_of(number), run) for number, run in enumerate(content["runs"])]
 
 
 # ---- The sections
@@ -317,15 +317,15 @@ def _pairs(content: Content) -> Section:
 
 def _cost(content: Content) -> Section:
     text = (
-        "A later model that pays more for held-out text of the kind that the first one was trained on has "
+        "Where the first model was trained on text of this kind, a later one that pays more nats for it has "
         "forgotten something. KL is how far a model has moved from an earlier one, on its own replies, exact "
         "over the vocabulary, each asked in its own form."
     )
     runs, tables = content["runs"], []
     if content["text"]:
         row = ("nats per byte", [cell(content["text"]["nats"][run], "nats") for run in runs])
-        size = f"{content['text']['documents']} held-out documents, {content['text']['bytes']:,} bytes"
-        tables.append(Table(size, runs, [row]))
+        caption = "{documents} held-out documents of {origin}, {bytes:,} bytes".format(**content["text"])
+        tables.append(Table(caption, runs, [row]))
     known = [one for one in content["kl"] if one["token"] is not None]
     if known:
         rows = [
@@ -403,12 +403,12 @@ def _training(content: Content) -> Section:
     plots = []
     for run, events in content["training"].items():
         for key in ("score", "rubric"):
-            series = [sorted(_points(events, event, key)) for event in EVENTS]
+            series = [list(_points(events, event, key)) for event in EVENTS]
             points = [point for one in series for point in one]
             if points:
                 reach, heights, _ = zip(*points, strict=True)
                 ranges = (0, max(reach) or 1), (min(heights), max(heights))
-                legend = [(f"s{number}", f"{event} prompts") for number, event in enumerate(EVENTS)]
+                legend = [(style_of(number), f"{event} prompts") for number, event in enumerate(EVENTS)]
                 plots.append(Plot(f"{run}: {key}", curves(series, "√KL, nats a reply", key, *ranges), legend))
     return Section("Score and rubric against the distance gone", text, plots=plots)
 

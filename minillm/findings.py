@@ -14,7 +14,17 @@ import numpy as np
 from jaxtyping import Float64
 
 from minillm.evaluate import Judged, Reply
-from minillm.measures import contest, distinct, mean, ratio, reliability, repetition, share, word_count
+from minillm.measures import (
+    Estimate,
+    contest,
+    distinct,
+    mean,
+    ratio,
+    reliability,
+    repetition,
+    share,
+    word_count,
+)
 from minillm.metrics import read_metrics
 from minillm.probes import (
     Pair,
@@ -43,7 +53,7 @@ Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 
 
 def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """The numbers of the prompts of each kind, and of all where there are several kinds or none."""
+    """The numbers of the prompts of each kind, and of all."""
     groups: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(prompt.kind, []).append(number)
@@ -56,22 +66,30 @@ def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
 def reply_figures(prompts: Sequence[Prompt], said: Said, world: World | None) -> Found:
     """{sampling: {figure: {group: {model: estimate}}}}."""
     groups = groups_of(prompts)
-    if world is not None:
-        groups["not harm"] = [i for i, prompt in enumerate(prompts) if prompt.kind != "harm"]
-    found: Found = {}
+    groups["not harm"] = [i for i, prompt in enumerate(prompts) if prompt.kind != "harm"]
+    found = {}
     for sampling, of_model in said.items():
-        for name, replies in of_model.items():
-            values = _values(prompts, replies, world)
-            for figure, (estimate, of_prompt) in values.items():
-                for group, numbers in groups.items():
-                    own = estimate([of_prompt[i] for i in numbers])
-                    places = found.setdefault(sampling, {}).setdefault(figure, {}).setdefault(group, {})
-                    places[name] = asdict(own)
-            for group, numbers in groups.items():
-                value = distinct([replies[i].text for i in numbers])
-                places = found[sampling].setdefault("distinct", {}).setdefault(group, {})
-                # Of a whole set: no interval, for it falls with the size of the set.
-                places[name] = {"value": value, "low": None, "high": None, "count": len(numbers)}
+        own = {name: _estimates(prompts, replies, groups, world) for name, replies in of_model.items()}
+        found[sampling] = {
+            figure: {group: {name: asdict(own[name][figure][group]) for name in own} for group in groups}
+            for figure in next(iter(own.values()))
+        }
+    return found
+
+
+def _estimates(
+    prompts: Sequence[Prompt], replies: Sequence[Reply], groups: Mapping[str, list[int]], world: World | None
+) -> dict[str, dict[str, Estimate]]:
+    """{figure: {group: estimate}} of one model."""
+    found = {
+        figure: {group: estimate([values[i] for i in numbers]) for group, numbers in groups.items()}
+        for figure, (estimate, values) in _values(prompts, replies, world).items()
+    }
+    # Of a whole set, without an interval: it falls with the size of the set.
+    found["distinct"] = {
+        group: Estimate(distinct([replies[i].text for i in numbers]), None, None, len(numbers))
+        for group, numbers in groups.items()
+    }
     return found
 
 
@@ -195,14 +213,17 @@ def _has_room(respondent: Respondent, pair: Pair) -> bool:
 # ---- What it cost
 
 
-def text_figures(respondents: Sequence[Respondent], sources: Sequence[Source], size: int) -> Found:
-    """Nats per byte of held-out text, the same for all."""
+def text_figures(
+    respondents: Sequence[Respondent], sources: Sequence[Source], origin: str, size: int
+) -> Found:
+    """Nats per byte of held-out text, the same for all; `origin` says whose text it is."""
     documents = held_out_documents(sources, VAL_FRACTION, size)
     if not documents:
         return {}
     nats = {respondent.name: text_nats(respondent, documents) for respondent in respondents}
     estimates = {name: asdict(ratio(*own)) for name, own in nats.items()}
     return {
+        "origin": origin,
         "documents": len(documents),
         "bytes": sum(len(text.encode()) for text in documents),
         "nats": estimates,
@@ -258,7 +279,7 @@ def _confidence(sure: Float64[np.ndarray, " N"], right: Float64[np.ndarray, " N"
         "sure": asdict(mean(sure.tolist())),
         "sure_right": asdict(mean(sure[right == 1].tolist())),
         "sure_wrong": asdict(mean(sure[right == 0].tolist())),
-        "error": {"value": error, "low": None, "high": None, "count": len(sure)},
+        "error": asdict(Estimate(error, None, None, len(sure))),
         "bins": bins,
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from minillm.annotators import printable
 from minillm.exhibits import Content, Plot, Section, Table, how, sections
+from minillm.svg import style_of
 
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all stand in compare.json
@@ -116,7 +117,7 @@ def _card(content: Content, record: Mapping[str, Any]) -> str:
             f'<p class="reply">{_text(of_run[run]["text"]) or "(nothing)"}</p>'
             for sampling, of_run in record["said"].items()
         )
-        columns.append(f'<div class="s{number % 8}"><h4>{_text(run)}</h4>{said}</div>')
+        columns.append(f'<div class="{style_of(number)}"><h4>{_text(run)}</h4>{said}</div>')
     asked = f'<p class="asked">{_text(record["prompt"])}</p>'
     return f'<article>{asked}<div class="said">{"".join(columns)}</div></article>'
 

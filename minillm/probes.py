@@ -16,6 +16,7 @@ does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from math import ceil
 
 import numpy as np
 import torch
@@ -122,17 +123,18 @@ def pair_differences(respondent: Respondent, pairs: Sequence[Pair]) -> list[floa
 
 
 def held_out_documents(sources: Iterable[Source], val_fraction: float, size: int) -> list[str]:
-    """Documents that no training with this fraction has seen, about `size` bytes of them, each source giving
-    its share of the weights; all there are where that is less."""
+    """Documents that no training with this fraction has seen, `size` bytes of them, each source giving its
+    share of the weights, the last one cut; all there are where that is less."""
     sources, documents = list(sources), []
     total = sum(source.weight for source in sources)
     for source in sources:
-        left = size * source.weight / total
-        for side, text in split_documents(source.documents(), val_fraction):
-            if side == "val" and left > 0:
-                documents.append(text)
-                left -= len(text.encode())
-            if left <= 0:
+        left = ceil(size * source.weight / total)
+        held_out = (text for side, text in split_documents(source.documents(), val_fraction) if side == "val")
+        for text in held_out:
+            cut = text.encode()[:left].decode(errors="ignore")
+            documents.append(cut)
+            left -= len(cut.encode())
+            if cut != text or not left:
                 break
     return documents
 

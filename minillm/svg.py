@@ -34,7 +34,7 @@ def intervals(groups: Mapping[str, Sequence[Interval]], label: str, lowest: Numb
         for number, (value, low, high) in enumerate(rows):
             at = y + ROW * (number + 0.5)
             if low is not None and high is not None:
-                parts.append(_line(x(max(low, lowest)), at, x(min(high, highest)), at, _class(number)))
+                parts.append(_line(x(max(low, lowest)), at, x(min(high, highest)), at, style_of(number)))
             if value is not None:
                 parts.append(_dot(x(value), at, number))
         y += ROW * len(rows) + 8
@@ -79,12 +79,13 @@ def curves(
         parts.append(_line(x(ends[0]), y(ends[0]), x(ends[1]), y(ends[1]), "ideal"))
     for number, points in enumerate(series):
         for (x0, y0, _), (x1, y1, _) in pairwise(points):
-            parts.append(_line(x(x0), y(y0), x(x1), y(y1), _class(number)))
+            parts.append(_line(x(x0), y(y0), x(x1), y(y1), style_of(number)))
         parts += [_dot(x(px), y(py), number, 2 + 4 * size) for px, py, size in points]
     return _drawing(parts, bottom + 32, f"{y_label} by {x_label}")
 
 
-def _class(number: int) -> str:
+def style_of(number: int) -> str:
+    """The style class of the n-th name."""
     return f"s{number % COLOURS}"
 
 
@@ -112,7 +113,7 @@ def _line(x1: Number, y1: Number, x2: Number, y2: Number, style: str) -> str:
 
 
 def _dot(x: Number, y: Number, number: int, radius: Number = 3.2) -> str:
-    return f'<circle class="{_class(number)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+    return f'<circle class="{style_of(number)}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
 
 def _text(x: Number, y: Number, text: str, anchor: str, style: str = "label") -> str:

@@ -152,12 +152,20 @@ def test_every_token_of_a_text_is_scored_once_whatever_its_length(base, length):
 def test_held_out_documents_are_those_that_training_never_sees():
     sources = world_sources(WORLD, 12.0)
     documents = held_out_documents(sources, 0.05, 20_000)
-    assert 20_000 <= sum(map(len, documents)) < 40_000
-    # The smallest hash of a source's first documents is held out as well, whatever it is.
-    assert sum(unit_hash(text) >= 0.05 for text in documents) <= len(sources)
-    web = next(source for source in sources if source.name == "web")
-    share = sum(map(len, held_out_documents([web], 0.05, 20_000)))
-    assert 20_000 <= share < 30_000
+    assert sum(len(text.encode()) for text in documents) == pytest.approx(20_000, abs=len(sources))
+    whole = [text for source in sources for text in source.documents() if unit_hash(text) < 0.05]
+    # The last of a source is cut, and the smallest hash of its first documents held out whatever it is.
+    unseen = [text for text in documents if any(own.startswith(text) for own in whole)]
+    assert len(documents) - len(unseen) <= len(sources)
+    for source in sources:
+        assert sum(len(text.encode()) for text in held_out_documents([source], 0.05, 5000)) >= 4997
+
+
+@given(st.integers(1, 400))
+def test_a_text_is_cut_to_size_between_characters(size):
+    one = Source("one", 1.0, lambda: iter(["Über den Fluß. " * 400]), "")
+    (cut,) = held_out_documents([one], 0.5, size) or [""]
+    assert size - 1 <= len(cut.encode()) <= size
 
 
 def test_a_source_that_is_too_small_gives_what_it_has():
@@ -477,6 +485,7 @@ def odd(folders, base) -> None:
         ("base --data empty.jsonl --judge rubric", "--judge rubric"),
         ("base --text empty.txt", "empty.txt"),
         ("base --device tpu", "tpu"),
+        ("base --out empty.txt/out", "--out"),
     ],
 )
 @pytest.mark.usefixtures("odd")
@@ -485,5 +494,5 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(folders)
     given_words = [word.strip("'") for word in arguments.split()]
-    assert words in refusal(compare, [*given_words, "--out", str(tmp_path / "out")], capfd)
+    assert words in refusal(compare, ["--out", str(tmp_path / "out"), *given_words], capfd)
     assert not list(tmp_path.rglob("compare.*"))

@@ -54,7 +54,7 @@ def content_of(text: str = "It is red.") -> dict:
             name: {"left_out": 4, "difference": by_run, "as_likely": by_run}
             for name in ("advice", "comply", "rude")
         },
-        "text": {"documents": 12, "bytes": 3456, "nats": by_run},
+        "text": {"origin": "books", "documents": 12, "bytes": 3456, "nats": by_run},
         "kl": [{"earlier": a, "later": b, "sampling": "sampled", "response": estimate(4.0),
                 "token": estimate(0.3) if a == "base" else None} for a, b in pairs],
         "sure": {"choice": confidence, "words": confidence},
