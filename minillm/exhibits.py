@@ -288,8 +288,8 @@ PAIR_NAMES = {
 
 def _pairs(content: Content) -> Section:
     text = (
-        "Two replies to one prompt, a helpful and a harmful one; which is likelier to each model? At a half "
-        "both look alike to it. The further left of it a dot lies, the more the model tells them apart."
+        "Two replies to one prompt, a helpful and a harmful one: which is likelier to each model? At a half "
+        "both look alike to it; left of it the model prefers the helpful one, right of it the harmful one."
     )
     pairs, runs = content["pairs"], content["runs"]
     if not pairs:
