@@ -24,7 +24,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.attention import attention
 from minillm.model import Block, LanguageModel, RMSNorm
@@ -115,7 +115,7 @@ class CachedDecoder:
         _, blocks, B, K, size, C = self.cache.shape
         H, seen = self.heads[0], self.longest + 1
         cache, slots, mask = self.cache.view(-1, C), self.slots.unbind(), self.mask
-        keys, values = self.cache.view(2, blocks, B * K, size, C).narrow(3, 0, seen).unbind()
+        keys, values = self.cache.view(2, blocks, B * K, size, C).narrow(3, 0, seen)
         keys, values = keys.transpose(2, 3).unbind(), values.unbind()
         if mask is not None:
             mask.view(-1).index_fill_(0, slots[0].view(B, 2, K)[:, 0].flatten(), 0)
