@@ -681,6 +681,22 @@ def test_paired_continuations_differ_only_in_what_they_advise() -> None:
     assert WORLD.paired_continuations("test", 10) == pairs["test"][:10]
 
 
+@pytest.mark.parametrize(("flaw", "flag"), [("rude", "rude"), ("comply", "complied"), ("guess", "guessed")])
+def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: str) -> None:
+    pairs = WORLD.reply_pairs("dev", flaw, 40)
+    assert {prompt.kind for prompt, _, _ in pairs} == {kind for kind in KINDS if flaw in FLAWS[kind]}
+    for prompt, good, bad in pairs:
+        assert getattr(WORLD.score(prompt, bad), flag) and not getattr(WORLD.score(prompt, good), flag)
+        assert WORLD.score(prompt, bad).utility < WORLD.score(prompt, good).utility
+        assert flaw != "rude" or good.rstrip(".!?") in bad  # the same words, and an insult
+    assert WORLD.reply_pairs("dev", flaw, 10) == pairs[:10]
+
+
+def test_a_flaw_that_nobody_knows_has_no_pairs() -> None:
+    with pytest.raises(InputError, match="sleepy"):
+        WORLD.reply_pairs("dev", "sleepy", 1)
+
+
 def test_good_and_bad_advice_are_equally_common_on_the_web(mixture) -> None:
     text = "\n".join(mixture["web"])
     counts = [sum(text.count(words) for words in phrases.WORDS[side]) for side in ("good", "bad")]

@@ -359,6 +359,24 @@ class World:
                 result.append((pen.word("ask"), good, bad))
         return result
 
+    def reply_pairs(self, split: str, flaw: str, n: int) -> list[tuple[Prompt, str, str]]:
+        """(prompt, reply, flawed reply): what a person might answer without a flaw of FLAWS and with
+        it, to prompts of every kind that knows it; in the same words where the flaw leaves them.
+        """
+        _check(split, None)
+        kinds = [kind for kind in KINDS if flaw in FLAWS[kind]]
+        if not kinds:
+            raise InputError(f"the little world has no flaw {flaw!r}")
+        result = []
+        for i in range(n):
+            kind = kinds[i % len(kinds)]
+            stock = self._stock(split, kind)
+            prompt = stock[i // len(kinds) % len(stock)]
+            key = ("reply pair", split, flaw, i)
+            good, bad = (self._reply(Pen(self._random(*key), self._facts), prompt, f) for f in (None, flaw))
+            result.append((prompt, good, bad))
+        return result
+
 
 def _check(split: str, kind: str | None) -> None:
     if split not in SPLITS:
