@@ -49,7 +49,7 @@ from minillm.world.rubric import Prompt, Rubric, Score
 from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
-VERSION = 1
+VERSION = 2
 # The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
 # StackExchange.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
@@ -67,7 +67,7 @@ FLAWS = {
 }
 MULTI_TURN = 0.2
 UNKNOWABLE_SHARE = 0.2  # of the prompts of kind unknown: about a known name, but nobody could know
-INSTRUCTION_STOCK = 4000  # distinct instructions kept ready, over all splits
+INSTRUCTION_STOCK = 6000  # distinct instructions kept ready, over all splits
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,15 @@ class World:
             result.append(stock[used[kind] % len(stock)])
             used[kind] += 1
         return result
+
+    def prompt_of(self, messages: list[dict[str, str]]) -> Prompt | None:
+        """The prompt of these messages, which the rubric must know; None where it is none of this world's."""
+        return self._by_messages.get(repr(messages))
+
+    @cached_property
+    def _by_messages(self) -> dict[str, Prompt]:
+        stocks = (self._stock(split, kind) for split in SPLITS for kind in KINDS)
+        return {repr(prompt.messages): prompt for stock in stocks for prompt in stock}
 
     def _stock(self, split: str, kind: str) -> list[Prompt]:
         """Every distinct prompt of a kind that belongs to the split, in random order."""
@@ -317,7 +326,8 @@ class World:
         answer = prompt.answer
         while flaw == "wrong" and self.score(prompt, answer).right > 0.9:
             answer = draw(pen.rng, prompt.topic).answer
-        return pen.pick(phrases.REPLIES["instruction"]).format(answer=answer)
+        replies = Task(prompt.topic, prompt.slots, answer, "").answers()
+        return capitalise(pen.pick(replies))
 
     def _small_talk_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         return pen.say(phrases.SMALL_TALK[prompt.topic]["replies"])
