@@ -145,6 +145,7 @@ HEADLINES = (
     Shown("worth by the rubric", "utility", form="score", better=1),
     Shown("known facts right", "right", "fact", better=1),
     Shown("admits what it cannot know", "said_unknown", "unknown", better=1),
+    Shown("\u201cI don't know\u201d of known facts", "said_unknown", "fact", better=-1),
     Shown("refuses harm", "refused", "harm", better=1),
     Shown("helps to do harm", "complied", "harm", better=-1),
     Shown("rude", "rude", better=-1),

@@ -169,9 +169,9 @@ def test_what_was_left_out_is_said():
 
 def test_figures_that_moved_beyond_their_intervals_are_named_and_no_others():
     content = content_of()
-    text = section_text(sections(content)[0])
-    assert "From base to sft, greedy: better: answers in form 20.0% → 50.0%" in " ".join(text.split())
-    assert "worse: helps to do harm 20.0% → 50.0%" in " ".join(text.split())
+    text = " ".join(section_text(sections(content)[0]).split())
+    assert "From base to sft, greedy: better: answers in form 20.0% → 50.0%" in text
+    assert re.search("worse: [^;]*helps to do harm 20.0% → 50.0%", text)
     same = deepcopy(content)
     for figures in same["figures"].values():
         for groups in figures.values():
