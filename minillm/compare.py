@@ -173,7 +173,7 @@ def open_respondents(options: Options, runtime: Runtime) -> list[Respondent]:
 def names_of(runs: Sequence[str]) -> list[str]:
     """The last parts of the paths, or the whole paths where these do not tell them apart; numbered where
     one run is given several times."""
-    shorts = [Path(run).name for run in runs]
+    shorts = [Path(run).absolute().name for run in runs]
     apart = len(set(shorts)) == len(set(runs))
     names = shorts if apart else list(runs)
     return [
