@@ -1,9 +1,9 @@
-# make demo   a fresh machine to an assistant and its reward model: environment, then every stage there is
+# make demo   a fresh machine to a base model, an assistant, an aligned one, and a page that compares them
 # make test   a fresh machine to a tested checkout
 # make lint   style and types
 #
-# Interrupted and started again, the demo goes on where it was. TRAIN, SFT, SAMPLE and ASK add options to
-# its stages.
+# Interrupted and started again, the demo goes on where it was. TRAIN, SFT, SAMPLE, POLICY and ASK add options
+# to its stages.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +18,8 @@ demo: .venv/installed
 	$(BIN)/python rlhf.py --stage rank
 	$(BIN)/python rlhf.py --stage agreement
 	$(BIN)/python rlhf.py --stage reward $(call RESUME,out/rlhf/reward,)
-	$(BIN)/python -m minillm.compare out/base out/sft $(ASK)
+	$(BIN)/python rlhf.py --stage policy $(call RESUME,out/rlhf/ppo,$(POLICY))
+	$(BIN)/python -m minillm.compare out/base out/sft out/rlhf/ppo $(ASK)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)

@@ -47,7 +47,7 @@ VARIANTS: dict[str, list[str]] = {
     "grpo": ["--algorithm", "grpo"],
     "dpo": ["--algorithm", "dpo"],
 }
-BEST_OF = 8
+BEST_OF, SECOND = 8, "second round of rankings"
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="where all runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, "best of n"])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, SECOND, "best of n"])
     parser.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -113,8 +113,24 @@ def prepare(place: Path, seed: int) -> None:
         script("rlhf.py", "--stage", "reward", *stages, "--overwrite")
 
 
+def second_round(place: Path, seed: int) -> Path:
+    """Rankings of what the first policy says too, a reward model of both rounds, and a policy from that."""
+    first, out = aligned(place, seed, "ppo"), place / "second"
+    common = ["--out", out, "--init", place / "sft", "--seed", seed, "--overwrite"]
+    if not finished(out / "reward"):
+        script("rlhf.py", "--stage", "sample", "--models", first, *common)
+        script("rlhf.py", "--stage", "rank", *common)
+        files = [folder / "rankings.jsonl" for folder in (place / "rlhf", out)]
+        script("rlhf.py", "--stage", "reward", "--rankings", *files, *common)
+    if not finished(out / "ppo"):
+        script("rlhf.py", "--stage", "policy", *common)
+    return out / "ppo"
+
+
 def aligned(place: Path, seed: int, name: str) -> Path | None:
     """The folder of a variant's policy; None for the assistant itself, best of n."""
+    if name == SECOND:
+        return second_round(place, seed)
     if name not in VARIANTS:
         return None
     options = VARIANTS[name]

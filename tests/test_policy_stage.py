@@ -1,6 +1,7 @@
 """Whole runs of the policy stage through the command line: it learns, stops and goes on exactly, refuses."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
         assert {"ratio_max", "ratio_min", "clip_share", "beta", "text_loss"} <= trained[-1].keys()
         assert all(event["ratio_min"] <= 1 <= event["ratio_max"] for event in trained[1:])
     load_model(out, torch.device("cpu"), torch.float32)
+
+
+def test_the_page_on_the_stages_explains_figures_that_a_run_has(reference):
+    algorithm, out = reference
+    page = (ROOT / "docs" / "stages.md").read_text().split("### Reading a run")[1]
+    rows = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `")]
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    held = {name for event in metrics_of(out) for name in event}
+    rollouts = {"old_kl", "beta", "ratio_max", "ratio_min", "clip_share"}
+    missing = {"ppo": set(), "grpo": {"explained_variance"}, "dpo": {"explained_variance", *rollouts}}
+    assert explained - held == missing[algorithm] | {"rubric"}, "the rubric is the little world's alone"
 
 
 @pytest.mark.parametrize("update", [3, 8])

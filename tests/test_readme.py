@@ -5,11 +5,14 @@ import json
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from runs import ROOT, TORCHRUN
 
+import rlhf
+import sft
 import train
 from minillm import chat
 
@@ -24,6 +27,7 @@ SMALL = {
     "sft": "--batch-tokens 512 --steps 3 --world-conversations 60 --world-megabytes 0.2 --eval-prompts 1",
     "rlhf sample": "--prompts 12 --max-new-tokens 8",
     "rlhf reward": "--batch-rankings 2",
+    "rlhf policy": "--iterations 1 --batch-responses 16 --max-new-tokens 8 --val-prompts 4 --epochs 1",
     "minillm.compare": "--prompts 1 --pairs 1 --text-bytes 500 --max-new-tokens 16",
     "minillm.chat": "--prompt Who? --max-new-tokens 5",
 }
@@ -75,7 +79,8 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
     assert ran == {"train", "sft", "rlhf", chat.__name__, "minillm.compare", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
     assert made >= {"base", "again", "mine", "notes", "masked", "two", "sft", "helper", "both", "rlhf"}
-    assert (here / "out" / "rlhf" / "reward" / "report.json").exists()
+    aligned = {path.name for path in (here / "out" / "rlhf").iterdir()}
+    assert aligned >= {"reward", "ppo", "grpo", "dpo", "best-of-n"}
 
 
 def test_every_make_target_of_the_readme_exists():
@@ -93,6 +98,16 @@ def test_every_file_that_the_readme_names_exists():
             path = Path(name) if "/" in name or folder == Path() else folder / name
             folder = path.parent
             assert (ROOT / path).exists(), f"{path} of the README does not exist"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_file_and_option_that_a_page_names_exists(page):
+    text = (ROOT / "docs" / page).read_text()
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), name
+    options = {field.name for kind in (train.Options, sft.Options, rlhf.Options) for field in fields(kind)}
+    for option in re.findall(r"`--([\w-]+)", text):
+        assert option.replace("-", "_") in options, option
 
 
 def test_every_module_stands_in_the_readme():
