@@ -368,7 +368,7 @@ def _sure(content: Content) -> Section:
 
 
 def _dots(bins: Sequence[Content]) -> list[Point]:
-    """A dot for each bin, its area as its share of the questions."""
+    """A dot for each bin, the larger the more questions are in it."""
     total = sum(b["count"] for b in bins)
     return [(b["sure"], b["accuracy"], sqrt(b["count"] / total)) for b in bins]
 
