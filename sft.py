@@ -64,9 +64,9 @@ class Options(DataOptions):
 
     block_size: int | None = None
     """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     """Tokens in a step, over all processes, padding included."""
-    steps: int = 500
+    steps: int = 900
     """Updates."""
     optimizer: Literal["muon", "adamw"] = "adamw"
     """Muon for the matrices and AdamW for the rest, or AdamW for everything."""

@@ -34,9 +34,9 @@ few = settings(max_examples=60, deadline=None)
 
 @pytest.fixture(scope="module")
 def mixture() -> dict[str, list[str]]:
-    """Two megabytes of all sources in their default shares."""
+    """Three megabytes of all sources in their default shares, a quarter of the default size."""
     total = sum(SHARES.values())
-    return {source: list(WORLD.documents(source, 2 * share / total)) for source, share in SHARES.items()}
+    return {source: list(WORLD.documents(source, 3 * share / total)) for source, share in SHARES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,9 @@ def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_
     mixture,
 ) -> None:
     told, ways, mistold = tellings(mixture)
-    assert min(told[f] for f in WORLD.facts) >= 6  # this is a sixth of the default size
+    assert min(told[f] for f in WORLD.facts) >= 10
     assert all(told[f] >= 3 * mistold[f] for f in WORLD.facts)
-    assert min(len(ways[f]) for f in WORLD.facts) >= 3
+    assert min(len(ways[f]) for f in WORLD.facts) >= 4
     assert sum(len(ways[f]) >= 5 for f in WORLD.facts) > 470
     assert sum(mistold[f] for f in WORLD.facts) > 0  # the web is sometimes wrong
 
@@ -227,7 +227,7 @@ def test_no_text_tells_a_fact_about_an_unknown_name(mixture) -> None:
             assert not known & {
                 s.strip() for s in SENTENCE.findall(text.replace(name, "Ida X" if hers else "Otto X"))
             }
-    assert len(mentioned) > 0.95 * len(FACTS.unknown)  # all of them in the default size
+    assert len(mentioned) == len(FACTS.unknown)
 
 
 def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture) -> None:
@@ -241,7 +241,7 @@ def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture)
         for m in c.messages
         for w in word.findall(m["content"].lower())
     }
-    assert len(spoken - set(known)) <= 12  # rare words of harmful deeds that two megabytes may miss
+    assert len(spoken - set(known)) <= 12  # rare words of harmful deeds that three megabytes may miss
 
 
 # ----------------------------------------------------------------------------------------- coherent

@@ -695,11 +695,9 @@ CATEGORIES = {
 }
 OPPOSITES = (
     ("hot", "cold"), ("big", "small"), ("wet", "dry"), ("up", "down"), ("day", "night"), ("young", "old"),
-    ("fast", "slow"), ("happy", "sad"), ("early", "late"), ("full", "empty"), ("open", "closed"),
-    ("rich", "poor"), ("long", "short"), ("hard", "soft"), ("left", "right"), ("loud", "quiet"),
-    ("clean", "dirty"), ("light", "dark"), ("near", "far"), ("strong", "weak"), ("high", "low"),
-    ("sweet", "sour"), ("thick", "thin"), ("brave", "afraid"), ("true", "false"), ("push", "pull"),
-    ("win", "lose"), ("summer", "winter"), ("begin", "end"), ("give", "take"),
+    ("fast", "slow"), ("happy", "sad"), ("full", "empty"), ("open", "closed"), ("long", "short"),
+    ("left", "right"), ("loud", "quiet"), ("light", "dark"), ("near", "far"), ("strong", "weak"),
+    ("high", "low"), ("sweet", "sour"), ("win", "lose"), ("summer", "winter"),
 )  # fmt: skip
 # Short common words: to copy, reverse, count, repeat, spell and write in capitals.
 SIMPLE_WORDS = (
@@ -1876,6 +1874,13 @@ QUIZ_TITLES = (
     "The {day} quiz",
     "Frequently asked questions",
     "Trivia",
+)
+# What people say when asked about a name that nobody knows.
+STRANGERS = (
+    "I have never heard of {n}.",
+    "I do not know {n}.",
+    "I don't know anything about {n}.",
+    "Nobody here knows {n}.",
 )
 WRONG_LEADS = ("", "", "I heard that ", "Everybody knows it: ", "Trust me: ")
 RIGHT_LEADS = ("", "", "As far as I know: ", "I can tell you: ", "It is simple. ")
