@@ -18,8 +18,11 @@ processes.
 Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5.
 """
 
+import json
+import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -37,15 +41,27 @@ from minillm.annotators import Desk, Simulated, find_prompts, obey, screen, shar
 from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
 from minillm.comparisons import open_comparisons
 from minillm.conversations import open_conversations
+from minillm.data import Mixture, split_by_hash, tokenize
+from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
-from minillm.files import read_json, write_json
+from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.huggingface import load_model, load_scalar_model, save_scalar_model
+from minillm.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
-from minillm.metrics import plot_loss
-from minillm.model import ScalarModel, scalar_from_language_model
+from minillm.metrics import plot_loss, plot_policy, read_metrics
+from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
-from minillm.options import TrainingOptions, options_json, parse_options
+from minillm.options import PolicyOptions, options_json, parse_options
+from minillm.policy import (
+    Networks,
+    Progress,
+    Update,
+    grpo_experience,
+    policy_optimizers,
+    ppo_experience,
+    roll_out,
+)
+from minillm.ppo import adapted_beta
 from minillm.preferences import (
     LETTERS,
     JsonLines,
@@ -59,58 +75,61 @@ from minillm.preferences import (
 )
 from minillm.provenance import provenance
 from minillm.report import judge, report_card, report_text, unknown_worth, world_worth, write_report
-from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan
+from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedRanking,
-    RankingStream,
     center,
     encode_rankings,
     encode_response,
     held_out_rankings,
     ranking_backward,
+    ranking_stream,
+    scores_of,
     split_by_prompt,
 )
+from minillm.rollout import Observers, Prompt, Worth, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
+from minillm.sources import open_sources, world_sources
 from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
-from minillm.world.rubric import Prompt
+from minillm.world.rubric import Prompt as WorldPrompt
 
 DEMONSTRATIONS = 512  # that score 0 on average
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
+class Options(PolicyOptions):
     """Sample responses, have them ranked, learn to score them."""
 
-    stage: Literal["sample", "rank", "agreement", "reward"] = field(kw_only=True)
+    stage: Literal["sample", "rank", "agreement", "reward", "policy"] = field(kw_only=True)
     """What to do; each stage reads what the one before it left in --out."""
     out: str = "out/rlhf"
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
-    """sample: conversations, of which all before the last reply is a prompt. Nothing: the little world's
-    prompts. rank --annotator file: rankings that others published (minillm/comparisons.py)."""
+    """sample, policy: conversations, of which all before the last reply is a prompt. Nothing: the little
+    world's prompts. rank --annotator file: rankings that others published (minillm/comparisons.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
     prompts: int = 2400
-    """sample: how many prompts; of --data at most so many."""
+    """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
     distractors: int = 1
     """sample: how many of the K are responses to another prompt: without any, whatever sounds like an
     answer is one to the reward model."""
     temperature: float = 1.0
-    """sample: divides the logits."""
+    """sample, policy: divides the logits."""
     top_k: int = 0
-    """sample: among this many most probable tokens; 0 for all."""
+    """sample, policy: among this many most probable tokens; 0 for all."""
     top_p: float = 1.0
-    """sample: among the fewest most probable tokens that together reach this probability."""
+    """sample, policy: among the fewest most probable tokens that together reach this probability."""
     max_new_tokens: int = 64
-    """sample: tokens of a response at most."""
+    """sample, policy: tokens of a response at most."""
 
     annotator: Literal["person", "simulated", "model", "file"] = "simulated"
     """rank: who ranks."""
@@ -128,22 +147,23 @@ class Options(TrainingOptions):
     """rank --annotator model: a text file that says what makes a reply better."""
 
     init: str = "out/sft"
-    """reward: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
+    """reward, policy: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
     rankings: tuple[str, ...] = ()
-    """reward: files of rankings. Nothing: rankings.jsonl in --out."""
+    """reward, policy --algorithm dpo: files of rankings. Nothing: rankings.jsonl in --out."""
 
     epochs: int = 1
-    """reward: passes over the rankings; more than one soon learns them by heart."""
+    """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
     batch_rankings: int = 16
-    """reward: rankings in a step, over all processes, each with all of its responses."""
+    """reward, dpo: rankings in a step, over all processes, each with all of its responses."""
     matrix_rate: float = 2e-3
     """reward: learning rate of the block matrices, by AdamW."""
     embedding_rate: float = 6e-3
     """reward: learning rate of the embedding and the scalar head."""
     val_fraction: float = 0.1
-    """reward: share of the prompts held out, for validation and the report."""
+    """reward, policy: share of the prompts held out, for validation and the report; the little world has
+    development prompts of its own for a policy."""
     val_rankings: int = 128
-    """reward: held-out rankings of one validation, at most; the report takes all."""
+    """reward, dpo: held-out rankings of one validation, at most; the report takes all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,7 +189,8 @@ class Options(TrainingOptions):
     @property
     def folder(self) -> Path:
         """The folder that the stage writes."""
-        return Path(self.out, "reward") if self.stage == "reward" else Path(self.out)
+        inside = {"reward": "reward", "policy": self.algorithm}.get(self.stage, "")
+        return Path(self.out, inside)
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -322,7 +343,7 @@ def simulated(options: Options, runtime: Runtime) -> list[Job]:
     people = simulated_annotators(options.annotators)
     shares = share_out([given.key for given in sets], len(people), options.twice, options.seed)
 
-    def make(person: Simulated, given: ResponseSet, prompt: Prompt) -> Ranking:
+    def make(person: Simulated, given: ResponseSet, prompt: WorldPrompt) -> Ranking:
         ranking = person.rank(world, prompt, given, options.noise, options.seed)
         return new_ranking(given, ranking, person.name, options.seed)
 
@@ -397,14 +418,10 @@ def agreement(options: Options, runtime: Runtime) -> None:
 def train_reward_model(options: Options, runtime: Runtime) -> None:
     """One run, from the rankings to the report."""
     run = Run("reward", options, runtime, "rlhf.py --stage reward")
-    rankings = rankings_of(options)
     model, tokenizer = start_reward_model(run, options)
     template = ChatTemplate(tokenizer)
-    encoded, skipped = encode_rankings(rankings, template, model.config.max_position_embeddings)
-    if not encoded:
-        raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
-    training, held_out = split_by_prompt(encoded, options.val_fraction)
-    stream, steps = RankingStream(training, options.seed), steps_of(training, options, runtime)
+    training, held_out = encoded_rankings(options, template, model.config, runtime)
+    stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
     rates = Rates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
@@ -415,11 +432,9 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     with run.training(state, steps, lambda: save_scalar_model(run.folder, model, tokenizer)):
         if run.already_finished():
             return
-        for reason, count in skipped.items():
-            run.metrics.say(f"left out: {count} {reason}")
         while run.goes_on():
             batch = stream.next(options.batch_rankings)
-            loss = ranking_backward(forward, batch, options.micro_tokens, runtime)
+            loss = ranking_backward(forward, scores_of(forward), batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
@@ -429,7 +444,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
             run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
             if run.due(options.val_every or tenth) or state.step == steps:
                 val = held_out_rankings(
-                    model, held_out[: options.val_rankings], options.micro_tokens, runtime
+                    scores_of(model), held_out[: options.val_rankings], options.micro_tokens, runtime
                 )
                 run.log("val", f"val {val.loss:.3f}, {val.accuracy:.1%} in order", **asdict(val))
             if run.due(options.save_every or tenth):
@@ -439,14 +454,25 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
             finish_reward_model(run, model, template, training, held_out, options)
 
 
-def rankings_of(options: Options) -> list[Ranking]:
-    """All rankings given; InputError where there are none, or none that prefers anything."""
+def encoded_rankings(
+    options: Options, template: ChatTemplate, config: ModelConfig, runtime: Runtime
+) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
+    """All rankings given, those to train on and those held out; says what is left out.
+
+    InputError where there are none, none fits, or none prefers anything.
+    """
     files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
     rankings = [ranking for file in files for ranking in read_rankings(Path(file))]
     if not any(ranking.pairs() for ranking in rankings):
         what = "every response is tied with all others" if rankings else "no ranking"
         raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")
-    return rankings
+    encoded, skipped = encode_rankings(rankings, template, config.max_position_embeddings)
+    if not encoded:
+        raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
+    if runtime.is_main:
+        for reason, count in skipped.items():
+            print(f"left out: {count} {reason}")
+    return split_by_prompt(encoded, options.val_fraction)
 
 
 def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokenizer]:
@@ -508,6 +534,275 @@ def demonstrations(
     return [encode_response(template, messages[:-1], messages[-1]["content"]) for messages in shown]
 
 
+# ---- policy: prompts → a policy that scores higher and stays near
+
+
+def train_policy(options: Options, runtime: Runtime) -> None:
+    """PPO or GRPO: one run, from the prompts to the finished folder."""
+    run = Run("policy", options, runtime, command_of(options))
+    networks, observers = start_policy(options, runtime)
+    training, held_out = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
+    text = text_mixture(options, networks.policy, observers.tokenizer, runtime)
+    progress = Progress(shuffled_prompts(training, options.seed), text, options.beta, observers.fingerprint)
+    state = TrainingState(networks, policy_optimizers(networks, options), progress)
+    update = Update(run, options, networks, observers, progress)
+    advantages_of = ppo_experience if options.algorithm == "ppo" else grpo_experience
+    tenth = max(1, options.iterations // 10)
+
+    with run.training(state, options.iterations, lambda: None):
+        if run.already_finished():
+            return
+        if state.step == 0:
+            validate(run, options, networks, observers, progress, held_out)
+        while run.goes_on():
+            began = time.perf_counter()
+            prompts = progress.prompts.next(options.batch_responses // options.samples)
+            rollouts, figures = roll_out(run, options, networks, observers, prompts)
+            if figures["kl"] > options.max_kl:
+                raise run.exploded(f"the policy is {figures['kl']:.0f} nats a response from the reference")
+            minibatches, foreseen = advantages_of(rollouts, options, progress, runtime)
+            figures |= foreseen | {"beta": progress.beta, "rollout_seconds": time.perf_counter() - began}
+
+            update.begin()
+            for _ in range(options.inner_epochs):
+                for minibatch in minibatches:
+                    update.step(minibatch)
+                if update.moved() > options.stop_kl:
+                    break
+            networks.follow(options.average)
+            if options.target_kl:
+                progress.beta = adapted_beta(progress.beta, figures["kl"], options.target_kl)
+
+            tokens = round(figures["length"] * options.batch_responses)
+            run.log_step(tokens, **update.figures(), **figures)
+            run.metrics.show(state.step, score=f"score {figures['score']:.2f}", kl=f"KL {figures['kl']:.1f}")
+            if run.due(options.val_every or tenth) or state.step == options.iterations:
+                validate(run, options, networks, observers, progress, held_out)
+            if run.due(options.save_every or tenth):
+                run.save()
+        run.end()
+        if runtime.is_main:
+            finish_policy(run, options)
+
+
+def train_dpo(options: Options, runtime: Runtime) -> None:
+    """DPO: one run, from the rankings to the finished folder."""
+    run = Run("policy", options, runtime, command_of(options))
+    networks, observers = start_policy(options, runtime)
+    policy, tokenizer = networks.policy, observers.tokenizer
+    _, prompts = policy_prompts(options, policy, tokenizer, runtime)
+    training, held_out = encoded_rankings(options, ChatTemplate(tokenizer), policy.config, runtime)
+    stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
+    progress = Progress(stream, None, options.beta, observers.fingerprint)
+    state = TrainingState(networks, policy_optimizers(networks, options), progress)
+    forward = runtime.wrap(policy)
+    rewards = rewards_of(forward, policy, observers.ref, options.beta)
+    held_out_rewards = rewards_of(policy, policy, observers.ref, options.beta)
+    tenth = max(1, steps // 10)
+
+    with run.training(state, steps, lambda: None):
+        if run.already_finished():
+            return
+        while run.goes_on():
+            batch = stream.next(options.batch_rankings)
+            loss = ranking_backward(forward, rewards, batch, options.micro_tokens, runtime)
+            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            run.check_finite(loss=loss, gradient_norm=gradient_norm)
+            rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
+            state.optimizers.step(rate)
+
+            tokens = sum(len(row) for one in batch for row in one.rows)
+            run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+            if run.due(options.val_every or tenth) or state.step == steps:
+                val = held_out_rankings(
+                    held_out_rewards, held_out[: options.val_rankings], options.micro_tokens, runtime
+                )
+                validate(run, options, networks, observers, progress, prompts, **asdict(val))
+            if run.due(options.save_every or tenth):
+                run.save()
+        run.end()
+        if runtime.is_main:
+            finish_policy(run, options)
+
+
+def best_of_n(options: Options, runtime: Runtime) -> None:
+    """Of several responses of the assistant the best-scored: what a policy must beat to be worth training.
+
+    Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
+    """
+    check_run_folder(options.folder, options.resume, options.overwrite)
+    networks, observers = start_policy(options, runtime)
+    _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
+    start_run_folder(options.folder, options_json(options), "policy")
+    n, began = options.samples, time.perf_counter()
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
+    responses = observers.sample(networks.policy, asked, seeds)
+    scores, texts = observers.scores(responses), responses.texts(observers.tokenizer.decode)
+    best = [max(range(i, i + n), key=lambda j: scores[j]) for i in range(0, len(asked), n)]
+    records = [
+        {"messages": asked[j].question.messages, "kind": asked[j].question.kind, "response": texts[j],
+         "score": scores[j]}
+        for j in best
+    ]  # fmt: skip
+    write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
+    figures["seconds"] = time.perf_counter() - began
+    if observers.worth:
+        figures["rubric"] = fmean(observers.worth(asked[j].question, texts[j]) for j in best)
+    write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **figures} | provenance())
+    print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
+
+
+def policy_prompts(
+    options: Options, policy: LanguageModel, tokenizer: Tokenizer, runtime: Runtime
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those held out: the little world has development prompts for that."""
+    questions = questions_of(options)
+    if options.data:
+        questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
+    else:
+        world = World(options.seed)
+        held_out = [
+            Question(p.messages, p.kind, world.seed) for p in world.prompts("dev", n=options.val_prompts)
+        ]
+    longest = policy.config.max_position_embeddings - options.max_new_tokens
+    sides = []
+    for side in (questions, held_out[: options.val_prompts]):
+        prompts, left_out = encode_prompts(side, ChatTemplate(tokenizer), longest)
+        if left_out and runtime.is_main:
+            print(f"{left_out:,} prompts left out: too long for {options.max_new_tokens} tokens of response")
+        if len(prompts) < runtime.world:
+            raise InputError(
+                f"{len(prompts)} prompts of at most {longest} tokens to train or validate on; "
+                "give more or shorter ones, or less than --max-new-tokens"
+            )
+        sides.append(prompts[: len(prompts) // runtime.world * runtime.world])
+    return sides[0], sides[1]
+
+
+def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observers]:
+    """The assistant to move and its critic; the assistant as it was, the reward model and the rubric."""
+    policy, tokenizer = load_assistant(options, runtime)
+    ref, _ = load_assistant(options, runtime)
+    reward_folder = Path(options.reward or Path(options.out) / "reward")
+    needed = options.algorithm != "dpo" or options.reward
+    reward = (
+        load_reward_model(reward_folder, tokenizer, runtime) if needed or reward_folder.exists() else None
+    )
+    critic = average = None
+    if options.algorithm == "ppo":
+        critic = load_reward_model(reward_folder, tokenizer, runtime)
+        if options.critic == "policy":
+            generator = torch.Generator().manual_seed(options.seed)
+            critic = scalar_from_language_model(load_assistant(options, runtime)[0], generator)
+    if options.average:
+        average = load_assistant(options, runtime)[0]
+    observers = Observers(
+        ref, reward, tokenizer, options.sampling, options.unended_score, rubric(options), options.micro_tokens
+    )
+    return Networks(policy, critic, average), observers
+
+
+def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
+    model, tokenizer = load_model(Path(options.init), runtime.device, runtime.dtype)
+    if not model.config.causal:
+        raise InputError(f"--init {options.init}: sees both sides of a token; give a causal model")
+    return model, with_chat_template(tokenizer)
+
+
+def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> ScalarModel:
+    """InputError where it reads other tokens than the assistant writes."""
+    model, own = load_scalar_model(folder, runtime.device, runtime.dtype)
+    if with_chat_template(own).vocabulary != tokenizer.vocabulary:
+        raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
+    return model
+
+
+def rubric(options: Options) -> Worth | None:
+    """The little world's judgement of a response, where the prompts are its own."""
+    if options.data:
+        return None
+    world = World(options.seed)
+
+    def worth(question: Question, text: str) -> float:
+        prompt = world.prompt_of(question.messages)
+        assert prompt is not None, "every prompt comes from this world"
+        return world.score(prompt, text).utility
+
+    return worth
+
+
+def text_mixture(
+    options: Options, policy: LanguageModel, tokenizer: Tokenizer, runtime: Runtime
+) -> Mixture | None:
+    """Raw text for ptx, as tokens on disk; None where it has no weight."""
+    if not options.ptx:
+        return None
+    if not options.text and options.data:
+        raise InputError(f"--ptx {options.ptx}: name the raw text with --text")
+    block_size = min(policy.config.max_position_embeddings, options.ptx_tokens)
+    with runtime.main_first():
+        sources = (
+            open_sources(options.text, options.errors)
+            if options.text
+            else world_sources(World(options.seed), options.world_megabytes)
+        )
+        tokens = [tokenize(s, tokenizer, Path(options.cache), 0.05, 1) for s in sources]
+    return Mixture(tokens, block_size, options.seed)
+
+
+def validate(
+    run: Run,
+    options: Options,
+    networks: Networks,
+    observers: Observers,
+    progress: Progress,
+    prompts: Sequence[Prompt],
+    **figures: float,
+) -> None:
+    """Figures of held-out prompts; the policy is written where its objective is the best so far.
+
+    The objective is what PPO maximises, score - β KL, with scores in units of their deviation at the start;
+    for DPO, which needs no scores, the loss of held-out rankings with its sign turned.
+    """
+    found = held_out_figures(observers, networks.kept, prompts, options.seed, run.runtime)
+    if progress.unit is None:
+        progress.unit = found["score_deviation"] or 1.0
+    loss = figures.pop("loss", options.beta * found["kl"] - found["score"] / progress.unit)
+    if progress.best is None or -loss > progress.best:
+        progress.best = -loss
+        if run.runtime.is_main:
+            save_model(run.folder, networks.kept, observers.tokenizer)
+    figures |= {"loss": loss, "best": progress.best, **found}
+    shown = ", ".join(f"{name} {found[name]:.2f}" for name in ("score", "rubric", "kl") if name in found)
+    run.log("val", f"val {shown}", **figures)
+
+
+def finish_policy(run: Run, options: Options) -> None:
+    """The plots and the last line of metrics.jsonl."""
+    state = run.state
+    vals = [event for event in read_metrics(run.folder) if event["event"] == "val"]
+    best = min(vals, key=lambda event: event["loss"])
+    plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
+    plot_policy(run.folder)
+    run.metrics.say(f"{run.folder}: the policy of step {best['step']} is kept, the best on held-out prompts")
+    kept = {name: value for name, value in best.items() if name not in ("event", "step")}
+    run.metrics.log(
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, kept_step=best["step"], **kept
+    )
+
+
+def command_of(options: Options) -> str:
+    return f"rlhf.py --stage policy --algorithm {options.algorithm}"
+
+
+def align(options: Options, runtime: Runtime) -> None:
+    """The stage "policy", by any of its algorithms."""
+    algorithms = {"ppo": train_policy, "grpo": train_policy, "dpo": train_dpo, "best-of-n": best_of_n}
+    algorithms[options.algorithm](options, runtime)
+
+
 # ---- The command
 
 
@@ -521,7 +816,13 @@ def report(name: str, count: int, what: str, skipped: Mapping[str, int], first: 
 
 
 def main(arguments: list[str]) -> None:
-    stages = {"sample": sample, "rank": rank, "agreement": agreement, "reward": train_reward_model}
+    stages = {
+        "sample": sample,
+        "rank": rank,
+        "agreement": agreement,
+        "reward": train_reward_model,
+        "policy": align,
+    }
     with one_line_errors():
         options = parse_options(Options, arguments)
         with start_runtime(options.device, options.precision) as runtime:

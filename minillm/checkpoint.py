@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.errors import InputError
 from minillm.files import write_json
 from minillm.huggingface import load_weights, read_tensors, write_tensors
-from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import Optimizers
 from minillm.provenance import provenance
 
@@ -35,7 +34,8 @@ class Stateful(Protocol):
 
 RESUME_FILE = Path("resume") / "state.safetensors"
 RUN_FILES = (
-    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "config.json",
+    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
+    "responses.jsonl", "config.json",
     "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "run.json",
 )  # fmt: skip
 
@@ -76,7 +76,7 @@ def start_run_folder(folder: Path, options: dict[str, Any], stage: str) -> None:
 class TrainingState:
     """Everything that moves while a model trains, and therefore all that a restart must bring back."""
 
-    model: LanguageModel | ScalarModel
+    model: nn.Module
     optimizers: Optimizers
     data: Stateful
     """The stream of batches."""
@@ -98,7 +98,7 @@ class TrainingState:
             tensors[f"optimizer.{name}"] = value
         numbers = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "data": self.data.state_dict(),
+            "moved": self.optimizers.moved(), "data": self.data.state_dict(),
         }  # fmt: skip
         # A copy each: safetensors refuses tensors that share memory, as tied weights do.
         separate = {name: value.detach().cpu().clone() for name, value in tensors.items()}
@@ -115,8 +115,7 @@ class TrainingState:
             self.data.load_state_dict(numbers["data"])
             if min(self.step, self.tokens, self.seconds) < 0:
                 raise ValueError("negative counts")
-            if self.step:  # before the first step there is no state
-                self.optimizers.load_state_tensors(_with_prefix("optimizer.", tensors))
+            self.optimizers.load_state_tensors(_with_prefix("optimizer.", tensors), numbers["moved"])
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
         load_weights(self.model, _with_prefix("model.", tensors), path)

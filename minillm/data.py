@@ -18,10 +18,10 @@ import hashlib
 import itertools
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from minillm.sources import Source, check_names
 from minillm.streams import Side, Tokens, open_streams, token_dtype, write_streams
 from minillm.tokenizer import Tokenizer
 
+Item = TypeVar("Item")
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
 FORMAT_VERSION = 1  # of the document format and the split: part of every cache's name
 
@@ -75,6 +76,22 @@ def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: what the split goes by."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48  # exact: 48 bits fit a float
+
+
+def split_by_hash(
+    items: Sequence[Item], key: Callable[[Item], str], held_out: float
+) -> tuple[list[Item], list[Item]]:
+    """Those to train on, and about a share `held_out`; items of one key stay together.
+
+    The side follows from a hash of the key alone. The smallest hash is always held out and the largest
+    never, so that neither side is empty, unless there are fewer than two keys: then nothing is held out.
+    """
+    hashes = [unit_hash(key(item)) for item in items]
+    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
+    sides: tuple[list[Item], list[Item]] = [], []
+    for value, item in zip(hashes, items, strict=True):
+        sides[(value < held_out or value == smallest) and value < largest].append(item)
+    return sides
 
 
 # ---- Documents -> tokens on disk
@@ -376,6 +393,42 @@ def source_line(report: Mapping[str, Any]) -> str:
 def _check_same(what: str, was: Any, now: Any) -> None:
     if was != now:
         raise InputError(f"cannot resume: {what} was {was} and is now {now}; put back the old one")
+
+
+class Shuffled(Generic[Item]):
+    """Items without end, every one once an epoch, in an order that follows from (seed, name, epoch)."""
+
+    def __init__(self, items: Sequence[Item], name: str, seed: int, fingerprint: str) -> None:
+        """`name` says what the items are, in the plural; their `fingerprint` changes with their content."""
+        self.items, self.name, self.seed, self.fingerprint = items, name, seed, fingerprint
+        self._seek(0, 0)
+
+    def _seek(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
+        self.order = epoch_generator(self.seed, self.name, epoch).permutation(len(self.items)).tolist()
+
+    def next(self, count: int) -> list[Item]:
+        """The next `count` items."""
+        taken = []
+        for _ in range(count):
+            if self.position == len(self.order):
+                self._seek(self.epoch + 1, 0)
+            taken.append(self.items[self.order[self.position]])
+            self.position += 1
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.fingerprint:
+            raise InputError(
+                f"cannot resume: the {self.name} are other ones than the run's; put the old ones back"
+            )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position <= len(self.items):
+            raise ValueError(f"no position {position} in epoch {epoch}")
+        self._seek(epoch, position)
 
 
 def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:

@@ -12,12 +12,12 @@ every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
@@ -122,12 +122,12 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
     return config, tokenizer, tensors
 
 
-def load_weights(model: LanguageModel | ScalarModel, tensors: dict[str, Tensor], origin: Path) -> None:
-    """Copies tensors into the model; every name and shape must match."""
-    expected = model.state_dict()
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> None:
+    """Copies tensors into a model with a `config`; every name and shape must match."""
+    expected, config = model.state_dict(), cast(ModelConfig, model.config)
     # A constant, which old checkpoints hold too.
     tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
         tensors.pop("lm_head.weight", None)
     if missing := sorted(expected.keys() - tensors.keys()):

@@ -46,8 +46,9 @@ def accumulate(
     micro_batches: Sequence[Any],
     count: int,
     runtime: Runtime,
+    weight: float = 1.0,
 ) -> float:
-    """Adds the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
+    """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
 
     `micro_batches` are this process's share of a step and `count` is the whole step's, so that the result
     is the same however the step is shared out. DistributedDataParallel averages over processes, hence the
@@ -57,15 +58,20 @@ def accumulate(
     for number, micro in enumerate(micro_batches, start=1):
         with runtime.sync_gradients(forward, last=number == len(micro_batches)):
             loss = summed(micro)
-            (loss * (runtime.world / count)).backward()
+            (loss * (weight * runtime.world / count)).backward()
         total += loss.detach()
     return runtime.total(total).item() / count
 
 
 def backward(
-    forward: Callable[..., Tensor], model: LanguageModel, batch: Batch, micro_tokens: int, runtime: Runtime
+    forward: Callable[..., Tensor],
+    model: LanguageModel,
+    batch: Batch,
+    micro_tokens: int,
+    runtime: Runtime,
+    weight: float = 1.0,
 ) -> float:
-    """Adds the gradient of the batch's mean loss to the weights; returns that mean, in nats a target.
+    """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats a target.
 
     `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
     most `micro_tokens`.
@@ -75,9 +81,11 @@ def backward(
     micro_rows = max(1, micro_tokens // row_tokens)
     micros = [batch.rows(row, min(row + micro_rows, end)) for row in range(begin, end, micro_rows)]
     targets = max(1, int((batch.targets != IGNORED).sum()))
-    return accumulate(
-        forward, lambda micro: summed_loss(forward, model, micro.to(runtime.device)), micros, targets, runtime
-    )
+
+    def summed(micro: Batch) -> Tensor:
+        return summed_loss(forward, model, micro.to(runtime.device))
+
+    return accumulate(forward, summed, micros, targets, runtime, weight)
 
 
 def target_bytes(batch: Batch, token_bytes: Int[Tensor, " V"]) -> int:

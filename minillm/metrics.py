@@ -125,6 +125,42 @@ def plot_loss(folder: Path, key: str, unit: str) -> None:
     write_atomically(folder / "loss.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
 
+def plot_policy(folder: Path) -> None:
+    """curves.png: what a policy gained over the steps, and over √KL how far it went for that.
+
+    As long as the reward model is right, score and rubric rise together; where it is exploited, the score
+    goes on rising while the rubric falls (Gao et al. 2023, arXiv 2210.10760, figure 1: both over √KL).
+    """
+    from matplotlib.figure import Figure
+
+    events = read_metrics(folder)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for number, keys in enumerate(POLICY_CURVES, start=1):
+        axes = figure.add_subplot(2, 2, number)
+        for event, style in (("train", "-"), ("val", "o-")):
+            for color, key in enumerate(keys):
+                points = [(e["step"], e[key]) for e in events if e["event"] == event and key in e]
+                if points:
+                    label = key if event == "train" else f"{key}, held out"
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label, markersize=3)
+        axes.set(xlabel="step")
+        if axes.lines:
+            axes.legend(fontsize=8)
+    axes = figure.add_subplot(2, 2, 4)
+    for key in ("score", "rubric"):
+        points = [(e["kl"] ** 0.5, e[key]) for e in events if e["event"] == "val" and key in e]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=f"{key}, held out", markersize=3)
+    axes.set(xlabel="√KL to the reference, nats a response")
+    if axes.lines:
+        axes.legend(fontsize=8)
+    write_atomically(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+POLICY_CURVES = (("score", "rubric"), ("kl", "length"), ("entropy", "explained_variance", "clip_share"))
+"""What is drawn over the steps, one panel each."""
+
+
 def open_tracker(name: str, folder: Path, options: dict[str, Any]) -> Tracker | None:
     """A tracker by name: "none", "tensorboard" (into the run folder) or "wandb"."""
     if name == "none":

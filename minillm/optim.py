@@ -10,14 +10,12 @@ Left out: per-layer rates, schedules other than linear. Sources: Muon, Jordan et
 (kellerjordan.github.io/posts/muon); AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from minillm.model import LanguageModel, ScalarModel
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,15 @@ class Optimizers:
             for name, value in entries.items()
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave; ValueError unless it is of optimizers like these."""
-        if {key: value.shape for key, value in tensors.items()} != self._state_shapes():
+    def moved(self) -> list[int]:
+        """Which optimizers have moved weights: the others have no state yet."""
+        return [i for i, optimizer in enumerate(self.optimizers) if optimizer.state]
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], moved: Sequence[int]) -> None:
+        """Takes over what `state_tensors` gave; ValueError unless it is the state of all that had `moved`."""
+        shapes = self._state_shapes().items()
+        expected = {key: shape for key, shape in shapes if int(key.split(".")[0]) in moved}
+        if {key: value.shape for key, value in tensors.items()} != expected:
             raise ValueError("not the state of these optimizers")
         states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for key, value in tensors.items():
@@ -92,8 +96,10 @@ class Optimizers:
         return shapes
 
 
-def build_optimizers(model: LanguageModel | ScalarModel, rates: Rates, optimizer: str = "muon") -> Optimizers:
-    """Every parameter of the model in exactly one group. `optimizer` is "muon" or "adamw"."""
+def build_optimizers(
+    model: nn.Module, rates: Rates, optimizer: str = "muon", eps: float = 1e-10
+) -> Optimizers:
+    """Every parameter of the model in exactly one group. `optimizer` is "muon" or "adamw", `eps` Adam's."""
     matrices, embeddings, norms = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -107,7 +113,7 @@ def build_optimizers(model: LanguageModel | ScalarModel, rates: Rates, optimizer
         {"params": norms, "lr": rates.norm, "weight_decay": 0.0},
     ]
     blocks = {"params": matrices, "lr": rates.matrix, "weight_decay": rates.weight_decay}
-    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-10, "fused": True}
+    adamw: dict[str, Any] = {"betas": (0.9, 0.95), "eps": eps, "fused": True}
     if optimizer == "adamw":
         return Optimizers([torch.optim.AdamW([*groups, blocks], **adamw)])
     return Optimizers([torch.optim.Muon([blocks], momentum=0.95), torch.optim.AdamW(groups, **adamw)])

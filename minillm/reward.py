@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from minillm.data import epoch_generator, unit_hash
+from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.loss import accumulate
 from minillm.model import ScalarModel
@@ -47,6 +47,8 @@ class EncodedRanking:
 
     ranking: Ranking
     rows: list[list[int]]
+    start: int = 1
+    """The position at which the responses begin, behind the prompt that they share."""
 
     @property
     def longest(self) -> int:
@@ -68,13 +70,14 @@ def encode_rankings(
     for ranking in rankings:
         try:
             rows = [encode_response(template, ranking.messages, text) for text in ranking.responses]
+            start = len(template.prompt(ranking.messages))
         except InputError:
             skipped["rankings that the chat template refuses"] += 1
             continue
         if max(map(len, rows)) > longest:
             skipped[f"rankings with a response that ends behind position {longest}"] += 1
         else:
-            encoded.append(EncodedRanking(ranking, rows))
+            encoded.append(EncodedRanking(ranking, rows, start))
     return encoded, skipped
 
 
@@ -94,56 +97,20 @@ def split_by_prompt(
 ) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
     """Those to train on and about a share `held_out` of the prompts, each with all of its rankings.
 
-    The side follows from a hash of the messages alone. The smallest hash is always held out and the
-    largest never, so that neither side is empty; InputError where there is only one prompt.
+    InputError where there is only one prompt.
     """
-    hashes = [unit_hash(prompt_key(one.ranking)) for one in encoded]
-    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
-    if smallest == largest:
+    training, held = split_by_hash(encoded, lambda one: prompt_key(one.ranking), held_out)
+    if not held:
         raise InputError("the rankings are of one prompt or none: give some of at least two prompts")
-    sides: tuple[list[EncodedRanking], list[EncodedRanking]] = [], []
-    for value, one in zip(hashes, encoded, strict=True):
-        sides[(value < held_out or value == smallest) and value < largest].append(one)
-    return sides
+    return training, held
 
 
-class RankingStream:
-    """Rankings without end, every one once an epoch, in an order that follows from (seed, epoch)."""
-
-    def __init__(self, encoded: Sequence[EncodedRanking], seed: int) -> None:
-        self.encoded, self.seed = encoded, seed
-        digest = blake2b(digest_size=16)
-        for one in encoded:
-            digest.update(json.dumps([one.rows, one.ranking.ranking]).encode())
-        self.fingerprint = digest.hexdigest()
-        self._seek(0, 0)
-
-    def _seek(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self.order = epoch_generator(self.seed, "rankings", epoch).permutation(len(self.encoded)).tolist()
-
-    def next(self, count: int) -> list[EncodedRanking]:
-        """The next `count` rankings."""
-        taken = []
-        for _ in range(count):
-            if self.position == len(self.order):
-                self._seek(self.epoch + 1, 0)
-            taken.append(self.encoded[self.order[self.position]])
-            self.position += 1
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            raise InputError(
-                "cannot resume: the rankings are other ones than the run's; put the old ones back"
-            )
-        epoch, position = int(state["epoch"]), int(state["position"])
-        if epoch < 0 or not 0 <= position <= len(self.encoded):
-            raise ValueError(f"no position {position} in epoch {epoch}")
-        self._seek(epoch, position)
+def ranking_stream(encoded: Sequence[EncodedRanking], seed: int) -> Shuffled[EncodedRanking]:
+    """The rankings without end."""
+    digest = blake2b(digest_size=16)
+    for one in encoded:
+        digest.update(json.dumps([one.rows, one.ranking.ranking]).encode())
+    return Shuffled(encoded, "rankings", seed, digest.hexdigest())
 
 
 # ---- Rows -> scores
@@ -168,7 +135,7 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`."""
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for batch in _grouped(order, lambda i: (len(rows[i]), 1), batch_tokens):
+    for batch in grouped(order, lambda i: (len(rows[i]), 1), batch_tokens):
         tokens, lengths = pad([rows[i] for i in batch])
         found = last_values(model(tokens.to(device)), lengths.to(device))
         for i, score in zip(batch, found.tolist(), strict=True):
@@ -176,7 +143,7 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     return scores
 
 
-def _grouped(
+def grouped(
     items: Sequence[Any], size: Callable[[Any], tuple[int, int]], most_tokens: int
 ) -> list[list[Any]]:
     """Items (length, rows), shortest first, in groups that when padded hold at most `most_tokens`, and of
@@ -216,6 +183,8 @@ class RankedBatch:
 
     tokens: Int64[Tensor, "B T"]
     lengths: Int64[Tensor, " B"]
+    starts: Int64[Tensor, " B"]
+    """Where each response begins."""
     better: Int64[Tensor, " P"]
     worse: Int64[Tensor, " P"]
     weight: Float[Tensor, " P"]
@@ -229,6 +198,7 @@ class RankedBatch:
 def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
     """Some rankings as one batch, the K rows of each side by side."""
     rows: list[list[int]] = []
+    starts: list[int] = []
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     for one in encoded:
@@ -236,8 +206,11 @@ def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
         pairs += own
         weights += [1 / comb(len(one.rows), 2)] * len(own)
         rows += one.rows
+        starts += [one.start] * len(one.rows)
     better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-    return RankedBatch(*pad(rows), better, worse, torch.tensor(weights, dtype=torch.float32))
+    return RankedBatch(
+        *pad(rows), torch.tensor(starts), better, worse, torch.tensor(weights, dtype=torch.float32)
+    )
 
 
 def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[list[EncodedRanking]]:
@@ -247,30 +220,36 @@ def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[
     order in which their gradients are summed follows the length.
     """
     ordered = sorted(encoded, key=lambda one: one.longest)
-    return _grouped(ordered, lambda one: (one.longest, len(one.rows)), micro_tokens)
+    return grouped(ordered, lambda one: (one.longest, len(one.rows)), micro_tokens)
 
 
-def summed_ranking_loss(forward: Callable[..., Tensor], batch: RankedBatch) -> Float[Tensor, ""]:
-    """`ranking_loss` of a batch. `forward` is the model, or what the runtime wrapped it in."""
-    scores = last_values(forward(batch.tokens), batch.lengths)
-    return ranking_loss(scores, batch.better, batch.worse, batch.weight)
+Scores = Callable[[RankedBatch], Tensor]
+"""What gives every response of a batch its score [B]."""
+
+
+def scores_of(forward: Callable[..., Tensor]) -> Scores:
+    """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
+    return lambda batch: last_values(forward(batch.tokens), batch.lengths)
 
 
 def ranking_backward(
-    forward: Callable[..., Tensor], step: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
+    forward: Callable[..., Tensor],
+    scores: Scores,
+    step: Sequence[EncodedRanking],
+    micro_tokens: int,
+    runtime: Runtime,
 ) -> float:
     """Adds the gradient of a step's mean loss per ranking to the weights; returns that mean, in nats.
 
-    Each process takes every world-th ranking, by length: the work is shared evenly.
+    `scores` calls `forward`. Each process takes every world-th ranking, by length: the work is shared evenly.
     """
     own = sorted(step, key=lambda one: one.longest)[runtime.rank :: runtime.world]
-    return accumulate(
-        forward,
-        lambda micro: summed_ranking_loss(forward, collate(micro).to(runtime.device)),
-        micro_batches(own, micro_tokens),
-        len(step),
-        runtime,
-    )
+
+    def summed(micro: Sequence[EncodedRanking]) -> Tensor:
+        batch = collate(micro).to(runtime.device)
+        return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
+
+    return accumulate(forward, summed, micro_batches(own, micro_tokens), len(step), runtime)
 
 
 @dataclass(frozen=True)
@@ -285,15 +264,15 @@ class HeldOutRankings:
 
 @torch.no_grad()
 def held_out_rankings(
-    model: ScalarModel, encoded: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
+    scores: Scores, encoded: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
 ) -> HeldOutRankings:
     """Loss and accuracy over rankings, shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
         batch = collate(micro).to(runtime.device)
-        scores = last_values(model(batch.tokens), batch.lengths)
-        totals[0] += ranking_loss(scores, batch.better, batch.worse, batch.weight).item()
-        totals[1] += (1 + (scores[batch.better] - scores[batch.worse]).sign()).sum().item() / 2
+        found = scores(batch)
+        totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()
+        totals[1] += (1 + (found[batch.better] - found[batch.worse]).sign()).sum().item() / 2
         totals[2] += len(batch.better)
     nats, right, pairs = runtime.total(totals.to(runtime.device)).tolist()
     return HeldOutRankings(nats / max(1, len(encoded)), right / max(1, pairs))

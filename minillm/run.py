@@ -40,6 +40,7 @@ class Run:
     ) -> None:
         self.stage, self.options, self.runtime = stage, options, runtime
         self.command = command or f"{stage}.py"
+        self.rate_options = "--policy-rate" if stage == "policy" else "--matrix-rate or --embedding-rate"
         self.folder, self.began = options.folder, time.perf_counter()
         check_run_folder(self.folder, options.resume, options.overwrite)
         self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
@@ -79,7 +80,7 @@ class Run:
         """Ends the run, before the weights move, where a figure of this step is no number."""
         if not all(map(math.isfinite, figures.values())):
             values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
-            raise self._exploded(f"a figure is no longer finite ({values})")
+            raise self.exploded(f"a figure is no longer finite ({values})")
 
     def log_step(self, tokens: int, loss: float, **figures: float) -> None:
         """Counts an update of `tokens` tokens, logs its figures and moves the bar."""
@@ -101,7 +102,7 @@ class Run:
     def save(self) -> None:
         """The model as others open it, and the restart point; refused where a weight is no number."""
         if not self.state.is_finite():
-            raise self._exploded("some weights are no longer finite")
+            raise self.exploded("some weights are no longer finite")
         self.state.seconds = self.earlier + time.perf_counter() - self.began
         if self.runtime.is_main:
             self.metrics.sync()
@@ -118,8 +119,9 @@ class Run:
             )
             sys.exit(130)
 
-    def _exploded(self, what: str) -> InputError:
+    def exploded(self, what: str) -> InputError:
+        """The end of a run that has gone wrong beyond repair."""
         return InputError(
             f"{self.folder}: {what} at step {self.state.step}; the last good restart point is kept: "
-            "try a lower --matrix-rate or --embedding-rate"
+            f"try a lower {self.rate_options}"
         )

@@ -74,6 +74,12 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
 
 @contextlib.contextmanager
 def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:

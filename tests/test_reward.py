@@ -18,7 +18,6 @@ from minillm.preferences import Ranking, ranking_by
 from minillm.reward import (
     GROWTH,
     EncodedRanking,
-    RankingStream,
     center,
     collate,
     encode_rankings,
@@ -27,7 +26,9 @@ from minillm.reward import (
     micro_batches,
     ranking_backward,
     ranking_loss,
+    ranking_stream,
     score_rows,
+    scores_of,
     split_by_prompt,
 )
 from minillm.runtime import Runtime
@@ -291,7 +292,9 @@ def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(drawn, micro_token
         mean.backward()
     expected = gradients(model)
     model.zero_grad()
-    assert ranking_backward(model, encoded, micro_tokens, HERE) == pytest.approx(mean.item(), abs=1e-5)
+    assert ranking_backward(model, scores_of(model), encoded, micro_tokens, HERE) == pytest.approx(
+        mean.item(), abs=1e-5
+    )
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
@@ -312,10 +315,13 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn,
     """What DistributedDataParallel averages, computed one rank after the other."""
     encoded = encoded_of(drawn)
     model, step = model_of(), encoded * world
-    whole = ranking_backward(model, step, 100, HERE)
+    whole = ranking_backward(model, scores_of(model), step, 100, HERE)
     expected = gradients(model)
     model.zero_grad()
-    shares = [ranking_backward(model, step, 100, OneOf(CPU, torch.float32, r, world)) for r in range(world)]
+    shares = [
+        ranking_backward(model, scores_of(model), step, 100, OneOf(CPU, torch.float32, r, world))
+        for r in range(world)
+    ]
     assert sum(shares) == pytest.approx(whole, abs=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours / world, theirs, **CLOSE)
@@ -327,7 +333,7 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn,
 def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micro_tokens):
     encoded = encoded_of(drawn)
     model = model_of()
-    found = held_out_rankings(model, encoded, micro_tokens, HERE)
+    found = held_out_rankings(scores_of(model), encoded, micro_tokens, HERE)
     with torch.no_grad():
         assert found.loss == pytest.approx(mean_loss(model, encoded).item(), abs=1e-5)
     margins = []
@@ -370,10 +376,10 @@ def test_the_split_has_about_the_share_asked_for_and_other_prompts_do_not_move_o
 @LAW
 def test_the_stream_gives_each_ranking_once_an_epoch_and_goes_on_where_it_stopped(drawn, before, seed):
     encoded = encoded_of(drawn)
-    stream, count = RankingStream(encoded, seed), len(encoded)
+    stream, count = ranking_stream(encoded, seed), len(encoded)
     epochs = [stream.next(count) for _ in range(3)]
     assert all(sorted(map(id, epoch)) == sorted(map(id, encoded)) for epoch in epochs)
-    stopped, resumed = RankingStream(encoded, seed), RankingStream(encoded, seed)
+    stopped, resumed = ranking_stream(encoded, seed), ranking_stream(encoded, seed)
     stopped.next(before)
     resumed.load_state_dict(stopped.state_dict())
     assert list(map(id, resumed.next(20))) == list(map(id, stopped.next(20)))
@@ -381,12 +387,12 @@ def test_the_stream_gives_each_ranking_once_an_epoch_and_goes_on_where_it_stoppe
 
 def test_a_stream_of_other_rankings_does_not_resume():
     one = EncodedRanking(ranked([0, 1]), [[1], [2]])
-    state = RankingStream([one], 0).state_dict()
+    state = ranking_stream([one], 0).state_dict()
     other = replace(one, ranking=ranked([1, 0]))
     with pytest.raises(InputError, match="other"):
-        RankingStream([other], 0).load_state_dict(state)
+        ranking_stream([other], 0).load_state_dict(state)
     with pytest.raises(ValueError, match="position"):
-        RankingStream([one], 0).load_state_dict(state | {"position": 7})
+        ranking_stream([one], 0).load_state_dict(state | {"position": 7})
 
 
 # ---- Learning
@@ -405,7 +411,7 @@ def learned_accuracy(noise: float, seed: int = 0) -> float:
     model = model_of(vocab_size=3)
     optimizers = build_optimizers(model, Rates(1e-2, 1e-2, 1e-3, 0.0), "adamw")
     for step in range(40):
-        ranking_backward(model, [ranking(i, noise) for i in range(8)], 4096, HERE)
+        ranking_backward(model, scores_of(model), [ranking(i, noise) for i in range(8)], 4096, HERE)
         optimizers.step(1 - step / 40)
     held_out = [random.integers(3, size=(4, 8)) for _ in range(100)]
     scores = np.array(score_rows(model, np.concatenate(held_out).tolist())).reshape(100, 4)

@@ -163,6 +163,15 @@ class World:
             used[kind] += 1
         return result
 
+    def prompt_of(self, messages: list[dict[str, str]]) -> Prompt | None:
+        """The prompt of these messages, which the rubric must know; None where it is none of this world's."""
+        return self._by_messages.get(repr(messages))
+
+    @cached_property
+    def _by_messages(self) -> dict[str, Prompt]:
+        stocks = (self._stock(split, kind) for split in SPLITS for kind in KINDS)
+        return {repr(prompt.messages): prompt for stock in stocks for prompt in stock}
+
     def _stock(self, split: str, kind: str) -> list[Prompt]:
         """Every distinct prompt of a kind that belongs to the split, in random order."""
         if (split, kind) not in self._stocks:

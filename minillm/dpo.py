@@ -1,0 +1,51 @@
+"""DPO: from rankings straight to a policy, with neither reward model nor sampling.
+
+The policy that is best for a reward r under a penalty of β KL to the reference is π ∝ π_ref exp(r / β), so a
+policy says what reward it is best for: r = β log π/π_ref, up to a constant of the prompt. The loss is the
+reward model's (reward.py), with these rewards as its scores. The gradient by log π of the better of a pair
+is -β σ(r_worse - r_better) and of the worse the opposite: ∓β/2 at the start, where all rewards are 0, and
+nothing once the order is clear.
+
+Left out: label smoothing, IPO and other losses of the same log-ratios.
+Method: Rafailov et al. 2023, "DPO" (arXiv 2305.18290), equations 5 to 7.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from minillm.model import LanguageModel
+from minillm.reward import RankedBatch, Scores
+from minillm.rollout import before_tokens, on_grid, response_mask, response_tokens, taken_logprobs
+
+
+def implicit_rewards(
+    logprobs: Float[Tensor, " B"], ref_logprobs: Float[Tensor, " B"], beta: float
+) -> Float[Tensor, " B"]:
+    """β log π(response) / π_ref(response), of the sums over each response's tokens."""
+    return beta * (logprobs - ref_logprobs)
+
+
+def response_logprobs(
+    forward: Callable[..., Tensor], model: LanguageModel, batch: RankedBatch
+) -> Float[Tensor, " B"]:
+    """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
+    mask = response_mask(batch.starts, batch.lengths)
+    hidden = before_tokens(forward(batch.tokens), batch.starts, mask)
+    taken = response_tokens(batch.tokens, batch.starts, mask)
+    return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
+
+
+def rewards_of(
+    forward: Callable[..., Tensor], policy: LanguageModel, ref: LanguageModel, beta: float
+) -> Scores:
+    """The implicit rewards of a batch's responses. `forward` is the policy, or what wraps it."""
+
+    def rewards(batch: RankedBatch) -> Float[Tensor, " B"]:
+        with torch.no_grad():
+            ref_logprobs = response_logprobs(ref, ref, batch)
+        return implicit_rewards(response_logprobs(forward, policy, batch), ref_logprobs, beta)
+
+    return rewards

@@ -1,0 +1,332 @@
+"""Rollouts: what a policy answers to some prompts, and what the other three models say of it.
+
+    prompts ──policy──► responses ──reward model──► scores ──┐
+                            ├──policy, reference──► logprobs, ref_logprobs, KL ──► Rollout
+                            └──critic──────────────► values ─┘
+
+The critic's value of token r is of the state in which r is chosen, so it stands at the token before it, and
+so does the hidden state from which its log-probability comes. Prompt tokens have neither: the grids [B, R]
+hold responses only, and no prompt token can get an advantage, a loss or a gradient. What a policy learns
+from a rollout is policy.py's; here nothing moves.
+
+A step's responses are dealt once to minibatches and, by length, to the forward passes of each. Sampling's
+own log-probabilities are only compared: the old log-probabilities are computed in the very forward passes
+that the update will repeat, so that its first ratios are exactly 1, in any precision.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
+from minillm.data import Shuffled
+from minillm.generate import SamplingOptions, filter_logits, generate
+from minillm.model import LanguageModel, ScalarModel
+from minillm.responses import Question, seed_of
+from minillm.reward import grouped, pad, score_rows
+from minillm.runtime import Runtime
+from minillm.template import ChatTemplate
+from minillm.tokenizer import Tokenizer
+
+ROWS = 256
+"""Responses sampled together."""
+
+
+# ---- Prompts
+
+Worth = Callable[[Question, str], float]
+"""What the little world's rubric gives a response."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question and the tokens after which the policy answers it."""
+
+    question: Question
+    tokens: list[int]
+
+
+def encode_prompts(
+    questions: Sequence[Question], template: ChatTemplate, longest: int
+) -> tuple[list[Prompt], int]:
+    """The questions of at most `longest` tokens, and how many are left out."""
+    prompts = [Prompt(question, template.prompt(question.messages)) for question in questions]
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= longest]
+    return kept, len(prompts) - len(kept)
+
+
+def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
+    """The prompts without end."""
+    digest = blake2b(repr([prompt.tokens for prompt in prompts]).encode(), digest_size=16)
+    return Shuffled(prompts, "prompts", seed, digest.hexdigest())
+
+
+# ---- Where responses lie
+
+
+def response_mask(prompt_lengths: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"]) -> Bool[Tensor, "B R"]:
+    """True at [b, r] where response b has a token r; R is the longest response's length."""
+    sizes = lengths - prompt_lengths
+    return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+
+
+def before_tokens(
+    per_position: Float[Tensor, "B T *X"], prompt_lengths: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]
+) -> Float[Tensor, "N *X"]:
+    """What stands at the position before each response token: its hidden state, or its value."""
+    row, step = mask.nonzero(as_tuple=True)
+    return per_position[row, prompt_lengths[row] + step - 1]
+
+
+def response_tokens(
+    tokens: Int64[Tensor, "B T"], prompt_lengths: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]
+) -> Int64[Tensor, " N"]:
+    """The tokens of the responses, end to end."""
+    row, step = mask.nonzero(as_tuple=True)
+    return tokens[row, prompt_lengths[row] + step]
+
+
+def on_grid(per_token: Tensor, mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Numbers of the tokens [N] on the grid, 0 where there is none."""
+    grid = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
+    grid[mask] = per_token
+    return grid
+
+
+# ---- The distribution that was sampled from
+
+
+def allowed_tokens(
+    hidden: Float[Tensor, "N D"], model: LanguageModel, taken: Int64[Tensor, " N"], sampling: SamplingOptions
+) -> Bool[Tensor, "N V"] | None:
+    """What top-k and top-p left to choose from; None where all tokens were.
+
+    The token taken always belongs to it: at the edge of a nucleus another pass may round otherwise.
+    """
+    if not sampling.top_k and sampling.top_p == 1:
+        return None
+    logits = model.logits(hidden) / sampling.temperature
+    kept = filter_logits(logits, sampling.top_k, sampling.top_p) > -torch.inf
+    return kept.scatter(1, taken[:, None], True)
+
+
+def taken_logprobs(
+    hidden: Float[Tensor, "N D"],
+    model: LanguageModel,
+    taken: Int64[Tensor, " N"],
+    temperature: float,
+    allowed: Bool[Tensor, "N V"] | None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(log-probability of each token taken, entropy) of softmax(logits / temperature) over `allowed`."""
+    if allowed is None:
+        return linear_token_logprobs(hidden, model.lm_head.weight, taken, temperature)
+    logits = model.logits(hidden).masked_fill(~allowed, -torch.inf)
+    return token_logprobs(logits, taken, temperature)
+
+
+# ---- Responses -> rollouts
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Some responses as they were sampled, in one order throughout."""
+
+    rows: list[list[int]]
+    """Prompt and response, the end token included."""
+    prompt_lengths: list[int]
+    ended: list[bool]
+    """Whether the response ended by itself."""
+    logprobs: list[list[float]]
+    """Of its tokens, as the sampler found them."""
+
+    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
+        """What was said, without the end token."""
+        rows = zip(self.rows, self.prompt_lengths, self.ended, strict=True)
+        return [decode(row[start : len(row) - ended]) for row, start, ended in rows]
+
+
+def sample_responses(
+    policy: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, seeds: Sequence[int]
+) -> Responses:
+    """One response to each prompt, the i-th with seeds[i]."""
+    responses = Responses([], [], [], [])
+    for first in range(0, len(prompts), ROWS):
+        part = slice(first, first + ROWS)
+        samples = generate(policy, prompts[part], sampling, seeds[part])
+        lengths, starts = samples.lengths.tolist(), samples.prompt_lengths.tolist()
+        responses.rows.extend(row[:end] for row, end in zip(samples.tokens.tolist(), lengths, strict=True))
+        responses.prompt_lengths.extend(starts)
+        responses.ended.extend(samples.stopped.tolist())
+        found = zip(samples.logprobs.tolist(), lengths, starts, strict=True)
+        responses.logprobs.extend(row[: end - start] for row, end, start in found)
+    return responses
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses of alike lengths, frozen: one forward pass of each network."""
+
+    numbers: list[int]
+    """Which responses of the step these are."""
+    tokens: Int64[Tensor, "B T"]
+    """Prompt and response, right-padded."""
+    prompt_lengths: Int64[Tensor, " B"]
+    mask: Bool[Tensor, "B R"]
+    logprobs: Float[Tensor, "B R"]
+    """Of the policy that sampled, under the distribution sampled from."""
+    ref_logprobs: Float[Tensor, "B R"]
+    """Of the reference, under its distribution of the same temperature, over the same tokens."""
+    kl: Float[Tensor, "B R"]
+    """KL(policy || reference) of each state, exact over the vocabulary, at the temperature sampled at."""
+    entropy: Float[Tensor, "B R"]
+    """Of the distribution sampled from."""
+    values: Float[Tensor, "B R"]
+    """The critic's, of the state in which each token is chosen; 0 without a critic."""
+    scores: Float[Tensor, " B"]
+    allowed: Bool[Tensor, "N V"] | None
+    """What each token was chosen from, where not from all."""
+
+    @property
+    def taken(self) -> Int64[Tensor, " N"]:
+        return response_tokens(self.tokens, self.prompt_lengths, self.mask)
+
+
+@torch.no_grad()
+def observe(
+    policy: LanguageModel,
+    ref: LanguageModel,
+    critic: ScalarModel | None,
+    responses: Responses,
+    scores: Sequence[float],
+    numbers: Sequence[int],
+    sampling: SamplingOptions,
+) -> Rollout:
+    """The responses of these numbers as a rollout: one forward pass of each network."""
+    device, T = policy.lm_head.weight.device, sampling.temperature
+    tokens, lengths = (t.to(device) for t in pad([responses.rows[i] for i in numbers]))
+    prompt_lengths = torch.tensor([responses.prompt_lengths[i] for i in numbers], device=device)
+    mask = response_mask(prompt_lengths, lengths)
+    taken = response_tokens(tokens, prompt_lengths, mask)
+    hidden, ref_hidden = (before_tokens(m(tokens), prompt_lengths, mask) for m in (policy, ref))
+    allowed = allowed_tokens(hidden, policy, taken, sampling)
+    logprobs, entropy = taken_logprobs(hidden, policy, taken, T, allowed)
+    ref_logprobs, _ = taken_logprobs(ref_hidden, ref, taken, T, allowed)
+    kl = linear_kl(hidden / T, policy.lm_head.weight, ref_hidden / T, ref.lm_head.weight)
+    values = before_tokens(critic(tokens), prompt_lengths, mask) if critic else torch.zeros_like(logprobs)
+    return Rollout(
+        numbers=list(numbers),
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        mask=mask,
+        logprobs=on_grid(logprobs, mask),
+        ref_logprobs=on_grid(ref_logprobs, mask),
+        kl=on_grid(kl, mask),
+        entropy=on_grid(entropy, mask),
+        values=on_grid(values, mask),
+        scores=torch.tensor([scores[i] for i in numbers], device=device),
+        allowed=allowed,
+    )
+
+
+def forward_passes(numbers: Sequence[int], responses: Responses, micro_tokens: int) -> list[list[int]]:
+    """The numbers by the length of their rows, in groups of at most `micro_tokens` tokens when padded."""
+    lengths = [len(row) for row in responses.rows]
+    ordered = sorted(numbers, key=lambda i: lengths[i])
+    return grouped(ordered, lambda i: (lengths[i], 1), micro_tokens)
+
+
+# ---- The networks that look on, and what they see
+
+
+@dataclass(frozen=True)
+class Observers:
+    """The frozen networks that look at what a policy says, and how it is made to say it."""
+
+    ref: LanguageModel
+    reward: ScalarModel | None
+    """None where there is none (DPO needs none): every score is 0 then."""
+    tokenizer: Tokenizer
+    sampling: SamplingOptions
+    unended_score: float | None
+    """The score of a response that did not end; None for the reward model's own."""
+    worth: Worth | None
+    micro_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any weight of the networks."""
+        digest = blake2b(digest_size=16)
+        for model in filter(None, (self.ref, self.reward)):
+            for tensor in model.state_dict().values():
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def sample(self, policy: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Responses:
+        """A response to each prompt."""
+        sampling = replace(self.sampling, stop_ids=ChatTemplate(self.tokenizer).stop_ids)
+        return sample_responses(policy, [prompt.tokens for prompt in prompts], sampling, seeds)
+
+    def scores(self, responses: Responses) -> list[float]:
+        """What each response is worth to the reward model."""
+        if self.reward is None:
+            return [0.0] * len(responses.rows)
+        scores = score_rows(self.reward, responses.rows)
+        if self.unended_score is None:
+            return scores
+        return [s if ended else self.unended_score for s, ended in zip(scores, responses.ended, strict=True)]
+
+    def rollouts(
+        self,
+        policy: LanguageModel,
+        critic: ScalarModel | None,
+        responses: Responses,
+        scores: Sequence[float],
+        numbers: Sequence[int],
+    ) -> list[Rollout]:
+        """The responses of these numbers, in as many forward passes as they need."""
+        return [
+            observe(policy, self.ref, critic, responses, scores, some, self.sampling)
+            for some in forward_passes(numbers, responses, self.micro_tokens)
+        ]
+
+    def figures(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Responses,
+        rollouts: Sequence[Rollout],
+        runtime: Runtime,
+    ) -> dict[str, float]:
+        """Means over the responses, of all processes."""
+        texts = responses.texts(self.tokenizer.decode)
+        sums = {
+            "score": sum(float(r.scores.double().sum()) for r in rollouts),
+            "score_square": sum(float(r.scores.double().square().sum()) for r in rollouts),
+            "kl": sum(float(r.kl.double().sum()) for r in rollouts),
+            "length": float(sum(int(r.mask.sum()) for r in rollouts)),
+            "unended": float(responses.ended.count(False)),
+            "entropy": sum(float(r.entropy.double().sum()) for r in rollouts),
+        }
+        if self.worth is not None:
+            sums["rubric"] = sum(self.worth(p.question, t) for p, t in zip(prompts, texts, strict=True))
+        totals = torch.tensor([*sums.values(), len(texts)], dtype=torch.float64, device=runtime.device)
+        *found, count = runtime.total(totals).tolist()
+        means = {name: total / count for name, total in zip(sums, found, strict=True)}
+        means["entropy"] /= means["length"]  # a token's
+        means["score_deviation"] = max(0.0, means.pop("score_square") - means["score"] ** 2) ** 0.5
+        return means
+
+
+def held_out_figures(
+    observers: Observers, policy: LanguageModel, prompts: Sequence[Prompt], seed: int, runtime: Runtime
+) -> dict[str, float]:
+    """Figures of one sampled response to each prompt, with the same seeds every time."""
+    seeds = [seed_of(seed, i, 0, 1) for i in range(len(prompts))]
+    own = slice(runtime.rank, None, runtime.world)
+    responses = observers.sample(policy, prompts[own], seeds[own])
+    numbers = range(len(responses.rows))
+    rollouts = observers.rollouts(policy, None, responses, observers.scores(responses), numbers)
+    return observers.figures(prompts[own], responses, rollouts, runtime)
