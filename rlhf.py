@@ -86,6 +86,7 @@ from minillm.reward import (
     ranking_stream,
     scores_of,
     split_by_prompt,
+    training_scores_of,
 )
 from minillm.rollout import Observers, Prompt, Worth, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import Run
@@ -434,7 +435,9 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = stream.next(options.batch_rankings)
-            loss = ranking_backward(forward, scores_of(forward), batch, options.micro_tokens, runtime)
+            loss = ranking_backward(
+                forward, training_scores_of(forward), batch, options.micro_tokens, runtime
+            )
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
