@@ -154,7 +154,7 @@ class Options(PolicyOptions):
 
     epochs: int = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
-    batch_rankings: int = 16
+    batch_rankings: int = 8
     """reward, dpo: rankings in a step, over all processes, each with all of its responses."""
     matrix_rate: float = 2e-3
     """reward: learning rate of the block matrices, by AdamW."""

@@ -440,16 +440,20 @@ def report_text(card: dict[str, Any]) -> str:
     ]
     if truth["ceiling"]["count"]:
         ceiling = truth["ceiling"]["value"]
-        lines += [
+        lines.append(
             f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
-            f"and the accuracy {_percent(accuracy['value'] / ceiling if ceiling else None)} of it",
+            f"and the accuracy {_percent(accuracy['value'] / ceiling if ceiling else None)} of it"
+        )
+    if truth["scores"]["count"]:
+        lines.append(
             f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
-            f"rubric's order; annotators {_percent(truth['annotators']['value'])}",
-            *(
-                f"  {own['from']:.2f} to {own['to']:.2f}  {_line(own['scores'])}; "
-                f"annotators {_percent(own['annotators']['value'])}"
-                for own in truth["by_margin"]
-            ),
+            f"rubric's order; annotators {_percent(truth['annotators']['value'])}"
+        )
+        lines += [
+            f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
+            f"annotators {_percent(own['annotators']['value'])}"
+            for own in truth["by_margin"]
+            if own["scores"]["count"]
         ]
     quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
     lines.append(f"by margin      {quarters}  (quarters of the pairs, from close scores to far)")

@@ -407,5 +407,5 @@ def test_on_the_little_world_the_rubric_is_the_truth():
     assert worth(ranked([0.0, 1.0]), "Response 1.") is None
     card, _ = whole_card(rankings, worth)
     assert card["truth"]["annotators"] == card["truth"]["ceiling"] == {"value": 1.0, "count": 6}
-    assert "rubric" in report_text(card)
+    assert "rubric's order" in report_text(card) and "0.40 to 1.00" in report_text(card)
     assert math.isfinite(card["length_correlation"])
