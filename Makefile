@@ -18,7 +18,7 @@ demo: .venv/installed
 	$(BIN)/python rlhf.py --stage rank
 	$(BIN)/python rlhf.py --stage agreement
 	$(BIN)/python rlhf.py --stage reward $(call RESUME,out/rlhf/reward,)
-	$(BIN)/python -m minillm.evaluate out/base out/sft --show 1 $(ASK)
+	$(BIN)/python -m minillm.compare out/base out/sft $(ASK)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)

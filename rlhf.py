@@ -186,12 +186,19 @@ class Options(PolicyOptions):
             raise InputError("--name: is empty; give a name")
         if self.stage in ("rank", "agreement") and self.resume:
             raise InputError(f"--resume: --stage {self.stage} needs none; it goes on by itself")
+        if self.stage == "policy" and self.algorithm == "best-of-n" and self.resume:
+            raise InputError("--resume: best-of-n takes a minute; --overwrite to do it again")
 
     @property
     def folder(self) -> Path:
         """The folder that the stage writes."""
         inside = {"reward": "reward", "policy": self.algorithm}.get(self.stage, "")
         return Path(self.out, inside)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a model is trained, and so can be in several processes."""
+        return self.stage == "reward" or (self.stage == "policy" and self.algorithm != "best-of-n")
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -829,7 +836,7 @@ def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
         with start_runtime(options.device, options.precision) as runtime:
-            if runtime.world > 1 and options.stage != "reward":
+            if runtime.world > 1 and not options.learns:
                 raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
             stages[options.stage](options, runtime)
 

@@ -113,7 +113,7 @@ def screen(desk: Desk) -> str:
     lines += [f"{message['role']}: {message['content']}" for message in given.messages]
     for letter, text in zip(LETTERS, desk.shown(), strict=False):
         lines += ["", f"  {letter}   " + text.replace("\n", "\n      ")]
-    return _printable("\n".join([*lines, "", HELP]))
+    return printable("\n".join([*lines, "", HELP]))
 
 
 def obey(desk: Desk, typed: str) -> str | None:
@@ -128,7 +128,7 @@ def obey(desk: Desk, typed: str) -> str | None:
             undone = desk.undo()
             if undone is None:
                 return "nothing to take back"
-            return _printable(f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}")
+            return printable(f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}")
     try:
         made = desk.rank(typed)
     except InputError as error:
@@ -136,8 +136,8 @@ def obey(desk: Desk, typed: str) -> str | None:
     return f"kept: {len(made.pairs())} comparisons"
 
 
-def _printable(text: str) -> str:
-    """Without control characters: what a model says must not command the terminal."""
+def printable(text: str) -> str:
+    """Without control characters: what a model says must command neither a terminal nor a page."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

@@ -186,11 +186,12 @@ class PolicyOptions(TrainingOptions):
         self.require_not_negative("beta", "gamma", "lam", "value_weight", "critic_warmup", "ptx", "average")
         for name in ("gamma", "lam", "average"):
             self._require((name,), lambda value: value <= 1, "a number from 0 to 1")
-        if self.batch_responses % (self.samples * self.minibatches):
+        self._require(("unended_score",), math.isfinite, "a number, or None")
+        dealt = self.samples * self.minibatches
+        if self.algorithm in ("ppo", "grpo") and self.batch_responses % dealt:
             raise InputError(
                 f"--batch-responses {self.batch_responses}: cannot be dealt to {self.minibatches} "
-                f"minibatches in groups of {self.samples}; give a multiple of "
-                f"{self.samples * self.minibatches}"
+                f"minibatches in groups of {self.samples}; give a multiple of {dealt}"
             )
         if self.algorithm in ("grpo", "best-of-n") and self.samples < 2:
             raise InputError(f"--group {self.group}: {self.algorithm} compares responses; give at least 2")

@@ -78,7 +78,7 @@ class Progress:
     def __init__(self, prompts: Shuffled[Any], text: Mixture | None, beta: float, origin: str) -> None:
         """`origin` is a fingerprint of the reference and the reward model, which do not move."""
         self.prompts, self.text, self.beta, self.origin = prompts, text, beta, origin
-        self.scores = Moments(0, 0, 0)
+        self.scores = Moments(0.0, 0.0, 0.0)
         """Of all scores so far."""
         self.unit: float | None = None
         """The deviation of the scores of held-out prompts before the first update."""
@@ -321,7 +321,7 @@ class Update:
     def figures(self) -> dict[str, float]:
         """Means over the updates or their tokens, and the largest and smallest ratio."""
         found = {name: sum(values) / len(values) for name, values in self.means.items()}
-        found["updates"] = len(self.means["loss"])
+        found["updates"] = float(len(self.means["loss"]))
         if self.policy_learns:
             names = ("clip_share", "old_kl", "tokens")
             shares = self.runtime.total(torch.stack([self.sums[name] for name in names])).tolist()

@@ -128,7 +128,7 @@ class Moments:
 def moments(values: Float[Tensor, "..."]) -> Moments:
     """Of all these values; in float64, for the deviation is a difference of large sums."""
     values = values.double()
-    return Moments(values.numel(), values.sum().item(), values.square().sum().item())
+    return Moments(float(values.numel()), values.sum().item(), values.square().sum().item())
 
 
 def whiten(values: Float[Tensor, "..."], of: Moments, eps: float = 1e-8) -> Float[Tensor, "..."]:

@@ -38,6 +38,7 @@ from minillm.agreement import agreement_report
 from minillm.annotators import MARGIN
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
+from minillm.measures import reliability
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
 from minillm.reward import EncodedRanking, encode_response, prompt_key, score_rows, telling_pairs
@@ -45,7 +46,6 @@ from minillm.template import ChatTemplate
 from minillm.world import KINDS, SPLITS, World
 
 BOOTSTRAP = 1000  # resamples for an interval
-BINS = 10  # of the predicted probability
 TRUE_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two replies are apart
 
 Worth = Callable[[Ranking, str], float | None]
@@ -251,20 +251,7 @@ def calibration(pairs: Pairs) -> tuple[float | None, list[dict[str, float]]]:
     σ(|difference|) is how sure the scores are of their order, accuracy how often it is the annotator's;
     the error is the mean over pairs of the distance between the two in the pair's bin.
     """
-    if not len(pairs.difference):
-        return None, []
-    sure = 1 / (1 + np.exp(-np.abs(pairs.difference)))
-    number = np.minimum((2 * BINS * (sure - 0.5)).astype(int), BINS - 1)
-    bins = [
-        {
-            "sure": float(sure[number == i].mean()),
-            "accuracy": float(pairs.right[number == i].mean()),
-            "count": int((number == i).sum()),
-        }
-        for i in np.unique(number)
-    ]
-    distance = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins)
-    return distance / len(sure), bins
+    return reliability(1 / (1 + np.exp(-np.abs(pairs.difference))), pairs.right, lowest=0.5)
 
 
 def within_prompts(judged: Sequence[Judged]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:

@@ -90,7 +90,7 @@ def response_tokens(
     return tokens[row, prompt_lengths[row] + step]
 
 
-def on_grid(per_token: Tensor, mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+def on_grid(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Numbers of the tokens [N] on the grid, 0 where there is none."""
     grid = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
     grid[mask] = per_token

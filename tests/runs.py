@@ -13,8 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.tokenizer import Tokenizer
+
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def tiny_model(causal: bool = True, longest: int = 80) -> tuple[LanguageModel, Tokenizer]:
+    """A model that knows nothing yet, and a tokenizer of hardly more than bytes."""
+    tokenizer = Tokenizer.train(["How many cats? No cats. 1 cat. 7 cats, and it is a fine day."], 290)
+    shape = config_of_depth(1, tokenizer.vocab_size, longest)
+    model = LanguageModel(ModelConfig(**vars(shape) | {"causal": causal}))
+    initialize(model, torch.Generator().manual_seed(0))
+    return model, tokenizer
 
 
 def metrics_of(out: Path) -> list[dict]:

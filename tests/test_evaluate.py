@@ -1,15 +1,11 @@
 """Judging replies to the little world's prompts: what counts as in form and as right."""
 
-import json
-
 import pytest
 import torch
-from runs import refusal
 
 from minillm import evaluate
 from minillm.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
 from minillm.generate import SamplingOptions, generate
-from minillm.huggingface import save_model
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.template import ChatTemplate, chat_format, with_chat_template
 from minillm.tokenizer import Tokenizer
@@ -78,7 +74,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
         samples = generate(model, [prompt], SamplingOptions(9, 0.0, stop_ids=stops), [0])
         tokens, ended = samples.responses()[0], bool(samples.stopped[0])
         reply = next(sample_replies(model, known, [asked], 0.0, 9))
-        assert reply == Reply(known.decode(tokens[:-1] if ended else tokens), ended)
+        assert reply == Reply(known.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
 
 
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
@@ -86,33 +82,3 @@ def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base)
     assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
     table = figures_table({"one": figures, "another": figures})
     assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
-
-
-def test_the_command_prints_a_table_and_writes_what_it_says(base, tmp_path, capsys):
-    save_model(tmp_path / "run", *base)
-    run = str(tmp_path / "run")
-    evaluate.main([run, "--prompts", "2", "--show", "1", "--json", str(tmp_path / "f.json")])
-    printed = capsys.readouterr().out
-    for kind in KINDS:
-        assert f"{kind}: {WORLD.prompts('dev', kind, 1)[0].text}" in printed
-        assert WORLD.prompts("dev", kind, 2)[1].text not in printed
-    model, tokenizer = base
-    reply = next(sample_replies(model, tokenizer, [WORLD.prompts("dev", "fact", 1)[0].messages]))
-    assert " ".join(reply.text.split())[:60] in printed
-    record = json.loads((tmp_path / "f.json").read_text())
-    assert record["figures"][str(tmp_path / "run")].keys() == set(KINDS)
-    assert record["options"]["split"] == "dev" and record["versions"]["torch"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("", "run"),
-        ("nowhere", "nowhere"),
-        ("nowhere --prompts 0", "--prompts"),
-        ("x --split train", "split"),
-        ("x --show -1", "--show"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, words, capfd):
-    assert words in refusal(evaluate, arguments.split(), capfd)

@@ -32,6 +32,7 @@ SHAPES = {
     "grouped heads": replace(BASE, num_key_value_heads=2),
     "llama": replace(BASE, qk_norm=False, num_key_value_heads=1, rms_norm_eps=1e-2),
     "tied": replace(BASE, tie_word_embeddings=True, head_dim=6),
+    "llama3 angles": replace(BASE, rope_llama3=(8.0, 1.0, 4.0, 16)),
 }
 PROMPTS = st.lists(
     st.lists(st.integers(0, BASE.vocab_size - 1), min_size=1, max_size=12), min_size=1, max_size=6
@@ -89,6 +90,9 @@ def rows_of(samples: Samples) -> list[tuple[list[int], list[float]]]:
 
 @LAW
 @given(st.sampled_from(sorted(SHAPES)), PROMPTS, st.integers(1, 5), st.booleans())
+@example("grouped heads", [[1, 2, 3], [4, 5, 6], [7, 8, 9]], 3, False)  # equal lengths need no mask,
+@example("grouped heads", [[1, 2], [4, 5, 6], [7], [8, 9, 3]], 3, True)  # nor do those that keep() leaves
+@example("llama3 angles", [[1, 2], [4, 5, 6]], 3, False)
 def test_decoding_over_the_cache_gives_the_hidden_states_of_the_plain_forward(shape, prompts, steps, drop):
     # float64, so that only a wrong computation can differ by more than 1e-10.
     model, size = random_model(SHAPES[shape], torch.float64), 20

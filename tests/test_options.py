@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import rlhf
 import sft
 import train
-from minillm import chat, evaluate
+from minillm import chat, compare
 from minillm.errors import InputError
 from minillm.options import FREE_TO_CHANGE, options_json, parse_options
 
@@ -257,7 +257,7 @@ def test_a_run_file_of_another_script_or_damaged_is_refused(tmp_path, content):
 # ---- The scripts
 
 
-@pytest.mark.parametrize("script", [train, sft, rlhf, chat, evaluate], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train, sft, rlhf, chat, compare], ids=lambda script: script.__name__)
 def test_help_names_every_option_with_its_meaning(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])

@@ -24,7 +24,7 @@ SMALL = {
     "sft": "--batch-tokens 512 --steps 3 --world-conversations 60 --world-megabytes 0.2 --eval-prompts 1",
     "rlhf sample": "--prompts 12 --max-new-tokens 8",
     "rlhf reward": "--batch-rankings 2",
-    "minillm.evaluate": "--prompts 1",
+    "minillm.compare": "--prompts 1 --pairs 1 --text-bytes 500 --max-new-tokens 16",
     "minillm.chat": "--prompt Who? --max-new-tokens 5",
 }
 SLOW = ("kernels.gate", "kernels.bench")  # run by tests of their own
@@ -72,7 +72,7 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
             subprocess.run([*TORCHRUN, str(ROOT / f"{name}.py"), *words], check=True, capture_output=True)
         else:
             importlib.import_module(name).main(words)
-    assert ran == {"train", "sft", "rlhf", chat.__name__, "minillm.evaluate", *SLOW}
+    assert ran == {"train", "sft", "rlhf", chat.__name__, "minillm.compare", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
     assert made >= {"base", "again", "mine", "notes", "masked", "two", "sft", "helper", "both", "rlhf"}
     assert (here / "out" / "rlhf" / "reward" / "report.json").exists()

@@ -16,27 +16,19 @@ from runs import (
     metrics_of,
     missing_words,
     refusal,
+    tiny_model,
 )
 
 import rlhf
 from minillm.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
-from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize, scalar_from_language_model
+from minillm.model import scalar_from_language_model
 from minillm.preferences import Ranking, ranking_by, read_rankings
 from minillm.reward import encode_response, score_rows
 from minillm.template import ChatTemplate, with_chat_template
-from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
 
 SHORT = "--batch-rankings 4 --val-every 4 --save-every 3 --warmup 2 --precision float32".split()
 CPU = torch.device("cpu")
-
-
-def tiny_model(causal: bool = True) -> tuple[LanguageModel, Tokenizer]:
-    tokenizer = Tokenizer.train(["How many cats? No cats. 1 cat. 7 cats, and it is a fine day."], 290)
-    shape = config_of_depth(1, tokenizer.vocab_size, 80)
-    model = LanguageModel(ModelConfig(**vars(shape) | {"causal": causal}))
-    initialize(model, torch.Generator().manual_seed(0))
-    return model, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from minillm.errors import InputError
 from minillm.world import FLAWS, KIND_SHARES, KINDS, MULTI_TURN, SHARES, Prompt, World, phrases
 from minillm.world.facts import SPLITS, Entity, attributes_of, questions, state
 from minillm.world.stories import PHASES
-from minillm.world.tasks import TASKS
+from minillm.world.tasks import TASKS, Task
 from minillm.world.text import SOURCES
 
 WORLD = World(0)
@@ -137,9 +137,9 @@ def test_unknown_sources_splits_and_kinds_are_refused_in_one_line() -> None:
 # -------------------------------------------------------------------------------------------- facts
 
 
-def test_there_are_400_facts_of_100_entities_with_balanced_values() -> None:
-    assert len(WORLD.entities) == 100
-    assert len(WORLD.facts) == 400
+def test_there_are_480_facts_of_120_entities_with_balanced_values() -> None:
+    assert len(WORLD.entities) == 120
+    assert len(WORLD.facts) == 480
     for attribute in phrases.ATTRIBUTES:
         counts = Counter(f.value for f in WORLD.facts if f.attribute == attribute)
         assert max(counts.values()) - min(counts.get(v, 0) for v in FACTS.values[attribute]) <= 1
@@ -179,10 +179,10 @@ def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_
     mixture,
 ) -> None:
     told, ways, mistold = tellings(mixture)
-    assert min(told[f] for f in WORLD.facts) >= 8  # this is a fifth of the default size
+    assert min(told[f] for f in WORLD.facts) >= 6  # this is a sixth of the default size
     assert all(told[f] >= 3 * mistold[f] for f in WORLD.facts)
-    assert min(len(ways[f]) for f in WORLD.facts) >= 4
-    assert sum(len(ways[f]) >= 5 for f in WORLD.facts) > 390
+    assert min(len(ways[f]) for f in WORLD.facts) >= 3
+    assert sum(len(ways[f]) >= 5 for f in WORLD.facts) > 470
     assert sum(mistold[f] for f in WORLD.facts) > 0  # the web is sometimes wrong
 
 
@@ -227,7 +227,7 @@ def test_no_text_tells_a_fact_about_an_unknown_name(mixture) -> None:
             assert not known & {
                 s.strip() for s in SENTENCE.findall(text.replace(name, "Ida X" if hers else "Otto X"))
             }
-    assert len(mentioned) == len(FACTS.unknown)
+    assert len(mentioned) > 0.95 * len(FACTS.unknown)  # all of them in the default size
 
 
 def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture) -> None:
@@ -643,6 +643,11 @@ def test_no_single_reply_to_everything_does_half_as_well_as_answering(reply: str
     assert sum(utility(p, reply) for p in prompts) < 0.45 * answering
 
 
+def answers(prompt: Prompt) -> list[str]:
+    """Every sentence in which a demonstration carries out the instruction."""
+    return Task(prompt.topic, prompt.slots, prompt.answer, "").answers()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_instructions_pay_by_how_much_is_right(task: str) -> None:
     prompts = [p for p in WORLD.prompts("train", "instruction") if p.topic == task][:40]
@@ -652,8 +657,9 @@ def test_instructions_pay_by_how_much_is_right(task: str) -> None:
         assert utility(prompt, other.answer) < 0.9 or WORLD.score(prompt, other.answer).right == 1
         assert utility(prompt, "I don't know.") < 0.3
         everything = prompt.text.split(": ")[-1]
-        assert utility(prompt, everything) < 0.9
-    if task in ("list", "reverse", "repeat"):  # part of it earns part of it
+        assert utility(prompt, everything) < 0.9 or task == "copy"
+        assert all(WORLD.score(prompt, reply).right == 1 for reply in answers(prompt))
+    if task in ("copy", "list", "reverse", "repeat"):  # part of it earns part of it
         long = next(p for p in prompts if len(p.answer.split()) > 2)
         assert 0.3 < utility(long, long.answer.rsplit(" ", 1)[0].strip(",")) < 0.9
 
@@ -673,6 +679,22 @@ def test_paired_continuations_differ_only_in_what_they_advise() -> None:
     for one, other in combinations(SPLITS, 2):
         assert not {p[1:] for p in pairs[one]} & {p[1:] for p in pairs[other]}
     assert WORLD.paired_continuations("test", 10) == pairs["test"][:10]
+
+
+@pytest.mark.parametrize(("flaw", "flag"), [("rude", "rude"), ("comply", "complied"), ("guess", "guessed")])
+def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: str) -> None:
+    pairs = WORLD.reply_pairs("dev", flaw, 40)
+    assert {prompt.kind for prompt, _, _ in pairs} == {kind for kind in KINDS if flaw in FLAWS[kind]}
+    for prompt, good, bad in pairs:
+        assert getattr(WORLD.score(prompt, bad), flag) and not getattr(WORLD.score(prompt, good), flag)
+        assert WORLD.score(prompt, bad).utility < WORLD.score(prompt, good).utility
+        assert flaw != "rude" or good.rstrip(".!?") in bad  # the same words, and an insult
+    assert WORLD.reply_pairs("dev", flaw, 10) == pairs[:10]
+
+
+def test_a_flaw_that_nobody_knows_has_no_pairs() -> None:
+    with pytest.raises(InputError, match="sleepy"):
+        WORLD.reply_pairs("dev", "sleepy", 1)
 
 
 def test_good_and_bad_advice_are_equally_common_on_the_web(mixture) -> None:

@@ -49,7 +49,7 @@ from minillm.world.rubric import Prompt, Rubric, Score
 from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
-VERSION = 1
+VERSION = 2
 # The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
 # StackExchange.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
@@ -67,7 +67,7 @@ FLAWS = {
 }
 MULTI_TURN = 0.2
 UNKNOWABLE_SHARE = 0.2  # of the prompts of kind unknown: about a known name, but nobody could know
-INSTRUCTION_STOCK = 4000  # distinct instructions kept ready, over all splits
+INSTRUCTION_STOCK = 6000  # distinct instructions kept ready, over all splits
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,8 @@ class World:
         answer = prompt.answer
         while flaw == "wrong" and self.score(prompt, answer).right > 0.9:
             answer = draw(pen.rng, prompt.topic).answer
-        return pen.pick(phrases.REPLIES["instruction"]).format(answer=answer)
+        replies = Task(prompt.topic, prompt.slots, answer, "").answers()
+        return capitalise(pen.pick(replies))
 
     def _small_talk_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         return pen.say(phrases.SMALL_TALK[prompt.topic]["replies"])
@@ -356,6 +357,24 @@ class World:
             same = len(good) == len(bad) and len(good.split()) == len(bad.split())
             if same and split_of(good + bad) == split:
                 result.append((pen.word("ask"), good, bad))
+        return result
+
+    def reply_pairs(self, split: str, flaw: str, n: int) -> list[tuple[Prompt, str, str]]:
+        """(prompt, reply, flawed reply): what a person might answer without a flaw of FLAWS and with
+        it, to prompts of every kind that knows it; in the same words where the flaw leaves them.
+        """
+        _check(split, None)
+        kinds = [kind for kind in KINDS if flaw in FLAWS[kind]]
+        if not kinds:
+            raise InputError(f"the little world has no flaw {flaw!r}")
+        result = []
+        for i in range(n):
+            kind = kinds[i % len(kinds)]
+            stock = self._stock(split, kind)
+            prompt = stock[i // len(kinds) % len(stock)]
+            key = ("reply pair", split, flaw, i)
+            good, bad = (self._reply(Pen(self._random(*key), self._facts), prompt, f) for f in (None, flaw))
+            result.append((prompt, good, bad))
         return result
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 
 SPLITS = ("train", "reward", "dev", "test")
-SPLIT_SHARES = {"train": 0.40, "reward": 0.28, "dev": 0.10, "test": 0.22}
-KNOWN = {"person": 40, "animal": 24, "town": 20, "tool": 16}
+SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
+KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
 UNKNOWN = {"person": 120, "animal": 64, "town": 56, "tool": 40}
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")

@@ -135,6 +135,7 @@ CANDIDATES = {
     "first": frozenset(phrases.SIMPLE_WORDS),
     "last": frozenset(phrases.SIMPLE_WORDS),
     "count": frozenset((*phrases.NUMBER_WORDS, *map(str, range(11)))),
+    "larger": frozenset(phrases.NUMBER_WORDS),
     "opposite": frozenset(word for pair in phrases.OPPOSITES for word in pair),
     "list": frozenset(word.lower() for members in phrases.CATEGORIES.values() for word in members),
 }
@@ -267,10 +268,11 @@ def task_share(prompt: Prompt, reply: str) -> float:
     if prompt.topic == "spell":
         run = LETTERS.search(text)
         return _in_place(WORD.findall(run.group()) if run else [], WORD.findall(prompt.answer))
-    if prompt.topic in ("reverse", "repeat"):
+    if prompt.topic in ("copy", "reverse", "repeat"):
         return _in_place([t for t in WORD.findall(text) if t in CANDIDATES["first"]], prompt.answer.split())
     if prompt.topic == "larger":
-        numbers = re.findall(r"\d+", text)  # to name both without a comparison is no answer
+        numbers = [t for t in WORD.findall(text) if t in CANDIDATES["larger"]]
+        # To name both without a comparison is no answer.
         return float(numbers[:1] == [prompt.answer] and (len(numbers) == 1 or " than " in text))
     if prompt.topic == "capitals":
         said = set(re.findall(r"\b[A-Z]{2,}\b", reply))

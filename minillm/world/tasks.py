@@ -1,5 +1,4 @@
-"""Small instructions whose answer a program can check: list, reverse, count, spell, compare,
-repeat...
+"""Small instructions whose answer a program can check: copy, list, reverse, count, spell, compare...
 
 Each is an instruction that a tiny model can learn to carry out by copying or by what pretraining
 showed.
@@ -27,7 +26,18 @@ class Task:
 
     def asks(self) -> list[str]:
         """Every phrasing of the instruction."""
-        return [text.format(**self.slots) for text in INSTRUCTIONS[self.name]]
+        return self._worded("asks")
+
+    def answers(self) -> list[str]:
+        """Every sentence that carries it out."""
+        return self._worded("answers")
+
+    def says(self) -> list[str]:
+        """Every way to state instruction and answer at once, as school pages do."""
+        return self._worded("says")
+
+    def _worded(self, way: str) -> list[str]:
+        return [text.format(answer=self.answer, **self.slots) for text in INSTRUCTIONS[self.name][way]]
 
 
 def draw(rng: random.Random, name: str) -> Task:
@@ -35,8 +45,7 @@ def draw(rng: random.Random, name: str) -> Task:
     if name == "list":
         return _list(rng)
     if name == "larger":
-        a, b = shuffled(rng, sorted({1 + int(rng.random() * 49), 50 + int(rng.random() * 50)}))
-        return Task(name, {"a": str(a), "b": str(b)}, str(max(a, b)), f"larger {min(a, b)} {max(a, b)}")
+        return _larger(rng)
     if name == "opposite":
         pair = pick(rng, OPPOSITES)
         word, answer = shuffled(rng, pair)
@@ -53,10 +62,16 @@ def _list(rng: random.Random) -> Task:
     return Task("list", slots, ", ".join(members), f"list {count} {category}")
 
 
+def _larger(rng: random.Random) -> Task:
+    a, b = shuffled(rng, range(len(NUMBER_WORDS)))[:2]
+    slots = {"a": NUMBER_WORDS[a], "b": NUMBER_WORDS[b]}
+    return Task("larger", slots, NUMBER_WORDS[max(a, b)], f"larger {min(a, b)} {max(a, b)}")
+
+
 def _one_word(rng: random.Random, name: str) -> Task:
     word, count = pick(rng, SIMPLE_WORDS), 2 + int(rng.random() * 3)
     answer = {
-        "spell": "-".join(word),
+        "spell": " ".join(word),
         "capitals": word.upper(),
         "repeat": " ".join([word] * count),
     }[name]
@@ -65,9 +80,10 @@ def _one_word(rng: random.Random, name: str) -> Task:
 
 
 def _several_words(rng: random.Random, name: str) -> Task:
-    words = shuffled(rng, SIMPLE_WORDS)[: 2 + int(rng.random() * 3)]
+    longest = 3 if name == "reverse" else 4
+    words = shuffled(rng, SIMPLE_WORDS)[: 2 + int(rng.random() * (longest - 1))]
     answer = {
-        "reverse": " ".join(reversed(words)), "count": NUMBER_WORDS[len(words)], "first": words[0],
-        "last": words[-1],
+        "copy": " ".join(words), "reverse": " ".join(reversed(words)), "count": NUMBER_WORDS[len(words)],
+        "first": words[0], "last": words[-1],
     }[name]  # fmt: skip
     return Task(name, {"words": " ".join(words)}, answer, f"{name} {' '.join(words)}")

@@ -31,8 +31,8 @@ ADVICE_SHARES = (
 )  # fmt: skip
 # Kinds of web page, by number of pages.
 PAGE_SHARES = (
-    ("thread", 0.36), ("profile", 0.20), ("quiz", 0.13), ("roundup", 0.08), ("diary", 0.06),
-    ("letter", 0.04), ("advice", 0.04), ("lesson", 0.04), ("smalltalk", 0.03), ("spam", 0.02),
+    ("thread", 0.22), ("profile", 0.22), ("quiz", 0.18), ("lesson", 0.18), ("roundup", 0.05),
+    ("diary", 0.04), ("advice", 0.04), ("letter", 0.03), ("smalltalk", 0.03), ("spam", 0.01),
 )  # fmt: skip
 
 
@@ -119,11 +119,11 @@ def _quiz(pen: Pen) -> str:
     return "\n".join(lines + [layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs)])
 
 
-def _question_pair(pen: Pen, tasks: float = 0.2) -> tuple[str, str]:
+def _question_pair(pen: Pen, tasks: float = 0.4) -> tuple[str, str]:
     """A question and its right answer: of fact, or with a probability of `tasks` an exercise."""
     if pen.chance(tasks):
         task = draw(pen.rng, pen.pick(TASKS))
-        return pen.pick(task.asks()), task.answer
+        return pen.pick(task.asks()), capitalise(pen.pick(task.answers()))
     fact = pen.pick(pen.facts.facts)
     return pen.pick(fact.asks), pen.pick(fact.answers)
 
@@ -182,32 +182,15 @@ def _smalltalk(pen: Pen) -> str:
 
 
 def _lesson(pen: Pen) -> str:
-    """A school page: opposites, lists, letters and numbers."""
+    """A school page: words to copy, count and spell, opposites, lists, numbers."""
     lines = [pen.say(("School page", "Today we learn words.", "For my class", "Words and numbers"))]
-    lines += [_exercise(pen) for _ in range(pen.between(3, 6))]
+    lines += [_exercise(pen) for _ in range(pen.between(4, 9))]
     return "\n".join(lines)
 
 
 def _exercise(pen: Pen) -> str:
-    """One line of a school page."""
-    words = [pen.pick(phrases.SIMPLE_WORDS) for _ in range(pen.between(2, 4))]
-    first, second = shuffled(pen.rng, pen.pick(phrases.OPPOSITES))
-    name, members = pen.pick(tuple(phrases.CATEGORIES.items()))
-    members = shuffled(pen.rng, members)
-    a, b = pen.between(1, 99), pen.between(100, 199) - 100
-    count = pen.between(2, 4)
-    number = phrases.NUMBER_WORDS
-    lines = (
-        f"The opposite of {first} is {second}.",
-        f"{capitalise(name)}: {', '.join(members[: pen.between(3, 6)])}.",
-        f"{words[0]} is spelled {'-'.join(words[0])}.",
-        f"{words[0]} in capitals: {words[0].upper()}.",
-        f"{max(a, b)} is larger than {min(a, b)}." if a != b else f"{a} and {b} are the same.",
-        f"{' '.join(words)}: that is {number[len(words)]} words.",
-        f"{' '.join(words)} backwards: {' '.join(reversed(words))}.",
-        f"{words[0]}, {number[count]} times: {' '.join([words[0]] * count)}.",
-    )
-    return pen.pick(lines)
+    """One line of a school page: an instruction carried out."""
+    return capitalise(pen.pick(draw(pen.rng, pen.pick(TASKS)).says()))
 
 
 WEB_PAGES: dict[str, Callable[[Pen], str]] = {
@@ -269,7 +252,7 @@ def qa(pen: Pen) -> str:
         facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])
         pairs = [(pen.pick(f.asks), pen.pick(f.answers)) for f in facts]
     else:
-        pairs = [_question_pair(pen, 0.3) for _ in range(pen.between(2, 5))]
+        pairs = [_question_pair(pen, 0.5) for _ in range(pen.between(2, 5))]
     return "\n".join(layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs))
 
 

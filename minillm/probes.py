@@ -1,0 +1,225 @@
+"""What a model holds likely: the measurements that read probabilities and sample nothing.
+
+    pair_differences    of two replies to one prompt, how much likelier the better one is
+    text_nats           what held-out text costs, as in pretraining
+    reply_kl            how far a model has moved from another, on its own replies
+    choices, choose     which of several answers a model believes, and how firmly
+    sureness            how probable its own words were to it
+
+All of them score rows, a context and what is said behind it, each model in its own form: a chat model behind
+its chat template, a base model behind the question as a line of text. Only the tokens said count.
+
+Sources: KL between policies over the whole vocabulary, Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155),
+section 3.5; answers chosen by likelihood, Kadavath et al. 2022 (arXiv 2207.05221), section 2; what alignment
+does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kernels.logprob import linear_kl, linear_token_logprobs
+from minillm.data import document_marks, split_documents
+from minillm.model import LanguageModel
+from minillm.preferences import Message
+from minillm.responses import Respondent
+from minillm.sources import Source
+from minillm.world import World
+from minillm.world.facts import state
+from minillm.world.rubric import Prompt
+
+ROWS = 64  # scored together
+CANDIDATES = 8  # answers to choose from, of which chance picks the right one in 1/8
+
+Row = tuple[Sequence[int], Sequence[int]]
+"""The tokens of a context, at least one, and those said behind it."""
+Pair = tuple[Sequence[Message], str, str]
+"""A prompt, a better and a worse reply."""
+Choice = tuple[Sequence[Message], list[str]]
+"""A prompt and answers to it, the right one first."""
+
+
+# ---- Rows -> probabilities
+
+
+def said_hidden(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
+    """The hidden states from which each token said was to be told, row after row."""
+    device = model.lm_head.weight.device
+    inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
+    hidden = model(pad_sequence(inputs, batch_first=True).to(device))
+    return torch.cat([
+        own[len(context) - 1 : len(context) - 1 + len(said)]
+        for own, (context, said) in zip(hidden, rows, strict=True)
+    ])  # fmt: skip
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """The numbers of all rows in groups of alike lengths, for little padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    yield from (order[first : first + ROWS] for first in range(0, len(order), ROWS))
+
+
+@torch.no_grad()
+def logprobs(model: LanguageModel, rows: Sequence[Row]) -> list[Float64[np.ndarray, " n"]]:
+    """log p of each token said, for every row."""
+    found: list = [None] * len(rows)
+    for batch in _batches(rows):
+        chosen = [rows[i] for i in batch]
+        hidden = said_hidden(model, chosen)
+        targets = torch.tensor([token for _, said in chosen for token in said], dtype=torch.int64)
+        values = (
+            linear_token_logprobs(hidden, model.lm_head.weight, targets.to(hidden.device))[0].double().cpu()
+        )
+        for i, part in zip(batch, values.split([len(said) for _, said in chosen]), strict=True):
+            found[i] = part.numpy()
+    return found
+
+
+@torch.no_grad()
+def row_kl(
+    later: LanguageModel, later_rows: Sequence[Row], earlier: LanguageModel, earlier_rows: Sequence[Row]
+) -> list[Float64[np.ndarray, " n"]]:
+    """KL(later ‖ earlier) of the next token's distribution at each token said, for every row.
+
+    The rows say the same tokens, each model's behind a context of its own. The models have one vocabulary.
+    """
+    found: list = [None] * len(later_rows)
+    for batch in _batches(later_rows):
+        p = said_hidden(later, [later_rows[i] for i in batch])
+        q = said_hidden(earlier, [earlier_rows[i] for i in batch])
+        values = linear_kl(p, later.lm_head.weight, q, earlier.lm_head.weight).double().cpu()
+        for i, part in zip(batch, values.split([len(later_rows[i][1]) for i in batch]), strict=True):
+            found[i] = part.numpy()
+    return found
+
+
+# ---- Helpful and harmful
+
+
+def pair_rows(respondent: Respondent, pairs: Sequence[Pair]) -> list[Row]:
+    """The better and the worse reply of each pair in turn, without the tokens that would end them."""
+    return [
+        (respondent.prompt(messages), respondent.tokenizer.encode(reply))
+        for messages, *replies in pairs
+        for reply in replies
+    ]
+
+
+def pair_differences(respondent: Respondent, pairs: Sequence[Pair]) -> list[float]:
+    """log p per byte of the better reply less that of the worse: above 0 the better one is likelier."""
+    found = logprobs(respondent.model, pair_rows(respondent, pairs))
+    sizes = [len(reply.encode()) for _, *replies in pairs for reply in replies]
+    rates = [values.sum() / size for values, size in zip(found, sizes, strict=True)]
+    return [float(better - worse) for better, worse in zip(rates[::2], rates[1::2], strict=True)]
+
+
+# ---- What was known before
+
+
+def held_out_documents(sources: Iterable[Source], val_fraction: float, size: int) -> list[str]:
+    """Documents that no training with this fraction has seen, about `size` bytes of them, each source giving
+    its share of the weights; all there are where that is less."""
+    sources, documents = list(sources), []
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        left = size * source.weight / total
+        for side, text in split_documents(source.documents(), val_fraction):
+            if side == "val" and left > 0:
+                documents.append(text)
+                left -= len(text.encode())
+            if left <= 0:
+                break
+    return documents
+
+
+def text_nats(respondent: Respondent, documents: Sequence[str]) -> tuple[list[float], list[int]]:
+    """Of every document -log p in nats, its end included, and its size in bytes.
+
+    A document longer than the context is scored in windows side by side.
+    """
+    bos, eos = document_marks(respondent.tokenizer)
+    longest, rows, owners = respondent.model.config.max_position_embeddings, [], []
+    for number, text in enumerate(documents):
+        tokens = [bos, *respondent.tokenizer.encode(text), eos]
+        for first in range(0, len(tokens) - 1, longest):
+            rows.append((tokens[first : first + 1], tokens[first + 1 : first + 1 + longest]))
+            owners.append(number)
+    nats = [0.0] * len(documents)
+    for number, values in zip(owners, logprobs(respondent.model, rows), strict=True):
+        nats[number] -= float(values.sum())
+    return nats, [len(text.encode()) for text in documents]
+
+
+# ---- What moved
+
+
+def same_vocabulary(one: Respondent, other: Respondent) -> bool:
+    """Whether both mean the same by every token; their chat templates may differ."""
+    sizes = one.model.config.vocab_size == other.model.config.vocab_size
+    return sizes and one.tokenizer.vocabulary == other.tokenizer.vocabulary
+
+
+def reply_kl(
+    later: Respondent,
+    earlier: Respondent,
+    prompts: Sequence[Sequence[Message]],
+    replies: Sequence[Sequence[int]],
+) -> list[Float64[np.ndarray, " n"]]:
+    """KL(later ‖ earlier) in nats at each token of the later model's own replies."""
+    rows = [
+        [(respondent.prompt(messages), said) for messages, said in zip(prompts, replies, strict=True)]
+        for respondent in (later, earlier)
+    ]
+    return row_kl(later.model, rows[0], earlier.model, rows[1])
+
+
+# ---- How sure it is
+
+
+def choices(world: World, prompts: Sequence[Prompt], seed: int) -> list[Choice]:
+    """To each question of fact its right answer and others in the same words, with other values."""
+    entities = {entity.name: entity for entity in world.entities}
+    values: dict[str, set[str]] = {}
+    for fact in world.facts:
+        values.setdefault(fact.attribute, set()).add(fact.value)
+    found: list[Choice] = []
+    for prompt in prompts:
+        wrong = sorted(values[prompt.topic] - {prompt.answer, prompt.entity})
+        others = random.Random(f"{seed} {prompt.text}").sample(wrong, min(CANDIDATES - 1, len(wrong)))
+        entity = entities[prompt.entity]
+        said = [state(prompt.topic, entity, value, "answers")[0] for value in (prompt.answer, *others)]
+        found.append((prompt.messages, said))
+    return found
+
+
+def choose(
+    respondent: Respondent, questions: Sequence[Choice]
+) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
+    """How sure the model is of the likeliest answer to each, among those given, and whether it is right."""
+    contexts = [respondent.prompt(messages) for messages, _ in questions]
+    rows = [
+        (context, respondent.tokenizer.encode(answer))
+        for context, (_, answers) in zip(contexts, questions, strict=True)
+        for answer in answers
+    ]
+    totals = iter([float(values.sum()) for values in logprobs(respondent.model, rows)])
+    sure, right = [], []
+    for _, answers in questions:
+        own = np.array([next(totals) for _ in answers])
+        sure.append(1 / np.exp(own - own.max()).sum())
+        right.append(float(own.argmax() == 0))
+    return np.array(sure, np.float64), np.array(right, np.float64)
+
+
+def sureness(
+    respondent: Respondent, prompts: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]]
+) -> Float64[np.ndarray, " N"]:
+    """The geometric mean of the probabilities of each reply's tokens."""
+    contexts = [respondent.prompt(messages) for messages in prompts]
+    found = logprobs(respondent.model, list(zip(contexts, replies, strict=True)))
+    return np.exp([values.mean() for values in found])

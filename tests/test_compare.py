@@ -1,0 +1,489 @@
+"""Models side by side: who wins, what is likely, and the whole command on tiny models."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from runs import refusal
+
+from minillm import compare
+from minillm.compare import names_of
+from minillm.data import unit_hash
+from minillm.evaluate import Reply, sample_replies
+from minillm.findings import contests, kl_figures, reply_figures, training_figures, world_pairs
+from minillm.huggingface import save_model, save_scalar_model
+from minillm.judge import Judge
+from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
+from minillm.page import page
+from minillm.preferences import RankingFile
+from minillm.probes import (
+    choices,
+    choose,
+    held_out_documents,
+    logprobs,
+    pair_differences,
+    reply_kl,
+    row_kl,
+    sureness,
+    text_nats,
+)
+from minillm.responses import Respondent
+from minillm.sources import Source, world_sources
+from minillm.template import ChatTemplate, with_chat_template
+from minillm.tokenizer import Tokenizer
+from minillm.verdicts import Bout, blind, by_model, by_person, by_reward, by_rubric
+from minillm.world import KINDS, World
+
+WORLD = World(0)
+TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
+SMALL = "--prompts 2 --pairs 2 --text-bytes 900 --max-new-tokens 12 --show 0".split()
+
+
+def tiny(seed: int, vocabulary: int = 264, noise: float = 0.05) -> tuple[LanguageModel, Tokenizer]:
+    """An untrained model whose blocks do something."""
+    tokenizer = Tokenizer.train(["What is the name of the cat?"], vocabulary)
+    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 256))
+    generator = torch.Generator().manual_seed(seed)
+    initialize(model, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def base() -> Respondent:
+    return Respondent("base", *tiny(0))
+
+
+@pytest.fixture(scope="module")
+def chat() -> Respondent:
+    model, tokenizer = tiny(1)
+    return Respondent("chat", model, with_chat_template(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def folders(base, chat, tmp_path_factory) -> Path:
+    """What a person has who compares: a base model, a chat model and a reward model."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_model(folder / "base", base.model, base.tokenizer)
+    save_model(folder / "chat", chat.model, chat.tokenizer)
+    reward = scalar_from_language_model(tiny(2)[0], torch.Generator().manual_seed(0))
+    save_scalar_model(folder / "reward", reward, chat.tokenizer)
+    return folder
+
+
+def naive(respondent: Respondent, context: list[int], said: list[int]) -> torch.Tensor:
+    """log-probabilities [n, V] before each token said, of one row alone."""
+    hidden = respondent.model(torch.tensor([[*context, *said]]))[0]
+    return respondent.model.logits(hidden)[len(context) - 1 : -1].double().log_softmax(-1)
+
+
+rows_of_tokens = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 255), min_size=1, max_size=9), st.lists(st.integers(0, 255), max_size=7)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+# ---- What is likely
+
+
+@settings(max_examples=20)
+@given(rows=rows_of_tokens)
+@example(rows=[([1], [2]), ([3, 4], [])])
+@torch.no_grad()
+def test_a_row_has_the_probabilities_that_it_has_alone(base, rows):
+    for found, (context, said) in zip(logprobs(base.model, rows), rows, strict=True):
+        alone = naive(base, context, said)[range(len(said)), said]
+        assert found.tolist() == pytest.approx(alone.tolist(), **TOLERANCE)
+
+
+@settings(max_examples=20)
+@given(rows=rows_of_tokens)
+@torch.no_grad()
+def test_kl_is_the_sum_over_the_vocabulary_and_0_of_a_model_from_itself(base, chat, rows):
+    rows = [row for row in rows if row[1]] or [([1], [2])]
+    moved, same = (row_kl(base.model, rows, other.model, rows) for other in (chat, base))
+    for found, none, row in zip(moved, same, rows, strict=True):
+        p, q = (naive(respondent, *row) for respondent in (base, chat))
+        assert found.tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), **TOLERANCE)
+        assert (found > 0).all() and none.tolist() == pytest.approx([0] * len(row[1]), abs=1e-6)
+
+
+def test_each_model_is_asked_in_its_own_form(base, chat):
+    asked, said = [{"role": "user", "content": "Who?"}], (65, 66)
+    found = reply_kl(chat, base, [asked], [said])[0]
+    with torch.no_grad():
+        p = naive(chat, ChatTemplate(chat.tokenizer).prompt(asked), [*said])
+        q = naive(base, [base.tokenizer.bos_id, *base.tokenizer.encode("Who?\n")], [*said])
+    assert found.tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), **TOLERANCE)
+
+
+def test_the_other_way_round_a_pair_differs_by_the_opposite(base, chat):
+    for pairs in world_pairs(WORLD, "dev", 5).values():
+        for respondent in (base, chat):
+            there = pair_differences(respondent, pairs)
+            back = pair_differences(respondent, [(asked, bad, good) for asked, good, bad in pairs])
+            assert there == pytest.approx([-value for value in back], **TOLERANCE)
+            same = pair_differences(respondent, [(asked, good, good) for asked, good, _ in pairs])
+            assert same == pytest.approx([0] * len(pairs), abs=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
+@torch.no_grad()
+def test_every_token_of_a_text_is_scored_once_whatever_its_length(base, length):
+    text = ("The cat met the dog. " * 40)[:length]
+    nats, sizes = text_nats(base, [text, "."])
+    tokens = [base.tokenizer.bos_id, *base.tokenizer.encode(text), base.tokenizer.eos_id]
+    expected = 0.0
+    for first in range(0, len(tokens) - 1, 256):
+        said = tokens[first + 1 : first + 257]
+        expected -= naive(base, tokens[first : first + 1], said)[range(len(said)), said].sum().item()
+    assert nats[0] == pytest.approx(expected, rel=1e-4) and sizes == [len(text), 1]
+
+
+def test_held_out_documents_are_those_that_training_never_sees():
+    sources = world_sources(WORLD, 12.0)
+    documents = held_out_documents(sources, 0.05, 20_000)
+    assert 20_000 <= sum(map(len, documents)) < 40_000
+    # The smallest hash of a source's first documents is held out as well, whatever it is.
+    assert sum(unit_hash(text) >= 0.05 for text in documents) <= len(sources)
+    web = next(source for source in sources if source.name == "web")
+    share = sum(map(len, held_out_documents([web], 0.05, 20_000)))
+    assert 20_000 <= share < 30_000
+
+
+def test_a_source_that_is_too_small_gives_what_it_has():
+    one = Source("one", 1.0, lambda: iter(["The cat. " * 50]), "")
+    assert held_out_documents([one], 0.1, 10**6) == [("The cat. " * 50)[-45:]]
+
+
+def test_the_right_answer_is_among_those_to_choose_from_and_stands_first():
+    facts = WORLD.prompts("dev", "fact", 40)
+    for prompt, (messages, answers) in zip(facts, choices(WORLD, facts, 0), strict=True):
+        assert messages == prompt.messages and len(set(answers)) == len(answers) == 8
+        assert prompt.answer in answers[0]
+        assert [WORLD.score(prompt, answer).outcome for answer in answers] == ["right", *["wrong"] * 7]
+    assert choices(WORLD, facts, 0) == choices(WORLD, facts, 0) != choices(WORLD, facts, 1)
+
+
+def test_a_choice_is_as_sure_as_the_share_of_its_probability(base, chat):
+    questions = choices(WORLD, WORLD.prompts("dev", "fact", 3), 0)
+    for respondent in (base, chat):
+        sure, right = choose(respondent, questions)
+        for (asked, answers), own, hit in zip(questions, sure, right, strict=True):
+            rows = [(respondent.prompt(asked), respondent.tokenizer.encode(text)) for text in answers]
+            totals = np.array([values.sum() for values in logprobs(respondent.model, rows)])
+            shares = np.exp(totals - totals.max()) / np.exp(totals - totals.max()).sum()
+            assert own == pytest.approx(shares.max(), rel=1e-3) and 1 / 8 <= own <= 1
+            assert hit == (shares.argmax() == 0)
+
+
+def test_sureness_is_the_geometric_mean_of_the_probabilities_of_the_words(chat):
+    asked = [prompt.messages for prompt in WORLD.prompts("dev", n=4)]
+    replies = [reply.tokens for reply in sample_replies(chat.model, chat.tokenizer, asked, 0.0, 9)]
+    rows = list(zip(map(chat.prompt, asked), replies, strict=True))
+    expected = [np.exp(values).prod() ** (1 / len(values)) for values in logprobs(chat.model, rows)]
+    assert sureness(chat, asked, replies).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+# ---- Who wins
+
+
+def bouts_of(count: int) -> list[Bout]:
+    """A reply without a flaw and with one, in turns on either side, and every fifth pair equal."""
+    pairs = WORLD.reply_pairs("dev", "rude", count)
+    sides = [(bad, good) if i % 2 else (good, bad) for i, (_, good, bad) in enumerate(pairs)]
+    return [
+        Bout(prompt, first, first if i % 5 == 4 else second)
+        for i, ((prompt, _, _), (first, second)) in enumerate(zip(pairs, sides, strict=True))
+    ]
+
+
+def turned(bouts: list[Bout]) -> list[Bout]:
+    return [Bout(bout.prompt, bout.second, bout.first) for bout in bouts]
+
+
+@pytest.fixture(scope="module")
+def referees(chat):
+    reward = scalar_from_language_model(tiny(2)[0], torch.Generator().manual_seed(0))
+    return {
+        "rubric": by_rubric(WORLD),
+        "reward": by_reward(reward, chat.tokenizer),
+        # Weights so large that its verdicts go with the text and not with the place alone.
+        "model": by_model(Judge(tiny(8, noise=1.0)[0], chat.tokenizer, "Be kind.")),
+    }
+
+
+@pytest.mark.parametrize("name", ["rubric", "reward", "model"])
+def test_shuffled_sides_change_no_verdict_and_exchanged_ones_mirror_it(referees, name):
+    referee, bouts = referees[name], bouts_of(15)
+    verdicts = referee(bouts)
+    assert any(verdicts) and set(verdicts) <= {-1, 0, 1, None}
+    for seed in range(3):
+        assert blind(referee, bouts, seed) == verdicts
+    mirrored = [None if verdict is None else -verdict for verdict in verdicts]
+    assert referee(turned(bouts)) == mirrored
+    assert all(
+        verdict == 0 for verdict, bout in zip(verdicts, bouts, strict=True) if bout.first == bout.second
+    )
+
+
+def test_the_rubric_prefers_the_reply_without_an_insult():
+    verdicts = by_rubric(WORLD)(bouts_of(10))
+    assert verdicts == [1, -1, 1, -1, 0, -1, 1, -1, 1, 0]
+
+
+@given(st.integers(0, 10**6))
+def test_a_judge_of_places_finds_no_winner_among_shuffled_sides(seed):
+    verdicts = blind(lambda bouts: [1] * len(bouts), bouts_of(1) * 400, seed)
+    # 400 throws of a coin: further than 100 from the middle once in 10^22 times.
+    assert abs(sum(verdicts)) < 200
+
+
+def test_a_reply_behind_the_judges_context_is_not_judged(referees):
+    prompt = WORLD.prompts("dev", n=1)[0]
+    long, short = Bout(prompt, "a " * 300, "b"), Bout(prompt, "a", "b")
+    for name in ("reward", "model"):
+        verdicts = referees[name]([long, short])
+        assert verdicts[0] is None and verdicts[1] is not None
+
+
+def test_a_person_sees_no_origin_judges_each_pair_once_and_goes_on_later(tmp_path, monkeypatch, capsys):
+    bouts, typed = bouts_of(5), iter(["A > B", "A = B", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    with RankingFile(tmp_path / "verdicts.jsonl") as file:
+        first = by_person(file, "Ada", 0)(bouts)
+    assert first[4] == 0  # equal replies: nobody was asked
+    given_verdicts = [verdict for verdict in first[:4] if verdict is not None]
+    assert len(given_verdicts) == 2 and 0 in given_verdicts and any(given_verdicts)
+    typed = iter(["b > a", "b > a"])
+    with RankingFile(tmp_path / "verdicts.jsonl") as file:
+        second = by_person(file, "Ada", 0)(bouts)
+        assert by_person(file, "Ada", 0)(turned(bouts)) == [-verdict for verdict in second]
+    assert None not in second
+    assert [s for f, s in zip(first, second, strict=True) if f is not None] == [*given_verdicts, 0]
+    assert "rubric" not in capsys.readouterr().out
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["a", "b", "c"])), min_size=5,
+                max_size=5))  # fmt: skip
+def test_two_runs_exchanged_mirror_their_contest(pairs):
+    prompts = WORLD.prompts("dev", n=5)
+    one, other = ([Reply(text, True) for text in texts] for texts in zip(*pairs, strict=True))
+
+    def longest(bouts):
+        return [(bout.first > bout.second) - (bout.first < bout.second) for bout in bouts]
+
+    there = contests("x", longest, prompts, {"greedy": {"one": one, "other": other}}, 0)[0]["figures"]
+    back = contests("x", longest, prompts, {"greedy": {"other": other, "one": one}}, 0)[0]["figures"]
+    for group in there:
+        assert there[group]["win"] == back[group]["loss"] and there[group]["tie"] == back[group]["tie"]
+    assert there.keys() == {"all", *(prompt.kind for prompt in prompts)}
+
+
+# ---- What the replies are like
+
+
+def test_figures_of_replies_are_those_of_their_texts():
+    facts, harm = WORLD.prompts("dev", "fact", 2), WORLD.prompts("dev", "harm", 2)
+    texts = [
+        f"It is {facts[0].answer}.",
+        "I don't know.",
+        "I can't help with that.",
+        "Sure! Rob the old man.",
+    ]
+    said = {"greedy": {"run": [Reply(text, i != 3) for i, text in enumerate(texts)]}}
+    figures = reply_figures([*facts, *harm], said, WORLD)["greedy"]
+
+    def value(figure, group="all"):
+        return figures[figure][group]["run"]["value"]
+
+    assert value("refused", "harm") == 0.5 and value("refused", "not harm") == 0
+    assert value("said_unknown", "fact") == 0.5 and value("complied", "harm") == 0.5
+    assert value("right") == 0.5 and value("in_form") == value("ended") == 0.75
+    assert value("words") == np.mean([len(text.split()) for text in texts])
+    assert value("utility", "fact") == pytest.approx(
+        np.mean([WORLD.score(p, text).utility for p, text in zip(facts, texts, strict=False)])
+    )
+
+
+def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
+    other = Respondent("other", *tiny(0, 263))
+    said = {"sampled": {name: [Reply("a", True, (65,))] for name in ("base", "chat", "other")}}
+    found = kl_figures([base, chat, other], WORLD.prompts("dev", n=1), said)
+    pairs = {(one["earlier"], one["later"]): one["token"] for one in found}
+    assert pairs["base", "chat"]["value"] > 0
+    assert pairs["base", "other"] is pairs["chat", "other"] is None
+
+
+def test_what_a_run_logged_of_score_and_kl_is_shown_and_nothing_else(tmp_path):
+    events = [
+        {"event": "train", "step": 1, "score": 0.5, "rubric": 0.4, "kl": 0.1},
+        {"event": "val", "step": 2, "rubric": 0.4, "kl": 2.0, "loss": 3.0},
+        {"event": "train", "step": 3, "loss": 1.0},
+        {"event": "val", "step": 4, "score": 1.0, "kl": float("nan")},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    found = training_figures({"run": str(tmp_path), "none": str(tmp_path / "absent")})
+    assert found == {
+        "run": [
+            {"event": "train", "step": 1, "kl": 0.1, "score": 0.5, "rubric": 0.4},
+            {"event": "val", "step": 2, "kl": 2.0, "score": None, "rubric": 0.4},
+        ]
+    }
+
+
+# ---- The command
+
+
+@pytest.fixture
+def command(folders, tmp_path, monkeypatch, capsys):
+    """Runs the command beside the models, into a folder of its own: compare.json and what is printed."""
+    monkeypatch.chdir(folders)
+
+    def run(*words: str) -> tuple[dict, str]:
+        compare.main([*SMALL, "--out", str(tmp_path), *words])
+        return json.loads((tmp_path / "compare.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_writes_figures_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
+    judges = "--judge rubric reward model --reward reward --judge-model chat".split()
+    content, printed = command("base", "chat", "--show", "1", *judges)
+    assert page(content) == (tmp_path / "compare.html").read_bytes().decode()
+    assert content["runs"] == ["base", "chat"] and content["samplings"] == {"greedy": 0, "sampled": 1}
+    assert content["prompts"] == dict.fromkeys(KINDS, 2)
+    assert len(content["contests"]) == 6
+    assert content["options"]["split"] == "dev" and content["versions"]["torch"] and "commit" in content
+    for kind in KINDS:
+        asked = WORLD.prompts("dev", kind, 2)
+        assert f"{kind}: {asked[0].text}" in printed and asked[1].text not in printed
+    reply = content["replies"][0]["said"]["greedy"]["chat"]["text"]
+    assert sum(one["text"] == reply for one in said_by(content, "greedy", "chat")) >= 1
+    assert "── In short ──" in printed and "KL in nats" in printed
+
+
+def said_by(content: dict, sampling: str, run: str) -> list[dict]:
+    return [record["said"][sampling][run] for record in content["replies"]]
+
+
+def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
+    content, _ = command("chat", "chat", "--judge", "rubric", "reward", "--reward", "reward")
+    assert content["runs"] == ["chat", "chat (2)"]
+    for contest in content["contests"]:
+        for figures in contest["figures"].values():
+            assert figures["tie"]["value"] == 1 and figures["rate"]["value"] == 0.5
+    assert content["kl"][0]["response"]["value"] == pytest.approx(0, abs=1e-4)
+    for sampling in content["samplings"]:
+        assert said_by(content, sampling, "chat") == said_by(content, sampling, "chat (2)")
+        for groups in content["figures"][sampling].values():
+            assert all(of_run["chat"] == of_run["chat (2)"] for of_run in groups.values())
+
+
+def test_the_same_command_gives_the_same_figures(command):
+    once, again = (command("base", "chat")[0] for _ in range(2))
+    for content in (once, again):
+        del content["seconds"]
+    assert once == again
+    other, _ = command("base", "chat", "--seed", "1")
+    assert said_by(other, "sampled", "chat") != said_by(once, "sampled", "chat")
+
+
+def test_without_the_little_world_there_are_the_figures_that_need_no_rubric(command, tmp_path):
+    data, text = tmp_path / "chats.jsonl", tmp_path / "tale.txt"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"Is it day {i}?", "completion": "Yes."}) + "\n" for i in range(5))
+    )
+    text.write_text("The cat met the dog by the well. " * 60)
+    content, printed = command("base", "chat", "--data", str(data), "--text", str(text), "--temperature", "0")
+    assert content["prompts"] == {"prompts": 2} and content["left_out"] == {"prompts beyond --prompts": 3}
+    assert content["contests"] == [] and content["pairs"] == content["sure"] == {}
+    assert set(content["figures"]) == {"greedy"}
+    assert set(content["figures"]["greedy"]) == {"ended", "words", "repetition", "distinct"}
+    assert content["text"]["nats"]["base"]["value"] > 0 and content["kl"][0]["token"]["value"] > 0
+    assert "Left out: 3 prompts beyond --prompts." in (tmp_path / "compare.html").read_text()
+    assert "rubric" not in printed
+
+
+def test_a_person_judges_by_the_command_and_the_verdicts_are_kept(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "A > B")
+    content, _ = command("base", "chat", "--judge", "person", "--name", "Ada")
+    assert [(one["judge"], one["sampling"], one["left_out"]) for one in content["contests"]] == [
+        ("Ada", "sampled", 0)
+    ]
+    kept = (tmp_path / "verdicts.jsonl").read_text().splitlines()
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked again"))
+    again, _ = command("base", "chat", "--judge", "person", "--name", "Ada")
+    assert again["contests"] == content["contests"]
+    assert (tmp_path / "verdicts.jsonl").read_text().splitlines() == kept
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["out/base", "out/sft"], ["base", "sft"]),
+        (["a/ppo", "b/ppo"], ["a/ppo", "b/ppo"]),
+        (["a/sft", "a/sft", "a/sft"], ["sft", "sft (2)", "sft (3)"]),
+        (["a/x", "b/x", "a/x"], ["a/x", "b/x", "a/x (2)"]),
+    ],
+)
+def test_models_go_by_short_names_that_tell_them_apart(runs, names):
+    assert names_of(runs) == names
+
+
+@pytest.fixture(scope="module")
+def odd(folders, base) -> None:
+    """Folders that cannot be compared."""
+    shutil.copytree(folders / "base", folders / "masked")
+    config = json.loads((folders / "masked" / "config.json").read_text())
+    (folders / "masked" / "config.json").write_text(json.dumps(config | {"minillm_causal": False}))
+    shutil.copytree(folders / "chat", folders / "elsewhere")
+    (folders / "elsewhere" / "run.json").write_text('{"options": {"data": [], "seed": 5}}')
+    (folders / "empty.jsonl").write_text("")
+    (folders / "empty.txt").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "run"),
+        ("nowhere", "nowhere"),
+        ("base reward", "reward model"),
+        ("masked", "masked: was trained on masked tokens"),
+        ("base elsewhere", "--seed 5"),
+        ("base --prompts 0", "--prompts"),
+        ("base --split train", "split"),
+        ("base --show -1", "--show"),
+        ("base --seed -1", "--seed"),
+        ("base --temperature -1", "temperature"),
+        ("base --max-new-tokens 250", "--max-new-tokens 250"),
+        ("base --judge nobody", "judge"),
+        ("base --judge reward --reward nowhere", "nowhere"),
+        ("base --judge reward --reward chat", "reward model's folder"),
+        ("base --judge model", "--judge-model"),
+        ("base --judge model --judge-model masked", "masked"),
+        ("base --judge model --judge-model chat --principles nothing.txt", "nothing.txt"),
+        ("base --judge person --name ''", "--name"),
+        ("base --data empty.jsonl", "empty.jsonl"),
+        ("base --data empty.jsonl --judge rubric", "--judge rubric"),
+        ("base --text empty.txt", "empty.txt"),
+        ("base --device tpu", "tpu"),
+    ],
+)
+@pytest.mark.usefixtures("odd")
+def test_bad_input_is_one_line_and_nothing_is_written(
+    folders, tmp_path, monkeypatch, arguments, words, capfd
+):
+    monkeypatch.chdir(folders)
+    given_words = [word.strip("'") for word in arguments.split()]
+    assert words in refusal(compare, [*given_words, "--out", str(tmp_path / "out")], capfd)
+    assert not list(tmp_path.rglob("compare.*"))

@@ -1,0 +1,267 @@
+"""The page of a comparison: whole, safe, and made of nothing but the figures in the file."""
+
+import json
+import re
+from copy import deepcopy
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.exhibits import Section, Table, cell, section_text, sections
+from minillm.page import page
+from minillm.svg import bars, curves, intervals
+
+KINDS = ("fact", "harm")
+GROUPS = (*KINDS, "all", "not harm")
+RUNS = ["base", "sft", "ppo"]
+VOID = {"meta", "br"}
+
+
+def estimate(value: float, width: float = 0.05) -> dict:
+    return {"value": value, "low": value - width, "high": value + width, "count": 100}
+
+
+def content_of(text: str = "It is red.") -> dict:
+    """What a comparison of three models finds, every reply being this text."""
+    figures = ("utility", "right", "in_form", "refused", "said_unknown", "complied", "rude", "ended", "words",
+               "repetition", "distinct")  # fmt: skip
+    by_run = {run: estimate(0.2 + 0.3 * i) for i, run in enumerate(RUNS)}
+    outcomes = {
+        name: estimate(value) for name, value in (("win", 0.5), ("tie", 0.3), ("loss", 0.2), ("rate", 0.65))
+    }
+    known = dict.fromkeys(("right", "sure", "sure_right", "sure_wrong", "error"), estimate(0.4))
+    confidence = {
+        run: known
+        | {"bins": [{"sure": 0.4, "accuracy": 0.3, "count": 9}, {"sure": 0.8, "accuracy": 0.9, "count": 1}]}
+        for run in RUNS
+    }
+    pairs = [(earlier, later) for i, earlier in enumerate(RUNS) for later in RUNS[i + 1 :]]
+    samplings, reply = {"greedy": 0, "sampled": 1}, {"text": text, "ended": True, "utility": 0.9}
+    return {
+        "runs": RUNS, "folders": {run: f"out/{run}" for run in RUNS}, "options": {"seed": 0, "judge": ["x"]},
+        "commit": "0" * 40, "dirty": False, "python": "3.11", "cpu": "a <CPU>", "cores": 2, "device": "cpu",
+        "versions": {"torch": "2"}, "on_world": True, "prompts": dict.fromkeys(KINDS, 30),
+        "left_out": {"prompts without room for a reply": 3}, "samplings": samplings, "seconds": 1.5,
+        "figures": {s: {f: dict.fromkeys(GROUPS, by_run) for f in figures} for s in samplings},
+        "contests": [
+            {"judge": "the rubric", "sampling": s, "earlier": a, "later": b, "left_out": 7,
+             "figures": dict.fromkeys(("all", *KINDS), outcomes)}
+            for s in samplings for a, b in pairs
+        ],
+        "pairs": {
+            name: {"left_out": 4, "difference": by_run, "as_likely": by_run}
+            for name in ("advice", "comply", "rude")
+        },
+        "text": {"documents": 12, "bytes": 3456, "nats": by_run},
+        "kl": [{"earlier": a, "later": b, "sampling": "sampled", "response": estimate(4.0),
+                "token": estimate(0.3) if a == "base" else None} for a, b in pairs],
+        "sure": {"choice": confidence, "words": confidence},
+        "training": {"ppo": [{"event": event, "step": i, "kl": i / 2, "score": i * 0.1, "rubric": 0.5}
+                             for i in range(5) for event in ("train", "val")]},
+        "replies": [
+            {"kind": kind, "messages": [], "prompt": f"What is {text}?",
+             "said": {s: dict.fromkeys(RUNS, reply) for s in samplings}}
+            for kind in KINDS for _ in range(30)
+        ],
+    }  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Reads a page as a browser does: its tags, which must be balanced, their attributes and its text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.said: dict[str, list[str]] = {}
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+            self.said.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        for tag in set(self.open):
+            self.said[tag][-1] += data
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</p></article></body>", "<!-- ", "&lt;b&gt; & &amp;", "\"'><img src=x>",
+    "<svg><style>*{display:none}</style>", "http://x.example/a.png", "]]>", "\x1b[2J\x00", "", "{{ 7 * 7 }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_a_model_says_is_shown_as_text_and_opens_no_tag(text):
+    harmless, hostile = Reader(page(content_of("harmless"))), Reader(page(content_of(text)))
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
+    assert hostile.open == []
+    shown = re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", text) or "(nothing)"
+    assert hostile.said["p"].count(shown) == 2 * len(KINDS) * 20 * len(RUNS)
+
+
+@settings(max_examples=15)
+@given(st.text())
+def test_any_text_leaves_the_page_balanced_and_without_control_characters(text):
+    made = page(content_of(text))
+    assert Reader(made).open == []
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", made)
+
+
+def test_a_name_that_no_file_can_hold_is_shown_without_it():
+    content = json.loads(json.dumps(content_of()).replace("out/ppo", "out/\\udcff"))
+    assert "out/\N{REPLACEMENT CHARACTER}" in page(content).encode().decode()
+
+
+def test_names_of_models_and_judges_are_escaped_too():
+    content = json.loads(json.dumps(content_of()).replace("ppo", "<b>ppo").replace("the rubric", "<i>"))
+    reader = Reader(page(content))
+    assert reader.open == [] and not {"b", "i>"} & {tag for tag, _ in reader.tags}
+    assert "<b>ppo" in reader.said["h4"]
+
+
+def test_the_page_needs_nothing_but_itself_and_reads_on_a_phone():
+    made = page(content_of())
+    reader = Reader(made)
+    tags = {tag for tag, _ in reader.tags}
+    assert not tags & {"script", "link", "iframe", "img", "object", "embed", "a", "base", "form"}
+    attributes = {name for _, own in reader.tags for name in own}
+    assert not attributes & {"src", "href", "srcset", "xlink:href", "action", "data"}
+    assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"https?:|//\w|@import|url\(", made)
+    assert made.startswith("<!doctype html>\n<html lang=")
+    assert ("meta", {"charset": "utf-8"}) in reader.tags
+    assert any(own.get("name") == "viewport" and "device-width" in own["content"] for _, own in reader.tags)
+    assert "prefers-color-scheme: dark" in made
+
+
+def test_every_class_that_the_page_uses_has_a_style():
+    made = page(content_of())
+    used = {name for _, own in Reader(made).tags for name in (own.get("class") or "").split()}
+    style = Reader(made).said["style"][0]
+    assert used and all(f".{name}" in style for name in used - {"label", "inside", "grid", "ideal"})
+    assert all(f"svg .{name}" in style for name in ("label", "inside", "grid", "ideal"))
+
+
+def test_the_page_is_made_of_what_the_file_holds():
+    content = content_of()
+    assert page(json.loads(json.dumps(content))) == page(content)
+
+
+def test_what_was_left_out_is_said():
+    made = page(content_of())
+    assert "Left out: 3 prompts without room for a reply." in made
+    assert "4 pairs of good or bad advice" in made and "<td>7<" in made
+    assert "ppo and sft have different vocabularies" in made
+    assert "17 more of 30; all are in compare.json" in made
+
+
+def test_figures_that_moved_beyond_their_intervals_are_named_and_no_others():
+    content = content_of()
+    text = section_text(sections(content)[0])
+    assert "From base to sft, greedy: better: answers in form 20.0% → 50.0%" in " ".join(text.split())
+    assert "worse: helps to do harm 20.0% → 50.0%" in " ".join(text.split())
+    same = deepcopy(content)
+    for figures in same["figures"].values():
+        for groups in figures.values():
+            for group in groups:
+                groups[group] = {run: estimate(0.5 + 0.01 * i) for i, run in enumerate(RUNS)}
+    assert "→" not in section_text(sections(same)[0])
+
+
+def test_sections_without_figures_are_left_out():
+    content = content_of() | {"pairs": {}, "text": {}, "kl": [], "sure": {}, "training": {}, "contests": []}
+    content["figures"] = {
+        "greedy": {name: content["figures"]["greedy"][name] for name in ("ended", "words", "repetition")}
+    }
+    content["on_world"] = False
+    assert [section.title for section in sections(content)] == ["In short"]
+    assert Reader(page(content)).open == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "form", "shown"),
+    [
+        (estimate(0.72, 0.08), "share", ("72.0%", "(64–80)")),
+        (estimate(-0.25, 0.5), "signed", ("-0.250", "(-0.750 to +0.250)")),
+        ({"value": None, "low": None, "high": None}, "share", ("–", "")),
+        ({"value": 0.5, "low": None, "high": None}, "score", ("0.50", "")),
+    ],
+)
+def test_a_figure_is_written_with_its_interval_if_it_has_one(figure, form, shown):
+    assert cell(figure, form) == shown
+
+
+def test_a_table_in_the_terminal_stands_in_columns():
+    first, second = [("1%", "(0–2)"), ("–", "")], [("22%", ""), ("3%", "")]
+    table = Table("shares", ["one", "another"], [("x", first), ("longer", second)])
+    lines = section_text(Section("Title", "What to see.", ["A note."], [table])).splitlines()
+    assert lines[0] == "── Title ──" and "• A note." in lines
+    rows = lines[lines.index("shares:") + 1 :]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert rows[1].split() == ["x", "1%", "(0–2)", "–"]
+
+
+# ---- Plots
+
+values = st.floats(0, 1)
+
+
+def numbers_of(svg: str, names: str) -> list[float]:
+    return [float(value) for value in re.findall(rf' (?:{names})="(-?[\d.]+)"', svg)]
+
+
+@given(st.lists(st.tuples(values, values, values).map(sorted), min_size=1, max_size=9))
+def test_intervals_stay_inside_the_drawing_and_hold_their_dots(rows):
+    svg = intervals({"kind": [(mid, low, high) for low, mid, high in rows]}, "rubric", 0, 1)
+    width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
+    assert all(0 <= x <= width for x in numbers_of(svg, "x1|x2|cx"))
+    assert all(0 <= y <= height for y in numbers_of(svg, "y1|y2|cy|y"))
+    strokes = re.findall(r'<line class="s\d" x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)"', svg)
+    dots = re.findall(r'<circle class="s\d" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    for (x1, y1, x2), (cx, cy) in zip(strokes, dots, strict=True):
+        assert float(x1) <= float(cx) <= float(x2) and y1 == cy
+    assert Reader(svg).open == []
+
+
+def test_what_has_no_value_is_not_drawn():
+    assert "<circle" not in intervals({"kind": [(None, None, None)]}, "rubric", 0, 1)
+    assert 'class="s0"' not in intervals({"kind": [(None, None, None)]}, "rubric", 0, 1)
+
+
+@given(st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any))
+def test_bars_of_a_row_lie_side_by_side_and_fill_it(counts):
+    names = ("won", "tied", "lost")
+    svg = bars({"all": [(n / sum(counts), name) for n, name in zip(counts, names, strict=True)]}, "share")
+    rects = re.findall(r'<rect class="\w+" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    begins, widths = zip(*((float(x), float(width)) for x, width in rects), strict=True)
+    assert sum(widths) == pytest.approx(310, abs=0.2)  # 420 wide, less the margins of 96 and 14
+    for begin, width, after in zip(begins, widths, begins[1:], strict=False):
+        assert after == pytest.approx(begin + width, abs=0.11)
+
+
+@given(
+    st.lists(st.lists(st.tuples(values, values, values), max_size=5), min_size=1, max_size=9), st.booleans()
+)
+def test_curves_have_a_dot_for_each_point_and_a_line_between_each_two(series, diagonal):
+    svg = curves(series, "x", "y", (0, 1), (0, 1), diagonal)
+    assert svg.count("<circle") == sum(map(len, series))
+    assert len(re.findall(r'<line class="s\d"', svg)) == sum(max(0, len(points) - 1) for points in series)
+    assert svg.count('class="ideal"') == diagonal
+    assert Reader(svg).open == []
+
+
+def test_an_axis_without_extent_still_draws():
+    svg = curves([[(0.5, 2.0, 0.0)]], "x", "y", (0, 0.5), (2.0, 2.0))
+    assert svg.count("<circle") == 1 and "nan" not in svg

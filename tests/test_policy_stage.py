@@ -1,0 +1,258 @@
+"""Whole runs of the policy stage through the command line: it learns, stops and goes on exactly, refuses."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    ROOT,
+    TORCHRUN,
+    assert_same_run,
+    folder_bytes,
+    killed_at_update,
+    losses_of,
+    metrics_of,
+    missing_words,
+    refusal,
+    tiny_model,
+)
+from safetensors.torch import load_file
+
+import minillm.policy
+import rlhf
+from minillm.huggingface import load_model, save_model, save_scalar_model
+from minillm.model import scalar_from_language_model
+from minillm.preferences import Ranking, ranking_by
+from minillm.template import with_chat_template
+from minillm.tokenizer import Tokenizer
+from minillm.world import KINDS
+
+ALGORITHMS = ("ppo", "grpo", "dpo")
+SHORT = {
+    "--iterations": "5", "--batch-responses": "16", "--prompts": "40", "--max-new-tokens": "8",
+    "--val-prompts": "8", "--val-fraction": "0.3", "--val-every": "2", "--save-every": "2", "--warmup": "0",
+    "--critic-warmup": "1", "--precision": "float32", "--batch-rankings": "4", "--ptx-tokens": "80",
+    "--unended-score": "None",  # such a model never ends a response
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, str]:
+    """An assistant that knows nothing yet, a reward model that likes what it likes, prompts and rankings."""
+    folder = tmp_path_factory.mktemp("places")
+    model, tokenizer = tiny_model()
+    save_model(folder / "sft", model, with_chat_template(tokenizer))
+    reward = scalar_from_language_model(tiny_model()[0], torch.Generator().manual_seed(0))
+    save_scalar_model(folder / "reward", reward, with_chat_template(tokenizer))
+    asked = [[{"role": "user", "content": f"How many cats on day {i}?"}] for i in range(40)]
+    reply = {"role": "assistant", "content": "No cats."}
+    (folder / "asked.jsonl").write_text(
+        "".join(json.dumps({"messages": [*messages, reply]}) + "\n" for messages in asked)
+    )
+    rankings = [
+        Ranking(m, ["No cats.", "7 cats.", "1 cat."], ranking_by([2, 0, 1]), "a", 0, "2026-01-31")
+        for m in asked
+    ]
+    (folder / "rankings.jsonl").write_text("".join(json.dumps(vars(r)) + "\n" for r in rankings))
+    (folder / "raw.txt").write_text("A day without cats is a fine day for the birds in it. " * 60)
+    return {
+        "--init": str(folder / "sft"), "--reward": str(folder / "reward"),
+        "--data": str(folder / "asked.jsonl"), "--rankings": str(folder / "rankings.jsonl"),
+    }  # fmt: skip
+
+
+def arguments(places: dict[str, str], out: Path, *options: str, algorithm: str = "ppo") -> list[str]:
+    start = ["--stage", "policy", "--algorithm", algorithm, "--out", str(out), *options]
+    return [*start, *missing_words(list(options), places | SHORT)]
+
+
+def everything(places: dict[str, str], algorithm: str) -> list[str]:
+    """Every part that a restart has to bring back: raw text, a moving average, a moving β."""
+    if algorithm == "dpo":
+        return []
+    raw = str(Path(places["--data"]).parent / "raw.txt")
+    return ["--ptx", "0.5", "--text", raw, "--average", "0.5", "--target-kl", "0.01", "--group", "4"]
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def reference(request, places, tmp_path_factory) -> tuple[str, Path]:
+    """An uninterrupted run of each algorithm to compare with."""
+    out = tmp_path_factory.mktemp("reference") / "rlhf"
+    extra = everything(places, request.param)
+    cache = ["--cache", str(out.parent / "cache")]
+    rlhf.main(arguments(places, out, *extra, *cache, algorithm=request.param))
+    return request.param, out / request.param
+
+
+def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference):
+    algorithm, out = reference
+    events = metrics_of(out)
+    final, vals = events[-1], [event for event in events if event["event"] == "val"]
+    assert final["event"] == "final" and final["loss"] == min(val["loss"] for val in vals)
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "generation_config.json", "run.json", "metrics.jsonl", "loss.png", "curves.png", "resume",
+    }  # fmt: skip
+    assert {"score", "kl", "length", "unended", "entropy"} <= vals[0].keys()
+    if algorithm != "dpo":
+        assert vals[0]["step"] == 0 and vals[0]["kl"] == pytest.approx(0, abs=1e-6)
+        trained = [event for event in events if event["event"] == "train"]
+        assert {"ratio_max", "ratio_min", "clip_share", "beta", "text_loss"} <= trained[-1].keys()
+        assert all(event["ratio_min"] <= 1 <= event["ratio_max"] for event in trained[1:])
+    load_model(out, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("update", [3, 8])
+def test_a_killed_run_goes_on_to_the_same_curve_and_weights(reference, places, tmp_path, update):
+    algorithm, expected = reference
+    script = rlhf if algorithm == "dpo" else minillm.policy
+    cache = ["--cache", str(tmp_path / "cache")]
+    given = arguments(places, tmp_path / "out", *everything(places, algorithm), *cache, algorithm=algorithm)
+    with killed_at_update(script, update):
+        rlhf.main(given)
+    rlhf.main(["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path / "out"), "--resume"])
+    assert_same_run(tmp_path / "out" / algorithm, expected)
+    resumed = load_file(tmp_path / "out" / algorithm / "resume" / "state.safetensors")
+    whole = load_file(expected / "resume" / "state.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole), (
+        "critic, average and optimizers too"
+    )
+
+
+def test_resuming_a_finished_run_changes_nothing(reference, places):
+    algorithm, out = reference
+    before = folder_bytes(out)
+    rlhf.main(["--stage", "policy", "--algorithm", algorithm, "--out", str(out.parent), "--resume"])
+    assert folder_bytes(out) == before
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_the_policy_comes_to_score_higher_than_it_did(places, tmp_path, algorithm):
+    options = "--iterations 30 --batch-responses 32 --beta 0 --policy-rate 3e-3 --val-every 30".split()
+    rlhf.main(arguments(places, tmp_path / "out", *options, algorithm=algorithm))
+    first, last = (e for e in metrics_of(tmp_path / "out" / algorithm) if e["event"] == "val")
+    assert last["score"] > first["score"] + 0.5 * first["score_deviation"]
+    assert last["kl"] > 0.1
+
+
+def test_a_huge_penalty_keeps_the_policy_at_the_reference(places, tmp_path):
+    far, near = tmp_path / "far", tmp_path / "near"
+    options = "--iterations 8 --batch-responses 32 --policy-rate 1e-3".split()
+    rlhf.main(arguments(places, far, *options, "--beta", "0"))
+    rlhf.main(arguments(places, near, *options, "--beta", "100"))
+    kl_far, kl_near = (metrics_of(out / "ppo")[-2]["kl"] for out in (far, near))
+    assert kl_near < 0.5 * kl_far
+
+
+def test_dpo_comes_to_prefer_what_the_rankings_prefer(places, tmp_path):
+    rlhf.main(arguments(places, tmp_path / "out", "--epochs", "12", "--policy-rate", "3e-3", algorithm="dpo"))
+    vals = [event for event in metrics_of(tmp_path / "out" / "dpo") if event["event"] == "val"]
+    losses = [event["loss"] for event in metrics_of(tmp_path / "out" / "dpo") if event["event"] == "train"]
+    assert losses[0] > 1.5 * losses[-1] and vals[-1]["kl"] > 0
+
+
+def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
+    reports = {}
+    for n in ("2", "6"):
+        out = tmp_path / n
+        rlhf.main(arguments(places, out, "--group", n, algorithm="best-of-n"))
+        reports[n] = json.loads((out / "best-of-n" / "report.json").read_text())
+        records = [json.loads(line) for line in (out / "best-of-n" / "responses.jsonl").open()]
+        assert len(records) == reports[n]["prompts"] == 8
+        assert reports[n]["score"] == pytest.approx(sum(r["score"] for r in records) / 8)
+    assert reports["6"]["score"] > reports["2"]["score"]
+    assert reports["6"]["largest_kl"] == pytest.approx(0.9584, abs=1e-4)
+
+
+def test_on_the_little_world_the_rubric_is_shown(places, tmp_path):
+    model, tokenizer = tiny_model(longest=400)
+    for name, save in (("sft", save_model), ("reward", save_scalar_model)):
+        saved = model if name == "sft" else scalar_from_language_model(model, torch.Generator())
+        save(tmp_path / name, saved, with_chat_template(tokenizer))
+    options = ["--iterations", "2", "--init", str(tmp_path / "sft"), "--reward", str(tmp_path / "reward")]
+    given = arguments(places, tmp_path / "out", *options)
+    del given[given.index("--data") : given.index("--data") + 2]
+    rlhf.main(given)
+    vals = [event for event in metrics_of(tmp_path / "out" / "ppo") if event["event"] == "val"]
+    assert all(0 <= val["rubric"] <= 1 for val in vals) and len(KINDS) == 5
+
+
+def test_two_processes_roll_out_and_learn_as_one_does(places, tmp_path):
+    # Without a bound on ratios: which token is clipped could hang on the last digit of a sum.
+    options = ["--ratio-clip", "1000", "--iterations", "3", "--critic-warmup", "1", "--group", "2"]
+    one, two = (arguments(places, tmp_path / name, *options) for name in ("one", "two"))
+    rlhf.main(one)
+    done = subprocess.run([*TORCHRUN, "rlhf.py", *two], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (losses_of(metrics_of(tmp_path / name / "ppo")) for name in ("one", "two"))
+    for (event, step, loss), (event_two, step_two, loss_two) in zip(first, second, strict=True):
+        assert (event, step) == (event_two, step_two)
+        # A sample may turn on rounding once the weights differ in it: the first two steps are held tight.
+        assert loss == pytest.approx(loss_two, abs=1e-4 if step < 2 else 0.05)
+
+
+def last_refusal(given: list[str], capfd: pytest.CaptureFixture) -> str:
+    """The line with which a run ends that has shown progress before."""
+    with pytest.raises(SystemExit) as stop:
+        rlhf.main(given)
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def test_a_policy_that_runs_away_ends_in_one_line_and_its_best_is_kept(places, tmp_path, capfd):
+    options = ["--max-kl", "0.0001", "--beta", "0", "--policy-rate", "1e-2", "--iterations", "20"]
+    out = tmp_path / "out"
+    line = last_refusal(arguments(places, out, *options), capfd)
+    assert "nats a response from the reference" in line and "--policy-rate" in line
+    load_model(out / "ppo", torch.device("cpu"), torch.float32)
+
+
+REFUSED = [
+    (["--batch-responses", "15"], "multiple of 2"),
+    (["--algorithm", "grpo", "--group", "1"], "at least 2"),
+    (["--lam", "1.5"], "from 0 to 1"),
+    (["--policy-rate", "0"], "--policy-rate"),
+    (["--reward", "nowhere"], "nowhere"),
+    (["--init", "nowhere"], "nowhere"),
+    (["--ptx", "1"], "--text"),
+    (["--max-new-tokens", "79"], "--max-new-tokens"),
+    (["--algorithm", "dpo", "--rankings", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--algorithm", "best-of-n", "--resume"], "best-of-n"),
+    (["--inner-epochs", "0"], "--inner-epochs"),
+    (["--unended-score", "nan"], "--unended-score"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(places, tmp_path, capfd, options, said):
+    out = tmp_path / "out"
+    given = arguments(places, out, *options)
+    if "--algorithm" in options:
+        del given[2:4]  # the other one
+    assert said in refusal(rlhf, given, capfd)
+    assert not out.exists()
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(places, tmp_path, capfd):
+    tokenizer = with_chat_template(Tokenizer.train(["Dogs and birds and other beasts, all day."], 280))
+    model = scalar_from_language_model(tiny_model()[0], torch.Generator())
+    save_scalar_model(tmp_path / "reward", model, tokenizer)
+    line = refusal(rlhf, arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward")), capfd)
+    assert "another tokenizer" in line
+
+
+def test_a_run_does_not_go_on_with_another_reference(places, tmp_path, capfd):
+    model, tokenizer = tiny_model()
+    save_model(tmp_path / "sft", model, with_chat_template(tokenizer))
+    given = arguments(places, tmp_path / "out", "--init", str(tmp_path / "sft"))
+    with killed_at_update(minillm.policy, 15):
+        rlhf.main(given)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    save_model(tmp_path / "sft", model, with_chat_template(tokenizer))
+    resumed = ["--stage", "policy", "--out", str(tmp_path / "out"), "--resume"]
+    assert "--init or --reward" in last_refusal(resumed, capfd)

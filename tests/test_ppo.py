@@ -1,0 +1,332 @@
+"""PPO, GRPO and DPO as functions of tensors: every law that their mathematics promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.dpo import implicit_rewards
+from minillm.grpo import group_advantages, grpo_losses
+from minillm.ppo import (
+    Moments,
+    adapted_beta,
+    clipped,
+    explained_variance,
+    gae,
+    k1,
+    k2,
+    k3,
+    moments,
+    penalised_rewards,
+    policy_losses,
+    value_losses,
+    whiten,
+)
+from minillm.reward import ranking_loss
+
+LAW = settings(max_examples=60)
+# All of these run in float64 and are compared with sums of a few dozen terms.
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+UNIT = st.floats(0, 1, allow_subnormal=False)
+
+
+@st.composite
+def grids(draw) -> tuple[Tensor, torch.Generator]:
+    """A mask of responses of 1 to 9 tokens, and the randomness for what stands on it."""
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return mask, torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+
+def normal(shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+# ---- Rewards
+
+
+@given(grids(), st.floats(0, 2))
+@LAW
+def test_the_score_is_on_the_last_token_and_nowhere_else(grid, beta):
+    mask, generator = grid
+    kl, scores = normal(mask.shape, generator), normal(len(mask), generator)
+    rewards = penalised_rewards(scores, kl, mask, beta)
+    paid = penalised_rewards(torch.zeros_like(scores), kl, mask, beta)
+    difference = rewards - paid
+    for row, own, score in zip(difference, mask, scores, strict=True):
+        last = int(own.sum()) - 1
+        torch.testing.assert_close(row[last], score, **CLOSE)
+        assert row[:last].eq(0).all() and row[last + 1 :].eq(0).all()
+    torch.testing.assert_close(paid[mask], -beta * kl[mask], **CLOSE)
+    assert rewards[~mask].eq(0).all()
+
+
+# ---- GAE
+
+
+def brute_force(rewards, values, length, gamma, lam) -> list[float]:
+    """A_r = Σ_k (γλ)^k δ_{r+k}, as it is defined: every sum anew."""
+    values = [*values[:length], 0.0]
+    deltas = [rewards[r] + gamma * values[r + 1] - values[r] for r in range(length)]
+    return [sum((gamma * lam) ** k * deltas[r + k] for k in range(length - r)) for r in range(length)]
+
+
+@given(grids(), UNIT, UNIT)
+@example((torch.tensor([[True]]), torch.Generator().manual_seed(0)), 1.0, 1.0)
+@LAW
+def test_gae_equals_the_sum_it_is_defined_as(grid, gamma, lam):
+    mask, generator = grid
+    rewards, values = normal(mask.shape, generator), normal(mask.shape, generator)
+    found = gae(rewards * mask, values, mask, gamma, lam)
+    for b, row in enumerate(mask):
+        length = int(row.sum())
+        expected = brute_force(rewards[b].tolist(), values[b].tolist(), length, gamma, lam)
+        np.testing.assert_allclose(found[b, :length], expected, rtol=1e-9, atol=1e-9)
+        assert found[b, length:].eq(0).all()
+
+
+@given(grids(), UNIT)
+@LAW
+def test_lambda_one_gives_the_rewards_to_come_less_the_value(grid, gamma):
+    mask, generator = grid
+    rewards, values = normal(mask.shape, generator) * mask, normal(mask.shape, generator)
+    found = gae(rewards, values, mask, gamma, 1.0)
+    steps = torch.arange(mask.shape[1]).double()
+    discounts = (gamma ** (steps - steps[:, None]).clamp(0)).triu()
+    to_come = torch.einsum("bs,rs->br", rewards, discounts)
+    torch.testing.assert_close(found[mask], (to_come - values)[mask], **CLOSE)
+
+
+@given(grids(), UNIT, UNIT, st.integers(1, 4))
+@LAW
+def test_padding_and_what_stands_on_it_change_no_advantage(grid, gamma, lam, more):
+    mask, generator = grid
+    rewards, values = normal(mask.shape, generator) * mask, normal(mask.shape, generator)
+    wide_mask = torch.nn.functional.pad(mask, (0, more))
+    wide_rewards = torch.nn.functional.pad(rewards, (0, more))
+    wide_values = torch.nn.functional.pad(values.masked_fill(~mask, 7.0), (0, more), value=float("inf"))
+    found = gae(wide_rewards, wide_values, wide_mask, gamma, lam)
+    torch.testing.assert_close(found[wide_mask], gae(rewards, values, mask, gamma, lam)[mask], **CLOSE)
+
+
+# ---- Whitening
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
+@LAW
+def test_whitened_values_have_mean_zero_and_deviation_one_unless_all_are_equal(numbers):
+    values = torch.tensor(numbers, dtype=torch.float64)
+    found = whiten(values, moments(values))
+    assert abs(found.mean().item()) < 1e-6
+    if values.std(correction=0) > 1e-2:  # ε and rounding are small beside it
+        assert found.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), max_size=8), min_size=1, max_size=5))
+@LAW
+def test_moments_of_parts_add_up_to_those_of_the_whole(parts):
+    tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
+    together, whole = sum(map(moments, tensors), Moments(0.0, 0.0, 0.0)), moments(torch.cat(tensors))
+    assert together.count == whole.count
+    assert together.mean == pytest.approx(whole.mean) and together.deviation == pytest.approx(
+        whole.deviation, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(("values", "expected"), [("returns", 1.0), ("constant", 0.0)])
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant(values, expected):
+    returns = torch.tensor([0.0, 1.0, 5.0])
+    errors = returns - (returns if values == "returns" else torch.full_like(returns, 9.0))
+    assert explained_variance(moments(errors), moments(returns)) == pytest.approx(expected)
+
+
+# ---- KL from samples
+
+
+@given(st.integers(0, 1000), st.integers(2, 6))
+@LAW
+def test_k1_and_k3_are_unbiased_and_k2_has_the_gradient_of_the_kl(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    logits = normal(size, generator).requires_grad_()
+    logp, logq = logits.log_softmax(0), normal(size, generator).log_softmax(0)
+    p, exact = logp.exp(), (logp.exp() * (logp - logq)).sum()
+    for estimate in (k1, k3):
+        torch.testing.assert_close((p * estimate(logp, logq)).sum(), exact, **CLOSE)
+    # E_p[∇ k2(token)], the sample's probability held still, against ∇ KL.
+    (gradient,) = torch.autograd.grad((p.detach() * k2(logp, logq)).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact, logits)[0], **CLOSE)
+
+
+@given(st.floats(-30, 0), st.floats(-30, 0))
+@LAW
+def test_k3_is_never_negative_and_zero_where_both_agree(logprob, ref_logprob):
+    one, other = torch.tensor(logprob, dtype=torch.float64), torch.tensor(ref_logprob, dtype=torch.float64)
+    assert k3(one, other) >= 0 and k3(one, one) == 0 == k1(one, one) == k2(one, one)
+
+
+# ---- Losses
+
+
+def tokens(seed: int, count: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    old = -normal(count, generator).abs()
+    return old, old + 0.3 * normal(count, generator), normal(count, generator)
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 0.5))
+@LAW
+def test_inside_the_clip_the_loss_is_the_unclipped_one_and_outside_it_is_no_smaller(seed, clip):
+    old, new, advantages = tokens(seed)
+    ratio = (new - old).exp()
+    plain, found = -ratio * advantages, policy_losses(new, old, advantages, clip)
+    inside = (ratio - 1).abs() < clip
+    torch.testing.assert_close(found[inside], plain[inside], **CLOSE)
+    assert (found >= plain - 1e-12).all()
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 0.5))
+@LAW
+def test_a_token_has_no_gradient_exactly_where_it_is_counted_as_clipped(seed, clip):
+    old, new, advantages = tokens(seed)
+    new.requires_grad_()
+    policy_losses(new, old, advantages, clip).sum().backward()
+    assert torch.equal(new.grad == 0, clipped(new.detach(), old, advantages, clip) | (advantages == 0))
+
+
+@given(st.integers(0, 1000))
+@LAW
+def test_at_ratio_one_the_gradient_is_that_of_the_plain_policy_gradient(seed):
+    old, _, advantages = tokens(seed)
+    new = old.clone().requires_grad_()
+    policy_losses(new, old, advantages, 0.2).sum().backward()
+    torch.testing.assert_close(new.grad, -advantages, **CLOSE)
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 1))
+@LAW
+def test_the_value_loss_is_at_least_the_squared_error_and_equal_to_it_inside_the_clip(seed, clip):
+    generator = torch.Generator().manual_seed(seed)
+    old, move, returns = (normal(20, generator) for _ in range(3))
+    found, plain = value_losses(old + move, old, returns, clip), (old + move - returns).square() / 2
+    assert (found >= plain - 1e-12).all()
+    inside = move.abs() <= clip
+    torch.testing.assert_close(found[inside], plain[inside], **CLOSE)
+
+
+@given(st.floats(0.001, 10), st.floats(0, 100), st.floats(0.1, 50))
+@LAW
+def test_beta_rises_above_the_target_kl_falls_below_it_and_never_by_more_than_a_fiftieth(beta, kl, target):
+    found = adapted_beta(beta, kl, target)
+    assert (found > beta) == (kl > target) or found == pytest.approx(beta)
+    assert 0.98 * beta <= found * (1 + 1e-12) and found <= 1.02 * beta * (1 + 1e-12)
+
+
+# ---- GRPO
+
+
+@given(st.integers(1, 5), st.integers(2, 8), st.integers(0, 1000), st.floats(0.1, 100), st.floats(-50, 50))
+@LAW
+def test_group_advantages_sum_to_zero_and_ignore_a_groups_level_and_scale(groups, size, seed, scale, shift):
+    scores = normal(groups * size, torch.Generator().manual_seed(seed))
+    found = group_advantages(scores, size, eps=0.0)
+    torch.testing.assert_close(found.view(groups, size).sum(1), torch.zeros(groups).double(), **CLOSE)
+    torch.testing.assert_close(
+        group_advantages(scores * scale + shift, size, eps=0.0), found, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_group_that_scored_alike_has_no_advantage():
+    assert group_advantages(torch.tensor([3.0, 3.0, 3.0, 1.0, 2.0, 3.0]), 3)[:3].eq(0).all()
+
+
+@given(st.integers(0, 1000), st.floats(0, 3))
+@LAW
+def test_grpos_loss_is_ppos_and_beta_times_the_kl(seed, beta):
+    old, new, advantages = tokens(seed)
+    kl = k3(new, old)
+    found = grpo_losses(new, old, advantages, kl, 0.2, beta)
+    torch.testing.assert_close(found, policy_losses(new, old, advantages, 0.2) + beta * kl, **CLOSE)
+
+
+# ---- DPO
+
+PAIR = (torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64))
+
+
+@given(st.floats(-20, 0), st.floats(-20, 0), st.floats(0.01, 2))
+@LAW
+def test_at_the_reference_dpos_loss_is_log_two_and_pulls_the_pair_apart_by_half_of_beta(better, worse, beta):
+    logprobs = torch.tensor([better, worse], dtype=torch.float64, requires_grad=True)
+    loss = ranking_loss(implicit_rewards(logprobs, logprobs.detach(), beta), *PAIR)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    torch.testing.assert_close(
+        logprobs.grad, torch.tensor([-beta / 2, beta / 2], dtype=torch.float64), **CLOSE
+    )
+
+
+@given(st.floats(-3, 3), st.floats(0.01, 2))
+@LAW
+def test_dpo_ignores_what_both_log_ratios_share_and_has_no_gradient_along_it(shared, beta):
+    ref = torch.tensor([-3.0, -5.0], dtype=torch.float64)
+    apart = torch.tensor([0.2, -0.4], dtype=torch.float64)
+    shift = torch.tensor(shared, dtype=torch.float64, requires_grad=True)
+    loss = ranking_loss(implicit_rewards(ref + apart + shift, ref, beta), *PAIR)
+    (gradient,) = torch.autograd.grad(loss, shift)
+    assert loss.item() == pytest.approx(ranking_loss(implicit_rewards(ref + apart, ref, beta), *PAIR).item())
+    assert gradient.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_dpo_of_equal_log_ratios_in_a_tie_has_no_gradient():
+    logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64)
+    ranking_loss(implicit_rewards(logprobs, logprobs.detach(), 0.5), none, none, torch.empty(0)).backward()
+    assert logprobs.grad.eq(0).all()
+
+
+# ---- A bandit: all of it together, on a problem whose answer is known
+
+
+def bandit(beta: float, steps: int = 300) -> tuple[Tensor, Tensor]:
+    """PPO on one state with four actions of known reward: the policy found, and the one it started from."""
+    reward = torch.tensor([0.0, 1.0, 0.3, -1.0], dtype=torch.float64)
+    logits = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
+    ref = logits.detach().log_softmax(0)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([logits], lr=0.05, eps=1e-5)
+    for _ in range(steps):
+        old = logits.detach().log_softmax(0)
+        actions = torch.multinomial(old.exp(), 128, replacement=True, generator=generator)
+        mask = torch.ones(128, 1, dtype=torch.bool)
+        kl = k1(old, ref)[actions][:, None]
+        rewards = penalised_rewards(reward[actions], kl, mask, beta)
+        advantages = gae(rewards, torch.zeros(128, 1).double(), mask, 1.0, 0.95)[mask]
+        # With the mean taken off but the scale kept: what is sought is the balance of reward and KL.
+        advantages = advantages - moments(advantages).mean
+        for _ in range(2):
+            loss = policy_losses(logits.log_softmax(0)[actions], old[actions], advantages, 0.2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return logits.detach().softmax(0), ref.exp()
+
+
+def test_without_a_penalty_the_bandit_is_solved():
+    found, _ = bandit(beta=0.0)
+    assert found[1] > 0.97
+
+
+def test_with_a_huge_penalty_the_policy_stays():
+    found, start = bandit(beta=100.0)
+    assert (found - start).abs().max() < 0.05
+
+
+def test_with_a_penalty_the_bandit_ends_at_the_reference_tilted_by_the_reward():
+    """π ∝ π_ref exp(reward / β): the optimum that a KL penalty has (Rafailov et al. 2023, equation 4)."""
+    found, start = bandit(beta=1.0, steps=600)
+    best = start * (torch.tensor([0.0, 1.0, 0.3, -1.0]).double() / 1.0).exp()
+    assert (found - best / best.sum()).abs().max() < 0.04

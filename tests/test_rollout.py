@@ -1,0 +1,189 @@
+"""Rollouts: what stands where, and that neither padding nor company nor the kind of sampling changes it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.generate import SamplingOptions
+from minillm.model import (
+    LanguageModel,
+    ScalarModel,
+    config_of_depth,
+    initialize,
+    scalar_from_language_model,
+)
+from minillm.rollout import (
+    Responses,
+    Rollout,
+    before_tokens,
+    forward_passes,
+    observe,
+    on_grid,
+    response_mask,
+    response_tokens,
+    sample_responses,
+    taken_logprobs,
+)
+
+LAW = settings(max_examples=15)
+V, STOP = 31, 3
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11], [12, 13]]
+# One network, two paths through it (kept keys and values, and whole rows) and two orders of adding.
+ROUNDED = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def tiny_model(seed: int) -> LanguageModel:
+    model = LanguageModel(config_of_depth(2, V, 40, hidden_size=16, head_dim=8))
+    initialize(model, torch.Generator().manual_seed(seed))
+    for name, weight in model.named_parameters():  # those start at zero: blocks that do nothing
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+POLICY, REF = tiny_model(0), tiny_model(1)
+CRITIC: ScalarModel = scalar_from_language_model(tiny_model(2), torch.Generator().manual_seed(2))
+PLAIN = SamplingOptions(max_new_tokens=12, stop_ids=(STOP,))
+KINDS_OF_SAMPLING = {
+    "plain": PLAIN,
+    "cold": replace(PLAIN, temperature=0.6),
+    "hot": replace(PLAIN, temperature=1.7),
+    "top-k": replace(PLAIN, top_k=5),
+    "nucleus": replace(PLAIN, top_p=0.8),
+    "all of it": replace(PLAIN, temperature=0.7, top_k=9, top_p=0.9),
+}
+
+
+def sampled(sampling: SamplingOptions, seed: int = 0, prompts=PROMPTS) -> Responses:
+    return sample_responses(POLICY, prompts, sampling, [seed * 100 + i for i in range(len(prompts))])
+
+
+def observed(responses: Responses, numbers: list[int], sampling: SamplingOptions = PLAIN) -> Rollout:
+    scores = [0.5 * i for i in range(len(responses.rows))]
+    return observe(POLICY, REF, CRITIC, responses, scores, numbers, sampling)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_log_probabilities_of_scoring_are_those_of_sampling(kind, seed):
+    sampling = KINDS_OF_SAMPLING[kind]
+    responses = sampled(sampling, seed)
+    rollout = observed(responses, list(range(len(PROMPTS))), sampling)
+    for row, mask, found in zip(rollout.logprobs, rollout.mask, responses.logprobs, strict=True):
+        torch.testing.assert_close(row[mask], torch.tensor(found), **ROUNDED)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
+def test_the_ratio_is_exactly_one_before_the_first_update(kind):
+    """The update's forward pass is the rollout's, gradients or not: the same sums in the same order."""
+    sampling = KINDS_OF_SAMPLING[kind]
+    rollout = observed(sampled(sampling), [3, 1, 4], sampling)
+    hidden = before_tokens(POLICY(rollout.tokens), rollout.prompt_lengths, rollout.mask)
+    logprobs, _ = taken_logprobs(hidden, POLICY, rollout.taken, sampling.temperature, rollout.allowed)
+    assert logprobs.requires_grad
+    assert (logprobs - rollout.logprobs[rollout.mask]).exp().eq(1).all()
+
+
+@given(st.permutations(range(len(PROMPTS))), st.integers(1, len(PROMPTS)), st.integers(0, 3))
+@LAW
+def test_order_company_and_padding_change_nothing(order, count, seed):
+    responses = sampled(PLAIN, seed)
+    whole = observed(responses, list(range(len(PROMPTS))))
+    part = observed(responses, order[:count])
+    for place, number in enumerate(order[:count]):
+        mask = part.mask[place]
+        assert mask.sum() == whole.mask[number].sum()
+        for name in ("logprobs", "ref_logprobs", "kl", "entropy", "values"):
+            one, other = getattr(part, name)[place][mask], getattr(whole, name)[number][whole.mask[number]]
+            torch.testing.assert_close(one, other, **ROUNDED)
+        assert part.scores[place] == whole.scores[number]
+
+
+def test_kl_to_the_reference_is_zero_at_the_start_and_never_negative_elsewhere():
+    responses = sampled(PLAIN)
+    numbers = list(range(len(PROMPTS)))
+    start = observe(POLICY, POLICY, None, responses, [0.0] * 5, numbers, PLAIN)
+    assert start.kl.abs().max() < 1e-6
+    torch.testing.assert_close(start.logprobs, start.ref_logprobs, rtol=0, atol=0)
+    assert observed(responses, numbers).kl[start.mask].min() > 0
+
+
+def test_kl_and_entropy_are_those_of_the_distributions_sampled_from():
+    sampling = replace(PLAIN, temperature=0.6)
+    rollout = observed(sampled(sampling), [2], sampling)
+    rows = torch.arange(int(rollout.prompt_lengths[0]) - 1, rollout.tokens.shape[1] - 1)
+    p, q = (m.logits(m(rollout.tokens))[0, rows].div(0.6).log_softmax(1) for m in (POLICY, REF))
+    torch.testing.assert_close(rollout.kl[0], (p.exp() * (p - q)).sum(1), **ROUNDED)
+    torch.testing.assert_close(rollout.entropy[0], -(p.exp() * p).sum(1), **ROUNDED)
+    torch.testing.assert_close(rollout.ref_logprobs[0], q.gather(1, rollout.taken[:, None])[:, 0], **ROUNDED)
+
+
+def test_the_critic_speaks_of_the_state_before_each_token_and_equals_its_model_everywhere():
+    rollout = observed(sampled(PLAIN), [0, 2])
+    everywhere = CRITIC(rollout.tokens)
+    for row, start, mask, values in zip(
+        everywhere, rollout.prompt_lengths, rollout.mask, rollout.values, strict=True
+    ):
+        states = torch.arange(int(mask.sum())) + start - 1
+        torch.testing.assert_close(values[mask], row[states], rtol=0, atol=0)
+        assert values[~mask].eq(0).all()
+
+
+def test_without_a_critic_every_value_is_zero():
+    assert observe(POLICY, REF, None, sampled(PLAIN), [0.0] * 5, [0, 1], PLAIN).values.eq(0).all()
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5))
+@LAW
+def test_response_tokens_are_those_behind_the_prompt_and_states_those_one_before(sizes):
+    prompts = torch.tensor([prompt for prompt, _ in sizes])
+    lengths = torch.tensor([prompt + response for prompt, response in sizes])
+    tokens = torch.arange(len(sizes) * 12).view(len(sizes), 12)
+    mask = response_mask(prompts, lengths)
+    expected = [int(tokens[b, t]) for b in range(len(sizes)) for t in range(prompts[b], lengths[b])]
+    assert response_tokens(tokens, prompts, mask).tolist() == expected
+    assert before_tokens(tokens.float(), prompts, mask).tolist() == [token - 1 for token in expected]
+    grid = on_grid(response_tokens(tokens, prompts, mask).float(), mask)
+    assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
+
+
+def test_no_prompt_token_gets_a_gradient_from_the_loss_of_a_response():
+    """The embedding of a token that stands only behind a response's last state has none; of a prompt's logits
+    none is asked for."""
+    rollout = observed(sampled(PLAIN), [2])
+    hidden = POLICY(rollout.tokens).detach().requires_grad_()
+    before = before_tokens(hidden, rollout.prompt_lengths, rollout.mask)
+    taken_logprobs(before, POLICY, rollout.taken, 1.0, None)[0].sum().backward()
+    touched = hidden.grad[0].ne(0).any(dim=1)
+    start, length = int(rollout.prompt_lengths[0]), int(rollout.mask.sum())
+    assert touched.nonzero()[:, 0].tolist() == list(range(start - 1, start - 1 + length))
+
+
+def test_top_k_leaves_k_tokens_to_choose_from_and_the_one_taken_is_among_them():
+    sampling = replace(PLAIN, top_k=5)
+    rollout = observed(sampled(sampling), [0, 1, 2], sampling)
+    allowed: Tensor | None = rollout.allowed
+    assert allowed is not None and allowed.sum(1).eq(5).all()
+    assert allowed.gather(1, rollout.taken[:, None]).all()
+    assert rollout.logprobs[rollout.mask].isfinite().all()
+    assert rollout.ref_logprobs[rollout.mask].isfinite().all()
+    assert observed(sampled(PLAIN), [0]).allowed is None
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))
+@LAW
+def test_every_response_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
+    responses = Responses([[0] * length for length in lengths], [1] * len(lengths), [], [])
+    passes = forward_passes(range(len(lengths)), responses, micro_tokens)
+    assert sorted(number for some in passes for number in some) == list(range(len(lengths)))
+    for some in passes:
+        assert max(lengths[number] for number in some) * len(some) <= micro_tokens
+
+
+def test_a_response_is_its_text_without_prompt_and_end_token():
+    responses = Responses([[1, 2, 8, 9, STOP], [4, 8]], [2, 1], [True, False], [])
+    assert responses.texts(lambda tokens: " ".join(map(str, tokens))) == ["8 9", "8"]
