@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → a reward model.
 
-    python rlhf.py --stage sample                          4 responses to each of 2,400 prompts
+    python rlhf.py --stage sample                          4 responses to each of 4,800 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
@@ -116,7 +116,7 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 2400
+    prompts: int = 4800
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
