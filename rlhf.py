@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → a reward model.
 
-    python rlhf.py --stage sample                          4 responses to each of 2,400 prompts
+    python rlhf.py --stage sample                          4 responses to each of 4,800 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
@@ -86,6 +86,7 @@ from minillm.reward import (
     ranking_stream,
     scores_of,
     split_by_prompt,
+    training_scores_of,
 )
 from minillm.rollout import Observers, Prompt, Worth, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import Run
@@ -115,7 +116,7 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 2400
+    prompts: int = 4800
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
@@ -153,7 +154,7 @@ class Options(PolicyOptions):
 
     epochs: int = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
-    batch_rankings: int = 16
+    batch_rankings: int = 8
     """reward, dpo: rankings in a step, over all processes, each with all of its responses."""
     matrix_rate: float = 2e-3
     """reward: learning rate of the block matrices, by AdamW."""
@@ -441,7 +442,9 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = stream.next(options.batch_rankings)
-            loss = ranking_backward(forward, scores_of(forward), batch, options.micro_tokens, runtime)
+            loss = ranking_backward(
+                forward, training_scores_of(forward), batch, options.micro_tokens, runtime
+            )
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = rate_multiplier(state.step, steps, options.warmup, options.decay)

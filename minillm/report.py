@@ -12,7 +12,11 @@ q ≥ ½, independently of other raters. Two raters agree with probability
 
 and a judge who is always right agrees with one rater in a share q of pairs: none can be expected to do
 better. Where q differs from pair to pair, 2p - 1 is the mean of (2q - 1)²; the mean of 2q - 1 is no less
-than that and no more than its root. So the ceiling lies between p and the q of this formula.
+than that and no more than its root. So the ceiling lies between p and the q of this formula. Where the
+truth is known, how often it has the annotators' order is the ceiling itself.
+
+Of the truth only pairs count whose worth differs by at least the margin below which annotators see no
+difference: which of two wrong answers is a letter shorter, nobody is asked to know.
 
 Sources: calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; the bootstrap over clusters,
 Field & Welsh 2007; length as what reward models mistake for worth, Singhal et al. 2023 (arXiv 2310.03716).
@@ -22,6 +26,7 @@ Left out: agreement beyond chance (Cohen's κ), and a significance test between 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from minillm.agreement import agreement_report
+from minillm.annotators import MARGIN
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.measures import reliability
@@ -40,6 +46,7 @@ from minillm.template import ChatTemplate
 from minillm.world import KINDS, SPLITS, World
 
 BOOTSTRAP = 1000  # resamples for an interval
+TRUE_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two replies are apart
 
 Worth = Callable[[Ranking, str], float | None]
 """What a reply to a ranking's prompt is truly worth; None where nobody knows."""
@@ -150,10 +157,21 @@ def rater_accuracy(agreed: float | int) -> float:
     return (1 + sqrt(max(0.0, 2 * agreed - 1))) / 2
 
 
-def against_truth(judged: Iterable[Judged], worth: Worth) -> tuple[Share, Share]:
-    """How often the scores and the annotators have the true order, of the same pairs: those that the
-    annotator did not tie and of which one is truly better."""
-    scores, annotators = [], []
+@dataclass(frozen=True)
+class AgainstTruth:
+    """The pairs that their annotator did not tie and of which one reply is truly better, however little."""
+
+    margin: Float64[np.ndarray, " P"]
+    """By how much."""
+    scores: Float64[np.ndarray, " P"]
+    """1 where the scores have the true order, 0 where the opposite, a half where equal."""
+    annotators: Float64[np.ndarray, " P"]
+    """1 where the annotator has the true order, else 0."""
+
+
+def against_truth(judged: Iterable[Judged], worth: Worth) -> AgainstTruth:
+    """The pairs of those rankings whose replies are all of known worth."""
+    rows = []
     for one in judged:
         known = (worth(one.ranking, text) for text in one.ranking.responses)
         true = [value for value in known if value is not None]
@@ -161,9 +179,67 @@ def against_truth(judged: Iterable[Judged], worth: Worth) -> tuple[Share, Share]
             continue
         for better, worse in one.ranking.pairs():
             if sign := np.sign(true[better] - true[worse]):
-                scores.append((1 + sign * np.sign(one.scores[better] - one.scores[worse])) / 2)
-                annotators.append((1 + sign) / 2)
-    return share(np.array(scores, np.float64)), share(np.array(annotators, np.float64))
+                scored = np.sign(one.scores[better] - one.scores[worse])
+                rows.append((abs(true[better] - true[worse]), (1 + sign * scored) / 2, (1 + sign) / 2))
+    return AgainstTruth(*np.array(rows, np.float64).reshape(-1, 3).T)
+
+
+def truth_figures(pairs: AgainstTruth) -> dict[str, Any]:
+    """How often scores and annotators have the true order, of all pairs that differ by MARGIN and in classes
+    of the difference; and `ceiling`, how often the truth has the annotators' order, of any difference."""
+
+    def shares(low: float, high: float) -> dict[str, Any]:
+        within = (low <= pairs.margin) & (pairs.margin < high)
+        both = {"scores": pairs.scores, "annotators": pairs.annotators}
+        return {name: asdict(share(right[within])) for name, right in both.items()}
+
+    classes = pairwise((*TRUE_MARGINS[:-1], np.inf))
+    return {
+        **shares(MARGIN, np.inf),
+        "ceiling": asdict(share(pairs.annotators)),
+        "by_margin": [
+            {"from": low, "to": min(high, TRUE_MARGINS[-1]), **shares(low, high)} for low, high in classes
+        ],
+    }
+
+
+# ---- Baselines
+
+SIDES: dict[str, tuple[str, str, Callable[[Ranking, int, int], int]]] = {
+    "length": (
+        "longer",
+        "shorter",
+        lambda ranking, i, j: len(ranking.responses[i]) - len(ranking.responses[j]),
+    ),
+    "majority": ("listed first", "listed last", lambda ranking, i, j: j - i),
+}
+"""What response i is beside j, known without reading either: above 0 the first word, below 0 the second."""
+
+
+def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[str, dict[str, Any]]:
+    """The accuracy on held-out pairs of taking one side always: that which wins more of the training pairs.
+
+    `side` is None where there is no choice: in a format that lists the better response first, the place
+    is the label itself, and knows nothing.
+    """
+    result = {}
+    for name, (positive, negative, side) in SIDES.items():
+        own = _sides(training, side)
+        if not len(own) or (name == "majority" and abs(own.sum()) == len(own)):
+            result[name] = {"side": None, **asdict(share(np.zeros(0)))}
+            continue
+        sign = 1 if own.sum() >= 0 else -1
+        right = (1 + sign * _sides(held_out, side)) / 2
+        result[name] = {"side": positive if sign > 0 else negative, **asdict(share(right))}
+    return result
+
+
+def _sides(
+    rankings: Sequence[Ranking], side: Callable[[Ranking, int, int], int]
+) -> Float64[np.ndarray, " P"]:
+    """On which side the better response of each pair is: 1, -1, or 0 for neither."""
+    pairs = [side(ranking, *pair) for ranking in rankings for pair in telling_pairs(ranking)]
+    return np.sign(np.array(pairs, np.float64))
 
 
 # ---- Calibration and length
@@ -307,16 +383,19 @@ def report_card(
     for annotators can be compared on those too that the model has seen."""
     pairs = pairs_of(judged)
     error, bins = calibration(pairs)
-    scores_right, annotators_right = against_truth(judged, worth)
     agreed = agreement(rankings)
-    shares = probe_shares(model, template, probes([one.ranking for one in judged], worth))
+    held_out = [one.ranking for one in judged]
+    prompts = set(map(prompt_key, held_out))
+    training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
+    shares = probe_shares(model, template, probes(held_out, worth))
     return {
-        "prompts": len({prompt_key(one.ranking) for one in judged}),
+        "prompts": len(prompts),
         "rankings": len(judged),
         "accuracy": asdict(share(pairs.right)) | {"interval": interval(pairs) if len(pairs.kind) else None},
         "annotators": asdict(agreed)
         | {"ceiling": None if agreed.value is None else rater_accuracy(agreed.value)},
-        "truth": {"scores": asdict(scores_right), "annotators": asdict(annotators_right)},
+        "baselines": baselines(training, held_out),
+        "truth": truth_figures(against_truth(judged, worth)),
         "by_margin": by_margin(pairs),
         "by_kind": {kind: asdict(own) for kind, own in by_kind(pairs).items()},
         "calibration": {"error": error, "bins": bins},
@@ -341,11 +420,28 @@ def report_text(card: dict[str, Any]) -> str:
             else "ceiling        unknown: no two annotators ranked the same responses"
         ),
     ]
+    lines += [
+        f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}"
+        for name, own in card["baselines"].items()
+        if own["side"]
+    ]
+    if truth["ceiling"]["count"]:
+        ceiling = truth["ceiling"]["value"]
+        lines.append(
+            f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
+            f"and the accuracy {_percent(accuracy['value'] / ceiling if ceiling else None)} of it"
+        )
     if truth["scores"]["count"]:
         lines.append(
             f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
             f"rubric's order; annotators {_percent(truth['annotators']['value'])}"
         )
+        lines += [
+            f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
+            f"annotators {_percent(own['annotators']['value'])}"
+            for own in truth["by_margin"]
+            if own["scores"]["count"]
+        ]
     quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
     lines.append(f"by margin      {quarters}  (quarters of the pairs, from close scores to far)")
     lines += [f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()]
@@ -376,7 +472,8 @@ def write_report(folder: Path, card: dict[str, Any], judged: Sequence[Judged]) -
     figure = Figure(figsize=(10, 7), layout="constrained")
     (reliability, margins), (tricks, length) = figure.subplots(2, 2)
     _plot_reliability(reliability, card["calibration"]["bins"])
-    kinds = {"all": card["accuracy"], **card["by_kind"]}
+    known = {f"{own['side']} (baseline)": own for own in card["baselines"].values() if own["side"]}
+    kinds = {"all": card["accuracy"], **known, **card["by_kind"]}
     _plot_shares(margins, kinds, "pairs in the annotator's order")
     if card["annotators"]["count"]:
         margins.axvspan(

@@ -7,6 +7,10 @@ Rows are padded on the right, which a causal model never sees: no attention mask
 is K rows and one element of a batch; its pairs share the K forward passes and together weigh as much as
 any other ranking's: each 1/C(K, 2).
 
+In training the mean of the values over a response learns the ranking as well: so the gradient reaches every
+token without a detour over the last, and a small model learns in fewer steps to hold an answer against its
+question. The values of unfinished responses are what a critic begins with.
+
 Left out: ties in the loss (InstructGPT drops them; Rao & Kupper 1967 would model them), and margins.
 Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, equation 1; Bradley & Terry 1952;
 the shift by which demonstrations score 0: both InstructGPT, ibid., and Stiennon et al. 2020
@@ -130,6 +134,15 @@ def last_values(values: Float[Tensor, "B T"], lengths: Int64[Tensor, " B"]) -> F
     return values.gather(1, lengths[:, None] - 1)[:, 0]
 
 
+def mean_values(
+    values: Float[Tensor, "B T"], starts: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """The mean of the values at the tokens from start up to length of every row."""
+    place = torch.arange(values.shape[1], device=values.device)
+    own = (starts[:, None] <= place) & (place < lengths[:, None])
+    return (values * own).sum(1) / (lengths - starts)
+
+
 @torch.no_grad()
 def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
     """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`."""
@@ -164,17 +177,18 @@ def grouped(
 
 
 def ranking_loss(
-    scores: Float[Tensor, " B"],
+    scores: Float[Tensor, "*views B"],
     better: Int64[Tensor, " P"],
     worse: Int64[Tensor, " P"],
     weight: Float[Tensor, " P"],
 ) -> Float[Tensor, ""]:
-    """Σ weight · -log σ(score of the better - score of the worse), over pairs of rows of a batch.
+    """Σ weight · -log σ(score of the better - score of the worse), over pairs of rows of a batch; the mean of
+    that where each row has several scores.
 
     P(better ≻ worse) = σ(s_b - s_w) is Bradley & Terry's model. The gradient by s_b is
     -weight · σ(s_w - s_b): nothing once the order is clear. No pairs, no loss.
     """
-    return -(weight * F.logsigmoid(scores[better] - scores[worse])).sum()
+    return -(weight * F.logsigmoid(scores[..., better] - scores[..., worse])).sum(-1).mean()
 
 
 @dataclass(frozen=True)
@@ -224,12 +238,23 @@ def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[
 
 
 Scores = Callable[[RankedBatch], Tensor]
-"""What gives every response of a batch its score [B]."""
+"""What gives every response of a batch its score [B], or in training several [*views, B]."""
 
 
 def scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
     return lambda batch: last_values(forward(batch.tokens), batch.lengths)
+
+
+def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
+    """A reward model's scores, and the means of its values over the responses: [2, B]."""
+
+    def scores(batch: RankedBatch) -> Tensor:
+        values = forward(batch.tokens)
+        means = mean_values(values, batch.starts, batch.lengths)
+        return torch.stack((last_values(values, batch.lengths), means))
+
+    return scores
 
 
 def ranking_backward(

@@ -9,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.annotators import MARGIN
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import Ranking, ranking_by
 from minillm.report import (
     TRICKS,
+    TRUE_MARGINS,
     Judged,
     Pairs,
     against_truth,
     agreement,
+    baselines,
     by_kind,
     by_margin,
     calibration,
@@ -30,6 +33,7 @@ from minillm.report import (
     report_card,
     report_text,
     share,
+    truth_figures,
     unknown_worth,
     within_prompts,
     world_worth,
@@ -171,23 +175,84 @@ def test_scores_and_annotators_are_held_against_the_truth_on_the_same_pairs(seed
         number = ranking.messages[0]["content"]
         return None if number == "0?" else float(worth[number][int(text[9])])
 
-    scores, annotators = against_truth(judged, of)
-    found = []
+    pairs, found = against_truth(judged, of), []
     for one in judged:
         for i, j in one.ranking.pairs():
             mine = worth[one.ranking.messages[0]["content"]]
             if one.ranking.messages[0]["content"] != "0?" and mine[i] != mine[j]:
                 found.append(((one.scores[i] > one.scores[j]) == (mine[i] > mine[j]), mine[i] > mine[j]))
-    assert scores.count == annotators.count == len(found)
-    assert scores.value == pytest.approx(np.mean([s for s, _ in found]))
-    assert annotators.value == pytest.approx(np.mean([a for _, a in found]))
+    assert pairs.scores.tolist() == [s for s, _ in found]
+    assert pairs.annotators.tolist() == [a for _, a in found]
 
 
 def test_against_the_truth_perfect_scores_are_right_where_annotators_err():
     judged = [Judged(ranked([0.0, 1.0], "wrong"), [5.0, 1.0], [1, 1]),
               Judged(ranked([1.0, 0.0], "right"), [5.0, 1.0], [1, 1])]  # fmt: skip
-    scores, annotators = against_truth(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]])
-    assert (scores.value, annotators.value) == (1.0, 0.5)
+    pairs = against_truth(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]])
+    assert (pairs.scores.mean(), pairs.annotators.mean()) == (1.0, 0.5)
+
+
+@given(SEEDS, st.floats(0.001, 0.2))
+@LAW
+def test_of_the_truth_pairs_too_close_to_tell_count_for_the_ceiling_alone(seed, step):
+    judged = some_judged(seed)
+    pairs = against_truth(judged, lambda ranking, text: step * int(text[9]))
+    found = truth_figures(pairs)
+    far = pairs.margin >= MARGIN
+    assert found["ceiling"] == {"value": pytest.approx(pairs.annotators.mean()), "count": len(far)}
+    for name, right in (("scores", pairs.scores), ("annotators", pairs.annotators)):
+        assert found[name]["count"] == far.sum() == sum(own[name]["count"] for own in found["by_margin"])
+        total = sum(own[name]["count"] * (own[name]["value"] or 0.0) for own in found["by_margin"])
+        assert total == pytest.approx(right[far].sum())
+        if far.any():
+            assert found[name]["value"] == pytest.approx(right[far].mean())
+    for own in found["by_margin"]:
+        within = (own["from"] <= pairs.margin) & (
+            (pairs.margin < own["to"]) | (own["to"] == TRUE_MARGINS[-1])
+        )
+        assert own["scores"]["count"] == within.sum()
+
+
+# ---- Baselines
+
+
+def by_length(sign: int, prompts: range, exceptions: int = 0) -> list[Ranking]:
+    """Rankings that prefer the longer response, or with sign -1 the shorter, but for the first few; the
+    longer one stands first in every second."""
+    rankings = []
+    for i in prompts:
+        texts = ["No, no, no.", "No."] if i % 2 else ["No.", "No, no, no."]
+        worth = [sign * (-1) ** (i < exceptions) * len(text) for text in texts]
+        rankings.append(ranked(worth, f"{i}?", texts))
+    return rankings
+
+
+@pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
+def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_judged_on_other_pairs(sign, side):
+    found = baselines(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
+    assert found["length"] == {"side": side, "value": 0.7, "count": 10}
+    found = baselines(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
+    assert found["length"]["value"] == 0, "chosen on what is trained on, whatever is held out"
+
+
+def test_responses_of_one_length_are_half_right():
+    same = [ranked([1.0, 0.0], f"{i}?", ["Yes.", "Nay."]) for i in range(3)]
+    assert baselines(by_length(1, range(9)), same)["length"]["value"] == 0.5
+
+
+@given(st.lists(st.booleans(), min_size=2), st.lists(st.booleans(), min_size=1))
+@LAW
+def test_the_majority_baseline_is_the_place_that_wins_most_unless_it_wins_always(training, held_out):
+    def listed(firsts: list[bool]) -> list[Ranking]:
+        return [ranked([float(first), 0.5], f"{i}?") for i, first in enumerate(firsts)]
+
+    found = baselines(listed(training), listed(held_out))["majority"]
+    if len(set(training)) == 1:
+        assert found == {"side": None, "value": None, "count": 0}, "then the place is the label"
+    else:
+        first = sum(training) >= len(training) / 2
+        assert found["side"] == ("listed first" if first else "listed last")
+        assert found["value"] == pytest.approx(np.mean([one == first for one in held_out]))
 
 
 # ---- Calibration and length
@@ -341,6 +406,6 @@ def test_on_the_little_world_the_rubric_is_the_truth():
     assert worth(rankings[0], "You fool!") == world.score(prompts[0], "You fool!").utility
     assert worth(ranked([0.0, 1.0]), "Response 1.") is None
     card, _ = whole_card(rankings, worth)
-    assert card["truth"]["annotators"] == {"value": 1.0, "count": 6}
-    assert "rubric" in report_text(card)
+    assert card["truth"]["annotators"] == card["truth"]["ceiling"] == {"value": 1.0, "count": 6}
+    assert "rubric's order" in report_text(card) and "0.40 to 1.00" in report_text(card)
     assert math.isfinite(card["length_correlation"])

@@ -30,6 +30,7 @@ from minillm.reward import (
     score_rows,
     scores_of,
     split_by_prompt,
+    training_scores_of,
 )
 from minillm.runtime import Runtime
 from minillm.template import ChatTemplate, with_chat_template
@@ -268,11 +269,19 @@ def test_micro_batches_keep_responses_together_within_the_limit_and_of_alike_len
         assert longest <= GROWTH * min(one.longest for one in group)
 
 
-def mean_loss(model: ScalarModel, encoded: list[EncodedRanking]) -> Tensor:
+def last(values: Tensor, one: EncodedRanking) -> Tensor:
+    return values[-1]
+
+
+def mean_of_response(values: Tensor, one: EncodedRanking) -> Tensor:
+    return values[one.start :].mean()
+
+
+def mean_loss(model: ScalarModel, encoded: list[EncodedRanking], score=last) -> Tensor:
     """Ranking by ranking, row by row, pair by pair."""
     total = torch.zeros(())
     for one in encoded:
-        scores = [model(torch.tensor([row]))[0, -1] for row in one.rows]
+        scores = [score(model(torch.tensor([row]))[0], one) for row in one.rows]
         for better, worse in one.ranking.pairs():
             total = total - torch.sigmoid(scores[better] - scores[worse]).log() / math.comb(len(scores), 2)
     return total / len(encoded)
@@ -295,6 +304,22 @@ def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(drawn, micro_token
     assert ranking_backward(model, scores_of(model), encoded, micro_tokens, HERE) == pytest.approx(
         mean.item(), abs=1e-5
     )
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@given(drawn_rankings(), st.integers(1, 200))
+@SLOWER
+def test_training_learns_the_order_by_the_last_values_and_by_the_mean_ones(drawn, micro_tokens):
+    encoded = [replace(one, start=min(map(len, one.rows)) - 1) for one in encoded_of(drawn)]
+    model = model_of()
+    mean = (mean_loss(model, encoded) + mean_loss(model, encoded, mean_of_response)) / 2
+    if mean.requires_grad:
+        mean.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    found = ranking_backward(model, training_scores_of(model), encoded, micro_tokens, HERE)
+    assert found == pytest.approx(mean.item(), abs=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 

@@ -126,7 +126,7 @@ def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(
     path = write_rankings(tmp_path / "world.jsonl", rankings)
     rlhf.main(arguments(wide, path, out, "--val-fraction", "0.3"))
     report = json.loads((out / "reward" / "report.json").read_text())
-    assert report["truth"]["annotators"]["value"] == 1 and set(report["by_kind"]) <= set(KINDS)
+    assert report["truth"]["ceiling"]["value"] == 1 and set(report["by_kind"]) <= set(KINDS)
     model, tokenizer = load_scalar_model(out / "reward", CPU, torch.float32)
     template = ChatTemplate(tokenizer)
     shown = [c.messages for c in world.conversations("train", rlhf.DEMONSTRATIONS)]
