@@ -11,17 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import refusal
 
-from minillm import compare
-from minillm.compare import names_of
-from minillm.data import unit_hash
-from minillm.evaluate import Reply, sample_replies
-from minillm.findings import contests, kl_figures, reply_figures, training_figures, world_pairs
-from minillm.huggingface import save_model, save_scalar_model
-from minillm.judge import Judge
-from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
-from minillm.page import page
-from minillm.preferences import RankingFile
-from minillm.probes import (
+from minillm.compare import __main__ as compare
+from minillm.compare.__main__ import names_of
+from minillm.compare.findings import contests, kl_figures, reply_figures, training_figures, world_pairs
+from minillm.compare.page import page
+from minillm.compare.probes import (
     choices,
     choose,
     held_out_documents,
@@ -32,11 +26,17 @@ from minillm.probes import (
     sureness,
     text_nats,
 )
+from minillm.compare.verdicts import Bout, blind, by_model, by_person, by_reward, by_rubric
+from minillm.data import unit_hash
+from minillm.evaluate import Reply, sample_replies
+from minillm.huggingface import save_model, save_scalar_model
+from minillm.judge import Judge
+from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
+from minillm.preferences import RankingFile
 from minillm.responses import Respondent
 from minillm.sources import Source, world_sources
 from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
-from minillm.verdicts import Bout, blind, by_model, by_person, by_reward, by_rubric
 from minillm.world import KINDS, World
 
 WORLD = World(0)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.exhibits import Section, Table, cell, section_text, sections
-from minillm.page import page
-from minillm.svg import bars, curves, intervals
+from minillm.compare.exhibits import Section, Table, cell, section_text, sections
+from minillm.compare.page import page
+from minillm.compare.svg import bars, curves, intervals
 
 KINDS = ("fact", "harm")
 GROUPS = (*KINDS, "all", "not harm")

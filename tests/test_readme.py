@@ -75,7 +75,8 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
         if command.startswith("torchrun"):
             subprocess.run([*TORCHRUN, str(ROOT / f"{name}.py"), *words], check=True, capture_output=True)
         else:
-            importlib.import_module(name).main(words)
+            module = importlib.import_module(name)
+            (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main(words)
     assert ran == {"train", "sft", "rlhf", chat.__name__, "minillm.compare", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
     assert made >= {"base", "again", "mine", "notes", "masked", "two", "sft", "helper", "both", "rlhf"}
@@ -90,14 +91,27 @@ def test_every_make_target_of_the_readme_exists():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_every_file_that_the_readme_names_exists():
+def rows_of_the_map() -> list[tuple[list[Path], int]]:
+    """The files of each row of the README's map of the code, and how many lines it says they have."""
     table = README.split("## The code, in reading order")[1].split("##")[0]
-    for row in table.splitlines()[4:]:
-        folder = Path()
-        for name in re.findall(r"`([\w./]+)`", row.split("|")[1]) if row.startswith("|") else []:
-            path = Path(name) if "/" in name or folder == Path() else folder / name
+    rows = []
+    for row in table.splitlines():
+        if not row.startswith("| `"):
+            continue
+        names, lines = row.split("|")[1:3]
+        files, folder = [], ROOT
+        for name in re.findall(r"`([\w./]+)`", names):
+            path = ROOT / name if "/" in name else folder / name
             folder = path.parent
-            assert (ROOT / path).exists(), f"{path} of the README does not exist"
+            files += sorted(path.glob("*.py")) if path.is_dir() else [path]
+        rows.append((files, int(lines.replace(",", ""))))
+    return rows
+
+
+def test_the_map_of_the_code_names_files_that_exist_with_their_lines_to_the_nearest_ten():
+    for files, said in rows_of_the_map():
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert said == round(lines, -1), f"{[file.name for file in files]} have {round(lines, -1)} lines"
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
@@ -110,10 +124,13 @@ def test_every_file_and_option_that_a_page_names_exists(page):
         assert option.replace("-", "_") in options, option
 
 
-def test_every_module_stands_in_the_readme():
-    table = README.split("## The code, in reading order")[1].split("##")[0]
-    for module in [*(ROOT / "minillm").glob("*.py"), *(ROOT / "kernels").glob("*.py")]:
-        assert module.name == "__init__.py" or module.name in table, f"{module.name} is not in the README"
+def test_every_module_stands_in_the_map_once():
+    mapped = [file for files, _ in rows_of_the_map() for file in files]
+    modules = [file for place in ("minillm", "kernels") for file in (ROOT / place).rglob("*.py")]
+    scripts = [ROOT / f"{name}.py" for name in ("train", "sft", "rlhf")]
+    empty = [ROOT / "minillm" / "__init__.py", ROOT / "kernels" / "__init__.py"]
+    wanted = sorted({*modules, *scripts} - {*empty})
+    assert sorted(file for file in mapped if file.is_relative_to(ROOT) and "tests" not in file.parts) == wanted
 
 
 def test_nothing_in_the_readme_waits_to_be_filled_in():

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm.annotators import printable
-from minillm.exhibits import Content, Plot, Section, Table, how, sections
-from minillm.svg import style_of
+from minillm.compare.exhibits import Content, Plot, Section, Table, how, sections
+from minillm.compare.svg import style_of
 
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all stand in compare.json

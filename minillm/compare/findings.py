@@ -13,6 +13,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from minillm.compare.probes import (
+    Pair,
+    choices,
+    choose,
+    held_out_documents,
+    pair_differences,
+    pair_rows,
+    reply_kl,
+    same_vocabulary,
+    sureness,
+    text_nats,
+)
+from minillm.compare.verdicts import Bout, Referee, blind
 from minillm.evaluate import Judged, Reply
 from minillm.measures import (
     Estimate,
@@ -26,21 +39,8 @@ from minillm.measures import (
     word_count,
 )
 from minillm.metrics import read_metrics
-from minillm.probes import (
-    Pair,
-    choices,
-    choose,
-    held_out_documents,
-    pair_differences,
-    pair_rows,
-    reply_kl,
-    same_vocabulary,
-    sureness,
-    text_nats,
-)
 from minillm.responses import Respondent
 from minillm.sources import Source
-from minillm.verdicts import Bout, Referee, blind
 from minillm.world import World
 from minillm.world.rubric import Prompt
 

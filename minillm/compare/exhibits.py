@@ -11,7 +11,7 @@ from math import sqrt
 from textwrap import wrap
 from typing import Any
 
-from minillm.svg import Point, bars, curves, intervals, style_of
+from minillm.compare.svg import Point, bars, curves, intervals, style_of
 
 Content = Mapping[str, Any]
 """compare.json, as minillm/compare.py writes it."""
