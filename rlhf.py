@@ -25,7 +25,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
@@ -37,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.agreement import agreement_report, agreement_table
-from minillm.annotators import Desk, Simulated, find_prompts, obey, screen, share_out, simulated_annotators
+from minillm.annotators import Desk, Simulated, find_prompts, hold_screen, share_out, simulated_annotators
 from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
 from minillm.comparisons import open_comparisons
 from minillm.conversations import open_conversations
@@ -74,7 +73,7 @@ from minillm.preferences import (
     read_responses,
 )
 from minillm.provenance import provenance
-from minillm.report import judge, report_card, report_text, unknown_worth, world_worth, write_report
+from minillm.report import judge, report_card, report_text, unknown_worth, write_report
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedRanking,
@@ -88,7 +87,7 @@ from minillm.reward import (
     split_by_prompt,
     training_scores_of,
 )
-from minillm.rollout import Observers, Prompt, Worth, encode_prompts, held_out_figures, shuffled_prompts
+from minillm.rollout import Observers, Prompt, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.sources import open_sources, world_sources
@@ -392,24 +391,6 @@ def published(options: Options, runtime: Runtime) -> list[Job]:
     ]
 
 
-def hold_screen(desk: Desk) -> None:
-    """Shows set after set and obeys, until the end of the sitting."""
-    with suppress(ImportError):  # not everywhere; with it, input() can edit its line
-        import readline  # noqa: F401
-    answer: str | None = ""
-    shown = ""
-    while answer is not None:
-        if (text := screen(desk)) != shown:
-            print(text)
-            shown = text
-        try:
-            answer = obey(desk, input("> "))
-        except (EOFError, KeyboardInterrupt):
-            answer = None
-        print(answer or "")
-    print(f"{desk.done} of {len(desk.sets)} ranked; the same command goes on")
-
-
 # ---- agreement: rankings → how far annotators agree
 
 
@@ -518,7 +499,7 @@ def finish_reward_model(
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
     rankings = [one.ranking for one in (*training, *held_out)]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
-    worth = world_worth(world) if world else unknown_worth
+    worth = world.utility if world else unknown_worth
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
@@ -659,7 +640,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
     figures["seconds"] = time.perf_counter() - began
     if observers.worth:
-        figures["rubric"] = fmean(observers.worth(asked[j].question, texts[j]) for j in best)
+        figures["rubric"] = fmean(observers.worth(asked[j].question.messages, texts[j]) or 0.0 for j in best)
     write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **figures} | provenance())
     print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
 
@@ -708,8 +689,9 @@ def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observer
             critic = scalar_from_language_model(load_assistant(options, runtime)[0], generator)
     if options.average:
         average = load_assistant(options, runtime)[0]
+    worth = None if options.data else World(options.seed).utility
     observers = Observers(
-        ref, reward, tokenizer, options.sampling, options.unended_score, rubric(options), options.micro_tokens
+        ref, reward, tokenizer, options.sampling, options.unended_score, worth, options.micro_tokens
     )
     return Networks(policy, critic, average), observers
 
@@ -727,20 +709,6 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> S
     if with_chat_template(own).vocabulary != tokenizer.vocabulary:
         raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
     return model
-
-
-def rubric(options: Options) -> Worth | None:
-    """The little world's judgement of a response, where the prompts are its own."""
-    if options.data:
-        return None
-    world = World(options.seed)
-
-    def worth(question: Question, text: str) -> float:
-        prompt = world.prompt_of(question.messages)
-        assert prompt is not None, "every prompt comes from this world"
-        return world.score(prompt, text).utility
-
-    return worth
 
 
 def text_mixture(

@@ -18,6 +18,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -31,7 +32,7 @@ from minillm.preferences import (
     parse_ranking,
     ranking_by,
 )
-from minillm.world import KINDS, World
+from minillm.world import World
 from minillm.world.rubric import Prompt, Score
 
 # ---- A person
@@ -141,6 +142,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def hold_screen(desk: Desk) -> None:
+    """Shows set after set and obeys, until none is left or the person has had enough."""
+    with suppress(ImportError):  # not everywhere; with it, input() can edit its line
+        import readline  # noqa: F401
+    answer: str | None = ""
+    shown = ""
+    while answer is not None and desk.current:
+        if (text := screen(desk)) != shown:
+            print(text)
+            shown = text
+        try:
+            answer = obey(desk, input("> "))
+        except (EOFError, KeyboardInterrupt):
+            answer = None
+        print(answer or "")
+    print(f"{desk.done} of {len(desk.sets)} ranked; the same command goes on")
+
+
 # ---- Simulated people
 
 TEMPERATURE = 0.12
@@ -209,11 +228,9 @@ def find_prompts(sets: Sequence[ResponseSet], world: World) -> list[Prompt]:
 
     Raises InputError for a set that has none.
     """
-    stocks = (world.prompts("reward", kind) for kind in KINDS)
-    prompts = {json.dumps(prompt.messages): prompt for stock in stocks for prompt in stock}
     found = []
     for number, given in enumerate(sets, start=1):
-        prompt = prompts.get(json.dumps(given.messages))
+        prompt = world.prompt_of(given.messages)
         if prompt is None or given.world != world.seed:
             raise InputError(
                 f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "

@@ -23,7 +23,6 @@ Field & Welsh 2007; length as what reward models mistake for worth, Singhal et a
 Left out: agreement beyond chance (Cohen's κ), and a significance test between two models.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -40,16 +39,15 @@ from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.measures import reliability
 from minillm.model import ScalarModel
-from minillm.preferences import Ranking
+from minillm.preferences import Message, Ranking
 from minillm.reward import EncodedRanking, encode_response, prompt_key, score_rows, telling_pairs
 from minillm.template import ChatTemplate
-from minillm.world import KINDS, SPLITS, World
 
 BOOTSTRAP = 1000  # resamples for an interval
 TRUE_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two replies are apart
 
-Worth = Callable[[Ranking, str], float | None]
-"""What a reply to a ranking's prompt is truly worth; None where nobody knows."""
+Worth = Callable[[Sequence[Message], str], float | None]
+"""What a reply to these messages is truly worth; None where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def against_truth(judged: Iterable[Judged], worth: Worth) -> AgainstTruth:
     """The pairs of those rankings whose replies are all of known worth."""
     rows = []
     for one in judged:
-        known = (worth(one.ranking, text) for text in one.ranking.responses)
+        known = (worth(one.ranking.messages, text) for text in one.ranking.responses)
         true = [value for value in known if value is not None]
         if len(true) < len(one.scores):
             continue
@@ -316,7 +314,9 @@ def probes(rankings: Sequence[Ranking], worth: Worth) -> dict[str, list[Probe]]:
 
 def _honest(ranking: Ranking, worth: Worth) -> str:
     """The response that is truly the best, or the annotator's best where the truth is unknown."""
-    known = [(value, text) for text in ranking.responses if (value := worth(ranking, text)) is not None]
+    known = [
+        (value, text) for text in ranking.responses if (value := worth(ranking.messages, text)) is not None
+    ]
     return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
 
 
@@ -327,7 +327,7 @@ def _another(rankings: Sequence[Ranking], i: int) -> int:
 
 
 def _is_worse(ranking: Ranking, trick: str, honest: str, worth: Worth) -> bool:
-    of_trick, of_honest = worth(ranking, trick), worth(ranking, honest)
+    of_trick, of_honest = worth(ranking.messages, trick), worth(ranking.messages, honest)
     return of_trick is None or of_honest is None or of_trick < of_honest
 
 
@@ -351,25 +351,9 @@ def probe_shares(
 # ---- The card
 
 
-def unknown_worth(ranking: Ranking, text: str) -> float | None:
+def unknown_worth(messages: Sequence[Message], text: str) -> float | None:
     """Nobody knows."""
     return None
-
-
-def world_worth(world: World) -> Worth:
-    """The rubric's utility, for the prompts of the little world."""
-    prompts = {
-        json.dumps(prompt.messages, sort_keys=True): prompt
-        for split in SPLITS
-        for kind in KINDS
-        for prompt in world.prompts(split, kind)
-    }
-
-    def worth(ranking: Ranking, text: str) -> float | None:
-        prompt = prompts.get(prompt_key(ranking))
-        return None if prompt is None else world.score(prompt, text).utility
-
-    return worth
 
 
 def report_card(

@@ -26,6 +26,7 @@ from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits, generate
 from minillm.model import LanguageModel, ScalarModel
+from minillm.preferences import Message
 from minillm.responses import Question, seed_of
 from minillm.reward import grouped, pad, score_rows
 from minillm.runtime import Runtime
@@ -38,8 +39,8 @@ ROWS = 256
 
 # ---- Prompts
 
-Worth = Callable[[Question, str], float]
-"""What the little world's rubric gives a response."""
+Worth = Callable[[Sequence[Message], str], float | None]
+"""What the little world's rubric gives a response to these messages."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ class Observers:
             "entropy": sum(float(r.entropy.double().sum()) for r in rollouts),
         }
         if self.worth is not None:
-            sums["rubric"] = sum(self.worth(p.question, t) for p, t in zip(prompts, texts, strict=True))
+            sums["rubric"] = sum(
+                self.worth(p.question.messages, t) or 0.0 for p, t in zip(prompts, texts, strict=True)
+            )
         totals = torch.tensor([*sums.values(), len(texts)], dtype=torch.float64, device=runtime.device)
         *found, count = runtime.total(totals).tolist()
         means = {name: total / count for name, total in zip(sums, found, strict=True)}

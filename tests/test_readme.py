@@ -130,7 +130,9 @@ def test_every_module_stands_in_the_map_once():
     scripts = [ROOT / f"{name}.py" for name in ("train", "sft", "rlhf")]
     empty = [ROOT / "minillm" / "__init__.py", ROOT / "kernels" / "__init__.py"]
     wanted = sorted({*modules, *scripts} - {*empty})
-    assert sorted(file for file in mapped if file.is_relative_to(ROOT) and "tests" not in file.parts) == wanted
+    assert (
+        sorted(file for file in mapped if file.is_relative_to(ROOT) and "tests" not in file.parts) == wanted
+    )
 
 
 def test_nothing_in_the_readme_waits_to_be_filled_in():

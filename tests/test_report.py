@@ -36,7 +36,6 @@ from minillm.report import (
     truth_figures,
     unknown_worth,
     within_prompts,
-    world_worth,
     write_report,
 )
 from minillm.reward import EncodedRanking, encode_rankings, encode_response, score_rows
@@ -171,8 +170,8 @@ def test_scores_and_annotators_are_held_against_the_truth_on_the_same_pairs(seed
     worth = {one.ranking.messages[0]["content"]: generator(i).integers(5, size=4).tolist()
              for i, one in enumerate(judged)}  # fmt: skip
 
-    def of(ranking: Ranking, text: str) -> float | None:
-        number = ranking.messages[0]["content"]
+    def of(messages: list, text: str) -> float | None:
+        number = messages[0]["content"]
         return None if number == "0?" else float(worth[number][int(text[9])])
 
     pairs, found = against_truth(judged, of), []
@@ -323,7 +322,7 @@ def test_anothers_answer_is_of_another_kind_where_there_is_one():
 
 
 def test_a_trick_that_is_truly_no_worse_proves_nothing_and_the_truth_says_what_is_honest():
-    def worth(ranking: Ranking, text: str) -> float:
+    def worth(messages: list, text: str) -> float:
         return 1.0 if "Worse" in text else 0.0
 
     found = probes(KINDS_OF, worth)
@@ -402,10 +401,9 @@ def test_on_the_little_world_the_rubric_is_the_truth():
         rankings.append(
             Ranking(prompt.messages, texts, ranking_by(values), "a", 0, "2026-01-31", prompt.kind)
         )
-    worth = world_worth(world)
-    assert worth(rankings[0], "You fool!") == world.score(prompts[0], "You fool!").utility
-    assert worth(ranked([0.0, 1.0]), "Response 1.") is None
-    card, _ = whole_card(rankings, worth)
+    assert world.utility(rankings[0].messages, "You fool!") == world.score(prompts[0], "You fool!").utility
+    assert world.utility(ranked([0.0, 1.0]).messages, "Response 1.") is None
+    card, _ = whole_card(rankings, world.utility)
     assert card["truth"]["annotators"] == card["truth"]["ceiling"] == {"value": 1.0, "count": 6}
     assert "rubric's order" in report_text(card) and "0.40 to 1.00" in report_text(card)
     assert math.isfinite(card["length_correlation"])

@@ -9,10 +9,9 @@ Equal replies tie, whoever judges. Left out: verdicts with reasons; ratings of o
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from minillm.annotators import MARGIN, Desk, obey, screen
+from minillm.annotators import MARGIN, Desk, hold_screen
 from minillm.judge import ROWS, Judge, verdicts
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking, RankingFile, ResponseSet
@@ -130,21 +129,6 @@ def by_person(file: RankingFile, name: str, seed: int) -> Referee:
         return [_by_ranking(bout, ranked) for bout in bouts]
 
     return judge
-
-
-def hold_screen(desk: Desk) -> None:
-    """Shows set after set and obeys, until the end of the sitting."""
-    with suppress(ImportError):  # not everywhere; with it, input() can edit its line
-        import readline  # noqa: F401
-    answer: str | None = ""
-    while answer is not None and desk.current:
-        print(screen(desk))
-        try:
-            answer = obey(desk, input("> "))
-        except (EOFError, KeyboardInterrupt):
-            answer = None
-        print(answer or "")
-    print(f"{desk.done} of {len(desk.sets)} judged; the same command goes on")
 
 
 def _by_ranking(bout: Bout, ranked: dict[str, Ranking]) -> Verdict:

@@ -21,6 +21,7 @@ Left out on purpose: any text by other people, and any language but a small Engl
 """
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -163,14 +164,19 @@ class World:
             used[kind] += 1
         return result
 
-    def prompt_of(self, messages: list[dict[str, str]]) -> Prompt | None:
+    def prompt_of(self, messages: Sequence[dict[str, str]]) -> Prompt | None:
         """The prompt of these messages, which the rubric must know; None where it is none of this world's."""
-        return self._by_messages.get(repr(messages))
+        return self._by_messages.get(json.dumps(messages, sort_keys=True))
+
+    def utility(self, messages: Sequence[dict[str, str]], reply: str) -> float | None:
+        """What the rubric gives a reply to these messages; None where they are none of this world's."""
+        prompt = self.prompt_of(messages)
+        return None if prompt is None else self.score(prompt, reply).utility
 
     @cached_property
     def _by_messages(self) -> dict[str, Prompt]:
         stocks = (self._stock(split, kind) for split in SPLITS for kind in KINDS)
-        return {repr(prompt.messages): prompt for stock in stocks for prompt in stock}
+        return {json.dumps(prompt.messages, sort_keys=True): prompt for stock in stocks for prompt in stock}
 
     def _stock(self, split: str, kind: str) -> list[Prompt]:
         """Every distinct prompt of a kind that belongs to the split, in random order."""
