@@ -15,7 +15,7 @@ from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 SPLITS = ("train", "reward", "dev", "test")
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
 KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
-UNKNOWN = {"person": 84, "animal": 46, "town": 40, "tool": 30}
+UNKNOWN = {"person": 120, "animal": 64, "town": 56, "tool": 40}
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
@@ -46,8 +46,8 @@ def split_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class Entity:
-    """Somebody or something with a name. `known` is False for names of which texts tell nothing but
-    that nobody knows them.
+    """Somebody or something with a name. `known` is False for names of which no text tells
+    anything.
     """
 
     name: str
