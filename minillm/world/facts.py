@@ -31,12 +31,17 @@ def shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
 
 
 def deal(rng: random.Random, items: Sequence[Any]) -> dict[str, list[Any]]:
-    """The items shuffled and cut into the four splits by SPLIT_SHARES."""
-    order, cuts, total = shuffled(rng, items), [0], 0.0
+    """The items shuffled and cut into the four splits."""
+    return cut(shuffled(rng, items))
+
+
+def cut(items: Sequence[Any]) -> dict[str, list[Any]]:
+    """The items cut into the four splits by SPLIT_SHARES, as they come."""
+    cuts, total = [0], 0.0
     for share in SPLIT_SHARES.values():
         total += share
-        cuts.append(round(total * len(order)))
-    return {split: order[cuts[i] : cuts[i + 1]] for i, split in enumerate(SPLITS)}
+        cuts.append(round(total * len(items)))
+    return {split: list(items[cuts[i] : cuts[i + 1]]) for i, split in enumerate(SPLITS)}
 
 
 def split_of(key: str) -> str:
@@ -157,7 +162,9 @@ class Facts:
         rng: random.Random, kind: str, parts: Sequence[Sequence[str]]
     ) -> tuple[list[Entity], list[Entity]]:
         firsts, lasts = (shuffled(rng, column) for column in parts)
-        # Diagonals of the square of both columns: every word is part of equally many known names.
+        # Diagonals of the square of both columns: every word is part of equally many known names, and of
+        # nearly equally many in each split. Were it not so, a word common among a split's known names would
+        # be rare among the known names of the others, and to learn by words would be to learn the opposite.
         names = [
             f"{first} {lasts[(i + d) % len(lasts)]}"
             for d in range(len(lasts))
@@ -166,7 +173,7 @@ class Facts:
         groups = []
         for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
             chosen, names = names[:count], names[count:]
-            groups.append([Entity(n, kind, s, known) for s, part in deal(rng, chosen).items() for n in part])
+            groups.append([Entity(n, kind, s, known) for s, part in cut(chosen).items() for n in part])
         return groups[0], groups[1]
 
     def _values(self, attribute: str) -> tuple[str, ...]:
