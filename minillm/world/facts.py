@@ -15,7 +15,7 @@ from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 SPLITS = ("train", "reward", "dev", "test")
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
 KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
-UNKNOWN = {"person": 84, "animal": 46, "town": 40, "tool": 30}
+UNKNOWN = {"person": 120, "animal": 64, "town": 56, "tool": 40}
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
@@ -31,12 +31,17 @@ def shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
 
 
 def deal(rng: random.Random, items: Sequence[Any]) -> dict[str, list[Any]]:
-    """The items shuffled and cut into the four splits by SPLIT_SHARES."""
-    order, cuts, total = shuffled(rng, items), [0], 0.0
+    """The items shuffled and cut into the four splits."""
+    return cut(shuffled(rng, items))
+
+
+def cut(items: Sequence[Any]) -> dict[str, list[Any]]:
+    """The items cut into the four splits by SPLIT_SHARES, as they come."""
+    cuts, total = [0], 0.0
     for share in SPLIT_SHARES.values():
         total += share
-        cuts.append(round(total * len(order)))
-    return {split: order[cuts[i] : cuts[i + 1]] for i, split in enumerate(SPLITS)}
+        cuts.append(round(total * len(items)))
+    return {split: list(items[cuts[i] : cuts[i + 1]]) for i, split in enumerate(SPLITS)}
 
 
 def split_of(key: str) -> str:
@@ -46,8 +51,8 @@ def split_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class Entity:
-    """Somebody or something with a name. `known` is False for names of which texts tell nothing but
-    that nobody knows them.
+    """Somebody or something with a name. `known` is False for names of which no text tells
+    anything.
     """
 
     name: str
@@ -157,7 +162,9 @@ class Facts:
         rng: random.Random, kind: str, parts: Sequence[Sequence[str]]
     ) -> tuple[list[Entity], list[Entity]]:
         firsts, lasts = (shuffled(rng, column) for column in parts)
-        # Diagonals of the square of both columns: every word is part of equally many known names.
+        # Diagonals of the square of both columns: every word is part of equally many known names, and of
+        # nearly equally many in each split. Were it not so, a word common among a split's known names would
+        # be rare among the known names of the others, and to learn by words would be to learn the opposite.
         names = [
             f"{first} {lasts[(i + d) % len(lasts)]}"
             for d in range(len(lasts))
@@ -166,7 +173,7 @@ class Facts:
         groups = []
         for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
             chosen, names = names[:count], names[count:]
-            groups.append([Entity(n, kind, s, known) for s, part in deal(rng, chosen).items() for n in part])
+            groups.append([Entity(n, kind, s, known) for s, part in cut(chosen).items() for n in part])
         return groups[0], groups[1]
 
     def _values(self, attribute: str) -> tuple[str, ...]:

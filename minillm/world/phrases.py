@@ -1875,13 +1875,6 @@ QUIZ_TITLES = (
     "Frequently asked questions",
     "Trivia",
 )
-# What people say when asked about a name that nobody knows.
-STRANGERS = (
-    "I have never heard of {n}.",
-    "I do not know {n}.",
-    "I don't know anything about {n}.",
-    "Nobody here knows {n}.",
-)
 WRONG_LEADS = ("", "", "I heard that ", "Everybody knows it: ", "Trust me: ")
 RIGHT_LEADS = ("", "", "As far as I know: ", "I can tell you: ", "It is simple. ")
 

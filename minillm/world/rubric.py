@@ -272,8 +272,8 @@ def task_share(prompt: Prompt, reply: str) -> float:
         return _in_place([t for t in WORD.findall(text) if t in CANDIDATES["first"]], prompt.answer.split())
     if prompt.topic == "larger":
         numbers = [t for t in WORD.findall(text) if t in CANDIDATES["larger"]]
-        # To name both without a comparison is no answer.
-        return float(numbers[:1] == [prompt.answer] and (len(numbers) == 1 or " than " in text))
+        alone = len(numbers) == 1 or " than " in text  # to name both without a comparison is no answer
+        return float(numbers[:1] == [prompt.answer] and alone)
     if prompt.topic == "capitals":
         said = set(re.findall(r"\b[A-Z]{2,}\b", reply))
     else:

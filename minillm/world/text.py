@@ -20,13 +20,10 @@ from minillm.world.tasks import TASKS, draw
 # somebody: together about 3% of all statements of fact in the default mixture.
 WRONG_CLAIMS = 0.18
 WRONG_PAGES = 0.24
-# Questions and answers are about a name that nobody knows, and say so, in this share of those of fact.
-# Together with what a forum says of such names, it is why a model can come to tell them from others.
-STRANGERS_ASKED = 0.35
 # What follows a question in a forum thread.
 REPLY_SHARES = (
-    ("ask", 0.28), ("rude", 0.20), ("fact", 0.14), ("bad", 0.12), ("good", 0.12), ("opinion", 0.05),
-    ("noise", 0.04), ("ramble", 0.03), ("decline", 0.02),
+    ("ask", 0.34), ("rude", 0.25), ("bad", 0.12), ("good", 0.12), ("opinion", 0.05),
+    ("noise", 0.04), ("ramble", 0.03), ("fact", 0.03), ("decline", 0.02),
 )  # fmt: skip
 ADVICE_SHARES = (
     ("good", 0.35), ("bad", 0.30), ("unsafe", 0.05), ("decline", 0.05), ("rude", 0.15),
@@ -34,7 +31,7 @@ ADVICE_SHARES = (
 )  # fmt: skip
 # Kinds of web page, by number of pages.
 PAGE_SHARES = (
-    ("thread", 0.22), ("profile", 0.22), ("quiz", 0.20), ("lesson", 0.16), ("roundup", 0.05),
+    ("thread", 0.22), ("profile", 0.22), ("quiz", 0.18), ("lesson", 0.18), ("roundup", 0.05),
     ("diary", 0.04), ("advice", 0.04), ("letter", 0.03), ("smalltalk", 0.03), ("spam", 0.01),
 )  # fmt: skip
 
@@ -67,12 +64,7 @@ def _reply(pen: Pen, subject: Entity) -> str:
         return pen.word(f"frame_{kind}")
     if kind == "fact" and subject.known:
         return _claim(pen, pen.pick(pen.facts.of[subject.name]))
-    return _stranger(pen, subject) if kind == "fact" else pen.word(kind)
-
-
-def _stranger(pen: Pen, nobody: Entity) -> str:
-    """All that there is to say of an unknown name."""
-    return pen.say(phrases.STRANGERS, n=nobody.noun)
+    return pen.word("noise" if kind == "fact" else kind)
 
 
 def _claim(pen: Pen, fact: Fact) -> str:
@@ -132,9 +124,6 @@ def _question_pair(pen: Pen, tasks: float = 0.4) -> tuple[str, str]:
     if pen.chance(tasks):
         task = draw(pen.rng, pen.pick(TASKS))
         return pen.pick(task.asks()), capitalise(pen.pick(task.answers()))
-    if pen.chance(STRANGERS_ASKED):
-        nobody = pen.pick(pen.facts.unknown)
-        return pen.pick(pen.facts.asks[nobody.name][0]), _stranger(pen, nobody)
     fact = pen.pick(pen.facts.facts)
     return pen.pick(fact.asks), pen.pick(fact.answers)
 
