@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="where all runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, SECOND, "best of n"])
+    parser.add_argument("--variants", nargs="*", default=[*VARIANTS, SECOND, "best of n"])
     parser.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

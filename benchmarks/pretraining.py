@@ -27,7 +27,7 @@ SHORT = (
     "--optimizer adamw --matrix-rate 0.006 --embedding-rate 0.03 --warmup 3 --decay 0.8 "
     "--val-every 1000 --save-every 1000"
 ).split()
-LONG = "--vocab-size 1024 --steps 550 --optimizer adamw --val-every 1000".split()
+LONG = "--vocab-size 1024 --batch-tokens 2048 --steps 550 --optimizer adamw --val-every 1000".split()
 NANOGPT = [
     "train.py",
     "config/train_shakespeare_char.py",
