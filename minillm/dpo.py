@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
-from minillm.rollout import before_tokens, on_grid, response_mask, response_tokens, taken_logprobs
+from minillm.rollout import before_tokens, on_grid, response_mask, response_places, taken_logprobs
 
 
 def implicit_rewards(
@@ -33,8 +33,9 @@ def response_logprobs(
 ) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
     mask = response_mask(batch.starts, batch.lengths)
-    hidden = before_tokens(forward(batch.tokens), batch.starts, mask)
-    taken = response_tokens(batch.tokens, batch.starts, mask)
+    rows = torch.arange(len(mask), device=mask.device) * batch.tokens.shape[1]
+    places = response_places(rows + batch.starts, mask)
+    hidden, taken = before_tokens(forward(batch.tokens), places), batch.tokens.flatten()[places]
     return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
 
 

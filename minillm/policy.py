@@ -275,7 +275,7 @@ class Update:
 
     def _policy_loss(self, experience: Experience) -> Float[Tensor, ""]:
         rollout, options, T = experience.rollout, self.options, self.observers.sampling.temperature
-        hidden = before_tokens(self.policy(rollout.tokens), rollout.prompt_lengths, rollout.mask)
+        hidden = before_tokens(self.policy(rollout.tokens, rollout.start), rollout.places)
         logprobs, _ = taken_logprobs(hidden, self.networks.policy, rollout.taken, T, rollout.allowed)
         old = rollout.logprobs[rollout.mask]
         self._record(logprobs.detach(), old, experience.advantages)
@@ -292,13 +292,13 @@ class Update:
             return estimate(logprobs, rollout.ref_logprobs[rollout.mask])
         ref, T = self.observers.ref, self.observers.sampling.temperature
         with torch.no_grad():
-            ref_hidden = before_tokens(ref(rollout.tokens), rollout.prompt_lengths, rollout.mask)
+            ref_hidden = before_tokens(ref(rollout.tokens, rollout.start), rollout.places)
         return linear_kl(hidden / T, self.networks.policy.lm_head.weight, ref_hidden / T, ref.lm_head.weight)
 
     def _value_loss(self, experience: Experience) -> Float[Tensor, ""]:
         assert self.critic is not None
         rollout = experience.rollout
-        values = before_tokens(self.critic(rollout.tokens), rollout.prompt_lengths, rollout.mask)
+        values = before_tokens(self.critic(rollout.tokens, rollout.start), rollout.places)
         old = rollout.values[rollout.mask]
         return value_losses(values, old, experience.returns, self.options.value_clip).sum()
 

@@ -9,7 +9,7 @@ so does the hidden state from which its log-probability comes. Prompt tokens hav
 hold responses only, and no prompt token can get an advantage, a loss or a gradient. What a policy learns
 from a rollout is policy.py's; here nothing moves.
 
-A step's responses are dealt once to minibatches and, by length, to the forward passes of each. Sampling's
+A step's responses are dealt once to minibatches, and packed once into the rows of forward passes. Sampling's
 own log-probabilities are only compared: the old log-probabilities are computed in the very forward passes
 that the update will repeat, so that its first ratios are exactly 1, in any precision.
 """
@@ -18,17 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits, generate
 from minillm.model import LanguageModel, ScalarModel
+from minillm.packing import pack
 from minillm.preferences import Message
 from minillm.responses import Question, seed_of
-from minillm.reward import grouped, pad, score_rows
+from minillm.reward import score_rows
 from minillm.runtime import Runtime
 from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
@@ -75,20 +77,16 @@ def response_mask(prompt_lengths: Int64[Tensor, " B"], lengths: Int64[Tensor, " 
     return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
 
 
+def response_places(begins: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Int64[Tensor, " N"]:
+    """Where the tokens of the responses stand, if response b begins at begins[b]; all rows end to end."""
+    return (begins[:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
+
+
 def before_tokens(
-    per_position: Float[Tensor, "B T *X"], prompt_lengths: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]
+    per_position: Float[Tensor, "P T *X"], places: Int64[Tensor, " N"]
 ) -> Float[Tensor, "N *X"]:
-    """What stands at the position before each response token: its hidden state, or its value."""
-    row, step = mask.nonzero(as_tuple=True)
-    return per_position[row, prompt_lengths[row] + step - 1]
-
-
-def response_tokens(
-    tokens: Int64[Tensor, "B T"], prompt_lengths: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]
-) -> Int64[Tensor, " N"]:
-    """The tokens of the responses, end to end."""
-    row, step = mask.nonzero(as_tuple=True)
-    return tokens[row, prompt_lengths[row] + step]
+    """What stands at the position before each of these places: its hidden state, or its value."""
+    return per_position.flatten(0, 1)[places - 1]
 
 
 def on_grid(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
@@ -169,13 +167,16 @@ def sample_responses(
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses of alike lengths, frozen: one forward pass of each network."""
+    """Some responses, frozen: one forward pass of each network."""
 
     numbers: list[int]
     """Which responses of the step these are."""
-    tokens: Int64[Tensor, "B T"]
-    """Prompt and response, right-padded."""
-    prompt_lengths: Int64[Tensor, " B"]
+    tokens: Int64[Tensor, "P T"]
+    """Prompts and responses, side by side in P rows."""
+    start: Int32[Tensor, "P T"]
+    """Where the prompt begins that a position belongs to: none attends to what lies before it."""
+    places: Int64[Tensor, " N"]
+    """Where the tokens of the responses stand in `tokens`, its rows end to end."""
     mask: Bool[Tensor, "B R"]
     logprobs: Float[Tensor, "B R"]
     """Of the policy that sampled, under the distribution sampled from."""
@@ -193,7 +194,26 @@ class Rollout:
 
     @property
     def taken(self) -> Int64[Tensor, " N"]:
-        return response_tokens(self.tokens, self.prompt_lengths, self.mask)
+        return self.tokens.flatten()[self.places]
+
+
+def lay_out(
+    responses: Responses, rows: Sequence[Sequence[int]]
+) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
+    """These responses behind their prompts, row by row side by side: `Rollout.tokens` and `Rollout.start`,
+    and where each response begins, all rows end to end. A row's padding is documents of one position."""
+    width = max(sum(len(responses.rows[i]) for i in row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
+    begins = []
+    for r, row in enumerate(rows):
+        t = 0
+        for i in row:
+            end = t + len(responses.rows[i])
+            tokens[r, t:end], start[r, t:end] = torch.tensor(responses.rows[i]), t
+            begins.append(r * width + t + responses.prompt_lengths[i])
+            t = end
+    return tokens, start, torch.tensor(begins)
 
 
 @torch.no_grad()
@@ -203,25 +223,28 @@ def observe(
     critic: ScalarModel | None,
     responses: Responses,
     scores: Sequence[float],
-    numbers: Sequence[int],
+    rows: Sequence[Sequence[int]],
     sampling: SamplingOptions,
 ) -> Rollout:
-    """The responses of these numbers as a rollout: one forward pass of each network."""
+    """The responses of these numbers as a rollout, those of a row side by side: one pass of each network."""
     device, T = policy.lm_head.weight.device, sampling.temperature
-    tokens, lengths = (t.to(device) for t in pad([responses.rows[i] for i in numbers]))
-    prompt_lengths = torch.tensor([responses.prompt_lengths[i] for i in numbers], device=device)
-    mask = response_mask(prompt_lengths, lengths)
-    taken = response_tokens(tokens, prompt_lengths, mask)
-    hidden, ref_hidden = (before_tokens(m(tokens), prompt_lengths, mask) for m in (policy, ref))
+    numbers = [i for row in rows for i in row]
+    lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
+    mask = response_mask(torch.tensor([responses.prompt_lengths[i] for i in numbers]), lengths).to(device)
+    tokens, start, begins = (t.to(device) for t in lay_out(responses, rows))
+    places = response_places(begins, mask)
+    taken = tokens.flatten()[places]
+    hidden, ref_hidden = (before_tokens(m(tokens, start), places) for m in (policy, ref))
     allowed = allowed_tokens(hidden, policy, taken, sampling)
     logprobs, entropy = taken_logprobs(hidden, policy, taken, T, allowed)
     ref_logprobs, _ = taken_logprobs(ref_hidden, ref, taken, T, allowed)
     kl = linear_kl(hidden / T, policy.lm_head.weight, ref_hidden / T, ref.lm_head.weight)
-    values = before_tokens(critic(tokens), prompt_lengths, mask) if critic else torch.zeros_like(logprobs)
+    values = before_tokens(critic(tokens, start), places) if critic else torch.zeros_like(logprobs)
     return Rollout(
-        numbers=list(numbers),
+        numbers=numbers,
         tokens=tokens,
-        prompt_lengths=prompt_lengths,
+        start=start,
+        places=places,
         mask=mask,
         logprobs=on_grid(logprobs, mask),
         ref_logprobs=on_grid(ref_logprobs, mask),
@@ -233,11 +256,16 @@ def observe(
     )
 
 
-def forward_passes(numbers: Sequence[int], responses: Responses, micro_tokens: int) -> list[list[int]]:
-    """The numbers by the length of their rows, in groups of at most `micro_tokens` tokens when padded."""
-    lengths = [len(row) for row in responses.rows]
-    ordered = sorted(numbers, key=lambda i: lengths[i])
-    return grouped(ordered, lambda i: (lengths[i], 1), micro_tokens)
+def forward_passes(numbers: Sequence[int], responses: Responses, micro_tokens: int) -> list[list[list[int]]]:
+    """The rows of each forward pass: whole responses side by side, in rows as long as the longest response.
+
+    A pass has at most `micro_tokens` positions, or one row.
+    """
+    sizes = np.array([len(responses.rows[i]) for i in numbers])
+    width = int(sizes.max())
+    rows = [[numbers[i] for i in row] for row in pack(sizes, np.arange(len(sizes)), width)]
+    count = max(1, micro_tokens // width)
+    return [rows[first : first + count] for first in range(0, len(rows), count)]
 
 
 # ---- The networks that look on, and what they see

@@ -21,10 +21,11 @@ from minillm.rollout import (
     Rollout,
     before_tokens,
     forward_passes,
+    lay_out,
     observe,
     on_grid,
     response_mask,
-    response_tokens,
+    response_places,
     sample_responses,
     taken_logprobs,
 )
@@ -64,7 +65,12 @@ def sampled(sampling: SamplingOptions, seed: int = 0, prompts=PROMPTS) -> Respon
 
 def observed(responses: Responses, numbers: list[int], sampling: SamplingOptions = PLAIN) -> Rollout:
     scores = [0.5 * i for i in range(len(responses.rows))]
-    return observe(POLICY, REF, CRITIC, responses, scores, numbers, sampling)
+    return observe(POLICY, REF, CRITIC, responses, scores, rows_of(numbers), sampling)
+
+
+def rows_of(numbers: list[int], each: int = 2) -> list[list[int]]:
+    """So many responses side by side in a row."""
+    return [numbers[first : first + each] for first in range(0, len(numbers), each)]
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
@@ -82,18 +88,22 @@ def test_the_ratio_is_exactly_one_before_the_first_update(kind):
     """The update's forward pass is the rollout's, gradients or not: the same sums in the same order."""
     sampling = KINDS_OF_SAMPLING[kind]
     rollout = observed(sampled(sampling), [3, 1, 4], sampling)
-    hidden = before_tokens(POLICY(rollout.tokens), rollout.prompt_lengths, rollout.mask)
+    hidden = before_tokens(POLICY(rollout.tokens, rollout.start), rollout.places)
     logprobs, _ = taken_logprobs(hidden, POLICY, rollout.taken, sampling.temperature, rollout.allowed)
     assert logprobs.requires_grad
     assert (logprobs - rollout.logprobs[rollout.mask]).exp().eq(1).all()
 
 
-@given(st.permutations(range(len(PROMPTS))), st.integers(1, len(PROMPTS)), st.integers(0, 3))
+@given(
+    st.permutations(range(len(PROMPTS))), st.integers(1, len(PROMPTS)), st.integers(1, 5), st.integers(0, 3)
+)
 @LAW
-def test_order_company_and_padding_change_nothing(order, count, seed):
+def test_order_company_padding_and_packing_change_nothing(order, count, each, seed):
     responses = sampled(PLAIN, seed)
-    whole = observed(responses, list(range(len(PROMPTS))))
-    part = observed(responses, order[:count])
+    alone, scores = [[i] for i in range(len(PROMPTS))], [0.5 * i for i in range(len(PROMPTS))]
+    whole = observe(POLICY, REF, CRITIC, responses, scores, alone, PLAIN)
+    part = observe(POLICY, REF, CRITIC, responses, scores, rows_of(order[:count], each), PLAIN)
+    assert part.numbers == order[:count]
     for place, number in enumerate(order[:count]):
         mask = part.mask[place]
         assert mask.sum() == whole.mask[number].sum()
@@ -106,7 +116,7 @@ def test_order_company_and_padding_change_nothing(order, count, seed):
 def test_kl_to_the_reference_is_zero_at_the_start_and_never_negative_elsewhere():
     responses = sampled(PLAIN)
     numbers = list(range(len(PROMPTS)))
-    start = observe(POLICY, POLICY, None, responses, [0.0] * 5, numbers, PLAIN)
+    start = observe(POLICY, POLICY, None, responses, [0.0] * 5, rows_of(numbers), PLAIN)
     assert start.kl.abs().max() < 1e-6
     torch.testing.assert_close(start.logprobs, start.ref_logprobs, rtol=0, atol=0)
     assert observed(responses, numbers).kl[start.mask].min() > 0
@@ -115,7 +125,7 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_never_negative_elsewhere()
 def test_kl_and_entropy_are_those_of_the_distributions_sampled_from():
     sampling = replace(PLAIN, temperature=0.6)
     rollout = observed(sampled(sampling), [2], sampling)
-    rows = torch.arange(int(rollout.prompt_lengths[0]) - 1, rollout.tokens.shape[1] - 1)
+    rows = rollout.places - 1
     p, q = (m.logits(m(rollout.tokens))[0, rows].div(0.6).log_softmax(1) for m in (POLICY, REF))
     torch.testing.assert_close(rollout.kl[0], (p.exp() * (p - q)).sum(1), **ROUNDED)
     torch.testing.assert_close(rollout.entropy[0], -(p.exp() * p).sum(1), **ROUNDED)
@@ -124,30 +134,30 @@ def test_kl_and_entropy_are_those_of_the_distributions_sampled_from():
 
 def test_the_critic_speaks_of_the_state_before_each_token_and_equals_its_model_everywhere():
     rollout = observed(sampled(PLAIN), [0, 2])
-    everywhere = CRITIC(rollout.tokens)
-    for row, start, mask, values in zip(
-        everywhere, rollout.prompt_lengths, rollout.mask, rollout.values, strict=True
-    ):
-        states = torch.arange(int(mask.sum())) + start - 1
-        torch.testing.assert_close(values[mask], row[states], rtol=0, atol=0)
-        assert values[~mask].eq(0).all()
+    everywhere = CRITIC(rollout.tokens, rollout.start).flatten()
+    torch.testing.assert_close(rollout.values[rollout.mask], everywhere[rollout.places - 1], rtol=0, atol=0)
+    assert rollout.values[~rollout.mask].eq(0).all()
 
 
 def test_without_a_critic_every_value_is_zero():
-    assert observe(POLICY, REF, None, sampled(PLAIN), [0.0] * 5, [0, 1], PLAIN).values.eq(0).all()
+    assert observe(POLICY, REF, None, sampled(PLAIN), [0.0] * 5, [[0], [1]], PLAIN).values.eq(0).all()
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5))
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5), st.integers(1, 5))
 @LAW
-def test_response_tokens_are_those_behind_the_prompt_and_states_those_one_before(sizes):
-    prompts = torch.tensor([prompt for prompt, _ in sizes])
-    lengths = torch.tensor([prompt + response for prompt, response in sizes])
-    tokens = torch.arange(len(sizes) * 12).view(len(sizes), 12)
-    mask = response_mask(prompts, lengths)
-    expected = [int(tokens[b, t]) for b in range(len(sizes)) for t in range(prompts[b], lengths[b])]
-    assert response_tokens(tokens, prompts, mask).tolist() == expected
-    assert before_tokens(tokens.float(), prompts, mask).tolist() == [token - 1 for token in expected]
-    grid = on_grid(response_tokens(tokens, prompts, mask).float(), mask)
+def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, each):
+    """Response b's tokens are 100 b, 100 b + 1, ..., its prompt's among them."""
+    rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
+    responses = Responses(rows, [prompt for prompt, _ in sizes], [], [])
+    tokens, start, begins = lay_out(responses, rows_of(list(range(len(sizes))), each))
+    mask = response_mask(torch.tensor(responses.prompt_lengths), torch.tensor([len(row) for row in rows]))
+    places = response_places(begins, mask)
+    expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
+    assert tokens.flatten()[places].tolist() == expected
+    assert before_tokens(tokens.float(), places).tolist() == [token - 1 for token in expected]
+    first_seen = tokens.gather(1, start.long()).flatten()[places]
+    assert first_seen.tolist() == [token // 100 * 100 for token in expected]
+    grid = on_grid(tokens.flatten()[places].float(), mask)
     assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
 
 
@@ -155,12 +165,11 @@ def test_no_prompt_token_gets_a_gradient_from_the_loss_of_a_response():
     """The embedding of a token that stands only behind a response's last state has none; of a prompt's logits
     none is asked for."""
     rollout = observed(sampled(PLAIN), [2])
-    hidden = POLICY(rollout.tokens).detach().requires_grad_()
-    before = before_tokens(hidden, rollout.prompt_lengths, rollout.mask)
+    hidden = POLICY(rollout.tokens, rollout.start).detach().requires_grad_()
+    before = before_tokens(hidden, rollout.places)
     taken_logprobs(before, POLICY, rollout.taken, 1.0, None)[0].sum().backward()
     touched = hidden.grad[0].ne(0).any(dim=1)
-    start, length = int(rollout.prompt_lengths[0]), int(rollout.mask.sum())
-    assert touched.nonzero()[:, 0].tolist() == list(range(start - 1, start - 1 + length))
+    assert touched.nonzero()[:, 0].tolist() == (rollout.places - 1).tolist()
 
 
 def test_top_k_leaves_k_tokens_to_choose_from_and_the_one_taken_is_among_them():
@@ -179,9 +188,10 @@ def test_top_k_leaves_k_tokens_to_choose_from_and_the_one_taken_is_among_them():
 def test_every_response_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
     responses = Responses([[0] * length for length in lengths], [1] * len(lengths), [], [])
     passes = forward_passes(range(len(lengths)), responses, micro_tokens)
-    assert sorted(number for some in passes for number in some) == list(range(len(lengths)))
-    for some in passes:
-        assert max(lengths[number] for number in some) * len(some) <= micro_tokens
+    assert sorted(number for rows in passes for row in rows for number in row) == list(range(len(lengths)))
+    for rows in passes:
+        width = max(sum(lengths[number] for number in row) for row in rows)
+        assert width <= max(lengths) and width * len(rows) <= micro_tokens
 
 
 def test_a_response_is_its_text_without_prompt_and_end_token():
