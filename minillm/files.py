@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read with errors in one line.
+"""Files written whole or not at all; text and JSON read with errors in one line.
 
 A file is written beside its place, synced and renamed over the old one, so that a reader, or a machine
 that stops in between, finds the old file or the new one and never half of either.
@@ -46,12 +46,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises InputError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the folder") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason}); was it copied whole?") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the folder") from error
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error}); was it copied whole?") from error
     if not isinstance(content, dict):

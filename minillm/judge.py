@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from minillm.errors import InputError
+from minillm.files import read_text
 from minillm.model import LanguageModel
 from minillm.preferences import Message, ResponseSet, ranking_by
 from minillm.template import chat_format
@@ -32,10 +33,7 @@ ROWS = 64  # questions put to the judge together
 
 def read_principles(path: Path) -> str:
     """The text of a file. Raises InputError where there is none."""
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); check --principles") from error
+    text = read_text(path).strip()
     if not text:
         raise InputError(f"{path}: holds no principles; write what makes a response better")
     return text

@@ -31,7 +31,7 @@ import numpy as np
 import regex
 
 from minillm.errors import InputError
-from minillm.files import read_json, write_json, write_text
+from minillm.files import read_json, read_text, write_json, write_text
 from minillm.vocabulary import (
     GPT2_PATTERN,
     GPT4_PATTERN,
@@ -321,7 +321,7 @@ class Tokenizer:
     def _role(self, role: str) -> int | None:
         name = self.config.get(role)
         name = name.get("content") if isinstance(name, dict) else name
-        if name is not None and name not in self._added:
+        if name is not None and not (isinstance(name, str) and name in self._added):
             raise InputError(f"{role} {name!r} is not among the special tokens of the vocabulary")
         return None if name is None else self._added[name]
 
@@ -410,5 +410,5 @@ def _read_config(file: Path) -> dict:
     """tokenizer_config.json; a chat template in a file of its own, as newer tools write, wins."""
     config, template = read_json(file), file.with_name("chat_template.jinja")
     if template.exists():
-        config["chat_template"] = template.read_text(encoding="utf-8")
+        config["chat_template"] = read_text(template)
     return config
