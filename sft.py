@@ -206,10 +206,9 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
-    val = metrics.latest["val"]
     metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val["loss"],
-        val_perplexity=val["perplexity"], sources=sources,
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
+        val_loss=metrics.figure("val", "loss"), val_perplexity=metrics.figure("val", "perplexity"),
         figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
     )  # fmt: skip
     plot_loss(run.folder, "loss", "nats per target")

@@ -287,7 +287,7 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     sources = mixture.report()
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens,
-        val_nats_per_byte=metrics.latest["val"]["nats_per_byte"], sources=sources,
+        val_nats_per_byte=metrics.figure("val", "nats_per_byte"), sources=sources,
     )  # fmt: skip
     plot_loss(run.folder, "nats_per_byte", "nats per byte")
     for source in sources:

@@ -82,6 +82,13 @@ class Metrics:
         """The latest record of a kind."""
         return self.latest.get(event)
 
+    def figure(self, event: str, name: str) -> float:
+        """A figure of the latest record of a kind. InputError where a damaged file has none."""
+        found = self.latest.get(event, {}).get(name)
+        if found is None:
+            raise InputError(f"{self.path}: no {event} with its {name}; restore it or --overwrite")
+        return found
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.writes:
@@ -93,19 +100,33 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a last line torn by a crash is left out."""
+    """The events of a run, oldest first; a last line torn by a crash is left out.
+
+    Raises InputError for a file that cannot be read or holds anything but events.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it or --overwrite") from error
     return [_event(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl; in those of training and validation every figure is a number."""
     with contextlib.suppress(ValueError, RecursionError):
         match json.loads(line):
+            case {"event": "train" | "val", "step": int(), **figures} as event:
+                if all(map(_is_number, (event["step"], *figures.values()))):
+                    return event
             case {"event": str(), "step": int()} as event:
                 return event
     raise InputError(f"{path}: line {number} is no event; restore the file or --overwrite")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be plotted."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def plot_loss(folder: Path, key: str, unit: str) -> None:
@@ -116,7 +137,7 @@ def plot_loss(folder: Path, key: str, unit: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for event, style in (("train", "-"), ("val", "o-")):
-        points = [(e["step"], e[key]) for e in events if e["event"] == event]
+        points = [(e["step"], e[key]) for e in events if e["event"] == event and key in e]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=event, markersize=3)
     axes.set(xlabel="step", ylabel=unit, title=f"loss of {folder.name}")
@@ -148,7 +169,11 @@ def plot_policy(folder: Path) -> None:
             axes.legend(fontsize=8)
     axes = figure.add_subplot(2, 2, 4)
     for key in ("score", "rubric"):
-        points = [(e["kl"] ** 0.5, e[key]) for e in events if e["event"] == "val" and key in e]
+        points = [
+            (max(0, e["kl"]) ** 0.5, e[key])
+            for e in events
+            if e["event"] == "val" and {"kl", key} <= e.keys()
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", label=f"{key}, held out", markersize=3)
     axes.set(xlabel="√KL to the reference, nats a response")

@@ -40,7 +40,7 @@ def refusal(action, *arguments) -> str:
 
 NUMBERS = st.floats(allow_nan=False) | st.integers() | st.text(max_size=5) | st.none() | st.booleans()
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["val", "note"]), st.integers(0, 9), st.dictionaries(st.just("x"), NUMBERS)),
+    st.tuples(st.sampled_from(["final", "note"]), st.integers(0, 9), st.dictionaries(st.just("x"), NUMBERS)),
     max_size=12,
 )
 
