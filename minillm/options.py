@@ -269,7 +269,7 @@ def _stored_arguments(kind: type[Any], path: Path) -> list[str]:
     arguments = []
     for field in fields(kind):
         value, flag = stored.get(field.name, field.default), field.name.replace("_", "-")
-        if value == field.default or field.name in ("resume", "overwrite"):
+        if value == field.default or field.name in ("resume", "overwrite", "out"):
             continue
         if field.type is bool:
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
