@@ -23,7 +23,7 @@ from typing import Any
 
 from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
-from minillm.metrics import Metrics, open_tracker
+from minillm.metrics import Metrics, open_tracker, read_metrics
 from minillm.options import TrainingOptions, options_json
 from minillm.runtime import Runtime, StopRequest
 
@@ -44,6 +44,8 @@ class Run:
         self.folder, self.began = options.folder, time.perf_counter()
         check_run_folder(self.folder, options.resume, options.overwrite)
         self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
+        if options.resume and not self.resuming:
+            self._check_unfinished()
 
     @contextlib.contextmanager
     def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
@@ -51,6 +53,7 @@ class Run:
         starts anew, and `save_model` writes what others open."""
         if self.resuming:
             state.restore(self.folder)
+            self._check_metrics(state.step)
         elif self.runtime.is_main:
             start_run_folder(self.folder, options_json(self.options), self.stage)
         self.state, self.steps, self.save_model, self.earlier = state, steps, save_model, state.seconds
@@ -63,6 +66,22 @@ class Run:
         ):
             self.step_began = time.perf_counter()
             yield
+
+    def _check_unfinished(self) -> None:
+        """Without a restart point a run begins anew, which would destroy one that has come to its end."""
+        if any(event["event"] == "final" for event in read_metrics(self.folder)):
+            raise InputError(
+                f"{self.folder}: is finished, and has no {RESUME_FILE} any more; leave it as it is, or "
+                "--overwrite to begin anew"
+            )
+
+    def _check_metrics(self, step: int) -> None:
+        """What was logged is on the disk before its restart point: a crash cannot have lost it."""
+        if step and all(event["step"] != step for event in read_metrics(self.folder)):
+            raise InputError(
+                f"{self.folder / 'metrics.jsonl'}: holds no step {step}, where the run goes on; restore it "
+                "or --overwrite"
+            )
 
     def already_finished(self) -> bool:
         """Whether this run had come to its end before; says so."""

@@ -67,7 +67,7 @@ def test_any_figure_that_is_no_number_ends_the_run_by_name(value, place):
     figures = {"loss": 1.0, "gradient_norm": 2.0, "kl": 3.0}
     name = list(figures)[place]
     run = Run.__new__(Run)
-    run.folder, run.state = "out/x", fresh_state()
+    run.folder, run.state, run.rate_options = "out/x", fresh_state(), "--rate"
     run.check_finite(**figures)
     with pytest.raises(InputError, match=f"{name.replace('_', ' ')} {value}.*at step 0.*is kept"):
         run.check_finite(**{**figures, name: value})
