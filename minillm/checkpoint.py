@@ -49,6 +49,9 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         visible = [entry for entry in folder.iterdir() if entry.name[0] != "."] if nearest == folder else []
     except OSError as error:
         raise InputError(f"{folder}: cannot be used ({error.strerror}); give another --out") from error
+    for name in RUN_FILES:
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name}: is a folder where a run has a file; move it away")
     if resume or not visible:
         return
     if not (folder / "run.json").exists():
