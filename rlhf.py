@@ -321,7 +321,9 @@ def open_rankings(options: Options) -> RankingFile:
         os.replace(path, f"{path}.old")
         print(f"{path}: begins anew; what it held is kept in {path.name}.old")
     elif record.exists():
-        earlier = read_json(record).get("options", {})
+        earlier = read_json(record).get("options")
+        if not isinstance(earlier, dict):
+            raise InputError(f"{record}: holds no options; restore it, or --overwrite")
         for name in DECISIVE[options.annotator]:
             if earlier.get(name) != (value := getattr(options, name)):
                 raise InputError(
@@ -761,7 +763,7 @@ def finish_policy(run: Run, options: Options) -> None:
     """The plots and the last line of metrics.jsonl."""
     state = run.state
     vals = [event for event in read_metrics(run.folder) if event["event"] == "val"]
-    best = min(vals, key=lambda event: event["loss"])
+    best = min(vals, key=lambda event: event.get("loss", math.inf))
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
     run.metrics.say(f"{run.folder}: the policy of step {best['step']} is kept, the best on held-out prompts")
