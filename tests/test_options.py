@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import rlhf
 import sft
 import train
-from minillm import chat, compare
+from minillm import chat
+from minillm.compare import __main__ as compare
 from minillm.errors import InputError
 from minillm.options import FREE_TO_CHANGE, options_json, parse_options
 
@@ -264,4 +265,6 @@ def test_help_names_every_option_with_its_meaning(script, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     named = {field.name for field in fields(script.Options)} - {"run", "runs"}  # these have no flag
-    assert [name for name in named if f"--{name.replace('_', '-')}" not in printed] == []
+    flags = {name: name.replace("_", "-") for name in named}
+    missing = [n for n, flag in flags.items() if f"--{flag}" not in printed and f"--no-{flag}" not in printed]
+    assert missing == []
