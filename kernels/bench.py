@@ -17,7 +17,6 @@ their speed: what is timed then are the PyTorch versions, beside plain PyTorch.
 Left out: clocks and power (lock them for steady figures), several GPUs.
 """
 
-import argparse
 import json
 import os
 import time
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from kernels import peers, reference
 from kernels.attention import attention
+from kernels.commandline import Parser
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.logprob import kl, linear_kl, linear_token_logprobs, token_logprobs
 
@@ -497,13 +497,20 @@ def where(device: str) -> dict:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--json", type=Path, help="write the figures with their provenance here")
     parser.add_argument("--only", default="", metavar="NAME", help="contests with this in their names (all)")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each contestant (7)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.runs < 1:
+        parser.error(f"--runs {options.runs}: give at least 1")
+    names = list(contests(device, options.quick))
+    if not any(options.only in name for name in names):
+        parser.error(f"--only {options.only!r}: in no contest's name; these are {', '.join(names)}")
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        parser.error(f"--json {options.json}: is a folder, or in none; give a file in a folder that exists")
     if device == "cpu":  # Triton reads it when the first kernel is imported, which validation does
         os.environ["TRITON_INTERPRET"] = "1"
     record = run(device, options.only, options.quick, options.runs)

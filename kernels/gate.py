@@ -23,12 +23,11 @@ Sources: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (s
 "PTX ISA", sections "mma", "wgmma.mma_async" and "tcgen05.mma" (tile sizes).
 """
 
-import argparse
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.attention import attention
+from kernels.commandline import Parser
 from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.logprob import kl, linear_kl, linear_token_logprobs, token_logprobs
 
@@ -298,14 +298,14 @@ def page(text: str, found: list[Build]) -> str:
     return f"{before}{MARKERS[0]}\nTriton {triton.__version__}\n\n{table(found)}{MARKERS[1]}{after}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
     choice.add_argument("--all", action="store_true", help="every dtype at every width, not some")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
-        sys.exit("error: TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+        parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     found = build_all(EVERYTHING if options.all else SOME)
     print(f"Triton {triton.__version__}\n\n{table(found)}", end="")
     if options.write:

@@ -173,7 +173,7 @@ def test_the_gate_refuses_to_run_where_nothing_would_be_compiled():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kernels.gate"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: TRITON_INTERPRET is set")
+    assert done.returncode == 2 and done.stderr.startswith("error: TRITON_INTERPRET is set")
 
 
 def _flush_left(code: str) -> str:
