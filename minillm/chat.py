@@ -75,6 +75,8 @@ class Options:
             raise InputError("--prompt: is empty; give a text")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: give 0 or more")
+        longest = 1 if self.max_new_tokens is None else self.max_new_tokens
+        SamplingOptions(longest, self.temperature, self.top_k, self.top_p)  # refuses before a model is loaded
 
 
 # --- the conversation -----------------------------------------------------------------------------
