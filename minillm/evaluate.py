@@ -11,18 +11,17 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
 minillm/compare.py asks through this several models at once, and sft.py the one before and the one after.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from minillm.generate import SamplingOptions, generate
+from minillm.generate import SamplingOptions
 from minillm.model import LanguageModel
-from minillm.responses import Respondent
+from minillm.responses import Respondent, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt, Score
 
-ROWS = 256  # prompts sampled together
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
 
 
@@ -73,16 +72,18 @@ def sample_replies(
     temperature: float = 0.0,
     max_new_tokens: int = 64,
     seed: int = 0,
-) -> Iterator[Reply]:
+) -> list[Reply]:
     """A reply to each conversation, the i-th drawn with `seed` + i."""
     respondent = Respondent("", model, tokenizer)
     options = SamplingOptions(max_new_tokens, temperature, stop_ids=respondent.form.stop_ids)
     prompts = [respondent.prompt(messages) for messages in conversations]
-    for first in range(0, len(prompts), ROWS):
-        part = prompts[first : first + ROWS]
-        samples = generate(model, part, options, range(seed + first, seed + first + len(part)))
-        for tokens, ended in zip(samples.responses(), samples.stopped.tolist(), strict=True):
-            yield Reply(tokenizer.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
+    said = sample_responses(model, prompts, options, range(seed, seed + len(prompts)))
+    return [
+        Reply(text, ended, tuple(row[start:]))
+        for text, ended, row, start in zip(
+            said.texts(tokenizer.decode), said.ended, said.rows, said.prompt_lengths, strict=True
+        )
+    ]
 
 
 def world_prompts(world: World, split: str, prompts_per_kind: int) -> list[Prompt]:

@@ -13,7 +13,7 @@ Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.2 and 3
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -66,6 +66,41 @@ Slot = tuple[int, int]
 """Prompt i, response k."""
 
 
+@dataclass(frozen=True)
+class Responses:
+    """Some responses as they were sampled, in one order throughout."""
+
+    rows: list[list[int]]
+    """Prompt and response, the end token included."""
+    prompt_lengths: list[int]
+    ended: list[bool]
+    """Whether the response ended by itself."""
+    logprobs: list[list[float]]
+    """Of its tokens, as the sampler found them."""
+
+    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
+        """What was said, without the end token."""
+        rows = zip(self.rows, self.prompt_lengths, self.ended, strict=True)
+        return [decode(row[start : len(row) - ended]) for row, start, ended in rows]
+
+
+def sample_responses(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, seeds: Sequence[int]
+) -> Responses:
+    """One response to each prompt, the i-th with seeds[i], ROWS of them at a time."""
+    responses = Responses([], [], [], [])
+    for first in range(0, len(prompts), ROWS):
+        part = slice(first, first + ROWS)
+        samples = generate(model, prompts[part], sampling, seeds[part])
+        lengths, starts = samples.lengths.tolist(), samples.prompt_lengths.tolist()
+        responses.rows.extend(row[:end] for row, end in zip(samples.tokens.tolist(), lengths, strict=True))
+        responses.prompt_lengths.extend(starts)
+        responses.ended.extend(samples.stopped.tolist())
+        found = zip(samples.logprobs.tolist(), lengths, starts, strict=True)
+        responses.logprobs.extend(row[: end - start] for row, end, start in found)
+    return responses
+
+
 class Respondent:
     """A model under the name it is recorded by, with the form in which it is asked."""
 
@@ -85,12 +120,12 @@ class Respondent:
 
     def replies(
         self, prompts: Sequence[Sequence[Message]], sampling: SamplingOptions, seeds: Sequence[int]
-    ) -> Iterator[tuple[str, bool]]:
+    ) -> list[tuple[str, bool]]:
         """The text of a reply to each, and whether it ended by itself."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
-        samples = generate(self.model, [self.prompt(messages) for messages in prompts], sampling, seeds)
-        for tokens, ended in zip(samples.responses(), samples.stopped.tolist(), strict=True):
-            yield self.tokenizer.decode(tokens[:-1] if ended else tokens), ended
+        asked = [self.prompt(messages) for messages in prompts]
+        responses = sample_responses(self.model, asked, sampling, seeds)
+        return list(zip(responses.texts(self.tokenizer.decode), responses.ended, strict=True))
 
 
 class ResponseSampler:

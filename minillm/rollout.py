@@ -25,19 +25,15 @@ from torch import Tensor
 
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
-from minillm.generate import SamplingOptions, filter_logits, generate
+from minillm.generate import SamplingOptions, filter_logits
 from minillm.model import LanguageModel, ScalarModel
 from minillm.packing import pack
 from minillm.preferences import Message
-from minillm.responses import Question, seed_of
+from minillm.responses import Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
 from minillm.runtime import Runtime
 from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
-
-ROWS = 256
-"""Responses sampled together."""
-
 
 # ---- Prompts
 
@@ -128,41 +124,6 @@ def taken_logprobs(
 
 
 # ---- Responses -> rollouts
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Some responses as they were sampled, in one order throughout."""
-
-    rows: list[list[int]]
-    """Prompt and response, the end token included."""
-    prompt_lengths: list[int]
-    ended: list[bool]
-    """Whether the response ended by itself."""
-    logprobs: list[list[float]]
-    """Of its tokens, as the sampler found them."""
-
-    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
-        """What was said, without the end token."""
-        rows = zip(self.rows, self.prompt_lengths, self.ended, strict=True)
-        return [decode(row[start : len(row) - ended]) for row, start, ended in rows]
-
-
-def sample_responses(
-    policy: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, seeds: Sequence[int]
-) -> Responses:
-    """One response to each prompt, the i-th with seeds[i]."""
-    responses = Responses([], [], [], [])
-    for first in range(0, len(prompts), ROWS):
-        part = slice(first, first + ROWS)
-        samples = generate(policy, prompts[part], sampling, seeds[part])
-        lengths, starts = samples.lengths.tolist(), samples.prompt_lengths.tolist()
-        responses.rows.extend(row[:end] for row, end in zip(samples.tokens.tolist(), lengths, strict=True))
-        responses.prompt_lengths.extend(starts)
-        responses.ended.extend(samples.stopped.tolist())
-        found = zip(samples.logprobs.tolist(), lengths, starts, strict=True)
-        responses.logprobs.extend(row[: end - start] for row, end, start in found)
-    return responses
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from minillm.model import (
     initialize,
     scalar_from_language_model,
 )
+from minillm.responses import Responses, sample_responses
 from minillm.rollout import (
-    Responses,
     Rollout,
     before_tokens,
     forward_passes,
@@ -26,7 +26,6 @@ from minillm.rollout import (
     on_grid,
     response_mask,
     response_places,
-    sample_responses,
     taken_logprobs,
 )
 
