@@ -1,4 +1,4 @@
-"""Reinforcement learning from human feedback: an assistant → responses → rankings → a reward model.
+"""Reinforcement learning from human feedback: an assistant → responses → rankings → reward model → policy.
 
     python rlhf.py --stage sample                          4 responses to each of 4,800 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
@@ -7,15 +7,17 @@
     python rlhf.py --stage rank --annotator file --data hh.jsonl.gz    other people did
     python rlhf.py --stage agreement                       how far they agree
     python rlhf.py --stage reward                          a model that scores as they would, and its report
+    python rlhf.py --stage policy                          PPO; --algorithm grpo, dpo or best-of-n instead
 
-    out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──reward──► out/rlhf/reward
+    out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──reward──► reward/ ──policy──► ppo/
 
 Each stage reads what the one before it wrote into --out, and has a section of its own below. `--resume`
-goes on with sample or reward after Ctrl-C, a crash or a kill; rank goes on by itself where it stopped, and
-several annotators may add to one file, one after another. Under torchrun, reward trains in several
-processes.
+goes on with sample, reward or policy after Ctrl-C, a crash or a kill; rank goes on by itself where it
+stopped, and several annotators may add to one file, one after another. Under torchrun, reward and policy
+train in several processes.
 
-Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5.
+Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5; for the policy see
+minillm/ppo.py, grpo.py and dpo.py.
 """
 
 import json
@@ -25,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
@@ -33,6 +36,7 @@ from statistics import fmean
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minillm.agreement import agreement_report, agreement_table
@@ -77,6 +81,7 @@ from minillm.report import judge, report_card, report_text, unknown_worth, write
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedRanking,
+    Scores,
     center,
     encode_rankings,
     encode_response,
@@ -243,9 +248,7 @@ def lines_done(path: Path, questions: Sequence[Question]) -> int:
 def questions_of(options: Options) -> list[Question]:
     """The little world's prompts for rankings, or those of the conversations given."""
     if not options.data:
-        world = World(options.seed)
-        prompts = world.prompts("reward", n=options.prompts)
-        return [Question(prompt.messages, prompt.kind, world.seed) for prompt in prompts]
+        return world_questions(options.seed, "reward", options.prompts)
     questions = []
     for source in open_conversations(options.data, options.errors):
         if source.weight != 1:
@@ -258,6 +261,11 @@ def questions_of(options: Options) -> list[Question]:
     if len(questions) > options.prompts:
         print(f"the first {options.prompts:,} of {len(questions):,} prompts are used; see --prompts")
     return questions[: options.prompts]
+
+
+def world_questions(seed: int, split: str, count: int) -> list[Question]:
+    """Prompts of the little world of a seed."""
+    return [Question(p.messages, p.kind, seed) for p in World(seed).prompts(split, n=count)]
 
 
 def with_room(
@@ -425,16 +433,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = stream.next(options.batch_rankings)
-            loss = ranking_backward(
-                forward, training_scores_of(forward), batch, options.micro_tokens, runtime
-            )
-            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
-            run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
-            state.optimizers.step(rate)
-
-            tokens = sum(len(row) for one in batch for row in one.rows)
-            run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+            learn_rankings(run, forward, training_scores_of(forward), batch, options)
             if run.due(options.val_every or tenth) or state.step == steps:
                 val = held_out_rankings(
                     scores_of(model), held_out[: options.val_rankings], options.micro_tokens, runtime
@@ -445,6 +444,24 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
         run.end()
         if runtime.is_main:
             finish_reward_model(run, model, template, training, held_out, options)
+
+
+def learn_rankings(
+    run: Run,
+    forward: Callable[..., Tensor],
+    scores: Scores,
+    batch: Sequence[EncodedRanking],
+    options: Options,
+) -> None:
+    """One update on some rankings: of a reward model, or by DPO of a policy whose rewards are the scores."""
+    state = run.state
+    loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
+    gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+    run.check_finite(loss=loss, gradient_norm=gradient_norm)
+    rate = rate_multiplier(state.step, run.steps, options.warmup, options.decay)
+    state.optimizers.step(rate)
+    tokens = sum(len(row) for one in batch for row in one.rows)
+    run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
 
 
 def encoded_rankings(
@@ -470,14 +487,18 @@ def encoded_rankings(
 
 def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokenizer]:
     """The run's own model, or a new head on the assistant's trunk."""
-    device, dtype = run.runtime.device, run.runtime.dtype
     if run.resuming:
-        return load_scalar_model(run.folder, device, dtype)
-    model, tokenizer = load_model(Path(options.init), device, dtype)
+        return load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
+    model, tokenizer = load_assistant(options, run.runtime)
+    return scalar_from_language_model(model, torch.Generator().manual_seed(options.seed)), tokenizer
+
+
+def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
+    """The model of --init, with a chat template. InputError where it sees both sides of a token."""
+    model, tokenizer = load_model(Path(options.init), runtime.device, runtime.dtype)
     if not model.config.causal:
         raise InputError(f"--init {options.init}: sees both sides of a token; give a causal model")
-    generator = torch.Generator().manual_seed(options.seed)
-    return scalar_from_language_model(model, generator), with_chat_template(tokenizer)
+    return model, with_chat_template(tokenizer)
 
 
 def steps_of(training: Sequence[EncodedRanking], options: Options, runtime: Runtime) -> int:
@@ -598,14 +619,7 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = stream.next(options.batch_rankings)
-            loss = ranking_backward(forward, rewards, batch, options.micro_tokens, runtime)
-            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
-            run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, steps, options.warmup, options.decay)
-            state.optimizers.step(rate)
-
-            tokens = sum(len(row) for one in batch for row in one.rows)
-            run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+            learn_rankings(run, forward, rewards, batch, options)
             if run.due(options.val_every or tenth) or state.step == steps:
                 val = held_out_rankings(
                     held_out_rewards, held_out[: options.val_rankings], options.micro_tokens, runtime
@@ -655,10 +669,7 @@ def policy_prompts(
     if options.data:
         questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
     else:
-        world = World(options.seed)
-        held_out = [
-            Question(p.messages, p.kind, world.seed) for p in world.prompts("dev", n=options.val_prompts)
-        ]
+        held_out = world_questions(options.seed, "dev", options.val_prompts)
     longest = policy.config.max_position_embeddings - options.max_new_tokens
     sides = []
     for side in (questions, held_out[: options.val_prompts]):
@@ -677,7 +688,6 @@ def policy_prompts(
 def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observers]:
     """The assistant to move and its critic; the assistant as it was, the reward model and the rubric."""
     policy, tokenizer = load_assistant(options, runtime)
-    ref, _ = load_assistant(options, runtime)
     reward_folder = Path(options.reward or Path(options.out) / "reward")
     needed = options.algorithm != "dpo" or options.reward
     reward = (
@@ -685,24 +695,18 @@ def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observer
     )
     critic = average = None
     if options.algorithm == "ppo":
-        critic = load_reward_model(reward_folder, tokenizer, runtime)
+        critic = deepcopy(reward)
         if options.critic == "policy":
             generator = torch.Generator().manual_seed(options.seed)
-            critic = scalar_from_language_model(load_assistant(options, runtime)[0], generator)
+            critic = scalar_from_language_model(deepcopy(policy), generator)
     if options.average:
-        average = load_assistant(options, runtime)[0]
+        average = deepcopy(policy)
     worth = None if options.data else World(options.seed).utility
     observers = Observers(
-        ref, reward, tokenizer, options.sampling, options.unended_score, worth, options.micro_tokens
-    )
+        deepcopy(policy), reward, tokenizer, options.sampling, options.unended_score, worth,
+        options.micro_tokens,
+    )  # fmt: skip
     return Networks(policy, critic, average), observers
-
-
-def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
-    model, tokenizer = load_model(Path(options.init), runtime.device, runtime.dtype)
-    if not model.config.causal:
-        raise InputError(f"--init {options.init}: sees both sides of a token; give a causal model")
-    return model, with_chat_template(tokenizer)
 
 
 def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> ScalarModel:
