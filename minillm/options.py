@@ -119,7 +119,7 @@ class PolicyOptions(TrainingOptions):
     algorithm: Literal["ppo", "grpo", "dpo", "best-of-n"] = "ppo"
     """How the policy learns. best-of-n learns nothing: of `group` responses the best-scored is given."""
     reward: str | None = None
-    """the reward model's folder. Default the one in --out."""
+    """The reward model's folder. Default the one in --out."""
     iterations: int = 60
     """ppo, grpo: rollouts, each with its updates."""
     batch_responses: int = 64
@@ -133,9 +133,9 @@ class PolicyOptions(TrainingOptions):
     stop_kl: float = 0.05
     """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
     policy_rate: float = 5e-4
-    """learning rate of the policy's matrices, by AdamW; the critic's are the same."""
+    """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
     beta: float = 0.1
-    """price of a nat of KL to the reference; for dpo the same β, which sets how far it may go."""
+    """Price of a nat of KL to the reference; for dpo the same β, which sets how far it may go."""
     target_kl: float | None = None
     """ppo, grpo: nats a response that β is moved to meet. Default none: β stays."""
     max_kl: float = 200.0
@@ -175,7 +175,7 @@ class PolicyOptions(TrainingOptions):
     average: float = 0.0
     """ppo, grpo: share of the moving average kept in an iteration; 0 for no average."""
     val_prompts: int = 256
-    """held-out prompts of one validation, at most."""
+    """Held-out prompts of one validation, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,7 @@ stands in rlhf.py.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def roll_out(
         observers.rollouts(networks.policy, networks.critic, responses, scores, range(first, first + size))
         for first in range(0, len(asked), size)
     ]
-    flat = [rollout for minibatch in minibatches for rollout in minibatch]
+    flat = list(chain(*minibatches))
     return minibatches, observers.figures([prompts[i] for i, _ in asked], responses, flat, runtime)
 
 
@@ -159,7 +160,7 @@ def ppo_experience(
     minibatches: Minibatches, options: PolicyOptions, progress: Progress, runtime: Runtime
 ) -> tuple[list[list[Experience]], dict[str, float]]:
     """Advantages by GAE from penalised rewards, whitened; and how well the critic foresaw the returns."""
-    flat = [rollout for minibatch in minibatches for rollout in minibatch]
+    flat = list(chain(*minibatches))
     progress.scores += all_moments([rollout.scores for rollout in flat], runtime)
     unit = progress.scores.deviation or 1.0 if options.scale_scores else 1.0
 
@@ -169,7 +170,7 @@ def ppo_experience(
         return gae(rewards, rollout.values, rollout.mask, options.gamma, options.lam)[rollout.mask]
 
     advantages = [[advantages_of(rollout) for rollout in minibatch] for minibatch in minibatches]
-    of_all = all_moments([a for some in advantages for a in some], runtime)
+    of_all = all_moments(list(chain(*advantages)), runtime)
     experience = [
         [
             Experience(r, whiten(a, of_all) if options.whiten else a, a + r.values[r.mask])
@@ -177,7 +178,7 @@ def ppo_experience(
         ]
         for minibatch, some in zip(minibatches, advantages, strict=True)
     ]
-    returns = all_moments([e.returns for some in experience for e in some], runtime)
+    returns = all_moments([e.returns for e in chain(*experience)], runtime)
     return experience, {"explained_variance": explained_variance(of_all, returns)}
 
 
@@ -185,7 +186,7 @@ def grpo_experience(
     minibatches: Minibatches, options: PolicyOptions, progress: Progress, runtime: Runtime
 ) -> tuple[list[list[Experience]], dict[str, float]]:
     """Advantages by comparing each response with the others to its prompt."""
-    flat = [rollout for minibatch in minibatches for rollout in minibatch]
+    flat = list(chain(*minibatches))
     scores = torch.cat([rollout.scores for rollout in flat])
     numbers = torch.tensor([number for rollout in flat for number in rollout.numbers], device=scores.device)
     relative = group_advantages(scores[numbers.argsort()], options.samples)
@@ -241,10 +242,8 @@ class Update:
         options, runtime, optimizers = self.options, self.runtime, self.run.state.optimizers
         count = sum(len(experience.advantages) for experience in minibatch)
         tokens = round(runtime.total(torch.tensor(float(count), device=runtime.device)).item())
-        parts, weights = (
-            {},
-            {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.value_weight},
-        )
+        weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.value_weight}
+        parts: dict[str, float] = {}
         if self.policy_learns:
             parts["policy_loss"] = accumulate(self.policy, self._policy_loss, minibatch, tokens, runtime)
             if self.progress.text:

@@ -37,7 +37,6 @@ Engstrom et al. 2020, "Implementation matters in deep policy gradients" (arXiv 2
 2024, "WARP" (arXiv 2406.16768).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +61,6 @@ def k3(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."]) -> Fl
     "Approximating KL divergence")."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
-
-
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
 # ---- Scores -> rewards -> advantages
