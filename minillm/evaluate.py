@@ -11,7 +11,7 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
 minillm/compare.py asks through this several models at once, and sft.py the one before and the one after.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -72,18 +72,15 @@ def sample_replies(
     temperature: float = 0.0,
     max_new_tokens: int = 64,
     seed: int = 0,
-) -> list[Reply]:
+) -> Iterator[Reply]:
     """A reply to each conversation, the i-th drawn with `seed` + i."""
     respondent = Respondent("", model, tokenizer)
     options = SamplingOptions(max_new_tokens, temperature, stop_ids=respondent.form.stop_ids)
     prompts = [respondent.prompt(messages) for messages in conversations]
     said = sample_responses(model, prompts, options, range(seed, seed + len(prompts)))
-    return [
-        Reply(text, ended, tuple(row[start:]))
-        for text, ended, row, start in zip(
-            said.texts(tokenizer.decode), said.ended, said.rows, said.prompt_lengths, strict=True
-        )
-    ]
+    texts = said.texts(tokenizer.decode)
+    for text, ended, row, start in zip(texts, said.ended, said.rows, said.prompt_lengths, strict=True):
+        yield Reply(text, ended, tuple(row[start:]))
 
 
 def world_prompts(world: World, split: str, prompts_per_kind: int) -> list[Prompt]:

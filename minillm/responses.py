@@ -120,12 +120,12 @@ class Respondent:
 
     def replies(
         self, prompts: Sequence[Sequence[Message]], sampling: SamplingOptions, seeds: Sequence[int]
-    ) -> list[tuple[str, bool]]:
+    ) -> Iterator[tuple[str, bool]]:
         """The text of a reply to each, and whether it ended by itself."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
         responses = sample_responses(self.model, asked, sampling, seeds)
-        return list(zip(responses.texts(self.tokenizer.decode), responses.ended, strict=True))
+        yield from zip(responses.texts(self.tokenizer.decode), responses.ended, strict=True)
 
 
 class ResponseSampler:

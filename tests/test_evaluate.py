@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minillm import evaluate
+from minillm import responses
 from minillm.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -59,7 +59,7 @@ def test_a_wrong_answer_is_in_form_and_not_right():
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
     asked = [[{"role": "user", "content": f"Who is {i}?"}] for i in range(5)]
     together = list(sample_replies(*base, asked, 1.0, 12, seed=7))
-    monkeypatch.setattr(evaluate, "ROWS", 2)
+    monkeypatch.setattr(responses, "ROWS", 2)
     assert list(sample_replies(*base, asked, 1.0, 12, seed=7)) == together
     assert list(sample_replies(*base, asked[3:], 1.0, 12, seed=10)) == together[3:]
 
