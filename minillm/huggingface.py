@@ -142,6 +142,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
             )
         if not tensor.is_floating_point():
             raise InputError(f"{origin}: weight {name} is of {tensor.dtype}, which is no weight's")
+        if not tensor.isfinite().all():
+            raise InputError(f"{origin}: weight {name} holds values that are not finite; restore the file")
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
