@@ -564,6 +564,7 @@ def train_policy(options: Options, runtime: Runtime) -> None:
     tenth = max(1, options.iterations // 10)
 
     with run.training(state, options.iterations, lambda: None):
+        check_best(run, progress)
         if run.already_finished():
             return
         if state.step == 0:
@@ -615,6 +616,7 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
     tenth = max(1, steps // 10)
 
     with run.training(state, steps, lambda: None):
+        check_best(run, progress)
         if run.already_finished():
             return
         while run.goes_on():
@@ -640,7 +642,6 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     check_run_folder(options.folder, options.resume, options.overwrite)
     networks, observers = start_policy(options, runtime)
     _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
-    start_run_folder(options.folder, options_json(options), "policy")
     n, began = options.samples, time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
@@ -652,6 +653,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
          "score": scores[j]}
         for j in best
     ]  # fmt: skip
+    start_run_folder(options.folder, options_json(options), "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
     figures["seconds"] = time.perf_counter() - began
@@ -761,6 +763,12 @@ def validate(
     figures |= {"loss": loss, "best": progress.best, **found}
     shown = ", ".join(f"{name} {found[name]:.2f}" for name in ("score", "rubric", "kl") if name in found)
     run.log("val", f"val {shown}", **figures)
+
+
+def check_best(run: Run, progress: Progress) -> None:
+    """InputError where the best policy so far, which the rest of the run may not write anew, is damaged."""
+    if run.resuming and progress.best is not None:
+        load_model(run.folder, run.runtime.device, run.runtime.dtype)
 
 
 def finish_policy(run: Run, options: Options) -> None:
