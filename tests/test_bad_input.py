@@ -241,7 +241,7 @@ def check_written(after: dict[str, bytes], before: dict[str, bytes]) -> None:
         if before.get(name) == content:
             continue
         if name.endswith(".json"):
-            json.loads(content)
+            json.loads(content, parse_constant=pytest.fail)
         elif name.endswith(".jsonl"):
             assert all(isinstance(json.loads(line), dict) for line in content.splitlines() if line.strip())
         elif name.endswith("model.safetensors"):
@@ -327,6 +327,17 @@ def state(*path: str | int, value: Any = MISSING) -> Callable[[bytes], bytes]:
         size = struct.unpack("<Q", raw[:8])[0]
         numbers = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["state"])
         return header("__metadata__", "state", value=json.dumps(edited(numbers, path, value)))(raw)
+
+    return change
+
+
+def weight(name: str, value: float) -> Callable[[bytes], bytes]:
+    """Sets every number of a tensor."""
+
+    def change(raw: bytes) -> bytes:
+        start = 8 + struct.unpack("<Q", raw[:8])[0]
+        begin, end = json.loads(raw[8:start])[name]["data_offsets"]
+        return raw[: start + begin] + struct.pack("<f", value) * ((end - begin) // 4) + raw[start + end :]
 
     return change
 
@@ -441,6 +452,11 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("grpo", "rlhf/reward/tokenizer.json", GONE, "tokenizer.json"),
     ("dpo", "rlhf/rankings.jsonl", b"\n\n", "no ranking"),
     ("best-of-n", "sft/tokenizer_config.json", field("eos_token", value=5), "eos_token"),
+    ("best-of-n", "sft/model.safetensors", weight("lm_head.weight", NAN), "not finite"),
+    ("best-of-n", "sft/model.safetensors", weight("lm_head.weight", 3e38), "finite"),
+    ("best-of-n", "rlhf/reward/model.safetensors", weight("score.weight", math.inf), "not finite"),
+    ("ppo --resume", "rlhf/ppo/model.safetensors", b"", "not a readable safetensors file"),
+    ("dpo --resume", "rlhf/dpo/model.safetensors", GONE, "missing"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "scores", value={"a": 1}), "not a restart point"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "text", value=None), "not a restart point"),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(2, "score", value={"a": 1}), "line 3"),
@@ -528,9 +544,8 @@ def fuzzed_tensors(raw: bytes, rng: random.Random) -> bytes:
     if numbers and rng.random() < 0.6:
         head["__metadata__"]["state"] = fuzzed(numbers.encode(), rng).decode()
     elif rng.random() < 0.5:
-        begin, end = rng.choice([head[name]["data_offsets"] for name in head if name != "__metadata__"])
-        fill = struct.pack("<f", rng.choice((NAN, math.inf, 1e30, 0.0, -1.0)))
-        return raw[: 8 + size] + body[:begin] + fill * ((end - begin) // 4) + body[end:]
+        name = rng.choice([name for name in head if name != "__metadata__"])
+        return weight(name, rng.choice((NAN, math.inf, 3e38, 1e30, 0.0, -1.0)))(raw)
     else:
         head = json.loads(fuzzed(json.dumps(head).encode(), rng))
     new = json.dumps(head).encode()
