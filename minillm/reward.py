@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import comb
+from math import comb, isfinite
 from typing import Any
 
 import torch
@@ -145,7 +145,10 @@ def mean_values(
 
 @torch.no_grad()
 def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
-    """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`."""
+    """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`.
+
+    InputError where a score is not finite.
+    """
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for batch in grouped(order, lambda i: (len(rows[i]), 1), batch_tokens):
@@ -153,6 +156,10 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
         found = last_values(model(tokens.to(device)), lengths.to(device))
         for i, score in zip(batch, found.tolist(), strict=True):
             scores[i] = score
+    if not all(map(isfinite, scores)):
+        raise InputError(
+            "the reward model gives scores that are not finite; restore its folder or train it anew"
+        )
     return scores
 
 
