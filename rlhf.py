@@ -754,8 +754,10 @@ def validate(
     """
     found = held_out_figures(observers, networks.kept, prompts, options.seed, run.runtime)
     if progress.unit is None:
-        progress.unit = found["score_deviation"] or 1.0
-    loss = figures.pop("loss", options.beta * found["kl"] - found["score"] / progress.unit)
+        progress.unit = found.get("score_deviation") or 1.0
+    loss = figures.pop("loss", None)
+    if loss is None:
+        loss = options.beta * found["kl"] - found["score"] / progress.unit
     if progress.best is None or -loss > progress.best:
         progress.best = -loss
         if run.runtime.is_main:

@@ -238,7 +238,7 @@ class Observers:
 
     ref: LanguageModel
     reward: ScalarModel | None
-    """None where there is none (DPO needs none): every score is 0 then."""
+    """None where there is none (DPO needs none): every score is 0 then, and no figure tells it."""
     tokenizer: Tokenizer
     sampling: SamplingOptions
     unended_score: float | None
@@ -309,6 +309,8 @@ class Observers:
         means = {name: total / count for name, total in zip(sums, found, strict=True)}
         means["entropy"] /= means["length"]  # a token's
         means["score_deviation"] = max(0.0, means.pop("score_square") - means["score"] ** 2) ** 0.5
+        if self.reward is None:
+            del means["score"], means["score_deviation"]
         return means
 
 

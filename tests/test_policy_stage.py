@@ -152,6 +152,13 @@ def test_the_policy_comes_to_score_higher_than_it_did(places, tmp_path, algorith
     assert last["kl"] > 0.1
 
 
+def test_dpo_without_a_reward_model_tells_no_score(places, tmp_path):
+    unscored = {name: value for name, value in places.items() if name != "--reward"}
+    rlhf.main(arguments(unscored, tmp_path, algorithm="dpo"))
+    vals = [event for event in metrics_of(tmp_path / "dpo") if event["event"] == "val"]
+    assert vals and all("kl" in val and not {"score", "score_deviation"} & val.keys() for val in vals)
+
+
 def test_a_huge_penalty_keeps_the_policy_at_the_reference(places, tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
     options = "--iterations 8 --batch-responses 32 --policy-rate 1e-3".split()
