@@ -1,6 +1,9 @@
 """From the command line to the options: each flag in its place, one line for each mistake, and --resume."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -256,6 +259,15 @@ def test_a_run_file_of_another_script_or_damaged_is_refused(tmp_path, content):
 
 
 # ---- The scripts
+
+
+def test_help_whose_reader_leaves_ends_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "rlhf.py", "--help"]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert ended.stderr == b"" and ended.returncode == 141
 
 
 @pytest.mark.parametrize("script", [train, sft, rlhf, chat, compare], ids=lambda script: script.__name__)
