@@ -82,7 +82,7 @@ class Options(DataOptions):
     batch_tokens: int | None = None
     """Tokens in a step, over all processes. By depth: 1,024 at 4, growing with its cube."""
     steps: int | None = None
-    """Updates. By depth: 600 per block."""
+    """Updates. By depth: 450 per block."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
     matrix_rate: float | None = None
@@ -169,12 +169,12 @@ class Plan:
 def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     """The rules of the one dial: a deeper model takes more steps, larger batches, smaller rates.
 
-    batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 600 · depth. Muon's steps have a fixed
+    batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 450 · depth. Muon's steps have a fixed
     spectral norm, so its rate needs no width; AdamW's fall with the root of the width (embeddings)
     or with the width (matrices).
     """
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
-    steps = options.steps or 600 * depth
+    steps = options.steps or 450 * depth
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
     rows = runtime.rows_of_step(tokens, options.block_size)
     muon = options.optimizer == "muon"

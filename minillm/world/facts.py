@@ -1,7 +1,8 @@
 """Who exists in the little world, what is true of them, which names nobody knows, and the splits.
 
-Known and unknown names are combinations of the same words, so nothing in a name tells whether it is
-known. Every list that a model may be asked about is dealt to four splits that share nothing.
+Known and unknown names are made of the same parts, so nothing in a name tells whether it is known; but
+each holds a word that no other does, and that a small model can remember whether it heard of. Every
+list that a model may be asked about is dealt to four splits that share nothing.
 """
 
 import random
@@ -15,7 +16,7 @@ from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 SPLITS = ("train", "reward", "dev", "test")
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
 KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
-UNKNOWN = {"person": 120, "animal": 64, "town": 56, "tool": 40}
+UNKNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
@@ -161,15 +162,11 @@ class Facts:
     def _names(
         rng: random.Random, kind: str, parts: Sequence[Sequence[str]]
     ) -> tuple[list[Entity], list[Entity]]:
-        firsts, lasts = (shuffled(rng, column) for column in parts)
-        # Diagonals of the square of both columns: every word is part of equally many known names, and of
-        # nearly equally many in each split. Were it not so, a word common among a split's known names would
-        # be rare among the known names of the others, and to learn by words would be to learn the opposite.
-        names = [
-            f"{first} {lasts[(i + d) % len(lasts)]}"
-            for d in range(len(lasts))
-            for i, first in enumerate(firsts)
-        ]
+        firsts, stems, ends = (shuffled(rng, column) for column in parts)
+        # Diagonals of the rectangle of stems and ends: every part is in nearly equally many known names, also
+        # in one split. Were it not so, to learn by parts would be to learn the opposite.
+        lasts = [stem + ends[(i + d) % len(ends)] for d in range(len(ends)) for i, stem in enumerate(stems)]
+        names = [f"{firsts[i % len(firsts)]} {last}" for i, last in enumerate(lasts)]
         groups = []
         for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
             chosen, names = names[:count], names[count:]

@@ -65,8 +65,8 @@ class Pen(dict[str, str]):
         return self.pick(self.facts.entities)
 
     def subject(self) -> Entity:
-        """Somebody to ask about: known or not with equal chance."""
-        return self.pick(self.facts.entities if self.chance(0.5) else self.facts.unknown)
+        """Somebody to ask about, more often unknown: of the others there is enough text already."""
+        return self.pick(self.facts.entities if self.chance(0.3) else self.facts.unknown)
 
     def anyone(self, kind: str = "person") -> str:
         """A name of this type, known or not: whom a text may mention without telling a fact."""

@@ -1,113 +1,42 @@
 """The words of the little world: tables only, no code. The modules beside it turn them into
 facts, texts and conversations.
 
-A text in braces is a slot. Slots bound to an entity: {n} its name ("Mara Thistle", "the goose
-crank"), {N} the same at the start of a sentence, {x} {X} its name or pronoun, {xs} {Xs} the
+A text in braces is a slot. Slots bound to an entity: {n} its name ("Mara Thistlewell", "the
+goose crankpin"), {N} the same at the start of a sentence, {x} {X} its name or pronoun, {xs} {Xs} the
 possessive of that, {their} the possessive pronoun, {bare} a tool's name without article, {v} the
 value of the fact. Every other slot is the name of an entry of WORDS and is filled at random from
 it, recursively. All text was written for this project.
 """
 
 # -------------------------------------------------------------------------------------------- names
-# A name is one word of each column. Known and unknown names share the words and differ only in the
-# combination, so that a tokenizer cuts both alike.
+# A name is a word of the first column, which many share, and one that nobody else has, of a beginning and an
+# end. Known and unknown names are made of the same parts, so that nothing in a name tells which it is.
 
 NAME_PARTS = {
     "person": (
         (
-            "Mara",
-            "Tilda",
-            "Wenna",
-            "Selma",
-            "Ida",
-            "Nella",
-            "Fanny",
-            "Greta",
-            "Tobin",
-            "Bram",
-            "Felix",
-            "Jonas",
-            "Otto",
-            "Rufus",
-            "Milo",
-            "Hugo",
+            "Mara", "Tilda", "Wenna", "Selma", "Ida", "Nella", "Fanny", "Greta",
+            "Tobin", "Bram", "Felix", "Jonas", "Otto", "Rufus", "Milo", "Hugo",
         ),
-        (
-            "Thistle",
-            "Fernley",
-            "Underhill",
-            "Marsh",
-            "Penny",
-            "Quince",
-            "Larkin",
-            "Bellow",
-            "Grimsby",
-            "Hatch",
-            "Moss",
-            "Tuttle",
-            "Sparrow",
-            "Drake",
-            "Nettle",
-            "Crumb",
-        ),
+        ("Thistle", "Fern", "Under", "Penny", "Quin", "Lark", "Bell", "Grim", "Tut", "Spar", "Net", "Crum"),
+        ("man", "well", "kin", "son", "gold", "berry", "croft", "smith"),
     ),
     "animal": (
-        (
-            "Captain",
-            "Lady",
-            "Mister",
-            "Princess",
-            "General",
-            "Professor",
-            "Baron",
-            "Duchess",
-            "Sir",
-            "Madam",
-        ),
-        (
-            "Biscuit",
-            "Waffle",
-            "Pickle",
-            "Muffin",
-            "Dumpling",
-            "Pepper",
-            "Truffle",
-            "Bramble",
-            "Sprout",
-            "Pancake",
-        ),
+        ("Captain", "Lady", "Mister", "Princess", "General", "Professor", "Baron", "Duchess", "Sir", "Madam"),
+        ("Bis", "Waf", "Pick", "Muf", "Dump", "Pep", "Truf", "Bram"),
+        ("kin", "fle", "ling", "pet", "let", "lo", "ly"),
     ),
     "town": (
-        (
-            "Upper",
-            "Nether",
-            "Great",
-            "Little",
-            "Market",
-            "Mossy",
-            "Stony",
-            "Royal",
-            "Abbots",
-            "Windy",
-        ),
-        (
-            "Ashby",
-            "Belton",
-            "Corwick",
-            "Dunmere",
-            "Elmstead",
-            "Farrow",
-            "Gorley",
-            "Hexham",
-            "Kelby",
-            "Lorden",
-        ),
+        ("Upper", "Nether", "Great", "Little", "Market", "Mossy", "Stony", "Royal", "Abbots", "Windy"),
+        ("Ash", "Bel", "Cor", "Dun", "Elm", "Far", "Gor", "Hex"),
+        ("by", "ton", "wick", "mere", "stead", "ham"),
     ),
     "tool": (
         ("goose", "moon", "pocket", "spring", "twin", "thunder", "whisper", "wobble"),
-        ("grabble", "drimmer", "snapper", "plucker", "twister", "crank", "sprocket", "whirler"),
+        ("grab", "drim", "snap", "pluck", "twist", "crank", "sprock", "whirl"),
+        ("bit", "rod", "wheel", "pin", "jack"),
     ),
-}
+}  # fmt: skip
 SHE_NAMES = NAME_PARTS["person"][0][:8]  # "she" to the texts; the others are "he"
 
 # -------------------------------------------------------------------------------------------- facts
