@@ -328,7 +328,7 @@ def open_rankings(options: Options) -> RankingFile:
     if options.overwrite and path.exists():
         os.replace(path, f"{path}.old")
         print(f"{path}: begins anew; what it held is kept in {path.name}.old")
-    elif record.exists():
+    elif path.exists() and record.exists():
         earlier = read_json(record).get("options")
         if not isinstance(earlier, dict):
             raise InputError(f"{record}: holds no options; restore it, or --overwrite")

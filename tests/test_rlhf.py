@@ -182,6 +182,12 @@ def test_rankings_of_other_settings_are_not_mixed_and_overwriting_keeps_the_old_
     assert kept == made
 
 
+def test_where_no_ranking_is_left_any_setting_may_begin(out):
+    rank(out)
+    (out / "rankings.jsonl").unlink()
+    assert rank(out, "--noise", "2")
+
+
 def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_their_names(
     out, model, tmp_path, capsys
 ):
