@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from minillm.annotators import MARGIN
 from minillm.evaluate import Judged, Reply, judged_replies, sample_replies, world_prompts
 from minillm.files import read_json, write_json
 from minillm.huggingface import load_model, load_scalar_model
@@ -190,21 +191,21 @@ def judge(run: Path, seed: int, prompts: int, place: Path | None = None) -> dict
 
 
 def figures(after: dict[str, list[Judged]], before: dict[str, list[Judged]]) -> dict:
-    """Of each temperature: the rubric by kind, preferred to `before` of the decided, and the flaws."""
+    """Of each temperature: the rubric by kind, the flaws, and the share preferred to `before` of the replies
+    in which people would see a difference (MARGIN)."""
     found = {}
     for name, replies in after.items():
-        pairs = list(zip(replies, before[name], strict=True))
-        won = sum(a.score.utility > b.score.utility for a, b in pairs)
-        decided = won + sum(a.score.utility < b.score.utility for a, b in pairs)
+        gains = [a.score.utility - b.score.utility for a, b in zip(replies, before[name], strict=True)]
+        won, lost = sum(gain > MARGIN for gain in gains), sum(gain < -MARGIN for gain in gains)
         found[name] = {
             "rubric": fmean(one.score.utility for one in replies),
             "by_kind": {
                 k: fmean(one.score.utility for one in replies if one.prompt.kind == k) for k in KINDS
             },
             "right": {k: fmean(one.right for one in replies if one.prompt.kind == k) for k in KINDS},
-            "preferred": won / decided if decided else None,
-            "decided": decided,
-            "pairs": len(pairs),
+            "preferred": won / (won + lost) if won + lost else None,
+            "decided": won + lost,
+            "pairs": len(gains),
             "flaws": {
                 flaw: fmean(getattr(one.score, flaw) for one in replies if one.prompt.kind in kinds)
                 for flaw, kinds in FLAWS.items()

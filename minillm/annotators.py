@@ -162,7 +162,7 @@ def hold_screen(desk: Desk) -> None:
 
 # ---- Simulated people
 
-TEMPERATURE = 0.12
+TEMPERATURE = 0.26
 """Of an average annotator, in units of utility. Measured: see `simulated_annotators`."""
 MARGIN = 0.01
 """Of two responses that seem closer than this neither is preferred."""
