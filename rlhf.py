@@ -120,7 +120,7 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 4800
+    prompts: int = 6400
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
