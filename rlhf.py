@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → reward model → policy.
 
-    python rlhf.py --stage sample                          4 responses to each of 4,800 prompts
+    python rlhf.py --stage sample                          4 responses to each of 6,400 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or

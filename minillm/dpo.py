@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillm.layout import before_tokens, on_grid, response_mask, response_places
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
-from minillm.rollout import before_tokens, on_grid, response_mask, response_places, taken_logprobs
+from minillm.rollout import taken_logprobs
 
 
 def implicit_rewards(
@@ -32,10 +33,9 @@ def response_logprobs(
     forward: Callable[..., Tensor], model: LanguageModel, batch: RankedBatch
 ) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
-    mask = response_mask(batch.starts, batch.lengths)
-    rows = torch.arange(len(mask), device=mask.device) * batch.tokens.shape[1]
-    places = response_places(rows + batch.starts, mask)
-    hidden, taken = before_tokens(forward(batch.tokens), places), batch.tokens.flatten()[places]
+    mask = response_mask(batch.begins, batch.ends)
+    places = response_places(batch.begins, mask)
+    hidden, taken = before_tokens(forward(batch.tokens, batch.start), places), batch.tokens.flatten()[places]
     return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
 
 

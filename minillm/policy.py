@@ -21,6 +21,7 @@ from kernels.logprob import linear_kl
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.grpo import group_advantages, grpo_losses
+from minillm.layout import before_tokens
 from minillm.loss import accumulate, backward
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import Optimizers, Rates, build_optimizers, clip_gradients, rate_multiplier
@@ -40,7 +41,7 @@ from minillm.ppo import (
     whiten,
 )
 from minillm.responses import seed_of
-from minillm.rollout import Observers, Prompt, Rollout, before_tokens, taken_logprobs
+from minillm.rollout import Observers, Prompt, Rollout, taken_logprobs
 from minillm.run import Run
 from minillm.runtime import Runtime
 

@@ -3,9 +3,8 @@
     Ranking ──► EncodedRanking ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
 
 A response's score is the scalar at its last token, the end token, in the row [messages + response + end].
-Rows are padded on the right, which a causal model never sees: no attention mask. A ranking of K responses
-is K rows and one element of a batch; its pairs share the K forward passes and together weigh as much as
-any other ranking's: each 1/C(K, 2).
+A ranking of K responses is one element of a batch; its pairs share the K forward passes, which lie side by
+side (layout.py), and together weigh as much as any other ranking's: each 1/C(K, 2).
 
 In training the mean of the values over a response learns the ranking as well: so the gradient reaches every
 token without a detour over the last, and a small model learns in fewer steps to hold an answer against its
@@ -22,25 +21,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from math import comb, isfinite
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
+from minillm.layout import forward_passes, lay_out, on_grid, response_mask, response_places, side_by_side
 from minillm.loss import accumulate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
 from minillm.runtime import Runtime
 from minillm.template import ChatTemplate
-
-GROWTH = 1.5
-"""How much longer the longest row of a micro-batch may be than its shortest ranking's: bounds the padding."""
-
 
 # ---- Rankings -> rows
 
@@ -55,8 +52,9 @@ class EncodedRanking:
     """The position at which the responses begin, behind the prompt that they share."""
 
     @property
-    def longest(self) -> int:
-        return max(map(len, self.rows))
+    def size(self) -> int:
+        """Tokens in all of its rows."""
+        return sum(map(len, self.rows))
 
 
 def encode_response(template: ChatTemplate, messages: Sequence[Any], response: str) -> list[int]:
@@ -120,41 +118,20 @@ def ranking_stream(encoded: Sequence[EncodedRanking], seed: int) -> Shuffled[Enc
 # ---- Rows -> scores
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, " B"]]:
-    """The rows as one tensor, padded on the right with token 0, and their lengths."""
-    lengths = [len(row) for row in rows]
-    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    for target, row in zip(tokens, rows, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    return tokens, torch.tensor(lengths)
-
-
-def last_values(values: Float[Tensor, "B T"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The value at the last real token of every row."""
-    return values.gather(1, lengths[:, None] - 1)[:, 0]
-
-
-def mean_values(
-    values: Float[Tensor, "B T"], starts: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"]
-) -> Float[Tensor, " B"]:
-    """The mean of the values at the tokens from start up to length of every row."""
-    place = torch.arange(values.shape[1], device=values.device)
-    own = (starts[:, None] <= place) & (place < lengths[:, None])
-    return (values * own).sum(1) / (lengths - starts)
-
-
 @torch.no_grad()
 def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
-    """The score of every row, in forward passes of rows of alike lengths, of at most `batch_tokens`.
+    """The score of every row, in forward passes of at most `batch_tokens` positions.
 
     InputError where a score is not finite.
     """
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for batch in grouped(order, lambda i: (len(rows[i]), 1), batch_tokens):
-        tokens, lengths = pad([rows[i] for i in batch])
-        found = last_values(model(tokens.to(device)), lengths.to(device))
-        for i, score in zip(batch, found.tolist(), strict=True):
+    for some in forward_passes(order, rows, batch_tokens):
+        tokens, start, begins = lay_out(rows, some)
+        numbers = list(chain(*some))
+        last = begins + torch.tensor([len(rows[i]) for i in numbers]) - 1
+        found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
+        for i, score in zip(numbers, found.tolist(), strict=True):
             scores[i] = score
     if not all(map(isfinite, scores)):
         raise InputError(
@@ -163,31 +140,14 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     return scores
 
 
-def grouped(
-    items: Sequence[Any], size: Callable[[Any], tuple[int, int]], most_tokens: int
-) -> list[list[Any]]:
-    """Items (length, rows), shortest first, in groups that when padded hold at most `most_tokens`, and of
-    which the longest is at most GROWTH times the shortest."""
-    groups: list[list[Any]] = []
-    rows, shortest = 0, 0
-    for item in items:
-        length, own = size(item)
-        if not groups or (rows + own) * length > most_tokens or length > GROWTH * shortest:
-            groups.append([])
-            rows, shortest = 0, length
-        groups[-1].append(item)
-        rows += own
-    return groups
-
-
 # ---- Scores -> loss
 
 
 def ranking_loss(
     scores: Float[Tensor, "*views B"],
-    better: Int64[Tensor, " P"],
-    worse: Int64[Tensor, " P"],
-    weight: Float[Tensor, " P"],
+    better: Int64[Tensor, " M"],
+    worse: Int64[Tensor, " M"],
+    weight: Float[Tensor, " M"],
 ) -> Float[Tensor, ""]:
     """Σ weight · -log σ(score of the better - score of the worse), over pairs of rows of a batch; the mean of
     that where each row has several scores.
@@ -200,15 +160,18 @@ def ranking_loss(
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """The responses of some rankings, and the pairs among them that are not tied."""
+    """The responses of some rankings behind their prompts, and the pairs among them that are not tied."""
 
-    tokens: Int64[Tensor, "B T"]
-    lengths: Int64[Tensor, " B"]
-    starts: Int64[Tensor, " B"]
-    """Where each response begins."""
-    better: Int64[Tensor, " P"]
-    worse: Int64[Tensor, " P"]
-    weight: Float[Tensor, " P"]
+    tokens: Int64[Tensor, "P T"]
+    start: Int32[Tensor, "P T"]
+    """Where the prompt begins that a position belongs to."""
+    begins: Int64[Tensor, " B"]
+    """The place of each response's first token: positions of all rows end to end."""
+    ends: Int64[Tensor, " B"]
+    """The place behind its last."""
+    better: Int64[Tensor, " M"]
+    worse: Int64[Tensor, " M"]
+    weight: Float[Tensor, " M"]
     """1/C(K, 2), K being the number of responses that were ranked together, tied ones included."""
 
     def to(self, device: torch.device | str) -> "RankedBatch":
@@ -217,31 +180,41 @@ class RankedBatch:
 
 
 def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
-    """Some rankings as one batch, the K rows of each side by side."""
-    rows: list[list[int]] = []
+    """Some rankings as one batch: response b is the b-th of all, whichever row holds it."""
+    sequences: list[list[int]] = []
     starts: list[int] = []
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     for one in encoded:
-        own = [(len(rows) + better, len(rows) + worse) for better, worse in telling_pairs(one.ranking)]
+        own = [
+            (len(sequences) + better, len(sequences) + worse) for better, worse in telling_pairs(one.ranking)
+        ]
         pairs += own
         weights += [1 / comb(len(one.rows), 2)] * len(own)
-        rows += one.rows
+        sequences += one.rows
         starts += [one.start] * len(one.rows)
+    rows = side_by_side(range(len(sequences)), sequences)
+    tokens, start, begins = lay_out(sequences, rows)
+    begins = begins[torch.tensor(list(chain(*rows))).argsort()]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
     better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
     return RankedBatch(
-        *pad(rows), torch.tensor(starts), better, worse, torch.tensor(weights, dtype=torch.float32)
-    )
+        tokens, start, begins + torch.tensor(starts), begins + lengths,
+        better, worse, torch.tensor(weights, dtype=torch.float32),
+    )  # fmt: skip
 
 
 def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[list[EncodedRanking]]:
-    """Rankings in groups of alike lengths, each of at most `micro_tokens` tokens when padded.
-
-    All responses of a ranking stay together. A step's rankings are drawn at random before this: only the
-    order in which their gradients are summed follows the length.
-    """
-    ordered = sorted(encoded, key=lambda one: one.longest)
-    return grouped(ordered, lambda one: (one.longest, len(one.rows)), micro_tokens)
+    """Rankings in groups of at most `micro_tokens` tokens, or of one: its responses stay together."""
+    groups: list[list[EncodedRanking]] = []
+    size = 0
+    for one in encoded:
+        if not groups or size + one.size > micro_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(one)
+        size += one.size
+    return groups
 
 
 Scores = Callable[[RankedBatch], Tensor]
@@ -250,16 +223,17 @@ Scores = Callable[[RankedBatch], Tensor]
 
 def scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
-    return lambda batch: last_values(forward(batch.tokens), batch.lengths)
+    return lambda batch: forward(batch.tokens, batch.start).flatten()[batch.ends - 1]
 
 
 def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's scores, and the means of its values over the responses: [2, B]."""
 
     def scores(batch: RankedBatch) -> Tensor:
-        values = forward(batch.tokens)
-        means = mean_values(values, batch.starts, batch.lengths)
-        return torch.stack((last_values(values, batch.lengths), means))
+        values = forward(batch.tokens, batch.start).flatten()
+        mask = response_mask(batch.begins, batch.ends)
+        sums = on_grid(values[response_places(batch.begins, mask)], mask).sum(1)
+        return torch.stack((values[batch.ends - 1], sums / mask.sum(1)))
 
     return scores
 
@@ -273,9 +247,9 @@ def ranking_backward(
 ) -> float:
     """Adds the gradient of a step's mean loss per ranking to the weights; returns that mean, in nats.
 
-    `scores` calls `forward`. Each process takes every world-th ranking, by length: the work is shared evenly.
+    `scores` calls `forward`. Each process takes every world-th ranking, by size: the work is shared evenly.
     """
-    own = sorted(step, key=lambda one: one.longest)[runtime.rank :: runtime.world]
+    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world]
 
     def summed(micro: Sequence[EncodedRanking]) -> Tensor:
         batch = collate(micro).to(runtime.device)

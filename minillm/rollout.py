@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
@@ -26,8 +25,8 @@ from torch import Tensor
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
+from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_mask, response_places
 from minillm.model import LanguageModel, ScalarModel
-from minillm.packing import pack
 from minillm.preferences import Message
 from minillm.responses import Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
@@ -62,34 +61,6 @@ def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
     """The prompts without end."""
     digest = blake2b(repr([prompt.tokens for prompt in prompts]).encode(), digest_size=16)
     return Shuffled(prompts, "prompts", seed, digest.hexdigest())
-
-
-# ---- Where responses lie
-
-
-def response_mask(prompt_lengths: Int64[Tensor, " B"], lengths: Int64[Tensor, " B"]) -> Bool[Tensor, "B R"]:
-    """True at [b, r] where response b has a token r; R is the longest response's length."""
-    sizes = lengths - prompt_lengths
-    return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
-
-
-def response_places(begins: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Int64[Tensor, " N"]:
-    """Where the tokens of the responses stand, if response b begins at begins[b]; all rows end to end."""
-    return (begins[:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
-
-
-def before_tokens(
-    per_position: Float[Tensor, "P T *X"], places: Int64[Tensor, " N"]
-) -> Float[Tensor, "N *X"]:
-    """What stands at the position before each of these places: its hidden state, or its value."""
-    return per_position.flatten(0, 1)[places - 1]
-
-
-def on_grid(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """Numbers of the tokens [N] on the grid, 0 where there is none."""
-    grid = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
-    grid[mask] = per_token
-    return grid
 
 
 # ---- The distribution that was sampled from
@@ -158,25 +129,6 @@ class Rollout:
         return self.tokens.flatten()[self.places]
 
 
-def lay_out(
-    responses: Responses, rows: Sequence[Sequence[int]]
-) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
-    """These responses behind their prompts, row by row side by side: `Rollout.tokens` and `Rollout.start`,
-    and where each response begins, all rows end to end. A row's padding is documents of one position."""
-    width = max(sum(len(responses.rows[i]) for i in row) for row in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
-    begins = []
-    for r, row in enumerate(rows):
-        t = 0
-        for i in row:
-            end = t + len(responses.rows[i])
-            tokens[r, t:end], start[r, t:end] = torch.tensor(responses.rows[i]), t
-            begins.append(r * width + t + responses.prompt_lengths[i])
-            t = end
-    return tokens, start, torch.tensor(begins)
-
-
 @torch.no_grad()
 def observe(
     policy: LanguageModel,
@@ -191,8 +143,10 @@ def observe(
     device, T = policy.lm_head.weight.device, sampling.temperature
     numbers = [i for row in rows for i in row]
     lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
-    mask = response_mask(torch.tensor([responses.prompt_lengths[i] for i in numbers]), lengths).to(device)
-    tokens, start, begins = (t.to(device) for t in lay_out(responses, rows))
+    prompt_lengths = torch.tensor([responses.prompt_lengths[i] for i in numbers])
+    mask = response_mask(prompt_lengths, lengths).to(device)
+    tokens, start, begins = lay_out(responses.rows, rows)
+    tokens, start, begins = (t.to(device) for t in (tokens, start, begins + prompt_lengths))
     places = response_places(begins, mask)
     taken = tokens.flatten()[places]
     hidden, ref_hidden = (before_tokens(m(tokens, start), places) for m in (policy, ref))
@@ -215,18 +169,6 @@ def observe(
         scores=torch.tensor([scores[i] for i in numbers], device=device),
         allowed=allowed,
     )
-
-
-def forward_passes(numbers: Sequence[int], responses: Responses, micro_tokens: int) -> list[list[list[int]]]:
-    """The rows of each forward pass: whole responses side by side, in rows as long as the longest response.
-
-    A pass has at most `micro_tokens` positions, or one row.
-    """
-    sizes = np.array([len(responses.rows[i]) for i in numbers])
-    width = int(sizes.max())
-    rows = [[numbers[i] for i in row] for row in pack(sizes, np.arange(len(sizes)), width)]
-    count = max(1, micro_tokens // width)
-    return [rows[first : first + count] for first in range(0, len(rows), count)]
 
 
 # ---- The networks that look on, and what they see
@@ -280,7 +222,7 @@ class Observers:
         """The responses of these numbers, in as many forward passes as they need."""
         return [
             observe(policy, self.ref, critic, responses, scores, some, self.sampling)
-            for some in forward_passes(numbers, responses, self.micro_tokens)
+            for some in forward_passes(numbers, responses.rows, self.micro_tokens)
         ]
 
     def figures(

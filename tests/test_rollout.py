@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.generate import SamplingOptions
+from minillm.layout import before_tokens
 from minillm.model import (
     LanguageModel,
     ScalarModel,
@@ -19,13 +20,7 @@ from minillm.model import (
 from minillm.responses import Responses, sample_responses
 from minillm.rollout import (
     Rollout,
-    before_tokens,
-    forward_passes,
-    lay_out,
     observe,
-    on_grid,
-    response_mask,
-    response_places,
     taken_logprobs,
 )
 
@@ -142,24 +137,6 @@ def test_without_a_critic_every_value_is_zero():
     assert observe(POLICY, REF, None, sampled(PLAIN), [0.0] * 5, [[0], [1]], PLAIN).values.eq(0).all()
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5), st.integers(1, 5))
-@LAW
-def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, each):
-    """Response b's tokens are 100 b, 100 b + 1, ..., its prompt's among them."""
-    rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
-    responses = Responses(rows, [prompt for prompt, _ in sizes], [], [])
-    tokens, start, begins = lay_out(responses, rows_of(list(range(len(sizes))), each))
-    mask = response_mask(torch.tensor(responses.prompt_lengths), torch.tensor([len(row) for row in rows]))
-    places = response_places(begins, mask)
-    expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
-    assert tokens.flatten()[places].tolist() == expected
-    assert before_tokens(tokens.float(), places).tolist() == [token - 1 for token in expected]
-    first_seen = tokens.gather(1, start.long()).flatten()[places]
-    assert first_seen.tolist() == [token // 100 * 100 for token in expected]
-    grid = on_grid(tokens.flatten()[places].float(), mask)
-    assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
-
-
 def test_no_prompt_token_gets_a_gradient_from_the_loss_of_a_response():
     """The embedding of a token that stands only behind a response's last state has none; of a prompt's logits
     none is asked for."""
@@ -180,17 +157,6 @@ def test_top_k_leaves_k_tokens_to_choose_from_and_the_one_taken_is_among_them():
     assert rollout.logprobs[rollout.mask].isfinite().all()
     assert rollout.ref_logprobs[rollout.mask].isfinite().all()
     assert observed(sampled(PLAIN), [0]).allowed is None
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))
-@LAW
-def test_every_response_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
-    responses = Responses([[0] * length for length in lengths], [1] * len(lengths), [], [])
-    passes = forward_passes(range(len(lengths)), responses, micro_tokens)
-    assert sorted(number for rows in passes for row in rows for number in row) == list(range(len(lengths)))
-    for rows in passes:
-        width = max(sum(lengths[number] for number in row) for row in rows)
-        assert width <= max(lengths) and width * len(rows) <= micro_tokens
 
 
 def test_a_response_is_its_text_without_prompt_and_end_token():

@@ -1,0 +1,87 @@
+"""Prompts with their responses side by side in the rows of a forward pass, and where the responses lie.
+
+    sequences ──forward_passes──► rows ──lay_out──► tokens, start [P, T] ──model──► numbers [P, T, *X]
+                                               └──► begins, mask ──► places [N] ──► grids [B, R]
+
+A sequence is a prompt and one response to it. A row holds whole sequences, none attending to another, so that
+hardly a position is padding; a place counts the positions of all rows end to end. The reward model, DPO and
+the policy read their networks this way.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+from minillm.packing import pack
+
+# ---- Sequences -> rows
+
+
+def forward_passes(
+    numbers: Sequence[int], sequences: Sequence[Sequence[int]], micro_tokens: int
+) -> list[list[list[int]]]:
+    """Which of the sequences, by number, are side by side in each row of each forward pass.
+
+    Rows are as long as the longest sequence; a pass has at most `micro_tokens` positions, or one row.
+    """
+    rows = side_by_side(numbers, sequences)
+    count = max(1, micro_tokens // max((len(sequences[i]) for i in numbers), default=1))
+    return [rows[first : first + count] for first in range(0, len(rows), count)]
+
+
+def side_by_side(numbers: Sequence[int], sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """These sequences, by number, in few rows as long as the longest."""
+    sizes = np.array([len(sequences[i]) for i in numbers], np.int64)
+    rows = pack(sizes, np.arange(len(sizes)), int(sizes.max())) if len(sizes) else []
+    return [[numbers[i] for i in row] for row in rows]
+
+
+def lay_out(
+    sequences: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
+    """The tokens of these rows; where the sequence begins that a position belongs to: it attends to nothing
+    before that; and the place of each sequence's first token. A row's padding is documents of one position.
+    """
+    width = max(sum(len(sequences[i]) for i in row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
+    begins = []
+    for r, row in enumerate(rows):
+        t = 0
+        for i in row:
+            end = t + len(sequences[i])
+            tokens[r, t:end], start[r, t:end] = torch.tensor(sequences[i]), t
+            begins.append(r * width + t)
+            t = end
+    return tokens, start, torch.tensor(begins)
+
+
+# ---- Where responses lie
+
+
+def response_mask(begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]) -> Bool[Tensor, "B R"]:
+    """True at [b, r] where response b, from begins[b] to before ends[b], has a token r; R is the longest."""
+    sizes = ends - begins
+    return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+
+
+def response_places(begins: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Int64[Tensor, " N"]:
+    """Where the tokens of the responses stand, if response b begins at begins[b]; all rows end to end."""
+    return (begins[:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
+
+
+def before_tokens(
+    per_position: Float[Tensor, "P T *X"], places: Int64[Tensor, " N"]
+) -> Float[Tensor, "N *X"]:
+    """What stands at the position before each of these places: its hidden state, or its value."""
+    return per_position.flatten(0, 1)[places - 1]
+
+
+def on_grid(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Numbers of the tokens [N] on the grid, 0 where there is none."""
+    grid = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
+    grid[mask] = per_token
+    return grid

@@ -1,0 +1,50 @@
+"""Sequences side by side: every one is there once, sees none but itself, and its response is found again."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.layout import (
+    before_tokens,
+    forward_passes,
+    lay_out,
+    on_grid,
+    response_mask,
+    response_places,
+)
+
+LAW = settings(deadline=None)
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5), st.integers(1, 5))
+@LAW
+def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, each):
+    """Response b's tokens are 100 b, 100 b + 1, ..., its prompt's among them."""
+    rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
+    prompts, lengths = torch.tensor([prompt for prompt, _ in sizes]), torch.tensor([len(row) for row in rows])
+    numbers = list(range(len(rows)))
+    tokens, start, begins = lay_out(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
+    begins, ends = begins + prompts, begins + lengths
+    mask = response_mask(begins, ends)
+    places = response_places(begins, mask)
+    expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
+    assert tokens.flatten()[places].tolist() == expected
+    assert before_tokens(tokens.float(), places).tolist() == [token - 1 for token in expected]
+    first_seen = tokens.gather(1, start.long()).flatten()[places]
+    assert first_seen.tolist() == [token // 100 * 100 for token in expected]
+    grid = on_grid(tokens.flatten()[places].float(), mask)
+    assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))
+@LAW
+def test_every_sequence_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
+    passes = forward_passes(range(len(lengths)), [[0] * length for length in lengths], micro_tokens)
+    assert sorted(number for rows in passes for row in rows for number in row) == list(range(len(lengths)))
+    for rows in passes:
+        width = max(sum(lengths[number] for number in row) for row in rows)
+        assert width <= max(lengths) and width * len(rows) <= micro_tokens
+
+
+def test_nothing_needs_no_forward_pass():
+    assert forward_passes([], [], 100) == []
