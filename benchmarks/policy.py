@@ -35,18 +35,21 @@ TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 FLAWS = {"rude": KINDS, "wordy": KINDS, "guessed": ("unknown",), "complied": ("harm",)}
 """What the rubric hears that it should not, and in which kinds of prompts it can."""
 
+SHORT = ["--iterations", "60"]
+"""Half of the default: what shows a difference need not be the best there is."""
 VARIANTS: dict[str, list[str]] = {
     "ppo": [],
-    "β 0": ["--beta", "0"],
-    "β a third": ["--beta", "0.033"],
-    "β three times": ["--beta", "0.3"],
-    "critic from the assistant": ["--critic", "policy"],
-    "no whitening": ["--whiten", "False"],
-    "no price of not ending": ["--unended-score", "None"],
-    "ptx 0.5": ["--ptx", "0.5"],
-    "moving average 0.9": ["--average", "0.9"],
-    "grpo": ["--algorithm", "grpo"],
-    "dpo": ["--algorithm", "dpo"],
+    "ppo, half as long": SHORT,
+    "β 0": [*SHORT, "--beta", "0"],
+    "β a third": [*SHORT, "--beta", "0.067"],
+    "β three times": [*SHORT, "--beta", "0.6"],
+    "critic from the assistant": [*SHORT, "--critic", "policy"],
+    "no whitening": [*SHORT, "--whiten", "False"],
+    "no price of not ending": [*SHORT, "--unended-score", "None"],
+    "ptx 0.5": [*SHORT, "--ptx", "0.5"],
+    "moving average 0.9": [*SHORT, "--average", "0.9"],
+    "grpo": ["--algorithm", "grpo", *SHORT],
+    "dpo": ["--algorithm", "dpo", "--policy-rate", "1e-4"],
 }
 BEST_OF, SECOND = 8, "second round of rankings"
 

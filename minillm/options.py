@@ -120,7 +120,7 @@ class PolicyOptions(TrainingOptions):
     """How the policy learns. best-of-n learns nothing: of `group` responses the best-scored is given."""
     reward: str | None = None
     """The reward model's folder. Default the one in --out."""
-    iterations: int = 60
+    iterations: int = 120
     """ppo, grpo: rollouts, each with its updates."""
     batch_responses: int = 64
     """ppo, grpo: responses in a rollout, over all processes."""
@@ -134,7 +134,7 @@ class PolicyOptions(TrainingOptions):
     """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
     policy_rate: float = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
-    beta: float = 0.1
+    beta: float = 0.2
     """Price of a nat of KL to the reference; for dpo the same β, which sets how far it may go."""
     target_kl: float | None = None
     """ppo, grpo: nats a response that β is moved to meet. Default none: β stays."""
