@@ -44,7 +44,7 @@ VARIANTS: dict[str, list[str]] = {
     "β a third": [*SHORT, "--beta", "0.067"],
     "β three times": [*SHORT, "--beta", "0.6"],
     "critic from the assistant": [*SHORT, "--critic", "policy"],
-    "no whitening": [*SHORT, "--whiten", "False"],
+    "no whitening": [*SHORT, "--no-whiten"],
     "no price of not ending": [*SHORT, "--unended-score", "None"],
     "ptx 0.5": [*SHORT, "--ptx", "0.5"],
     "moving average 0.9": [*SHORT, "--average", "0.9"],
