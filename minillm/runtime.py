@@ -6,6 +6,7 @@ many there are. Left out: sharded weights, several nodes with different devices.
 """
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -98,6 +99,9 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
             dist.barrier()  # the main process has more to do at the end: nobody hangs up on it
     finally:
         if world > 1:
+            # What DistributedDataParallel wrapped holds the group too; were it to outlive this, the group's
+            # threads would end only when the process does, which is an abort now and then.
+            gc.collect()
             dist.destroy_process_group()
 
 
