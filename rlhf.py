@@ -20,9 +20,9 @@ Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.
 minillm/ppo.py, grpo.py and dpo.py.
 """
 
+import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -49,7 +49,13 @@ from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
+from minillm.huggingface import (
+    load_causal_model,
+    load_model,
+    load_scalar_model,
+    save_model,
+    save_scalar_model,
+)
 from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.metrics import plot_loss, plot_policy, read_metrics
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
@@ -106,7 +112,7 @@ DEMONSTRATIONS = 512  # that score 0 on average
 
 @dataclass(frozen=True)
 class Options(PolicyOptions):
-    """Sample responses, have them ranked, learn to score them."""
+    """Sample responses, have them ranked, learn to score them, align a policy."""
 
     stage: Literal["sample", "rank", "agreement", "reward", "policy"] = field(kw_only=True)
     """What to do; each stage reads what the one before it left in --out."""
@@ -303,6 +309,7 @@ def rank(options: Options, runtime: Runtime) -> None:
     if options.annotator == "person":
         sets = read_responses(options.folder / "responses.jsonl")
         with open_rankings(options) as file:
+            record_options(options)
             hold_screen(Desk(sets, file, options.name, options.seed))
             return
     all_jobs = {"simulated": simulated, "model": judged, "file": published}[options.annotator]
@@ -313,11 +320,18 @@ def rank(options: Options, runtime: Runtime) -> None:
         made = 0
         for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
             rankings = [ranking for job in left[first : first + 64] if (ranking := job.make())]
+            if rankings and not made:
+                record_options(options)
             file.append(rankings)
             made += len(rankings)
         print(f"{file.lines.path}: {made:,} rankings added to {len(file.rankings) - made:,}")
+        if tied := sum(not ranking.pairs() for ranking in file.rankings[len(file.rankings) - made :]):
+            print(f"{tied:,} of them prefer nothing")
     if left and not made:
-        raise InputError(f"--judge {options.judge}: no set fits its context; name a judge with a longer one")
+        raise InputError(
+            f"--judge {options.judge}: no set fits its context; name a judge that reads more tokens at once "
+            "(--block-size of train.py)"
+        )
     if made < len(left):
         print(f"{len(left) - made:,} sets left out: too long for the judge")
 
@@ -326,8 +340,10 @@ def open_rankings(options: Options) -> RankingFile:
     """rankings.jsonl to add to. InputError where rankings of this kind were made in another way before."""
     path, record = options.folder / "rankings.jsonl", options.folder / f"rank-{options.annotator}.json"
     if options.overwrite and path.exists():
-        os.replace(path, f"{path}.old")
-        print(f"{path}: begins anew; what it held is kept in {path.name}.old")
+        names = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
     elif path.exists() and record.exists():
         earlier = read_json(record).get("options")
         if not isinstance(earlier, dict):
@@ -335,13 +351,19 @@ def open_rankings(options: Options) -> RankingFile:
         for name in DECISIVE[options.annotator]:
             if earlier.get(name) != (value := getattr(options, name)):
                 raise InputError(
-                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or --overwrite"
+                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or "
+                    "--overwrite, which puts all rankings aside"
                 )
     file = RankingFile(path)
     if file.mended:
         print(file.mended)
-    write_json(record, {"options": options_json(options), **provenance()})
     return file
+
+
+def record_options(options: Options) -> None:
+    """Says beside the rankings how those of this kind of annotator are made."""
+    record = options.folder / f"rank-{options.annotator}.json"
+    write_json(record, {"options": options_json(options), **provenance()})
 
 
 DECISIVE: dict[str, tuple[str, ...]] = {
@@ -495,9 +517,7 @@ def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokeniz
 
 def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
     """The model of --init, with a chat template. InputError where it sees both sides of a token."""
-    model, tokenizer = load_model(Path(options.init), runtime.device, runtime.dtype)
-    if not model.config.causal:
-        raise InputError(f"--init {options.init}: sees both sides of a token; give a causal model")
+    model, tokenizer = load_causal_model(Path(options.init), runtime.device, runtime.dtype)
     return model, with_chat_template(tokenizer)
 
 
@@ -563,7 +583,7 @@ def train_policy(options: Options, runtime: Runtime) -> None:
     advantages_of = ppo_experience if options.algorithm == "ppo" else grpo_experience
     tenth = max(1, options.iterations // 10)
 
-    with run.training(state, options.iterations, lambda: None):
+    with run.training(state, options.iterations, lambda: None):  # validate() saves the best policy
         check_best(run, progress)
         if run.already_finished():
             return
@@ -615,7 +635,7 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
     held_out_rewards = rewards_of(policy, policy, observers.ref, options.beta)
     tenth = max(1, steps // 10)
 
-    with run.training(state, steps, lambda: None):
+    with run.training(state, steps, lambda: None):  # validate() saves the best policy
         check_best(run, progress)
         if run.already_finished():
             return
@@ -666,7 +686,16 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 def policy_prompts(
     options: Options, policy: LanguageModel, tokenizer: Tokenizer, runtime: Runtime
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out: the little world has development prompts for that."""
+    """The prompts to train on and those held out: the little world has development prompts for that.
+
+    InputError where --data is left out though the responses in --out are to prompts of somebody's own.
+    """
+    sampled = Path(options.out) / "run.json"
+    earlier = read_json(sampled).get("options") if sampled.exists() and not options.data else None
+    if isinstance(earlier, dict) and (data := earlier.get("data")) and isinstance(data, list):
+        raise InputError(
+            f"{sampled}: the responses are to prompts of {' '.join(map(str, data))}; give --data here too"
+        )
     questions = questions_of(options)
     if options.data:
         questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
@@ -713,6 +742,8 @@ def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observer
 
 def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> ScalarModel:
     """InputError where it reads other tokens than the assistant writes."""
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder; python rlhf.py --stage reward makes a reward model")
     model, own = load_scalar_model(folder, runtime.device, runtime.dtype)
     if with_chat_template(own).vocabulary != tokenizer.vocabulary:
         raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
@@ -780,7 +811,10 @@ def finish_policy(run: Run, options: Options) -> None:
     best = min(vals, key=lambda event: event.get("loss", math.inf))
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
-    run.metrics.say(f"{run.folder}: the policy of step {best['step']} is kept, the best on held-out prompts")
+    what = f"the policy of step {best['step']} is kept, the best on held-out prompts"
+    if best["step"] == 0:
+        what = "no step was better on held-out prompts than the start, which is kept"
+    run.metrics.say(f"{run.folder}: {what}")
     kept = {name: value for name, value in best.items() if name not in ("event", "step")}
     run.metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens, kept_step=best["step"], **kept

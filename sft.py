@@ -31,7 +31,7 @@ from minillm.conversations import ConversationSource, open_conversations, world_
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
 from minillm.evaluate import Figures, figures_table, judged_replies, summarise
-from minillm.huggingface import load_model, save_model
+from minillm.huggingface import load_causal_model, load_model, save_model
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
@@ -98,7 +98,7 @@ def train(options: Options, runtime: Runtime) -> None:
     """One run, from the conversations to the finished folder."""
     run = Run("sft", options, runtime)
     with runtime.main_first():
-        model, tokenizer = load_model(
+        model, tokenizer = load_causal_model(
             run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
         )
         tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
@@ -176,12 +176,13 @@ def mixed(
 
 
 def block_size_of(options: Options, model: LanguageModel) -> int:
+    """By default the model's context, or a step's tokens where that is longer."""
     longest = model.config.max_position_embeddings
     if options.block_size and options.block_size > longest:
         raise InputError(
             f"--block-size {options.block_size}: {options.init} has {longest} positions; give no more"
         )
-    return options.block_size or longest
+    return options.block_size or min(longest, options.batch_tokens)
 
 
 def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_tokens: int) -> list[Batch]:

@@ -8,7 +8,7 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
               could know, the task done, a fitting word, a refusal of harm
     utility   the rubric's price of the whole reply, manners and brevity included
 
-minillm/compare.py asks through this several models at once, and sft.py the one before and the one after.
+minillm/compare asks through this several models at once, and sft.py the one before and the one after.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

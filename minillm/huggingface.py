@@ -10,7 +10,7 @@ every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 """
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,6 +83,18 @@ def load_model(
     return model.to(device), tokenizer
 
 
+def load_causal_model(
+    folder: Path, device: torch.device, compute_dtype: torch.dtype
+) -> tuple[LanguageModel, Tokenizer]:
+    """Opens a model that goes on with a text. InputError for one that sees both sides of a token."""
+    model, tokenizer = load_model(folder, device, compute_dtype)
+    if not model.config.causal:
+        raise InputError(
+            f"{folder}: was trained on masked tokens and cannot go on with a text; give a causal model"
+        )
+    return model, tokenizer
+
+
 def load_scalar_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[ScalarModel, Tokenizer]:
@@ -119,7 +131,11 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
             f"{folder}: config.json describes {parameter_count(config):,} weights but the weight files "
             f"hold {held:,}; the two belong to different models"
         )
-    return config, tokenizer, tensors
+    # Others fill the vocabulary up with rows that no token has; a sample must not fall on one.
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors and len(tensors[name]) == config.vocab_size:
+            tensors[name] = tensors[name][: tokenizer.vocab_size]
+    return replace(config, vocab_size=tokenizer.vocab_size), tokenizer, tensors
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> None:

@@ -129,9 +129,11 @@ class Run:
             self.state.save(self.folder)
 
     def end(self) -> None:
-        """Saves; after an early stop says how to go on, and exits."""
+        """Saves and says where; after an early stop says how to go on, and exits."""
         self.save()
-        if self.state.step < self.steps:
+        if self.state.step == self.steps:
+            self.metrics.say(f"{self.folder}: all {self.steps:,} steps done, in {self.state.seconds:.0f} s")
+        else:
             self.metrics.say(
                 f"stopped at step {self.state.step}; go on with: "
                 f"python {self.command} --resume --out {self.options.out}"

@@ -152,6 +152,16 @@ def test_the_policy_comes_to_score_higher_than_it_did(places, tmp_path, algorith
     assert last["kl"] > 0.1
 
 
+def test_a_policy_is_not_aligned_on_other_prompts_than_were_ranked_unless_they_are_named(
+    places, tmp_path, capfd
+):
+    words = ["--stage", "sample", "--models", places["--init"], "--data", places["--data"]]
+    rlhf.main([*words, "--out", str(tmp_path), "--max-new-tokens", "4", "--prompts", "8"])
+    capfd.readouterr()
+    unnamed = {name: value for name, value in places.items() if name != "--data"}
+    assert places["--data"] in refusal(rlhf, arguments(unnamed, tmp_path), capfd)
+
+
 def test_dpo_without_a_reward_model_tells_no_score(places, tmp_path):
     unscored = {name: value for name, value in places.items() if name != "--reward"}
     rlhf.main(arguments(unscored, tmp_path, algorithm="dpo"))

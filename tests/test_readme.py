@@ -63,7 +63,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys):
-    monkeypatch.setattr("builtins.input", lambda _: "q")  # the person at the terminal goes at once
+    monkeypatch.setattr("builtins.input", lambda _: "A > B > C = D")  # the person at the terminal
     ran = set()
     for command in COMMANDS:
         name, words = parts_of(command)
@@ -79,7 +79,19 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
             (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main(words)
     assert ran == {"train", "sft", "rlhf", chat.__name__, "minillm.compare", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
-    assert made >= {"base", "again", "mine", "notes", "masked", "two", "sft", "helper", "both", "rlhf"}
+    assert made >= {
+        "base",
+        "again",
+        "mine",
+        "notes",
+        "masked",
+        "two",
+        "sft",
+        "helper",
+        "both",
+        "rlhf",
+        "ours",
+    }
     aligned = {path.name for path in (here / "out" / "rlhf").iterdir()}
     assert aligned >= {"reward", "ppo", "grpo", "dpo", "best-of-n"}
 

@@ -178,8 +178,10 @@ def test_rankings_of_other_settings_are_not_mixed_and_overwriting_keeps_the_old_
     words = ["--stage", "rank", "--out", str(out), "--noise", "2"]
     assert "--noise 2.0: " in refusal(rlhf, words, capfd)
     assert rank(out, "--noise", "2", "--overwrite") != made
-    kept = [(r.annotator, r.messages, r.ranking) for r in read_rankings(out / "rankings.jsonl.old")]
+    kept = [(r.annotator, r.messages, r.ranking) for r in read_rankings(out / "rankings.jsonl.old1")]
     assert kept == made
+    rank(out, "--noise", "3", "--overwrite")
+    assert len(read_rankings(out / "rankings.jsonl.old2")) == len(made), "nothing is ever lost"
 
 
 def test_where_no_ranking_is_left_any_setting_may_begin(out):

@@ -14,7 +14,7 @@ from typing import Any
 from minillm.compare.svg import Point, bars, curves, intervals, style_of
 
 Content = Mapping[str, Any]
-"""compare.json, as minillm/compare.py writes it."""
+"""compare.json, as compare/__main__.py writes it."""
 Figure = Mapping[str, Any]
 """value, low, high and count of an estimate."""
 Cell = tuple[str, str]
@@ -173,7 +173,8 @@ def _headline(content: Content) -> Section:
 
 
 def _changes(figures: Content, shown: Sequence[Shown], earlier: str, later: str) -> str:
-    """Which headline figures moved so far that their intervals do not overlap, and to which side."""
+    """Which headline figures moved so far that their intervals do not overlap, and to which side; "" where
+    none has a better side."""
     sides: dict[str, list[str]] = {"better": [], "worse": [], "no clear change": []}
     for one in shown:
         if one.better and one.group in figures.get(one.figure, {}):
@@ -181,6 +182,8 @@ def _changes(figures: Content, shown: Sequence[Shown], earlier: str, later: str)
             side = _side(before, after, one.better)
             moved = " → ".join(cell(figure, one.form)[0] for figure in (before, after))
             sides[side].append(f"{one.label} {moved}" if side in ("better", "worse") else one.label)
+    if not any(sides.values()):
+        return ""
     if not sides["better"] and not sides["worse"]:
         return "no clear change in any of these figures"
     return "; ".join(f"{side}: {', '.join(moves)}" for side, moves in sides.items() if moves)
