@@ -1,7 +1,7 @@
 """What aligning does to the assistant, over seeds and with one thing changed at a time.
 
-    python benchmarks/policy.py --folder out/policy --seeds 0 1 2 3 4 --variants ppo        the default
-    python benchmarks/policy.py --folder out/policy --seeds 0 1 2 --json benchmarks/policy.json      all of it
+    python benchmarks/policy.py --folder out/x --seeds 0 1 2 3 4 --variants ppo --json benchmarks/policy.json
+    python benchmarks/policy.py --folder out/x --seeds 0 1 2 --json benchmarks/ablations.json
 
 Every seed is a world, a base model, an assistant, rankings and a reward model of its own, made by the scripts
 with their default options; what exists already is used. Each variant starts from those. The judge is the
