@@ -678,10 +678,11 @@ LINES = {
        for algorithm in ("ppo", "grpo", "dpo")},
 }  # fmt: skip
 EFFECTS = [
-    ("train", "--decay 1"), ("train", "--tie-embeddings True"), ("sft", "--decay 1"), ("dpo", "--decay 1"),
-    ("ppo", "--decay 1"), ("ppo", "--minibatches 4"), ("ppo", "--stop-kl 1e-9"), ("ppo", "--gamma 0.5"),
+    ("train", "--decay 1"), ("train", "--clip 1e-3"), ("train", "--tie-embeddings True"),
+    ("sft", "--decay 1"), ("dpo", "--decay 1"), ("dpo", "--val-rankings 1"), ("ppo", "--decay 1"),
+    ("ppo", "--minibatches 4"), ("ppo", "--stop-kl 1e-9"), ("ppo", "--gamma 0.5"),
     ("ppo", "--value-clip 1e-4"), ("ppo", "--value-weight 3"), ("ppo", "--no-whiten"),
-    ("ppo", "--no-scale-scores"), ("grpo", "--kl-estimator exact"), ("dpo", "--val-rankings 1"),
+    ("ppo", "--no-scale-scores"), ("grpo", "--kl-estimator exact"),
 ]  # fmt: skip
 """Options that no other test gives."""
 

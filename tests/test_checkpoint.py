@@ -35,7 +35,7 @@ from minillm.tokenizer import Tokenizer
 CPU = torch.device("cpu")
 LAW = settings(deadline=None, max_examples=60)
 CONFIG = ModelConfig(
-    vocab_size=264, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=262, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=4, max_position_embeddings=32,
 )  # fmt: skip
 
@@ -310,7 +310,7 @@ DAMAGES = {
     "rope a number": (config(rope_parameters=5), "rope_parameters"),
     "rope type a list": (config(rope_parameters={"rope_type": ["default"]}), "rotary"),
     "theta a word": (config(rope_theta="big", rope_parameters=None), "rope_theta"),
-    "theta infinite": (config(rope_parameters={"rope_theta": float("inf")}), "rope_theta"),
+    "theta infinite": (config(rope_parameters={"rope_theta": float("inf")}), "Infinity"),
     "no layers": (config(num_hidden_layers=None), "num_hidden_layers"),
     "no heads": (config(num_attention_heads=None, head_dim=None), "num_attention_heads"),
     "zero heads": (config(num_attention_heads=0, head_dim=None), "num_attention_heads"),
@@ -318,7 +318,7 @@ DAMAGES = {
     "width a word, no head_dim": (config(hidden_size="8", head_dim=None), "hidden_size"),
     "width a fraction": (config(hidden_size=8.5), "hidden_size"),
     "vocabulary a truth": (config(vocab_size=True), "vocab_size"),
-    "eps NaN": (config(rms_norm_eps=float("nan")), "rms_norm_eps"),
+    "eps NaN": (config(rms_norm_eps=float("nan")), "NaN"),
     "tie a word": (config(tie_word_embeddings="false"), "tie_word_embeddings"),
     "causal a word": (config(minillm_causal="no"), "minillm_causal"),
     "vocabulary immense": (config(vocab_size=10**12), "config.json"),
@@ -426,9 +426,9 @@ SCALAR_DAMAGES = {
     "no head": (weights(score__weight=None), "score.weight"),
     "two labels": (weights(score__weight=torch.ones(2, 8)), "score.weight"),
     "bias a word": (config(minillm_score_bias="1"), "minillm_score_bias"),
-    "bias not finite": (config(minillm_score_bias=float("nan")), "minillm_score_bias"),
+    "bias not finite": (config(minillm_score_bias=float("nan")), "NaN"),
     "no trunk": (weights(model__norm__weight=None), "model.norm.weight"),
-    "an output matrix": (weights(lm_head__weight=torch.ones(264, 8)), "lm_head.weight"),
+    "an output matrix": (weights(lm_head__weight=torch.ones(262, 8)), "lm_head.weight"),
 }
 
 
