@@ -482,7 +482,7 @@ def learn_rankings(
     run.check_finite(loss=loss, gradient_norm=gradient_norm)
     rate = rate_multiplier(state.step, run.steps, options.warmup, options.decay)
     state.optimizers.step(rate)
-    tokens = sum(len(row) for one in batch for row in one.rows)
+    tokens = sum(one.size for one in batch)
     run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
 
 

@@ -63,7 +63,8 @@ class Options(DataOptions):
     """Share of the rows that are raw text, where there is some."""
 
     block_size: int | None = None
-    """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest."""
+    """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest, or
+    `batch_tokens` where that is less."""
     batch_tokens: int = 1024
     """Tokens in a step, over all processes, padding included."""
     steps: int = 900

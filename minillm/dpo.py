@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.layout import before_tokens, on_grid, response_mask, response_places
+from minillm.layout import before_tokens, on_grid, response_places
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
 from minillm.rollout import taken_logprobs
@@ -33,8 +33,7 @@ def response_logprobs(
     forward: Callable[..., Tensor], model: LanguageModel, batch: RankedBatch
 ) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
-    mask = response_mask(batch.begins, batch.ends)
-    places = response_places(batch.begins, mask)
+    mask, places = response_places(batch.begins, batch.ends)
     hidden, taken = before_tokens(forward(batch.tokens, batch.start), places), batch.tokens.flatten()[places]
     return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
 

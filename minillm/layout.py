@@ -1,7 +1,7 @@
 """Prompts with their responses side by side in the rows of a forward pass, and where the responses lie.
 
     sequences ──forward_passes──► rows ──lay_out──► tokens, start [P, T] ──model──► numbers [P, T, *X]
-                                               └──► begins, mask ──► places [N] ──► grids [B, R]
+                                               └──► begins, ends ──► mask, places [N] ──► grids [B, R]
 
 A sequence is a prompt and one response to it. A row holds whole sequences, none attending to another, so that
 hardly a position is padding; a place counts the positions of all rows end to end. The reward model, DPO and
@@ -62,15 +62,15 @@ def lay_out(
 # ---- Where responses lie
 
 
-def response_mask(begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]) -> Bool[Tensor, "B R"]:
-    """True at [b, r] where response b, from begins[b] to before ends[b], has a token r; R is the longest."""
+def response_places(
+    begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]
+) -> tuple[Bool[Tensor, "B R"], Int64[Tensor, " N"]]:
+    """Of responses from places begins[b] to before ends[b]: the mask of their grid, true at [b, r] where
+    response b has a token r, R being the longest's size; and the places of all their tokens."""
     sizes = ends - begins
-    return torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
-
-
-def response_places(begins: Int64[Tensor, " B"], mask: Bool[Tensor, "B R"]) -> Int64[Tensor, " N"]:
-    """Where the tokens of the responses stand, if response b begins at begins[b]; all rows end to end."""
-    return (begins[:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
+    offsets = torch.arange(int(sizes.max()), device=sizes.device)
+    mask = offsets < sizes[:, None]
+    return mask, (begins[:, None] + offsets)[mask]
 
 
 def before_tokens(

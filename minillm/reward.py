@@ -32,7 +32,7 @@ from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
-from minillm.layout import forward_passes, lay_out, on_grid, response_mask, response_places, side_by_side
+from minillm.layout import forward_passes, lay_out, on_grid, response_places, side_by_side
 from minillm.loss import accumulate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
@@ -231,8 +231,8 @@ def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
 
     def scores(batch: RankedBatch) -> Tensor:
         values = forward(batch.tokens, batch.start).flatten()
-        mask = response_mask(batch.begins, batch.ends)
-        sums = on_grid(values[response_places(batch.begins, mask)], mask).sum(1)
+        mask, places = response_places(batch.begins, batch.ends)
+        sums = on_grid(values[places], mask).sum(1)
         return torch.stack((values[batch.ends - 1], sums / mask.sum(1)))
 
     return scores

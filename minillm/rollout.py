@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_mask, response_places
+from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_places
 from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message
 from minillm.responses import Question, Responses, sample_responses, seed_of
@@ -144,10 +144,9 @@ def observe(
     numbers = [i for row in rows for i in row]
     lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
     prompt_lengths = torch.tensor([responses.prompt_lengths[i] for i in numbers])
-    mask = response_mask(prompt_lengths, lengths).to(device)
     tokens, start, begins = lay_out(responses.rows, rows)
-    tokens, start, begins = (t.to(device) for t in (tokens, start, begins + prompt_lengths))
-    places = response_places(begins, mask)
+    mask, places = response_places(begins + prompt_lengths, begins + lengths)
+    tokens, start, mask, places = (t.to(device) for t in (tokens, start, mask, places))
     taken = tokens.flatten()[places]
     hidden, ref_hidden = (before_tokens(m(tokens, start), places) for m in (policy, ref))
     allowed = allowed_tokens(hidden, policy, taken, sampling)

@@ -9,7 +9,6 @@ from minillm.layout import (
     forward_passes,
     lay_out,
     on_grid,
-    response_mask,
     response_places,
 )
 
@@ -25,8 +24,7 @@ def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, e
     numbers = list(range(len(rows)))
     tokens, start, begins = lay_out(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
     begins, ends = begins + prompts, begins + lengths
-    mask = response_mask(begins, ends)
-    places = response_places(begins, mask)
+    mask, places = response_places(begins, ends)
     expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
     assert tokens.flatten()[places].tolist() == expected
     assert before_tokens(tokens.float(), places).tolist() == [token - 1 for token in expected]
