@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → reward model → policy.
 
-    python rlhf.py --stage sample                          4 responses to each of 6,400 prompts
+    python rlhf.py --stage sample                          4 responses to each of 5,000 prompts
     python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
@@ -126,7 +126,7 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 6400
+    prompts: int = 5000
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
@@ -162,6 +162,10 @@ class Options(PolicyOptions):
     rankings: tuple[str, ...] = ()
     """reward, policy --algorithm dpo: files of rankings. Nothing: rankings.jsonl in --out."""
 
+    decay: float = 1.0
+    """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
+    new_blocks: int = 1
+    """reward: blocks on top of the assistant's, where the token that it expected meets the one that came."""
     epochs: int = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
     batch_rankings: int = 8
@@ -181,7 +185,7 @@ class Options(PolicyOptions):
         self.require_counts("prompts", "max_new_tokens", "annotators")
         self.require_counts("epochs", "batch_rankings", "val_rankings")
         self.require_positive("temperature", "top_p", "matrix_rate", "embedding_rate")
-        self.require_not_negative("distractors", "top_k", "noise")
+        self.require_not_negative("distractors", "top_k", "noise", "new_blocks")
         if not 2 <= self.responses <= len(LETTERS):
             raise InputError(f"--responses {self.responses}: give 2 to {len(LETTERS)}")
         if self.distractors >= self.responses:
@@ -512,7 +516,8 @@ def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokeniz
     if run.resuming:
         return load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
     model, tokenizer = load_assistant(options, run.runtime)
-    return scalar_from_language_model(model, torch.Generator().manual_seed(options.seed)), tokenizer
+    generator = torch.Generator().manual_seed(options.seed)
+    return scalar_from_language_model(model, generator, options.new_blocks), tokenizer
 
 
 def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:

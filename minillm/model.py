@@ -20,7 +20,7 @@ Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the scalar head and its firs
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -288,15 +288,23 @@ class ScalarModel(nn.Module):
         return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1) + self.bias
 
 
-def scalar_from_language_model(model: LanguageModel, generator: torch.Generator) -> ScalarModel:
-    """A scalar model on the trunk of a language model, which it takes over as it is.
+def scalar_from_language_model(
+    model: LanguageModel, generator: torch.Generator, blocks: int = 0
+) -> ScalarModel:
+    """A scalar model on the trunk of a language model, which it takes over as it is, and `blocks` new blocks
+    on top, which start as the identity.
 
     The head starts as N(0, 1/(D + 1)), so that first values are of size 1, the hidden states being normed.
     """
-    scalar = ScalarModel(model.config)
-    scalar.model = model.model
-    width = model.config.hidden_size
-    nn.init.normal_(scalar.score.weight, std=(width + 1) ** -0.5, generator=generator)
+    trunk = model.model
+    trunk.config = replace(model.config, num_hidden_layers=model.config.num_hidden_layers + blocks)
+    for _ in range(blocks):
+        block = Block(trunk.config)
+        initialize(block, generator)
+        trunk.layers.append(block)
+    scalar = ScalarModel(trunk.config, trunk.compute_dtype)
+    scalar.model = trunk
+    nn.init.normal_(scalar.score.weight, std=(trunk.config.hidden_size + 1) ** -0.5, generator=generator)
     return scalar.to(model.lm_head.weight.device)
 
 
@@ -333,8 +341,8 @@ def parameter_count(config: ModelConfig) -> int:
     return ends * config.vocab_size * width + config.num_hidden_layers * block + width
 
 
-def initialize(model: LanguageModel, generator: torch.Generator) -> None:
-    """Random weights, drawn in the order of `named_parameters`.
+def initialize(model: nn.Module, generator: torch.Generator) -> None:
+    """Random weights of a language model or a part of one, drawn in the order of `named_parameters`.
 
     Every matrix keeps the size of what passes through it (variance 1 / fan-in), except the two that
     write into the residual stream: they start at zero, so that each block starts as the identity.

@@ -457,6 +457,21 @@ def test_a_scalar_model_keeps_the_trunk_of_its_language_model_bit_for_bit(config
     assert scalar.bias == 0
 
 
+@given(configs(), SEEDS, st.integers(1, 3))
+@LAW
+def test_new_blocks_of_a_scalar_model_begin_as_the_identity_and_can_learn(config, seed, blocks):
+    tokens = random_tokens(config, 2, 5, seed)
+    plain = scalar_from_language_model(random_model(config, seed), generator(seed))
+    deeper = scalar_from_language_model(random_model(config, seed), generator(seed), blocks)
+    assert deeper.config.num_hidden_layers == len(deeper.model.layers) == len(plain.model.layers) + blocks
+    assert deeper.model.config == deeper.config and plain.config == config
+    torch.testing.assert_close(deeper.model(tokens), plain.model(tokens), rtol=0, atol=0)
+    deeper(tokens).sum().backward()
+    for block in deeper.model.layers[-blocks:]:
+        # What writes into the residual stream moves first; all else follows once it has.
+        assert block.self_attn.o_proj.weight.grad.any() and block.mlp.down_proj.weight.grad.any()
+
+
 def test_the_first_weights_of_a_scalar_head_have_the_written_size():
     config = replace(TINY, hidden_size=4000, num_hidden_layers=1)
     head = scalar_from_language_model(LanguageModel(config), generator(0)).score.weight
