@@ -3,6 +3,9 @@
     Ranking ──► EncodedRanking ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
 
 A response's score is the scalar at its last token, the end token, in the row [messages + response + end].
+It stands above the assistant's trunk and a new block: which token the assistant expected is known only above
+its last block, and only there can it be held against the one that came.
+
 A ranking of K responses is one element of a batch; its pairs share the K forward passes, which lie side by
 side (layout.py), and together weigh as much as any other ranking's: each 1/C(K, 2).
 

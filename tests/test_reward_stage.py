@@ -134,14 +134,17 @@ def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4)
 
 
-def test_it_starts_from_the_assistants_trunk(assistant, ranked, tmp_path):
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_it_starts_from_the_assistants_trunk_under_new_blocks(assistant, ranked, tmp_path, blocks):
     """At rates too small to matter the trunk that comes out is the one that went in."""
-    slow = ("--matrix-rate", "1e-12", "--embedding-rate", "1e-12")
+    slow = ("--matrix-rate", "1e-12", "--embedding-rate", "1e-12", "--new-blocks", str(blocks))
     rlhf.main(arguments(assistant, ranked, tmp_path / "out", *slow))
     before, _ = load_model(assistant, CPU, torch.float32)
     after, _ = load_scalar_model(tmp_path / "out" / "reward", CPU, torch.float32)
-    for (name, one), other in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-9, msg=name)
+    assert len(after.model.layers) == len(before.model.layers) + blocks
+    found = dict(after.model.named_parameters())
+    for name, one in before.model.named_parameters():
+        torch.testing.assert_close(one, found[name], rtol=0, atol=1e-9, msg=name)
 
 
 def test_the_size_of_a_micro_batch_changes_nothing(assistant, ranked, reference, tmp_path):
