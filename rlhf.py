@@ -225,7 +225,9 @@ class Options(PolicyOptions):
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
     check_run_folder(options.folder, options.resume, options.overwrite)
-    models = [(name, *load_model(Path(name), runtime.device, runtime.dtype)) for name in options.models]
+    models = [
+        (name, *load_causal_model(Path(name), runtime.device, runtime.dtype)) for name in options.models
+    ]
     respondents = [Respondent(*model) for model in models]
     questions = with_room(questions_of(options), respondents, options)
     plan = SamplingPlan(options.responses, options.distractors, options.sampling, options.seed)
@@ -403,7 +405,7 @@ def judged(options: Options, runtime: Runtime) -> list[Job]:
         raise InputError("--annotator model: name a --judge, as in out/sft")
     sets = read_responses(options.folder / "responses.jsonl")
     principles = read_principles(Path(options.principles))
-    judge = Judge(*load_model(Path(options.judge), runtime.device, runtime.dtype), principles)
+    judge = Judge(*load_causal_model(Path(options.judge), runtime.device, runtime.dtype), principles)
     name = f"model-{options.judge}"
 
     def make(given: ResponseSet) -> Ranking | None:

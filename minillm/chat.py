@@ -23,7 +23,7 @@ import tyro
 
 from minillm.errors import InputError, one_line_errors
 from minillm.generate import SamplingOptions, stream, stream_text
-from minillm.huggingface import load_model
+from minillm.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.runtime import choose_device, choose_dtype
@@ -121,9 +121,7 @@ class Chat:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
-        """InputError for a model or for options that cannot work, before the first message."""
-        if not model.config.causal:
-            raise InputError(f"{options.run}: was trained on masked tokens and cannot generate text")
+        """InputError for options that cannot work with this model, before the first message."""
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.format = chat_format(tokenizer)
         self.is_base = not isinstance(self.format, ChatTemplate)
@@ -316,7 +314,7 @@ def open_chat(options: Options) -> Chat:
     dtype = getattr(torch, options.precision, None)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else choose_dtype(device)
-    return Chat(*load_model(Path(options.run), device, dtype), options)
+    return Chat(*load_causal_model(Path(options.run), device, dtype), options)
 
 
 def main(arguments: list[str]) -> None:

@@ -35,6 +35,8 @@ from minillm.streams import Side, Tokens, open_streams, token_dtype, write_strea
 from minillm.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+IGNORED = -100
+"""A target that counts for nothing, as in torch."""
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
 FORMAT_VERSION = 1  # of the document format and the split: part of every cache's name
 
@@ -194,7 +196,7 @@ def _encoded(
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a token stream and what comes next at each position, -100 where nothing does."""
+    """Rows of a token stream and what comes next at each position, IGNORED where nothing does."""
 
     tokens: Int64[Tensor, "B T"]
     targets: Int64[Tensor, "B T"]
@@ -452,7 +454,7 @@ def validation_rows(
 
     Rows are windows side by side from the stream's first token, so that every token but the first
     is a target once; where they are more than the source's share, that many evenly spaced ones. A
-    last window is filled up on the right with `bos` and targets -100. A batch holds up to
+    last window is filled up on the right with `bos` and targets IGNORED. A batch holds up to
     `batch_rows` rows of one source. Raises InputError for a source without validation text.
     """
     total = sum(source.weight for source in sources)
@@ -474,7 +476,7 @@ def _windows(source: TokenizedSource, chosen: Int[np.ndarray, " B"], block_size:
     inside = positions < len(source.val)
     rows = np.where(inside, source.val[positions * inside], source.bos_id).astype(np.int64)
     batch = _batch(rows, source.bos_id)
-    targets = batch.targets.masked_fill(~torch.from_numpy(inside[:, 1:]), -100)
+    targets = batch.targets.masked_fill(~torch.from_numpy(inside[:, 1:]), IGNORED)
     return Batch(batch.tokens, targets, batch.start)
 
 
@@ -491,7 +493,7 @@ def mask_tokens(
     """Inputs and targets of BERT's objective: what stood at 15% of the positions is to be found.
 
     Of the chosen positions 80% show the mask token, 10% a random ordinary token, 10% what stood
-    there; all others have target -100. Special tokens (`special_ids` and `mask_id`) are neither
+    there; all others have target IGNORED. Special tokens (`special_ids` and `mask_id`) are neither
     chosen nor put in. Where chance chooses no position, the one that came nearest is chosen, so a
     batch with an ordinary token has a target. `generator` is on the device of `tokens`.
     """
@@ -504,4 +506,4 @@ def mask_tokens(
     chosen = ordinary & (draw <= draw.min().clamp(min=0.15))
     pick = torch.randint(len(ids), tokens.shape, generator=generator, device=tokens.device)
     shown = torch.where(kind < 0.8, mask_id, torch.where(kind < 0.9, ids[pick], tokens))
-    return torch.where(chosen, shown, tokens), torch.where(chosen, tokens, -100)
+    return torch.where(chosen, shown, tokens), torch.where(chosen, tokens, IGNORED)

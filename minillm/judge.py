@@ -43,9 +43,6 @@ class Judge:
     """A model that says which of two responses is better, by principles."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, principles: str) -> None:
-        """InputError for a model that was trained on masked tokens."""
-        if not model.config.causal:
-            raise InputError("--judge: was trained on masked tokens and cannot go on with a text")
         self.model, self.tokenizer, self.principles = model, tokenizer, principles
         self.form = chat_format(tokenizer)
         a, b = tokenizer.encode(" A"), tokenizer.encode(" B")

@@ -14,12 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.cross_entropy import linear_cross_entropy
-from minillm.data import Batch
+from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel
 from minillm.runtime import Runtime
-
-IGNORED = -100
-"""A target that counts for nothing, as in torch."""
 
 
 def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.data import Batch, document_starts
+from minillm.data import IGNORED, Batch, document_starts
 from minillm.loss import (
-    IGNORED,
     backward,
     document_ends,
     held_out,

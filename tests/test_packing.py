@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.conversations import ConversationSource, world_conversations
-from minillm.data import Batch, Mixture, TokenizedSource
+from minillm.data import IGNORED, Batch, Mixture, TokenizedSource
 from minillm.errors import InputError
-from minillm.loss import IGNORED, summed_loss
+from minillm.loss import summed_loss
 from minillm.model import LanguageModel, ModelConfig
 from minillm.packing import (
     STRETCH,

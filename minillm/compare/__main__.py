@@ -49,7 +49,7 @@ from minillm.errors import InputError, one_line_errors
 from minillm.evaluate import sample_replies, world_prompts
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.huggingface import load_model, load_scalar_model
+from minillm.huggingface import load_causal_model, load_scalar_model
 from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
@@ -161,9 +161,7 @@ def open_respondents(options: Options, runtime: Runtime) -> list[Respondent]:
     """The models under short names. InputError for one that cannot reply, or that knows another world."""
     respondents = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
-        respondent = Respondent(name, *load_model(Path(run), runtime.device, runtime.dtype))
-        if not respondent.model.config.causal:
-            raise InputError(f"{run}: was trained on masked tokens and cannot reply; leave it out")
+        respondent = Respondent(name, *load_causal_model(Path(run), runtime.device, runtime.dtype))
         if not options.data:
             check_world(Path(run), options.seed)
         respondents.append(respondent)
@@ -240,7 +238,7 @@ def open_referees(
                 return f"the reward model {options.reward}", by_reward(*loaded)
             case "model":
                 principles = read_principles(Path(options.principles))
-                model = load_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
+                model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
                 return f"the model {options.judge_model}", by_model(Judge(*model, principles))
             case "person":
                 file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
