@@ -145,8 +145,8 @@ def test_resuming_a_finished_run_changes_nothing(reference, places):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_the_policy_comes_to_score_higher_than_it_did(places, tmp_path, algorithm):
-    options = "--iterations 30 --batch-responses 32 --beta 0 --policy-rate 3e-3 --val-every 30".split()
-    rlhf.main(arguments(places, tmp_path / "out", *options, algorithm=algorithm))
+    options = "--iterations 30 --batch-responses 32 --beta 0 --policy-rate 3e-3 --decay 0.5 --val-every 30"
+    rlhf.main(arguments(places, tmp_path / "out", *options.split(), algorithm=algorithm))
     first, last = (e for e in metrics_of(tmp_path / "out" / algorithm) if e["event"] == "val")
     assert last["score"] > first["score"] + 0.5 * first["score_deviation"]
     assert last["kl"] > 0.1
