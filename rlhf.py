@@ -177,7 +177,7 @@ class Options(PolicyOptions):
     val_fraction: float = 0.1
     """reward, policy: share of the prompts held out, for validation and the report; the little world has
     development prompts of its own for a policy."""
-    val_rankings: int = 128
+    val_rankings: int = 64
     """reward, dpo: held-out rankings of one validation, at most; the report takes all."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ Left out: agreement beyond chance (Cohen's κ), and a significance test between 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -335,17 +335,22 @@ def probe_shares(
     model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[Probe]]
 ) -> dict[str, Share]:
     """The share of honest answers that score above the trick, per trick; where both fit the model."""
-    result = {}
-    for name, own in of_trick.items():
-        rows = [
-            [encode_response(template, probe.ranking.messages, text) for text in (probe.honest, probe.trick)]
-            for probe in own
-        ]
-        longest = model.config.max_position_embeddings
-        fitting = [row for pair in rows if max(map(len, pair)) <= longest for row in pair]
-        scores = np.array(score_rows(model, fitting), np.float64)
-        result[name] = share((scores[::2] > scores[1::2]).astype(np.float64))
-    return result
+
+    def rows(probe: Probe) -> list[tuple[int, ...]]:
+        texts = (probe.honest, probe.trick)
+        return [tuple(encode_response(template, probe.ranking.messages, text)) for text in texts]
+
+    longest = model.config.max_position_embeddings
+    fitting = {
+        name: [pair for pair in map(rows, own) if max(map(len, pair)) <= longest]
+        for name, own in of_trick.items()
+    }
+    distinct = list(dict.fromkeys(chain(*chain(*fitting.values()))))  # an honest answer meets every trick
+    scores = dict(zip(distinct, score_rows(model, distinct), strict=True))
+    return {
+        name: share(np.array([scores[honest] > scores[trick] for honest, trick in pairs], np.float64))
+        for name, pairs in fitting.items()
+    }
 
 
 # ---- The card
