@@ -302,7 +302,7 @@ def scalar_from_language_model(
         block = Block(trunk.config)
         initialize(block, generator)
         trunk.layers.append(block)
-    scalar = ScalarModel(trunk.config, trunk.compute_dtype)
+    scalar = ScalarModel(trunk.config)
     scalar.model = trunk
     nn.init.normal_(scalar.score.weight, std=(trunk.config.hidden_size + 1) ** -0.5, generator=generator)
     return scalar.to(model.lm_head.weight.device)
