@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → reward model → policy.
 
     python rlhf.py --stage sample                          4 responses to each of 5,000 prompts
-    python rlhf.py --stage rank                            five simulated people rank them, or
+    python rlhf.py --stage rank                            three of five simulated people rank each set, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
     python rlhf.py --stage rank --annotator file --data hh.jsonl.gz    other people did
@@ -86,7 +86,7 @@ from minillm.provenance import provenance
 from minillm.report import judge, report_card, report_text, unknown_worth, write_report
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
-    EncodedRanking,
+    EncodedSet,
     Scores,
     center,
     encode_rankings,
@@ -148,8 +148,8 @@ class Options(PolicyOptions):
     """rank --annotator person: your name, under which your rankings are kept."""
     annotators: int = 5
     """rank --annotator simulated: how many people."""
-    twice: float = 0.1
-    """rank --annotator simulated: share of the prompts that two of them rank."""
+    opinions: int = 3
+    """rank --annotator simulated: how many of them rank each prompt."""
     noise: float = 1.0
     """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
     judge: str | None = None
@@ -168,8 +168,8 @@ class Options(PolicyOptions):
     """reward: blocks on top of the assistant's, where the token that it expected meets the one that came."""
     epochs: int = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
-    batch_rankings: int = 8
-    """reward, dpo: rankings in a step, over all processes, each with all of its responses."""
+    batch_sets: int = 8
+    """reward, dpo: sets of responses in a step, over all processes, each with all rankings of it."""
     matrix_rate: float = 2e-3
     """reward: learning rate of the block matrices, by AdamW."""
     embedding_rate: float = 6e-3
@@ -177,21 +177,19 @@ class Options(PolicyOptions):
     val_fraction: float = 0.1
     """reward, policy: share of the prompts held out, for validation and the report; the little world has
     development prompts of its own for a policy."""
-    val_rankings: int = 64
-    """reward, dpo: held-out rankings of one validation, at most; the report takes all."""
+    val_sets: int = 64
+    """reward, dpo: held-out sets of one validation, at most; the report takes all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("prompts", "max_new_tokens", "annotators")
-        self.require_counts("epochs", "batch_rankings", "val_rankings")
+        self.require_counts("prompts", "max_new_tokens", "annotators", "opinions")
+        self.require_counts("epochs", "batch_sets", "val_sets")
         self.require_positive("temperature", "top_p", "matrix_rate", "embedding_rate")
         self.require_not_negative("distractors", "top_k", "noise", "new_blocks")
         if not 2 <= self.responses <= len(LETTERS):
             raise InputError(f"--responses {self.responses}: give 2 to {len(LETTERS)}")
         if self.distractors >= self.responses:
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
-        if not 0 <= self.twice <= 1:
-            raise InputError(f"--twice {self.twice}: give a share from 0 to 1")
         if not 0 < self.val_fraction < 1:
             raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
         if not self.models:
@@ -375,18 +373,18 @@ def record_options(options: Options) -> None:
 DECISIVE: dict[str, tuple[str, ...]] = {
     "person": (),
     "file": (),
-    "simulated": ("seed", "annotators", "twice", "noise"),
+    "simulated": ("seed", "annotators", "opinions", "noise"),
     "model": ("judge", "principles"),
 }
 """The options without which a ranking would be another one: a file must not mix them."""
 
 
 def simulated(options: Options, runtime: Runtime) -> list[Job]:
-    """Each set to one simulated annotator, some to two."""
+    """Each set to some of the simulated annotators."""
     sets = read_responses(options.folder / "responses.jsonl")
     world = World(sets[0].world or 0)
     people = simulated_annotators(options.annotators)
-    shares = share_out([given.key for given in sets], len(people), options.twice, options.seed)
+    shares = share_out([given.key for given in sets], len(people), options.opinions, options.seed)
 
     def make(person: Simulated, given: ResponseSet, prompt: WorldPrompt) -> Ranking:
         ranking = person.rank(world, prompt, given, options.noise, options.seed)
@@ -460,11 +458,11 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
         if run.already_finished():
             return
         while run.goes_on():
-            batch = stream.next(options.batch_rankings)
+            batch = stream.next(options.batch_sets)
             learn_rankings(run, forward, training_scores_of(forward), batch, options)
             if run.due(options.val_every or tenth) or state.step == steps:
                 val = held_out_rankings(
-                    scores_of(model), held_out[: options.val_rankings], options.micro_tokens, runtime
+                    scores_of(model), held_out[: options.val_sets], options.micro_tokens, runtime
                 )
                 run.log("val", f"val {val.loss:.3f}, {val.accuracy:.1%} in order", **asdict(val))
             if run.due(options.save_every or tenth):
@@ -478,7 +476,7 @@ def learn_rankings(
     run: Run,
     forward: Callable[..., Tensor],
     scores: Scores,
-    batch: Sequence[EncodedRanking],
+    batch: Sequence[EncodedSet],
     options: Options,
 ) -> None:
     """One update on some rankings: of a reward model, or by DPO of a policy whose rewards are the scores."""
@@ -494,7 +492,7 @@ def learn_rankings(
 
 def encoded_rankings(
     options: Options, template: ChatTemplate, config: ModelConfig, runtime: Runtime
-) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
+) -> tuple[list[EncodedSet], list[EncodedSet]]:
     """All rankings given, those to train on and those held out; says what is left out.
 
     InputError where there are none, none fits, or none prefers anything.
@@ -528,26 +526,26 @@ def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, T
     return model, with_chat_template(tokenizer)
 
 
-def steps_of(training: Sequence[EncodedRanking], options: Options, runtime: Runtime) -> int:
-    """The steps in which every ranking is seen `epochs` times; the last is filled from one pass more."""
-    if options.batch_rankings % runtime.world:
+def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
+    """The steps in which every set is seen `epochs` times; the last is filled from one pass more."""
+    if options.batch_sets % runtime.world:
         raise InputError(
-            f"--batch-rankings {options.batch_rankings}: cannot be shared by {runtime.world} processes; "
+            f"--batch-sets {options.batch_sets}: cannot be shared by {runtime.world} processes; "
             f"give a multiple of {runtime.world}"
         )
-    return ceil(options.epochs * len(training) / options.batch_rankings)
+    return ceil(options.epochs * len(training) / options.batch_sets)
 
 
 def finish_reward_model(
     run: Run,
     model: ScalarModel,
     template: ChatTemplate,
-    training: Sequence[EncodedRanking],
-    held_out: Sequence[EncodedRanking],
+    training: Sequence[EncodedSet],
+    held_out: Sequence[EncodedSet],
     options: Options,
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
-    rankings = [one.ranking for one in (*training, *held_out)]
+    rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     worth = world.utility if world else unknown_worth
     center(model, demonstrations(training, world, template))
@@ -565,12 +563,12 @@ def finish_reward_model(
 
 
 def demonstrations(
-    training: Sequence[EncodedRanking], world: World | None, template: ChatTemplate
+    training: Sequence[EncodedSet], world: World | None, template: ChatTemplate
 ) -> list[list[int]]:
     """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
     the best response of each ranking."""
     if world is None:
-        return [one.rows[one.ranking.ranking[0][0]] for one in training[:DEMONSTRATIONS]]
+        return [one.rows[one.rankings[0].ranking[0][0]] for one in training[:DEMONSTRATIONS]]
     shown = [conversation.messages for conversation in world.conversations("train", DEMONSTRATIONS)]
     return [encode_response(template, messages[:-1], messages[-1]["content"]) for messages in shown]
 
@@ -647,11 +645,11 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
         if run.already_finished():
             return
         while run.goes_on():
-            batch = stream.next(options.batch_rankings)
+            batch = stream.next(options.batch_sets)
             learn_rankings(run, forward, rewards, batch, options)
             if run.due(options.val_every or tenth) or state.step == steps:
                 val = held_out_rankings(
-                    held_out_rewards, held_out[: options.val_rankings], options.micro_tokens, runtime
+                    held_out_rewards, held_out[: options.val_sets], options.micro_tokens, runtime
                 )
                 validate(run, options, networks, observers, progress, prompts, **asdict(val))
             if run.due(options.save_every or tenth):

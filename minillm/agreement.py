@@ -64,7 +64,9 @@ def agreement_report(rankings: Iterable[Ranking], seed: int = 0) -> AgreementRep
         for first, second in combinations(sorted(opinions), 2):
             counts[first, second].append(_compare(opinions[first], opinions[second]))
     if not counts:
-        raise InputError("no prompt was ranked by two annotators; rank with --twice, or by another --name")
+        raise InputError(
+            "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
+        )
     together = [count for of_pair in counts.values() for count in of_pair]
     rows = [_agreement((ALL,), together, seed)]
     rows += [_agreement(pair, counts[pair], seed) for pair in sorted(counts)]

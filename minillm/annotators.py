@@ -216,11 +216,10 @@ def simulated_annotators(count: int) -> list[Simulated]:
     ]
 
 
-def share_out(keys: Sequence[str], annotators: int, twice: float, seed: int) -> Iterator[list[int]]:
-    """Who ranks each set: one annotator, for a share `twice` of the sets two."""
+def share_out(keys: Sequence[str], annotators: int, opinions: int, seed: int) -> Iterator[list[int]]:
+    """Who ranks each set: `opinions` of the annotators, or all if there are fewer."""
     for key in keys:
-        rng = random.Random(f"{seed} who {key}")
-        yield rng.sample(range(annotators), 2 if annotators > 1 and rng.random() < twice else 1)
+        yield random.Random(f"{seed} who {key}").sample(range(annotators), min(opinions, annotators))
 
 
 def find_prompts(sets: Sequence[ResponseSet], world: World) -> list[Prompt]:

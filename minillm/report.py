@@ -40,7 +40,7 @@ from minillm.files import write_atomically, write_json
 from minillm.measures import reliability
 from minillm.model import ScalarModel
 from minillm.preferences import Message, Ranking
-from minillm.reward import EncodedRanking, encode_response, prompt_key, score_rows, telling_pairs
+from minillm.reward import EncodedSet, encode_response, prompt_key, score_rows, telling_pairs
 from minillm.template import ChatTemplate
 
 BOOTSTRAP = 1000  # resamples for an interval
@@ -83,13 +83,14 @@ class Pairs:
         return (1 + np.sign(self.difference)) / 2
 
 
-def judge(model: ScalarModel, encoded: Sequence[EncodedRanking]) -> list[Judged]:
-    """The scores of every ranking's responses."""
+def judge(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Judged]:
+    """The scores of the responses, for every ranking of them."""
     scores = iter(score_rows(model, [row for one in encoded for row in one.rows]))
-    return [
-        Judged(one.ranking, [next(scores) for _ in one.rows], [len(row) for row in one.rows])
-        for one in encoded
-    ]
+    judged = []
+    for one in encoded:
+        own, lengths = [next(scores) for _ in one.rows], [len(row) for row in one.rows]
+        judged += [Judged(ranking, own, lengths) for ranking in one.rankings]
+    return judged
 
 
 def pairs_of(judged: Iterable[Judged]) -> Pairs:

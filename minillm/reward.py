@@ -1,13 +1,15 @@
 """The reward model: what it learns from rankings, and how it scores.
 
-    Ranking ──► EncodedRanking ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
+    Rankings ──► EncodedSet ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
 
 A response's score is the scalar at its last token, the end token, in the row [messages + response + end].
 It stands above the assistant's trunk and a new block: which token the assistant expected is known only above
 its last block, and only there can it be held against the one that came.
 
-A ranking of K responses is one element of a batch; its pairs share the K forward passes, which lie side by
-side (layout.py), and together weigh as much as any other ranking's: each 1/C(K, 2).
+A set of K responses is one element of a batch. Its pairs share the K forward passes, which lie side by side
+(layout.py), whoever ranked them, and together weigh as much as any other set's: each 1/C(K, 2) over the
+number of rankings. What several people say of a set costs no more passes than what one says, and a slip of
+one of them weighs less.
 
 In training the mean of the values over a response learns the ranking as well: so the gradient reaches every
 token without a detour over the last, and a small model learns in fewer steps to hold an answer against its
@@ -20,7 +22,7 @@ the shift by which demonstrations score 0: both InstructGPT, ibid., and Stiennon
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -46,10 +48,10 @@ from minillm.template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class EncodedRanking:
-    """A ranking and its responses as rows of tokens, each ending with the end token."""
+class EncodedSet:
+    """A set of responses as rows of tokens, each ending with the end token, and all rankings of it."""
 
-    ranking: Ranking
+    rankings: list[Ranking]
     rows: list[list[int]]
     start: int = 1
     """The position at which the responses begin, behind the prompt that they share."""
@@ -69,20 +71,25 @@ def encode_response(template: ChatTemplate, messages: Sequence[Any], response: s
 
 def encode_rankings(
     rankings: Iterable[Ranking], template: ChatTemplate, longest: int
-) -> tuple[list[EncodedRanking], Counter[str]]:
-    """The rankings as rows of at most `longest` tokens, and how many are left out, by reason."""
-    encoded, skipped = [], Counter[str]()
+) -> tuple[list[EncodedSet], Counter[str]]:
+    """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings,
+    and how many rankings are left out, by reason."""
+    sets = defaultdict[str, list[Ranking]](list)
     for ranking in rankings:
+        sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
+    encoded, skipped = [], Counter[str]()
+    for own in sets.values():
+        messages, responses = own[0].messages, own[0].responses
         try:
-            rows = [encode_response(template, ranking.messages, text) for text in ranking.responses]
-            start = len(template.prompt(ranking.messages))
+            rows = [encode_response(template, messages, text) for text in responses]
+            start = len(template.prompt(messages))
         except InputError:
-            skipped["rankings that the chat template refuses"] += 1
+            skipped["rankings that the chat template refuses"] += len(own)
             continue
         if max(map(len, rows)) > longest:
-            skipped[f"rankings with a response that ends behind position {longest}"] += 1
+            skipped[f"rankings with a response that ends behind position {longest}"] += len(own)
         else:
-            encoded.append(EncodedRanking(ranking, rows, start))
+            encoded.append(EncodedSet(own, rows, start))
     return encoded, skipped
 
 
@@ -98,23 +105,23 @@ def prompt_key(ranking: Ranking) -> str:
 
 
 def split_by_prompt(
-    encoded: Sequence[EncodedRanking], held_out: float
-) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
-    """Those to train on and about a share `held_out` of the prompts, each with all of its rankings.
+    encoded: Sequence[EncodedSet], held_out: float
+) -> tuple[list[EncodedSet], list[EncodedSet]]:
+    """Those to train on and about a share `held_out` of the prompts, each with all of its sets.
 
     InputError where there is only one prompt.
     """
-    training, held = split_by_hash(encoded, lambda one: prompt_key(one.ranking), held_out)
+    training, held = split_by_hash(encoded, lambda one: prompt_key(one.rankings[0]), held_out)
     if not held:
         raise InputError("the rankings are of one prompt or none: give some of at least two prompts")
     return training, held
 
 
-def ranking_stream(encoded: Sequence[EncodedRanking], seed: int) -> Shuffled[EncodedRanking]:
-    """The rankings without end."""
+def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
+    """The sets without end."""
     digest = blake2b(digest_size=16)
     for one in encoded:
-        digest.update(json.dumps([one.rows, one.ranking.ranking]).encode())
+        digest.update(json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]).encode())
     return Shuffled(encoded, "rankings", seed, digest.hexdigest())
 
 
@@ -175,25 +182,27 @@ class RankedBatch:
     better: Int64[Tensor, " M"]
     worse: Int64[Tensor, " M"]
     weight: Float[Tensor, " M"]
-    """1/C(K, 2), K being the number of responses that were ranked together, tied ones included."""
+    """1/C(K, 2) over the number of rankings of the set, K being its responses, tied ones included."""
 
     def to(self, device: torch.device | str) -> "RankedBatch":
         """The same batch on `device`."""
         return RankedBatch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
-    """Some rankings as one batch: response b is the b-th of all, whichever row holds it."""
+def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
+    """Some sets as one batch: response b is the b-th of all, whichever row holds it."""
     sequences: list[list[int]] = []
     starts: list[int] = []
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     for one in encoded:
         own = [
-            (len(sequences) + better, len(sequences) + worse) for better, worse in telling_pairs(one.ranking)
+            (len(sequences) + better, len(sequences) + worse)
+            for ranking in one.rankings
+            for better, worse in telling_pairs(ranking)
         ]
         pairs += own
-        weights += [1 / comb(len(one.rows), 2)] * len(own)
+        weights += [1 / (comb(len(one.rows), 2) * len(one.rankings))] * len(own)
         sequences += one.rows
         starts += [one.start] * len(one.rows)
     rows = side_by_side(range(len(sequences)), sequences)
@@ -207,9 +216,9 @@ def collate(encoded: Sequence[EncodedRanking]) -> RankedBatch:
     )  # fmt: skip
 
 
-def micro_batches(encoded: Sequence[EncodedRanking], micro_tokens: int) -> list[list[EncodedRanking]]:
-    """Rankings in groups of at most `micro_tokens` tokens, or of one: its responses stay together."""
-    groups: list[list[EncodedRanking]] = []
+def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list[EncodedSet]]:
+    """Sets in groups of at most `micro_tokens` tokens, or of one: its responses stay together."""
+    groups: list[list[EncodedSet]] = []
     size = 0
     for one in encoded:
         if not groups or size + one.size > micro_tokens:
@@ -244,17 +253,17 @@ def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
 def ranking_backward(
     forward: Callable[..., Tensor],
     scores: Scores,
-    step: Sequence[EncodedRanking],
+    step: Sequence[EncodedSet],
     micro_tokens: int,
     runtime: Runtime,
 ) -> float:
-    """Adds the gradient of a step's mean loss per ranking to the weights; returns that mean, in nats.
+    """Adds the gradient of a step's mean loss per set to the weights; returns that mean, in nats.
 
-    `scores` calls `forward`. Each process takes every world-th ranking, by size: the work is shared evenly.
+    `scores` calls `forward`. Each process takes every world-th set, by size: the work is shared evenly.
     """
     own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world]
 
-    def summed(micro: Sequence[EncodedRanking]) -> Tensor:
+    def summed(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro).to(runtime.device)
         return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
 
@@ -266,16 +275,16 @@ class HeldOutRankings:
     """How well scores agree with rankings."""
 
     loss: float
-    """Nats per ranking, as in training."""
+    """Nats per set, as in training."""
     accuracy: float
     """Share of the untied pairs put in their order; equal scores count half."""
 
 
 @torch.no_grad()
 def held_out_rankings(
-    scores: Scores, encoded: Sequence[EncodedRanking], micro_tokens: int, runtime: Runtime
+    scores: Scores, encoded: Sequence[EncodedSet], micro_tokens: int, runtime: Runtime
 ) -> HeldOutRankings:
-    """Loss and accuracy over rankings, shared out among the processes."""
+    """Loss and accuracy over all rankings of these sets, shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
         batch = collate(micro).to(runtime.device)

@@ -42,7 +42,7 @@ TEXT = "--batch-tokens 64 --steps 3 --val-tokens 128 --world-megabytes 0.01 --ca
 ASKED = "--data chats.jsonl --prompts 12 --max-new-tokens 4 --precision float32"
 POLICY = (
     f"--stage policy {ASKED} --init sft --reward rlhf/reward --rankings rlhf/rankings.jsonl --iterations 3 "
-    "--batch-responses 8 --group 2 --batch-rankings 2 --unended-score None --val-prompts 2 "
+    "--batch-responses 8 --group 2 --batch-sets 2 --unended-score None --val-prompts 2 "
     "--val-fraction 0.3 --warmup 0 --save-every 1 --val-every 2"
 )
 EVERYTHING = "--ptx 0.5 --text tale.txt --ptx-tokens 64 --cache cache --average 0.5"
@@ -81,7 +81,7 @@ def make_runs() -> None:
             order = [[i % 3], [(i + 1) % 3, (i + 2) % 3]]
             file.append([new_ranking(given, order, name, 0) for name in ("Ada", "Bo")])
     with killed_at_update(rlhf, 3):
-        rlhf.main(f"--stage reward --init sft --out rlhf --batch-rankings 8 {EACH}".split())
+        rlhf.main(f"--stage reward --init sft --out rlhf --batch-sets 8 {EACH}".split())
     for algorithm, script, extra in (
         ("ppo", minillm.policy, EVERYTHING), ("grpo", minillm.policy, ""), ("dpo", rlhf, ""),
     ):  # fmt: skip
@@ -166,7 +166,7 @@ COMMANDS = {
         rlhf, "--stage agreement --out rlhf", ("rlhf/rankings.jsonl",), "rlhf/agreement.json"
     ),
     "reward": Command(
-        rlhf, f"--stage reward --init sft --rankings {RANKED[1]} --out new --batch-rankings 64 {EACH}",
+        rlhf, f"--stage reward --init sft --rankings {RANKED[1]} --out new --batch-sets 64 {EACH}",
         (*model("sft"), "rlhf/rankings.jsonl"),
     ),
     "reward --resume": Command(
@@ -679,7 +679,7 @@ LINES = {
 }  # fmt: skip
 EFFECTS = [
     ("train", "--decay 1"), ("train", "--clip 1e-3"), ("train", "--tie-embeddings True"),
-    ("sft", "--decay 1"), ("dpo", "--decay 0.1"), ("dpo", "--val-rankings 1"), ("ppo", "--decay 0.1"),
+    ("sft", "--decay 1"), ("dpo", "--decay 0.1"), ("dpo", "--val-sets 1"), ("ppo", "--decay 0.1"),
     ("ppo", "--minibatches 4"), ("ppo", "--stop-kl 1e-9"), ("ppo", "--gamma 0.5"),
     ("ppo", "--value-clip 1e-4"), ("ppo", "--value-weight 3"), ("ppo", "--no-whiten"),
     ("ppo", "--no-scale-scores"), ("grpo", "--kl-estimator exact"),

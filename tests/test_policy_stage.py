@@ -34,7 +34,7 @@ ALGORITHMS = ("ppo", "grpo", "dpo")
 SHORT = {
     "--iterations": "5", "--batch-responses": "16", "--prompts": "40", "--max-new-tokens": "8",
     "--val-prompts": "8", "--val-fraction": "0.3", "--val-every": "2", "--save-every": "1", "--warmup": "0",
-    "--critic-warmup": "1", "--precision": "float32", "--batch-rankings": "4", "--ptx-tokens": "80",
+    "--critic-warmup": "1", "--precision": "float32", "--batch-sets": "4", "--ptx-tokens": "80",
     "--unended-score": "None",  # such a model never ends a response
 }  # fmt: skip
 

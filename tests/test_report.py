@@ -38,7 +38,7 @@ from minillm.report import (
     within_prompts,
     write_report,
 )
-from minillm.reward import EncodedRanking, encode_rankings, encode_response, score_rows
+from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
@@ -365,9 +365,11 @@ def whole_card(rankings: list[Ranking], worth=unknown_worth) -> tuple[dict, list
 
 def test_judged_scores_are_those_of_the_rows():
     model = small_model(TOKENIZER)
-    encoded = [EncodedRanking(ranked([1.0, 0.0, 3.0]), [[1, 2], [3], [4, 5, 6]])]
-    (judged,) = judge(model, encoded)
-    assert judged.scores == pytest.approx(score_rows(model, encoded[0].rows)) and judged.lengths == [2, 1, 3]
+    rankings, rows = [ranked([1.0, 0.0, 3.0]), ranked([0.0, 0.0, 1.0])], [[1, 2], [3], [4, 5, 6]]
+    judged = judge(model, [EncodedSet(rankings, rows), EncodedSet(rankings[:1], rows[::-1])])
+    assert [one.ranking for one in judged] == [*rankings, rankings[0]]
+    for one, own in zip(judged, (rows, rows, rows[::-1]), strict=True):
+        assert one.scores == pytest.approx(score_rows(model, own)) and one.lengths == list(map(len, own))
 
 
 def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from minillm.model import ModelConfig, ScalarModel
 from minillm.optim import Rates, build_optimizers
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import (
-    EncodedRanking,
+    EncodedSet,
     center,
     collate,
     encode_rankings,
@@ -78,13 +79,14 @@ def drawn_rankings(most: int = 6) -> st.SearchStrategy:
     return st.tuples(st.lists(places, min_size=1, max_size=most), st.integers(0, 2**32), lengths)
 
 
-def encoded_of(drawn: tuple) -> list[EncodedRanking]:
-    """Rankings of random rows, all of a ranking's responses tied now and then."""
+def encoded_of(drawn: tuple) -> list[EncodedSet]:
+    """Sets of random rows with up to three rankings, all of a set's responses tied now and then."""
     many, seed, lengths = drawn
     random = np.random.Generator(np.random.PCG64(seed))
     return [
-        EncodedRanking(
-            ranked(own, f"{i}?"), [random.integers(V, size=random.integers(*lengths)).tolist() for _ in own]
+        EncodedSet(
+            [ranked(own, f"{i}?"), *(ranked(random.permuted(own).tolist(), f"{i}?") for _ in range(i % 3))],
+            [random.integers(V, size=random.integers(*lengths)).tolist() for _ in own],
         )
         for i, own in enumerate(many)
     ]
@@ -95,7 +97,7 @@ def encoded_of(drawn: tuple) -> list[EncodedRanking]:
 
 def loss_of(own: list[int], scores: Tensor) -> Tensor:
     """The loss of one ranking with these scores."""
-    batch = collate([EncodedRanking(ranked(own), [[0]] * len(own))])
+    batch = collate([EncodedSet([ranked(own)], [[0]] * len(own))])
     return ranking_loss(scores, batch.better, batch.worse, batch.weight.to(scores.dtype))
 
 
@@ -172,8 +174,8 @@ def test_the_gradient_agrees_with_finite_differences(given):
 
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=5))
 @LAW
-def test_every_ranking_weighs_the_same_whatever_its_number_of_responses(counts):
-    batch = collate([EncodedRanking(ranked(list(range(k))), [[0]] * k) for k in counts])
+def test_every_set_weighs_the_same_however_many_its_responses_and_rankings(counts):
+    batch = collate([EncodedSet([ranked(list(range(k)))] * (1 + k % 3), [[0]] * k) for k in counts])
     assert batch.weight.sum().item() == pytest.approx(len(counts), rel=1e-6)
     loss = ranking_loss(torch.zeros(sum(counts)), batch.better, batch.worse, batch.weight)
     assert loss.item() == pytest.approx(len(counts) * math.log(2), rel=1e-5)
@@ -229,8 +231,22 @@ def test_rankings_too_long_for_the_model_are_left_out_and_counted():
     chat = ChatTemplate(tokenizer_of())
     rankings = [ranked([0, 1], "short"), ranked([0, 1], "very " * 50 + "long")]
     encoded, skipped = encode_rankings(rankings, chat, 60)
-    assert [one.ranking for one in encoded] == rankings[:1]
+    assert [one.rankings for one in encoded] == [rankings[:1]]
     assert skipped == Counter({"rankings with a response that ends behind position 60": 1})
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
+@LAW
+def test_everybodys_rankings_of_the_same_responses_are_one_set(drawn):
+    rankings = [
+        ranked([0, 1][:: 1 - 2 * other], f"{p}?", annotator=str(i)) for i, (p, other) in enumerate(drawn)
+    ]
+    encoded, _ = encode_rankings(rankings, ChatTemplate(tokenizer_of()), 60)
+    assert sorted((r.annotator for one in encoded for r in one.rankings), key=int) == [
+        r.annotator for r in rankings
+    ]
+    assert len(encoded) == len({p for p, _ in drawn})
+    assert all(r.messages == one.rankings[0].messages for one in encoded for r in one.rankings)
 
 
 def test_a_template_that_knows_no_system_message_costs_the_rankings_with_one():
@@ -265,21 +281,23 @@ def test_micro_batches_keep_responses_together_within_the_limit(drawn, micro_tok
     assert all(len(group) == 1 or sum(one.size for one in group) <= micro_tokens for group in groups)
 
 
-def last(values: Tensor, one: EncodedRanking) -> Tensor:
+def last(values: Tensor, one: EncodedSet) -> Tensor:
     return values[-1]
 
 
-def mean_of_response(values: Tensor, one: EncodedRanking) -> Tensor:
+def mean_of_response(values: Tensor, one: EncodedSet) -> Tensor:
     return values[one.start :].mean()
 
 
-def mean_loss(model: ScalarModel, encoded: list[EncodedRanking], score=last) -> Tensor:
-    """Ranking by ranking, row by row, pair by pair."""
+def mean_loss(model: ScalarModel, encoded: list[EncodedSet], score=last) -> Tensor:
+    """Set by set, row by row, ranking by ranking, pair by pair."""
     total = torch.zeros(())
     for one in encoded:
         scores = [score(model(torch.tensor([row]))[0], one) for row in one.rows]
-        for better, worse in one.ranking.pairs():
-            total = total - torch.sigmoid(scores[better] - scores[worse]).log() / math.comb(len(scores), 2)
+        weight = 1 / math.comb(len(scores), 2) / len(one.rankings)
+        for ranking in one.rankings:
+            for better, worse in ranking.pairs():
+                total = total - weight * torch.sigmoid(scores[better] - scores[worse]).log()
     return total / len(encoded)
 
 
@@ -360,7 +378,8 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
     margins = []
     for one in encoded:
         scores = score_rows(model, one.rows)
-        margins += [scores[better] - scores[worse] for better, worse in one.ranking.pairs()]
+        pairs = chain(*(ranking.pairs() for ranking in one.rankings))
+        margins += [scores[better] - scores[worse] for better, worse in pairs]
     # Scores of size one, summed in another order in another batch: closer ones may fall either way.
     sure, possible = (np.mean(np.array(margins or [-1.0]) > bound) for bound in (1e-5, -1e-5))
     assert sure - 1e-6 <= found.accuracy <= possible + 1e-6
@@ -373,7 +392,7 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
 @LAW
 def test_all_rankings_of_a_prompt_are_on_one_side_and_neither_side_is_empty(prompts, fraction):
     encoded = [
-        EncodedRanking(ranked([0, 1], f"{p}?", annotator=str(i)), [[1], [2]]) for i, p in enumerate(prompts)
+        EncodedSet([ranked([0, 1], f"{p}?", annotator=str(i))], [[1], [2]]) for i, p in enumerate(prompts)
     ]
     if len(set(prompts)) == 1:
         with pytest.raises(InputError, match="one prompt"):
@@ -381,12 +400,12 @@ def test_all_rankings_of_a_prompt_are_on_one_side_and_neither_side_is_empty(prom
         return
     sides = split_by_prompt(encoded, fraction)
     assert sorted(map(id, sides[0] + sides[1])) == sorted(map(id, encoded))
-    asked = [{one.ranking.messages[0]["content"] for one in side} for side in sides]
+    asked = [{one.rankings[0].messages[0]["content"] for one in side} for side in sides]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
 def test_the_split_has_about_the_share_asked_for_and_other_prompts_do_not_move_one():
-    encoded = [EncodedRanking(ranked([0, 1], f"{i}?"), [[1], [2]]) for i in range(1000)]
+    encoded = [EncodedSet([ranked([0, 1], f"{i}?")], [[1], [2]]) for i in range(1000)]
     held_out = split_by_prompt(encoded, 0.1)[1]
     assert 60 < len(held_out) < 140  # four standard deviations of a binomial
     fewer = split_by_prompt(encoded[::2], 0.1)[1]
@@ -395,7 +414,7 @@ def test_the_split_has_about_the_share_asked_for_and_other_prompts_do_not_move_o
 
 @given(drawn_rankings(), st.integers(0, 30), st.integers(0, 3))
 @LAW
-def test_the_stream_gives_each_ranking_once_an_epoch_and_goes_on_where_it_stopped(drawn, before, seed):
+def test_the_stream_gives_each_set_once_an_epoch_and_goes_on_where_it_stopped(drawn, before, seed):
     encoded = encoded_of(drawn)
     stream, count = ranking_stream(encoded, seed), len(encoded)
     epochs = [stream.next(count) for _ in range(3)]
@@ -407,9 +426,9 @@ def test_the_stream_gives_each_ranking_once_an_epoch_and_goes_on_where_it_stoppe
 
 
 def test_a_stream_of_other_rankings_does_not_resume():
-    one = EncodedRanking(ranked([0, 1]), [[1], [2]])
+    one = EncodedSet([ranked([0, 1])], [[1], [2]])
     state = ranking_stream([one], 0).state_dict()
-    other = replace(one, ranking=ranked([1, 0]))
+    other = replace(one, rankings=[ranked([1, 0])])
     with pytest.raises(InputError, match="other"):
         ranking_stream([other], 0).load_state_dict(state)
     with pytest.raises(ValueError, match="position"):
@@ -424,10 +443,10 @@ def learned_accuracy(noise: float, seed: int = 0) -> float:
     rankings by an annotator with such noise."""
     random = np.random.Generator(np.random.PCG64(seed))
 
-    def ranking(i: int, noise: float) -> EncodedRanking:
+    def ranking(i: int, noise: float) -> EncodedSet:
         rows = random.integers(3, size=(4, 8))
         seen = (rows == 1).sum(1) + noise * random.standard_normal(4)
-        return EncodedRanking(ranked((-np.argsort(np.argsort(seen))).tolist(), f"{i}?"), rows.tolist())
+        return EncodedSet([ranked((-np.argsort(np.argsort(seen))).tolist(), f"{i}?")], rows.tolist())
 
     model = model_of(vocab_size=3)
     optimizers = build_optimizers(model, Rates(1e-2, 1e-2, 1e-3, 0.0), "adamw")

@@ -27,7 +27,7 @@ from minillm.reward import encode_response, score_rows
 from minillm.template import ChatTemplate, with_chat_template
 from minillm.world import KINDS, World
 
-SHORT = "--batch-rankings 4 --val-every 4 --save-every 3 --warmup 2 --precision float32".split()
+SHORT = "--batch-sets 4 --val-every 4 --save-every 3 --warmup 2 --precision float32".split()
 CPU = torch.device("cpu")
 
 
@@ -248,6 +248,6 @@ def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(
 
 
 def test_a_step_that_processes_cannot_share_is_refused():
-    options = rlhf.Options(stage="reward", batch_rankings=5)
-    with pytest.raises(rlhf.InputError, match="--batch-rankings 5"):
+    options = rlhf.Options(stage="reward", batch_sets=5)
+    with pytest.raises(rlhf.InputError, match="--batch-sets 5"):
         rlhf.steps_of([], options, rlhf.Runtime(CPU, torch.float32, rank=0, world=2))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -153,15 +154,14 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
 # ---- rank
 
 
-def test_simulated_annotators_rank_everything_once_and_some_prompts_twice(out):
-    made = rank(out, "--twice", "0.5")
-    assert 23 < len(made) < 46 and {json.dumps(m) for _, m, _ in made} == {
-        json.dumps(s.messages) for s in read_responses(out / "responses.jsonl")
-    }
-    assert rank(out, "--twice", "0.5") == made, "nothing is left to rank"
+def test_simulated_annotators_give_each_set_their_opinions(out):
+    made = rank(out, "--opinions", "2")
+    asked = [json.dumps(given.messages) for given in read_responses(out / "responses.jsonl")]
+    assert Counter(json.dumps(messages) for _, messages, _ in made) == dict.fromkeys(asked, 2)
+    assert rank(out, "--opinions", "2") == made, "nothing is left to rank"
     rlhf.main(["--stage", "agreement", "--out", str(out)])
     report = json.loads((out / "agreement.json").read_text())
-    assert report["rows"][0]["annotators"] == ["all"] and report["rows"][0]["prompts"] == len(made) - 23
+    assert report["rows"][0]["annotators"] == ["all"] and report["rows"][0]["prompts"] == len(asked)
 
 
 def test_ranking_stopped_at_any_byte_goes_on_to_the_same_rankings(out):
@@ -294,7 +294,7 @@ BAD_INPUT = {
     "unknown annotator": ("--stage rank --annotator oracle", "annotator"),
     "no annotators": ("--stage rank --annotators 0", "--annotators"),
     "negative noise": ("--stage rank --noise -1", "--noise"),
-    "share above 1": ("--stage rank --twice 1.5", "--twice"),
+    "no opinion": ("--stage rank --opinions 0", "--opinions"),
     "responses that are none": ("--stage rank --out {b}", "line 1"),
     "responses to prompts of ones own": ("--stage rank --out {o}", "little world"),
     "no name": ("--stage rank --annotator person --name=", "--name"),
