@@ -28,6 +28,8 @@ ALL = "all"
 
 Preferences = dict[tuple[str, str], int]
 """Of each two different responses, in the order of the alphabet: 1 for the first, -1 for the second, 0."""
+Counts = tuple[int, int, int]
+"""Over the pairs of one prompt: on how many annotators agree, on how many not, how many somebody ties."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,20 @@ class AgreementReport:
 def agreement_report(rankings: Iterable[Ranking], seed: int = 0) -> AgreementReport:
     """Raises InputError where no prompt has the rankings of two annotators."""
     by_prompt = _preferences(rankings)
-    counts: dict[tuple[str, ...], list[tuple[int, int, int]]] = defaultdict(list)
+    counts: dict[tuple[str, ...], list[Counts]] = defaultdict(list)
+    together: list[Counts] = []
     for opinions in by_prompt.values():
+        of_prompt = []
         for first, second in combinations(sorted(opinions), 2):
-            counts[first, second].append(_compare(opinions[first], opinions[second]))
+            of_prompt.append(_compare(opinions[first], opinions[second]))
+            counts[first, second].append(of_prompt[-1])
+        if of_prompt:
+            agreed, differed, ties = map(sum, zip(*of_prompt, strict=True))
+            together.append((agreed, differed, ties))
     if not counts:
         raise InputError(
             "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
         )
-    together = [count for of_pair in counts.values() for count in of_pair]
     rows = [_agreement((ALL,), together, seed)]
     rows += [_agreement(pair, counts[pair], seed) for pair in sorted(counts)]
     return AgreementReport(rows, krippendorff_alpha(_units(by_prompt.values())))
@@ -106,13 +113,12 @@ def preferences(ranking: Ranking) -> Preferences:
     }
 
 
-def _compare(one: Preferences, other: Preferences) -> tuple[int, int, int]:
-    """Over the pairs of one prompt: how many agree, how many do not, how many tie."""
+def _compare(one: Preferences, other: Preferences) -> Counts:
     products = Counter(one[pair] * other[pair] for pair in one)
     return products[1], products[-1], products[0]
 
 
-def _agreement(annotators: tuple[str, ...], counts: Sequence[tuple[int, int, int]], seed: int) -> Agreement:
+def _agreement(annotators: tuple[str, ...], counts: Sequence[Counts], seed: int) -> Agreement:
     agreed, differed, ties = np.array(counts).T
     pairs = int(agreed.sum() + differed.sum())
     if not pairs:

@@ -358,6 +358,17 @@ def test_rankings_at_random_agree_on_half_and_have_an_alpha_of_nothing():
     assert abs(report.alpha) < 0.06  # 3 standard deviations for 3,600 pairs, six to a prompt
 
 
+def test_to_hear_the_same_opinions_twice_makes_nobody_surer():
+    rng = random.Random(0)
+    untied = ([[i] for i in rng.sample(range(4), 4)] for _ in range(80))
+    made = [replace(r, ranking=next(untied)) for r in rankings_of_two(40)]
+    once = agreement_report(made).rows[0]
+    twice = agreement_report(made + [replace(r, annotator=f"{r.annotator} again") for r in made]).rows[0]
+    # Of the six pairs of people four are Ada and Bob once more, and two agree on everything.
+    assert twice.prompts == once.prompts
+    assert twice.interval == pytest.approx([(4 * bound + 2) / 6 for bound in once.interval])
+
+
 def test_agreement_counts_by_hand():
     made = [ranking_of([[0], [1], [2]], "Ada"), ranking_of([[0], [2], [1]], "Bob"),
             ranking_of([[0, 1], [2]], "Cid"), ranking_of([[0], [1], [2]], "Dan", "alone?")]  # fmt: skip
@@ -367,7 +378,7 @@ def test_agreement_counts_by_hand():
         ("Ada", "Bob"): (1, 3, 0, 2 / 3),  # they differ on 1 and 2
         ("Ada", "Cid"): (1, 2, 1, 1.0),
         ("Bob", "Cid"): (1, 2, 1, 0.5),
-        ("all",): (3, 7, 2, 5 / 7),
+        ("all",): (1, 7, 2, 5 / 7),
     }
     table = agreement_table(report)
     assert "Ada and Bob" in table and "66.7%" in table and "alpha" in table
