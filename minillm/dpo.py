@@ -34,7 +34,8 @@ def response_logprobs(
 ) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
     mask, places = response_places(batch.begins, batch.ends)
-    hidden, taken = before_tokens(forward(batch.tokens, batch.start), places), batch.tokens.flatten()[places]
+    hidden = before_tokens(forward(batch.tokens, batch.start, grid=batch.grid), places)
+    taken = batch.tokens.flatten()[places]
     return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
 
 

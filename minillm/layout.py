@@ -5,16 +5,19 @@
 
 A sequence is a prompt and one response to it. A row holds whole sequences, none attending to another, so that
 hardly a position is padding; a place counts the positions of all rows end to end. The reward model, DPO and
-the policy read their networks this way.
+the policy read their networks this way. To learn from rankings, where several responses follow one prompt,
+the prompt is computed once (`lay_out_sets`): in the little world that leaves six positions of ten.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from minillm.model import Grid
 from minillm.packing import pack
 
 # ---- Sequences -> rows
@@ -57,6 +60,41 @@ def lay_out(
             begins.append(r * width + t)
             t = end
     return tokens, start, torch.tensor(begins)
+
+
+# ---- Sets of sequences that begin alike -> tokens in a grid
+
+
+def lay_out_sets(
+    sets: Sequence[Sequence[Sequence[int]]], common: Sequence[int]
+) -> tuple[Int64[Tensor, "1 T"], Int32[Tensor, "R W"], Grid, Int64[Tensor, " B"]]:
+    """The tokens of these sets, of which the sequences of set i begin with the same common[i] tokens, which
+    stand there once; the rows for attention, where all sequences stand whole, and their bounds; and for each
+    sequence where it would begin if it stood whole among the tokens: token j ≥ common lies j behind that.
+
+    Of a set [prompt, a], [prompt, b] the tokens are prompt, a, b and the rows prompt, a, prompt, b.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    places: list[list[int]] = []
+    begins: list[int] = []
+    for sequences, shared in zip(sets, common, strict=True):
+        stem = range(len(tokens), len(tokens) + shared)
+        tokens += sequences[0][:shared]
+        positions += range(shared)
+        for sequence in sequences:
+            own = range(len(tokens), len(tokens) + len(sequence) - shared)
+            tokens += sequence[shared:]
+            positions += range(shared, len(sequence))
+            places.append([*stem, *own])
+            begins.append(own.start - shared)
+    rows = side_by_side(range(len(places)), places)
+    in_rows, start, firsts = lay_out(places, rows)
+    back = torch.empty(len(tokens), dtype=torch.int64)
+    for i, first in zip(chain(*rows), firsts.tolist(), strict=True):
+        back[places[i]] = torch.arange(first, first + len(places[i]))
+    grid = Grid(torch.tensor(positions), in_rows, back)
+    return torch.tensor([tokens]), start, grid, torch.tensor(begins)
 
 
 # ---- Where responses lie

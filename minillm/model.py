@@ -144,13 +144,47 @@ def rotate(
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The rows in which tokens [1, T] stand for attention alone, where one may stand many times: so several
+    texts share a beginning, of which all but attention is computed once. The bounds are those of the rows."""
+
+    positions: Int[Tensor, " T"]
+    """Of each token in its text."""
+    places: Int[Tensor, "R W"]
+    """Which token stands there."""
+    back: Int[Tensor, " T"]
+    """Where each token stands, the rows end to end; where in several places, in any of them."""
+
+    def to(self, device: torch.device | str) -> "Grid":
+        """The same on `device`."""
+        return Grid(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def spread(self, x: Float[Tensor, "1 heads T C"]) -> Float[Tensor, "R heads W C"]:
+        """Everything that is known of the tokens, at their places."""
+        heads, T = x.shape[1:3]
+        return _rows(
+            x.flatten(0, 2), self.places[:, None] + T * torch.arange(heads, device=x.device)[:, None]
+        )
+
+    def gathered(self, x: Float[Tensor, "R W D"]) -> Float[Tensor, "1 T D"]:
+        """What was found for each token."""
+        return _rows(x.flatten(0, 1), self.back[None])
+
+
+def _rows(x: Float[Tensor, "M C"], index: Int[Tensor, "*X"]) -> Float[Tensor, "*X C"]:
+    """x[index], by an operation whose gradient is fast on a CPU, too."""
+    return x.gather(0, index.flatten()[:, None].expand(-1, x.shape[1])).view(*index.shape, -1)
+
+
+@dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares: rotary angles and attention bounds."""
+    """What every layer of one forward pass shares: rotary angles, attention bounds, the rows they bound."""
 
     cos: Float[Tensor, "T half"]
     sin: Float[Tensor, "T half"]
-    start: Int[Tensor, "B T"] | None
-    end: Int[Tensor, "B T"] | None
+    start: Int[Tensor, "R W"] | None
+    end: Int[Tensor, "R W"] | None
+    grid: Grid | None
     causal: bool
 
 
@@ -172,8 +206,11 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.grid:
+            q, k, v = map(context.grid.spread, (q, k, v))
         seen = attention(q, k, v, start=context.start, end=context.end, causal=context.causal)
-        return self.o_proj(seen.transpose(1, 2).flatten(2))
+        seen = seen.transpose(1, 2).flatten(2)
+        return self.o_proj(context.grid.gathered(seen) if context.grid else seen)
 
 
 class MLP(nn.Module):
@@ -217,18 +254,21 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "B T"] | None = None,
-        end: Int[Tensor, "B T"] | None = None,
+        start: Int[Tensor, "R W"] | None = None,
+        end: Int[Tensor, "R W"] | None = None,
+        grid: Grid | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the last norm.
 
-        Position t attends to start[b, t] ≤ s < end[b, t] and, in a causal model, to no s > t.
+        Position t attends to start[b, t] ≤ s < end[b, t] and, in a causal model, to no s > t. The rows [R, W]
+        of the bounds are those of the tokens [B, T], or of the grid in which the tokens [1, T] stand.
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         # Angles in float32: bfloat16 cannot tell position 256 from 257.
-        angles = torch.arange(tokens.shape[1], device=tokens.device)[:, None] * self.frequencies
+        positions = grid.positions if grid else torch.arange(tokens.shape[1], device=tokens.device)
+        angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        context = Context(cos, sin, start, end, self.config.causal)
+        context = Context(cos, sin, start, end, grid, self.config.causal)
         for layer in self.layers:
             x = layer(x, context)
         return self.norm(x)
@@ -249,11 +289,12 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "B T"] | None = None,
-        end: Int[Tensor, "B T"] | None = None,
+        start: Int[Tensor, "R W"] | None = None,
+        end: Int[Tensor, "R W"] | None = None,
+        grid: Grid | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states [B, T, D]; see `Decoder.forward`."""
-        return self.model(tokens, start, end)
+        return self.model(tokens, start, end, grid)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in float32, for sampling: ask for one position, not for a batch."""
@@ -279,11 +320,12 @@ class ScalarModel(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "B T"] | None = None,
-        end: Int[Tensor, "B T"] | None = None,
+        start: Int[Tensor, "R W"] | None = None,
+        end: Int[Tensor, "R W"] | None = None,
+        grid: Grid | None = None,
     ) -> Float[Tensor, "B T"]:
         """A value for every token, in the weights' precision; for the bounds see `Decoder.forward`."""
-        hidden = self.model(tokens, start, end)
+        hidden = self.model(tokens, start, end, grid)
         # Differences of scores count: bfloat16 would leave them two or three digits.
         return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1) + self.bias
 

@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, takewhile
 from math import comb, isfinite
 from typing import Any
 
@@ -37,9 +37,9 @@ from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
-from minillm.layout import forward_passes, lay_out, on_grid, response_places, side_by_side
+from minillm.layout import forward_passes, lay_out, lay_out_sets, on_grid, response_places
 from minillm.loss import accumulate
-from minillm.model import ScalarModel
+from minillm.model import Grid, ScalarModel
 from minillm.preferences import Ranking
 from minillm.runtime import Runtime
 from minillm.template import ChatTemplate
@@ -57,9 +57,15 @@ class EncodedSet:
     """The position at which the responses begin, behind the prompt that they share."""
 
     @property
+    def common(self) -> int:
+        """How many tokens all rows share in a forward pass: the prompt but its last, for that foresees the
+        response's first, and so each response has one of its own."""
+        return self.start - 1
+
+    @property
     def size(self) -> int:
-        """Tokens in all of its rows."""
-        return sum(map(len, self.rows))
+        """Positions in a forward pass."""
+        return self.common + sum(len(row) - self.common for row in self.rows)
 
 
 def encode_response(template: ChatTemplate, messages: Sequence[Any], response: str) -> list[int]:
@@ -67,6 +73,12 @@ def encode_response(template: ChatTemplate, messages: Sequence[Any], response: s
     dialogue = template.encode([*messages, {"role": "assistant", "content": response}])
     last = max(i for i, assistant in enumerate(dialogue.assistant) if assistant)
     return dialogue.tokens[: last + 1]
+
+
+def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    alike = (len(set(tokens)) == 1 for tokens in zip(*rows, strict=False))
+    return sum(takewhile(bool, alike))
 
 
 def encode_rankings(
@@ -82,7 +94,7 @@ def encode_rankings(
         messages, responses = own[0].messages, own[0].responses
         try:
             rows = [encode_response(template, messages, text) for text in responses]
-            start = len(template.prompt(messages))
+            start = max(1, common_beginning([template.prompt(messages), *rows]))
         except InputError:
             skipped["rankings that the chat template refuses"] += len(own)
             continue
@@ -170,13 +182,14 @@ def ranking_loss(
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """The responses of some rankings behind their prompts, and the pairs among them that are not tied."""
+    """The responses of some sets behind their prompts, and the pairs among them that are not tied."""
 
-    tokens: Int64[Tensor, "P T"]
-    start: Int32[Tensor, "P T"]
-    """Where the prompt begins that a position belongs to."""
+    tokens: Int64[Tensor, "1 T"]
+    start: Int32[Tensor, "R W"]
+    grid: Grid
+    """A prompt is there once among the tokens, and before each of its responses in the rows for attention."""
     begins: Int64[Tensor, " B"]
-    """The place of each response's first token: positions of all rows end to end."""
+    """The place of each response's first token among the tokens."""
     ends: Int64[Tensor, " B"]
     """The place behind its last."""
     better: Int64[Tensor, " M"]
@@ -186,38 +199,35 @@ class RankedBatch:
 
     def to(self, device: torch.device | str) -> "RankedBatch":
         """The same batch on `device`."""
-        return RankedBatch(*(tensor.to(device) for tensor in vars(self).values()))
+        return RankedBatch(*(value.to(device) for value in vars(self).values()))
 
 
 def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
-    """Some sets as one batch: response b is the b-th of all, whichever row holds it."""
-    sequences: list[list[int]] = []
+    """Some sets as one batch: response b is the b-th of all."""
+    tokens, start, grid, begins = lay_out_sets([one.rows for one in encoded], [one.common for one in encoded])
     starts: list[int] = []
+    lengths: list[int] = []
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     for one in encoded:
         own = [
-            (len(sequences) + better, len(sequences) + worse)
+            (len(lengths) + better, len(lengths) + worse)
             for ranking in one.rankings
             for better, worse in telling_pairs(ranking)
         ]
         pairs += own
         weights += [1 / (comb(len(one.rows), 2) * len(one.rankings))] * len(own)
-        sequences += one.rows
         starts += [one.start] * len(one.rows)
-    rows = side_by_side(range(len(sequences)), sequences)
-    tokens, start, begins = lay_out(sequences, rows)
-    begins = begins[torch.tensor(list(chain(*rows))).argsort()]
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
+        lengths += map(len, one.rows)
     better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
     return RankedBatch(
-        tokens, start, begins + torch.tensor(starts), begins + lengths,
+        tokens, start, grid, begins + torch.tensor(starts), begins + torch.tensor(lengths),
         better, worse, torch.tensor(weights, dtype=torch.float32),
     )  # fmt: skip
 
 
 def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list[EncodedSet]]:
-    """Sets in groups of at most `micro_tokens` tokens, or of one: its responses stay together."""
+    """Sets in groups of at most `micro_tokens` positions, or of one: its responses stay together."""
     groups: list[list[EncodedSet]] = []
     size = 0
     for one in encoded:
@@ -235,14 +245,14 @@ Scores = Callable[[RankedBatch], Tensor]
 
 def scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
-    return lambda batch: forward(batch.tokens, batch.start).flatten()[batch.ends - 1]
+    return lambda batch: forward(batch.tokens, batch.start, grid=batch.grid).flatten()[batch.ends - 1]
 
 
 def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's scores, and the means of its values over the responses: [2, B]."""
 
     def scores(batch: RankedBatch) -> Tensor:
-        values = forward(batch.tokens, batch.start).flatten()
+        values = forward(batch.tokens, batch.start, grid=batch.grid).flatten()
         mask, places = response_places(batch.begins, batch.ends)
         sums = on_grid(values[places], mask).sum(1)
         return torch.stack((values[batch.ends - 1], sums / mask.sum(1)))

@@ -8,6 +8,7 @@ from minillm.layout import (
     before_tokens,
     forward_passes,
     lay_out,
+    lay_out_sets,
     on_grid,
     response_places,
 )
@@ -32,6 +33,38 @@ def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, e
     assert first_seen.tolist() == [token // 100 * 100 for token in expected]
     grid = on_grid(tokens.flatten()[places].float(), mask)
     assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
+
+
+trees = st.lists(
+    st.tuples(st.integers(0, 5), st.lists(st.integers(1, 6), min_size=1, max_size=4)), min_size=1
+)
+
+
+@given(trees)
+@LAW
+def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(drawn):
+    """Tokens of set i are 1000 i and upward, those of its sequence k 100 (k + 1) above that."""
+    common = [shared for shared, _ in drawn]
+    sets = [
+        [
+            [1000 * i + t for t in range(shared)]
+            + [1000 * i + 100 * (k + 1) + t for t in range(shared, shared + own)]
+            for k, own in enumerate(sizes)
+        ]
+        for i, (shared, sizes) in enumerate(drawn)
+    ]
+    tokens, start, grid, begins = lay_out_sets(sets, common)
+    assert tokens.shape[1] == sum(shared + sum(sizes) for shared, sizes in drawn)
+    (flat,), in_rows = tokens.tolist(), tokens[0][grid.places]
+    sequences = [(sequence, shared) for own, shared in zip(sets, common, strict=True) for sequence in own]
+    for begin, (sequence, shared) in zip(begins.tolist(), sequences, strict=True):
+        assert flat[begin + shared : begin + len(sequence)] == sequence[shared:]
+    wholes = [row[first : t + 1].tolist() for row, firsts in zip(in_rows, start, strict=True)
+              for t, first in enumerate(firsts.tolist())]  # fmt: skip
+    assert all(sequence in wholes for sequence, _ in sequences), "what a last token sees is its sequence"
+    for place, at in enumerate(grid.back.tolist()):
+        seen = wholes[at]
+        assert seen[-1] == flat[place] and len(seen) == grid.positions[place] + 1
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))

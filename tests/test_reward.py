@@ -80,16 +80,20 @@ def drawn_rankings(most: int = 6) -> st.SearchStrategy:
 
 
 def encoded_of(drawn: tuple) -> list[EncodedSet]:
-    """Sets of random rows with up to three rankings, all of a set's responses tied now and then."""
+    """Sets of random rows that begin with one to five tokens of a prompt and have up to three rankings, all
+    of a set's responses tied now and then."""
     many, seed, lengths = drawn
     random = np.random.Generator(np.random.PCG64(seed))
-    return [
-        EncodedSet(
-            [ranked(own, f"{i}?"), *(ranked(random.permuted(own).tolist(), f"{i}?") for _ in range(i % 3))],
-            [random.integers(V, size=random.integers(*lengths)).tolist() for _ in own],
-        )
-        for i, own in enumerate(many)
-    ]
+
+    def tokens(*size: int) -> list[int]:
+        return random.integers(V, size=random.integers(*size)).tolist()
+
+    def encoded(number: int, own: list[int]) -> EncodedSet:
+        prompt, shuffled = tokens(1, 6), [random.permuted(own).tolist() for _ in range(number % 3)]
+        rankings = [ranked(places, f"{number}?") for places in (own, *shuffled)]
+        return EncodedSet(rankings, [prompt + tokens(*lengths) for _ in own], len(prompt))
+
+    return [encoded(number, own) for number, own in enumerate(many)]
 
 
 # ---- The loss
@@ -325,8 +329,7 @@ def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(drawn, micro_token
 @given(drawn_rankings(), st.integers(1, 200))
 @SLOWER
 def test_training_learns_the_order_by_the_last_values_and_by_the_mean_ones(drawn, micro_tokens):
-    encoded = [replace(one, start=min(map(len, one.rows)) - 1) for one in encoded_of(drawn)]
-    model = model_of()
+    encoded, model = encoded_of(drawn), model_of()
     mean = (mean_loss(model, encoded) + mean_loss(model, encoded, mean_of_response)) / 2
     if mean.requires_grad:
         mean.backward()
