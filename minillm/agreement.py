@@ -62,22 +62,26 @@ def agreement_report(rankings: Iterable[Ranking], seed: int = 0) -> AgreementRep
     """Raises InputError where no prompt has the rankings of two annotators."""
     by_prompt = _preferences(rankings)
     counts: dict[tuple[str, ...], list[Counts]] = defaultdict(list)
-    together: list[Counts] = []
     for opinions in by_prompt.values():
-        of_prompt = []
-        for first, second in combinations(sorted(opinions), 2):
-            of_prompt.append(_compare(opinions[first], opinions[second]))
-            counts[first, second].append(of_prompt[-1])
-        if of_prompt:
-            agreed, differed, ties = map(sum, zip(*of_prompt, strict=True))
-            together.append((agreed, differed, ties))
+        compared = _compare_all(opinions)
+        for pair, count in compared.items():
+            counts[pair].append(count)
+        if compared:
+            counts[ALL,].append(_total(compared.values()))
     if not counts:
         raise InputError(
             "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
         )
-    rows = [_agreement((ALL,), together, seed)]
-    rows += [_agreement(pair, counts[pair], seed) for pair in sorted(counts)]
+    pairs = sorted(counts.keys() - {(ALL,)})
+    rows = [_agreement(pair, counts[pair], seed) for pair in [(ALL,), *pairs]]
     return AgreementReport(rows, krippendorff_alpha(_units(by_prompt.values())))
+
+
+def agreed_pairs(rankings: Iterable[Ranking]) -> tuple[int, int]:
+    """On how many pairs two annotators agree, and of how many on which both have a preference."""
+    everybody = [_total(_compare_all(opinions).values()) for opinions in _preferences(rankings).values()]
+    agreed, differed, _ = _total(everybody)
+    return agreed, agreed + differed
 
 
 def agreement_table(report: AgreementReport) -> str:
@@ -111,6 +115,16 @@ def preferences(ranking: Ranking) -> Preferences:
         (first, second): int(np.sign(rank[second] - rank[first]))
         for first, second in combinations(sorted(rank), 2)
     }
+
+
+def _compare_all(opinions: Mapping[str, Preferences]) -> dict[tuple[str, str], Counts]:
+    """Each two annotators of one prompt."""
+    return {(a, b): _compare(opinions[a], opinions[b]) for a, b in combinations(sorted(opinions), 2)}
+
+
+def _total(counts: Iterable[Counts]) -> Counts:
+    agreed, differed, ties = map(sum, zip((0, 0, 0), *counts, strict=True))
+    return agreed, differed, ties
 
 
 def _compare(one: Preferences, other: Preferences) -> Counts:

@@ -33,9 +33,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from minillm.agreement import agreement_report
+from minillm.agreement import agreed_pairs
 from minillm.annotators import MARGIN
-from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.measures import reliability
 from minillm.model import ScalarModel
@@ -143,11 +142,8 @@ def by_margin(pairs: Pairs) -> list[dict[str, Any]]:
 
 def agreement(rankings: Sequence[Ranking]) -> Share:
     """How often two annotators order two responses alike, of the pairs that both ordered."""
-    try:
-        everybody = agreement_report(rankings).rows[0]
-    except InputError:  # no prompt was ranked twice
-        return Share(None, 0)
-    return Share(everybody.rate, everybody.pairs)
+    agreed, pairs = agreed_pairs(rankings)
+    return Share(agreed / pairs if pairs else None, pairs)
 
 
 def rater_accuracy(agreed: float | int) -> float:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import responses
-from minillm.agreement import agreement_report, agreement_table, krippendorff_alpha
+from minillm.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -380,6 +380,7 @@ def test_agreement_counts_by_hand():
         ("Bob", "Cid"): (1, 2, 1, 0.5),
         ("all",): (1, 7, 2, 5 / 7),
     }
+    assert agreed_pairs(made) == (5, 7)
     table = agreement_table(report)
     assert "Ada and Bob" in table and "66.7%" in table and "alpha" in table
 
