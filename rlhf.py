@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback: an assistant → responses → rankings → reward model → policy.
 
-    python rlhf.py --stage sample                          4 responses to each of 5,000 prompts
-    python rlhf.py --stage rank                            three of five simulated people rank each set, or
+    python rlhf.py --stage sample                          4 responses to each of 7,000 prompts
+    python rlhf.py --stage rank                            five simulated people rank them, or
     python rlhf.py --stage rank --annotator person --name Ada          you do, at the terminal, or
     python rlhf.py --stage rank --annotator model --judge out/sft      a model does, by written principles, or
     python rlhf.py --stage rank --annotator file --data hh.jsonl.gz    other people did
@@ -126,7 +126,7 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 5000
+    prompts: int = 7000
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
@@ -148,8 +148,8 @@ class Options(PolicyOptions):
     """rank --annotator person: your name, under which your rankings are kept."""
     annotators: int = 5
     """rank --annotator simulated: how many people."""
-    opinions: int = 3
-    """rank --annotator simulated: how many of them rank each prompt."""
+    opinions: int = 5
+    """rank --annotator simulated: how many of them rank each set: a slip of one is outvoted."""
     noise: float = 1.0
     """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
     judge: str | None = None
@@ -168,11 +168,11 @@ class Options(PolicyOptions):
     """reward: blocks on top of the assistant's, where the token that it expected meets the one that came."""
     epochs: int = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
-    batch_sets: int = 8
+    batch_sets: int = 16
     """reward, dpo: sets of responses in a step, over all processes, each with all rankings of it."""
-    matrix_rate: float = 2e-3
+    matrix_rate: float = 3e-3
     """reward: learning rate of the block matrices, by AdamW."""
-    embedding_rate: float = 6e-3
+    embedding_rate: float = 9e-3
     """reward: learning rate of the embedding and the scalar head."""
     val_fraction: float = 0.1
     """reward, policy: share of the prompts held out, for validation and the report; the little world has

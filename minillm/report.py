@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float64, Int64
 
 from minillm.agreement import agreed_pairs
@@ -39,7 +40,16 @@ from minillm.files import write_atomically, write_json
 from minillm.measures import reliability
 from minillm.model import ScalarModel
 from minillm.preferences import Message, Ranking
-from minillm.reward import EncodedSet, encode_response, prompt_key, score_rows, telling_pairs
+from minillm.reward import (
+    EncodedSet,
+    collate,
+    encode_response,
+    micro_batches,
+    prompt_key,
+    score_rows,
+    scores_of,
+    telling_pairs,
+)
 from minillm.template import ChatTemplate
 
 BOOTSTRAP = 1000  # resamples for an interval
@@ -82,13 +92,15 @@ class Pairs:
         return (1 + np.sign(self.difference)) / 2
 
 
-def judge(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Judged]:
+@torch.no_grad()
+def judge(model: ScalarModel, encoded: Sequence[EncodedSet], micro_tokens: int = 16_384) -> list[Judged]:
     """The scores of the responses, for every ranking of them."""
-    scores = iter(score_rows(model, [row for one in encoded for row in one.rows]))
-    judged = []
-    for one in encoded:
-        own, lengths = [next(scores) for _ in one.rows], [len(row) for row in one.rows]
-        judged += [Judged(ranking, own, lengths) for ranking in one.rankings]
+    device, judged = model.bias.device, []
+    for micro in micro_batches(encoded, micro_tokens):
+        scores = iter(scores_of(model)(collate(micro).to(device)).tolist())
+        for one in micro:
+            own, lengths = [next(scores) for _ in one.rows], [len(row) for row in one.rows]
+            judged += [Judged(ranking, own, lengths) for ranking in one.rankings]
     return judged
 
 
