@@ -145,8 +145,8 @@ def rotate(
 
 @dataclass(frozen=True)
 class Grid:
-    """The rows in which tokens [1, T] stand for attention alone, where one may stand many times: so several
-    texts share a beginning, of which all but attention is computed once. The bounds are those of the rows."""
+    """Rows in which the tokens [1, T] stand for attention, some of them many times: texts that begin alike
+    share their beginning, and everything but attention is computed once for it. Bounds are of these rows."""
 
     positions: Int[Tensor, " T"]
     """Of each token in its text."""
