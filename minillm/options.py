@@ -134,7 +134,7 @@ class PolicyOptions(TrainingOptions):
     """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
     policy_rate: float = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
-    beta: float = 0.2
+    beta: float = 0.15
     """Price of a nat of KL to the reference; for dpo the same β, which sets how far it may go."""
     target_kl: float | None = None
     """ppo, grpo: nats a response that β is moved to meet. Default none: β stays."""
