@@ -81,7 +81,7 @@ def make_runs() -> None:
             order = [[i % 3], [(i + 1) % 3, (i + 2) % 3]]
             file.append([new_ranking(given, order, name, 0) for name in ("Ada", "Bo")])
     with killed_at_update(rlhf, 3):
-        rlhf.main(f"--stage reward --init sft --out rlhf --batch-sets 8 {EACH}".split())
+        rlhf.main(f"--stage reward --init sft --out rlhf --batch-sets 4 {EACH}".split())
     for algorithm, script, extra in (
         ("ppo", minillm.policy, EVERYTHING), ("grpo", minillm.policy, ""), ("dpo", rlhf, ""),
     ):  # fmt: skip
