@@ -174,11 +174,14 @@ class AgainstTruth:
     """1 where the scores have the true order, 0 where the opposite, a half where equal."""
     annotators: Float64[np.ndarray, " P"]
     """1 where the annotator has the true order, else 0."""
+    names: list[str]
+    """Who that is."""
 
 
 def against_truth(judged: Iterable[Judged], worth: Worth) -> AgainstTruth:
     """The pairs of those rankings whose replies are all of known worth."""
-    rows = []
+    rows: list[tuple[float, float, float]] = []
+    names: list[str] = []
     for one in judged:
         known = (worth(one.ranking.messages, text) for text in one.ranking.responses)
         true = [value for value in known if value is not None]
@@ -188,12 +191,14 @@ def against_truth(judged: Iterable[Judged], worth: Worth) -> AgainstTruth:
             if sign := np.sign(true[better] - true[worse]):
                 scored = np.sign(one.scores[better] - one.scores[worse])
                 rows.append((abs(true[better] - true[worse]), (1 + sign * scored) / 2, (1 + sign) / 2))
-    return AgainstTruth(*np.array(rows, np.float64).reshape(-1, 3).T)
+                names.append(one.ranking.annotator)
+    margin, scores, annotators = np.array(rows, np.float64).reshape(-1, 3).T
+    return AgainstTruth(margin, scores, annotators, names)
 
 
 def truth_figures(pairs: AgainstTruth) -> dict[str, Any]:
-    """How often scores and annotators have the true order, of all pairs that differ by MARGIN and in classes
-    of the difference; and `ceiling`, how often the truth has the annotators' order, of any difference."""
+    """How often scores and annotators have the true order, of all pairs that differ by MARGIN, by annotator
+    and in classes of the difference; and `ceiling`, how often the truth has the annotators' order, of any."""
 
     def shares(low: float, high: float) -> dict[str, Any]:
         within = (low <= pairs.margin) & (pairs.margin < high)
@@ -201,8 +206,12 @@ def truth_figures(pairs: AgainstTruth) -> dict[str, Any]:
         return {name: asdict(share(right[within])) for name, right in both.items()}
 
     classes = pairwise((*TRUE_MARGINS[:-1], np.inf))
+    names, far = np.array(pairs.names, str), pairs.margin >= MARGIN
     return {
         **shares(MARGIN, np.inf),
+        "by_annotator": {
+            str(name): asdict(share(pairs.annotators[far & (names == name)])) for name in np.unique(names)
+        },
         "ceiling": asdict(share(pairs.annotators)),
         "by_margin": [
             {"from": low, "to": min(high, TRUE_MARGINS[-1]), **shares(low, high)} for low, high in classes
@@ -432,7 +441,8 @@ def report_text(card: dict[str, Any]) -> str:
     if truth["scores"]["count"]:
         lines.append(
             f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
-            f"rubric's order; annotators {_percent(truth['annotators']['value'])}"
+            f"rubric's order; annotators {_percent(truth['annotators']['value'])}, the best of them "
+            f"{_percent(max(own['value'] or 0.0 for own in truth['by_annotator'].values()))}"
         )
         lines += [
             f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "

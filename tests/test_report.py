@@ -179,9 +179,14 @@ def test_scores_and_annotators_are_held_against_the_truth_on_the_same_pairs(seed
         for i, j in one.ranking.pairs():
             mine = worth[one.ranking.messages[0]["content"]]
             if one.ranking.messages[0]["content"] != "0?" and mine[i] != mine[j]:
-                found.append(((one.scores[i] > one.scores[j]) == (mine[i] > mine[j]), mine[i] > mine[j]))
-    assert pairs.scores.tolist() == [s for s, _ in found]
-    assert pairs.annotators.tolist() == [a for _, a in found]
+                right = (one.scores[i] > one.scores[j]) == (mine[i] > mine[j])
+                found.append((right, mine[i] > mine[j], one.ranking.annotator))
+    assert pairs.scores.tolist() == [s for s, _, _ in found]
+    assert pairs.annotators.tolist() == [a for _, a, _ in found]
+    each = {name: [a for _, a, who in found if who == name] for name in sorted({who for *_, who in found})}
+    assert truth_figures(pairs)["by_annotator"] == {
+        name: {"value": pytest.approx(np.mean(own)), "count": len(own)} for name, own in each.items()
+    }, "whole numbers differ by more than the margin"
 
 
 def test_against_the_truth_perfect_scores_are_right_where_annotators_err():
