@@ -566,7 +566,7 @@ def demonstrations(
     training: Sequence[EncodedSet], world: World | None, template: ChatTemplate
 ) -> list[list[int]]:
     """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
-    the best response of each ranking."""
+    the best response of each set, by its first ranking."""
     if world is None:
         return [one.rows[one.rankings[0].ranking[0][0]] for one in training[:DEMONSTRATIONS]]
     shown = [conversation.messages for conversation in world.conversations("train", DEMONSTRATIONS)]

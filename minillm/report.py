@@ -46,6 +46,7 @@ from minillm.reward import (
     encode_response,
     micro_batches,
     prompt_key,
+    require_finite,
     score_rows,
     scores_of,
     telling_pairs,
@@ -94,10 +95,10 @@ class Pairs:
 
 @torch.no_grad()
 def judge(model: ScalarModel, encoded: Sequence[EncodedSet], micro_tokens: int = 16_384) -> list[Judged]:
-    """The scores of the responses, for every ranking of them."""
+    """The scores of the responses, for every ranking of them. InputError where one is not finite."""
     device, judged = model.bias.device, []
     for micro in micro_batches(encoded, micro_tokens):
-        scores = iter(scores_of(model)(collate(micro).to(device)).tolist())
+        scores = iter(require_finite(scores_of(model)(collate(micro).to(device)).tolist()))
         for one in micro:
             own, lengths = [next(scores) for _ in one.rows], [len(row) for row in one.rows]
             judged += [Judged(ranking, own, lengths) for ranking in one.rankings]

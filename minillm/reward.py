@@ -85,7 +85,8 @@ def encode_rankings(
     rankings: Iterable[Ranking], template: ChatTemplate, longest: int
 ) -> tuple[list[EncodedSet], Counter[str]]:
     """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings,
-    and how many rankings are left out, by reason."""
+    and how many rankings are left out, by reason. The same responses in another order are another set, for a
+    ranking counts them as they are listed."""
     sets = defaultdict[str, list[Ranking]](list)
     for ranking in rankings:
         sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
@@ -155,6 +156,11 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
         found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
         for i, score in zip(numbers, found.tolist(), strict=True):
             scores[i] = score
+    return require_finite(scores)
+
+
+def require_finite(scores: list[float]) -> list[float]:
+    """These scores. InputError where one is not finite."""
     if not all(map(isfinite, scores)):
         raise InputError(
             "the reward model gives scores that are not finite; restore its folder or train it anew"

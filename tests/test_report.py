@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.annotators import MARGIN
+from minillm.errors import InputError
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import Ranking, ranking_by
 from minillm.report import (
@@ -375,6 +376,13 @@ def test_judged_scores_are_those_of_the_rows():
     assert [one.ranking for one in judged] == [*rankings, rankings[0]]
     for one, own in zip(judged, (rows, rows, rows[::-1]), strict=True):
         assert one.scores == pytest.approx(score_rows(model, own)) and one.lengths == list(map(len, own))
+
+
+def test_scores_that_are_not_finite_are_refused():
+    model = small_model(TOKENIZER)
+    torch.nn.init.constant_(model.score.weight, torch.nan)
+    with pytest.raises(InputError, match="not finite"):
+        judge(model, [EncodedSet([ranked([1.0, 0.0])], [[1, 2], [3]])])
 
 
 def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
