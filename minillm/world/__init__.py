@@ -3,7 +3,7 @@
 It serves every stage: six sources of pretraining text, conversations to imitate (some of them
 flawed on purpose), prompts by kind, and a rubric that says what a reply is worth. Its parts:
 
-    phrases.py     tables of words and phrasings, most of the lines here: to be skimmed
+    phrases.toml   tables of words and phrasings: to be skimmed
     facts.py       who exists, what is true of them, and the four splits
     pen.py         words and facts from the tables, at random
     text.py        the six sources of pretraining text, with
