@@ -39,24 +39,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minillm.agreement import agreement_report, agreement_table
-from minillm.annotators import Desk, Simulated, find_prompts, hold_screen, share_out, simulated_annotators
+from minillm.annotators import Simulated, find_prompts, share_out, simulated_annotators
 from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
-from minillm.comparisons import open_comparisons
-from minillm.conversations import open_conversations
 from minillm.data import Mixture, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.huggingface import (
+from minillm.io.comparisons import open_comparisons
+from minillm.io.conversations import open_conversations
+from minillm.io.huggingface import (
     load_causal_model,
     load_model,
     load_scalar_model,
     save_model,
     save_scalar_model,
 )
-from minillm.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.metrics import plot_loss, plot_policy, read_metrics
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
@@ -83,7 +82,6 @@ from minillm.preferences import (
     read_responses,
 )
 from minillm.provenance import provenance
-from minillm.report import judge, report_card, report_text, unknown_worth, write_report
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedSet,
@@ -102,8 +100,11 @@ from minillm.rollout import Observers, Prompt, encode_prompts, held_out_figures,
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.sources import open_sources, world_sources
-from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools.agreement import agreement_report, agreement_table
+from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.ranking import RankingSession, rank_in_terminal
+from minillm.tools.report import judge, report_card, report_text, unknown_worth, write_report
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt as WorldPrompt
 
@@ -120,7 +121,7 @@ class Options(PolicyOptions):
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
     """sample, policy: conversations, of which all before the last reply is a prompt. Nothing: the little
-    world's prompts. rank --annotator file: rankings that others published (minillm/comparisons.py)."""
+    world's prompts. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
 
@@ -314,7 +315,7 @@ def rank(options: Options, runtime: Runtime) -> None:
         sets = read_responses(options.folder / "responses.jsonl")
         with open_rankings(options) as file:
             record_options(options)
-            hold_screen(Desk(sets, file, options.name, options.seed))
+            rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
             return
     all_jobs = {"simulated": simulated, "model": judged, "file": published}[options.annotator]
     jobs = all_jobs(options, runtime)

@@ -27,11 +27,11 @@ from typing import Literal
 import torch
 
 from minillm.checkpoint import TrainingState
-from minillm.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
-from minillm.evaluate import Figures, figures_table, judged_replies, summarise
-from minillm.huggingface import load_causal_model, load_model, save_model
+from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
+from minillm.io.huggingface import load_causal_model, load_model, save_model
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
@@ -41,8 +41,8 @@ from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
 from minillm.sources import open_sources, world_sources
-from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
 from minillm.world import World
 
 
@@ -52,7 +52,7 @@ class Options(DataOptions):
 
     data: tuple[str, ...] = ()
     """Conversations: files, folders or globs of .json(l)(.gz), each as PATH, PATH:WEIGHT or
-    NAME=PATH:WEIGHT, in any of the formats of minillm/conversations.py. Nothing: the little world's."""
+    NAME=PATH:WEIGHT, in any of the formats of minillm/io/conversations.py. Nothing: the little world's."""
     out: str = "out/sft"
     """The run folder."""
     init: str = "out/base"

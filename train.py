@@ -34,7 +34,7 @@ from minillm.data import (
 from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
-from minillm.huggingface import config_from_json, load_model, save_model
+from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, held_out, per_byte
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize

@@ -36,12 +36,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import rlhf
-from minillm.huggingface import load_model
+from minillm.io.huggingface import load_model
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.provenance import provenance
 from minillm.rollout import encode_prompts
 from minillm.run import Run
 from minillm.runtime import start_runtime
-from minillm.template import ChatTemplate, with_chat_template
 
 RESPONSES = 64
 PRECISIONS = ("float32", "bfloat16")

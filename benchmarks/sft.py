@@ -23,13 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from minillm.conversations import open_conversations, split_conversations, world_conversations
-from minillm.huggingface import load_model, save_model
+from minillm.io.conversations import open_conversations, split_conversations, world_conversations
+from minillm.io.huggingface import load_model, save_model
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
 from minillm.packing import encode_source, packed_batches
 from minillm.provenance import provenance
 from minillm.runtime import Runtime, choose_dtype
-from minillm.template import ChatTemplate, with_chat_template
 from minillm.world import World
 
 ROOT = Path(__file__).parents[1]

@@ -1,11 +1,7 @@
-"""Who ranks: a person at a screen, or simulated people who judge by the little world's rubric.
+"""Simulated people who rank: they judge by the little world's rubric, and disagree as people do.
 
-The person's part knows no terminal: a `Desk` has the responses at hand, in a random order and without
-a word about their origin, takes a ranking as it is typed, and puts it on the disk before it shows the
-next. `screen` and `obey` are text in and out. rlhf.py holds them against a terminal.
-
-The simulated annotators disagree as people do. With u(i) the rubric's utility of response i and
-g(i) a Gumbel variable of location 0 and scale 1, annotator a sees
+With u(i) the rubric's utility of response i and g(i) a Gumbel variable of location 0 and scale 1, annotator a
+sees
 
     u(i) + noise · temperature_a · (leaning_a(i) + g(i))
 
@@ -18,149 +14,13 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 
 from minillm.errors import InputError
-from minillm.preferences import (
-    LETTERS,
-    Ranking,
-    RankingFile,
-    ResponseSet,
-    new_ranking,
-    parse_ranking,
-    ranking_by,
-)
+from minillm.preferences import ResponseSet, ranking_by
 from minillm.world import World
 from minillm.world.rubric import Prompt, Score
-
-# ---- A person
-
-
-class Desk:
-    """Where one person ranks set after set. What was ranked in earlier sittings does not come again."""
-
-    def __init__(self, sets: Sequence[ResponseSet], file: RankingFile, annotator: str, seed: int) -> None:
-        for number, given in enumerate(sets, start=1):
-            if len(given.responses) > len(LETTERS):
-                raise InputError(
-                    f"prompt {number} has {len(given.responses)} responses; {len(LETTERS)} can be ranked"
-                )
-        self.sets, self.file, self.annotator, self.seed = sets, file, annotator, seed
-        self.skipped: set[str] = set()
-        """Keys of the sets put off to another sitting."""
-
-    @property
-    def current(self) -> ResponseSet | None:
-        """The first set that is neither ranked nor skipped."""
-        ranked = self._ranked()
-        return next((s for s in self.sets if s.key not in ranked and s.key not in self.skipped), None)
-
-    @property
-    def done(self) -> int:
-        """How many of the sets this person has ranked."""
-        ranked = self._ranked()
-        return sum(given.key in ranked for given in self.sets)
-
-    def shown(self) -> list[str]:
-        """The responses at hand in their blind order: the first is called A."""
-        given = self.current
-        return [given.responses[index] for index in self._order(given)] if given else []
-
-    def rank(self, typed: str) -> Ranking:
-        """Puts a ranking of the letters on the disk. InputError, and nothing written, if it is none."""
-        given = self.current
-        if given is None:
-            raise InputError("there is nothing left to rank")
-        order = self._order(given)
-        places = parse_ranking(typed, len(order))
-        ranking = [[order[place] for place in tied] for tied in places]
-        made = new_ranking(given, ranking, self.annotator, self.seed)
-        self.file.append([made])
-        return made
-
-    def skip(self) -> None:
-        """Puts the set at hand off to another sitting."""
-        if given := self.current:
-            self.skipped.add(given.key)
-
-    def undo(self) -> Ranking | None:
-        """Takes this person's last ranking back; its set is to be ranked again."""
-        undone = self.file.withdraw(self.annotator)
-        if undone:
-            self.skipped.discard(undone.key)
-        return undone
-
-    def _ranked(self) -> set[str]:
-        return {ranking.key for ranking in self.file.rankings if ranking.annotator == self.annotator}
-
-    def _order(self, given: ResponseSet) -> list[int]:
-        """Another for each set and person, and the same for both at each sitting."""
-        order = list(range(len(given.responses)))
-        random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
-        return order
-
-
-HELP = "Rank all, best first, ties with =, as in B > A = D > C.   s skip   u undo   q quit"
-
-
-def screen(desk: Desk) -> str:
-    """What a person sees: how far they are, the conversation, the responses."""
-    lines = [f"──── {desk.done} of {len(desk.sets)} ranked, {len(desk.skipped)} skipped ────", ""]
-    given = desk.current
-    if given is None:
-        return "\n".join([*lines, "Nothing is left to rank.   u undo   q quit"])
-    lines += [f"{message['role']}: {message['content']}" for message in given.messages]
-    for letter, text in zip(LETTERS, desk.shown(), strict=False):
-        lines += ["", f"  {letter}   " + text.replace("\n", "\n      ")]
-    return printable("\n".join([*lines, "", HELP]))
-
-
-def obey(desk: Desk, typed: str) -> str | None:
-    """Carries out what was typed under the screen. Returns what to say about it; None to end."""
-    match typed.strip().lower():
-        case "q":
-            return None
-        case "s":
-            desk.skip()
-            return "skipped: it comes again at the next sitting"
-        case "u":
-            undone = desk.undo()
-            if undone is None:
-                return "nothing to take back"
-            return printable(f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}")
-    try:
-        made = desk.rank(typed)
-    except InputError as error:
-        return f"not a ranking: {error}"
-    return f"kept: {len(made.pairs())} comparisons"
-
-
-def printable(text: str) -> str:
-    """Without control characters: what a model says must command neither a terminal nor a page."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def hold_screen(desk: Desk) -> None:
-    """Shows set after set and obeys, until none is left or the person has had enough."""
-    with suppress(ImportError):  # not everywhere; with it, input() can edit its line
-        import readline  # noqa: F401
-    answer: str | None = ""
-    shown = ""
-    while answer is not None and desk.current:
-        if (text := screen(desk)) != shown:
-            print(text)
-            shown = text
-        try:
-            answer = obey(desk, input("> "))
-        except (EOFError, KeyboardInterrupt):
-            answer = None
-        print(answer or "")
-    print(f"{desk.done} of {len(desk.sets)} ranked; the same command goes on")
-
-
-# ---- Simulated people
 
 TEMPERATURE = 0.26
 """Of an average annotator, in units of utility. Measured: see `simulated_annotators`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minillm.errors import InputError
 from minillm.files import write_json
-from minillm.huggingface import load_weights, read_tensors, write_tensors
+from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
 from minillm.provenance import provenance
 

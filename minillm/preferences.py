@@ -29,8 +29,8 @@ from typing import Any
 
 from minillm.errors import InputError
 from minillm.files import sync_file, sync_folder
+from minillm.io.template import check_messages
 from minillm.sources import digest
-from minillm.template import check_messages
 
 Message = dict[str, str]
 Record = dict[str, Any]

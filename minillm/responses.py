@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from minillm.generate import SamplingOptions, generate
+from minillm.io.template import ChatTemplate, Completion, chat_format
 from minillm.model import LanguageModel
 from minillm.preferences import Message, Record
-from minillm.template import ChatTemplate, Completion, chat_format
 from minillm.tokenizer import Tokenizer
 
 ROWS = 256  # responses sampled together

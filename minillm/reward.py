@@ -37,12 +37,12 @@ from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
+from minillm.io.template import ChatTemplate
 from minillm.layout import forward_passes, lay_out, lay_out_sets, on_grid, response_places
 from minillm.loss import accumulate
 from minillm.model import Grid, ScalarModel
 from minillm.preferences import Ranking
 from minillm.runtime import Runtime
-from minillm.template import ChatTemplate
 
 # ---- Rankings -> rows
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
+from minillm.io.template import ChatTemplate
 from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_places
 from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message
 from minillm.responses import Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
 from minillm.runtime import Runtime
-from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 # ---- Prompts

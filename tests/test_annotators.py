@@ -10,19 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.agreement import agreement_report
 from minillm.annotators import (
     MARGIN,
-    Desk,
     find_prompts,
-    obey,
-    screen,
     share_out,
     simulated_annotators,
 )
-from minillm.comparisons import comparisons_of, open_comparisons
 from minillm.errors import InputError
-from minillm.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
+from minillm.io.comparisons import comparisons_of, open_comparisons
+from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     Ranking,
@@ -33,8 +29,10 @@ from minillm.preferences import (
     ranking_by,
     read_rankings,
 )
-from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools.agreement import agreement_report
+from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
+from minillm.tools.ranking import RankingSession, run_command, screen
 from minillm.world import World
 
 # ---- A person
@@ -46,9 +44,9 @@ SETS = [
 
 
 @pytest.fixture
-def desk(tmp_path):
+def session(tmp_path):
     with RankingFile(tmp_path / "rankings.jsonl") as file:
-        yield Desk(SETS, file, "Ada", 0)
+        yield RankingSession(SETS, file, "Ada", 0)
 
 
 @given(st.integers(0, 10_000), st.permutations(range(4)), st.lists(st.booleans(), min_size=3, max_size=3))
@@ -57,70 +55,70 @@ def test_the_blind_order_never_changes_what_is_stored(tmp_path_factory, seed, be
     ranking = [[best_first[0]]]
     for index, ties in zip(best_first[1:], tied, strict=True):
         ranking = [*ranking[:-1], [*ranking[-1], index]] if ties else [*ranking, [index]]
-    with RankingFile(tmp_path_factory.mktemp("desk") / "rankings.jsonl") as file:
-        desk = Desk(SETS, file, "Ada", seed)
-        places = [[desk.shown().index(SETS[0].responses[i]) for i in group] for group in ranking]
-        assert desk.rank(format_ranking(places)).ranking == [sorted(group) for group in ranking]
+    with RankingFile(tmp_path_factory.mktemp("session") / "rankings.jsonl") as file:
+        session = RankingSession(SETS, file, "Ada", seed)
+        places = [[session.shown().index(SETS[0].responses[i]) for i in group] for group in ranking]
+        assert session.rank(format_ranking(places)).ranking == [sorted(group) for group in ranking]
 
 
-def test_the_blind_order_differs_between_sets_and_seeds_and_is_the_same_at_the_next_sitting(desk):
+def test_the_blind_order_differs_between_sets_and_seeds_and_is_the_same_at_the_next_sitting(session):
     letters = set()
     for seed in range(20):
-        again = Desk(SETS, desk.file, "Ada", seed)
-        assert again.shown() == Desk(SETS, desk.file, "Ada", seed).shown()
+        again = RankingSession(SETS, session.file, "Ada", seed)
+        assert again.shown() == RankingSession(SETS, session.file, "Ada", seed).shown()
         letters.add(tuple(again.shown()))
     assert len(letters) > 8  # of 24 orders
 
 
-def test_each_ranking_is_on_the_disk_before_the_next_set_shows(desk):
+def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
     for number, given_set in enumerate(SETS, start=1):
-        assert given_set.messages[0]["content"] in screen(desk)
-        assert obey(desk, "A > B = C > D") == "kept: 5 comparisons"
-        assert len(read_rankings(desk.file.lines.path)) == number
-    assert "Nothing is left" in screen(desk)
-    assert obey(desk, "A > B > C > D").startswith("not a ranking: there is nothing left")
+        assert given_set.messages[0]["content"] in screen(session)
+        assert run_command(session, "A > B = C > D") == "kept: 5 comparisons"
+        assert len(read_rankings(session.file.lines.path)) == number
+    assert "Nothing is left" in screen(session)
+    assert run_command(session, "A > B > C > D").startswith("not a ranking: there is nothing left")
 
 
 @pytest.mark.parametrize("typed", ["", "A > B > C", "A > A > B > C > D", "A > B > C > E", "best", "A>B>C>D>"])
-def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(desk, typed):
-    before = desk.file.lines.path.read_bytes()
-    answer = obey(desk, typed)
+def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(session, typed):
+    before = session.file.lines.path.read_bytes()
+    answer = run_command(session, typed)
     assert answer.startswith("not a ranking: ") and len(answer.splitlines()) == 1
-    assert desk.file.lines.path.read_bytes() == before and desk.current == SETS[0]
+    assert session.file.lines.path.read_bytes() == before and session.current == SETS[0]
 
 
-def test_undo_brings_the_last_set_back_and_skip_puts_one_off(desk):
-    assert obey(desk, "u") == "nothing to take back"
-    obey(desk, "A > B > C > D")
-    obey(desk, "s")
-    assert desk.current == SETS[2] and desk.skipped == {SETS[1].key}
-    obey(desk, "A = B = C = D")
-    assert "Question 2?" in obey(desk, " U ")
-    assert desk.current == SETS[2] and desk.done == 1
-    obey(desk, "u")
-    assert desk.current == SETS[0] and desk.done == 0
-    assert Desk(SETS, desk.file, "Ada", 0).skipped == set(), "at the next sitting it comes again"
-    assert obey(desk, "q") is None
+def test_undo_brings_the_last_set_back_and_skip_puts_one_off(session):
+    assert run_command(session, "u") == "nothing to take back"
+    run_command(session, "A > B > C > D")
+    run_command(session, "s")
+    assert session.current == SETS[2] and session.skipped == {SETS[1].key}
+    run_command(session, "A = B = C = D")
+    assert "Question 2?" in run_command(session, " U ")
+    assert session.current == SETS[2] and session.done == 1
+    run_command(session, "u")
+    assert session.current == SETS[0] and session.done == 0
+    assert RankingSession(SETS, session.file, "Ada", 0).skipped == set(), "at the next sitting it comes again"
+    assert run_command(session, "q") is None
 
 
-def test_people_do_not_see_or_undo_each_others_rankings(desk):
-    obey(desk, "A > B > C > D")
-    bob = Desk(SETS, desk.file, "Bob", 0)
+def test_people_do_not_see_or_undo_each_others_rankings(session):
+    run_command(session, "A > B > C > D")
+    bob = RankingSession(SETS, session.file, "Bob", 0)
     assert bob.current == SETS[0] and bob.done == 0 and bob.undo() is None
-    assert desk.done == 1
+    assert session.done == 1
 
 
 def test_what_a_model_says_cannot_command_the_terminal(tmp_path):
     said = ResponseSet([{"role": "user", "content": "\x1b[2J"}], ["\x1b]0;x\x07", "two\nlines"])
     with RankingFile(tmp_path / "rankings.jsonl") as file:
-        shown = screen(Desk([said], file, "Ada", 0))
+        shown = screen(RankingSession([said], file, "Ada", 0))
     assert all(c.isprintable() or c == "\n" for c in shown) and "two\n      lines" in shown
 
 
 def test_more_responses_than_letters_are_refused(tmp_path):
     many = ResponseSet(SETS[0].messages, [str(i) for i in range(10)])
     with RankingFile(tmp_path / "r.jsonl") as file, pytest.raises(InputError, match="10 responses; 9"):
-        Desk([many], file, "Ada", 0)
+        RankingSession([many], file, "Ada", 0)
 
 
 # ---- Simulated people

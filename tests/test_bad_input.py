@@ -28,12 +28,12 @@ import minillm.policy
 import rlhf
 import sft
 import train
-from kernels import bench, gate
-from minillm import chat
+from kernels.dev import bench, gate
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
 from minillm.options import parse_options
 from minillm.preferences import RankingFile, new_ranking, read_responses
+from minillm.tools import chat
 
 # ---- What there is to damage
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import bench, reference
-from kernels.bench import Ceilings, Contest, attention_contest, contests, measure
+from kernels import reference
+from kernels.dev import bench
+from kernels.dev.bench import Ceilings, Contest, attention_contest, contests, measure
 
 LIMITS = Ceilings(flops=1e12, moved=1e9)
 

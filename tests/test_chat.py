@@ -18,14 +18,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm import chat as chat_module
-from minillm.chat import HELP, Chat, Options, drop_oldest, main, obey, read_entry, take_turn
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
-from minillm.huggingface import save_model
+from minillm.io.huggingface import save_model
+from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig
-from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools import chat as chat_module
+from minillm.tools.chat import HELP, Chat, Options, drop_oldest, main, obey, read_entry, take_turn
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(deadline=None, max_examples=25)

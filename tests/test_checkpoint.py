@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from minillm.checkpoint import RESUME_FILE, RUN_FILES, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
-from minillm.huggingface import (
+from minillm.io.huggingface import (
     config_from_json,
     config_to_json,
     load_model,
@@ -27,9 +27,9 @@ from minillm.huggingface import (
     save_model,
     save_scalar_model,
 )
+from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers
-from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
         file.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device\n(os error 28)")
 
-    monkeypatch.setattr("minillm.huggingface.save_file", save_half)
+    monkeypatch.setattr("minillm.io.huggingface.save_file", save_half)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
     refusal(trained_state().save, tmp_path)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.conversations import (
+from minillm.errors import InputError
+from minillm.io.conversations import (
     FORMATS,
     ConversationSource,
     conversations_of,
@@ -17,7 +18,6 @@ from minillm.conversations import (
     split_conversations,
     world_conversations,
 )
-from minillm.errors import InputError
 from minillm.world import SHARES, World, assistant, user
 
 ASKED = [user("Why?"), assistant("Because.")]

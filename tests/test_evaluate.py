@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from minillm import responses
-from minillm.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
 from minillm.generate import SamplingOptions, generate
+from minillm.io.template import ChatTemplate, chat_format, with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
-from minillm.template import ChatTemplate, chat_format, with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
 from minillm.world import KINDS, World
 
 WORLD = World(0)

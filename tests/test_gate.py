@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels import gate
-from kernels.gate import MARKERS, PAGE, SHARED_LIMITS, TENSOR_CORES, Build, faults, page, table
+from kernels.dev import gate
+from kernels.dev.gate import MARKERS, PAGE, SHARED_LIMITS, TENSOR_CORES, Build, faults, page, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ TOYS = """
 import json, sys
 from dataclasses import asdict
 import torch, triton, triton.language as tl
-from kernels.gate import SHARED_LIMITS, builds, faults
+from kernels.dev.gate import SHARED_LIMITS, builds, faults
 
 @triton.jit
 def copies(x, n, BLOCK: tl.constexpr):

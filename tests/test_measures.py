@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.measures import contest, distinct, mean, ratio, reliability, repetition, share, word_count
+from minillm.tools.measures import contest, distinct, mean, ratio, reliability, repetition, share, word_count
 
 hits = st.lists(st.booleans(), min_size=1, max_size=60)
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=60)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.errors import InputError
-from minillm.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
+from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import document_ends
 from minillm.model import (
     LanguageModel,
@@ -21,7 +22,6 @@ from minillm.model import (
     initialize,
     scalar_from_language_model,
 )
-from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

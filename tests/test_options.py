@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import rlhf
 import sft
 import train
-from minillm import chat
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
 from minillm.options import FREE_TO_CHANGE, options_json, parse_options
+from minillm.tools import chat
 
 
 @dataclass(frozen=True)

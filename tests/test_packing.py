@@ -12,9 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.conversations import ConversationSource, world_conversations
 from minillm.data import IGNORED, Batch, Mixture, TokenizedSource
 from minillm.errors import InputError
+from minillm.io.conversations import ConversationSource, world_conversations
 from minillm.loss import summed_loss
 from minillm.model import LanguageModel, ModelConfig
 from minillm.packing import (

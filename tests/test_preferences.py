@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import responses
-from minillm.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
+from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     LETTERS,
@@ -31,8 +31,8 @@ from minillm.preferences import (
     read_responses,
 )
 from minillm.responses import ATTEMPTS, Question, Respondent, ResponseSampler, SamplingPlan
-from minillm.template import with_chat_template
 from minillm.tokenizer import Tokenizer
+from minillm.tools.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
 

@@ -14,7 +14,7 @@ from runs import ROOT, TORCHRUN
 import rlhf
 import sft
 import train
-from minillm import chat
+from minillm.tools import chat
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from minillm.annotators import MARGIN
 from minillm.errors import InputError
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import Ranking, ranking_by
-from minillm.report import (
+from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
+from minillm.tokenizer import Tokenizer
+from minillm.tools.report import (
     TRICKS,
     TRUE_MARGINS,
     Judged,
@@ -39,9 +42,6 @@ from minillm.report import (
     within_prompts,
     write_report,
 )
-from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
-from minillm.template import ChatTemplate, with_chat_template
-from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
 LAW = settings(deadline=None, max_examples=40)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.errors import InputError
+from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.optim import Rates, build_optimizers
 from minillm.preferences import Ranking, ranking_by
@@ -33,7 +34,6 @@ from minillm.reward import (
     training_scores_of,
 )
 from minillm.runtime import Runtime
-from minillm.template import ChatTemplate, with_chat_template
 from minillm.tokenizer import Tokenizer
 
 LAW = settings(deadline=None, max_examples=40)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from minillm.errors import InputError
-from minillm.template import (
+from minillm.io.template import (
     DEFAULT_TEMPLATE,
     PLAIN_TEMPLATE,
     ChatTemplate,

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import train
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
-from minillm.huggingface import load_model
+from minillm.io.huggingface import load_model
 
 TINY = [
     "--depth",

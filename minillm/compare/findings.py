@@ -26,8 +26,11 @@ from minillm.compare.probes import (
     text_nats,
 )
 from minillm.compare.verdicts import Bout, Referee, blind
-from minillm.evaluate import Judged, Reply
-from minillm.measures import (
+from minillm.metrics import read_metrics
+from minillm.responses import Respondent
+from minillm.sources import Source
+from minillm.tools.evaluate import Judged, Reply
+from minillm.tools.measures import (
     Estimate,
     contest,
     distinct,
@@ -38,9 +41,6 @@ from minillm.measures import (
     share,
     word_count,
 )
-from minillm.metrics import read_metrics
-from minillm.responses import Respondent
-from minillm.sources import Source
 from minillm.world import World
 from minillm.world.rubric import Prompt
 

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minillm.annotators import printable
 from minillm.compare.exhibits import Content, Plot, Section, Table, how, sections
 from minillm.compare.svg import style_of
+from minillm.errors import printable
 
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all stand in compare.json

@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from minillm.annotators import MARGIN, Desk, hold_screen
-from minillm.judge import ROWS, Judge, verdicts
+from minillm.annotators import MARGIN
+from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking, RankingFile, ResponseSet
 from minillm.reward import encode_response, score_rows
-from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
+from minillm.tools.judge import ROWS, Judge, verdicts
+from minillm.tools.ranking import RankingSession, rank_in_terminal
 from minillm.world import World
 from minillm.world.rubric import Prompt
 
@@ -85,7 +86,7 @@ def by_reward(model: ScalarModel, tokenizer: Tokenizer) -> Referee:
 
 
 def by_model(judge: Judge) -> Referee:
-    """What minillm/judge.py says, asked in both orders. None where a question is longer than its context."""
+    """What the judge (minillm/tools/judge.py) says, asked in both orders; None beyond its context."""
 
     def referee(bouts: Sequence[Bout]) -> list[Verdict]:
         found: list[Verdict] = [None] * len(bouts)
@@ -124,7 +125,7 @@ def by_person(file: RankingFile, name: str, seed: int) -> Referee:
         }
         order = list(sets.values())
         random.Random(f"{seed} order").shuffle(order)
-        hold_screen(Desk(order, file, name, seed))
+        rank_in_terminal(RankingSession(order, file, name, seed))
         ranked = {ranking.key: ranking for ranking in file.rankings if ranking.annotator == name}
         return [_by_ranking(bout, ranked) for bout in bouts]
 

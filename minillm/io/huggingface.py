@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
+from minillm.io.template import ChatTemplate
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, parameter_count
-from minillm.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from minillm.errors import InputError
 from minillm.files import read_text
+from minillm.io.template import chat_format
 from minillm.model import LanguageModel
 from minillm.preferences import Message, ResponseSet, ranking_by
-from minillm.template import chat_format
 from minillm.tokenizer import Tokenizer
 
 DEFAULT_PRINCIPLES = Path(__file__).with_name("principles.txt")

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from minillm.conversations import EXTENSIONS, Conversation, Record, conversations_of, records
 from minillm.errors import InputError
+from minillm.io.conversations import EXTENSIONS, Conversation, Record, conversations_of, records
 from minillm.preferences import Ranking, ResponseSet, new_ranking
 from minillm.sources import Errors, list_files, parse_specs
 

@@ -34,10 +34,9 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from minillm.agreement import agreed_pairs
 from minillm.annotators import MARGIN
 from minillm.files import write_atomically, write_json
-from minillm.measures import reliability
+from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import Message, Ranking
 from minillm.reward import (
@@ -51,7 +50,8 @@ from minillm.reward import (
     scores_of,
     telling_pairs,
 )
-from minillm.template import ChatTemplate
+from minillm.tools.agreement import agreed_pairs
+from minillm.tools.measures import reliability
 
 BOOTSTRAP = 1000  # resamples for an interval
 TRUE_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two replies are apart

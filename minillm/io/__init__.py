@@ -1,0 +1,1 @@
+"""Other people's files, in and out: formats of chats and rankings, chat templates, Hugging Face's layout."""

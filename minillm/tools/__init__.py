@@ -1,0 +1,1 @@
+"""What is done with models besides training them: talk, rank, judge, report."""
