@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.cross_entropy import linear_cross_entropy
 from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 
 def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -55,7 +55,7 @@ def accumulate(
     for number, micro in enumerate(micro_batches, start=1):
         with runtime.sync_gradients(forward, last=number == len(micro_batches)):
             loss = summed(micro)
-            (loss * (weight * runtime.world / count)).backward()
+            (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
     return runtime.total(total).item() / count
 
@@ -74,7 +74,7 @@ def backward(
     most `micro_tokens`.
     """
     rows, row_tokens = batch.tokens.shape
-    begin, end = (rows * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
+    begin, end = (rows * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
     micro_rows = max(1, micro_tokens // row_tokens)
     micros = [batch.rows(row, min(row + micro_rows, end)) for row in range(begin, end, micro_rows)]
     targets = max(1, int((batch.targets != IGNORED).sum()))
@@ -111,7 +111,7 @@ def held_out(
     """The loss over validation batches (on the CPU), shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     for i, batch in enumerate(batches):
-        if i % runtime.world == runtime.rank:
+        if i % runtime.world_size == runtime.rank:
             totals[0] += summed_loss(model, model, batch.to(runtime.device)).item()
             totals[1] += int((batch.targets != IGNORED).sum())
             totals[2] += target_bytes(batch, token_bytes)

@@ -42,8 +42,7 @@ from minillm.ppo import (
 )
 from minillm.responses import seed_of
 from minillm.rollout import Observers, Prompt, Rollout, taken_logprobs
-from minillm.run import Run
-from minillm.runtime import Runtime
+from minillm.run import Run, Runtime
 
 Minibatches = list[list[Rollout]]
 
@@ -135,7 +134,7 @@ def roll_out(
     runtime, step = run.runtime, run.state.step
     order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
     shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
-    own = [i for share in shares for i in share[runtime.rank :: runtime.world]]
+    own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
     asked = [(i, k) for i in own for k in range(options.samples)]
     seeds = [seed_of(options.seed, step, i * options.samples + k, 0) for i, k in asked]
 

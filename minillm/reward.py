@@ -42,7 +42,7 @@ from minillm.layout import forward_passes, lay_out, lay_out_sets, on_grid, respo
 from minillm.loss import accumulate
 from minillm.model import Grid, ScalarModel
 from minillm.preferences import Ranking
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 # ---- Rankings -> rows
 
@@ -277,7 +277,7 @@ def ranking_backward(
 
     `scores` calls `forward`. Each process takes every world-th set, by size: the work is shared evenly.
     """
-    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world]
+    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
     def summed(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro).to(runtime.device)
@@ -302,7 +302,7 @@ def held_out_rankings(
 ) -> HeldOutRankings:
     """Loss and accuracy over all rankings of these sets, shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
+    for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
         batch = collate(micro).to(runtime.device)
         found = scores(batch)
         totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()

@@ -16,7 +16,7 @@ from minillm.loss import (
     target_bytes,
 )
 from minillm.model import LanguageModel, ModelConfig
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 LAW = settings(deadline=None, max_examples=15)
 ONE = Runtime(torch.device("cpu"), torch.float32)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.checkpoint import TrainingState
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.run import TrainingState
 
 LAW = settings(deadline=None, max_examples=50)
 RATES = Rates(matrix=0.02, embedding=0.01, norm=0.005, weight_decay=0.1)

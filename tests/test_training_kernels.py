@@ -9,7 +9,7 @@ from minillm.data import Batch, document_starts
 from minillm.loss import backward
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import Rates, build_optimizers
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 SHAPE = ModelConfig(
     vocab_size=45, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
