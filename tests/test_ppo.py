@@ -121,7 +121,7 @@ def test_padding_and_what_stands_on_it_change_no_advantage(grid, gamma, lam, mor
 def test_whitened_values_have_mean_zero_and_deviation_one_unless_all_are_equal(numbers):
     values = torch.tensor(numbers, dtype=torch.float64)
     found = whiten(values, moments(values))
-    assert abs(found.mean().item()) < 1e-6
+    assert abs(found.mean().item()) < 1e-4  # ε stands below a deviation of 0, rounding above it
     if values.std(correction=0) > 1e-2:  # ε and rounding are small beside it
         assert found.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
