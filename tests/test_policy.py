@@ -31,8 +31,7 @@ from minillm.preferences import Ranking, ranking_by
 from minillm.responses import Question, Responses
 from minillm.reward import collate, encode_rankings
 from minillm.rollout import Observers, Rollout, encode_prompts, observe, shuffled_prompts
-from minillm.run import Run
-from minillm.runtime import Runtime
+from minillm.run import Run, Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
