@@ -70,8 +70,9 @@ class Runtime:
         return contextlib.nullcontext() if self.world == 1 or last else forward.no_sync()
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor over all processes: in any precision, which one alone need not have there."""
         if self.world > 1:
+            value = value.to(self.device)
             dist.all_reduce(value)
         return value
 
