@@ -24,28 +24,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 import torch
 
-from minillm.checkpoint import TrainingState
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
-from minillm.metrics import plot_loss
+from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
-from minillm.optim import (
-    LearningRates,
-    backward,
-    build_optimizers,
-    clip_gradients,
-    held_out,
-    lr_schedule,
-)
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.packing import EncodedSource, encode_source, packed_batches
-from minillm.run import Run
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
@@ -92,6 +88,8 @@ class Options(DataOptions):
         self.require_counts("block_size", "batch_tokens", "steps", "world_conversations")
         self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("eval_prompts")
+        if self.block_size is not None and self.block_size < 2:
+            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
         if not 0 <= self.text_share < 1:
             raise InputError(f"--text-share {self.text_share}: give a share of at least 0 and below 1")
 
@@ -206,7 +204,9 @@ def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_to
 
 
 def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
-    """The last line of metrics.jsonl, the plot, and on the little world what the rubric says."""
+    """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss
+
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:
         figures = before_and_after(run, model, tokenizer, options)
@@ -214,12 +214,12 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
+    plot_loss(run.folder, "loss", "nats per target")
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
         val_loss=metrics.figure("val", "loss"), val_perplexity=metrics.figure("val", "perplexity"),
         figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
     )  # fmt: skip
-    plot_loss(run.folder, "loss", "nats per target")
 
 
 def before_and_after(

@@ -21,16 +21,9 @@ from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.grpo import group_advantages, grpo_losses
 from minillm.layout import gather_previous
+from minillm.loss import accumulate, backward
 from minillm.model import LanguageModel, ScalarModel
-from minillm.optim import (
-    LearningRates,
-    Optimizers,
-    accumulate,
-    backward,
-    build_optimizers,
-    clip_gradients,
-    lr_schedule,
-)
+from minillm.optim import LearningRates, Optimizers, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions
 from minillm.ppo import (
     Moments,
@@ -48,8 +41,7 @@ from minillm.ppo import (
 )
 from minillm.responses import seed_of
 from minillm.rollout import Observers, Prompt, Rollout
-from minillm.run import Run
-from minillm.runtime import Runtime
+from minillm.run import Run, Runtime
 
 Minibatches = list[list[Rollout]]
 
@@ -141,7 +133,7 @@ def roll_out(
     runtime, step = run.runtime, run.state.step
     order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
     shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
-    own = [i for share in shares for i in share[runtime.rank :: runtime.world]]
+    own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
     asked = [(i, k) for i in own for k in range(options.samples)]
     seeds = [seed_of(options.seed, step, i * options.samples + k, 0) for i, k in asked]
 

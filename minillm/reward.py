@@ -39,10 +39,10 @@ from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.io.template import ChatTemplate
 from minillm.layout import SharedPrompts, flat_index, forward_passes, pack_rows, pack_sets, pad
+from minillm.loss import accumulate
 from minillm.model import ScalarModel
-from minillm.optim import accumulate
 from minillm.preferences import Ranking
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 # ---- Rankings -> rows
 
@@ -276,7 +276,7 @@ def ranking_backward(
 
     `scores` calls `forward`. Each process takes every world-th set, by size: the work is shared evenly.
     """
-    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world]
+    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
     def summed(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro).to(runtime.device)
@@ -301,7 +301,7 @@ def held_out_rankings(
 ) -> HeldOutRankings:
     """Loss and accuracy over all rankings of these sets, shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
+    for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
         batch = collate(micro).to(runtime.device)
         found = scores(batch)
         totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()

@@ -30,7 +30,7 @@ from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message
 from minillm.responses import Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
 # ---- Prompts
@@ -246,7 +246,7 @@ def held_out_figures(
 ) -> dict[str, float]:
     """Figures of one sampled response to each prompt, with the same seeds every time."""
     seeds = [seed_of(seed, i, 0, 1) for i in range(len(prompts))]
-    own = slice(runtime.rank, None, runtime.world)
+    own = slice(runtime.rank, None, runtime.world_size)
     responses = observers.sample(policy, prompts[own], seeds[own])
     numbers = range(len(responses.rows))
     rollouts = observers.rollouts(policy, None, responses, observers.scores(responses), numbers)

@@ -33,7 +33,7 @@ from minillm.reward import (
     split_by_prompt,
     training_scores_of,
 )
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
 LAW = settings(deadline=None, max_examples=40)

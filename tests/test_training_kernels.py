@@ -6,9 +6,10 @@ import torch
 import kernels.attention
 import kernels.cross_entropy
 from minillm.data import Batch, document_starts
+from minillm.loss import backward
 from minillm.model import LanguageModel, ModelConfig, initialize
-from minillm.optim import LearningRates, backward, build_optimizers
-from minillm.runtime import Runtime
+from minillm.optim import LearningRates, build_optimizers
+from minillm.run import Runtime
 
 SHAPE = ModelConfig(
     vocab_size=45, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
