@@ -288,9 +288,13 @@ def test_a_response_ends_on_its_first_stop_token_and_not_before_min_new_tokens(
 
 
 def test_samples_can_take_part_in_training():
+    """A policy gradient: tokens to embed and log-probabilities to multiply by, both kept for the backward."""
     samples = generate(MODEL, [[1, 2], [3]], SamplingOptions(4), [0, 1])
     hidden = MODEL(samples.tokens)
     (hidden.sum() * samples.logprobs.sum()).backward()
+    (embedding,) = (p.grad for name, p in MODEL.named_parameters() if "embed" in name)
+    assert {int(row) for row in embedding.abs().sum(1).nonzero()} >= set(samples.tokens.unique().tolist())
+    assert not (samples.tokens.is_inference() or samples.logprobs.is_inference())
     MODEL.zero_grad()
 
 

@@ -70,9 +70,14 @@ def test_the_mean_lies_in_its_interval_and_moves_with_its_values(values):
     assert moved.high - moved.low == pytest.approx(found.high - found.low, abs=1e-6)
 
 
-@given(numbers)
-def test_a_mean_is_the_ratio_of_its_values_to_ones(values):
-    assert mean(values) == ratio(values, [1] * len(values))
+def test_intervals_worked_out_by_hand():
+    """Wilson's of 8 in 10; 1.96 standard errors of a mean; of a ratio with residuals -.5, -1 and 1.5."""
+    eight = share([True] * 8 + [False] * 2)
+    assert (eight.low, eight.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-4)
+    three = mean([1, 2, 3])
+    assert (three.value, three.high - three.value) == pytest.approx((2, 1.96 / 3**0.5))
+    rate = ratio([1, 2, 6], [1, 2, 3])
+    assert (rate.value, rate.value - rate.low) == pytest.approx((1.5, 1.96 * (3 / 2 * 3.5) ** 0.5 / 6))
 
 
 @given(numbers, st.integers(2, 5))
@@ -134,6 +139,16 @@ def test_who_is_right_as_often_as_sure_has_no_calibration_error(tenths):
     sure = np.array([t / 10 for t in tenths for _ in range(10)])
     right = np.array([float(i < t) for t in tenths for i in range(10)])
     assert reliability(sure, right)[0] == pytest.approx(0, abs=ROUNDING)
+
+
+def test_bins_divide_what_lies_between_the_lowest_and_one():
+    """From .5 they are .05 wide: .52 and .54 are together, .56 is not."""
+    _, bins = reliability(np.array([0.52, 0.54, 0.56, 1.0]), np.array([1.0, 0.0, 1.0, 1.0]), lowest=0.5)
+    assert [(b["sure"], b["accuracy"], b["count"]) for b in bins] == [
+        (pytest.approx(0.53), 0.5, 2),
+        (pytest.approx(0.56), 1.0, 1),
+        (1.0, 1.0, 1),
+    ]
 
 
 def test_who_is_sure_and_always_wrong_has_the_largest_calibration_error():
