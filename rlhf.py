@@ -61,7 +61,7 @@ from minillm.io.huggingface import (
 )
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, options_json, parse_options
 from minillm.policy import (
     Networks,
@@ -459,7 +459,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     template = ChatTemplate(tokenizer)
     training, held_out = encoded_rankings(options, template, model.config, runtime)
     stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
-    rates = Rates(
+    rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
     state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
@@ -496,7 +496,7 @@ def learn_rankings(
     loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
     gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
     run.check_finite(loss=loss, gradient_norm=gradient_norm)
-    rate = rate_multiplier(state.step, run.steps, options.warmup, options.decay)
+    rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
     state.optimizers.step(rate)
     tokens = sum(one.size for one in batch)
     run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
@@ -651,8 +651,8 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
     progress = Progress(stream, None, options.beta, observers.fingerprint)
     state = TrainingState(networks, policy_optimizers(networks, options), progress)
     forward = runtime.wrap(policy)
-    rewards = rewards_of(forward, policy, observers.ref, options.beta)
-    held_out_rewards = rewards_of(policy, policy, observers.ref, options.beta)
+    rewards = rewards_of(forward, observers.ref, options.beta)
+    held_out_rewards = rewards_of(policy, observers.ref, options.beta)
     tenth = max(1, steps // 10)
 
     with run.training(state, steps, lambda: None):  # validate() saves the best policy

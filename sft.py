@@ -38,7 +38,7 @@ from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run, Runtime, TrainingState, start_runtime
@@ -115,7 +115,7 @@ def train(options: Options, runtime: Runtime) -> None:
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(sources, block_size, options.seed)
-    rates = Rates(
+    rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
@@ -127,10 +127,10 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = mixture.next_rows(rows)
-            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, options.steps, options.warmup, options.decay)
+            rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=gradient_norm, rate=rate)

@@ -41,7 +41,7 @@ from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, held_out, per_byte
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize, parameter_count
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import Source, open_sources, world_sources
@@ -135,10 +135,10 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
-            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, plan.steps, options.warmup, options.decay)
+            rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
             run.log_step(
@@ -167,7 +167,7 @@ class Plan:
     """Rows of a step, over all processes."""
     val_every: int
     save_every: int
-    rates: Rates
+    rates: LearningRates
 
 
 def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
@@ -182,7 +182,7 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
     rows = runtime.rows_of_step(tokens, options.block_size)
     muon = options.optimizer == "muon"
-    rates = Rates(
+    rates = LearningRates(
         matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),
         embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
         norm=0.01,

@@ -100,8 +100,9 @@ class Runtime:
         return contextlib.nullcontext() if self.world_size == 1 or last else forward.no_sync()
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor over all processes. One alone leaves it where it is, in any precision."""
         if self.world_size > 1:
+            value = value.to(self.device)
             dist.all_reduce(value)
         return value
 

@@ -28,7 +28,7 @@ from minillm.io.huggingface import (
 )
 from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
-from minillm.optim import Rates, build_optimizers
+from minillm.optim import LearningRates, build_optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, TrainingState, claim_folder, start_runtime
 from minillm.tokenizer import Tokenizer
@@ -546,7 +546,7 @@ class Numbers:
 
 def new_state(config: ModelConfig = CONFIG, kind: str = "muon") -> TrainingState:
     model = small_model(config)
-    return TrainingState(model, build_optimizers(model, Rates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
+    return TrainingState(model, build_optimizers(model, LearningRates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
 
 
 def trained_state(**options) -> TrainingState:

@@ -20,7 +20,7 @@ import sft
 import train
 from minillm.errors import InputError, signals
 from minillm.model import LanguageModel, config_of_depth
-from minillm.optim import Rates, build_optimizers
+from minillm.optim import build_optimizers
 from minillm.options import TrainingOptions
 from minillm.run import (
     RESUME_FILE,
@@ -52,7 +52,7 @@ class Nothing:
 
 def fresh_state() -> TrainingState:
     model = LanguageModel(config_of_depth(1, 260, 8))
-    rates = Rates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
+    rates = LearningRates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
     return TrainingState(model, build_optimizers(model, rates), Nothing())
 
 
