@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
 
 Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
-Leaves a run folder (minillm/checkpoint.py) that transformers can open too.
+Leaves a run folder (minillm/run.py) that transformers can open too.
 """
 
 import math

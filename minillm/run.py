@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reading, say, signals, writing
+from minillm.errors import BAD_FILE, InputError, Interrupted, reading, signals, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
@@ -324,7 +324,7 @@ class Metrics:
         """A line above the bar."""
         if self.writes:
             self.bar.clear()
-            say(text)
+            print(text)
             self.bar.refresh()
 
     def sync(self) -> None:

@@ -437,6 +437,14 @@ def test_a_closed_or_full_stream_is_told_or_ignored(action, streams, code, told)
     assert code == 1 or ("Traceback" not in done.stderr and "Exception ignored" not in done.stderr)
 
 
+def test_text_of_others_commands_no_terminal_wherever_it_is_printed():
+    action = "print('a\\x1b[2J\\r\\tb'); print('\\x1b[2Jc', file=sys.stderr); raise InputError('\\x1b[2Jd')"
+    code = SMALL.replace("import one", "import InputError, one") + action
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "\x1b" not in done.stdout + done.stderr
+    assert done.stdout.endswith("[2J\N{REPLACEMENT CHARACTER}\tb\n")
+
+
 def test_a_bar_that_cannot_be_shown_ends_no_run(here, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
