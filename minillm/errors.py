@@ -78,7 +78,7 @@ class PrintableStream:
     """A stream on which names, messages and a model's output are made printable, whoever prints them."""
 
     def __init__(self, stream: Any, kept: str = "") -> None:
-        """`kept` are control characters that pass: "\r" where a bar is drawn."""
+        """`kept` are control characters that pass: the carriage return where a bar is drawn."""
         self.stream, self.kept = stream, kept
 
     def write(self, text: str) -> int:
