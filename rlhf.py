@@ -105,7 +105,6 @@ from minillm.run import (
     TrainingState,
     claim_folder,
     read_metrics,
-    start_run_folder,
     start_runtime,
 )
 from minillm.sources import open_sources, world_sources
@@ -233,6 +232,8 @@ class Options(PolicyOptions):
 
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
+    from minillm.tools.folder import start_run_folder
+
     claim_folder(options, runtime)
     models = [
         (name, *load_causal_model(Path(name), runtime.device, runtime.dtype)) for name in options.models
@@ -678,6 +679,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
+    from minillm.tools.folder import start_run_folder
+
     claim_folder(options, runtime)
     networks, observers = start_policy(options, runtime)
     _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)

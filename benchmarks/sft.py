@@ -28,7 +28,8 @@ from minillm.io.huggingface import load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
 from minillm.packing import encode_source, packed_batches
-from minillm.run import Runtime, choose_dtype
+from minillm.run import Runtime
+from minillm.tools.device import choose_dtype
 from minillm.tools.provenance import provenance
 from minillm.world import World
 

@@ -27,8 +27,8 @@ from minillm.io.huggingface import load_causal_model
 from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import choose_device, choose_dtype
 
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""
