@@ -151,7 +151,7 @@ def test_adam_trusts_the_smallest_gradients_unless_told_otherwise():
 
 
 def test_muons_momentum_is_095_and_looks_ahead():
-    """Its step is what Muon without momentum makes of μ · mean + (1 - μ) · gradient."""
+    """Its step is what Muon without momentum makes of μ · mean + (1 - μ) · gradient (Nesterov's)."""
     model, random = model_of(tied=False), torch.Generator().manual_seed(0)
     weight = model.model.layers[0].self_attn.q_proj.weight
     optimizers = build_optimizers(model, LearningRates(1.0, 0.0, 0.0, 0.0), "muon")
@@ -163,7 +163,7 @@ def test_muons_momentum_is_095_and_looks_ahead():
         other.grad = 0.95 * mean + 0.05 * weight.grad
         optimizers.step(1.0)
         plain.step()
-        # The five steps of Newton and Schulz run in bfloat16, whose last bit is 1/256 of these numbers below 1.
+        # The five steps of Newton and Schulz run in bfloat16: of numbers below 1 the last bit is 1/256.
         torch.testing.assert_close(weight, other, rtol=0, atol=0.02)
 
 
