@@ -193,6 +193,17 @@ def test_returned_log_probabilities_are_those_of_the_distribution_sampled_from(
         assert not samples.logprobs[b, len(response) :].any()
 
 
+def test_each_token_is_drawn_by_the_next_number_of_its_rows_seed():
+    """Of equal probabilities 1 / V the number u draws token floor(u V)."""
+    model = random_model()
+    model.lm_head.weight.data.zero_()
+    expected = [
+        torch.rand(12, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (7, 8)
+    ]
+    samples = generate(model, [[1, 2], [3]], SamplingOptions(12), [7, 8])
+    assert samples.responses() == [(u * BASE.vocab_size).long().tolist() for u in expected]
+
+
 def test_sampled_frequencies_follow_the_softmax():
     """Chi-square at a false alarm probability of 1e-6 per test; the seeds are fixed."""
     draws, options = 20_000, SamplingOptions(1, temperature=1.5)
