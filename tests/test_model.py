@@ -1,6 +1,8 @@
 """The model: the laws of its attention, the judgement of transformers, and the rules of its shape."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from minillm.model import (
 )
 from minillm.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LAW = settings(deadline=None, max_examples=20)
 # The laws are held in float64, where only the logits themselves are rounded to float32: of size 1 to
@@ -214,6 +217,37 @@ def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_i
         distributed.destroy_process_group()
     for ours, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+COMPILED = """
+import torch
+from minillm.layout import pack_sets
+from minillm.model import LanguageModel, ModelConfig
+torch.manual_seed(0)
+model = LanguageModel(ModelConfig(40, 12, 20, 2, 4, 2, 6, 64))
+compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+for length in (6, 9):
+    for asked in ("targets", "of", "shared"):
+        tokens = torch.randint(40, (1, length))
+        options = {"targets": tokens} if asked == "targets" else {"of": torch.tensor([2, 4])}
+        if asked == "shared":
+            prompt, *rest = tokens[0].tolist()
+            tokens, options["attend"], _ = pack_sets([[[prompt, a] for a in rest]], [1])
+        gradients = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            found = forward(tokens, **options)
+            (found if asked == "targets" else found.logprobs.sum()).backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+"""
+
+
+def test_torch_compile_takes_the_whole_forward_in_one_graph():
+    """Traced without generating code, gradients too. In a process of its own: shape checks cannot be traced."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- transformers as judge
