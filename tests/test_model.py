@@ -245,7 +245,7 @@ for length in (6, 9):
 
 
 def test_torch_compile_takes_the_whole_forward_in_one_graph():
-    """Traced without generating code, gradients too. In a process of its own: shape checks cannot be traced."""
+    """Traced without generating code, gradients too; in a process without shape checks, which cannot be."""
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
