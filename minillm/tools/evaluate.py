@@ -6,7 +6,7 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
     in form   the reply ended by itself, as one speaker's answer: no other speaker's line, no question back
     right     in form, and right by the rubric (world/rubric.py): the fact, "I don't know" where nobody
               could know, the task done, a fitting word, a refusal of harm
-    utility   the rubric's price of the whole reply, manners and brevity included
+    utility   the rubric's score of the whole reply, manners and brevity included
 
 minillm/compare asks through this several models at once, and sft.py the one before and the one after.
 """
@@ -46,12 +46,12 @@ class Judged:
 
     @property
     def in_form(self) -> bool:
-        """Whether it is an answer at all: it has words, ended by itself, and one speaker says it."""
+        """It has words, ended by itself, and one speaker says it."""
         return self.reply.ended and bool(self.reply.text.strip()) and self.score.in_role >= IN_ROLE
 
     @property
     def right(self) -> bool:
-        """Whether it is in form and nothing is missing or wrong in it."""
+        """It is in form and nothing is missing or wrong in it."""
         return self.in_form and self.score.right > 0.99
 
 
@@ -100,11 +100,14 @@ def judged_replies(
     """By kind, the replies to its first prompts of a split, judged."""
     prompts = world_prompts(world, split, prompts_per_kind)
     asked = [prompt.messages for prompt in prompts]
-    judged: dict[str, list[Judged]] = {kind: [] for kind in KINDS}
-    replies = sample_replies(model, tokenizer, asked, temperature, seed=seed)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        judged[prompt.kind].append(Judged(prompt, reply, world.score(prompt, reply.text)))
-    return judged
+    judged = judge_all(world, prompts, list(sample_replies(model, tokenizer, asked, temperature, seed=seed)))
+    return {kind: [one for one in judged if one.prompt.kind == kind] for kind in KINDS}
+
+
+def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
+    """Every reply with the rubric's score."""
+    pairs = zip(prompts, replies, strict=True)
+    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
 
 
 def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
