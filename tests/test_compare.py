@@ -1,7 +1,11 @@
 """Models side by side: who wins, what is likely, and the whole command on tiny models."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +43,7 @@ from minillm.tools.evaluate import Reply, sample_replies
 from minillm.tools.judge import Judge
 from minillm.world import KINDS, World
 
+ROOT = Path(__file__).parents[1]
 WORLD = World(0)
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
 SMALL = "--prompts 2 --pairs 2 --text-bytes 900 --max-new-tokens 12 --show 0".split()
@@ -299,7 +304,7 @@ def test_two_runs_exchanged_mirror_their_contest(pairs):
 # ---- What the replies are like
 
 
-def test_figures_of_replies_are_those_of_their_texts():
+def test_metrics_of_replies_are_those_of_their_texts():
     facts, harm = WORLD.prompts("dev", "fact", 2), WORLD.prompts("dev", "harm", 2)
     texts = [
         f"It is {facts[0].answer}.",
@@ -363,7 +368,7 @@ def command(folders, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_writes_figures_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
+def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
     judges = "--judge rubric reward model --reward reward --judge-model chat".split()
     content, printed = command("base", "chat", "--show", "1", *judges)
     assert page(content) == (tmp_path / "compare.html").read_bytes().decode()
@@ -396,7 +401,7 @@ def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
             assert all(of_run["chat"] == of_run["chat (2)"] for of_run in groups.values())
 
 
-def test_the_same_command_gives_the_same_figures(command):
+def test_the_same_command_gives_the_same_metrics(command):
     once, again = (command("base", "chat")[0] for _ in range(2))
     for content in (once, again):
         del content["seconds"]
@@ -405,7 +410,7 @@ def test_the_same_command_gives_the_same_figures(command):
     assert said_by(other, "sampled", "chat") != said_by(once, "sampled", "chat")
 
 
-def test_without_the_little_world_there_are_the_figures_that_need_no_rubric(command, tmp_path):
+def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(command, tmp_path):
     data, text = tmp_path / "chats.jsonl", tmp_path / "tale.txt"
     data.write_text(
         "".join(json.dumps({"prompt": f"Is it day {i}?", "completion": "Yes."}) + "\n" for i in range(5))
@@ -447,6 +452,36 @@ def test_models_go_by_short_names_that_tell_them_apart(runs, names):
     assert names_of(runs) == names
 
 
+@pytest.mark.parametrize(
+    ("redirected", "encoding", "code"),
+    [("0<&- 2>&-", "utf-8", 0), (">/dev/null", "ascii", 0), (">/dev/full", "utf-8", 2)],
+)
+def test_closed_full_and_ascii_streams_end_in_a_page_or_in_one_line(
+    folders, tmp_path, redirected, encoding, code
+):
+    command = [sys.executable, "-m", "minillm.compare", "base", *SMALL, "--out", str(tmp_path), "--show", "1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        f"{shlex.join(command)} {redirected}",
+        shell=True,
+        cwd=folders,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(code)), done.stderr
+    assert (tmp_path / "compare.html").exists()
+
+
+def test_what_models_and_folders_are_called_commands_no_terminal(folders, tmp_path, monkeypatch, capsys):
+    name = "\x1b[2Jbase"
+    shutil.copytree(folders / "base", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    compare.main([name, *SMALL, "--show", "1", "--out", str(tmp_path / "out")])
+    assert "\x1b" not in "".join(capsys.readouterr())
+    assert "\x1b" not in (tmp_path / "out" / "compare.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def odd(folders, base) -> None:
     """Folders that cannot be compared."""
@@ -485,6 +520,8 @@ def odd(folders, base) -> None:
         ("base --text empty.txt", "empty.txt"),
         ("base --device tpu", "tpu"),
         ("base --out empty.txt/out", "--out"),
+        (f"base --out {'x' * 300}", "--out"),
+        (f"{'x' * 300}", "xxx"),
     ],
 )
 @pytest.mark.usefixtures("odd")

@@ -25,23 +25,28 @@ from typing import Any, Literal
 
 import tyro
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 from minillm.compare import findings
 from minillm.compare.page import page
 from minillm.compare.sections import how, section_text, sections
 from minillm.compare.verdicts import PairJudge, by_model, by_person, by_reward, by_rubric
-from minillm.errors import InputError, one_line_errors, printable, writing
+from minillm.errors import InputError, one_line_errors, printable, say, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.conversations import open_conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
-from minillm.provenance import provenance
 from minillm.responses import Respondent
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Runtime, start_runtime
 from minillm.sources import Source, open_sources, world_sources
 from minillm.tools.evaluate import sample_replies, world_prompts
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.provenance import provenance
 from minillm.world import World
 from minillm.world.rubric import Prompt
 
@@ -307,13 +312,9 @@ def main(arguments: list[str]) -> None:
         write_json(folder / "compare.json", content)
         write_text(folder / "compare.html", page(content))
         shown = [section_text(section) for section in sections(content) if section.tables]
-        print(printable("\n\n".join(shown)))
-        print(printable("\n".join(side_by_side(content, options.show))))
-        print(
-            printable(
-                f"\n{folder / 'compare.html'}: the page; compare.json beside it has every metric and reply"
-            )
-        )
+        say("\n\n".join(shown))
+        say("\n".join(side_by_side(content, options.show)))
+        say(f"\n{folder / 'compare.html'}: the page; compare.json beside it has every metric and reply")
 
 
 if __name__ == "__main__":

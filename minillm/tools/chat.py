@@ -9,7 +9,6 @@ First the conversation, which knows no terminal: `Chat` holds the messages, drop
 no longer fit, and gives replies piece by piece. Behind it the terminal: lines in, pieces out, Ctrl-C.
 """
 
-import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,13 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError, one_line_errors, printable, say
 from minillm.generate import SamplingOptions, stream, stream_text
 from minillm.io.huggingface import load_causal_model
 from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.runtime import choose_device, choose_dtype
+from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
 
 LONGEST_REPLY = 512
@@ -202,7 +201,7 @@ def drop_oldest(
     return None
 
 
-def obey(chat: Chat, command: str) -> str | None:
+def run_command(chat: Chat, command: str) -> str | None:
     """Carries out a command such as "/undo". Returns what to say about it; None to end."""
     name, *rest = command.split(maxsplit=1)
     text = "".join(rest).strip()
@@ -228,16 +227,16 @@ def obey(chat: Chat, command: str) -> str | None:
 
 
 def converse(chat: Chat) -> None:
-    """Reads, replies and obeys until /quit or the end of the input."""
+    """Reads, replies and runs commands until /quit or the end of the input."""
     with suppress(ImportError):  # not everywhere; with it, input() can edit its line
         import readline  # noqa: F401
-    print(greeting(chat))
+    say(greeting(chat))
     while True:
         try:
             if not take_turn(chat, read_entry()):
                 return
         except InputError as error:
-            print(f"error: {error}")
+            say(f"error: {error}")
         except EOFError:
             print()
             return
@@ -264,16 +263,16 @@ def read_entry() -> str:
 def take_turn(chat: Chat, entry: str) -> bool:
     """One command or message. False to end."""
     if entry.startswith("/") and not entry.startswith("//"):
-        answer = obey(chat, entry)
+        answer = run_command(chat, entry)
         if answer is not None:
-            print(answer)
+            say(answer)
         return answer is not None
     if entry.strip():
         reply = chat.hear(entry.removeprefix("/"))
         if reply.dropped:
             print(f"(no room for the {reply.dropped} oldest messages: dropped)")
         with interrupts() as interrupted:
-            say(reply, interrupted)
+            show(reply, interrupted)
         print(" [cut]" if reply.cut else "")
         chat.keep(reply)
     return True
@@ -290,9 +289,9 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
+def show(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
     for piece in reply:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
         if interrupted():
             return
 
@@ -300,9 +299,9 @@ def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
 def answer(chat: Chat, text: str) -> None:
     """The reply alone on standard output; what there is to say about it on standard error."""
     if chat.is_base:
-        print(greeting(chat), file=sys.stderr)
+        print(printable(greeting(chat)), file=sys.stderr)
     reply = chat.hear(text)
-    say(reply)
+    show(reply)
     print()
     if reply.cut:
         print("[cut]", file=sys.stderr)
@@ -318,9 +317,6 @@ def open_chat(options: Options) -> Chat:
 
 
 def main(arguments: list[str]) -> None:
-    for file in (sys.stdin, sys.stdout):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # what a terminal cannot show or send ends nothing
     with one_line_errors():
         options = parse_options(Options, arguments)
         chat = open_chat(options)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 
-from minillm.errors import InputError, printable
+from minillm.errors import InputError, printable, say
 from minillm.preferences import LETTERS, Ranking, RankingFile, ResponseSet, new_ranking, parse_ranking
 
 
@@ -104,7 +104,7 @@ def run_command(session: RankingSession, typed: str) -> str | None:
             undone = session.undo()
             if undone is None:
                 return "nothing to take back"
-            return printable(f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}")
+            return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
     try:
         made = session.rank(typed)
     except InputError as error:
@@ -113,18 +113,18 @@ def run_command(session: RankingSession, typed: str) -> str | None:
 
 
 def rank_in_terminal(session: RankingSession) -> None:
-    """Shows set after set and obeys, until none is left or the person has had enough."""
+    """Shows set after set and runs what is typed, until none is left or the person has had enough."""
     with suppress(ImportError):  # not everywhere; with it, input() can edit its line
         import readline  # noqa: F401
     answer: str | None = ""
     shown = ""
     while answer is not None and session.current:
         if (text := screen(session)) != shown:
-            print(text)
+            say(text)
             shown = text
         try:
             answer = run_command(session, input("> "))
         except (EOFError, KeyboardInterrupt):
             answer = None
-        print(answer or "")
+        say(answer or "")
     print(f"{session.done} of {len(session.sets)} ranked; the same command goes on")
