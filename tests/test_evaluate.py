@@ -8,7 +8,7 @@ from minillm.generate import SamplingOptions, generate
 from minillm.io.template import ChatTemplate, chat_format, with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
+from minillm.tools.evaluate import Judged, Reply, judged_replies, metrics_table, sample_replies, summarise
 from minillm.world import KINDS, World
 
 WORLD = World(0)
@@ -80,5 +80,5 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
     figures = summarise(judged_replies(*base, WORLD, "dev", 3))
     assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
-    table = figures_table({"one": figures, "another": figures})
+    table = metrics_table({"one": figures, "another": figures})
     assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)

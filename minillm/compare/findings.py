@@ -13,18 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from minillm.compare.probes import (
-    ReplyPair,
-    choices,
-    choose,
-    held_out_documents,
-    pair_differences,
-    pair_rows,
-    reply_kl,
-    same_vocabulary,
-    sureness,
-    text_nats,
-)
+from minillm.compare import probes
+from minillm.compare.probes import ReplyPair
 from minillm.compare.verdicts import Pair, PairJudge, blind
 from minillm.responses import Respondent
 from minillm.run import read_metrics
@@ -166,12 +156,12 @@ def pair_metrics(models: Sequence[Respondent], pairs: Mapping[str, list[ReplyPai
 
     def has_room(one: Respondent, pair: ReplyPair) -> bool:
         longest = one.model.config.max_position_embeddings
-        return all(len(context) + len(said) <= longest for context, said in pair_rows(one, [pair]))
+        return all(len(context) + len(said) <= longest for context, said in probes.pair_rows(one, [pair]))
 
     found: Found = {}
     for name, every in pairs.items():
         own = [pair for pair in every if all(has_room(one, pair) for one in models)]
-        differences = {one.name: pair_differences(one, own) for one in models}
+        differences = {one.name: probes.pair_differences(one, own) for one in models}
         found[name] = {
             "left_out": len(every) - len(own),
             "difference": {model: mean(values) for model, values in differences.items()},
@@ -182,14 +172,14 @@ def pair_metrics(models: Sequence[Respondent], pairs: Mapping[str, list[ReplyPai
 
 def text_metrics(models: Sequence[Respondent], sources: Sequence[Source], origin: str, size: int) -> Found:
     """Nats per byte of held-out text, the same for all; `origin` says whose text it is."""
-    documents = held_out_documents(sources, VAL_FRACTION, size)
+    documents = probes.held_out_documents(sources, VAL_FRACTION, size)
     if not documents:
         return {}
     return {
         "origin": origin,
         "documents": len(documents),
         "bytes": sum(len(text.encode()) for text in documents),
-        "nats": {one.name: ratio(*text_nats(one, documents)) for one in models},
+        "nats": {one.name: ratio(*probes.text_nats(one, documents)) for one in models},
     }
 
 
@@ -200,9 +190,9 @@ def kl_metrics(models: Sequence[Respondent], prompts: Sequence[Prompt], said: Sa
     for earlier, later in combinations(models, 2):
         record: Found = {"later": later.name, "earlier": earlier.name, "sampling": sampling}
         record |= {"token": None, "response": None}
-        if same_vocabulary(later, earlier):
+        if probes.same_vocabulary(later, earlier):
             replies = [reply.tokens for reply in said[sampling][later.name]]
-            values = reply_kl(later, earlier, messages, replies)
+            values = probes.reply_kl(later, earlier, messages, replies)
             sums = [float(own.sum()) for own in values]
             record |= {"token": ratio(sums, [len(own) for own in values]), "response": mean(sums)}
         found.append(record)
@@ -215,15 +205,15 @@ def sure_metrics(
     """{measure: {model: …}}: how sure each model is and how often it is right, of the answer it picks among
     some to a question of fact, and of its own greedy replies where it may know or not."""
     found: Found = {"choice": {}, "words": {}}
-    questions = choices(world, [prompt for prompt in prompts if prompt.kind == "fact"], seed)
+    questions = probes.choices(world, [prompt for prompt in prompts if prompt.kind == "fact"], seed)
     numbers = [i for i, prompt in enumerate(prompts) if prompt.kind in ("fact", "unknown")]
     asked = [prompts[i] for i in numbers]
     for one in models:
         replies = [said["greedy"][one.name][i] for i in numbers]
-        sure = sureness(one, [prompt.messages for prompt in asked], [reply.tokens for reply in replies])
+        messages, tokens = [prompt.messages for prompt in asked], [reply.tokens for reply in replies]
         right = np.array([judged.right for judged in judge_all(world, asked, replies)], np.float64)
-        found["choice"][one.name] = _confidence(*choose(one, questions))
-        found["words"][one.name] = _confidence(sure, right)
+        found["choice"][one.name] = _confidence(*probes.choose(one, questions))
+        found["words"][one.name] = _confidence(probes.sureness(one, messages, tokens), right)
     return found
 
 

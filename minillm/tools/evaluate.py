@@ -56,7 +56,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Figures:
+class KindMetrics:
     """Shares and means over the replies to prompts of one kind."""
 
     prompts: int
@@ -110,10 +110,10 @@ def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply])
     return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
 
 
-def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
-    """The figures of every kind."""
+def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, KindMetrics]:
+    """The metrics of every kind."""
     return {
-        kind: Figures(
+        kind: KindMetrics(
             len(some),
             fmean(one.in_form for one in some),
             fmean(one.right for one in some),
@@ -123,14 +123,14 @@ def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
     }
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Figures]]) -> str:
-    """The figures of several models, a line for each kind of prompt."""
-    names = list(figures)
+def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
+    """The metrics of several models, a line for each kind of prompt."""
+    names = list(of_model)
     width = max(len(name) for name in [*names, " in form  right  utility"])
     lines = [f"{'':13} " + "  ".join(f"{name:>{width}}" for name in names)]
     lines.append(f"{'':13} " + "  ".join(f"{'in form  right  utility':>{width}}" for _ in names))
     for kind in KINDS:
-        cells = (figures[name][kind] for name in names)
+        cells = (of_model[name][kind] for name in names)
         rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
         lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
     return "\n".join(lines)
