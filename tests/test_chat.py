@@ -127,9 +127,8 @@ def test_every_prompt_leaves_room_for_the_reply_and_what_was_dropped_is_told(wit
             assert chat.messages[:-1] == reply.asked and chat.messages[-1]["content"] == said_back
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing(base):
-    chat = new_chat(random_model(64), base=base)
+def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing():
+    chat = new_chat(random_model(64))
     list(first := chat.hear("the cat"))
     chat.keep(first)
     before = chat.messages
@@ -295,7 +294,29 @@ def test_prompt_prints_the_answer_alone(kind, runs, capfdbinary):
     assert b"[cut]" in printed.err
 
 
+@pytest.mark.parametrize("length", [5, 40])
+def test_samples_of_a_file_are_those_of_generate_past_the_context_too(tmp_path, capsys, length):
+    model, file = random_model(32), tmp_path / "tale.txt"
+    text = ("The cat sat on the mat. " * length)[:length]
+    file.write_text(text)
+    folder = make_run(tmp_path / "base", model, base=True)
+    options = ["--prompt-file", str(file), "--max-new-tokens", "50", "--temperature", "1", "--seed", "3"]
+    main([str(folder), *options, "--samples", "3"])
+    printed = capsys.readouterr()
+    tokenizer = plain_tokenizer()
+    prompt, eos = [tokenizer.bos_id, *tokenizer.encode(text)], tokenizer.eos_id
+    sampling = SamplingOptions(50, 1.0, stop_ids=(eos,), crop=True)
+    responses = generate(model, [prompt] * 3, sampling, [3, 4, 5]).responses()
+    texts = [printable(tokenizer.decode(token for token in r if token != eos)) for r in responses]
+    expected = "".join(f"--- sample {i} ---\n{said}\n" for i, said in enumerate(texts))
+    assert printed.out == expected and printed.err.count("past them") == 1
+
+
 BAD_INPUT = {
+    "no prompt file": ("{base} --prompt-file missing.txt", "missing.txt"),
+    "two prompts": ("{base} --prompt=Hi --prompt-file missing.txt", "--prompt-file"),
+    "samples of nothing": ("{base} --samples 3", "--samples"),
+    "no samples": ("{base} --prompt=Hi --samples 0", "--samples"),
     "missing folder": ("nowhere", "nowhere: no such folder"),
     "a name too long for a folder": ("x" * 300, "xxx"),
     "folder without a model": ("{empty}", "config.json"),

@@ -453,22 +453,20 @@ def test_models_go_by_short_names_that_tell_them_apart(runs, names):
 
 
 @pytest.mark.parametrize(
-    ("redirected", "encoding", "code"),
-    [("0<&- 2>&-", "utf-8", 0), (">/dev/null", "ascii", 0), (">/dev/full", "utf-8", 2)],
+    ("words", "redirected", "encoding", "code"),
+    [
+        ("base chat --judge person --name Ada", "0<&- 2>&-", "utf-8", 0),
+        ("base", ">/dev/null", "ascii", 0),
+        ("base", ">/dev/full", "utf-8", 2),
+    ],
 )
 def test_closed_full_and_ascii_streams_end_in_a_page_or_in_one_line(
-    folders, tmp_path, redirected, encoding, code
+    folders, tmp_path, words, redirected, encoding, code
 ):
-    command = [sys.executable, "-m", "minillm.compare", "base", *SMALL, "--out", str(tmp_path), "--show", "1"]
+    asked = [*words.split(), *SMALL, "--out", str(tmp_path), "--show", "1"]
+    command = f"{shlex.join([sys.executable, '-m', 'minillm.compare', *asked])} {redirected}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        f"{shlex.join(command)} {redirected}",
-        shell=True,
-        cwd=folders,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, shell=True, cwd=folders, env=env, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(code)), done.stderr
     assert (tmp_path / "compare.html").exists()
 

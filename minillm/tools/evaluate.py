@@ -1,5 +1,7 @@
 """Asking models, and what the little world's rubric says of their replies, by kind of prompt.
 
+    python -m minillm.tools.evaluate out/base --text book.txt     the loss of any model on any text
+
 A chat model is asked in its chat format. A base model, which has none, gets the question as the first
 line of a text and goes on as it likes: that is what aligning it is compared with.
 
@@ -11,13 +13,25 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
 minillm/compare asks through this several models at once, and sft.py the one before and the one after.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
+import torch
+import tyro
+
+from minillm.data import document_marks
+from minillm.errors import InputError, one_line_errors, reading
 from minillm.generate import SamplingOptions
+from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
+from minillm.options import parse_options
 from minillm.responses import Respondent, sample_responses
+from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt, Score
@@ -134,3 +148,90 @@ def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
         rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
         lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
     return "\n".join(lines)
+
+
+# ---- The loss on a text
+
+PIECE = 1 << 20  # characters read and encoded together
+WINDOWS = 64  # rows of a forward pass
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The sum of -log p over a text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __str__(self) -> str:
+        token, byte = self.nats / self.tokens, self.nats / self.bytes
+        return (
+            f"{byte:.4f} nats/byte, {byte / math.log(2):.4f} bits/byte, {token:.4f} nats/token, "
+            f"perplexity {math.exp(min(token, 700)):.4g} over {self.tokens:,} tokens, {self.bytes:,} bytes"
+        )
+
+
+@torch.no_grad()
+def text_loss(model: LanguageModel, tokenizer: Tokenizer, pieces: Iterable[str]) -> TextLoss:
+    """The loss on a text that comes in pieces, in windows of the model's context side by side.
+
+    Every token is a target once, as in validation: a window's first follows the token before it alone, the
+    text's first the token that opens documents.
+    """
+    T, device = model.config.max_position_embeddings, model.lm_head.weight.device
+    nats, tokens, size = 0.0, 0, 0
+    waiting = [document_marks(tokenizer)[0]]
+
+    def read(count: int) -> None:
+        nonlocal nats, tokens, waiting
+        while len(waiting) > count:
+            taken = min(len(waiting) - 1, WINDOWS * T)
+            rows = max(1, taken // T)
+            taken = min(taken, rows * T)
+            window = torch.tensor(waiting[: taken + 1], device=device)
+            inputs, targets = (x.view(rows, -1) for x in (window[:-1], window[1:]))
+            nats += model(inputs, targets=targets).item()
+            tokens, waiting = tokens + taken, waiting[taken:]
+
+    for piece in pieces:
+        waiting += tokenizer.encode(piece)
+        size += len(piece.encode())
+        read(WINDOWS * T)
+    read(1)
+    return TextLoss(nats, tokens, size)
+
+
+def pieces_of(path: Path) -> Iterator[str]:
+    """The text of a file, cut behind line ends where there are any."""
+    with reading(path, "give a file of UTF-8 text"), open(path, encoding="utf-8", newline="") as file:
+        while piece := file.read(PIECE) + file.readline(PIECE):
+            yield piece
+
+
+@dataclass(frozen=True)
+class Options:
+    """The loss of a model on a raw text."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run folder, or a Hugging Face folder (Llama or Qwen3 layout)."""
+    text: str
+    """A file of UTF-8 text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        pieces = pieces_of(Path(options.text))
+        first = next(pieces, "")  # before the model, so that a wrong name costs no wait
+        if not first:
+            raise InputError(f"--text {options.text}: is empty; give a text")
+        device = choose_device(options.device, 0)
+        model, tokenizer = load_causal_model(Path(options.run), device, choose_dtype(device))
+        print(text_loss(model, tokenizer, (piece for part in ([first], pieces) for piece in part)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
