@@ -7,9 +7,8 @@ drawings are not, which are ours.
 """
 
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from minillm.compare.plots import colour
@@ -35,7 +34,7 @@ def page(content: Content) -> str:
     )
 
 
-def template() -> Any:
+def template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

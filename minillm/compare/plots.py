@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
-OURS = r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:xlink)?="[^"]*"| id="[A-Za-z]+_[\d_]+"'
+UNWANTED = r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:xlink)?="[^"]*"| id="[A-Za-z]+_[\d_]+"'
 SIZE = r' (width|height)="[\d.]+pt"'
 
 
@@ -52,7 +52,7 @@ def drawing(height: float, draw: Callable[[Any], None]) -> str:
         for artist in axes.findobj():
             artist.set_clip_on(False)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(f"{OURS}|{SIZE}", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(f"{UNWANTED}|{SIZE}", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
     for name, number in COLOURS.items():
         svg = svg.replace(number, f"var(--{name})")
     return svg
