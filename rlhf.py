@@ -113,7 +113,7 @@ from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.provenance import provenance
 from minillm.tools.ranking import RankingSession, rank_in_terminal
-from minillm.tools.report import judge, report_card, report_text, unknown_worth, write_report
+from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt as WorldPrompt
 
@@ -444,7 +444,7 @@ def published(options: Options, runtime: Runtime) -> list[Job]:
 
 def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
-    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"), options.seed)
+    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
     print(agreement_table(found))
     write_json(options.folder / "agreement.json", asdict(found) | provenance())
 
@@ -562,7 +562,7 @@ def finish_reward_model(
     val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
-    worth = world.utility if world else unknown_worth
+    worth = world.utility if world else unknown_score
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)

@@ -44,7 +44,7 @@ from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
+from minillm.tools.evaluate import KindMetrics, judged_replies, metrics_table, summarise
 from minillm.world import World
 
 
@@ -210,7 +210,7 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:
         figures = before_and_after(run, model, tokenizer, options)
-        metrics.say(figures_table(figures))
+        metrics.say(metrics_table(figures))
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
@@ -224,7 +224,7 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
 
 def before_and_after(
     run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options
-) -> dict[str, dict[str, Figures]]:
+) -> dict[str, dict[str, KindMetrics]]:
     """What the rubric says of the model it started from and of this one, on the development prompts."""
     before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
     pairs = {options.init: before, str(run.folder): (model, tokenizer)}

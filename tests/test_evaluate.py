@@ -16,9 +16,9 @@ from minillm.tools.evaluate import (
     Judged,
     Reply,
     TextLoss,
-    figures_table,
     judged_replies,
     main,
+    metrics_table,
     sample_replies,
     summarise,
     text_loss,
@@ -94,7 +94,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
     figures = summarise(judged_replies(*base, WORLD, "dev", 3))
     assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
-    table = figures_table({"one": figures, "another": figures})
+    table = metrics_table({"one": figures, "another": figures})
     assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
 
 

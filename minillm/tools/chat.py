@@ -10,7 +10,6 @@ First the conversation, which knows no terminal: `Chat` holds the messages, drop
 no longer fit, and gives replies piece by piece. Behind it the terminal: lines in, pieces out, Ctrl-C.
 """
 
-import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -237,7 +236,7 @@ def drop_oldest(
     return None
 
 
-def obey(chat: Chat, command: str) -> str | None:
+def run_command(chat: Chat, command: str) -> str | None:
     """Carries out a command such as "/undo". Returns what to say about it; None to end."""
     name, *rest = command.split(maxsplit=1)
     text = "".join(rest).strip()
@@ -263,7 +262,7 @@ def obey(chat: Chat, command: str) -> str | None:
 
 
 def converse(chat: Chat) -> None:
-    """Reads, replies and obeys until /quit or the end of the input."""
+    """Reads, replies and runs commands until /quit or the end of the input."""
     with suppress(ImportError):  # not everywhere; with it, input() can edit its line
         import readline  # noqa: F401
     print(greeting(chat))
@@ -299,7 +298,7 @@ def read_entry() -> str:
 def take_turn(chat: Chat, entry: str) -> bool:
     """One command or message. False to end."""
     if entry.startswith("/") and not entry.startswith("//"):
-        answer = obey(chat, entry)
+        answer = run_command(chat, entry)
         if answer is not None:
             print(answer)
         return answer is not None
@@ -310,7 +309,7 @@ def take_turn(chat: Chat, entry: str) -> bool:
         if reply.cropped and not chat.cropping_said:
             print(cropping_note(chat))
         with interrupts() as interrupted:
-            say(reply, interrupted)
+            show(reply, interrupted)
         print(" [cut]" if reply.cut else "")
         chat.keep(reply)
     return True
@@ -327,9 +326,9 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
+def show(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
     for piece in reply:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
         if interrupted():
             return
 
@@ -337,12 +336,12 @@ def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
 def answer(chat: Chat, text: str) -> None:
     """The reply alone on standard output; what there is to say about it on standard error."""
     if chat.is_base:
-        print(greeting(chat), file=sys.stderr)
+        print(printable(greeting(chat)), file=sys.stderr)
     reply = chat.hear(text)
     if reply.cropped:
         print(cropping_note(chat), file=sys.stderr)
     if chat.options.samples == 1:
-        say(reply)
+        show(reply)
         print()
         if reply.cut:
             print("[cut]", file=sys.stderr)
@@ -369,9 +368,6 @@ def open_chat(options: Options) -> Chat:
 
 
 def main(arguments: list[str]) -> None:
-    for file in (sys.stdin, sys.stdout):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # what a terminal cannot show or send ends nothing
     with one_line_errors():
         options = parse_options(Options, arguments)
         text = options.prompt

@@ -8,7 +8,7 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
     in form   the reply ended by itself, as one speaker's answer: no other speaker's line, no question back
     right     in form, and right by the rubric (world/rubric.py): the fact, "I don't know" where nobody
               could know, the task done, a fitting word, a refusal of harm
-    utility   the rubric's price of the whole reply, manners and brevity included
+    utility   the rubric's score of the whole reply, manners and brevity included
 
 minillm/compare asks through this several models at once, and sft.py the one before and the one after.
 """
@@ -31,8 +31,8 @@ from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.responses import Respondent, sample_responses
-from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import choose_device, choose_dtype
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt, Score
 
@@ -60,17 +60,17 @@ class Judged:
 
     @property
     def in_form(self) -> bool:
-        """Whether it is an answer at all: it has words, ended by itself, and one speaker says it."""
+        """It has words, ended by itself, and one speaker says it."""
         return self.reply.ended and bool(self.reply.text.strip()) and self.score.in_role >= IN_ROLE
 
     @property
     def right(self) -> bool:
-        """Whether it is in form and nothing is missing or wrong in it."""
+        """It is in form and nothing is missing or wrong in it."""
         return self.in_form and self.score.right > 0.99
 
 
 @dataclass(frozen=True)
-class Figures:
+class KindMetrics:
     """Shares and means over the replies to prompts of one kind."""
 
     prompts: int
@@ -114,17 +114,20 @@ def judged_replies(
     """By kind, the replies to its first prompts of a split, judged."""
     prompts = world_prompts(world, split, prompts_per_kind)
     asked = [prompt.messages for prompt in prompts]
-    judged: dict[str, list[Judged]] = {kind: [] for kind in KINDS}
-    replies = sample_replies(model, tokenizer, asked, temperature, seed=seed)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        judged[prompt.kind].append(Judged(prompt, reply, world.score(prompt, reply.text)))
-    return judged
+    judged = judge_all(world, prompts, list(sample_replies(model, tokenizer, asked, temperature, seed=seed)))
+    return {kind: [one for one in judged if one.prompt.kind == kind] for kind in KINDS}
 
 
-def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
-    """The figures of every kind."""
+def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
+    """Every reply with the rubric's score."""
+    pairs = zip(prompts, replies, strict=True)
+    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
+
+
+def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, KindMetrics]:
+    """The metrics of every kind."""
     return {
-        kind: Figures(
+        kind: KindMetrics(
             len(some),
             fmean(one.in_form for one in some),
             fmean(one.right for one in some),
@@ -134,14 +137,14 @@ def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
     }
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Figures]]) -> str:
-    """The figures of several models, a line for each kind of prompt."""
-    names = list(figures)
+def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
+    """The metrics of several models, a line for each kind of prompt."""
+    names = list(of_model)
     width = max(len(name) for name in [*names, " in form  right  utility"])
     lines = [f"{'':13} " + "  ".join(f"{name:>{width}}" for name in names)]
     lines.append(f"{'':13} " + "  ".join(f"{'in form  right  utility':>{width}}" for _ in names))
     for kind in KINDS:
-        cells = (figures[name][kind] for name in names)
+        cells = (of_model[name][kind] for name in names)
         rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
         lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
     return "\n".join(lines)
