@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillm.annotators import Simulated, find_prompts, share_out, simulated_annotators
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
 from minillm.data import Mixture, split_by_hash, tokenize
 from minillm.dpo import rewards_of
@@ -55,7 +56,6 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.metrics import plot_loss, plot_policy, read_metrics
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier

@@ -26,12 +26,12 @@ from typing import Literal
 
 import torch
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.checkpoint import TrainingState
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel

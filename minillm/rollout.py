@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
+from minillm.chat import ChatTemplate
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.io.template import ChatTemplate
 from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_places
 from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message
