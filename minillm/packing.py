@@ -118,6 +118,8 @@ def encode_source(
         except InputError as error:
             encoded, reason = None, "conversations that the chat template refuses"
             first = first or f"conversation {number} of {source.name!r}: {error}"
+        if rewritten := getattr(encoded, "unlearned", 0):
+            skipped["replies not learned: the chat template writes them anew later"] += rewritten
         if reason:
             skipped[reason] += 1
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"

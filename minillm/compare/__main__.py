@@ -51,7 +51,7 @@ from minillm.compare.verdicts import Referee, by_model, by_person, by_reward, by
 from minillm.errors import InputError, one_line_errors, printable
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.io.conversations import open_conversations
+from minillm.io.conversations import open_prompts
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
@@ -200,10 +200,10 @@ def prompts_of(options: Options, world: World | None) -> tuple[list[Prompt], Cou
     if world is not None:
         return world_prompts(world, options.split, options.prompts), Counter()
     prompts, left_out = [], Counter[str]()
-    for source in open_conversations(options.data, options.errors):
+    for source in open_prompts(options.data, options.errors):
         left_out += source.skipped
         for conversation in source.conversations():
-            prompts.append(Prompt(conversation[:-1], UNNAMED, ""))
+            prompts.append(Prompt(conversation, UNNAMED, ""))
     asked = [prompt for prompt in prompts if prompt.messages]
     left_out["replies to nothing"] = len(prompts) - len(asked)
     left_out["prompts beyond --prompts"] = len(asked[options.prompts :])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from minillm.annotators import MARGIN
-from minillm.io.template import ChatTemplate
+from minillm.chat import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking, RankingFile, ResponseSet
 from minillm.reward import encode_response, score_rows

@@ -598,7 +598,7 @@ def prompt(example: Example) -> Conversation:
         messages = messages[:-1]
     if not messages:
         raise LeftOutError("replies to nothing")
-    return checked(messages)
+    return checked([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
 def said(messages: Conversation) -> Conversation:

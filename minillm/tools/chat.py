@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError, one_line_errors
 from minillm.generate import SamplingOptions, stream, stream_text
 from minillm.io.huggingface import load_causal_model
-from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.run import choose_device, choose_dtype
@@ -55,6 +55,8 @@ class Options:
     """Print the answer to this and end, instead of a conversation."""
     system: str | None = None
     """The system message."""
+    thinking: bool = False
+    """Let a model that knows thoughts (Qwen3, DeepSeek-R1) think before it replies."""
     temperature: float = 0.7
     """Divides the logits; 0 takes the most probable token."""
     top_k: int = 0
@@ -145,19 +147,23 @@ class Chat:
     def hear(self, text: str) -> Reply:
         """Begins a reply to a text of the user's. The conversation changes only when it is kept."""
         said = (*self.messages, {"role": "user", "content": text})
-        asked = drop_oldest(said, lambda messages: len(self.format.prompt(messages)) <= self.room)
+        asked = drop_oldest(said, lambda messages: len(self.prompt(messages)) <= self.room)
         if asked is None:
             raise InputError(
                 f"too long: of the model's {self.positions} tokens {self.positions - self.room} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        prompt = self.format.prompt(asked)
+        prompt = self.prompt(asked)
         sampling = self.sampling
         if self.options.max_new_tokens is None:
             sampling = replace(sampling, max_new_tokens=min(LONGEST_REPLY, self.positions - len(prompt)))
         tokens = stream(self.model, prompt, sampling, self.options.seed + self.replies)
         self.replies += 1
         return Reply(asked, len(said) - len(asked), tokens, self.tokenizer, sampling.stop_ids)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens behind which the model is to reply."""
+        return self.format.prompt(messages, self.options.thinking)
 
     def keep(self, reply: Reply) -> None:
         """Makes a reply part of the conversation, unless it was cut before its first word."""
