@@ -308,8 +308,8 @@ REAL = {
     "instructions/simple_arithmetic_withspaces.jsonl": (1_000, 0),
     "instructions/svamp.jsonl": (300, 0),
     "instructions/user_oriented_instructions.jsonl": (252, 0),
-    # Four end with an assistant who says nothing; two of them had said something before.
-    "preferences/hh_rlhf_harmless_test.jsonl.gz": (2_310, 4),
+    # Four end with an assistant who says nothing; one of them had said something before.
+    "preferences/hh_rlhf_harmless_test.jsonl.gz": (2_309, 4),
     "preferences/llmbar_Adversarial_Manual.json": (46, 0),
     "preferences/llmbar_Adversarial_Neighbor.json": (134, 0),
     "preferences/llmbar_Natural.json": (100, 0),

@@ -239,10 +239,10 @@ def _turns(turns: Any) -> Conversation:
     return [message for turn in turns for message in _turn(turn)]
 
 
-def _as_messages(said: Any, role: str) -> Conversation:
-    """A text, which may be a transcript, as a message of `role`; a list of messages as it is."""
+def _as_messages(said: Any, role: str, may_be_transcript: bool = False) -> Conversation:
+    """A text as a message of `role`, or as the transcript that it may be; a list of messages as it is."""
     if isinstance(said, str):
-        return _parse_transcript(said) or [_message(role, said)]
+        return (_parse_transcript(said) if may_be_transcript else []) or [_message(role, said)]
     if isinstance(said, dict) and "messages" in said:
         if not _is_empty(said.get("tools")):
             raise LeftOutError("records with 'tools', which changes what they say and is not understood")
@@ -306,13 +306,10 @@ def _question(fields: Record) -> Conversation:
         task, context = about
         question = (_paragraphs(question, task, context) if "instruction" in fields
                     else _paragraphs(task, context, question))  # fmt: skip
-    return _without_open_reply(_as_messages(question, "user"))
-
-
-def _without_open_reply(messages: Conversation) -> Conversation:
-    """A prompt in a transcript often ends with the name of who is to speak."""
-    last = messages[-1]
-    return messages[:-1] if last["role"] == "assistant" and not last["content"] else messages
+    messages = _as_messages(question, "user", may_be_transcript=True)
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        return messages[:-1]  # a transcript that ends with the name of who is to speak
+    return messages if not isinstance(question, str) else [_message("user", question)]
 
 
 def _history(fields: Record) -> Conversation:
@@ -337,7 +334,7 @@ def _with_system(fields: Record, messages: Conversation) -> Conversation:
 
 def _reply(asked: Conversation, said: Any) -> Conversation:
     """The conversation that a reply makes of what was asked; the reply may hold that, too."""
-    messages = _as_messages(said, "assistant")
+    messages = _as_messages(said, "assistant", may_be_transcript=not asked)
     if not messages or messages[0]["role"] in ("assistant", "tool"):
         if asked and asked[-1]["role"] == "assistant":
             raise LeftOutError("records with two replies in a row")
@@ -400,7 +397,7 @@ def _transcript(fields: Record) -> list[Example]:
 def _pair(fields: Record) -> list[Example]:
     chosen, rejected = _one(fields, CHOSEN), _one(fields, REJECTED)
     asked = _asked(fields) if any(not _is_empty(fields.get(name)) for name in (*TURNS, *ASKED)) else []
-    whole = _as_messages(chosen, "assistant")
+    whole = _as_messages(chosen, "assistant", may_be_transcript=not asked)
     if asked and asked[-1]["role"] == "assistant" and asked[-len(whole) :] == whole:
         asked = asked[:-1]  # turns that hold the chosen reply already
     ranks = [0, 1]
