@@ -314,9 +314,9 @@ DAMAGES = {
     "sliding window": (config(use_sliding_window=True), "use_sliding_window"),
     "quantised": (config(quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (config(hidden_act="gelu"), "hidden_act"),
-    "yarn": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
-    "old linear scaling": (
-        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2}), "linear"),
+    "dynamic": (config(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "dynamic"),
+    "two spellings that disagree": (
+        config(rope_scaling={"type": "linear", "factor": 2}), "rope_type"),
     "llama3 incomplete": (config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
     "llama3 of words": (
         config(rope_parameters={"rope_type": "llama3", "factor": "8", "low_freq_factor": 1.0,
