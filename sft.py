@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
 import torch
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError, one_line_errors, printable
 from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
@@ -110,6 +110,8 @@ def train(options: Options, runtime: Runtime) -> None:
         template = ChatTemplate(tokenizer)
         conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
                          for source in conversation_sources(options)]  # fmt: skip
+        if runtime.is_main:
+            say_what_was_read(conversations)
         sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
     rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
@@ -151,6 +153,17 @@ def conversation_sources(options: Options) -> list[ConversationSource]:
     if options.on_world:
         return [world_conversations(World(options.seed), "train", options.world_conversations)]
     return open_conversations(options.data, options.errors)
+
+
+def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
+    """What is kept of each source, and by reason what is left out or cut."""
+    for source in sources:
+        train, val = (len(side.sizes) for side in (source.train, source.val))
+        print(f"{source.name}: {train:,} conversations to train on, {val:,} to validate on")
+        for reason, count in sorted(source.skipped.items()):
+            print(f"  left out or cut: {count:,} {reason}")
+        if source.first_skipped:
+            print(f"  the first: {printable(source.first_skipped)}")
 
 
 def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:

@@ -16,9 +16,9 @@ from minillm.annotators import (
     share_out,
     simulated_annotators,
 )
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.io.comparisons import comparisons_of, open_comparisons
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     Ranking,
@@ -382,13 +382,13 @@ def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_ran
 
 
 REFUSED = {
-    "records that are no JSON objects": 3,
     "records in no known format": {"title": "x"},
     "comparisons of replies to different prompts": {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
     "comparisons of replies to nothing": {"chosen": "Assistant: Yes", "rejected": "Assistant: No"},
     "comparisons of equal responses": {**HH, "rejected": HH["chosen"]},
     "comparisons of conversations with an empty message": {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "},
-    "records whose fields hold something else than their format has": {"prompt": "text"},
+    "records without a reply of the assistant's to rank": {"prompt": "text"},
+    "records whose fields hold something else than their format has": {"prompt": {"text": "x", "replies": 3}},
     "records with no two ranked responses": {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])},
 }
 

@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import responses
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     LETTERS,

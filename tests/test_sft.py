@@ -24,8 +24,8 @@ from runs import (
 
 import sft
 import train
+from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_model
-from minillm.io.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 SHORT = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minillm.annotators import MARGIN
-from minillm.io.template import ChatTemplate
+from minillm.chat import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import RankingFile, ResponseSet
 from minillm.reward import encode_response, score_rows

@@ -35,8 +35,8 @@ import torch
 from jaxtyping import Float64
 
 from minillm.annotators import MARGIN
+from minillm.chat import ChatTemplate
 from minillm.files import write_atomically, write_json
-from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import Message, Ranking
 from minillm.reward import (
