@@ -22,7 +22,7 @@ from minillm.files import write_text
 from minillm.options import parse_options
 from minillm.tokenizer import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
 
-PRE_TOKENIZERS = {(GPT4_PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(GPT4_PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
 bos before every text, which the chat template does already."""
 
@@ -78,7 +78,7 @@ def convert(converter: str, name: str, arguments: list[str]) -> None:
     if name and not asked:
         raise InputError(f"{converter}: has no get_vocab_base_pre; take another version of llama.cpp")
     for kind in asked if name else []:
-        kind.get_vocab_base_pre = lambda self, tokenizer: name
+        setattr(kind, "get_vocab_base_pre", lambda self, tokenizer: name)  # noqa: B010
     program.main()
 
 
