@@ -165,6 +165,10 @@ def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", 1) != 1 or not rope.get("truncate", True):
         raise InputError(f"{path}: rotary positions in part or not truncated, which this does not compute")
     original = number(rope, "original_max_position_embeddings", int, path, longest)
+    if kind in ("llama3", "yarn") and max(original, longest) >= 2**53:
+        raise InputError(
+            f"{path}: original_max_position_embeddings or its like is out of range; restore the file"
+        )
     found: dict[str, Any] = {"rope_theta": theta}
     if kind == "linear":
         found["rope_linear"] = number(rope, "factor", float, path)
@@ -200,6 +204,6 @@ def number(raw: dict[str, Any], name: str, kind: type, path: Path, default: Any 
     value: Any = default if raw.get(name) is None else raw[name]
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (type(value) is int and abs(value) >= 2**63):
+    if type(value) is not kind:
         raise InputError(f"{path}: {name} is {value!r:.60}, which is no {kind.__name__}; restore the file")
     return value

@@ -207,7 +207,10 @@ def _has_lines(path: str) -> bool:
         first = next((line for line in lines if line), b"")
         if _is_json(first):
             return any(lines)
-    return not first.startswith(b"[") and not first.endswith((b"{", b"[", b","))
+    if first.startswith(b"["):
+        return False
+    lines_by_name = path.lower().endswith((".jsonl", ".jsonl.gz"))
+    return first != b"{" if lines_by_name else not first.endswith((b"{", b"[", b","))
 
 
 def _is_json(line: bytes) -> bool:

@@ -119,10 +119,11 @@ def _from_others(folder: Path) -> Tokenizer:
         config.pop(name, None)
     beside = folder / "generation_config.json"
     if config.get("chat_template") is not None and beside.exists():
-        stops = read_json(beside).get("eos_token_id")
-        names = {i: name for name, i in tokenizer.special_tokens.items()}
-        kept = [names[i] for i in (stops if isinstance(stops, list) else [stops]) if i in names]
-        with suppress(InputError):  # a template that does not work is told where it is used
+        names, kept = {i: name for name, i in tokenizer.special_tokens.items()}, []
+        # A template that does not work is told where it is used; the file is no part of the model.
+        with suppress(InputError, TypeError):
+            stops = read_json(beside).get("eos_token_id")
+            kept = [names[i] for i in (stops if isinstance(stops, list) else [stops]) if i in names]
             own = ChatTemplate(tokenizer).stop_ids
             kept = [name for name in kept if tokenizer.special_tokens[name] not in own]
         if kept:
