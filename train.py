@@ -17,9 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 import torch
 
-from minillm.checkpoint import TrainingState
 from minillm.data import (
     Batch,
     Mixture,
@@ -36,12 +40,10 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, held_out, per_byte
-from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
-from minillm.run import Run
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import Source, open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
@@ -99,6 +101,8 @@ class Options(DataOptions):
         self.require_counts("batch_tokens", "steps")
         self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("samples")
+        if self.block_size < 2:
+            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
 
 
 SHAPE = {
@@ -131,10 +135,10 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
-            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, plan.steps, options.warmup, options.decay)
+            rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
             run.log_step(
@@ -163,7 +167,7 @@ class Plan:
     """Rows of a step, over all processes."""
     val_every: int
     save_every: int
-    rates: Rates
+    rates: LearningRates
 
 
 def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
@@ -178,7 +182,7 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
     rows = runtime.rows_of_step(tokens, options.block_size)
     muon = options.optimizer == "muon"
-    rates = Rates(
+    rates = LearningRates(
         matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),
         embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
         norm=0.01,
@@ -207,6 +211,8 @@ def start_model(
     depth = options.depth or 4
     sample = text_sample(sources, options.val_fraction)
     tokenizer = Tokenizer.train(sample, options.vocab_size or 512 * depth)
+    if options.vocab_size and runtime.is_main and tokenizer.vocab_size < options.vocab_size:
+        print(f"--vocab-size {options.vocab_size:,}: the text gives {tokenizer.vocab_size:,} entries")
     shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
     config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
     model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
@@ -258,7 +264,7 @@ def next_batch(mixture: Mixture, step: int, plan: Plan, options: Options, tokeni
     batch = mixture.next_rows(plan.rows)
     if options.objective == "causal":
         return batch
-    return hide_tokens(batch, tokenizer, seed=(options.seed << 32) + step)
+    return hide_tokens(batch, tokenizer, seed=((options.seed << 32) + step) % 2**64)
 
 
 def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
@@ -282,18 +288,20 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 
 
 def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
-    """The last line of metrics.jsonl, the plot and the samples."""
+    """The plot, the samples and, when all is there, the last line of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss
+
     state, metrics = run.state, run.metrics
     sources = mixture.report()
-    metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens,
-        val_nats_per_byte=metrics.figure("val", "nats_per_byte"), sources=sources,
-    )  # fmt: skip
     plot_loss(run.folder, "nats_per_byte", "nats per byte")
     for source in sources:
         metrics.say(source_line(source))
     if model.config.causal and options.samples:
         write_samples(run, model, tokenizer, options)
+    metrics.log(
+        "final", state.step, seconds=state.seconds, tokens=state.tokens,
+        val_nats_per_byte=metrics.figure("val", "nats_per_byte"), sources=sources,
+    )  # fmt: skip
 
 
 def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
