@@ -374,14 +374,17 @@ def test_what_reading_left_out_is_passed_on():
 
 
 def test_a_source_of_which_nothing_is_left_ends_in_one_line():
-    for talks, fraction, purpose in (
-        ([[user("refuse"), assistant("b")]], 0.0, "train"),
-        ([], 0.0, "train"),
-        ([[user("a"), assistant("b")]] * 3, 0.5, "validate"),
-    ):
+    for talks in ([[user("refuse"), assistant("b")]], []):
         with pytest.raises(InputError) as caught:
-            encode_source(a_source(talks), encode, 40, fraction)
-        assert "'s'" in str(caught.value) and purpose in str(caught.value) and "\n" not in str(caught.value)
+            encode_source(a_source(talks), encode, 40, 0.0)
+        assert "'s'" in str(caught.value) and "train" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_one_conversation_or_the_same_again_all_is_trained_on_and_nothing_held_out(count):
+    found = encode_source(a_source([[user("a"), assistant("b")]] * count), encode, 40, 0.5)
+    assert len(found.train.sizes) == count and not len(found.val.sizes)
+    assert list(packed_batches(found.val, 40)) == []
 
 
 def test_rows_shorter_than_those_encoded_for_are_a_mistake():

@@ -26,7 +26,7 @@ from minillm.compare.probes import (
     text_nats,
 )
 from minillm.compare.verdicts import Bout, Referee, blind
-from minillm.responses import Respondent
+from minillm.preferences import ChatModel as Respondent
 from minillm.run import read_metrics
 from minillm.sources import Source
 from minillm.tools.evaluate import Judged, Reply

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from minillm.annotators import MARGIN
+from minillm.io.rankings import RankingFile
 from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
-from minillm.preferences import Ranking, RankingFile, ResponseSet
+from minillm.preferences import MARGIN, Ranking, ResponseSet
 from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
 from minillm.tools.judge import ROWS, Judge, verdicts

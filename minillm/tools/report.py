@@ -34,21 +34,20 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from minillm.annotators import MARGIN
 from minillm.files import write_atomically, write_json
 from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
-from minillm.preferences import Message, Ranking
+from minillm.preferences import MARGIN, Message, Ranking
 from minillm.reward import (
     EncodedSet,
     collate,
+    distinct_pairs,
     encode_response,
     micro_batches,
     prompt_key,
     require_finite,
     score_rows,
     scores_of,
-    telling_pairs,
 )
 from minillm.tools.agreement import agreed_pairs
 from minillm.tools.measures import reliability
@@ -110,7 +109,7 @@ def pairs_of(judged: Iterable[Judged]) -> Pairs:
     prompt, kind, difference = [], [], []
     for one in judged:
         number = numbers.setdefault(prompt_key(one.ranking), len(numbers))
-        for better, worse in telling_pairs(one.ranking):
+        for better, worse in distinct_pairs(one.ranking):
             prompt.append(number)
             kind.append(one.ranking.kind)
             difference.append(one.scores[better] - one.scores[worse])
@@ -255,7 +254,7 @@ def _sides(
     rankings: Sequence[Ranking], side: Callable[[Ranking, int, int], int]
 ) -> Float64[np.ndarray, " P"]:
     """On which side the better response of each pair is: 1, -1, or 0 for neither."""
-    pairs = [side(ranking, *pair) for ranking in rankings for pair in telling_pairs(ranking)]
+    pairs = [side(ranking, *pair) for ranking in rankings for pair in distinct_pairs(ranking)]
     return np.sign(np.array(pairs, np.float64))
 
 
