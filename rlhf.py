@@ -244,7 +244,10 @@ def sample(options: Options, runtime: Runtime) -> None:
     with JsonLines(path) as file:
         if file.mended:
             say(file.mended)
-        done = sum(1 for _ in read_json_lines(path, ""))
+        answered = [record.get("messages") for _, record in read_json_lines(path, "")]
+        done = len(answered)
+        if answered != [question.messages for question in questions[:done]]:
+            raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
         with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
             for lines in sample_sets(
                 models,
