@@ -316,6 +316,18 @@ def test_a_source_encoded_otherwise_is_not_resumed():
     Mixture([encoded(talks, 40)], 40, 0).load_state_dict(state)
 
 
+def test_the_same_tokens_as_other_conversations_are_another_source():
+    def digits(messages: list) -> Fake:
+        tokens = [int(digit) for digit in messages[0]["content"]]
+        return Fake(tokens, [True] * len(tokens))
+
+    one, other = (
+        encode_source(a_source([[user(text), assistant("b")] for text in texts]), digits, 40, 0.0).fingerprint
+        for texts in (("12", "345"), ("123", "45"))
+    )
+    assert one != other
+
+
 # ---- Encoding
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minillm import preferences
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
+from minillm.io import rankings as rankings_on_disk
 from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
 from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -216,6 +217,16 @@ def test_two_processes_never_write_to_one_file(tmp_path):
     JsonLines(tmp_path / "x.jsonl").file.close()
 
 
+def test_what_was_appended_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "x.jsonl"
+    monkeypatch.setattr(rankings_on_disk, "sync_file", lambda file: synced.append(path.read_text()))
+    with JsonLines(path) as lines:
+        lines.append([{"a": 1}, {"b": 2}])
+        assert synced[-1:] == ['{"a": 1}\n{"b": 2}\n']
+        lines.append([{"c": 3}])
+        assert synced[-1].endswith('{"c": 3}\n') and len(synced) == 2
+
+
 def test_a_full_disk_is_one_line_and_the_next_opening_mends_the_file(tmp_path):
     path = tmp_path / "x.jsonl"
     with JsonLines(path) as lines:
@@ -291,6 +302,16 @@ def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(model):
     assert all(len(set(record["responses"])) == 2 for record in redrawn if "note" not in record)
     first = {seed_of(0, i, 1, 0) for i in range(7)}
     assert any(record["draws"][1]["seed"] not in first for record in redrawn), "some were drawn again"
+
+
+def test_a_response_that_differs_in_spaces_alone_repeats(model, monkeypatch):
+    monkeypatch.setattr(
+        ChatModel,
+        "replies",
+        lambda self, prompts, sampling, seeds: ((" " * (s % 3) + "Yes.", True) for s in seeds),
+    )
+    records = all_records([model], PLAN)
+    assert all(record["note"].startswith("2 of the responses repeat") for record in records)
 
 
 def test_distractors_answer_other_prompts_and_the_others_their_own(model):
