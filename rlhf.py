@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
-from minillm.errors import InputError, one_line_errors, say
+from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import (
@@ -101,7 +101,6 @@ from minillm.run import (
     TrainingState,
     claim_folder,
     read_metrics,
-    start_run_folder,
     start_runtime,
 )
 from minillm.sources import digest, open_sources, world_sources
@@ -226,6 +225,7 @@ class Options(PolicyOptions):
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
     from minillm.io.rankings import JsonLines, check_origin, read_json_lines
+    from minillm.tools.folder import start_run_folder
 
     sampling = options.sampling
     claim_folder(options, runtime)
@@ -243,7 +243,7 @@ def sample(options: Options, runtime: Runtime) -> None:
         write_json(run, read_json(run) | {"origin": origin})
     with JsonLines(path) as file:
         if file.mended:
-            say(file.mended)
+            print(file.mended)
         answered = [record.get("messages") for _, record in read_json_lines(path, "")]
         done = len(answered)
         if answered != [question.messages for question in questions[:done]]:
@@ -262,7 +262,7 @@ def sample(options: Options, runtime: Runtime) -> None:
                 bar.update(len(lines))
     written = [record for _, record in read_json_lines(path, "")]
     cut = sum(not draw["ended"] for record in written for draw in record["draws"])
-    say(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
+    print(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
     print(f"{sum('note' in record for record in written):,} of them hold a response that repeats another")
     print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
@@ -338,7 +338,7 @@ def rank(options: Options, runtime: Runtime) -> None:
                 record_ranking(options, origin)
             file.append(rankings)
         made = file.rankings[before:]
-    say(f"{file.lines.path}: {len(made):,} rankings added to {before:,}")
+    print(f"{file.lines.path}: {len(made):,} rankings added to {before:,}")
     if tied := sum(not ranking.pairs() for ranking in made):
         print(f"{tied:,} of them prefer nothing")
     if left and not made:
@@ -428,8 +428,8 @@ def agreement(options: Options, runtime: Runtime) -> None:
     from minillm.tools.agreement import agreement_report, agreement_table
     from minillm.tools.provenance import provenance
 
-    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"), options.seed)
-    say(agreement_table(found))
+    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
+    print(agreement_table(found))
     write_json(options.folder / "agreement.json", asdict(found) | provenance())
 
 
@@ -549,20 +549,21 @@ def finish_reward_model(
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
-    from minillm.tools.report import judge, report_card, report_text, unknown_worth, write_report
+    from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
 
+    val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
-    card = report_card(model, template, judged, rankings, world.utility if world else unknown_worth)
+    card = report_card(model, template, judged, rankings, world.utility if world else unknown_score)
     write_report(run.folder, card, judged)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.metrics.say(report_text(card))
     run.metrics.log(
         "final", run.state.step, seconds=run.state.seconds, tokens=run.state.tokens,
-        val_loss=run.metrics.figure("val", "loss"), accuracy=card["accuracy"]["value"],
+        val_loss=val_loss, accuracy=card["accuracy"]["value"],
         bias=model.bias.item(),
     )  # fmt: skip
 
@@ -662,6 +663,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
+    from minillm.tools.folder import start_run_folder
+
     claim_folder(options, runtime)
     networks, observers = start_policy(options, runtime)
     _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import torch
 
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
-from minillm.errors import InputError, one_line_errors, say
+from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
@@ -161,11 +161,11 @@ def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
     """What is kept of each source, and by reason what is left out or cut."""
     for source in sources:
         train, val = (len(side.sizes) for side in (source.train, source.val))
-        say(f"{source.name}: {train:,} conversations to train on, {val or 'none'} to validate on")
+        print(f"{source.name}: {train:,} conversations to train on, {val or 'none'} to validate on")
         for reason, count in sorted(source.skipped.items()):
-            say(f"  left out or cut: {count:,} {reason}")
+            print(f"  left out or cut: {count:,} {reason}")
         if source.first_skipped:
-            say(f"  the first: {source.first_skipped}")
+            print(f"  the first: {source.first_skipped}")
 
 
 def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
@@ -223,23 +223,23 @@ def finish(
     run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options, validated: bool
 ) -> None:
     """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
-    from minillm.tools.evaluate import figures_table, world_figures
+    from minillm.tools.evaluate import metrics_table, world_metrics
     from minillm.tools.plots import plot_loss
     from minillm.world import World
 
     state, metrics, figures = run.state, run.metrics, {}
+    val_loss, perplexity = (
+        metrics.figure("val", name) if validated else None for name in ("loss", "perplexity")
+    )
     if options.on_world and options.eval_prompts:
         before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
         models = {options.init: before, str(run.folder): (model, tokenizer)}
-        figures = world_figures(models, World(options.seed), options.eval_prompts)
-        metrics.say(figures_table(figures))
+        figures = world_metrics(models, World(options.seed), options.eval_prompts)
+        metrics.say(metrics_table(figures))
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
     plot_loss(run.folder, "loss", "nats per target")
-    val_loss, perplexity = (
-        metrics.figure("val", name) if validated else None for name in ("loss", "perplexity")
-    )
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
         val_loss=val_loss, val_perplexity=perplexity,

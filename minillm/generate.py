@@ -246,7 +246,7 @@ class CroppedContext:
         """The logits behind every row, from its last tokens."""
         first = (self.lengths - self.positions).clamp(min=0)
         window = first[:, None] + torch.arange(self.positions, device=first.device)
-        hidden = self.model(self.tokens.gather(1, window))
+        hidden = self.model.model(self.tokens.gather(1, window))
         return self.model.logits(
             hidden[torch.arange(len(first), device=first.device), self.lengths - first - 1]
         )

@@ -168,7 +168,8 @@ class KVCache:
     """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
 
     Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
-    the row's next tokens overwrite it. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
+    the row's next tokens overwrite it. It calls the trunk, so that a compiled model is not compiled anew for
+    every length. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
     """
 
     lengths: Int[Tensor, "B"]
@@ -184,13 +185,13 @@ class KVCache:
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
-        hidden = self.model(tokens, attend=self)
+        hidden = self.model.model(tokens, attend=self)
         self.place(lengths, tokens.shape[1])
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Appends one token to every row; the logits behind it."""
-        hidden = self.model(tokens[:, None], attend=self)
+        hidden = self.model.model(tokens[:, None], attend=self)
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.model.logits(hidden[:, 0])
 
@@ -204,7 +205,7 @@ class KVCache:
         self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
 
     def positions(self, T: int) -> Int[Tensor, "B 1 T"]:
-        """The next T of each row; settles for this forward pass where they are kept and what they see."""
+        """The next T of each row; sets where this forward pass keeps them and what they see."""
         _, _, B, K, size, _ = self.kept.shape
         positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
         heads = torch.arange(B * K, device=self.lengths.device).view(B, K, 1)

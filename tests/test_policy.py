@@ -422,8 +422,8 @@ def test_dpos_log_probabilities_are_sums_over_each_response_with_its_end_and_wit
     ]
     encoded = encode_rankings(sets, TEMPLATE, 80)[0]
     with torch.no_grad():
-        found = response_logprobs(POLICY, POLICY, collate(encoded))
-        rewards = rewards_of(POLICY, POLICY, REF, 0.3)(collate(encoded))
+        found = response_logprobs(POLICY, collate(encoded))
+        rewards = rewards_of(POLICY, REF, 0.3)(collate(encoded))
     at = 0
     for i, some in enumerate(texts):
         for text in some:
@@ -445,7 +445,7 @@ def test_dpo_gives_the_reference_no_gradient():
     ranking = Ranking(ASKED[0], ["No cats.", "1 cat."], ranking_by([1, 0]), "a", 0, "2026-01-31")
     batch = collate(encode_rankings([ranking], TEMPLATE, 80)[0])
     policy, ref = deepcopy(POLICY), deepcopy(REF)
-    rewards_of(policy, policy, ref, 0.3)(batch).sum().backward()
+    rewards_of(policy, ref, 0.3)(batch).sum().backward()
     assert all(weight.grad is None for weight in ref.parameters())
     assert policy.lm_head.weight.grad.abs().sum() > 0
 

@@ -281,7 +281,7 @@ BAD_INPUT = {
     "validation of everything": ("--val-fraction 1", "--val-fraction"),
     "out holds a run": ("--out {r}", "--overwrite"),
     "out is another stage's run": ("--out {b} --resume", "another stage"),
-    "resume with other options": ("--out {r} --resume --steps 11", "--steps"),
+    "resume with other options": ("--out {r} --resume --steps 3", "--steps"),
     "unknown option": ("--lora 3", "--lora"),
 }
 

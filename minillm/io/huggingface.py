@@ -194,11 +194,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata."""
-    if not path.exists():
-        raise InputError(f"{path}: missing; the folder is incomplete")
     try:
+        open(path, "rb").close()  # of whatever forbids it the library says that the file is missing
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; the folder is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); restore it") from error
 

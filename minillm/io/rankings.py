@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import BAD_FILE, InputError, reading, reason_of, say, writing
+from minillm.errors import BAD_FILE, InputError, reading, reason_of, writing
 from minillm.files import read_json, sync_file, sync_folder, write_json
 from minillm.io.template import check_messages
 from minillm.options import options_json
@@ -241,7 +241,7 @@ def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
         names = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         path.rename(aside)
-        say(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
+        print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
     elif path.exists() and record.exists():
         earlier = read_json(record).get("options")
         if not isinstance(earlier, dict):
@@ -255,7 +255,7 @@ def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
         check_origin(record, origin)
     file = RankingFile(path)
     if file.lines.mended:
-        say(file.lines.mended)
+        print(file.lines.mended)
     return file
 
 
