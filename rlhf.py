@@ -24,7 +24,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -42,6 +41,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
@@ -54,7 +54,6 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, parse_options
@@ -121,8 +120,8 @@ class Options(PolicyOptions):
     out: str = "out/rlhf"
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
-    """sample, policy: conversations, of which all before the last reply is a prompt. Nothing: the little
-    world's prompts. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
+    """sample, policy: prompts, or conversations, of which all before the last reply is one. Nothing: the
+    little world's. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
 
@@ -162,7 +161,7 @@ class Options(PolicyOptions):
     init: str = "out/sft"
     """reward, policy: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
     rankings: tuple[str, ...] = ()
-    """reward, policy --algorithm dpo: files of rankings. Nothing: rankings.jsonl in --out."""
+    """reward, policy --algorithm dpo: rankings, ours or anybody's. Nothing: rankings.jsonl in --out."""
 
     decay: float = 1.0
     """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
@@ -269,19 +268,17 @@ def sample(options: Options, runtime: Runtime) -> None:
 
 def questions_of(options: Options) -> list[Question]:
     """The little world's prompts for rankings, or those of the files given."""
-    from minillm.io.conversations import open_conversations
+    from minillm.io.conversations import open_prompts
 
     if not options.data:
         return world_questions(options.seed, "reward", options.prompts)
-    questions = []
-    for source in open_conversations(options.data, options.errors):
+    questions: list[Question] = []
+    for source in open_prompts(options.data, options.errors):
         if source.weight != 1:
             raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
-        prompts_of_source = [conversation[:-1] for conversation in source.conversations()]
-        questions += [Question(messages) for messages in prompts_of_source if messages]
-        lone = sum(not messages for messages in prompts_of_source)
-        skipped = source.skipped + Counter({"replies to nothing": lone})
-        report(source.name, len(prompts_of_source) - lone, "prompts", skipped, source.first_skipped)
+        before = len(questions)
+        questions += [Question(messages) for messages in source.conversations()]
+        report(source.name, len(questions) - before, "prompts", source.skipped, source.first_skipped)
     if len(questions) > options.prompts:
         print(f"the first {options.prompts:,} of {len(questions):,} prompts are used; see --prompts")
     return questions[: options.prompts]
@@ -496,10 +493,10 @@ def encoded_rankings(
 
     InputError where there are none, none fits, or none prefers anything.
     """
-    from minillm.io.rankings import read_rankings
+    from minillm.io.comparisons import rankings_of_file
 
     files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
-    rankings = [ranking for file in files for ranking in read_rankings(Path(file))]
+    rankings = [ranking for file in files for ranking in rankings_of_file(file)]
     if not any(ranking.pairs() for ranking in rankings):
         what = "every response is tied with all others" if rankings else "no ranking"
         raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")

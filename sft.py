@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
 import torch
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
 from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule

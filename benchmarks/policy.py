@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from minillm.chat import ChatTemplate
 from minillm.files import read_json, write_json
 from minillm.io.huggingface import load_model, load_scalar_model
-from minillm.io.template import ChatTemplate
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics

@@ -33,8 +33,8 @@ import torch
 from harness import in_turn, medians, parser, write
 
 import rlhf
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.rollout import encode_prompts
 from minillm.run import Run, start_runtime
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from harness import ROOT, in_turn, medians, parser, write
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.conversations import open_conversations, split_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
 from minillm.packing import encode_source, packed_batches
 from minillm.run import Runtime

@@ -205,7 +205,8 @@ def _cache(model: LanguageModel, rows: int, size: int, crop: bool) -> "KVCache |
     """What reads the tokens, `size` of each row at most."""
     if crop and size > model.config.max_position_embeddings:
         return CroppedContext(model, rows, size)
-    if model.lm_head.weight.device.type == "mps":  # knows no complex numbers
+    unfolded = model.config.qkv_bias or model.config.rope_yarn is not None
+    if unfolded or model.lm_head.weight.device.type == "mps":  # which knows no complex numbers
         return KVCache(model, rows, size)
     from minillm.fast.decode import FoldedCache
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
+from minillm.chat import ChatTemplate, Completion, chat_format
 from minillm.generate import SamplingOptions, generate
-from minillm.io.template import ChatTemplate, Completion, chat_format
 from minillm.model import LanguageModel
 from minillm.sources import digest
 from minillm.tokenizer import Tokenizer

@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from minillm.chat import ChatTemplate
 from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.io.template import ChatTemplate
 from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
 from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message, Question, Responses, sample_responses, seed_of

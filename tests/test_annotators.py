@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.io.comparisons import comparisons_of, open_comparisons
 from minillm.io.rankings import RankingFile, read_rankings
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     MARGIN,
@@ -361,13 +361,13 @@ def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_ran
 
 
 REFUSED = {
-    "records that are no JSON objects": 3,
     "records in no known format": {"title": "x"},
     "comparisons of replies to different prompts": {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
     "comparisons of replies to nothing": {"chosen": "Assistant: Yes", "rejected": "Assistant: No"},
     "comparisons of equal responses": {**HH, "rejected": HH["chosen"]},
     "comparisons of conversations with an empty message": {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "},
-    "records whose fields hold something else than their format has": {"prompt": "text"},
+    "records without a reply of the assistant's to rank": {"prompt": "text"},
+    "records whose fields hold something else than their format has": {"prompt": {"text": "x", "replies": 3}},
     "records with no two ranked responses": {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])},
 }
 

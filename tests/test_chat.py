@@ -19,10 +19,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minillm.chat import with_chat_template
 from minillm.errors import InputError, printable
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import save_model
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools import chat as chat_module

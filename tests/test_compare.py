@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import refusal
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.compare import __main__ as compare
 from minillm.compare.__main__ import names_of
 from minillm.compare.findings import contests, kl_metrics, reply_metrics, training_metrics, world_pairs
@@ -34,7 +35,6 @@ from minillm.compare.verdicts import Pair, blind, by_model, by_person, by_reward
 from minillm.data import unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.preferences import ChatModel as Respondent
 from minillm.sources import Source, world_sources

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import document_starts
 from minillm.errors import InputError
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import (
     LanguageModel,
     ModelConfig,

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 import minillm.policy
 import rlhf
+from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
-from minillm.io.template import with_chat_template
 from minillm.model import scalar_from_language_model
 from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
 from minillm.tokenizer import Tokenizer

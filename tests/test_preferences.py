@@ -12,11 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import preferences
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
 from minillm.io import rankings as rankings_on_disk
 from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     ATTEMPTS,
@@ -201,6 +201,10 @@ def test_a_ranking_taken_back_no_longer_stands_and_the_others_do(tmp_path):
         assert file.rankings == read_rankings(path) == [ada, bob]
         assert file.withdraw("Ada") == ada
         assert file.withdraw("Ada") is None
+        other = ranking_of([[0], [1]], question="Why?")
+        file.append([ada, other])
+        assert file.withdraw("Ada") == other, "the last, whatever set it is of"
+        assert file.withdraw("Ada") == ada
     assert read_rankings(path) == [bob]
 
 
@@ -318,6 +322,13 @@ def test_distractors_answer_other_prompts_and_the_others_their_own(model):
     for i, record in enumerate(all_records([model], PLAN | {"distractors": 2})):
         own, *others = [draw["prompt"] for draw in record["draws"]]
         assert own == i and i not in others and all(0 <= other < 7 for other in others)
+
+
+def test_a_prompt_has_room_up_to_the_last_position(model):
+    positions = model.model.config.max_position_embeddings
+    messages = QUESTIONS[0].messages
+    assert model.has_room(messages, positions - len(model.prompt(messages)))
+    assert not model.has_room(messages, positions - len(model.prompt(messages)) + 1)
 
 
 def test_models_are_dealt_equally_over_places(model):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import MARGIN, Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.optim import LearningRates, build_optimizers
 from minillm.preferences import Ranking, ranking_by

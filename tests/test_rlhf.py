@@ -18,9 +18,9 @@ from runs import ROOT, Killed, folder_bytes, missing_words, refusal
 
 import rlhf
 from minillm import preferences
+from minillm.chat import with_chat_template
 from minillm.io.huggingface import save_model
 from minillm.io.rankings import JsonLines, read_rankings, read_responses
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
@@ -151,6 +151,24 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
     with pytest.raises(SystemExit):
         rlhf.main(["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")])
     assert "other prompts" in capsys.readouterr().err
+
+
+def test_the_last_turn_is_asked_and_prompts_without_a_reply_are_prompts(model, tmp_path, capsys):
+    hello = [{"role": "user", "content": "Hello 0"}, {"role": "assistant", "content": "Hello!"}]
+    fox = {"role": "user", "content": "What does the fox eat 0?"}
+    records = [
+        {"messages": [*hello, fox]}, {"messages": [fox]}, {"prompt": "Who?"}, {"prompt": [*hello, fox]},
+        {"instruction": "Add.", "input": "1 1"},
+    ]  # fmt: skip
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    sample(model, tmp_path / "rlhf", "--data", str(data))
+    asked = [given.messages for given in read_responses(tmp_path / "rlhf" / "responses.jsonl")]
+    assert asked[:2] == [[*hello, fox], [fox]] and asked[3] == [*hello, fox]
+    assert [messages[-1]["content"] for messages in asked] == [
+        *[fox["content"]] * 2, "Who?", fox["content"], "Add.\n\n1 1",
+    ]  # fmt: skip
+    assert "asked.jsonl: 5 prompts" in capsys.readouterr().out
 
 
 def test_responses_cut_at_the_longest_length_are_counted_and_marked_to_the_rankings(sampled, out, capsys):

@@ -25,9 +25,9 @@ from runs import (
 
 import sft
 import train
+from minillm.chat import ChatTemplate
 from minillm.io.conversations import open_conversations
 from minillm.io.huggingface import load_model
-from minillm.io.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 SHORT = (

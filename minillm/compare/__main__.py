@@ -37,7 +37,7 @@ from minillm.compare.verdicts import PairJudge, by_model, by_person, by_reward, 
 from minillm.errors import InputError, one_line_errors, printable, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.io.conversations import open_conversations
+from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.options import options_json, parse_options
@@ -178,10 +178,10 @@ def open_prompts(
     if world is not None:
         prompts = world_prompts(world, options.split, options.prompts)
     else:
-        every = []
-        for source in open_conversations(options.data, options.errors):
+        every: list[list[dict[str, str]]] = []
+        for source in conversations.open_prompts(options.data, options.errors):
             left_out += source.skipped
-            every += [conversation[:-1] for conversation in source.conversations()]
+            every += source.conversations()
         asked = [Prompt(messages, UNNAMED, "") for messages in every if messages]
         left_out["replies to nothing"] = len(every) - len(asked)
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])

@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from minillm.chat import ChatTemplate
 from minillm.io.rankings import RankingFile
-from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, ResponseSet
 from minillm.reward import encode_response, score_rows

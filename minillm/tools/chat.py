@@ -21,11 +21,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError, one_line_errors, printable
 from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
-from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.tokenizer import Tokenizer
@@ -60,6 +60,8 @@ class Options:
     """How many answers to print, each drawn with the next seed."""
     system: str | None = None
     """The system message."""
+    thinking: bool = False
+    """Let a model that knows thoughts (Qwen3, DeepSeek-R1) think before it replies."""
     temperature: float = 0.7
     """Divides the logits; 0 takes the most probable token."""
     top_k: int = 0
@@ -162,13 +164,13 @@ class Chat:
         said = (*self.messages, {"role": "user", "content": text})
         asked: tuple[Message, ...] | None = said
         if not self.is_base:
-            asked = drop_oldest(said, lambda messages: len(self.format.prompt(messages)) <= self.room)
+            asked = drop_oldest(said, lambda messages: len(self.prompt(messages)) <= self.room)
         if asked is None:
             raise InputError(
                 f"too long: of the model's {self.positions} tokens {self.positions - self.room} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        prompt = self.format.prompt(asked)
+        prompt = self.prompt(asked)
         sampling = self.sampling
         if self.options.max_new_tokens is None:
             left = max(self.positions - len(prompt), sampling.max_new_tokens)
@@ -192,6 +194,10 @@ class Chat:
         ended = [response[-1] in sampling.stop_ids for response in responses]
         texts = [self.tokenizer.decode(r[: len(r) - e]) for r, e in zip(responses, ended, strict=True)]
         return list(zip(texts, ended, strict=True))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens behind which the model is to reply."""
+        return self.format.prompt(messages, self.options.thinking)
 
     def keep(self, reply: Reply) -> None:
         """Makes a reply part of the conversation, unless it was cut before its first word."""

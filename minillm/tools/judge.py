@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillm.chat import chat_format
 from minillm.errors import InputError
 from minillm.files import read_text
-from minillm.io.template import chat_format
 from minillm.model import LanguageModel
 from minillm.preferences import Message, ResponseSet, ranking_by
 from minillm.tokenizer import Tokenizer

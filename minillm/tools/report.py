@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
+from minillm.chat import ChatTemplate
 from minillm.files import write_atomically, write_json
-from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, Message, Ranking
 from minillm.reward import (
