@@ -20,7 +20,6 @@ Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.
 minillm/ppo.py, grpo.py and dpo.py.
 """
 
-import itertools
 import json
 import math
 import sys
@@ -32,7 +31,7 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     from minillm.errors import end_at_interrupts
@@ -40,18 +39,14 @@ if __name__ == "__main__":
     end_at_interrupts()  # before torch, whose import takes seconds
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from minillm.annotators import Simulated, find_prompts, share_out, simulated_annotators
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import Mixture, split_by_hash, tokenize
+from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.io.comparisons import open_comparisons, rankings_of_file
-from minillm.io.conversations import open_prompts
 from minillm.io.huggingface import (
     load_causal_model,
     load_model,
@@ -61,7 +56,7 @@ from minillm.io.huggingface import (
 )
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
-from minillm.options import PolicyOptions, options_json, parse_options
+from minillm.options import PolicyOptions, parse_options
 from minillm.policy import (
     Networks,
     Progress,
@@ -73,17 +68,18 @@ from minillm.policy import (
 )
 from minillm.ppo import adapted_beta
 from minillm.preferences import (
-    LETTERS,
-    JsonLines,
+    MOST_RESPONSES,
+    ChatModel,
+    Question,
     Ranking,
-    RankingFile,
     ResponseSet,
+    Simulated,
+    assign_annotators,
     new_ranking,
-    read_json_lines,
-    read_rankings,
-    read_responses,
+    sample_sets,
+    seed_of,
+    simulated_annotators,
 )
-from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedSet,
     Scores,
@@ -106,13 +102,9 @@ from minillm.run import (
     read_metrics,
     start_runtime,
 )
-from minillm.sources import open_sources, world_sources
+from minillm.sources import digest, open_sources, world_sources
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreement_report, agreement_table
-from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.provenance import provenance
-from minillm.tools.ranking import RankingSession, rank_in_terminal
-from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt as WorldPrompt
 
@@ -158,13 +150,13 @@ class Options(PolicyOptions):
     annotators: int = 5
     """rank --annotator simulated: how many people."""
     opinions: int = 5
-    """rank --annotator simulated: how many of them rank each set: a slip of one is outvoted."""
+    """rank --annotator simulated: how many of them rank each set; more reduce the noise of its labels."""
     noise: float = 1.0
     """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
     judge: str | None = None
     """rank --annotator model: the model that judges, a run folder or a Hugging Face folder."""
-    principles: str = str(DEFAULT_PRINCIPLES)
-    """rank --annotator model: a text file that says what makes a reply better."""
+    principles: str | None = None
+    """rank --annotator model: a text file that says what makes a reply better. Default: minillm's own."""
 
     init: str = "out/sft"
     """reward, policy: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
@@ -195,8 +187,8 @@ class Options(PolicyOptions):
         self.require_counts("epochs", "batch_sets", "val_sets")
         self.require_positive("temperature", "top_p", "matrix_rate", "embedding_rate")
         self.require_not_negative("distractors", "top_k", "noise", "new_blocks")
-        if not 2 <= self.responses <= len(LETTERS):
-            raise InputError(f"--responses {self.responses}: give 2 to {len(LETTERS)}")
+        if not 2 <= self.responses <= MOST_RESPONSES:
+            raise InputError(f"--responses {self.responses}: give 2 to {MOST_RESPONSES}")
         if self.distractors >= self.responses:
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
         if not 0 < self.val_fraction < 1:
@@ -231,43 +223,53 @@ class Options(PolicyOptions):
 
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
+    from minillm.io.rankings import JsonLines, check_origin, read_json_lines
     from minillm.tools.folder import start_run_folder
 
+    sampling = options.sampling
     claim_folder(options, runtime)
-    models = [
-        (name, *load_causal_model(Path(name), runtime.device, runtime.dtype)) for name in options.models
-    ]
-    respondents = [Respondent(*model) for model in models]
-    questions = with_room(questions_of(options), respondents, options)
-    plan = SamplingPlan(options.responses, options.distractors, options.sampling, options.seed)
-    sampler = ResponseSampler(respondents, questions, plan)
-    path = options.folder / "responses.jsonl"
-    if not options.resume:
+    models = [ChatModel(name, *load_causal_model(Path(name), runtime.device, runtime.dtype))
+              for name in options.models]  # fmt: skip
+    questions = with_room(questions_of(options), models, options)
+    path, run = options.folder / "responses.jsonl", options.folder / "run.json"
+    origin = {"prompts": digest(*(json.dumps(q.messages) for q in questions))}
+    origin |= {f"weights of {model.name}": model.fingerprint for model in models}
+    if options.resume:
+        check_origin(run, origin)
+    else:
         path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
         start_run_folder(options, "rlhf")
+        write_json(run, read_json(run) | {"origin": origin})
     with JsonLines(path) as file:
         if file.mended:
             print(file.mended)
-        done = lines_done(path, questions)
+        answered = [record.get("messages") for _, record in read_json_lines(path, "")]
+        done = len(answered)
+        if answered != [question.messages for question in questions[:done]]:
+            raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
         with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
-            for records in sampler.records(done):
-                file.append(records)
-                bar.update(len(records))
-    noted = sum("note" in record for _, record in read_json_lines(path, ""))
+            for lines in sample_sets(
+                models,
+                questions,
+                options.responses,
+                options.distractors,
+                sampling,
+                options.seed,
+                done,
+            ):
+                file.append(lines)
+                bar.update(len(lines))
+    written = [record for _, record in read_json_lines(path, "")]
+    cut = sum(not draw["ended"] for record in written for draw in record["draws"])
     print(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
-    print(f"{noted:,} of them hold a response that repeats another")
-
-
-def lines_done(path: Path, questions: Sequence[Question]) -> int:
-    """How many prompts have their responses. InputError where the lines are those of other prompts."""
-    answered = [record.get("messages") for _, record in read_json_lines(path, "")]
-    if answered != [question.messages for question in questions[: len(answered)]]:
-        raise InputError(f"{path}: answers other prompts than these; has --data changed? use --overwrite")
-    return len(answered)
+    print(f"{sum('note' in record for record in written):,} of them hold a response that repeats another")
+    print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
 
 def questions_of(options: Options) -> list[Question]:
-    """The little world's prompts for rankings, or those of the conversations given."""
+    """The little world's prompts for rankings, or those of the files given."""
+    from minillm.io.conversations import open_prompts
+
     if not options.data:
         return world_questions(options.seed, "reward", options.prompts)
     questions: list[Question] = []
@@ -287,12 +289,10 @@ def world_questions(seed: int, split: str, count: int) -> list[Question]:
     return [Question(p.messages, p.kind, seed) for p in World(seed).prompts(split, n=count)]
 
 
-def with_room(
-    questions: Sequence[Question], respondents: Sequence[Respondent], options: Options
-) -> list[Question]:
-    """The questions that leave room for a response in each model's context; says how many do not."""
+def with_room(questions: Sequence[Question], models: Sequence[ChatModel], options: Options) -> list[Question]:
+    """The prompts that leave room for a response in each model's context; says how many do not."""
     length = options.max_new_tokens
-    kept = [q for q in questions if all(r.has_room(q.messages, length) for r in respondents)]
+    kept = [q for q in questions if all(model.has_room(q.messages, length) for model in models)]
     if len(kept) < len(questions):
         print(f"{len(questions) - len(kept):,} prompts left out: too long for {length} tokens of response")
     if not kept:
@@ -307,133 +307,113 @@ def with_room(
 
 # ---- rank: responses → rankings
 
-
-@dataclass(frozen=True)
-class Job:
-    """A ranking to be made: by whom, of which set, and how; None comes of a set that cannot be ranked."""
-
-    annotator: str
-    key: str
-    make: Callable[[], Ranking | None]
+Job = tuple[str, str, Callable[[], Ranking | None]]
+"""Whose ranking of which set is to be made (annotator and key), and how; None comes of a set that cannot be
+ranked."""
 
 
 def rank(options: Options, runtime: Runtime) -> None:
     """Adds to rankings.jsonl what the chosen annotators have not ranked yet."""
+    from minillm.io.rankings import open_rankings, record_ranking
+
     if options.annotator == "person":
-        sets = read_responses(options.folder / "responses.jsonl")
-        with open_rankings(options) as file:
-            record_options(options)
-            rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
-            return
-    all_jobs = {"simulated": simulated, "model": judged, "file": published}[options.annotator]
-    jobs = all_jobs(options, runtime)
-    with open_rankings(options) as file:
-        ranked = file.ranked()
-        left = [job for job in jobs if (job.annotator, job.key) not in ranked]
-        made = 0
+        rank_as_person(options)
+        return
+    jobs, origin = jobs_of(options, runtime)
+    with open_rankings(options, origin) as file:
+        there, left = file.made(), []
+        for annotator, key, make in jobs:
+            # Some files rank a set twice: as many are left as are not there.
+            if there[annotator, key]:
+                there[annotator, key] -= 1
+            else:
+                left.append(make)
+        before = len(file.rankings)
         for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
-            rankings = [ranking for job in left[first : first + 64] if (ranking := job.make())]
-            if rankings and not made:
-                record_options(options)
+            rankings = [ranking for make in left[first : first + 64] if (ranking := make())]
+            if rankings and len(file.rankings) == before:
+                record_ranking(options, origin)
             file.append(rankings)
-            made += len(rankings)
-        print(f"{file.lines.path}: {made:,} rankings added to {len(file.rankings) - made:,}")
-        if tied := sum(not ranking.pairs() for ranking in file.rankings[len(file.rankings) - made :]):
-            print(f"{tied:,} of them prefer nothing")
+        made = file.rankings[before:]
+    print(f"{file.lines.path}: {len(made):,} rankings added to {before:,}")
+    if tied := sum(not ranking.pairs() for ranking in made):
+        print(f"{tied:,} of them prefer nothing")
     if left and not made:
         raise InputError(
             f"--judge {options.judge}: no set fits its context; name a judge that reads more tokens at once "
             "(--block-size of train.py)"
         )
-    if made < len(left):
-        print(f"{len(left) - made:,} sets left out: too long for the judge")
+    if len(made) < len(left):
+        print(f"{len(left) - len(made):,} sets left out: too long for the judge")
 
 
-def open_rankings(options: Options) -> RankingFile:
-    """rankings.jsonl to add to. InputError where rankings of this kind were made in another way before."""
-    path, record = options.folder / "rankings.jsonl", options.folder / f"rank-{options.annotator}.json"
-    if options.overwrite and path.exists():
-        names = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        path.rename(aside)
-        print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
-    elif path.exists() and record.exists():
-        earlier = read_json(record).get("options")
-        if not isinstance(earlier, dict):
-            raise InputError(f"{record}: holds no options; restore it, or --overwrite")
-        for name in DECISIVE[options.annotator]:
-            if earlier.get(name) != (value := getattr(options, name)):
-                raise InputError(
-                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or "
-                    "--overwrite, which puts all rankings aside"
-                )
-    file = RankingFile(path)
-    if file.mended:
-        print(file.mended)
-    return file
+def jobs_of(options: Options, runtime: Runtime) -> tuple[list[Job], dict[str, str]]:
+    """What there is to rank, and fingerprints of what the rankings hang on."""
+    from minillm.io.rankings import read_responses
+    from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 
-
-def record_options(options: Options) -> None:
-    """Says beside the rankings how those of this kind of annotator are made."""
-    record = options.folder / f"rank-{options.annotator}.json"
-    write_json(record, {"options": options_json(options), **provenance()})
-
-
-DECISIVE: dict[str, tuple[str, ...]] = {
-    "person": (),
-    "file": (),
-    "simulated": ("seed", "annotators", "opinions", "noise"),
-    "model": ("judge", "principles"),
-}
-"""The options without which a ranking would be another one: a file must not mix them."""
-
-
-def simulated(options: Options, runtime: Runtime) -> list[Job]:
-    """Each set to some of the simulated annotators."""
+    if options.annotator == "file":
+        return published(options), {}
     sets = read_responses(options.folder / "responses.jsonl")
-    world = World(sets[0].world or 0)
-    people = simulated_annotators(options.annotators)
-    shares = share_out([given.key for given in sets], len(people), options.opinions, options.seed)
-
-    def make(person: Simulated, given: ResponseSet, prompt: WorldPrompt) -> Ranking:
-        ranking = person.rank(world, prompt, given, options.noise, options.seed)
-        return new_ranking(given, ranking, person.name, options.seed)
-
-    return [
-        Job(people[number].name, given.key, partial(make, people[number], given, prompt))
-        for given, prompt, numbers in zip(sets, find_prompts(sets, world), shares, strict=True)
-        for number in numbers
-    ]
-
-
-def judged(options: Options, runtime: Runtime) -> list[Job]:
-    """Each set to the judge."""
+    if options.annotator == "simulated":
+        return simulated(options, sets), {}
     if options.judge is None:
         raise InputError("--annotator model: name a --judge, as in out/sft")
-    sets = read_responses(options.folder / "responses.jsonl")
-    principles = read_principles(Path(options.principles))
-    judge = Judge(*load_causal_model(Path(options.judge), runtime.device, runtime.dtype), principles)
-    name = f"model-{options.judge}"
+    principles = read_principles(Path(options.principles or DEFAULT_PRINCIPLES))
+    loaded = load_causal_model(Path(options.judge), runtime.device, runtime.dtype)
+    model, judge = ChatModel(f"model-{options.judge}", *loaded), Judge(*loaded, principles)
 
     def make(given: ResponseSet) -> Ranking | None:
         ranking = judge.rank(given)
-        return None if ranking is None else new_ranking(given, ranking, name, options.seed)
+        return None if ranking is None else new_ranking(given, ranking, model.name, options.seed)
 
-    return [Job(name, given.key, partial(make, given)) for given in sets]
+    origin = {"weights of --judge": model.fingerprint, "--principles": digest(principles)}
+    return [(model.name, given.key, partial(make, given)) for given in sets], origin
 
 
-def published(options: Options, runtime: Runtime) -> list[Job]:
+def rank_as_person(options: Options) -> None:
+    """At the terminal."""
+    from minillm.io.rankings import open_rankings, read_responses, record_ranking
+    from minillm.tools.ranking import RankingSession, rank_in_terminal
+
+    sets = read_responses(options.folder / "responses.jsonl")
+    with open_rankings(options, {}) as file:
+        record_ranking(options, {})
+        rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
+
+
+def simulated(options: Options, sets: Sequence[ResponseSet]) -> list[Job]:
+    """Each set to some of the simulated annotators."""
+    people, world = simulated_annotators(options.annotators), World(sets[0].world or 0)
+
+    def make(person: Simulated, given: ResponseSet, prompt: WorldPrompt) -> Ranking:
+        ranking = person.rank(partial(world.score, prompt), given, options.noise, options.seed)
+        return new_ranking(given, ranking, person.name, options.seed)
+
+    jobs: list[Job] = []
+    for number, given in enumerate(sets, start=1):
+        prompt = world.prompt_of(given.messages)
+        if prompt is None or given.world != world.seed:
+            raise InputError(
+                f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "
+                "know; give --annotator person or model"
+            )
+        who = assign_annotators(given.key, len(people), options.opinions, options.seed)
+        jobs += [(people[i].name, given.key, partial(make, people[i], given, prompt)) for i in who]
+    return jobs
+
+
+def published(options: Options) -> list[Job]:
     """The rankings of other people's files, under the names of the files."""
+    from minillm.io.comparisons import open_comparisons
+
     if not options.data:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
-    sources = open_comparisons(options.data, options.errors)
-    for source in sources:
+    jobs: list[Job] = []
+    for source in open_comparisons(options.data, options.errors):
         report(source.name, len(source.rankings), "rankings", source.skipped, source.first_skipped)
-    return [
-        Job(source.name, ranking.key, partial(replace, ranking))
-        for source in sources
-        for ranking in source.rankings
-    ]
+        jobs += [(source.name, ranking.key, partial(replace, ranking)) for ranking in source.rankings]
+    return jobs
 
 
 # ---- agreement: rankings → how far annotators agree
@@ -441,6 +421,10 @@ def published(options: Options, runtime: Runtime) -> list[Job]:
 
 def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
+    from minillm.io.rankings import read_rankings
+    from minillm.tools.agreement import agreement_report, agreement_table
+    from minillm.tools.provenance import provenance
+
     found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
     print(agreement_table(found))
     write_json(options.folder / "agreement.json", asdict(found) | provenance())
@@ -461,42 +445,45 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     )
     state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
     forward = runtime.wrap(model)
-    tenth = max(1, steps // 10)
+
+    def validate() -> None:
+        val = held_out_rankings(scores_of(model), held_out[: options.val_sets], options.micro_tokens, runtime)
+        run.log("val", f"val {val['loss']:.3f}, {val['accuracy']:.1%} in order", **val)
 
     with run.training(state, steps, lambda: save_scalar_model(run.folder, model, tokenizer)):
         if run.already_finished():
             return
-        while run.goes_on():
-            batch = stream.next(options.batch_sets)
-            learn_rankings(run, forward, training_scores_of(forward), batch, options)
-            if run.due(options.val_every or tenth) or state.step == steps:
-                val = held_out_rankings(
-                    scores_of(model), held_out[: options.val_sets], options.micro_tokens, runtime
-                )
-                run.log("val", f"val {val.loss:.3f}, {val.accuracy:.1%} in order", **asdict(val))
-            if run.due(options.save_every or tenth):
-                run.save()
-        run.end()
+        learn_rankings(run, stream, forward, training_scores_of(forward), validate, options)
         if runtime.is_main:
             finish_reward_model(run, model, template, training, held_out, options)
 
 
 def learn_rankings(
     run: Run,
-    forward: Callable[..., Tensor],
+    stream: Shuffled[EncodedSet],
+    forward: Callable[..., Any],
     scores: Scores,
-    batch: Sequence[EncodedSet],
+    validate: Callable[[], None],
     options: Options,
 ) -> None:
-    """One update on some rankings: of a reward model, or by DPO of a policy whose rewards are the scores."""
-    state = run.state
-    loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
-    gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
-    run.check_finite(loss=loss, gradient_norm=gradient_norm)
-    rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
-    state.optimizers.step(rate)
-    tokens = sum(one.size for one in batch)
-    run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+    """Learns from rankings to the end of the run: a reward model, or by DPO a policy whose implicit rewards
+    are the scores."""
+    state, tenth = run.state, max(1, run.steps // 10)
+    while run.goes_on():
+        batch = stream.next(options.batch_sets)
+        loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
+        gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+        run.check_finite(loss=loss, gradient_norm=gradient_norm)
+        rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
+        state.optimizers.step(rate)
+
+        tokens = sum(one.size for one in batch)
+        run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
+        if run.due(options.val_every or tenth) or state.step == run.steps:
+            validate()
+        if run.due(options.save_every or tenth):
+            run.save()
+    run.end()
 
 
 def encoded_rankings(
@@ -506,6 +493,8 @@ def encoded_rankings(
 
     InputError where there are none, none fits, or none prefers anything.
     """
+    from minillm.io.comparisons import rankings_of_file
+
     files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
     rankings = [ranking for file in files for ranking in rankings_of_file(file)]
     if not any(ranking.pairs() for ranking in rankings):
@@ -517,6 +506,8 @@ def encoded_rankings(
     if runtime.is_main:
         for reason, count in skipped.items():
             print(f"left out: {count} {reason}")
+        if cut := sum(len(one.rankings[0].cut) for one in encoded):
+            print(f"{cut:,} of all responses are cut: their rows have no end token")
     return split_by_prompt(encoded, options.val_fraction)
 
 
@@ -555,27 +546,27 @@ def finish_reward_model(
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
+    from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
 
     val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
-    worth = world.utility if world else unknown_score
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
-    card = report_card(model, template, judged, rankings, worth)
+    card = report_card(model, template, judged, rankings, world.utility if world else unknown_score)
     write_report(run.folder, card, judged)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.metrics.say(report_text(card))
-    state = run.state
     run.metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val_loss,
-        accuracy=card["accuracy"]["value"], bias=model.bias.item(),
+        "final", run.state.step, seconds=run.state.seconds, tokens=run.state.tokens,
+        val_loss=val_loss, accuracy=card["accuracy"]["value"],
+        bias=model.bias.item(),
     )  # fmt: skip
 
 
 def demonstrations(
-    training: Sequence[EncodedSet], world: World | None, template: ChatTemplate
+    training: Sequence[EncodedSet], world: "World | None", template: ChatTemplate
 ) -> list[list[int]]:
     """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
     the best response of each set, by its first ranking."""
@@ -650,23 +641,16 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
     forward = runtime.wrap(policy)
     rewards = rewards_of(forward, observers.ref, options.beta)
     held_out_rewards = rewards_of(policy, observers.ref, options.beta)
-    tenth = max(1, steps // 10)
+
+    def validate_rankings() -> None:
+        val = held_out_rankings(held_out_rewards, held_out[: options.val_sets], options.micro_tokens, runtime)
+        validate(run, options, networks, observers, progress, prompts, **val)
 
     with run.training(state, steps, lambda: None):  # validate() saves the best policy
         check_best(run, progress)
         if run.already_finished():
             return
-        while run.goes_on():
-            batch = stream.next(options.batch_sets)
-            learn_rankings(run, forward, rewards, batch, options)
-            if run.due(options.val_every or tenth) or state.step == steps:
-                val = held_out_rankings(
-                    held_out_rewards, held_out[: options.val_sets], options.micro_tokens, runtime
-                )
-                validate(run, options, networks, observers, progress, prompts, **asdict(val))
-            if run.due(options.save_every or tenth):
-                run.save()
-        run.end()
+        learn_rankings(run, stream, forward, rewards, validate_rankings, options)
         if runtime.is_main:
             finish_policy(run, options)
 

@@ -33,8 +33,8 @@ import torch
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
-from minillm.errors import InputError, one_line_errors, printable
-from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
+from minillm.errors import InputError, one_line_errors
+from minillm.io.conversations import ConversationSource
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
@@ -44,8 +44,6 @@ from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import KindMetrics, judged_replies, metrics_table, summarise
-from minillm.world import World
 
 
 @dataclass(frozen=True)
@@ -136,20 +134,24 @@ def train(options: Options, runtime: Runtime) -> None:
             state.optimizers.step(rate)
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=gradient_norm, rate=rate)
-            if run.due(options.val_every or tenth) or state.step == options.steps:
+            if validation and (run.due(options.val_every or tenth) or state.step == options.steps):
                 val = held_out(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
             if run.due(options.save_every or tenth):
                 run.save()
         run.end()
         if runtime.is_main:
-            finish(run, model, mixture, tokenizer, options)
+            finish(run, model, mixture, tokenizer, options, bool(validation))
 
 
 # Before the loop
 
 
 def conversation_sources(options: Options) -> list[ConversationSource]:
+    """The files given, or the little world's demonstrations."""
+    from minillm.io.conversations import open_conversations, world_conversations
+    from minillm.world import World
+
     if options.on_world:
         return [world_conversations(World(options.seed), "train", options.world_conversations)]
     return open_conversations(options.data, options.errors)
@@ -159,23 +161,24 @@ def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
     """What is kept of each source, and by reason what is left out or cut."""
     for source in sources:
         train, val = (len(side.sizes) for side in (source.train, source.val))
-        print(f"{source.name}: {train:,} conversations to train on, {val:,} to validate on")
+        print(f"{source.name}: {train:,} conversations to train on, {val or 'none'} to validate on")
         for reason, count in sorted(source.skipped.items()):
             print(f"  left out or cut: {count:,} {reason}")
         if source.first_skipped:
-            print(f"  the first: {printable(source.first_skipped)}")
+            print(f"  the first: {source.first_skipped}")
 
 
 def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
     """The raw text to mix in, as tokens on disk; none where there is none or it has no share."""
-    if not options.text_share:
+    from minillm.world import World
+
+    if not options.text_share or not (options.text or options.on_world):
         return []
-    if options.text:
-        sources = open_sources(options.text, options.errors)
-    elif options.on_world:
-        sources = world_sources(World(options.seed), options.world_megabytes)
-    else:
-        return []
+    sources = (
+        open_sources(options.text, options.errors)
+        if options.text
+        else world_sources(World(options.seed), options.world_megabytes)
+    )
     return [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
             for source in sources]  # fmt: skip
 
@@ -216,13 +219,22 @@ def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_to
 # After the loop
 
 
-def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
+def finish(
+    run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options, validated: bool
+) -> None:
     """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
+    from minillm.tools.evaluate import metrics_table, world_metrics
     from minillm.tools.plots import plot_loss
+    from minillm.world import World
 
     state, metrics, figures = run.state, run.metrics, {}
+    val_loss, perplexity = (
+        metrics.figure("val", name) if validated else None for name in ("loss", "perplexity")
+    )
     if options.on_world and options.eval_prompts:
-        figures = before_and_after(run, model, tokenizer, options)
+        before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
+        models = {options.init: before, str(run.folder): (model, tokenizer)}
+        figures = world_metrics(models, World(options.seed), options.eval_prompts)
         metrics.say(metrics_table(figures))
     sources = mixture.report()
     for source in sources:
@@ -230,22 +242,9 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     plot_loss(run.folder, "loss", "nats per target")
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
-        val_loss=metrics.figure("val", "loss"), val_perplexity=metrics.figure("val", "perplexity"),
+        val_loss=val_loss, val_perplexity=perplexity,
         figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
     )  # fmt: skip
-
-
-def before_and_after(
-    run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options
-) -> dict[str, dict[str, KindMetrics]]:
-    """What the rubric says of the model it started from and of this one, on the development prompts."""
-    before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
-    pairs = {options.init: before, str(run.folder): (model, tokenizer)}
-    world = World(options.seed)
-    return {
-        name: summarise(judged_replies(*pair, world, "dev", options.eval_prompts))
-        for name, pair in pairs.items()
-    }
 
 
 def main(arguments: list[str]) -> None:

@@ -99,7 +99,7 @@ class Options(DataOptions):
         super().__post_init__()
         self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size", "block_size")
         self.require_counts("batch_tokens", "steps")
-        self.require_positive("matrix_rate", "embedding_rate")
+        self.require_positive("matrix_rate", "embedding_rate", "val_fraction")
         self.require_not_negative("samples")
         if self.block_size < 2:
             raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")

@@ -119,8 +119,8 @@ class DataOptions(TrainingOptions):
         super().__post_init__()
         self.require_counts("val_tokens", "workers")
         self.require_positive("world_megabytes")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"--val-fraction {self.val_fraction}: give a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def encode_source(
 
     A longer one is cut behind the last reply with which it fits. Where none does, where `encode`
     refuses it, or where no token of it is the assistant's, it is left out; all is counted. Raises
-    InputError where nothing is left to train on, or, with a `val_fraction`, to validate on.
+    InputError where nothing is left to train on. There may be none to validate on.
     """
     skipped, first = Counter(source.skipped), source.first_skipped
     writers = {side: _Writer() for side in SIDES}
@@ -126,12 +126,11 @@ def encode_source(
         if encoded is not None:
             writers[side].add(encoded)
     train, val = (writers[side].finish() for side in SIDES)
-    for purpose, part in (("train", train), ("validate", val if val_fraction else train)):
-        if not len(part.sizes):
-            raise InputError(
-                f"data source {source.name!r}: no conversation to {purpose} on ({first or 'too few'}); "
-                "give more, a larger block size or another validation fraction"
-            )
+    if not len(train.sizes):
+        raise InputError(
+            f"data source {source.name!r}: no conversation to train on ({first or 'too few'}); "
+            "give more, a larger block size or another validation fraction"
+        )
     return EncodedSource(
         source.name, source.weight, _fingerprint(train, val), train, val, dict(skipped), first
     )

@@ -39,7 +39,7 @@ from minillm.ppo import (
     value_losses,
     whiten,
 )
-from minillm.responses import seed_of
+from minillm.preferences import seed_of
 from minillm.rollout import Observers, Prompt, Rollout
 from minillm.run import Run, Runtime
 

@@ -1,47 +1,61 @@
-"""Rankings of a prompt's responses, and the file they are kept in.
+"""Preferences: K responses to each prompt, somebody's rankings of them, and the files of both.
 
-    responses.jsonl ──► annotators ──► rankings.jsonl ──► pairs for the reward model
+    prompts ──models──► responses.jsonl ──annotators──► rankings.jsonl ──► reward.py, dpo.py
 
-A ranking is one line of JSON:
+A line of responses.jsonl holds a prompt, its responses and how each was drawn; a line of rankings.jsonl a
+ranking of such a set:
 
-    {"messages": […], "responses": […], "ranking": [[1], [0, 3], [2]],
-     "annotator": "Ada", "seed": 0, "time": "2026-01-31T12:00:00+00:00"}
+    {"messages": […], "responses": […], "ranking": [[1], [0, 3], [2]], "annotator": "Ada", "seed": 0,
+     "time": "2026-01-31T12:00:00+00:00"}
 
-best first, ties together, and "kind" where the prompt is the little world's. The file only ever grows:
-a ranking taken back stays, and a later line withdraws it. So an undo can destroy nobody's work, however
-many people write into one file, and a crash can spoil the line being written and no other.
+best first, ties together; "kind" where the prompt is the little world's; "cut": [2] where response 2 did not
+end but was cut at the longest length. Reading and writing them, safe from crashes: minillm/io/rankings.py.
 
-Method: all K responses ranked at once, as in Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155),
-section 3.5: K (K - 1) / 2 comparisons for one reading of the prompt.
+Method: K responses ranked at once, as in Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.2
+and 3.5: K (K - 1) / 2 comparisons for one reading of the prompt.
 """
 
-import fcntl
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import combinations
-from pathlib import Path
+from hashlib import blake2b
+from itertools import combinations, cycle
 from typing import Any
 
-from minillm.chat import check_messages
-from minillm.errors import InputError
-from minillm.files import sync_file, sync_folder
+import torch
+
+from minillm.chat import ChatTemplate, Completion, chat_format
+from minillm.generate import SamplingOptions, generate
+from minillm.model import LanguageModel
 from minillm.sources import digest
+from minillm.tokenizer import Tokenizer
 
 Message = dict[str, str]
 Record = dict[str, Any]
 
-LETTERS = "ABCDEFGHI"
-"""Names for the responses while they are ranked: nine are as many as anybody can keep apart."""
+MOST_RESPONSES = 9
+"""In a set: as many as anybody can keep apart."""
+ROWS = 256
+"""Responses sampled together."""
+ATTEMPTS = 4
+"""Draws of a response before it may repeat another of its set."""
 
 
-def set_key(messages: Sequence[Message], responses: Sequence[str]) -> str:
-    """The same for the same responses to the same prompt, in whatever order."""
-    return digest(json.dumps(messages), *sorted(responses))
+# ---- A prompt, its responses, and a ranking of them
+
+
+@dataclass(frozen=True)
+class Question:
+    """Messages that wait for a reply."""
+
+    messages: list[Message]
+    kind: str | None = None
+    """The little world's kind of prompt, where it is one of that."""
+    world: int | None = None
+    """The seed of that world."""
 
 
 @dataclass(frozen=True)
@@ -51,58 +65,41 @@ class ResponseSet:
     messages: list[Message]
     responses: list[str]
     kind: str | None = None
-    """The little world's kind of prompt."""
     world: int | None = None
-    """The seed of that world."""
-
-    def __post_init__(self) -> None:
-        _check_count(self.responses)
+    cut: list[int] = field(default_factory=list)
+    """Which responses did not end but were cut at the longest length."""
 
     @property
     def key(self) -> str:
-        """See `set_key`."""
-        return set_key(self.messages, self.responses)
+        """The same for the same responses to the same prompt, in whatever order."""
+        return digest(json.dumps(self.messages), *sorted(self.responses))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Someone's ranking of the responses to a prompt. InputError where it is not one."""
+    """Somebody's ranking of the responses to a prompt."""
 
     messages: list[Message]
     responses: list[str]
     ranking: list[list[int]]
-    """Indices of responses: best first, ties together. Each stands here once."""
+    """Indices of responses: best first, ties together. Each is here once."""
     annotator: str
     seed: int
     """Of whatever was random: the blind order for a person, the noise of a simulated one."""
     time: str
     """ISO 8601."""
     kind: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_count(self.responses)
-        named = sorted(index for tied in self.ranking for index in tied)
-        if named != list(range(len(self.responses))) or not all(self.ranking):
-            raise InputError(
-                f"its ranking is {self.ranking!r:.60}; let every index below {len(self.responses)} "
-                "stand in it once, and no group be empty"
-            )
-        if not self.annotator.strip():
-            raise InputError("its annotator has no name; give one")
-        try:
-            datetime.fromisoformat(self.time)
-        except ValueError:
-            raise InputError(f"its time is {self.time!r:.40}; give it as 2026-01-31T12:00:00") from None
+    cut: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> str:
-        """Of the set that was ranked, see `set_key`."""
-        return set_key(self.messages, self.responses)
+        """That of the set that was ranked."""
+        return ResponseSet(self.messages, self.responses).key
 
     def ranks(self) -> list[int]:
-        """The place of each response, 0 for the best; ties share one."""
-        place = {index: rank for rank, tied in enumerate(self.ranking) for index in tied}
-        return [place[index] for index in range(len(self.responses))]
+        """The rank of each response, 0 for the best; ties share one."""
+        rank = {index: rank for rank, tied in enumerate(self.ranking) for index in tied}
+        return [rank[index] for index in range(len(self.responses))]
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) for all pairs of responses but those that tie."""
@@ -117,7 +114,7 @@ class Ranking:
 def new_ranking(given: ResponseSet, ranking: Sequence[Sequence[int]], annotator: str, seed: int) -> Ranking:
     """The ranking of a set, made now."""
     tied = [sorted(group) for group in ranking]
-    return Ranking(given.messages, given.responses, tied, annotator, seed, now(), given.kind)
+    return Ranking(given.messages, given.responses, tied, annotator, seed, now(), given.kind, given.cut)
 
 
 def ranking_by(values: Sequence[float | int], margin: float | int = 0) -> list[list[int]]:
@@ -138,261 +135,205 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _check_count(responses: Sequence[str]) -> None:
-    if len(responses) < 2:
-        raise InputError(f"it has {len(responses)} responses; give at least 2 to compare")
+# ---- Prompts → responses
 
 
-# ---- As typed: "B > A = D > C"
+@dataclass(frozen=True)
+class Responses:
+    """Sampled responses, in one order throughout."""
+
+    rows: list[list[int]]
+    """Prompt and response, the end token included."""
+    prompt_lengths: list[int]
+    ended: list[bool]
+    """Whether the response ended, or was cut at the longest length."""
+
+    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
+        """The responses without their end tokens."""
+        rows = zip(self.rows, self.prompt_lengths, self.ended, strict=True)
+        return [decode(row[start : len(row) - ended]) for row, start, ended in rows]
 
 
-def parse_ranking(text: str, count: int) -> list[list[int]]:
-    """The ranking of `count` responses in letters: "B > A = D > C" → [[1], [0, 3], [2]].
-
-    Capitals or not, with any spaces. Raises InputError that says what is wrong.
-    """
-    letters = LETTERS[:count]
-    groups = [[name.strip().upper() for name in tied.split("=")] for tied in text.split(">")]
-    named = [name for tied in groups for name in tied]
-    for name in named:
-        if len(name) != 1 or name not in letters:
-            raise InputError(
-                f"{name!r:.40} is none of {', '.join(letters)}; rank them all, as in {_example(count)}"
-            )
-        if named.count(name) > 1:
-            raise InputError(f"{name} stands there {named.count(name)} times; let each stand once")
-    if missing := [letter for letter in letters if letter not in named]:
-        raise InputError(f"{', '.join(missing)} missing; rank them all, as in {_example(count)}")
-    return [sorted(letters.index(name) for name in tied) for tied in groups]
+def sample_responses(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, seeds: Sequence[int]
+) -> Responses:
+    """One response to each prompt, the i-th with seeds[i], ROWS of them at a time."""
+    responses = Responses([], [], [])
+    for first in range(0, len(prompts), ROWS):
+        part = slice(first, first + ROWS)
+        samples = generate(model, prompts[part], sampling, seeds[part])
+        rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)
+        responses.rows.extend(row[:end] for row, end in rows)
+        responses.prompt_lengths.extend(samples.prompt_lengths.tolist())
+        responses.ended.extend(samples.stopped.tolist())
+    return responses
 
 
-def format_ranking(ranking: Sequence[Sequence[int]]) -> str:
-    """[[1], [0, 3], [2]] → "B > A = D > C"."""
-    return " > ".join(" = ".join(LETTERS[index] for index in tied) for tied in ranking)
+def seed_of(seed: int, prompt: int, response: int, attempt: int) -> int:
+    """A seed for one response, the same whatever else is sampled."""
+    return int.from_bytes(blake2b(f"{seed} {prompt} {response} {attempt}".encode(), digest_size=7).digest())
 
 
-def _example(count: int) -> str:
-    return " > ".join(LETTERS[1::-1]) + "".join(f" = {letter}" for letter in LETTERS[2:count])
+class ChatModel:
+    """A model under the name it is recorded by, with the format in which it is asked."""
 
-
-# ---- On disk
-
-
-class JsonLines:
-    """A file of JSON lines that only grows. An appended line is on the disk when `append` returns.
-
-    One process writes at a time. A last line that a crash tore is moved to FILE.torn at opening, and
-    `mended` says so.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.mended = path, ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: a write that fails leaves nothing behind for close() to try again.
-            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
-            sync_folder(path.parent)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise InputError(f"{path}: another process is writing there; wait for it or end it") from error
-        self._mend()
-
-    def __enter__(self) -> "JsonLines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, records: Iterable[Record]) -> None:
-        """Writes a line for each record and waits until they are on the disk."""
-        # In ASCII: JSON can spell what UTF-8 cannot hold, and no reader splits a line elsewhere.
-        self._write("".join(json.dumps(record) + "\n" for record in records).encode())
-
-    def _write(self, data: bytes) -> None:
-        try:
-            if self.file.write(data) != len(data):
-                raise OSError(28, "the disk is full")
-            sync_file(self.file)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); what was there before is unchanged; "
-                "free some space and go on"
-            ) from error
-
-    def _mend(self) -> None:
-        content = self.path.read_bytes()
-        lines, torn = _split_lines(content)
-        if torn:
-            with open(f"{self.path}.torn", "ab") as kept:
-                kept.write(torn + b"\n")
-                sync_file(kept)
-            os.ftruncate(self.file.fileno(), len(content) - len(torn))
-            self.mended = (
-                f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps; "
-                f"it now stands in {self.path.name}.torn"
-            )
-        elif content and not content.endswith(b"\n"):
-            self._write(b"\n")
-
-
-def read_json_lines(path: Path, hint: str) -> Iterator[tuple[str, Record]]:
-    """Each line's place and record. A torn last line is left out, with a word on standard error.
-
-    Raises InputError for a file that cannot be read, which ends in `hint`, and for a line that is no
-    JSON object.
-    """
-    try:
-        lines, torn = _split_lines(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
-    if torn:
-        print(f"{path}: its last line was cut short and is left out", file=sys.stderr)
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            record = _json_object(line)
-            if record is None:
-                raise InputError(f"{path}, line {number}: is no JSON object; mend it or take it out")
-            yield f"{path}, line {number}", record
-
-
-def _split_lines(content: bytes) -> tuple[list[bytes], bytes]:
-    """All whole lines, and what stands behind them: the beginning of a line whose writing was cut off.
-
-    A last line that lacks only its newline is whole: no beginning of a JSON object is one.
-    """
-    *lines, rest = content.split(b"\n")
-    if _json_object(rest) is not None:
-        return [*lines, rest], b""
-    return lines, rest
-
-
-def _json_object(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def read_responses(path: Path) -> list[ResponseSet]:
-    """The sets of responses.jsonl. Raises InputError naming file and line, and where there are none."""
-    sets = []
-    for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
-        with _at(place):
-            sets.append(_set_of(record))
-    if not sets:
-        raise InputError(f"{path}: holds no responses; python rlhf.py --stage sample makes them")
-    return sets
-
-
-def read_rankings(path: Path) -> list[Ranking]:
-    """The rankings that stand, in the order of the file. Raises InputError naming file and line."""
-    rankings: list[Ranking] = []
-    for place, record in read_json_lines(path, "python rlhf.py --stage rank makes it"):
-        with _at(place):
-            if "withdraws" in record:
-                _withdraw(rankings, record.get("annotator"), record["withdraws"])
-            else:
-                rankings.append(_ranking_of(record))
-    return rankings
-
-
-def _set_of(record: Record) -> ResponseSet:
-    return ResponseSet(
-        check_messages(record.get("messages")),
-        _list(record, "responses", str),
-        _value(record, "kind", str, None),
-        _value(record, "world", int, None),
-    )
-
-
-def _ranking_of(record: Record) -> Ranking:
-    return Ranking(
-        check_messages(record.get("messages")),
-        _list(record, "responses", str),
-        [_list({"ranking": tied}, "ranking", int) for tied in _list(record, "ranking", list)],
-        _value(record, "annotator", str),
-        _value(record, "seed", int),
-        _value(record, "time", str),
-        _value(record, "kind", str, None),
-    )
-
-
-def _value(record: Record, name: str, kind: type, *default: object) -> Any:
-    """A field of a type, or the default, if one is given, where there is none."""
-    value = record.get(name, *default)
-    if type(value) is not kind and value not in default:  # a bool is no number here
-        raise InputError(f"its {name} is {value!r:.40}; give a {kind.__name__}")
-    return value
-
-
-def _list(record: Record, name: str, kind: type) -> list[Any]:
-    value = _value(record, name, list)
-    for element in value:
-        _value({name: element}, name, kind)
-    return value
-
-
-def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Ranking:
-    """Takes the last ranking that the annotator gave to the set out of the list."""
-    for index in reversed(range(len(rankings))):
-        if (rankings[index].annotator, rankings[index].key) == (annotator, key):
-            return rankings.pop(index)
-    raise InputError("withdraws a ranking that does not stand before it; take the line out")
-
-
-@contextmanager
-def _at(place: str) -> Iterator[None]:
-    """Puts the place before what an InputError says."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-
-
-class RankingFile:
-    """rankings.jsonl, to add to: each ranking is on the disk before `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        """Opens or starts the file, mended if need be. Raises InputError as `read_rankings` does."""
-        self.lines = JsonLines(path)
-        try:
-            self.rankings = read_rankings(path)
-        except InputError:
-            self.lines.file.close()
-            raise
-
-    def __enter__(self) -> "RankingFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lines.file.close()
+    def __init__(self, name: str, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.form: ChatTemplate | Completion = chat_format(tokenizer)
 
     @property
-    def mended(self) -> str:
-        """What was repaired at opening, or nothing."""
-        return self.lines.mended
+    def fingerprint(self) -> str:
+        """Changes with any weight, with the vocabulary and with the chat template."""
+        weights = blake2b(digest_size=16)
+        for tensor in self.model.state_dict().values():
+            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        config = json.dumps(self.tokenizer.config, sort_keys=True, default=str)
+        return digest(weights.hexdigest(), self.tokenizer.fingerprint, config)
 
-    def ranked(self) -> set[tuple[str, str]]:
-        """Who has ranked which set: (annotator, key)."""
-        return {(ranking.annotator, ranking.key) for ranking in self.rankings}
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which it is to reply; a base model gets the question as a line of text."""
+        if isinstance(self.form, Completion):
+            return self.form.prompt([{"role": "user", "content": messages[-1]["content"] + "\n"}])
+        return self.form.prompt(messages)
 
-    def append(self, rankings: Sequence[Ranking]) -> None:
-        self.lines.append(_record_of(ranking) for ranking in rankings)
-        self.rankings += rankings
+    def has_room(self, messages: Sequence[Message], max_new_tokens: int) -> bool:
+        """Whether a reply of that length fits behind the prompt."""
+        return len(self.prompt(messages)) + max_new_tokens <= self.model.config.max_position_embeddings
 
-    def withdraw(self, annotator: str) -> Ranking | None:
-        """Takes back the last ranking of an annotator that stands, and returns it."""
-        own = [ranking for ranking in self.rankings if ranking.annotator == annotator]
-        if not own:
-            return None
-        self.lines.append([{"withdraws": own[-1].key, "annotator": annotator, "time": now()}])
-        return _withdraw(self.rankings, annotator, own[-1].key)
+    def replies(
+        self, prompts: Sequence[Sequence[Message]], sampling: SamplingOptions, seeds: Sequence[int]
+    ) -> Iterator[tuple[str, bool]]:
+        """The text of a reply to each, and whether it ended."""
+        sampling = replace(sampling, stop_ids=self.form.stop_ids)
+        asked = [self.prompt(messages) for messages in prompts]
+        responses = sample_responses(self.model, asked, sampling, seeds)
+        yield from zip(responses.texts(self.tokenizer.decode), responses.ended, strict=True)
 
 
-def _record_of(ranking: Ranking) -> Record:
-    return {name: value for name, value in vars(ranking).items() if value is not None}
+def sample_sets(
+    models: Sequence[ChatModel],
+    prompts: Sequence[Question],
+    count: int,
+    distractors: int,
+    sampling: SamplingOptions,
+    seed: int,
+    done: int = 0,
+) -> Iterator[list[Record]]:
+    """`count` responses to every prompt behind the first `done`, as lines of responses.jsonl, in blocks.
+
+    Response k to prompt i comes from one of the models, dealt in turn. The last `distractors` of a set answer
+    another prompt: a reward model must learn to tell a fluent answer from one to this prompt. A response that
+    says what an earlier one of its set says is drawn again, a few times.
+
+    Blocks have a fixed size and seeds follow from i, k and the attempt: the rounding of a matrix product
+    depends on what else is in the batch, and a run that goes on in the middle must write the same.
+    """
+
+    def draw(slots: Sequence[tuple[int, int]], attempt: int) -> dict[tuple[int, int], Record]:
+        drawn = {}
+        for number, model in enumerate(models):
+            own = [(i, k) for i, k in slots if (i + k) % len(models) == number]
+            seeds = [seed_of(seed, i, k, attempt) for i, k in own]
+            asked = [
+                i if k < count - distractors else another(i, s) for (i, k), s in zip(own, seeds, strict=True)
+            ]
+            replies = model.replies([prompts[j].messages for j in asked], sampling, seeds)
+            for slot, j, s, (text, ended) in zip(own, asked, seeds, replies, strict=True):
+                drawn[slot] = {"text": text, "model": model.name, "prompt": j, "seed": s, "ended": ended}
+        return drawn
+
+    def another(i: int, seed: int) -> int:
+        other = random.Random(seed).randrange(len(prompts) - 1)
+        return other + (other >= i)
+
+    block = max(1, ROWS // count)
+    for first in range(done - done % block, len(prompts), block):
+        numbers = range(first, min(first + block, len(prompts)))
+        slots = repeated = [(i, k) for i in numbers for k in range(count)]
+        drawn: dict[tuple[int, int], Record] = {}
+        for attempt in range(ATTEMPTS):
+            drawn |= draw(repeated, attempt)
+            said = {slot: one["text"].strip() for slot, one in drawn.items()}
+            repeated = [(i, k) for i, k in slots if said[i, k] in [said[i, j] for j in range(k)]]
+        lines = [
+            _line(prompts[i], [drawn[i, k] for k in range(count)], sum(j == i for j, _ in repeated))
+            for i in numbers
+        ]
+        yield lines[max(0, done - first) :]
+
+
+def _line(prompt: Question, draws: Sequence[Record], repeated: int) -> Record:
+    line = {name: value for name, value in vars(prompt).items() if value is not None}
+    line["responses"] = [draw.pop("text") for draw in draws]
+    line["draws"] = list(draws)
+    if repeated:
+        line["note"] = f"{repeated} of the responses repeat another after {ATTEMPTS} attempts"
+    return line
+
+
+# ---- Responses → rankings: simulated annotators
+#
+# With u(i) the rubric's utility of response i and g(i) a Gumbel variable of location 0 and scale 1, annotator
+# a sees
+#
+#     u(i) + noise · temperature_a · (leaning_a(i) + g(i))
+#
+# and ranks by that, so that P(i is ranked first) is the softmax of u / (noise · temperature_a) + leaning_a:
+# the model of Luce (1959) and Plackett (1975), for two responses that of Bradley and Terry (1952). Without
+# noise all of them are the rubric itself.
+
+TEMPERATURE = 0.26
+"""Of an average annotator, in units of utility. Measured: see `simulated_annotators`."""
+MARGIN = 0.01
+"""Of two responses that seem closer than this neither is preferred."""
+
+CHARACTERS: dict[str, tuple[float, Callable[[Any, str], float]]] = {
+    "plain": (1.0, lambda score, text: 0.0),
+    "thorough": (0.9, lambda score, text: min(1.0, len(text) / 100)),
+    "polite": (0.8, lambda score, text: 2 * score.polite),
+    "brisk": (1.25, lambda score, text: -min(1.0, len(text) / 100)),
+    "careful": (1.05, lambda score, text: 1.5 * score.safe + score.honest),
+}
+"""The temperature of each, over TEMPERATURE, and what it leans to beyond the rubric: 1 multiplies the odds by
+e. `score` is the rubric's."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulated annotator: somebody with a temperature and leanings of their own."""
+
+    name: str
+    temperature: float
+    leaning: Callable[[Any, str], float]
+
+    def rank(
+        self, rubric: Callable[[str], Any], given: ResponseSet, noise: float | int, seed: int
+    ) -> list[list[int]]:
+        """Their ranking by what `rubric` says of each text. Draws follow from seed, name and texts alone."""
+        return ranking_by(
+            [self._seen(rubric(text), given, text, noise, seed) for text in given.responses], MARGIN
+        )
+
+    def _seen(self, score: Any, given: ResponseSet, text: str, noise: float | int, seed: int) -> float:
+        # The same words seem as good each time they are read: the draw is the text's.
+        rng = random.Random(f"{seed} {self.name} {json.dumps([given.messages, text])}")
+        gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log E has that law if E is exponential
+        return score.utility + noise * self.temperature * (self.leaning(score, text) + gumbel)
+
+
+def simulated_annotators(count: int) -> list[Simulated]:
+    """`count` annotators; beyond five, characters come again in other people.
+
+    Measured on 4 responses to each of 7,000 prompts, ranked by all five: two of them agree on 72.4 to 73.2 %
+    of untied pairs (five worlds), alpha is 0.46; InstructGPT's labelers (section 3.4) agreed on 72.6 ± 1.5 %.
+    """
+    people = zip(range(1, count + 1), cycle(CHARACTERS.items()), strict=False)
+    return [
+        Simulated(f"simulated-{number}-{name}", TEMPERATURE * temperature, leaning)
+        for number, (name, (temperature, leaning)) in people
+    ]
+
+
+def assign_annotators(key: str, annotators: int, opinions: int, seed: int) -> list[int]:
+    """Who ranks the set of this key: `opinions` of the annotators, or all if there are fewer."""
+    return random.Random(f"{seed} who {key}").sample(range(annotators), min(opinions, annotators))

@@ -2,17 +2,17 @@
 
     Rankings ──► EncodedSet ──► RankedBatch ──► ScalarModel ──► scores [B] ──► ranking_loss
 
-A response's score is the scalar at its last token, the end token, in the row [messages + response + end].
-It stands above the assistant's trunk and a new block: which token the assistant expected is known only above
-its last block, and only there can it be held against the one that came.
+A response's score is the scalar at its last token, the end token, in the row [messages + response + end]; a
+response that was cut has no end token in its row. The scalar is read above the assistant's trunk and a new
+block: which token the assistant expected is known only above its last block, and only there can it be
+compared with the one that came.
 
-A set of K responses is one element of a batch. Its pairs share the K forward passes, which lie side by side
+A set of K responses is one element of a batch. Its pairs share the K forward passes, packed side by side
 (layout.py), whoever ranked them, and together weigh as much as any other set's: each 1/C(K, 2) over the
-number of rankings. What several people say of a set costs no more passes than what one says, and a slip of
-one of them weighs less.
+number of rankings. So more annotators a set cost no more passes and reduce label noise.
 
 In training the mean of the values over a response learns the ranking as well: so the gradient reaches every
-token without a detour over the last, and a small model learns in fewer steps to hold an answer against its
+token without a detour over the last, and a small model learns in fewer steps to compare an answer with its
 question. The values of unfinished responses are what a critic begins with.
 
 Left out: ties in the loss (InstructGPT drops them; Rao & Kupper 1967 would model them), and margins.
@@ -25,7 +25,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain, takewhile
 from math import comb, isfinite
 from typing import Any
@@ -43,23 +42,24 @@ from minillm.loss import accumulate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
 from minillm.run import Runtime
+from minillm.sources import digest
 
 # ---- Rankings -> rows
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """A set of responses as rows of tokens, each ending with the end token, and all rankings of it."""
+    """A set of responses as rows of tokens, and all rankings of it."""
 
     rankings: list[Ranking]
     rows: list[list[int]]
     start: int = 1
-    """The position at which the responses begin, behind the prompt that they share."""
+    """The position at which the responses begin, after the prompt that they share."""
 
     @property
     def common(self) -> int:
-        """How many tokens all rows share in a forward pass: the prompt but its last, for that foresees the
-        response's first, and so each response has one of its own."""
+        """How many tokens all rows share in a forward pass: the prompt without its last, which predicts the
+        response's first, so each response has one of its own."""
         return self.start - 1
 
     @property
@@ -68,46 +68,44 @@ class EncodedSet:
         return self.common + sum(len(row) - self.common for row in self.rows)
 
 
-def encode_response(template: ChatTemplate, messages: Sequence[Any], response: str) -> list[int]:
-    """The row of a response: messages, response and its end token, and nothing behind that."""
+def encode_response(
+    template: ChatTemplate, messages: Sequence[Any], response: str, ended: bool = True
+) -> list[int]:
+    """The row of a response: messages, response and, if it ended, its end token; nothing after that."""
     dialogue = template.encode([*messages, {"role": "assistant", "content": response}])
     last = max(i for i, assistant in enumerate(dialogue.assistant) if assistant)
-    return dialogue.tokens[: last + 1]
-
-
-def common_beginning(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with alike."""
-    alike = (len(set(tokens)) == 1 for tokens in zip(*rows, strict=False))
-    return sum(takewhile(bool, alike))
+    return dialogue.tokens[: last + ended]
 
 
 def encode_rankings(
     rankings: Iterable[Ranking], template: ChatTemplate, longest: int
 ) -> tuple[list[EncodedSet], Counter[str]]:
     """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings,
-    and how many rankings are left out, by reason. The same responses in another order are another set, for a
+    and how many rankings are left out, by reason. The same responses in another order are another set: a
     ranking counts them as they are listed."""
     sets = defaultdict[str, list[Ranking]](list)
     for ranking in rankings:
         sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
     encoded, skipped = [], Counter[str]()
     for own in sets.values():
-        messages, responses = own[0].messages, own[0].responses
+        messages, cut = own[0].messages, own[0].cut
         try:
-            rows = [encode_response(template, messages, text) for text in responses]
-            start = max(1, common_beginning([template.prompt(messages), *rows]))
+            rows = [encode_response(template, messages, text, ended=k not in cut or not text)
+                    for k, text in enumerate(own[0].responses)]  # fmt: skip
+            columns = zip(template.prompt(messages), *rows, strict=False)
         except InputError:
             skipped["rankings that the chat template refuses"] += len(own)
             continue
+        start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))
         if max(map(len, rows)) > longest:
-            skipped[f"rankings with a response that ends behind position {longest}"] += len(own)
+            skipped[f"rankings with a response that ends after position {longest}"] += len(own)
         else:
-            encoded.append(EncodedSet(own, rows, start))
+            encoded.append(EncodedSet(own, rows, max(1, start)))
     return encoded, skipped
 
 
-def telling_pairs(ranking: Ranking) -> list[tuple[int, int]]:
-    """The ranking's pairs (better, worse) of different texts: no score can tell equal ones apart."""
+def distinct_pairs(ranking: Ranking) -> list[tuple[int, int]]:
+    """The ranking's pairs (better, worse) of different texts: no score can order equal ones."""
     texts = ranking.responses
     return [(better, worse) for better, worse in ranking.pairs() if texts[better] != texts[worse]]
 
@@ -132,10 +130,8 @@ def split_by_prompt(
 
 def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
     """The sets without end."""
-    digest = blake2b(digest_size=16)
-    for one in encoded:
-        digest.update(json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]).encode())
-    return Shuffled(encoded, "rankings", seed, digest.hexdigest())
+    content = (json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]) for one in encoded)
+    return Shuffled(encoded, "rankings", seed, digest(*content))
 
 
 # ---- Rows -> scores
@@ -218,7 +214,7 @@ def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
         own = [
             (len(lengths) + better, len(lengths) + worse)
             for ranking in one.rankings
-            for better, worse in telling_pairs(ranking)
+            for better, worse in distinct_pairs(ranking)
         ]
         pairs += own
         weights += [1 / (comb(len(one.rows), 2) * len(one.rankings))] * len(own)
@@ -285,21 +281,12 @@ def ranking_backward(
     return accumulate(forward, summed, micro_batches(own, micro_tokens), len(step), runtime)
 
 
-@dataclass(frozen=True)
-class HeldOutRankings:
-    """How well scores agree with rankings."""
-
-    loss: float
-    """Nats per set, as in training."""
-    accuracy: float
-    """Share of the untied pairs put in their order; equal scores count half."""
-
-
 @torch.no_grad()
 def held_out_rankings(
     scores: Scores, encoded: Sequence[EncodedSet], micro_tokens: int, runtime: Runtime
-) -> HeldOutRankings:
-    """Loss and accuracy over all rankings of these sets, shared out among the processes."""
+) -> dict[str, float]:
+    """How well scores agree with all rankings of these sets, shared out among the processes: the loss, nats a
+    set as in training, and the accuracy, the share of untied pairs in order; equal scores count half."""
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
         batch = collate(micro).to(runtime.device)
@@ -308,7 +295,7 @@ def held_out_rankings(
         totals[1] += (1 + (found[batch.better] - found[batch.worse]).sign()).sum().item() / 2
         totals[2] += len(batch.better)
     nats, right, pairs = runtime.total(totals).tolist()
-    return HeldOutRankings(nats / max(1, len(encoded)), right / max(1, pairs))
+    return {"loss": nats / max(1, len(encoded)), "accuracy": right / max(1, pairs)}
 
 
 def center(model: ScalarModel, demonstrations: Sequence[Sequence[int]]) -> None:

@@ -27,8 +27,7 @@ from minillm.data import Shuffled
 from minillm.generate import SamplingOptions, filter_logits
 from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
 from minillm.model import LanguageModel, ScalarModel
-from minillm.preferences import Message
-from minillm.responses import Question, Responses, sample_responses, seed_of
+from minillm.preferences import Message, Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer

@@ -1,5 +1,6 @@
 """Annotators: the person's screen apart from the terminal, simulated people, a judge, published files."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -10,31 +11,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.annotators import (
-    MARGIN,
-    find_prompts,
-    share_out,
-    simulated_annotators,
-)
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.io.comparisons import comparisons_of, open_comparisons
+from minillm.io.rankings import RankingFile, read_rankings
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
+    MARGIN,
     Ranking,
-    RankingFile,
     ResponseSet,
-    format_ranking,
+    assign_annotators,
     new_ranking,
     ranking_by,
-    read_rankings,
+    simulated_annotators,
 )
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreement_report
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
-from minillm.tools.ranking import RankingSession, run_command, screen
+from minillm.tools.ranking import RankingSession, format_ranking, run_command, screen
 from minillm.world import World
-from minillm.world.rubric import Score
 
 # ---- A person
 
@@ -149,12 +144,15 @@ def world_sets():
     ]
 
 
+def rubric_of(given_set):
+    return functools.partial(WORLD.score, WORLD.prompt_of(given_set.messages))
+
+
 def simulate(sets, noise, seed=0, count=3):
-    people, found = simulated_annotators(count), find_prompts(sets, WORLD)
     return [
-        new_ranking(given_set, person.rank(WORLD, prompt, given_set, noise, seed), person.name, seed)
-        for given_set, prompt in zip(sets, found, strict=True)
-        for person in people
+        new_ranking(given_set, person.rank(rubric_of(given_set), given_set, noise, seed), person.name, seed)
+        for given_set in sets
+        for person in simulated_annotators(count)
     ]
 
 
@@ -169,12 +167,8 @@ def test_the_same_seed_gives_the_same_rankings_and_another_seed_others(world_set
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
 def test_without_noise_everybody_ranks_as_the_rubric_does(world_sets, noise):
-    for ranking, prompt in zip(
-        simulate(world_sets, noise),
-        [f for f in find_prompts(world_sets, WORLD) for _ in range(3)],
-        strict=True,
-    ):
-        utilities = [WORLD.score(prompt, text).utility for text in ranking.responses]
+    for ranking in simulate(world_sets, noise):
+        utilities = [rubric_of(ranking)(text).utility for text in ranking.responses]
         assert ranking.ranking == ranking_by(utilities, MARGIN)
 
 
@@ -183,16 +177,6 @@ def test_more_noise_means_less_agreement(world_sets):
     rates = [agreement_report(simulate(world_sets, noise)).rows[0].rate for noise in (0, 0.3, 1, 3, 30)]
     assert rates[0] == 1 and rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.6, "little but noise is left, and leanings that all share"
-
-
-class Judged(World):
-    """A world whose rubric is a table, read a thousand times."""
-
-    def __init__(self, scores: dict[str, Score]) -> None:
-        self.scores = scores
-
-    def score(self, prompt, reply):
-        return self.scores[reply]
 
 
 # What each character's odds are multiplied by, as exponents: their temperature, over the average one, and
@@ -220,9 +204,9 @@ def test_who_is_ranked_first_follows_luces_law_with_each_characters_temperature_
     scores = [WORLD.score(prompt, text) for text in texts]
     for score, text in zip(scores, texts, strict=True):
         assert person.leaning(score, text) == pytest.approx(leaning(score, text))
-    world, firsts = Judged(dict(zip(texts, scores, strict=True))), Counter[int]()
+    rubric, firsts = dict(zip(texts, scores, strict=True)), Counter[int]()
     for seed in range(2000):
-        best = person.rank(world, prompt, given_set, noise, seed)[0]
+        best = person.rank(rubric.__getitem__, given_set, noise, seed)[0]
         firsts.update(best if len(best) == 1 else [])
     weights = torch.tensor([
         score.utility / (noise * 0.26 * temperature) + leaning(score, text)
@@ -242,7 +226,7 @@ def test_the_draws_of_one_person_differ_between_prompts_and_are_shared_with_nobo
         for prompt in asked:
             given_set = ResponseSet(prompt.messages, ["Fine.", "Well."], "small_talk", 0)
             won[person.name, prompt.text] = [
-                person.rank(WORLD, prompt, given_set, 1e6, seed) == [[0], [1]] for seed in range(300)
+                person.rank(rubric_of(given_set), given_set, 1e6, seed) == [[0], [1]] for seed in range(300)
             ]
     for one, other in combinations(won.values(), 2):
         assert 0.38 < sum(a == b for a, b in zip(one, other, strict=True)) / 300 < 0.62  # four deviations
@@ -261,26 +245,21 @@ def test_five_people_agree_about_as_often_as_the_labelers_of_instructgpt():
 
 
 def test_a_ranking_does_not_depend_on_the_order_of_the_responses_and_equal_ones_tie(world_sets):
-    person, prompt = simulated_annotators(1)[0], find_prompts(world_sets[:1], WORLD)[0]
-    given_set = world_sets[0]
-    there = person.rank(WORLD, prompt, given_set, 1, 0)
-    back = person.rank(WORLD, prompt, ResponseSet(given_set.messages, given_set.responses[::-1]), 1, 0)
+    person, given_set = simulated_annotators(1)[0], world_sets[0]
+    rubric = rubric_of(given_set)
+    there = person.rank(rubric, given_set, 1, 0)
+    back = person.rank(rubric, ResponseSet(given_set.messages, given_set.responses[::-1]), 1, 0)
     assert [sorted(3 - i for i in tied) for tied in back] == there
     twins = ResponseSet(given_set.messages, [given_set.responses[0]] * 2)
-    assert person.rank(WORLD, prompt, twins, 1, 0) == [[0, 1]]
+    assert person.rank(rubric, twins, 1, 0) == [[0, 1]]
 
 
 def test_each_set_has_as_many_opinions_as_asked_for_and_all_annotators_have_their_share():
-    shares = list(share_out([str(i) for i in range(5000)], 5, 3, 0))
+    shares = [assign_annotators(str(i), 5, 3, 0) for i in range(5000)]
     assert all(len(set(share)) == len(share) == 3 for share in shares)
     counts = Counter(person for share in shares for person in share)
     assert len(counts) == 5 and min(counts.values()) > 2880  # 3.5 standard deviations below 3,000
-    assert all(len(share) == 1 for share in share_out(["a", "b"], 1, 3, 0)), "alone nobody is a second"
-
-
-def test_prompts_of_ones_own_have_no_rubric(world_sets):
-    with pytest.raises(InputError, match="prompt 2 is none of the little world's"):
-        find_prompts([world_sets[0], SETS[0]], WORLD)
+    assert assign_annotators("a", 1, 3, 0) == [0], "alone nobody is a second"
 
 
 # ---- A judge

@@ -33,8 +33,9 @@ import train
 from kernels.dev import bench, gate
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
+from minillm.io.rankings import RankingFile, read_responses
 from minillm.options import parse_options
-from minillm.preferences import RankingFile, new_ranking, read_responses
+from minillm.preferences import new_ranking
 from minillm.tools import chat, plots
 
 # ---- What there is to damage

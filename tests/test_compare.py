@@ -34,9 +34,9 @@ from minillm.compare.probes import (
 from minillm.compare.verdicts import Pair, blind, by_model, by_person, by_reward, by_rubric
 from minillm.data import unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
+from minillm.io.rankings import RankingFile
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
-from minillm.preferences import RankingFile
-from minillm.responses import Respondent
+from minillm.preferences import ChatModel as Respondent
 from minillm.sources import Source, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Reply, sample_replies

@@ -379,6 +379,14 @@ def test_the_split_keeps_every_conversation_and_no_question_on_two_sides(convers
         assert not questions["train"] & questions["val"]
 
 
+def test_a_question_stays_on_one_side_whatever_the_system_message_before_it():
+    conversations = [[{"role": "system", "content": f"{i}"}, *exchange(f"{i % 7}", "yes")] for i in range(70)]
+    sides = {"train": set(), "val": set()}
+    for side, messages in split_conversations(a_source(conversations), 0.5):
+        sides[side].add(messages[1]["content"])
+    assert sides["train"] and sides["val"] and not sides["train"] & sides["val"]
+
+
 @given(exchanges, fractions, st.randoms(use_true_random=False))
 def test_the_side_of_a_conversation_does_not_depend_on_the_order(conversations, fraction, random):
     def key(parts):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.data import (
@@ -64,6 +64,7 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
 
 @law
 @given(texts=documents, fraction=fractions)
+@example(texts=[f"document {i}" for i in range(14)], fraction=0.01)  # and seven copies; no hash is so small
 def test_the_split_keeps_every_document_and_shares_none(texts, fraction):
     texts = texts + texts[: len(texts) // 2]  # copies
     parts = list(split_documents(texts, fraction))
@@ -114,6 +115,12 @@ def test_a_stream_holds_every_document_behind_bos_and_closes_the_last(tmp_path):
         lengths = BYTES.token_lengths[getattr(found, side)]
         assert lengths.sum() == getattr(found, f"{side}_bytes")
     assert (found.name, found.weight, found.bos_id) == ("s", 1.0, BYTES.bos_id)
+
+
+def test_the_bytes_that_are_counted_are_those_of_the_text_and_not_its_tokens(tmp_path):
+    merged = Tokenizer.train(["aaaa bbbb aaaa bbbb"], 270)
+    found = tokenize(a_source(["aaaa bbbb"] * 3), merged, tmp_path, 0.0)
+    assert (found.train_bytes, found.val_bytes) == (27, 0) and len(found.train) < 27
 
 
 def test_an_eos_of_its_own_ends_every_document(tmp_path):

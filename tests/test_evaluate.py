@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import responses
+from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -73,7 +73,7 @@ def test_a_wrong_answer_is_in_form_and_not_right():
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
     asked = [[{"role": "user", "content": f"Who is {i}?"}] for i in range(5)]
     together = list(sample_replies(*base, asked, 1.0, 12, seed=7))
-    monkeypatch.setattr(responses, "ROWS", 2)
+    monkeypatch.setattr(preferences, "ROWS", 2)
     assert list(sample_replies(*base, asked, 1.0, 12, seed=7)) == together
     assert list(sample_replies(*base, asked[3:], 1.0, 12, seed=10)) == together[3:]
 
@@ -82,6 +82,9 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
     model, tokenizer = base
     asked = [{"role": "user", "content": "Who?"}]
     chat = with_chat_template(tokenizer)
+    form = chat_format(tokenizer)
+    assert form.prompt(asked) == [tokenizer.bos_id, *tokenizer.encode("Who?")]
+    assert form.stop_ids == (tokenizer.eos_id,)
     for known, prompt in ((tokenizer, [tokenizer.bos_id, *tokenizer.encode("Who?\n")]),
                           (chat, ChatTemplate(chat).prompt(asked))):  # fmt: skip
         stops = chat_format(known).stop_ids

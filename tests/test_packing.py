@@ -316,6 +316,18 @@ def test_a_source_encoded_otherwise_is_not_resumed():
     Mixture([encoded(talks, 40)], 40, 0).load_state_dict(state)
 
 
+def test_the_same_tokens_as_other_conversations_are_another_source():
+    def digits(messages: list) -> Fake:
+        tokens = [int(digit) for digit in messages[0]["content"]]
+        return Fake(tokens, [True] * len(tokens))
+
+    one, other = (
+        encode_source(a_source([[user(text), assistant("b")] for text in texts]), digits, 40, 0.0).fingerprint
+        for texts in (("12", "345"), ("123", "45"))
+    )
+    assert one != other
+
+
 # ---- Encoding
 
 
@@ -374,14 +386,17 @@ def test_what_reading_left_out_is_passed_on():
 
 
 def test_a_source_of_which_nothing_is_left_ends_in_one_line():
-    for talks, fraction, purpose in (
-        ([[user("refuse"), assistant("b")]], 0.0, "train"),
-        ([], 0.0, "train"),
-        ([[user("a"), assistant("b")]] * 3, 0.5, "validate"),
-    ):
+    for talks in ([[user("refuse"), assistant("b")]], []):
         with pytest.raises(InputError) as caught:
-            encode_source(a_source(talks), encode, 40, fraction)
-        assert "'s'" in str(caught.value) and purpose in str(caught.value) and "\n" not in str(caught.value)
+            encode_source(a_source(talks), encode, 40, 0.0)
+        assert "'s'" in str(caught.value) and "train" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_one_conversation_or_the_same_again_all_is_trained_on_and_nothing_held_out(count):
+    found = encode_source(a_source([[user("a"), assistant("b")]] * count), encode, 40, 0.5)
+    assert len(found.train.sizes) == count and not len(found.val.sizes)
+    assert list(packed_batches(found.val, 40)) == []
 
 
 def test_rows_shorter_than_those_encoded_for_are_a_mistake():

@@ -27,8 +27,7 @@ from minillm.policy import (
     roll_out,
 )
 from minillm.ppo import gae, k1, k2, k3, penalised_rewards, policy_losses
-from minillm.preferences import Ranking, ranking_by
-from minillm.responses import Question, Responses
+from minillm.preferences import Question, Ranking, Responses, ranking_by
 from minillm.reward import collate, encode_rankings
 from minillm.rollout import Observers, Rollout, encode_prompts, observe, shuffled_prompts
 from minillm.run import Run, Runtime
@@ -244,9 +243,7 @@ def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens
 def test_a_response_without_an_end_scores_what_the_option_says(unended_score):
     rows = [[*PROMPTS[0].tokens, 66, 67, TEMPLATE.end_id], [*PROMPTS[0].tokens, 66, 67, 68]]
     lengths = [len(PROMPTS[0].tokens)] * 2
-    ended, unended = observers_of(unended_score=unended_score).scores(
-        Responses(rows, lengths, [True, False], [])
-    )
+    ended, unended = observers_of(unended_score=unended_score).scores(Responses(rows, lengths, [True, False]))
     assert ended != unended and ended not in (-1.0, -3.0)
     assert unended == unended_score if unended_score is not None else unended not in (-1.0, -3.0)
 
@@ -466,6 +463,6 @@ def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
     """Scoring may round a token out of the nucleus that sampling took it from."""
     sampling = replace(PLAIN, top_k=1)
     rows = [[*PROMPTS[0].tokens, 66, 67, 68]]  # nothing that top-k 1 would have taken
-    responses = Responses(rows, [len(PROMPTS[0].tokens)], [False], [])
+    responses = Responses(rows, [len(PROMPTS[0].tokens)], [False])
     rollout = observe(POLICY, REF, None, responses, [0.0], [[0]], sampling)
     assert rollout.logprobs.isfinite().all() and rollout.ref_logprobs.isfinite().all()

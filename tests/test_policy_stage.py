@@ -27,8 +27,7 @@ from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import scalar_from_language_model
-from minillm.preferences import Ranking, ranking_by
-from minillm.responses import Respondent, seed_of
+from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
@@ -227,7 +226,7 @@ def test_on_the_little_world_the_rubric_is_shown(places, tmp_path):
     policy, tokenizer = load_model(tmp_path / "sft", torch.device("cpu"), torch.float32)
     world = World(0)
     asked = world.prompts("dev", n=8)
-    respondent = Respondent("sft", policy, tokenizer)
+    respondent = ChatModel("sft", policy, tokenizer)
     seeds = [seed_of(0, i, 0, 1) for i in range(8)]
     texts = respondent.replies([prompt.messages for prompt in asked], SamplingOptions(8), seeds)
     given = [world.utility(p.messages, text) for p, (text, _) in zip(asked, texts, strict=True)]

@@ -11,28 +11,27 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm import responses
+from minillm import preferences
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
+from minillm.io import rankings as rankings_on_disk
+from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
-    LETTERS,
-    JsonLines,
+    ATTEMPTS,
+    ChatModel,
+    Question,
     Ranking,
-    RankingFile,
     ResponseSet,
-    format_ranking,
     new_ranking,
-    parse_ranking,
     ranking_by,
-    read_json_lines,
-    read_rankings,
-    read_responses,
+    sample_sets,
+    seed_of,
 )
-from minillm.responses import ATTEMPTS, Question, Respondent, ResponseSampler, SamplingPlan
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
+from minillm.tools.ranking import LETTERS, format_ranking, parse_ranking
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
 
@@ -183,7 +182,7 @@ def test_a_file_cut_at_any_byte_gives_back_all_whole_lines_and_goes_on(tmp_path_
     with RankingFile(path) as file:
         assert file.rankings == made[:whole]
         torn = len(content[:cut].rpartition(b"\n")[2]) > 0 and content[cut : cut + 1] != b"\n"
-        assert bool(file.mended) == torn
+        assert bool(file.lines.mended) == torn
         file.append(made)
     assert read_rankings(path) == made[:whole] + made
     if torn:
@@ -202,6 +201,10 @@ def test_a_ranking_taken_back_no_longer_stands_and_the_others_do(tmp_path):
         assert file.rankings == read_rankings(path) == [ada, bob]
         assert file.withdraw("Ada") == ada
         assert file.withdraw("Ada") is None
+        other = ranking_of([[0], [1]], question="Why?")
+        file.append([ada, other])
+        assert file.withdraw("Ada") == other, "the last, whatever set it is of"
+        assert file.withdraw("Ada") == ada
     assert read_rankings(path) == [bob]
 
 
@@ -216,6 +219,16 @@ def test_two_processes_never_write_to_one_file(tmp_path):
     with JsonLines(tmp_path / "x.jsonl"), pytest.raises(InputError, match="another process"):
         JsonLines(tmp_path / "x.jsonl")
     JsonLines(tmp_path / "x.jsonl").file.close()
+
+
+def test_what_was_appended_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "x.jsonl"
+    monkeypatch.setattr(rankings_on_disk, "sync_file", lambda file: synced.append(path.read_text()))
+    with JsonLines(path) as lines:
+        lines.append([{"a": 1}, {"b": 2}])
+        assert synced[-1:] == ['{"a": 1}\n{"b": 2}\n']
+        lines.append([{"c": 3}])
+        assert synced[-1].endswith('{"c": 3}\n') and len(synced) == 2
 
 
 def test_a_full_disk_is_one_line_and_the_next_opening_mends_the_file(tmp_path):
@@ -250,62 +263,77 @@ def test_a_file_of_no_responses_or_of_something_else_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def respondent() -> Respondent:
+def model() -> ChatModel:
     tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
     model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 64))
     initialize(model, torch.Generator().manual_seed(0))
-    return Respondent("tiny", model, tokenizer)
+    return ChatModel("tiny", model, tokenizer)
 
 
 QUESTIONS = [Question([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
-PLAN = SamplingPlan(3, 0, SamplingOptions(6), 0)
+PLAN = {"count": 3, "distractors": 0, "sampling": SamplingOptions(6), "seed": 0}
 
 
-def all_records(respondents, plan, questions=QUESTIONS, done=0):
-    return [
-        record for block in ResponseSampler(respondents, questions, plan).records(done) for record in block
-    ]
+def all_records(models, plan, questions=QUESTIONS, done=0):
+    return [line for block in sample_sets(models, questions, **plan, done=done) for line in block]
 
 
 @pytest.mark.parametrize("done", range(8))
-def test_going_on_behind_any_prompt_gives_what_an_uninterrupted_run_gives(respondent, done, monkeypatch):
-    monkeypatch.setattr(responses, "ROWS", 9)  # three prompts in a block
-    whole = all_records([respondent], PLAN)
-    assert len(whole) == 7 and all_records([respondent], PLAN, done=done) == whole[done:]
+def test_going_on_behind_any_prompt_gives_what_an_uninterrupted_run_gives(model, done, monkeypatch):
+    monkeypatch.setattr(preferences, "ROWS", 9)  # three prompts in a block
+    whole = all_records([model], PLAN)
+    assert len(whole) == 7 and all_records([model], PLAN, done=done) == whole[done:]
 
 
-def test_a_response_can_be_made_again_from_its_recorded_draw(respondent):
-    record = all_records([respondent], PLAN)[4]
+def test_a_response_can_be_made_again_from_its_recorded_draw(model):
+    record = all_records([model], PLAN)[4]
     for text, draw in zip(record["responses"], record["draws"], strict=True):
         prompt = [QUESTIONS[draw["prompt"]].messages]
-        assert next(respondent.replies(prompt, PLAN.sampling, [draw["seed"]])) == (text, draw["ended"])
+        assert next(model.replies(prompt, PLAN["sampling"], [draw["seed"]])) == (text, draw["ended"])
 
 
-def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(respondent):
+def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(model):
     # Two tokens to choose from and one token of response: of three, two must be alike.
-    few = replace(PLAN, sampling=SamplingOptions(1, top_k=2))
-    for record in all_records([respondent], few):
+    few = PLAN | {"sampling": SamplingOptions(1, top_k=2)}
+    for record in all_records([model], few):
         different = len({text.strip() for text in record["responses"]})
         assert record["note"] == f"{3 - different} of the responses repeat another after {ATTEMPTS} attempts"
     # One pair of six tokens: an attempt or two suffices.
-    seeds = [draw["seed"] for record in all_records([respondent], PLAN) for draw in record["draws"]]
+    seeds = [draw["seed"] for record in all_records([model], PLAN) for draw in record["draws"]]
     assert len(set(seeds)) == len(seeds)
-    pair = replace(PLAN, responses=2, sampling=SamplingOptions(1, top_k=4))
-    redrawn = all_records([respondent], pair)
+    pair = PLAN | {"count": 2, "sampling": SamplingOptions(1, top_k=4)}
+    redrawn = all_records([model], pair)
     assert all(len(set(record["responses"])) == 2 for record in redrawn if "note" not in record)
-    first = {responses.seed_of(0, i, 1, 0) for i in range(7)}
+    first = {seed_of(0, i, 1, 0) for i in range(7)}
     assert any(record["draws"][1]["seed"] not in first for record in redrawn), "some were drawn again"
 
 
-def test_distractors_answer_other_prompts_and_the_others_their_own(respondent):
-    for i, record in enumerate(all_records([respondent], replace(PLAN, distractors=2))):
+def test_a_response_that_differs_in_spaces_alone_repeats(model, monkeypatch):
+    monkeypatch.setattr(
+        ChatModel,
+        "replies",
+        lambda self, prompts, sampling, seeds: ((" " * (s % 3) + "Yes.", True) for s in seeds),
+    )
+    records = all_records([model], PLAN)
+    assert all(record["note"].startswith("2 of the responses repeat") for record in records)
+
+
+def test_distractors_answer_other_prompts_and_the_others_their_own(model):
+    for i, record in enumerate(all_records([model], PLAN | {"distractors": 2})):
         own, *others = [draw["prompt"] for draw in record["draws"]]
         assert own == i and i not in others and all(0 <= other < 7 for other in others)
 
 
-def test_models_are_dealt_equally_over_places(respondent):
-    other = Respondent("other", respondent.model, respondent.tokenizer)
-    records = all_records([respondent, other], replace(PLAN, responses=2), QUESTIONS[:6])
+def test_a_prompt_has_room_up_to_the_last_position(model):
+    positions = model.model.config.max_position_embeddings
+    messages = QUESTIONS[0].messages
+    assert model.has_room(messages, positions - len(model.prompt(messages)))
+    assert not model.has_room(messages, positions - len(model.prompt(messages)) + 1)
+
+
+def test_models_are_dealt_equally_over_places(model):
+    other = ChatModel("other", model.model, model.tokenizer)
+    records = all_records([model, other], PLAN | {"count": 2}, QUESTIONS[:6])
     for place in range(2):
         assert [r["draws"][place]["model"] for r in records].count("tiny") == 3
     assert all({draw["model"] for draw in record["draws"]} == {"tiny", "other"} for record in records)

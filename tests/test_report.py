@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.annotators import MARGIN
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
 from minillm.model import ModelConfig, ScalarModel
-from minillm.preferences import Ranking, ranking_by
+from minillm.preferences import MARGIN, Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreed_pairs

@@ -236,7 +236,7 @@ def test_rankings_too_long_for_the_model_are_left_out_and_counted():
     rankings = [ranked([0, 1], "short"), ranked([0, 1], "very " * 50 + "long")]
     encoded, skipped = encode_rankings(rankings, chat, 60)
     assert [one.rankings for one in encoded] == [rankings[:1]]
-    assert skipped == Counter({"rankings with a response that ends behind position 60": 1})
+    assert skipped == Counter({"rankings with a response that ends after position 60": 1})
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
@@ -273,6 +273,17 @@ def test_responses_start_behind_the_prompt_though_they_begin_alike():
     assert texts == [row[encoded.start :] for row in encoded.rows]
 
 
+def test_a_response_that_was_cut_has_no_end_in_its_row():
+    chat = ChatTemplate(tokenizer_of())
+    cut = replace(ranked([0, 1]), responses=["No cats", "No dogs"], cut=[1])
+    (encoded,), _ = encode_rankings([cut], chat, 60)
+    whole = [encode_response(chat, cut.messages, text) for text in cut.responses]
+    assert encoded.rows == [whole[0], whole[1][:-1]] and whole[1][-1] == chat.end_id
+    nothing = replace(ranked([0, 1]), responses=["No cats", ""], cut=[1])
+    (encoded,), _ = encode_rankings([nothing], chat, 60)
+    assert all(len(row) > encoded.start for row in encoded.rows), "every row has a token to be judged by"
+
+
 def test_equal_texts_make_no_pair_and_the_others_keep_their_weight():
     twins = replace(ranked([0, 1, 2]), responses=["yes", "no", "yes"])
     batch = collate([EncodedSet([twins], [[1], [2], [1]])])
@@ -283,7 +294,7 @@ def test_equal_texts_make_no_pair_and_the_others_keep_their_weight():
 def test_equal_scores_are_right_half_the_time():
     alike = EncodedSet([ranked([0, 1, 2])], [[3, 1], [3, 1], [3, 1]])
     model = model_of()
-    assert held_out_rankings(scores_of(model), [alike], 100, HERE).accuracy == 0.5
+    assert held_out_rankings(scores_of(model), [alike], 100, HERE)["accuracy"] == 0.5
 
 
 def test_a_template_that_knows_no_system_message_costs_the_rankings_with_one():
@@ -410,7 +421,7 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
     model = model_of()
     found = held_out_rankings(scores_of(model), encoded, micro_tokens, HERE)
     with torch.no_grad():
-        assert found.loss == pytest.approx(mean_loss(model, encoded).item(), abs=1e-5)
+        assert found["loss"] == pytest.approx(mean_loss(model, encoded).item(), abs=1e-5)
     margins = []
     for one in encoded:
         scores = score_rows(model, one.rows)
@@ -418,7 +429,7 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
         margins += [scores[better] - scores[worse] for better, worse in pairs]
     # Scores of size one, summed in another order in another batch: closer ones may fall either way.
     sure, possible = (np.mean(np.array(margins or [-1.0]) > bound) for bound in (1e-5, -1e-5))
-    assert sure - 1e-6 <= found.accuracy <= possible + 1e-6
+    assert sure - 1e-6 <= found["accuracy"] <= possible + 1e-6
 
 
 # ---- Which rankings, and when

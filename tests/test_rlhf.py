@@ -17,11 +17,11 @@ import torch
 from runs import ROOT, Killed, folder_bytes, missing_words, refusal
 
 import rlhf
-from minillm import responses
+from minillm import preferences
 from minillm.chat import with_chat_template
 from minillm.io.huggingface import save_model
+from minillm.io.rankings import JsonLines, read_rankings, read_responses
 from minillm.model import LanguageModel, config_of_depth, initialize
-from minillm.preferences import JsonLines, read_rankings, read_responses
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
@@ -44,7 +44,7 @@ WORLD_OF = functools.cache(World)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(responses, "ROWS", 12)  # four prompts of three responses
+    monkeypatch.setattr(preferences, "ROWS", 12)  # four prompts of three responses
     monkeypatch.setattr(rlhf, "World", WORLD_OF)  # slow to make under the shape checks, and never changed
 
 
@@ -57,7 +57,7 @@ def sample(model: Path, out: Path, *options: str) -> bytes:
 def sampled(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "rlhf"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(responses, "ROWS", 12)
+        patch.setattr(preferences, "ROWS", 12)
         patch.setattr(rlhf, "World", WORLD_OF)
         sample(model, out)
     return out
@@ -120,7 +120,9 @@ def test_a_killed_process_resumes_to_the_same_file_bit_for_bit(model, tmp_path):
     whole = sample(model, tmp_path / "whole", "--prompts", "120")
     out = tmp_path / "killed"
     words = ["--stage", "sample", "--models", str(model), "--out", str(out), *SMALL, "--prompts", "120"]
-    small = "import sys, rlhf; from minillm import responses; responses.ROWS = 12; rlhf.main(sys.argv[1:])"
+    small = (
+        "import sys, rlhf; from minillm import preferences; preferences.ROWS = 12; rlhf.main(sys.argv[1:])"
+    )
     process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     path = out / "responses.jsonl"
     while not path.exists() or path.stat().st_size < 5_000:
@@ -151,7 +153,109 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
     assert "other prompts" in capsys.readouterr().err
 
 
+def test_the_last_turn_is_asked_and_prompts_without_a_reply_are_prompts(model, tmp_path, capsys):
+    hello = [{"role": "user", "content": "Hello 0"}, {"role": "assistant", "content": "Hello!"}]
+    fox = {"role": "user", "content": "What does the fox eat 0?"}
+    records = [
+        {"messages": [*hello, fox]}, {"messages": [fox]}, {"prompt": "Who?"}, {"prompt": [*hello, fox]},
+        {"instruction": "Add.", "input": "1 1"},
+    ]  # fmt: skip
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    sample(model, tmp_path / "rlhf", "--data", str(data))
+    asked = [given.messages for given in read_responses(tmp_path / "rlhf" / "responses.jsonl")]
+    assert asked[:2] == [[*hello, fox], [fox]] and asked[3] == [*hello, fox]
+    assert [messages[-1]["content"] for messages in asked] == [
+        *[fox["content"]] * 2, "Who?", fox["content"], "Add.\n\n1 1",
+    ]  # fmt: skip
+    assert "asked.jsonl: 5 prompts" in capsys.readouterr().out
+
+
+def test_responses_cut_at_the_longest_length_are_counted_and_marked_to_the_rankings(sampled, out, capsys):
+    """This model hardly ever ends a response within five tokens."""
+    lines = [json.loads(line) for line in (sampled / "responses.jsonl").read_text().splitlines()]
+    cut = [[k for k, draw in enumerate(line["draws"]) if not draw["ended"]] for line in lines]
+    assert sum(map(len, cut)) > 40
+    assert [given.cut for given in read_responses(out / "responses.jsonl")] == cut
+    rank(out, "--opinions", "1")
+    assert [ranking.cut for ranking in read_rankings(out / "rankings.jsonl")] == cut
+
+
+def test_how_many_responses_are_cut_is_said(model, tmp_path, capsys):
+    sample(model, tmp_path / "rlhf", "--prompts", "4")
+    lines = [json.loads(line) for line in (tmp_path / "rlhf" / "responses.jsonl").read_text().splitlines()]
+    cut = sum(not draw["ended"] for line in lines for draw in line["draws"])
+    assert f"\n{cut} of all responses are cut at --max-new-tokens 5\n" in capsys.readouterr().out
+
+
+def folder_of(place: Path, seed: int) -> Path:
+    """A model folder like the fixture's, with weights of its own."""
+    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
+    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 160))
+    initialize(network, torch.Generator().manual_seed(seed))
+    save_model(place, network, tokenizer)
+    return place
+
+
+def test_responses_of_a_model_replaced_under_its_name_or_to_other_prompts_are_not_mixed(tmp_path, capfd):
+    """Replaced weights; the same again go on; and prompts that differ only behind what is answered."""
+    place, out, data = folder_of(tmp_path / "model", 0), tmp_path / "rlhf", tmp_path / "asked.jsonl"
+    asked = [{"prompt": f"{i}?", "completion": "Yes."} for i in range(8)]
+    data.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    whole = sample(place, out, "--data", str(data))
+    path = out / "responses.jsonl"
+    begun = b"".join(whole.splitlines(keepends=True)[:4])
+    path.write_bytes(begun)
+    folder_of(place, 1)
+    capfd.readouterr()
+    resume = ["--stage", "sample", "--resume", "--out", str(out)]
+    assert "other weights" in refusal(rlhf, resume, capfd) and path.read_bytes() == begun
+    folder_of(place, 0)
+    data.write_text("".join(json.dumps(one) + "\n" for one in [*asked[:7], asked[7] | {"prompt": "Why?"}]))
+    assert "other prompts" in refusal(rlhf, resume, capfd) and path.read_bytes() == begun
+    data.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    rlhf.main(resume)
+    assert path.read_bytes() == whole
+
+
 # ---- rank
+
+
+def test_rankings_of_a_judge_or_principles_replaced_under_their_names_are_not_mixed(out, tmp_path, capfd):
+    judge, principles = folder_of(tmp_path / "judge", 0), tmp_path / "mine.txt"
+    principles.write_text("Short is better.")
+    options = ["--annotator", "model", "--judge", str(judge), "--principles", str(principles)]
+    made = rank(out, *options)
+    words = ["--stage", "rank", "--out", str(out), "--precision", "float32", *options]
+    capfd.readouterr()
+    folder_of(judge, 1)
+    assert "other weights of --judge" in refusal(rlhf, words, capfd)
+    folder_of(judge, 0)
+    principles.write_text("Long is better.")
+    assert "other --principles" in refusal(rlhf, words, capfd)
+    principles.write_text("Short is better.")
+    assert rank(out, *options) == made
+
+
+@pytest.mark.parametrize("there", [0, 1, 64, 65, 99, 100])
+def test_rankings_of_a_file_are_the_same_after_an_interruption_at_any_of_them(tmp_path, there):
+    """A hundred records, of which one is repeated and one contradicted further on."""
+
+    def record(i: int, turned: bool = False) -> dict:
+        better, worse = (f"{i} cats", f"{i} dogs")[:: -1 if turned else 1]
+        return {"instruction": f"{i}?", "chosen": better, "rejected": worse}
+
+    records = [record(i) for i in range(98)]
+    records = [*records[:70], record(2), *records[70:90], record(3, turned=True), *records[90:]]
+    data, out = tmp_path / "friends.jsonl", tmp_path / "rlhf"
+    data.write_text("".join(json.dumps(one) + "\n" for one in records))
+    options = ["--annotator", "file", "--data", str(data)]
+    whole = rank(out, *options)
+    assert len(whole) == 100
+    path = out / "rankings.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:there]))
+    assert rank(out, *options) == whole
+    assert rank(out, *options) == whole, "nothing is left to add"
 
 
 def test_simulated_annotators_give_each_set_their_opinions(out):

@@ -1,6 +1,7 @@
 """Whole fine-tuning runs through the command line: trained, killed, resumed, shared out, refused."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from runs import (
 import sft
 import train
 from minillm.chat import ChatTemplate
+from minillm.io.conversations import open_conversations
 from minillm.io.huggingface import load_model
 from minillm.tokenizer import Tokenizer
 
@@ -110,11 +112,43 @@ def test_it_learns_to_answer_and_to_end_its_answer(base, chats, tmp_path):
     assert best[-1] != template.end_id and template.end_id in best[-2:], "the reply must end, and not before"
 
 
+def test_what_is_read_cut_and_left_out_is_said_before_the_first_step(
+    base, chats, tmp_path, capfd, monkeypatch
+):
+    def stop(*_):
+        raise sft.InputError("the first step")
+
+    monkeypatch.setattr(sft, "backward", stop)
+    with pytest.raises(SystemExit):
+        sft.main(arguments(base, chats, tmp_path / "sft"))
+    printed = capfd.readouterr()
+    assert "the first step" in printed.err
+    assert "left out or cut: 1 conversations without a message of the assistant's" in printed.out
+    assert "left out or cut: 1 ends of conversations longer than a row" in printed.out
+    numbers = re.search(r"chats\.jsonl: (\d+) conversations to train on, (\d+) to validate on", printed.out)
+    assert sum(map(int, numbers.groups())) == len(chats.read_text().splitlines()) - 1
+
+
+@pytest.mark.parametrize("case", ["one conversation", "the same thrice", "nothing held out"])
+def test_without_a_conversation_to_validate_on_all_are_trained_on(base, chats, tmp_path, capfd, case):
+    lines = chats.read_text().splitlines()[: {"one conversation": 1, "nothing held out": 9}.get(case, 1)]
+    data, out = tmp_path / "chats.jsonl", tmp_path / "sft"
+    data.write_text("".join(line + "\n" for line in lines * (3 if "thrice" in case else 1)))
+    options = ["--val-fraction", "0" if case == "nothing held out" else "0.2", "--steps", "4"]
+    sft.main(arguments(base, data, out, *options))
+    events = metrics_of(out)
+    assert "none to validate on" in capfd.readouterr().out
+    assert [event["event"] for event in events] == ["train"] * 4 + ["final"]
+    assert events[-1]["val_loss"] is None and (out / "model.safetensors").exists()
+    sft.main(["--out", str(out), "--resume"])
+    assert "already finished" in capfd.readouterr().out
+
+
 def test_only_what_the_assistant_says_is_learned(base, chats, tmp_path):
     """Other words of the user's, of the same number of tokens, must not change a single target."""
     _, tokenizer = load_model(base, torch.device("cpu"), torch.float32)
     template = ChatTemplate(sft.with_chat_template(tokenizer))
-    sources = [sft.encode_source(s, template.encode, 64, 0.1) for s in sft.open_conversations([str(chats)])]
+    sources = [sft.encode_source(s, template.encode, 64, 0.1) for s in open_conversations([str(chats)])]
     said = []
     for batch in (b for source in sources for b in sft.packed_batches(source.train, 64)):
         said += [tokenizer.decode(row[row != -100]) for row in batch.targets]

@@ -526,6 +526,8 @@ def test_an_end_that_any_text_may_contain_is_refused():
         ("{% for m in messages %}{{ m.content }}<|end|>{{ m.content | length }}{% endfor %}", "long"),
         ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
          "{{ '!' if messages[-1].content == 'x' else '' }}", "x"),
+        ("{{ 'A' if messages[-1].content == 'x' else 'B' }}"  # as long as the other
+         "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "x"),
     ],
 )  # fmt: skip
 def test_a_content_altered_beyond_trimming_is_refused_and_never_mismasked(template, content):

@@ -241,6 +241,7 @@ BAD_INPUT = {
     "depth of zero": ("--depth 0", "--depth"),
     "negative rate": ("--matrix-rate -1", "--matrix-rate"),
     "validation of everything": ("--val-fraction 1", "--val-fraction"),
+    "validation of nothing": ("--val-fraction 0", "--val-fraction"),
     "heads that do not divide": ("--heads 3 --kv-heads 2", "heads"),
     "unknown option": ("--dept 3", "--dept"),
     "a word where a number belongs": ("--steps many", "--steps"),

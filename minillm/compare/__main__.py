@@ -39,9 +39,9 @@ from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.io.rankings import RankingFile
 from minillm.options import options_json, parse_options
-from minillm.preferences import RankingFile
-from minillm.responses import Respondent
+from minillm.preferences import ChatModel as Respondent
 from minillm.run import Runtime, start_runtime
 from minillm.sources import Source, open_sources, world_sources
 from minillm.tools.evaluate import sample_replies, world_prompts

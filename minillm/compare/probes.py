@@ -27,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from kernels.logprob import linear_kl, linear_token_logprobs
 from minillm.data import document_marks, split_documents
 from minillm.model import LanguageModel
+from minillm.preferences import ChatModel as Respondent
 from minillm.preferences import Message
-from minillm.responses import Respondent
 from minillm.sources import Source
 from minillm.world import World
 from minillm.world.facts import state

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minillm.annotators import MARGIN
 from minillm.chat import ChatTemplate
+from minillm.io.rankings import RankingFile
 from minillm.model import ScalarModel
-from minillm.preferences import RankingFile, ResponseSet
+from minillm.preferences import MARGIN, ResponseSet
 from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
 from minillm.tools.judge import Judge

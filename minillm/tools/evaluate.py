@@ -30,7 +30,7 @@ from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.responses import Respondent, sample_responses
+from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.world import KINDS, World
@@ -88,9 +88,9 @@ def sample_replies(
     seed: int = 0,
 ) -> Iterator[Reply]:
     """A reply to each conversation, the i-th drawn with `seed` + i."""
-    respondent = Respondent("", model, tokenizer)
-    options = SamplingOptions(max_new_tokens, temperature, stop_ids=respondent.form.stop_ids)
-    prompts = [respondent.prompt(messages) for messages in conversations]
+    chat = ChatModel("", model, tokenizer)
+    options = SamplingOptions(max_new_tokens, temperature, stop_ids=chat.form.stop_ids)
+    prompts = [chat.prompt(messages) for messages in conversations]
     said = sample_responses(model, prompts, options, range(seed, seed + len(prompts)))
     texts = said.texts(tokenizer.decode)
     for text, ended, row, start in zip(texts, said.ended, said.rows, said.prompt_lengths, strict=True):
@@ -134,6 +134,16 @@ def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, KindMetrics]:
             fmean(one.score.utility for one in some),
         )
         for kind, some in judged.items()
+    }
+
+
+def world_metrics(
+    models: Mapping[str, tuple[LanguageModel, Tokenizer]], world: World, prompts_per_kind: int
+) -> dict[str, dict[str, KindMetrics]]:
+    """What the rubric says of several models on the development prompts, by name and kind."""
+    return {
+        name: summarise(judged_replies(*model, world, "dev", prompts_per_kind))
+        for name, model in models.items()
     }
 
 

@@ -10,7 +10,41 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from minillm.errors import InputError, printable
-from minillm.preferences import LETTERS, Ranking, RankingFile, ResponseSet, new_ranking, parse_ranking
+from minillm.io.rankings import RankingFile
+from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
+"""Names for the responses while they are ranked."""
+
+
+# ---- As typed: "B > A = D > C"
+
+
+def parse_ranking(text: str, count: int) -> list[list[int]]:
+    """The ranking of `count` responses in letters: "B > A = D > C" → [[1], [0, 3], [2]].
+
+    Capitals or not, with any spaces. Raises InputError that says what is wrong.
+    """
+    letters = LETTERS[:count]
+    example = " > ".join(letters[1::-1]) + "".join(f" = {letter}" for letter in letters[2:])
+    groups = [[name.strip().upper() for name in tied.split("=")] for tied in text.split(">")]
+    named = [name for tied in groups for name in tied]
+    for name in named:
+        if len(name) != 1 or name not in letters:
+            raise InputError(f"{name!r:.40} is none of {', '.join(letters)}; rank them all, as in {example}")
+        if named.count(name) > 1:
+            raise InputError(f"{name} is there {named.count(name)} times; give each once")
+    if missing := [letter for letter in letters if letter not in named]:
+        raise InputError(f"{', '.join(missing)} missing; rank them all, as in {example}")
+    return [sorted(letters.index(name) for name in tied) for tied in groups]
+
+
+def format_ranking(ranking: Sequence[Sequence[int]]) -> str:
+    """[[1], [0, 3], [2]] → "B > A = D > C"."""
+    return " > ".join(" = ".join(LETTERS[index] for index in tied) for tied in ranking)
+
+
+# ---- At a screen
 
 
 class RankingSession:

@@ -34,21 +34,20 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from minillm.annotators import MARGIN
 from minillm.chat import ChatTemplate
 from minillm.files import write_atomically, write_json
 from minillm.model import ScalarModel
-from minillm.preferences import Message, Ranking
+from minillm.preferences import MARGIN, Message, Ranking
 from minillm.reward import (
     EncodedSet,
     collate,
+    distinct_pairs,
     encode_response,
     micro_batches,
     prompt_key,
     require_finite,
     score_rows,
     scores_of,
-    telling_pairs,
 )
 from minillm.tools.agreement import agreed_pairs
 from minillm.tools.measures import Estimate, clustered, estimate, reliability, share
@@ -120,7 +119,7 @@ def pairs_of(judged: Iterable[Judged], rubric: RubricScore = unknown_score) -> P
         number = numbers.setdefault(prompt_key(ranking), len(numbers))
         values = [rubric(ranking.messages, text) for text in ranking.responses]
         known = [value for value in values if value is not None]
-        for i, j in telling_pairs(ranking):
+        for i, j in distinct_pairs(ranking):
             difference = known[i] - known[j] if len(known) == len(values) else 0.0
             rows.append(
                 (number, ranking.kind or "", ranking.annotator, one.scores[i] - one.scores[j], difference)
@@ -196,7 +195,7 @@ def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[
 
     def sides(rankings: Sequence[Ranking], side: Side) -> Float64[np.ndarray, " P"]:
         """On which side the better response of each pair is: 1, -1, or 0 for neither."""
-        return np.sign([float(side(one, *pair)) for one in rankings for pair in telling_pairs(one)])
+        return np.sign([float(side(one, *pair)) for one in rankings for pair in distinct_pairs(one)])
 
     result: dict[str, dict[str, Any]] = {}
     for name, (positive, negative, side) in SIDES.items():

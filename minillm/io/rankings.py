@@ -1,0 +1,275 @@
+"""responses.jsonl and rankings.jsonl: files that only grow, read and written line by line.
+
+A ranking taken back stays, and a later line withdraws it. So an undo can destroy nobody's work, however many
+people write into one file, and a crash can spoil the line being written and no other. What a line holds is
+in preferences.py.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import BAD_FILE, InputError, reading, reason_of, writing
+from minillm.files import read_json, sync_file, sync_folder, write_json
+from minillm.io.template import check_messages
+from minillm.options import options_json
+from minillm.preferences import Ranking, Record, ResponseSet, now
+
+
+@contextmanager
+def _line(place: str) -> Iterator[None]:
+    """Puts its place before whatever is wrong with a line."""
+    try:
+        yield
+    except (InputError, *BAD_FILE) as error:
+        raise InputError(f"{place}: {reason_of(error)}; mend the line or take it out") from error
+
+
+# ---- Lines
+
+
+class JsonLines:
+    """A file of JSON lines that only grows. A line is on the disk when `append` returns.
+
+    One process writes at a time. A last line that a crash tore is moved to FILE.torn at opening, and
+    `mended` says so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.mended = path, ""
+        with writing(path, "give another --out"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a write that fails leaves nothing behind for close() to try again.
+            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            sync_folder(path.parent)
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.close()
+                raise InputError(f"{path}: another process is writing there; wait for it or end it") from None
+            self._mend(path.read_bytes())
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Writes a line for each record and waits until they are on the disk."""
+        # In ASCII: JSON can spell what UTF-8 cannot hold, and no reader splits a line elsewhere.
+        self._write("".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def _write(self, data: bytes) -> None:
+        with writing(self.path, "what was there before is unchanged; free some space and go on"):
+            if self.file.write(data) != len(data):
+                raise OSError(28, "the disk is full")
+            sync_file(self.file)
+
+    def _mend(self, content: bytes) -> None:
+        lines, torn = _split_lines(content)
+        if torn:
+            with open(f"{self.path}.torn", "ab") as kept:
+                kept.write(torn + b"\n")
+                sync_file(kept)
+            os.ftruncate(self.file.fileno(), len(content) - len(torn))
+            self.mended = (
+                f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps; "
+                f"it is now in {self.path.name}.torn"
+            )
+        elif content and not content.endswith(b"\n"):
+            self._write(b"\n")
+
+
+def read_json_lines(path: Path, hint: str) -> Iterator[tuple[str, Record]]:
+    """Each line's place and record. A torn last line is left out, with a word on standard error.
+
+    InputError for a file that cannot be read, which ends in `hint`, and for a line that is no JSON object.
+    """
+    with reading(path, hint):
+        lines, torn = _split_lines(path.read_bytes())
+    if torn:
+        print(f"{path}: its last line was cut short and is left out", file=sys.stderr)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            if (record := _json_object(line)) is None:
+                raise InputError(f"{path}, line {number}: is no JSON object; mend it or take it out")
+            yield f"{path}, line {number}", record
+
+
+def _split_lines(content: bytes) -> tuple[list[bytes], bytes]:
+    """All whole lines, and what is behind them: the beginning of a line whose writing was cut off.
+
+    A last line that lacks only its newline is whole: no beginning of a JSON object is one.
+    """
+    *lines, rest = content.split(b"\n")
+    return ([*lines, rest], b"") if _json_object(rest) is not None else (lines, rest)
+
+
+def _json_object(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+# ---- Responses and rankings
+
+
+def read_responses(path: Path) -> list[ResponseSet]:
+    """The sets of responses.jsonl. InputError naming file and line, and where there are none."""
+    sets = []
+    for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
+        with _line(place):
+            cut = [k for k, draw in enumerate(record.get("draws", ())) if draw.get("ended") is False]
+            sets.append(ResponseSet(**_given(record), world=_value(record, "world", int, None), cut=cut))
+    if not sets:
+        raise InputError(f"{path}: holds no responses; python rlhf.py --stage sample makes them")
+    return sets
+
+
+def read_rankings(path: Path) -> list[Ranking]:
+    """The rankings that stand, in the order of the file. InputError naming file and line."""
+    rankings: list[Ranking] = []
+    for place, record in read_json_lines(path, "python rlhf.py --stage rank makes it"):
+        with _line(place):
+            if "withdraws" in record:
+                _withdraw(rankings, record.get("annotator"), record["withdraws"])
+            else:
+                rankings.append(_ranking(record))
+    return rankings
+
+
+def _given(record: Record) -> dict[str, Any]:
+    """Messages, responses and kind of a line. ValueError or InputError says what is wrong."""
+    responses = _value(record, "responses", list)
+    if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
+        raise ValueError(f"it has {len(responses)} responses; give at least 2, each a text")
+    kind = _value(record, "kind", str, None)
+    return {"messages": check_messages(record.get("messages")), "responses": responses, "kind": kind}
+
+
+def _ranking(record: Record) -> Ranking:
+    given, ranking = _given(record), _value(record, "ranking", list)
+    named = [index for tied in ranking for index in _value({"ranking": tied}, "ranking", list)]
+    whole = all(type(index) is int for index in named) and all(ranking)  # a bool is no number here
+    if not whole or sorted(named) != list(range(len(given["responses"]))):
+        raise ValueError(f"its ranking is {ranking!r:.60}; let every index be in it once, and no group empty")
+    annotator, time = _value(record, "annotator", str), _value(record, "time", str)
+    if not annotator.strip():
+        raise ValueError("its annotator has no name")
+    datetime.fromisoformat(time)
+    cut = [index for index in _value(record, "cut", list, []) if index in named]
+    return Ranking(
+        **given, ranking=ranking, annotator=annotator, seed=_value(record, "seed", int), time=time, cut=cut
+    )
+
+
+def _value(record: Record, name: str, kind: type, *default: object) -> Any:
+    """A field of a type, or the default, if one is given, where there is none."""
+    value = record.get(name, *default)
+    if type(value) is not kind and value not in default:
+        raise ValueError(f"its {name} is {value!r:.40}; give a {kind.__name__}")
+    return value
+
+
+def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Ranking:
+    """Takes the last ranking that the annotator gave to the set out of the list."""
+    for index in reversed(range(len(rankings))):
+        if (rankings[index].annotator, rankings[index].key) == (annotator, key):
+            return rankings.pop(index)
+    raise ValueError("withdraws a ranking that is not before it")
+
+
+class RankingFile:
+    """rankings.jsonl, to add to: each ranking is on the disk before `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or starts the file, mended if need be. InputError as `read_rankings` has it."""
+        self.lines = JsonLines(path)
+        try:
+            self.rankings = read_rankings(path)
+        except InputError:
+            self.lines.file.close()
+            raise
+
+    def __enter__(self) -> "RankingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lines.file.close()
+
+    def made(self) -> Counter[tuple[str, str]]:
+        """How many rankings of each set each annotator has made, by (annotator, key)."""
+        return Counter((ranking.annotator, ranking.key) for ranking in self.rankings)
+
+    def append(self, rankings: Sequence[Ranking]) -> None:
+        self.lines.append({k: v for k, v in vars(r).items() if v not in (None, [])} for r in rankings)
+        self.rankings += rankings
+
+    def withdraw(self, annotator: str) -> Ranking | None:
+        """Takes back the last ranking of an annotator that stands, and returns it."""
+        own = [ranking for ranking in self.rankings if ranking.annotator == annotator]
+        if not own:
+            return None
+        self.lines.append([{"withdraws": own[-1].key, "annotator": annotator, "time": now()}])
+        return _withdraw(self.rankings, annotator, own[-1].key)
+
+
+# ---- How they were made, so that a file does not mix them
+
+DECISIVE: dict[str, tuple[str, ...]] = {
+    "simulated": ("seed", "annotators", "opinions", "noise"),
+    "model": ("judge",),
+}
+"""The options without which a ranking would be another one: a file must not mix them."""
+
+
+def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
+    """rankings.jsonl to add to. InputError where rankings of this kind were made in another way before."""
+    path, record = options.folder / "rankings.jsonl", options.folder / f"rank-{options.annotator}.json"
+    if options.overwrite and path.exists():
+        names = (path.with_name(f"{path.name}.old{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
+    elif path.exists() and record.exists():
+        earlier = read_json(record).get("options")
+        if not isinstance(earlier, dict):
+            raise InputError(f"{record}: holds no options; restore it, or --overwrite")
+        for name in DECISIVE.get(options.annotator, ()):
+            if earlier.get(name) != (value := getattr(options, name)):
+                raise InputError(
+                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or "
+                    "--overwrite, which puts all rankings aside"
+                )
+        check_origin(record, origin)
+    file = RankingFile(path)
+    if file.lines.mended:
+        print(file.lines.mended)
+    return file
+
+
+def record_ranking(options: Any, origin: Mapping[str, str]) -> None:
+    """Says beside the rankings how those of this kind of annotator are made."""
+    from minillm.tools.provenance import provenance
+
+    record = options.folder / f"rank-{options.annotator}.json"
+    write_json(record, {"options": options_json(options), "origin": dict(origin), **provenance()})
+
+
+def check_origin(record: Path, origin: Mapping[str, str]) -> None:
+    """InputError where what is to go on was begun with other prompts or weights, by the record beside it."""
+    earlier = read_json(record).get("origin", {})
+    for name, fingerprint in origin.items():
+        if earlier.get(name, fingerprint) != fingerprint:
+            raise InputError(f"{record}: was begun with other {name}; put back the old ones, or --overwrite")
