@@ -56,6 +56,7 @@ from minillm.io.huggingface import (
     save_scalar_model,
 )
 from minillm.io.template import ChatTemplate, with_chat_template
+from minillm.io.text import open_sources, world_sources
 from minillm.metrics import plot_loss, plot_policy, read_metrics
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
@@ -99,7 +100,6 @@ from minillm.reward import (
 from minillm.rollout import Observers, Prompt, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
-from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles

@@ -27,20 +27,29 @@ from typing import Literal
 import torch
 
 from minillm.checkpoint import TrainingState
-from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
+from minillm.data import (
+    Batch,
+    EncodedSource,
+    Mixture,
+    RowSource,
+    TokenizedSource,
+    encode_source,
+    packed_batches,
+    source_line,
+    tokenize,
+)
 from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
+from minillm.io.text import open_sources, world_sources
 from minillm.loss import backward, held_out
 from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
 from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
 from minillm.options import DataOptions, parse_options
-from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run
 from minillm.runtime import Runtime, start_runtime
-from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
 from minillm.world import World

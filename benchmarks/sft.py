@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from minillm.data import encode_source, packed_batches
 from minillm.io.conversations import open_conversations, split_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
-from minillm.packing import encode_source, packed_batches
 from minillm.provenance import provenance
 from minillm.runtime import Runtime, choose_dtype
 from minillm.world import World

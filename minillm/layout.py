@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from minillm.data import pack
 from minillm.model import Grid
-from minillm.packing import pack
 
 # ---- Sequences -> rows
 

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError
-from minillm.files import sync_file, sync_folder
+from minillm.files import digest, sync_file, sync_folder
 from minillm.io.template import check_messages
-from minillm.sources import digest
 
 Message = dict[str, str]
 Record = dict[str, Any]

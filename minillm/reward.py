@@ -25,7 +25,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain, takewhile
 from math import comb, isfinite
 from typing import Any
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
+from minillm.files import digest
 from minillm.io.template import ChatTemplate
 from minillm.layout import forward_passes, lay_out, lay_out_sets, on_grid, response_places
 from minillm.loss import accumulate
@@ -132,10 +132,8 @@ def split_by_prompt(
 
 def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
     """The sets without end."""
-    digest = blake2b(digest_size=16)
-    for one in encoded:
-        digest.update(json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]).encode())
-    return Shuffled(encoded, "rankings", seed, digest.hexdigest())
+    content = [[one.rows, [ranking.ranking for ranking in one.rankings]] for one in encoded]
+    return Shuffled(encoded, "rankings", seed, digest(content))
 
 
 # ---- Rows -> scores

@@ -16,7 +16,6 @@ that the update will repeat, so that its first ratios are exactly 1, in any prec
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
+from minillm.files import digest
 from minillm.generate import SamplingOptions, filter_logits
 from minillm.io.template import ChatTemplate
 from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_places
@@ -59,8 +59,7 @@ def encode_prompts(
 
 def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
     """The prompts without end."""
-    digest = blake2b(repr([prompt.tokens for prompt in prompts]).encode(), digest_size=16)
-    return Shuffled(prompts, "prompts", seed, digest.hexdigest())
+    return Shuffled(prompts, "prompts", seed, digest([prompt.tokens for prompt in prompts]))
 
 
 # ---- The distribution that was sampled from
@@ -190,11 +189,11 @@ class Observers:
     @property
     def fingerprint(self) -> str:
         """Changes with any weight of the networks."""
-        digest = blake2b(digest_size=16)
+        parts = []
         for model in filter(None, (self.ref, self.reward)):
             for tensor in model.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+                parts.append(digest(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        return digest(parts)
 
     def sample(self, policy: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Responses:
         """A response to each prompt."""

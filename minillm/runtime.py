@@ -7,6 +7,7 @@ many there are. Left out: sharded weights, several nodes with different devices.
 
 import contextlib
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -36,9 +37,12 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model as the training loop calls it: compiled on CUDA, averaging over processes."""
-        if self.device.type == "cuda":
+    def wrap(self, model: nn.Module, compiled: bool | None = None) -> Callable[..., Tensor]:
+        """The model as the training loop calls it, averaging over processes; compiled, unless said
+        otherwise, where CUDA and the Triton that torch.compile needs are there."""
+        if compiled is None:
+            compiled = self.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        if compiled:
             model.compile()
         if self.world == 1:
             return model

@@ -43,17 +43,18 @@ from minillm.compare.findings import (
 )
 from minillm.compare.page import page
 from minillm.compare.verdicts import Referee, by_model, by_person, by_reward, by_rubric
+from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, printable
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.conversations import open_conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.io.text import open_sources, world_sources
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
 from minillm.provenance import provenance
 from minillm.responses import Respondent
 from minillm.runtime import Runtime, start_runtime
-from minillm.sources import Source, open_sources, world_sources
 from minillm.tools.evaluate import sample_replies, world_prompts
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.world import World

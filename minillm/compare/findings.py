@@ -26,9 +26,9 @@ from minillm.compare.probes import (
     text_nats,
 )
 from minillm.compare.verdicts import Bout, Referee, blind
+from minillm.data import Source
 from minillm.metrics import read_metrics
 from minillm.responses import Respondent
-from minillm.sources import Source
 from minillm.tools.evaluate import Judged, Reply
 from minillm.tools.measures import (
     Estimate,

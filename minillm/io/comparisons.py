@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from minillm.errors import InputError
 from minillm.io.conversations import EXTENSIONS, Conversation, Record, conversations_of, records
+from minillm.io.text import Errors, list_files, parse_specs
 from minillm.preferences import Ranking, ResponseSet, new_ranking
-from minillm.sources import Errors, list_files, parse_specs
 
 
 @dataclass(frozen=True)

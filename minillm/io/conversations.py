@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from minillm.data import unit_hash
+from minillm.data import Side, unit_hash
 from minillm.errors import InputError
-from minillm.sources import Errors, decode, json_lines, list_files, parse_json, parse_specs, reading
-from minillm.streams import Side
+from minillm.io.text import Errors, decode, json_lines, list_files, parse_json, parse_specs, unpacked
 from minillm.world import World
 
 EXTENSIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
@@ -53,7 +52,7 @@ class ConversationSource:
 def open_conversations(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
     """Open conversations given as files, folders or globs of .json and .jsonl, each also as .gz.
 
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`sources.open_sources`), and `errors="replace"` means
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means
     the same. Every file is read whole once here, so that what is wrong shows before anything is
     trained. A JSON array is held in memory; lines are read one at a time.
 
@@ -149,7 +148,7 @@ def _fields(record: Any) -> str:
 
 def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place in it."""
-    with reading(path) as file:
+    with unpacked(path) as file:
         # No line of a known format begins with a bracket, but every array does.
         is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if is_array:
@@ -161,7 +160,7 @@ def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[
 
 
 def _array(path: str, errors: Errors) -> list[Any]:
-    with reading(path) as file:
+    with unpacked(path) as file:
         text = decode(file.read(), path, 0, errors).removeprefix("\ufeff")
     try:
         return parse_json(text)
