@@ -35,12 +35,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from minillm.annotators import Simulated, find_prompts, share_out, simulated_annotators
-from minillm.checkpoint import TrainingState, check_run_folder, start_run_folder
 from minillm.data import Mixture, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
@@ -57,9 +61,8 @@ from minillm.io.huggingface import (
 )
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.io.text import open_sources, world_sources
-from minillm.metrics import plot_loss, plot_policy, read_metrics
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, options_json, parse_options
 from minillm.policy import (
     Networks,
@@ -82,7 +85,6 @@ from minillm.preferences import (
     read_rankings,
     read_responses,
 )
-from minillm.provenance import provenance
 from minillm.responses import Question, Respondent, ResponseSampler, SamplingPlan, seed_of
 from minillm.reward import (
     EncodedSet,
@@ -98,11 +100,19 @@ from minillm.reward import (
     training_scores_of,
 )
 from minillm.rollout import Observers, Prompt, encode_prompts, held_out_figures, shuffled_prompts
-from minillm.run import Run
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import (
+    Run,
+    Runtime,
+    TrainingState,
+    claim_folder,
+    read_metrics,
+    start_run_folder,
+    start_runtime,
+)
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.provenance import provenance
 from minillm.tools.ranking import RankingSession, rank_in_terminal
 from minillm.tools.report import judge, report_card, report_text, unknown_worth, write_report
 from minillm.world import KINDS, World
@@ -223,7 +233,7 @@ class Options(PolicyOptions):
 
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
-    check_run_folder(options.folder, options.resume, options.overwrite)
+    claim_folder(options, runtime)
     models = [
         (name, *load_causal_model(Path(name), runtime.device, runtime.dtype)) for name in options.models
     ]
@@ -234,7 +244,7 @@ def sample(options: Options, runtime: Runtime) -> None:
     path = options.folder / "responses.jsonl"
     if not options.resume:
         path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
-        start_run_folder(options.folder, options_json(options), "rlhf")
+        start_run_folder(options, "rlhf")
     with JsonLines(path) as file:
         if file.mended:
             print(file.mended)
@@ -448,7 +458,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     template = ChatTemplate(tokenizer)
     training, held_out = encoded_rankings(options, template, model.config, runtime)
     stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
-    rates = Rates(
+    rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
     state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
@@ -485,7 +495,7 @@ def learn_rankings(
     loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
     gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
     run.check_finite(loss=loss, gradient_norm=gradient_norm)
-    rate = rate_multiplier(state.step, run.steps, options.warmup, options.decay)
+    rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
     state.optimizers.step(rate)
     tokens = sum(one.size for one in batch)
     run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
@@ -529,10 +539,10 @@ def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, T
 
 def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
     """The steps in which every set is seen `epochs` times; the last is filled from one pass more."""
-    if options.batch_sets % runtime.world:
+    if options.batch_sets % runtime.world_size:
         raise InputError(
-            f"--batch-sets {options.batch_sets}: cannot be shared by {runtime.world} processes; "
-            f"give a multiple of {runtime.world}"
+            f"--batch-sets {options.batch_sets}: cannot be shared by {runtime.world_size} processes; "
+            f"give a multiple of {runtime.world_size}"
         )
     return ceil(options.epochs * len(training) / options.batch_sets)
 
@@ -546,6 +556,9 @@ def finish_reward_model(
     options: Options,
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss
+
+    val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     worth = world.utility if world else unknown_worth
@@ -556,9 +569,9 @@ def finish_reward_model(
     write_report(run.folder, card, judged)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.metrics.say(report_text(card))
-    state, val = run.state, run.metrics.latest["val"]
+    state = run.state
     run.metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val["loss"],
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_loss=val_loss,
         accuracy=card["accuracy"]["value"], bias=model.bias.item(),
     )  # fmt: skip
 
@@ -593,7 +606,7 @@ def train_policy(options: Options, runtime: Runtime) -> None:
         check_best(run, progress)
         if run.already_finished():
             return
-        if state.step == 0:
+        if progress.best is None:  # else it was before a stop
             validate(run, options, networks, observers, progress, held_out)
         while run.goes_on():
             began = time.perf_counter()
@@ -637,8 +650,8 @@ def train_dpo(options: Options, runtime: Runtime) -> None:
     progress = Progress(stream, None, options.beta, observers.fingerprint)
     state = TrainingState(networks, policy_optimizers(networks, options), progress)
     forward = runtime.wrap(policy)
-    rewards = rewards_of(forward, policy, observers.ref, options.beta)
-    held_out_rewards = rewards_of(policy, policy, observers.ref, options.beta)
+    rewards = rewards_of(forward, observers.ref, options.beta)
+    held_out_rewards = rewards_of(policy, observers.ref, options.beta)
     tenth = max(1, steps // 10)
 
     with run.training(state, steps, lambda: None):  # validate() saves the best policy
@@ -665,7 +678,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
-    check_run_folder(options.folder, options.resume, options.overwrite)
+    claim_folder(options, runtime)
     networks, observers = start_policy(options, runtime)
     _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
     n, began = options.samples, time.perf_counter()
@@ -679,7 +692,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
          "score": scores[j]}
         for j in best
     ]  # fmt: skip
-    start_run_folder(options.folder, options_json(options), "policy")
+    start_run_folder(options, "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
     figures["seconds"] = time.perf_counter() - began
@@ -713,12 +726,12 @@ def policy_prompts(
         prompts, left_out = encode_prompts(side, ChatTemplate(tokenizer), longest)
         if left_out and runtime.is_main:
             print(f"{left_out:,} prompts left out: too long for {options.max_new_tokens} tokens of response")
-        if len(prompts) < runtime.world:
+        if len(prompts) < runtime.world_size:
             raise InputError(
                 f"{len(prompts)} prompts of at most {longest} tokens to train or validate on; "
                 "give more or shorter ones, or less than --max-new-tokens"
             )
-        sides.append(prompts[: len(prompts) // runtime.world * runtime.world])
+        sides.append(prompts[: len(prompts) // runtime.world_size * runtime.world_size])
     return sides[0], sides[1]
 
 
@@ -812,7 +825,10 @@ def check_best(run: Run, progress: Progress) -> None:
 
 def finish_policy(run: Run, options: Options) -> None:
     """The plots and the last line of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss, plot_policy
+
     state = run.state
+    run.metrics.figure("val", "loss")  # InputError where a damaged file has none
     vals = [event for event in read_metrics(run.folder) if event["event"] == "val"]
     best = min(vals, key=lambda event: event.get("loss", math.inf))
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
@@ -860,7 +876,7 @@ def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
         with start_runtime(options.device, options.precision) as runtime:
-            if runtime.world > 1 and not options.learns:
+            if runtime.world_size > 1 and not options.learns:
                 raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
             stages[options.stage](options, runtime)
 

@@ -24,9 +24,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 import torch
 
-from minillm.checkpoint import TrainingState
 from minillm.data import (
     Batch,
     EncodedSource,
@@ -44,12 +48,10 @@ from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.io.text import open_sources, world_sources
 from minillm.loss import backward, held_out
-from minillm.metrics import plot_loss
 from minillm.model import LanguageModel
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
-from minillm.run import Run
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
 from minillm.world import World
@@ -95,6 +97,8 @@ class Options(DataOptions):
         self.require_counts("block_size", "batch_tokens", "steps", "world_conversations")
         self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("eval_prompts")
+        if self.block_size is not None and self.block_size < 2:
+            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
         if not 0 <= self.text_share < 1:
             raise InputError(f"--text-share {self.text_share}: give a share of at least 0 and below 1")
 
@@ -120,7 +124,7 @@ def train(options: Options, runtime: Runtime) -> None:
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(sources, block_size, options.seed)
-    rates = Rates(
+    rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
@@ -132,10 +136,10 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = mixture.next_rows(rows)
-            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, options.steps, options.warmup, options.decay)
+            rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=gradient_norm, rate=rate)
@@ -209,7 +213,9 @@ def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_to
 
 
 def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
-    """The last line of metrics.jsonl, the plot, and on the little world what the rubric says."""
+    """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss
+
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:
         figures = before_and_after(run, model, tokenizer, options)
@@ -217,12 +223,12 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
+    plot_loss(run.folder, "loss", "nats per target")
     metrics.log(
         "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
         val_loss=metrics.figure("val", "loss"), val_perplexity=metrics.figure("val", "perplexity"),
         figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
     )  # fmt: skip
-    plot_loss(run.folder, "loss", "nats per target")
 
 
 def before_and_after(

@@ -19,9 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 import torch
 
-from minillm.checkpoint import TrainingState
 from minillm.data import (
     Batch,
     Mixture,
@@ -40,12 +44,10 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, held_out, per_byte
-from minillm.metrics import plot_loss
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
-from minillm.run import Run
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
 
@@ -102,11 +104,12 @@ class Options(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size")
-        self._require(("block_size",), lambda value: value >= 2, "at least 2")
+        self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size", "block_size")
         self.require_counts("batch_tokens", "steps")
         self.require_positive("matrix_rate", "embedding_rate")
         self.require_not_negative("samples")
+        if self.block_size < 2:
+            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
 
 
 SHAPE = {
@@ -144,10 +147,10 @@ def train(options: Options, runtime: Runtime) -> None:
         run.metrics.say(beginning(model, tokenizer, streams, val_streams, plan, options))
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
-            loss = backward(forward, model, batch, options.micro_tokens, runtime)
+            loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
-            rate = rate_multiplier(state.step, plan.steps, options.warmup, options.decay)
+            rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
             run.log_step(
@@ -181,7 +184,7 @@ class Plan:
     """Rows of a step, over all processes."""
     val_every: int
     save_every: int
-    rates: Rates
+    rates: LearningRates
 
 
 def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
@@ -196,7 +199,7 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
     rows = runtime.rows_of_step(tokens, options.block_size)
     muon = options.optimizer == "muon"
-    rates = Rates(
+    rates = LearningRates(
         matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),
         embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
         norm=0.01,
@@ -252,10 +255,6 @@ def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> 
         raise InputError(f"--init {folder} sets the shape of the model: leave out --{flag}")
     if config.causal != (options.objective == "causal"):
         raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
-    if folder.resolve() == options.folder.resolve():
-        raise InputError(
-            f"--init {folder} is --out too, where the new run would replace it; give another --out"
-        )
 
 
 def tokenized(
@@ -310,7 +309,7 @@ def next_batch(mixture: Mixture, step: int, plan: Plan, options: Options, tokeni
     batch = mixture.next_rows(plan.rows)
     if options.objective == "causal":
         return batch
-    return hide_tokens(batch, tokenizer, seed=(options.seed << 32) + step)
+    return hide_tokens(batch, tokenizer, seed=((options.seed << 32) + step) % 2**64)
 
 
 def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
@@ -335,6 +334,8 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 
 def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
     """The plot, samples of the model that was kept, and the last line of metrics.jsonl."""
+    from minillm.tools.plots import plot_loss
+
     state, metrics = run.state, run.metrics
     sources = mixture.report()
     for source in sources:

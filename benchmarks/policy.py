@@ -24,10 +24,10 @@ from minillm.annotators import MARGIN
 from minillm.files import read_json, write_json
 from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.io.template import ChatTemplate
-from minillm.metrics import read_metrics
-from minillm.provenance import provenance
 from minillm.reward import encode_response, score_rows
+from minillm.run import read_metrics
 from minillm.tools.evaluate import Judged, Reply, judged_replies, sample_replies, world_prompts
+from minillm.tools.provenance import provenance
 from minillm.world import KINDS, World
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")

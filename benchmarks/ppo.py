@@ -38,10 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rlhf
 from minillm.io.huggingface import load_model
 from minillm.io.template import ChatTemplate, with_chat_template
-from minillm.provenance import provenance
 from minillm.rollout import encode_prompts
-from minillm.run import Run
-from minillm.runtime import start_runtime
+from minillm.run import Run, start_runtime
+from minillm.tools.provenance import provenance
 
 RESPONSES = 64
 PRECISIONS = ("float32", "bfloat16")

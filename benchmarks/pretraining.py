@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from minillm.provenance import provenance
+from minillm.tools.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 SHORT = (

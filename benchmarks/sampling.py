@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, ModelConfig
-from minillm.provenance import provenance
+from minillm.tools.provenance import provenance
 
 PROMPT, NEW = 32, 128
 SHAPE = ModelConfig(

@@ -28,8 +28,8 @@ from minillm.io.conversations import open_conversations, split_conversations, wo
 from minillm.io.huggingface import load_model, save_model
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
-from minillm.provenance import provenance
-from minillm.runtime import Runtime, choose_dtype
+from minillm.run import Runtime, choose_dtype
+from minillm.tools.provenance import provenance
 from minillm.world import World
 
 ROOT = Path(__file__).parents[1]

@@ -22,8 +22,8 @@ os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from minillm.provenance import provenance
 from minillm.tokenizer import ENDOFTEXT, PATTERN, Tokenizer
+from minillm.tools.provenance import provenance
 
 
 def train_theirs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:

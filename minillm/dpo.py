@@ -11,15 +11,15 @@ Method: Rafailov et al. 2023, "DPO" (arXiv 2305.18290), equations 5 to 7.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.layout import before_tokens, on_grid, response_places
+from minillm.layout import flat_index, pad
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
-from minillm.rollout import taken_logprobs
 
 
 def implicit_rewards(
@@ -29,24 +29,18 @@ def implicit_rewards(
     return beta * (logprobs - ref_logprobs)
 
 
-def response_logprobs(
-    forward: Callable[..., Tensor], model: LanguageModel, batch: RankedBatch
-) -> Float[Tensor, " B"]:
+def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
-    mask, places = response_places(batch.begins, batch.ends)
-    hidden = before_tokens(forward(batch.tokens, batch.start, grid=batch.grid), places)
-    taken = batch.tokens.flatten()[places]
-    return on_grid(taken_logprobs(hidden, model, taken, 1.0, None)[0], mask).sum(dim=1)
+    mask, index = flat_index(batch.begins, batch.ends)
+    return pad(forward(batch.tokens, attend=batch.shared, of=index).logprobs, mask).sum(dim=1)
 
 
-def rewards_of(
-    forward: Callable[..., Tensor], policy: LanguageModel, ref: LanguageModel, beta: float
-) -> Scores:
+def rewards_of(forward: Callable[..., Any], ref: LanguageModel, beta: float) -> Scores:
     """The implicit rewards of a batch's responses. `forward` is the policy, or what wraps it."""
 
     def rewards(batch: RankedBatch) -> Float[Tensor, " B"]:
         with torch.no_grad():
-            ref_logprobs = response_logprobs(ref, ref, batch)
-        return implicit_rewards(response_logprobs(forward, policy, batch), ref_logprobs, beta)
+            ref_logprobs = response_logprobs(ref, batch)
+        return implicit_rewards(response_logprobs(forward, batch), ref_logprobs, beta)
 
     return rewards

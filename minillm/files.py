@@ -1,18 +1,19 @@
 """Files written whole or not at all; text and JSON read with errors in one line.
 
-A file is written beside its place, synced and renamed over the old one, so that a reader, or a machine
-that stops in between, finds the old file or the new one and never half of either.
+A file is written in a folder `.NAME.tmp` beside its place, synced and renamed over the old one, so that a
+reader, or a machine that stops in between, finds the old file or the new one and never half of either.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from minillm.errors import InputError
+from minillm.errors import InputError, reading, writing
 
 try:
     import fcntl
@@ -21,26 +22,38 @@ except ImportError:  # Windows
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, syncs it, and renames it into place.
+    """Lets `write` fill a temporary file, syncs it, and renames it to `path`.
 
     Raises InputError where the disk is full or the folder cannot be written; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); what was there before is unchanged; "
-            "free some space or choose another folder"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    scratch = scratch_of(path)
+    with writing(path, "what was there before is unchanged; free some space or choose another folder"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_scratch(scratch)  # of a process that was killed
+            scratch.mkdir()
+            file = scratch / "file"
+            write(file)
+            file.chmod(scratch.stat().st_mode & 0o666)  # as the umask has it, whatever the writer chose
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(file, path)
+            sync_folder(path.parent)
+        finally:
+            remove_scratch(scratch)
+
+
+def scratch_of(path: Path) -> Path:
+    """The folder in which a file is written."""
+    return path.with_name(f".{path.name[:60]}.tmp")
+
+
+def remove_scratch(path: Path) -> None:
+    """Removes what `write_atomically` left, in whatever form; a folder's contents with it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,12 +67,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises InputError where it cannot be read or is not UTF-8."""
-    try:
+    with reading(path, "check the folder; was it copied whole?"):
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the folder") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error.reason}); was it copied whole?") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,11 +94,12 @@ def sync_file(file: IO[Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def digest(*parts: Any) -> str:

@@ -1,7 +1,7 @@
-"""From a batch to a loss: the few lines between the model and the kernels.
+"""From a batch to a loss and its gradient, over micro-batches and processes.
 
-A loss is summed here and divided by the caller, which alone knows how many targets the whole step
-has over all micro-batches and processes. Losses are in nats; divided by the bytes that the targets
+A loss is summed over micro-batches and divided by the targets of the whole step, over all processes, so that
+the result is the same however the step is cut. Losses are in nats; divided by the bytes that the targets
 stand for they are comparable across tokenizers.
 """
 
@@ -10,31 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from kernels.cross_entropy import linear_cross_entropy
 from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel
-from minillm.runtime import Runtime
-
-
-def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The first position behind each position's document, from the documents' first positions.
-
-    Starts never fall along a row, so a document ends where the starts exceed its own.
-    """
-    start = start.contiguous()
-    return torch.searchsorted(start, start, right=True).to(start.dtype)
-
-
-def summed_loss(forward: Callable[..., Tensor], model: LanguageModel, batch: Batch) -> Float[Tensor, ""]:
-    """Σ -log p(target) over the batch. `forward` is the model, or what the runtime wrapped it in."""
-    end = None if model.config.causal else document_ends(batch.start)
-    hidden = forward(batch.tokens, batch.start, end)
-    return linear_cross_entropy(
-        hidden.flatten(0, 1), model.lm_head.weight, batch.targets.flatten(), IGNORED, reduction="sum"
-    )
+from minillm.run import Runtime
 
 
 def accumulate(
@@ -47,26 +28,21 @@ def accumulate(
 ) -> float:
     """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
 
-    `micro_batches` are this process's share of a step and `count` is the whole step's, so that the result
-    is the same however the step is shared out. DistributedDataParallel averages over processes, hence the
-    factor `world`.
+    `micro_batches` are this process's share of a step and `count` is the whole step's. `summed` calls
+    `forward`, which is the model or what wraps it. DistributedDataParallel averages over processes, hence
+    the factor `world_size`.
     """
     total = torch.zeros((), device=runtime.device)
     for number, micro in enumerate(micro_batches, start=1):
         with runtime.sync_gradients(forward, last=number == len(micro_batches)):
             loss = summed(micro)
-            (loss * (weight * runtime.world / count)).backward()
+            (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
     return runtime.total(total).item() / count
 
 
 def backward(
-    forward: Callable[..., Tensor],
-    model: LanguageModel,
-    batch: Batch,
-    micro_tokens: int,
-    runtime: Runtime,
-    weight: float = 1.0,
+    forward: Callable[..., Tensor], batch: Batch, micro_tokens: int, runtime: Runtime, weight: float = 1.0
 ) -> float:
     """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats a target.
 
@@ -74,13 +50,14 @@ def backward(
     most `micro_tokens`.
     """
     rows, row_tokens = batch.tokens.shape
-    begin, end = (rows * rank // runtime.world for rank in (runtime.rank, runtime.rank + 1))
+    begin, end = (rows * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
     micro_rows = max(1, micro_tokens // row_tokens)
     micros = [batch.rows(row, min(row + micro_rows, end)) for row in range(begin, end, micro_rows)]
     targets = max(1, int((batch.targets != IGNORED).sum()))
 
     def summed(micro: Batch) -> Tensor:
-        return summed_loss(forward, model, micro.to(runtime.device))
+        micro = micro.to(runtime.device)
+        return forward(micro.tokens, micro.start, targets=micro.targets)
 
     return accumulate(forward, summed, micros, targets, runtime, weight)
 
@@ -111,9 +88,10 @@ def held_out(
     """The loss over validation batches (on the CPU), shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     for i, batch in enumerate(batches):
-        if i % runtime.world == runtime.rank:
-            totals[0] += summed_loss(model, model, batch.to(runtime.device)).item()
+        if i % runtime.world_size == runtime.rank:
+            own = batch.to(runtime.device)
+            totals[0] += model(own.tokens, own.start, targets=own.targets).item()
             totals[1] += int((batch.targets != IGNORED).sum())
             totals[2] += target_bytes(batch, token_bytes)
-    nats, targets, size = runtime.total(totals.to(runtime.device)).tolist()
+    nats, targets, size = runtime.total(totals).tolist()
     return HeldOut(nats / max(1, targets), nats / max(1, size))

@@ -20,15 +20,19 @@ Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the scalar head and its firs
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.errors import InputError
 
 
@@ -136,56 +140,93 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
 
 
 def rotate(
-    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]
+    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "... T half"], sin: Float[Tensor, "... T half"]
 ) -> Float[Tensor, "B heads T C"]:
     """Turns the channel pairs (i, i + C/2) of every position by that position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Rows in which the tokens [1, T] stand for attention, some of them many times: texts that begin alike
-    share their beginning, and everything but attention is computed once for it. Bounds are of these rows."""
+@runtime_checkable
+class Attend(Protocol):
+    """How queries meet keys where not within their own rows: `KVCache`, layout.SharedPrompts."""
 
-    positions: Int[Tensor, " T"]
-    """Of each token in its text."""
-    places: Int[Tensor, "R W"]
-    """Which token stands there."""
-    back: Int[Tensor, " T"]
-    """Where each token stands, the rows end to end; where in several places, in any of them."""
+    def positions(self, T: int) -> Int[Tensor, "... T"]:
+        """Of the next T tokens of each row, in their texts: [T], or [B, 1, T] where rows differ."""
 
-    def to(self, device: torch.device | str) -> "Grid":
-        """The same on `device`."""
-        return Grid(*(tensor.to(device) for tensor in vars(self).values()))
-
-    def spread(self, x: Float[Tensor, "1 heads T C"]) -> Float[Tensor, "R heads W C"]:
-        """Everything that is known of the tokens, at their places."""
-        heads, T = x.shape[1:3]
-        return _rows(
-            x.flatten(0, 2), self.places[:, None] + T * torch.arange(heads, device=x.device)[:, None]
-        )
-
-    def gathered(self, x: Float[Tensor, "R W D"]) -> Float[Tensor, "1 T D"]:
-        """What was found for each token."""
-        return _rows(x.flatten(0, 1), self.back[None])
+    def __call__(
+        self,
+        block: int,
+        q: Float[Tensor, "B H T C"],
+        k: Float[Tensor, "B K T C"],
+        v: Float[Tensor, "B K T C"],
+    ) -> Float[Tensor, "B H T C"]:
+        """What each query of the block gathers."""
 
 
-def _rows(x: Float[Tensor, "M C"], index: Int[Tensor, "*X"]) -> Float[Tensor, "*X C"]:
-    """x[index], by an operation whose gradient is fast on a CPU, too."""
-    return x.gather(0, index.flatten()[:, None].expand(-1, x.shape[1])).view(*index.shape, -1)
+class KVCache:
+    """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
 
+    Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
+    the row's next tokens overwrite it. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
+    """
 
-@dataclass(frozen=True)
-class Context:
-    """What every layer of one forward pass shares: rotary angles, attention bounds, the rows they bound."""
+    lengths: Int[Tensor, "B"]
+    longest: int  # the largest of them, known without asking the device
+    ragged: bool  # whether they differ
 
-    cos: Float[Tensor, "T half"]
-    sin: Float[Tensor, "T half"]
-    start: Int[Tensor, "R W"] | None
-    end: Int[Tensor, "R W"] | None
-    grid: Grid | None
-    causal: bool
+    def __init__(self, model: "LanguageModel", rows: int, size: int) -> None:
+        """Room for `rows` rows of at most `size` tokens. To be used under torch.inference_mode()."""
+        config, device = model.config, model.lm_head.weight.device
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
+        self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
+        self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
+
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
+        hidden = self.model(tokens, attend=self)
+        self.place(lengths, tokens.shape[1])
+        return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+
+    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Appends one token to every row; the logits behind it."""
+        hidden = self.model(tokens[:, None], attend=self)
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        return self.model.logits(hidden[:, 0])
+
+    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+        """Drops every row that is not marked in `rows`."""
+        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
+        self.place(lengths, int(lengths.max()))
+
+    def place(self, lengths: Int[Tensor, "B"], longest: int) -> None:
+        """Sets how many tokens each row holds."""
+        self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
+
+    def positions(self, T: int) -> Int[Tensor, "B 1 T"]:
+        """The next T of each row; settles for this forward pass where they are kept and what they see."""
+        _, _, B, K, size, _ = self.kept.shape
+        positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
+        heads = torch.arange(B * K, device=self.lengths.device).view(B, K, 1)
+        self.slots = (heads * size + positions).flatten()
+        # In rows of equal lengths the queries are the last of all keys: that is what causal means.
+        self.end = positions[:, 0].int() + 1 if self.ragged else None
+        return positions
+
+    def __call__(
+        self,
+        block: int,
+        q: Float[Tensor, "B H T C"],
+        k: Float[Tensor, "B K T C"],
+        v: Float[Tensor, "B K T C"],
+    ) -> Float[Tensor, "B H T C"]:
+        """The attention of one block: keeps the new keys and values and looks at all that are kept."""
+        C, seen = q.shape[3], self.longest + q.shape[2]
+        keys, values = self.kept[0, block], self.kept[1, block]
+        keys.view(-1, C).index_copy_(0, self.slots, k.reshape(-1, C))
+        values.view(-1, C).index_copy_(0, self.slots, v.reshape(-1, C))
+        keys, values = keys[:, :, :seen], values[:, :, :seen]
+        return attention(q, keys, values, end=self.end, causal=self.end is None)
 
 
 class Attention(nn.Module):
@@ -200,17 +241,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]
+    ) -> Float[Tensor, "B T D"]:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if context.grid:
-            q, k, v = map(context.grid.spread, (q, k, v))
-        seen = attention(q, k, v, start=context.start, end=context.end, causal=context.causal)
-        seen = seen.transpose(1, 2).flatten(2)
-        return self.o_proj(context.grid.gathered(seen) if context.grid else seen)
+        seen = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(seen.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -232,8 +271,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        x = x + self.self_attn(self.input_layernorm(x), context)
+    def forward(
+        self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]
+    ) -> Float[Tensor, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -254,28 +295,51 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "R W"] | None = None,
-        end: Int[Tensor, "R W"] | None = None,
-        grid: Grid | None = None,
+        start: Int[Tensor, "B T"] | None = None,
+        attend: Attend | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the last norm.
 
-        Position t attends to start[b, t] ≤ s < end[b, t] and, in a causal model, to no s > t. The rows [R, W]
-        of the bounds are those of the tokens [B, T], or of the grid in which the tokens [1, T] stand.
+        A position sees its document, which begins at start[b, t] (without `start` each row is one), in a
+        causal model up to itself; or what `attend` lets it see.
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
+        T = tokens.shape[1]
+        positions = torch.arange(T, device=tokens.device) if attend is None else attend.positions(T)
         # Angles in float32: bfloat16 cannot tell position 256 from 257.
-        positions = grid.positions if grid else torch.arange(tokens.shape[1], device=tokens.device)
-        angles = positions[:, None] * self.frequencies
+        angles = positions[..., None] * self.frequencies
         cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
-        context = Context(cos, sin, start, end, grid, self.config.causal)
-        for layer in self.layers:
-            x = layer(x, context)
+        end = None if start is None or self.config.causal else document_ends(start)
+        within = partial(attention, start=start, end=end, causal=self.config.causal)
+        for number, block in enumerate(self.layers):
+            x = block(x, cos, sin, within if attend is None else partial(attend, number))
         return self.norm(x)
 
 
+def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """The end (exclusive) of each position's document, from the documents' first positions.
+
+    Starts never fall along a row, so a document ends where the starts exceed its own.
+    """
+    start = start.contiguous()
+    return torch.searchsorted(start, start, right=True).to(start.dtype)
+
+
+class TokenLogprobs(NamedTuple):
+    """Of some tokens, and of the distributions they were chosen from, in nats."""
+
+    logprobs: Float[Tensor, " N"]
+    entropy: Float[Tensor, " N"]
+    kl: Float[Tensor, " N"] | None
+    """KL(model || reference), exact over the vocabulary; None without a reference."""
+
+
 class LanguageModel(nn.Module):
-    """The decoder with an output matrix: `lm_head.weight` [V, D] turns hidden states to logits."""
+    """The decoder with an output matrix: `lm_head.weight` [V, D] turns hidden states to logits.
+
+    Losses and log-probabilities are computed in the forward pass, by kernels that never hold the logits of
+    all positions; so whatever wraps the model (DistributedDataParallel, torch.compile) wraps all of it.
+    """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -289,12 +353,47 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "R W"] | None = None,
-        end: Int[Tensor, "R W"] | None = None,
-        grid: Grid | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Hidden states [B, T, D]; see `Decoder.forward`."""
-        return self.model(tokens, start, end, grid)
+        start: Int[Tensor, "B T"] | None = None,
+        attend: Attend | None = None,
+        *,
+        targets: Int[Tensor, "B T"] | None = None,
+        of: Int[Tensor, " N"] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Hidden states [B, T, D] (see `Decoder.forward`), or what is asked of them.
+
+        With `targets`: Σ -log p(target), a scalar, targets of -100 left out. With `of`, an index into the
+        flattened tokens: `token_logprobs` of those tokens, each from the state before it.
+        """
+        hidden = self.model(tokens, start, attend).flatten(0, 1)
+        if targets is not None:
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
+        if of is not None:
+            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], **options)
+        return hidden.view(*tokens.shape, -1)
+
+    def token_logprobs(
+        self,
+        hidden: Float[Tensor, "N D"],
+        tokens: Int[Tensor, " N"],
+        temperature: float = 1.0,
+        allowed: Bool[Tensor, "N V"] | None = None,
+        reference: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
+    ) -> TokenLogprobs:
+        """Of one token behind each hidden state, under softmax(logits / temperature) over `allowed`.
+
+        `reference`: the hidden states of another model and its output matrix, for the KL to it, which is
+        over all tokens, allowed or not.
+        """
+        weight, kl = self.lm_head.weight, None
+        if allowed is None:
+            logprobs, entropy = linear_token_logprobs(hidden, weight, tokens, temperature)
+        else:
+            logits = self.logits(hidden).masked_fill(~allowed, -torch.inf)
+            logprobs, entropy = token_logprobs(logits, tokens, temperature)
+        if reference:
+            kl = linear_kl(hidden / temperature, weight, reference[0] / temperature, reference[1])
+        return TokenLogprobs(logprobs, entropy, kl)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in float32, for sampling: ask for one position, not for a batch."""
@@ -320,12 +419,11 @@ class ScalarModel(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
-        start: Int[Tensor, "R W"] | None = None,
-        end: Int[Tensor, "R W"] | None = None,
-        grid: Grid | None = None,
+        start: Int[Tensor, "B T"] | None = None,
+        attend: Attend | None = None,
     ) -> Float[Tensor, "B T"]:
-        """A value for every token, in the weights' precision; for the bounds see `Decoder.forward`."""
-        hidden = self.model(tokens, start, end, grid)
+        """A value for every token, in the weights' precision; for `start` and `attend` see `Decoder`."""
+        hidden = self.model(tokens, start, attend)
         # Differences of scores count: bfloat16 would leave them two or three digits.
         return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1) + self.bias
 

@@ -4,7 +4,7 @@ The matrices inside the blocks go to Muon (torch.optim.Muon: momentum, then the 
 matrix by five Newton-Schulz steps); the embedding, the output matrix and the norms go to AdamW.
 `optimizer="adamw"` gives everything to AdamW.
 
-    rate(step) = base · warm-up(step) · decay(step)
+    learning rate(step) = base · warm-up(step) · decay(step)
 
 Left out: per-layer rates, schedules other than linear. Sources: Muon, Jordan et al. 2024
 (kellerjordan.github.io/posts/muon); AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """Base learning rates, and what else the two optimizers ask for."""
 
     matrix: float
@@ -97,7 +97,7 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: nn.Module, rates: Rates, optimizer: str = "muon", eps: float = 1e-10
+    model: nn.Module, rates: LearningRates, optimizer: str = "muon", eps: float = 1e-10
 ) -> Optimizers:
     """Every parameter of the model in exactly one group. `optimizer` is "muon" or "adamw", `eps` Adam's."""
     matrices, embeddings, norms = [], [], []
@@ -119,7 +119,7 @@ def build_optimizers(
     return Optimizers([torch.optim.Muon([blocks], momentum=0.95), torch.optim.AdamW(groups, **adamw)])
 
 
-def rate_multiplier(step: int, steps: int, warmup: int, decay: float) -> float:
+def lr_schedule(step: int, steps: int, warmup: int, decay: float) -> float:
     """The share of the base rates at `step` of 0 … steps-1.
 
     Rises linearly over the first `warmup` steps, stays at 1, and falls linearly towards 0 over the

@@ -1,19 +1,23 @@
 """From the command line to one frozen dataclass of options.
 
-tyro reads the dataclass: its fields are the flags, the line under each field is its help. Here stand
-the options that every training script has, and what tyro does not do: errors in one line, and
-`--resume`, which reads the stored options of the run as a command line before the new one; an option
-given again is compared with the run's.
+tyro reads the dataclass: its fields are the flags. Here stand the options that every training script has,
+and what tyro does not do: errors in one line, old names of flags, and `--resume`, for which the stored
+options of the run are the defaults; an option given again is compared with them.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import math
+import os
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -56,6 +60,11 @@ class TrainingOptions:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send the metrics there."""
 
+    free_to_change: ClassVar[frozenset[str]] = frozenset(
+        {"resume", "overwrite", "out", "device", "tracker", "cache", "workers", "micro_tokens", "save_every"}
+    )
+    """Options that may differ between a run and its continuation: none of them changes what is learned."""
+
     @property
     def folder(self) -> Path:
         """Where the run is: --out itself, unless a script keeps several runs there."""
@@ -65,6 +74,8 @@ class TrainingOptions:
         self.require_counts("micro_tokens", "val_every", "save_every")
         self.require_positive("clip")
         self.require_not_negative("weight_decay", "warmup", "decay", "seed")
+        self._require(("decay",), lambda value: value <= 1, "a share from 0 to 1")
+        self._require(("seed",), lambda value: value < 2**63, "a number below 2^63")
         if self.resume and self.overwrite:
             raise InputError("--resume --overwrite: go on with the run or replace it, not both")
 
@@ -107,6 +118,10 @@ class DataOptions(TrainingOptions):
     """Where tokenized text is kept between runs."""
     workers: int = 1
     """Processes that tokenize."""
+
+    free_to_change: ClassVar[frozenset[str]] = TrainingOptions.free_to_change | {
+        "val_every", "val_tokens", "samples", "eval_prompts",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,30 +221,46 @@ class PolicyOptions(TrainingOptions):
         return self.group or (1 if self.algorithm in ("ppo", "dpo") else 8)
 
 
-FREE_TO_CHANGE = frozenset({"resume", "overwrite", "out", "device", "tracker", "cache", "workers"})
-"""Options that may differ between a run and its continuation: none of them changes a result."""
+RENAMED = {
+    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
+    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
+    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
+}  # fmt: skip
+"""Options by their old names, which work for one release where a script has the new one."""
+REUSED = {"target_kl": 1.0}
+"""Old names that now mean another option, and the value from which only the old meaning makes sense."""
+GROWING = frozenset({"steps", "iterations"})
+"""Options that a continuation may raise, so that a finished run goes on."""
+PATHS = frozenset(
+    {"out", "init", "cache", "data", "text", "models", "reward", "rankings", "judge", "judge_model",
+     "principles", "run", "runs"}
+)  # fmt: skip
+"""Options whose values are places, in which ~ is the home folder."""
 
 
 def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     """The options of a script; InputError for a flag or a value that does not fit.
 
     With `--resume`, where a script has it, every option not given is the stored run's; one given with
-    another value is refused by name.
+    another value is refused by name, unless it changes no weight or asks for more steps.
     """
+    if {"-h", "--help"} & set(arguments):
+        from minillm.tools.help import print_help
+
+        print_help(kind)
+        raise SystemExit(0)
+    arguments = _with_new_names(kind, arguments)
     given = _parse(kind, arguments)
     if not getattr(given, "resume", False):
         return given
-    path = given.folder / "run.json"
-    earlier = _stored_arguments(kind, path)
-    try:
-        stored = _parse(kind, earlier)
-    except InputError as error:
-        raise InputError(f"{path}: holds an option that does not fit ({error})") from None
-    resumed = _parse(kind, [*earlier, *arguments])  # of a flag given twice, the second counts
+    stored = stored_options(kind, given.folder / "run.json")
+    resumed = _parse(kind, arguments, replace(stored, out=given.out, resume=False, overwrite=False))
     changed = [
-        f"--{name.replace('_', '-')} {value} (was {getattr(stored, name)})"
-        for name, value in asdict(resumed).items()
-        if name not in FREE_TO_CHANGE and value != getattr(stored, name)
+        f"--{field.name.replace('_', '-')} {value} (was {before})"
+        for field in fields(kind)
+        if (value := getattr(resumed, field.name)) != (before := getattr(stored, field.name))
+        and field.name not in kind.free_to_change
+        and not (field.name in GROWING and value and value > (before or 0))
     ]
     if changed:
         raise InputError(f"{given.folder}: cannot resume with other options: {', '.join(changed)}")
@@ -241,44 +272,91 @@ def options_json(options: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options), default=str))
 
 
-def _parse(kind: type[Any], arguments: list[str]) -> Any:
+def stored_options(kind: type[Any], path: Path) -> Any:
+    """The options that a run.json holds. InputError where they are not of this kind."""
+    if not path.exists():
+        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
+    stored, kinds = read_json(path).get("options"), get_type_hints(kind)
+    names = {field.name for field in fields(kind)}
+    if isinstance(stored, dict) and not stored.keys() <= names:  # perhaps of the release before
+        stored = {RENAMED.get(name, name): value for name, value in stored.items()}
+    if not isinstance(stored, dict) or not stored.keys() <= names:
+        raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
+    try:
+        return kind(**{name: _typed(name, value, kinds[name]) for name, value in stored.items()})
+    except (InputError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: holds an option that does not fit ({error})") from None
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
+    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_typed(name, item, get_args(option)[0]) for item in value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    raise TypeError(f"{name} is {value!r:.60}")
+
+
+def _with_new_names(kind: type[Any], arguments: list[str]) -> list[str]:
+    """The command line with the new names of renamed options; says so for each."""
+    names, words = {field.name for field in fields(kind)}, list(arguments)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        old = flag.removeprefix("--").replace("-", "_")
+        new = RENAMED.get(old)
+        if not flag.startswith("--") or new not in names:
+            continue
+        if old not in names:
+            words[i] = f"--{new.replace('_', '-')}{equals}{value}"
+            _note(f"{flag} is now --{new.replace('_', '-')}; the old name works for one more release")
+        elif old in REUSED:
+            _check_meaning(old, new, value if equals else "".join(words[i + 1 : i + 2]))
+    return words
+
+
+def _check_meaning(old: str, new: str, value: str) -> None:
+    """Says what a reused name means; InputError where its old meaning must have been meant."""
+    before = next(name for name, now in RENAMED.items() if now == old)
+    was, now, then = (f"--{name.replace('_', '-')}" for name in (before, old, new))
+    meaning = f"{now} is now what {was} was; what it was itself is {then}"
+    with contextlib.suppress(ValueError):
+        if float(value) >= REUSED[old]:
+            raise InputError(f"{now} {value}: {meaning}; give {then} {value}, or less than {REUSED[old]:g}")
+    _note(meaning)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _parse(kind: type[Any], arguments: list[str], default: Any = None) -> Any:
+    """The options of a command line, with the defaults of the class or of an instance."""
     printed = io.StringIO()
+    how = {"config": (tyro.conf.FlagCreatePairsOff,)} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
+            options: Any = tyro.cli(kind, args=arguments, **how)  # type: ignore[call-overload]
+    except SystemExit:
         raise InputError(f"{_first_message(printed.getvalue())}; see --help") from None
+    places = {f.name: _expanded(getattr(options, f.name)) for f in fields(kind) if f.name in PATHS}
+    changed = {name: place for name, place in places.items() if place != getattr(options, name)}
+    return replace(options, **changed) if changed else options
+
+
+def _expanded(value: Any) -> Any:
+    """A place, or several, each perhaps as NAME=PLACE, with the home folder for ~."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    home = os.path.expanduser("~")
+    return re.sub(r"^([^/~]*=)?~(?=/|$)", lambda m: (m[1] or "") + home, value) if value else value
 
 
 def _first_message(box: str) -> str:
     """What tyro says inside its frame, up to the first ruler, as one line."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
-    body = []
-    for line in lines:
-        if line.startswith("──"):
-            break
-        body.append(line)
-    return " ".join(body)
-
-
-def _stored_arguments(kind: type[Any], path: Path) -> list[str]:
-    """The command line that gives the options of a run, without what is said anew at each sitting."""
-    if not path.exists():
-        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
-    stored = read_json(path).get("options")
-    if not isinstance(stored, dict) or not stored.keys() <= {field.name for field in fields(kind)}:
-        raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
-    arguments = []
-    for field in fields(kind):
-        value, flag = stored.get(field.name, field.default), field.name.replace("_", "-")
-        if value == field.default or field.name in ("resume", "overwrite", "out"):
-            continue
-        if field.type is bool:
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            arguments += [f"--{flag}", *map(str, value)]
-        else:
-            arguments.append(f"--{flag}={value}")
-    return arguments
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))

@@ -17,14 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.logprob import linear_kl
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.grpo import group_advantages, grpo_losses
-from minillm.layout import before_tokens
+from minillm.layout import gather_previous
 from minillm.loss import accumulate, backward
 from minillm.model import LanguageModel, ScalarModel
-from minillm.optim import Optimizers, Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, Optimizers, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions
 from minillm.ppo import (
     Moments,
@@ -41,9 +40,8 @@ from minillm.ppo import (
     whiten,
 )
 from minillm.responses import seed_of
-from minillm.rollout import Observers, Prompt, Rollout, taken_logprobs
-from minillm.run import Run
-from minillm.runtime import Runtime
+from minillm.rollout import Observers, Prompt, Rollout
+from minillm.run import Run, Runtime
 
 Minibatches = list[list[Rollout]]
 
@@ -135,7 +133,7 @@ def roll_out(
     runtime, step = run.runtime, run.state.step
     order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
     shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
-    own = [i for share in shares for i in share[runtime.rank :: runtime.world]]
+    own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
     asked = [(i, k) for i in own for k in range(options.samples)]
     seeds = [seed_of(options.seed, step, i * options.samples + k, 0) for i, k in asked]
 
@@ -207,7 +205,7 @@ def policy_optimizers(networks: Networks, options: PolicyOptions) -> Optimizers:
     """One AdamW for the policy and one for the critic: while that learns alone, the other has no state."""
     # Embedding and output matrix at the rate of the rest: SFT brought new tokens, this brings none.
     rate = options.policy_rate
-    rates = Rates(rate, rate, 0.1 * rate, options.weight_decay)
+    rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
     moving = filter(None, (networks.policy, networks.critic))
     return Optimizers([o for m in moving for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])
 
@@ -249,9 +247,7 @@ class Update:
             parts["policy_loss"] = accumulate(self.policy, self._policy_loss, minibatch, tokens, runtime)
             if self.progress.text:
                 batch = self.progress.text.next_rows(self._text_rows(self.progress.text))
-                parts["text_loss"] = backward(
-                    self.policy, self.networks.policy, batch, options.micro_tokens, runtime, options.ptx
-                )
+                parts["text_loss"] = backward(self.policy, batch, options.micro_tokens, runtime, options.ptx)
         if self.critic:
             parts["value_loss"] = accumulate(
                 self.critic, self._value_loss, minibatch, tokens, runtime, options.value_weight
@@ -271,34 +267,37 @@ class Update:
         """The share of the base rates at an update of this step."""
         options, each = self.options, self.options.inner_epochs * self.options.minibatches
         done = self.run.state.step * each + update
-        return rate_multiplier(done, options.iterations * each, options.warmup, options.decay)
+        return lr_schedule(done, options.iterations * each, options.warmup, options.decay)
 
     def _policy_loss(self, experience: Experience) -> Float[Tensor, ""]:
         rollout, options, T = experience.rollout, self.options, self.observers.sampling.temperature
-        hidden = before_tokens(self.policy(rollout.tokens, rollout.start), rollout.places)
-        logprobs, _ = taken_logprobs(hidden, self.networks.policy, rollout.taken, T, rollout.allowed)
+        logprobs, _, exact_kl = self.policy(
+            rollout.tokens, rollout.start, of=rollout.places, temperature=T, allowed=rollout.allowed,
+            reference=self._reference(rollout),
+        )  # fmt: skip
         old = rollout.logprobs[rollout.mask]
         self._record(logprobs.detach(), old, experience.advantages)
         if options.algorithm == "ppo":
             return policy_losses(logprobs, old, experience.advantages, options.ratio_clip).sum()
-        kl = self._kl(logprobs, hidden, rollout)
+        kl = exact_kl
+        if kl is None:
+            estimate = {"k2": k2, "k3": k3}[options.kl_estimator]
+            kl = estimate(logprobs, rollout.ref_logprobs[rollout.mask])
         losses = grpo_losses(logprobs, old, experience.advantages, kl, options.ratio_clip, self.progress.beta)
         return losses.sum()
 
-    def _kl(self, logprobs: Tensor, hidden: Tensor, rollout: Rollout) -> Float[Tensor, " N"]:
-        """The KL to the reference that GRPO's loss holds, with its gradient."""
-        if self.options.kl_estimator != "exact":
-            estimate = {"k2": k2, "k3": k3}[self.options.kl_estimator]
-            return estimate(logprobs, rollout.ref_logprobs[rollout.mask])
-        ref, T = self.observers.ref, self.observers.sampling.temperature
+    def _reference(self, rollout: Rollout) -> tuple[Tensor, Tensor] | None:
+        """The reference's hidden states and output matrix, where GRPO's loss holds the exact KL to it."""
+        if self.options.algorithm == "ppo" or self.options.kl_estimator != "exact":
+            return None
+        ref = self.observers.ref
         with torch.no_grad():
-            ref_hidden = before_tokens(ref(rollout.tokens, rollout.start), rollout.places)
-        return linear_kl(hidden / T, self.networks.policy.lm_head.weight, ref_hidden / T, ref.lm_head.weight)
+            return gather_previous(ref(rollout.tokens, rollout.start), rollout.places), ref.lm_head.weight
 
     def _value_loss(self, experience: Experience) -> Float[Tensor, ""]:
         assert self.critic is not None
         rollout = experience.rollout
-        values = before_tokens(self.critic(rollout.tokens, rollout.start), rollout.places)
+        values = gather_previous(self.critic(rollout.tokens, rollout.start), rollout.places)
         old = rollout.values[rollout.mask]
         return value_losses(values, old, experience.returns, self.options.value_clip).sum()
 

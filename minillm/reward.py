@@ -31,18 +31,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.files import digest
 from minillm.io.template import ChatTemplate
-from minillm.layout import forward_passes, lay_out, lay_out_sets, on_grid, response_places
+from minillm.layout import SharedPrompts, flat_index, forward_passes, pack_rows, pack_sets, pad
 from minillm.loss import accumulate
-from minillm.model import Grid, ScalarModel
+from minillm.model import ScalarModel
 from minillm.preferences import Ranking
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 # ---- Rankings -> rows
 
@@ -148,7 +148,7 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for some in forward_passes(order, rows, batch_tokens):
-        tokens, start, begins = lay_out(rows, some)
+        tokens, start, begins = pack_rows(rows, some)
         numbers = list(chain(*some))
         last = begins + torch.tensor([len(rows[i]) for i in numbers]) - 1
         found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
@@ -189,13 +189,12 @@ class RankedBatch:
     """The responses of some sets behind their prompts, and the pairs among them that are not tied."""
 
     tokens: Int64[Tensor, "1 T"]
-    start: Int32[Tensor, "R W"]
-    grid: Grid
-    """A prompt is there once among the tokens, and before each of its responses in the rows for attention."""
+    shared: SharedPrompts
+    """A prompt is there once among the tokens, and attended to by each of its responses."""
     begins: Int64[Tensor, " B"]
-    """The place of each response's first token among the tokens."""
+    """The index of each response's first token."""
     ends: Int64[Tensor, " B"]
-    """The place behind its last."""
+    """Its end (exclusive)."""
     better: Int64[Tensor, " M"]
     worse: Int64[Tensor, " M"]
     weight: Float[Tensor, " M"]
@@ -208,7 +207,7 @@ class RankedBatch:
 
 def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
     """Some sets as one batch: response b is the b-th of all."""
-    tokens, start, grid, begins = lay_out_sets([one.rows for one in encoded], [one.common for one in encoded])
+    tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.common for one in encoded])
     starts: list[int] = []
     lengths: list[int] = []
     pairs: list[tuple[int, int]] = []
@@ -225,7 +224,7 @@ def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
         lengths += map(len, one.rows)
     better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
     return RankedBatch(
-        tokens, start, grid, begins + torch.tensor(starts), begins + torch.tensor(lengths),
+        tokens, shared, begins + torch.tensor(starts), begins + torch.tensor(lengths),
         better, worse, torch.tensor(weights, dtype=torch.float32),
     )  # fmt: skip
 
@@ -249,16 +248,16 @@ Scores = Callable[[RankedBatch], Tensor]
 
 def scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
-    return lambda batch: forward(batch.tokens, batch.start, grid=batch.grid).flatten()[batch.ends - 1]
+    return lambda batch: forward(batch.tokens, attend=batch.shared).flatten()[batch.ends - 1]
 
 
 def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
     """A reward model's scores, and the means of its values over the responses: [2, B]."""
 
     def scores(batch: RankedBatch) -> Tensor:
-        values = forward(batch.tokens, batch.start, grid=batch.grid).flatten()
-        mask, places = response_places(batch.begins, batch.ends)
-        sums = on_grid(values[places], mask).sum(1)
+        values = forward(batch.tokens, attend=batch.shared).flatten()
+        mask, index = flat_index(batch.begins, batch.ends)
+        sums = pad(values[index], mask).sum(1)
         return torch.stack((values[batch.ends - 1], sums / mask.sum(1)))
 
     return scores
@@ -275,7 +274,7 @@ def ranking_backward(
 
     `scores` calls `forward`. Each process takes every world-th set, by size: the work is shared evenly.
     """
-    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world]
+    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
     def summed(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro).to(runtime.device)
@@ -300,13 +299,13 @@ def held_out_rankings(
 ) -> HeldOutRankings:
     """Loss and accuracy over all rankings of these sets, shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for micro in micro_batches(encoded[runtime.rank :: runtime.world], micro_tokens):
+    for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
         batch = collate(micro).to(runtime.device)
         found = scores(batch)
         totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()
         totals[1] += (1 + (found[batch.better] - found[batch.worse]).sign()).sum().item() / 2
         totals[2] += len(batch.better)
-    nats, right, pairs = runtime.total(totals.to(runtime.device)).tolist()
+    nats, right, pairs = runtime.total(totals).tolist()
     return HeldOutRankings(nats / max(1, len(encoded)), right / max(1, pairs))
 
 

@@ -21,17 +21,16 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.data import Shuffled
 from minillm.files import digest
 from minillm.generate import SamplingOptions, filter_logits
 from minillm.io.template import ChatTemplate
-from minillm.layout import before_tokens, forward_passes, lay_out, on_grid, response_places
+from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
 from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import Message
 from minillm.responses import Question, Responses, sample_responses, seed_of
 from minillm.reward import score_rows
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
 # ---- Prompts
@@ -67,30 +66,14 @@ def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
 
 def allowed_tokens(
     hidden: Float[Tensor, "N D"], model: LanguageModel, taken: Int64[Tensor, " N"], sampling: SamplingOptions
-) -> Bool[Tensor, "N V"] | None:
-    """What top-k and top-p left to choose from; None where all tokens were.
+) -> Bool[Tensor, "N V"]:
+    """What top-k and top-p left to choose from.
 
     The token taken always belongs to it: at the edge of a nucleus another pass may round otherwise.
     """
-    if not sampling.top_k and sampling.top_p == 1:
-        return None
     logits = model.logits(hidden) / sampling.temperature
     kept = filter_logits(logits, sampling.top_k, sampling.top_p) > -torch.inf
     return kept.scatter(1, taken[:, None], True)
-
-
-def taken_logprobs(
-    hidden: Float[Tensor, "N D"],
-    model: LanguageModel,
-    taken: Int64[Tensor, " N"],
-    temperature: float,
-    allowed: Bool[Tensor, "N V"] | None,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """(log-probability of each token taken, entropy) of softmax(logits / temperature) over `allowed`."""
-    if allowed is None:
-        return linear_token_logprobs(hidden, model.lm_head.weight, taken, temperature)
-    logits = model.logits(hidden).masked_fill(~allowed, -torch.inf)
-    return token_logprobs(logits, taken, temperature)
 
 
 # ---- Responses -> rollouts
@@ -143,27 +126,30 @@ def observe(
     numbers = [i for row in rows for i in row]
     lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
     prompt_lengths = torch.tensor([responses.prompt_lengths[i] for i in numbers])
-    tokens, start, begins = lay_out(responses.rows, rows)
-    mask, places = response_places(begins + prompt_lengths, begins + lengths)
-    tokens, start, mask, places = (t.to(device) for t in (tokens, start, mask, places))
-    taken = tokens.flatten()[places]
-    hidden, ref_hidden = (before_tokens(m(tokens, start), places) for m in (policy, ref))
-    allowed = allowed_tokens(hidden, policy, taken, sampling)
-    logprobs, entropy = taken_logprobs(hidden, policy, taken, T, allowed)
-    ref_logprobs, _ = taken_logprobs(ref_hidden, ref, taken, T, allowed)
-    kl = linear_kl(hidden / T, policy.lm_head.weight, ref_hidden / T, ref.lm_head.weight)
-    values = before_tokens(critic(tokens, start), places) if critic else torch.zeros_like(logprobs)
+    tokens, start, begins = pack_rows(responses.rows, rows)
+    mask, index = flat_index(begins + prompt_lengths, begins + lengths)
+    tokens, start, mask, index = (t.to(device) for t in (tokens, start, mask, index))
+    allowed = None
+    if sampling.top_k or sampling.top_p < 1:
+        hidden = gather_previous(policy(tokens, start), index)
+        allowed = allowed_tokens(hidden, policy, tokens.flatten()[index], sampling)
+    ref_hidden = gather_previous(ref(tokens, start), index)
+    ref_logprobs = ref.token_logprobs(ref_hidden, tokens.flatten()[index], T, allowed).logprobs
+    own = policy(
+        tokens, start, of=index, temperature=T, allowed=allowed, reference=(ref_hidden, ref.lm_head.weight)
+    )
+    values = gather_previous(critic(tokens, start), index) if critic else torch.zeros_like(own.logprobs)
     return Rollout(
         numbers=numbers,
         tokens=tokens,
         start=start,
-        places=places,
+        places=index,
         mask=mask,
-        logprobs=on_grid(logprobs, mask),
-        ref_logprobs=on_grid(ref_logprobs, mask),
-        kl=on_grid(kl, mask),
-        entropy=on_grid(entropy, mask),
-        values=on_grid(values, mask),
+        logprobs=pad(own.logprobs, mask),
+        ref_logprobs=pad(ref_logprobs, mask),
+        kl=pad(own.kl, mask),
+        entropy=pad(own.entropy, mask),
+        values=pad(values, mask),
         scores=torch.tensor([scores[i] for i in numbers], device=device),
         allowed=allowed,
     )
@@ -259,7 +245,7 @@ def held_out_figures(
 ) -> dict[str, float]:
     """Figures of one sampled response to each prompt, with the same seeds every time."""
     seeds = [seed_of(seed, i, 0, 1) for i in range(len(prompts))]
-    own = slice(runtime.rank, None, runtime.world)
+    own = slice(runtime.rank, None, runtime.world_size)
     responses = observers.sample(policy, prompts[own], seeds[own])
     numbers = range(len(responses.rows))
     rollouts = observers.rollouts(policy, None, responses, observers.scores(responses), numbers)

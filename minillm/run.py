@@ -1,38 +1,527 @@
-"""A run under way: what every script does around its training loop, whatever it trains.
+"""A run and its folder: where it computes, what it tells, what it leaves, how it stops and goes on.
 
-    run = Run("train", options, runtime)        refuses to mix two runs, knows whether it resumes one
-    ...                                         data, model, state
-    with run.training(state, steps, save_model):
-        while run.goes_on():
-            ...                                 one update: the script's own lines
-            run.log_step(tokens, loss=loss, ...)
-            if run.due(val_every): ...
-            if run.due(save_every): run.save()
-        run.end()
+    with start_runtime(device, precision) as runtime:     the device, and the processes that share the work
+        run = Run("train", options, runtime)              claims the folder; knows whether it resumes a run
+        ...                                               data, model, state
+        with run.training(state, steps, save_model):
+            while run.goes_on():
+                ...                                       one update: the script's own lines
+                run.log_step(tokens, loss=loss, ...)
+                if run.due(val_every): ...
+                if run.due(save_every): run.save()
+            run.end()
 
-The loop itself stands in the script. Here stand the clock, the log, the restart points, Ctrl-C and
-the refusal of numbers that are no longer finite.
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json    huggingface.py
+    run.json                  every option, versions, commit and hardware
+    metrics.jsonl  loss.png   what happened
+    resume/state.safetensors  all that an exact restart needs: weights, optimizer and position are in one
+                              file, so that they can never belong to different steps
+
+Every process of a run prepares the same global batch and takes its own rows, so the result does not depend
+on how many there are. No pickle anywhere. Left out: sharded weights, several nodes with different devices.
 """
 
 import contextlib
+import fcntl
+import gc
+import importlib.util
+import json
 import math
+import os
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
 
-from minillm.checkpoint import RESUME_FILE, TrainingState, check_run_folder, start_run_folder
-from minillm.errors import InputError
-from minillm.metrics import Metrics, open_tracker, read_metrics
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from minillm.errors import BAD_FILE, InputError, Interrupted, reading, say, signals, writing
+from minillm.files import read_json, remove_scratch, scratch_of, write_json, write_text
+from minillm.io.huggingface import load_weights, read_tensors, write_tensors
+from minillm.optim import Optimizers
 from minillm.options import TrainingOptions, options_json
-from minillm.runtime import Runtime, StopRequest
+
+# ---- Where it computes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place in a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """The precision of matrix products and of the residual stream; weights stay float32."""
+    rank: int = 0
+    world_size: int = 1
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
+    """What is held until the process is done, such as the lock of its run folder."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, compiled: bool | None = None) -> Callable[..., Tensor]:
+        """The model as the training loop calls it, averaging over processes; compiled, unless said
+        otherwise, where CUDA and the Triton that torch.compile needs are there."""
+        on_cuda = self.device.type == "cuda"
+        if compiled is None:
+            compiled = on_cuda and importlib.util.find_spec("triton") is not None
+        if compiled:
+            model.compile()
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device.index] if on_cuda else None)
+
+    def rows_of_step(self, batch_tokens: int, block_size: int) -> int:
+        """Rows of a step, over all processes. InputError where they cannot be shared out evenly."""
+        rows = max(1, batch_tokens // block_size)
+        if rows % self.world_size:
+            raise InputError(
+                f"a step of {rows} rows cannot be shared by {self.world_size} processes; "
+                f"give --batch-tokens a multiple of {self.world_size * block_size}"
+            )
+        return rows
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Lets the main process go first, so that the others find what it wrote."""
+        if self.world_size > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.world_size > 1 and self.is_main:
+            dist.barrier()
+
+    def sync_gradients(self, forward: Any, last: bool) -> contextlib.AbstractContextManager:
+        """Averages gradients over processes with the last micro-batch only. `forward` is from `wrap`."""
+        return contextlib.nullcontext() if self.world_size == 1 or last else forward.no_sync()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes. One alone leaves it where it is, in any precision."""
+        if self.world_size > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+
+@contextlib.contextmanager
+def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
+    """Joins the other processes, if any; leaves them at the end, also after an error."""
+    rank, world_size, local_rank = processes()
+    chosen = choose_device(device, local_rank)
+    if world_size > 1:
+        # One process may prepare data for hours while the others wait.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    try:
+        dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
+        with contextlib.ExitStack() as closing:
+            yield Runtime(chosen, dtype, rank, world_size, closing)
+        if world_size > 1:
+            dist.barrier()  # the main process has more to do at the end: nobody hangs up on it
+    finally:
+        if world_size > 1:
+            # What DistributedDataParallel wrapped holds the group too; were it to outlive this, the group's
+            # threads would end only when the process does, which is an abort now and then.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def processes() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as torchrun says in the environment."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        found = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+        os.environ["MASTER_ADDR"]
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"WORLD_SIZE is set in the environment as torchrun does, but not the rest ({error}); start with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from None
+    return found[0], found[1], found[2]
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU; several processes take one GPU each."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; give auto, cpu, cuda or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: minillm does not run there; give auto, cpu, cuda or mps")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no CUDA device is available; give --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: only {torch.cuda.device_count()} CUDA devices here")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available here; give --device cpu")
+    return device
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32; never float16."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM or SIGHUP: ends a loop after the step under way. A second one ends at once."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.since = runtime, math.inf
+
+    def ask(self, number: int, frame: object) -> None:
+        """The signals' handler. One Ctrl-C under torchrun arrives twice: from the terminal and from it."""
+        if time.monotonic() > self.since + 1:
+            raise Interrupted(number)
+        self.since = min(self.since, time.monotonic())
+
+    def asked(self) -> bool:
+        """Whether any process was told to stop: all of them then stop at the same step."""
+        told = math.isfinite(self.since)
+        if self.runtime.world_size == 1:
+            return told
+        return self.runtime.total(torch.tensor(float(told), device=self.runtime.device)).item() > 0
+
+
+# ---- Its folder
+
+RESUME_FILE = Path("resume") / "state.safetensors"
+MODEL_FILES = (
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+)  # fmt: skip
+RUN_FILES = (
+    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
+    "responses.jsonl", *MODEL_FILES, "run.json",
+)  # fmt: skip
+SCRATCH = {scratch_of(Path(name)).name for name in RUN_FILES}
+
+
+def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
+    """The folder for this process alone, and nothing in it that a killed one left half-written.
+
+    Refuses to mix two runs, before anything is computed or written.
+    """
+    folder = options.folder
+    if runtime.is_main:
+        with writing(folder, "give another --out"):
+            nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+            if not nearest.is_dir():
+                raise InputError(f"{nearest}: is a file; give --out a folder")
+            runtime.closing.enter_context(locked(folder))
+            check_run_folder(folder, options.resume, options.overwrite)
+            for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
+                # Scratch of files.py, and what safetensors leaves where it is killed.
+                if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
+                    remove_scratch(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other runs out of it until the end of this process, however it ends.
+
+    The lock is the system's and leaves no file. OSError where the folder cannot be written.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(13, "its permissions forbid it", str(folder))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{folder}: another run is writing there; wait for its end, or give another --out"
+                ) from None
+        yield
+    finally:
+        os.close(handle)
+        for place in made:
+            with contextlib.suppress(OSError):  # only what stayed empty goes
+                place.rmdir()
+
+
+def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """InputError unless the folder is empty, or a run's that is to go on or to be replaced."""
+    for name in RUN_FILES:
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name}: is a folder where a run has a file; move it away")
+    if resume or all(entry.name[0] == "." for entry in folder.iterdir()):
+        return
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder}: holds files that are not a run's; give another --out")
+    if not overwrite:
+        raise InputError(
+            f"{folder}: already holds a run; add --resume to go on with it, "
+            "--overwrite to replace it, or give another --out"
+        )
+
+
+def start_run_folder(options: TrainingOptions, stage: str) -> None:
+    """Removes the files of an earlier run, nothing that a run did not write, and says what starts.
+
+    The restart point goes first and run.json is replaced last: whenever this is interrupted, it can be begun
+    again. A model that the new run starts from stays until there is another.
+    """
+    from minillm.tools.provenance import provenance
+
+    folder = options.folder
+    kept = {"run.json", *(MODEL_FILES if starts_from(options) == folder.resolve() else ())}
+    events = (folder / "tensorboard").glob("events.out.tfevents.*")
+    for path in [*(folder / name for name in RUN_FILES if name not in kept), *events]:
+        with writing(path, "give another --out"):
+            path.unlink(missing_ok=True)
+    run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance()}
+    write_json(folder / "run.json", run)
+
+
+def starts_from(options: TrainingOptions) -> Path | None:
+    """The folder of the model that a run starts from, where it has one."""
+    init = getattr(options, "init", None)
+    return Path(init).resolve() if init else None
+
+
+# ---- What an exact restart needs
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A stream that can be stopped at any batch and continued: its state is JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainingState:
+    """Everything that moves while a model trains, and therefore all that a restart must bring back."""
+
+    model: nn.Module
+    optimizers: Optimizers
+    data: Stateful
+    """The stream of batches."""
+    step: int = 0
+    """Updates done."""
+    tokens: int = 0
+    """Tokens seen."""
+    seconds: float = 0.0
+    """Time spent training, over all the sittings of the run."""
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Writes the restart file."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, value in self.optimizers.state_tensors().items():
+            tensors[f"optimizer.{name}"] = value
+        numbers = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
+            "moved": self.optimizers.moved(), "data": self.data.state_dict(),
+        }  # fmt: skip
+        # A copy each: safetensors refuses tensors that share memory, as tied weights do.
+        separate = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        write_tensors(folder / RESUME_FILE, separate, {"state": json.dumps(numbers)})
+
+    def restore(self, folder: Path) -> None:
+        """Brings everything back; data that has changed since is refused by name."""
+        path = folder / RESUME_FILE
+        tensors, metadata = read_tensors(path)
+        try:
+            numbers = json.loads(metadata["state"])
+            check_whole(numbers, {"step": 0, "tokens": 0, "data": self.data.state_dict()})
+            self.step, self.tokens = numbers["step"], numbers["tokens"]
+            self.seconds = float(numbers["seconds"])
+            if not self.seconds >= 0:
+                raise ValueError("negative time")
+            self.data.load_state_dict(numbers["data"])
+            self.optimizers.load_state_tensors(_with_prefix("optimizer.", tensors), numbers["moved"])
+        except BAD_FILE as error:
+            raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
+        load_weights(self.model, _with_prefix("model.", tensors), path)
+
+
+def check_whole(found: Any, like: Any) -> None:
+    """ValueError where `like` has a whole number, such as a position, and `found` has something else."""
+    if isinstance(found, dict) and isinstance(like, dict):
+        for name in found.keys() & like.keys():
+            check_whole(found[name], like[name])
+    elif type(like) is int and (type(found) is not int or found < 0):
+        raise ValueError(f"{found!r:.40} is no position")
+
+
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+# ---- What it tells
+
+
+class Metrics:
+    """The bar, metrics.jsonl and the tracker of a run; in any but the main process it only remembers.
+
+    metrics.jsonl holds one JSON object a line, each with its "event" and "step". A resumed run drops the
+    lines beyond its restart point, and the "final" one where more steps are to come, so the file reads as if
+    the run had never stopped.
+    """
+
+    def __init__(self, folder: Path, steps: int, resume_step: int, runtime: Runtime) -> None:
+        self.path, self.writes = folder / "metrics.jsonl", runtime.is_main
+        self.tracker: Any = None
+        over = resume_step == steps
+        self.kept = [
+            event for event in read_metrics(folder)
+            if event["step"] <= resume_step and (over or event["event"] != "final")
+        ]  # fmt: skip
+        self.latest = {event["event"]: event for event in self.kept}
+        self.shown: dict[str, str] = {}
+        self.bar = tqdm(
+            total=steps, initial=resume_step, unit="step", dynamic_ncols=True, disable=not self.writes,
+            file=Screen(),
+        )  # fmt: skip
+
+    def __enter__(self) -> "Metrics":
+        if self.writes:
+            write_text(self.path, "".join(json.dumps(event) + "\n" for event in self.kept))
+            # Unbuffered: a line is on its way to the disk when written, and none is left to close().
+            self.file = open(self.path, "ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.writes:
+            self.file.close()
+        if self.tracker:
+            self.tracker.close()
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Appends one line; numbers also go to the tracker."""
+        record = {"event": event, "step": step, **values}
+        self.latest[event] = record
+        if not self.writes:
+            return
+        line = f"{json.dumps(record)}\n".encode()
+        with writing(self.path, "free some space and --resume"):
+            if self.file.write(line) != len(line):
+                raise OSError("only a part was written: the disk is full")
+        if self.tracker:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.tracker.log(numbers, step)
+
+    def show(self, step: int, **shown: str) -> None:
+        """Moves the bar to a step, with the latest of each figure at its end."""
+        self.shown |= shown
+        self.bar.set_postfix_str(", ".join(self.shown.values()), refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        """The latest record of a kind."""
+        return self.latest.get(event)
+
+    def figure(self, event: str, name: str) -> float:
+        """A figure of the latest record of a kind. InputError where a damaged file has none."""
+        found = self.latest.get(event, {}).get(name)
+        if found is None:
+            raise InputError(f"{self.path}: no {event} with its {name}; restore it or --overwrite")
+        return found
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.writes:
+            self.bar.clear()
+            say(text)
+            self.bar.refresh()
+
+    def sync(self) -> None:
+        """Makes sure that what was logged is on the disk, before a checkpoint counts on it."""
+        os.fsync(self.file.fileno())
+
+
+class Screen:
+    """Standard error for the bar, whose failures end no run."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; a last line torn by a crash is left out.
+
+    Raises InputError for a file that cannot be read or holds anything but events.
+    """
+    path = folder / "metrics.jsonl"
+    with reading(path, "restore it or --overwrite"):
+        lines = path.read_bytes().split(b"\n")[:-1] if os.path.lexists(path) else []
+    return [_event(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line of metrics.jsonl; in those of training and validation every figure is a number."""
+    with contextlib.suppress(ValueError, RecursionError):
+        match json.loads(line):
+            case {"event": "train" | "val", "step": int(), **figures} as event:
+                if all(map(_is_number, (event["step"], *figures.values()))):
+                    return event
+            case {"event": str(), "step": int()} as event:
+                return event
+    raise InputError(f"{path}: line {number} is no event; restore the file or --overwrite")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be plotted."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+# ---- The run
 
 
 class Run:
     """One stage's run in its folder, from the first check to the last line.
 
-    `options` is the script's dataclass, of which `folder`, `out`, `resume`, `overwrite` and `tracker` are
-    read. `command` is what runs this stage, where it is not the script of its name.
+    `options` is the script's dataclass. `command` is what runs this stage, where it is not the script of its
+    name.
     """
 
     def __init__(
@@ -42,28 +531,34 @@ class Run:
         self.command = command or f"{stage}.py"
         self.rate_options = "--policy-rate" if stage == "policy" else "--matrix-rate or --embedding-rate"
         self.folder, self.began = options.folder, time.perf_counter()
-        check_run_folder(self.folder, options.resume, options.overwrite)
+        claim_folder(options, runtime)
         self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
         if options.resume and not self.resuming:
             self._check_unfinished()
+        self.open_tracker = None
+        if options.tracker != "none" and runtime.is_main:
+            from minillm.tools.trackers import find_tracker
+
+            self.open_tracker = find_tracker(options.tracker)
 
     @contextlib.contextmanager
     def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
         """The time between the first step and the last: `state` goes on from its restart point or
         starts anew, and `save_model` writes what others open."""
+        self.state, self.steps, self.save_model = state, steps, save_model
+        if self.options.warmup > max(steps, TrainingOptions.warmup):
+            raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
         if self.resuming:
             state.restore(self.folder)
-            self._check_metrics(state.step)
-        elif self.runtime.is_main:
-            start_run_folder(self.folder, options_json(self.options), self.stage)
-        self.state, self.steps, self.save_model, self.earlier = state, steps, save_model, state.seconds
-        tracker = None
+            self._check_metrics()
         if self.runtime.is_main:
-            tracker = open_tracker(self.options.tracker, self.folder, options_json(self.options))
-        with (
-            Metrics(self.folder, steps, state.step, tracker, self.runtime) as self.metrics,
-            StopRequest(self.runtime) as self.stop,
-        ):
+            self._begin()
+        self.saved_step, self.earlier = state.step if self.resuming else None, state.seconds
+        self.stop = StopRequest(self.runtime)
+        with Metrics(self.folder, steps, state.step, self.runtime) as self.metrics, signals(self.stop.ask):
+            if self.open_tracker and not self.metrics.last("final"):
+                run = read_json(self.folder / "run.json")
+                self.metrics.tracker = self.open_tracker(self.folder, run, state.step)
             self.step_began = time.perf_counter()
             yield
 
@@ -75,13 +570,30 @@ class Run:
                 "--overwrite to begin anew"
             )
 
-    def _check_metrics(self, step: int) -> None:
+    def _check_metrics(self) -> None:
         """What was logged is on the disk before its restart point: a crash cannot have lost it."""
+        step = self.state.step
         if step and all(event["step"] != step for event in read_metrics(self.folder)):
             raise InputError(
                 f"{self.folder / 'metrics.jsonl'}: holds no step {step}, where the run goes on; restore it "
                 "or --overwrite"
             )
+        if step > self.steps:
+            raise InputError(f"{self.folder}: has done {step:,} steps already; ask for no fewer")
+
+    def _begin(self) -> None:
+        """Writes what run.json says of a new run, or of the options that a continued one has changed."""
+        path, options = self.folder / "run.json", options_json(self.options)
+        if not self.resuming:
+            start_run_folder(self.options, self.stage)
+            if starts_from(self.options) == self.folder.resolve():
+                # The first model that is written replaces the one of --init: from now on it is here.
+                self.state.save(self.folder)
+            return
+        run = read_json(path)
+        sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
+        if run["options"] != options | sitting:
+            write_json(path, run | {"options": options | sitting})
 
     def already_finished(self) -> bool:
         """Whether this run had come to its end before; says so."""
@@ -127,6 +639,7 @@ class Run:
             self.metrics.sync()
             self.save_model()
             self.state.save(self.folder)
+        self.saved_step = self.state.step
 
     def end(self) -> None:
         """Saves and says where; after an early stop says how to go on, and exits."""
@@ -136,13 +649,16 @@ class Run:
         else:
             self.metrics.say(
                 f"stopped at step {self.state.step}; go on with: "
-                f"python {self.command} --resume --out {self.options.out}"
+                f"python {self.command} --resume --out {shlex.quote(self.options.out)}"
             )
             sys.exit(130)
 
     def exploded(self, what: str) -> InputError:
         """The end of a run that has gone wrong beyond repair."""
+        kept = "nothing was saved yet"
+        if self.saved_step is not None:
+            kept = f"a restart point is kept, of step {self.saved_step}, and would end the same way"
         return InputError(
-            f"{self.folder}: {what} at step {self.state.step}; the last good restart point is kept: "
-            f"try a lower {self.rate_options}"
+            f"{self.folder}: {what} at step {self.state.step}; {kept}: begin anew with --overwrite and "
+            f"a lower {self.rate_options}"
         )

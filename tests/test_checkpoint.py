@@ -16,7 +16,6 @@ from runs import a_stream
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minillm.checkpoint import RESUME_FILE, RUN_FILES, TrainingState, check_run_folder, start_run_folder
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.io.huggingface import (
@@ -30,7 +29,16 @@ from minillm.io.huggingface import (
 )
 from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
-from minillm.optim import Rates, build_optimizers
+from minillm.optim import LearningRates, build_optimizers
+from minillm.options import TrainingOptions
+from minillm.run import (
+    RESUME_FILE,
+    RUN_FILES,
+    TrainingState,
+    claim_folder,
+    start_run_folder,
+    start_runtime,
+)
 from minillm.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -141,6 +149,12 @@ def test_a_file_where_a_folder_is_needed_is_one_line(tmp_path):
 # ---- Claiming a folder
 
 
+def claim(folder: Path, resume: bool = False, overwrite: bool = False) -> None:
+    """What a run does first with its folder, and at its end."""
+    with start_runtime("cpu") as runtime:
+        claim_folder(TrainingOptions(str(folder), resume, overwrite and not resume), runtime)
+
+
 @pytest.mark.parametrize(
     ("files", "resume", "overwrite", "refused"),
     [
@@ -165,10 +179,10 @@ def test_two_runs_never_mix_in_a_folder(tmp_path, files, resume, overwrite, refu
             (folder / name).write_text("mine")
     before = contents(tmp_path)
     if refused:
-        message = refusal(check_run_folder, folder, resume, overwrite)
+        message = refusal(claim, folder, resume, overwrite)
         assert str(folder) in message and refused in message
     else:
-        check_run_folder(folder, resume, overwrite)
+        claim(folder, resume, overwrite)
     assert contents(tmp_path) == before
 
 
@@ -176,11 +190,11 @@ def test_two_runs_never_mix_in_a_folder(tmp_path, files, resume, overwrite, refu
 @pytest.mark.parametrize("below", [".", "run", "a/b"])
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, resume, below):
     (tmp_path / "file").write_text("mine")
-    assert str(tmp_path / "file") in refusal(check_run_folder, tmp_path / "file" / below, resume, True)
+    assert str(tmp_path / "file") in refusal(claim, tmp_path / "file" / below, resume, True)
 
 
 def test_a_folder_no_disk_can_hold_is_refused_before_anything_is_computed(tmp_path):
-    assert "too long" in refusal(check_run_folder, tmp_path / ("x" * 300), False, False)
+    assert "too long" in refusal(claim, tmp_path / ("x" * 300))
 
 
 def test_a_new_run_removes_the_files_of_the_old_one_and_nothing_else(tmp_path):
@@ -193,16 +207,16 @@ def test_a_new_run_removes_the_files_of_the_old_one_and_nothing_else(tmp_path):
     for name in [*mine, *map(str, RUN_FILES)]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
-    start_run_folder(tmp_path, {"depth": 4}, "train")
+    start_run_folder(TrainingOptions(str(tmp_path), clip=0.5), "train")
     left = contents(tmp_path)
     run = json.loads(left.pop("run.json"))
     assert left == mine
-    assert (run["stage"], run["options"]) == ("train", {"depth": 4}) and "versions" in run
+    assert (run["stage"], run["options"]["clip"]) == ("train", 0.5) and "versions" in run
 
 
 def test_a_folder_in_the_place_of_a_run_file_is_one_line(tmp_path):
     (tmp_path / "config.json").mkdir()
-    assert "config.json" in refusal(start_run_folder, tmp_path, {}, "train")
+    assert "config.json" in refusal(start_run_folder, TrainingOptions(str(tmp_path)), "train")
 
 
 # ---- Opening models
@@ -539,7 +553,7 @@ class Numbers:
 
 def new_state(config: ModelConfig = CONFIG, kind: str = "muon") -> TrainingState:
     model = small_model(config)
-    return TrainingState(model, build_optimizers(model, Rates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
+    return TrainingState(model, build_optimizers(model, LearningRates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
 
 
 def trained_state(**options) -> TrainingState:

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.decode import CachedDecoder
 from minillm.errors import InputError
+from minillm.fast.decode import FoldedCache
 from minillm.generate import (
     Samples,
     SamplingOptions,
@@ -20,7 +20,7 @@ from minillm.generate import (
     stream,
     stream_text,
 )
-from minillm.model import LanguageModel, ModelConfig
+from minillm.model import KVCache, LanguageModel, ModelConfig
 
 LAW = settings(deadline=None, max_examples=25)
 BASE = ModelConfig(
@@ -88,29 +88,31 @@ def rows_of(samples: Samples) -> list[tuple[list[int], list[float]]]:
 # ---- The cache
 
 
+@pytest.mark.parametrize("kind", [KVCache, FoldedCache])
 @LAW
-@given(st.sampled_from(sorted(SHAPES)), PROMPTS, st.integers(1, 5), st.booleans())
-@example("grouped heads", [[1, 2, 3], [4, 5, 6], [7, 8, 9]], 3, False)  # equal lengths need no mask,
-@example("grouped heads", [[1, 2], [4, 5, 6], [7], [8, 9, 3]], 3, True)  # nor do those that keep() leaves
-@example("llama3 angles", [[1, 2], [4, 5, 6]], 3, False)
-def test_decoding_over_the_cache_gives_the_hidden_states_of_the_plain_forward(shape, prompts, steps, drop):
+@given(shape=st.sampled_from(sorted(SHAPES)), prompts=PROMPTS, steps=st.integers(1, 5), drop=st.booleans())
+# Equal lengths need no mask, nor do those that keep() leaves.
+@example(shape="grouped heads", prompts=[[1, 2, 3], [4, 5, 6], [7, 8, 9]], steps=3, drop=False)
+@example(shape="grouped heads", prompts=[[1, 2], [4, 5, 6], [7], [8, 9, 3]], steps=3, drop=True)
+@example(shape="llama3 angles", prompts=[[1, 2], [4, 5, 6]], steps=3, drop=False)
+def test_decoding_over_a_cache_gives_the_logits_of_the_plain_forward(kind, shape, prompts, steps, drop):
     # float64, so that only a wrong computation can differ by more than 1e-10.
     model, size = random_model(SHAPES[shape], torch.float64), 20
     lengths = torch.tensor([len(p) for p in prompts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     rows = [list(p) for p in prompts]
     with torch.inference_mode():
-        decoder = CachedDecoder(model, len(rows), size)
-        hidden = decoder.prefill(padded, lengths)
+        cache = kind(model, len(rows), size)
+        logits = cache.prefill(padded, lengths)
         for step in range(steps):
             if drop and step == 1 and len(rows) > 1:
-                decoder.keep(torch.arange(len(rows)) % 2 == 1)
-                rows, hidden = rows[1::2], hidden[1::2]
-            for row, state in zip(rows, decoder.logits(hidden), strict=True):
+                cache.keep(torch.arange(len(rows)) % 2 == 1)
+                rows, logits = rows[1::2], logits[1::2]
+            for row, found in zip(rows, logits, strict=True):
                 expected = model.logits(model(torch.tensor([row])))[0, -1]
-                torch.testing.assert_close(state, expected, rtol=0, atol=2e-5)  # logits are float32
+                torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # logits are float32
             new = [(7 * len(row) + row[0]) % 64 for row in rows]
-            hidden = decoder.step(torch.tensor(new))
+            logits = cache.step(torch.tensor(new))
             rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
 
 

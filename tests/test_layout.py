@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.layout import (
-    before_tokens,
+    flat_index,
     forward_passes,
-    lay_out,
-    lay_out_sets,
-    on_grid,
-    response_places,
+    gather_previous,
+    pack_rows,
+    pack_sets,
+    pad,
 )
 
 LAW = settings(deadline=None)
@@ -23,15 +23,15 @@ def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, e
     rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
     prompts, lengths = torch.tensor([prompt for prompt, _ in sizes]), torch.tensor([len(row) for row in rows])
     numbers = list(range(len(rows)))
-    tokens, start, begins = lay_out(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
+    tokens, start, begins = pack_rows(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
     begins, ends = begins + prompts, begins + lengths
-    mask, places = response_places(begins, ends)
+    mask, places = flat_index(begins, ends)
     expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
     assert tokens.flatten()[places].tolist() == expected
-    assert before_tokens(tokens.float(), places).tolist() == [token - 1 for token in expected]
+    assert gather_previous(tokens.float(), places).tolist() == [token - 1 for token in expected]
     first_seen = tokens.gather(1, start.long()).flatten()[places]
     assert first_seen.tolist() == [token // 100 * 100 for token in expected]
-    grid = on_grid(tokens.flatten()[places].float(), mask)
+    grid = pad(tokens.flatten()[places].float(), mask)
     assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
 
 
@@ -53,18 +53,18 @@ def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(d
         ]
         for i, (shared, sizes) in enumerate(drawn)
     ]
-    tokens, start, grid, begins = lay_out_sets(sets, common)
+    tokens, shared_prompts, begins = pack_sets(sets, common)
     assert tokens.shape[1] == sum(shared + sum(sizes) for shared, sizes in drawn)
-    (flat,), in_rows = tokens.tolist(), tokens[0][grid.places]
+    (flat,), in_rows = tokens.tolist(), tokens[0][shared_prompts.rows]
     sequences = [(sequence, shared) for own, shared in zip(sets, common, strict=True) for sequence in own]
     for begin, (sequence, shared) in zip(begins.tolist(), sequences, strict=True):
         assert flat[begin + shared : begin + len(sequence)] == sequence[shared:]
-    wholes = [row[first : t + 1].tolist() for row, firsts in zip(in_rows, start, strict=True)
+    wholes = [row[first : t + 1].tolist() for row, firsts in zip(in_rows, shared_prompts.start, strict=True)
               for t, first in enumerate(firsts.tolist())]  # fmt: skip
     assert all(sequence in wholes for sequence, _ in sequences), "what a last token sees is its sequence"
-    for place, at in enumerate(grid.back.tolist()):
+    for place, at in enumerate(shared_prompts.back.tolist()):
         seen = wholes[at]
-        assert seen[-1] == flat[place] and len(seen) == grid.positions[place] + 1
+        assert seen[-1] == flat[place] and len(seen) == shared_prompts.of_tokens[place] + 1
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))

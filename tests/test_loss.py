@@ -1,4 +1,4 @@
-"""From a batch to a loss: document ends, accumulation, and nats per byte, each against plain autograd."""
+"""From a batch to a loss: accumulation, and nats per byte, each against plain autograd."""
 
 import pytest
 import torch
@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.data import IGNORED, Batch, document_starts
-from minillm.loss import (
-    backward,
-    document_ends,
-    held_out,
-    per_byte,
-    summed_loss,
-    target_bytes,
-)
+from minillm.loss import backward, held_out, per_byte, target_bytes
 from minillm.model import LanguageModel, ModelConfig
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 
 LAW = settings(deadline=None, max_examples=15)
 ONE = Runtime(torch.device("cpu"), torch.float32)
@@ -61,24 +54,13 @@ def plain_losses(model: LanguageModel, batch: Batch) -> Tensor:
     return torch.cat(losses)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
-@LAW
-def test_a_document_ends_where_the_next_begins_or_the_row_does(opens):
-    start = document_starts(torch.tensor(opens).logical_not().long(), bos_id=0)
-    ends = document_ends(start)
-    assert ends.dtype == torch.int32
-    for row, end in zip(start.tolist(), ends.tolist(), strict=True):
-        naive = [next((s for s in range(t, 6) if row[s] > row[t]), 6) for t in range(6)]
-        assert end == naive
-
-
 @given(batches(), st.booleans())
 @LAW
 def test_the_loss_is_the_sum_over_documents_run_alone(batch, causal):
     model = model_of(causal)
     with torch.no_grad():
         expected = plain_losses(model, batch).sum()
-        torch.testing.assert_close(summed_loss(model, model, batch), expected, **CLOSE)
+        torch.testing.assert_close(model(batch.tokens, batch.start, targets=batch.targets), expected, **CLOSE)
 
 
 def gradients(model: LanguageModel) -> list[Tensor]:
@@ -93,7 +75,7 @@ def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(batch, causal, tie
     mean.backward()
     expected = gradients(model)
     model.zero_grad()
-    loss = backward(model, model, batch, micro_tokens, ONE)
+    loss = backward(model, batch, micro_tokens, ONE)
     assert loss == pytest.approx(mean.item(), rel=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -103,9 +85,9 @@ def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(batch, causal, tie
 @LAW
 def test_gradients_add_up_over_calls(batch, micro_tokens):
     model = model_of(causal=True)
-    backward(model, model, batch, micro_tokens, ONE)
+    backward(model, batch, micro_tokens, ONE)
     once = gradients(model)
-    backward(model, model, batch, micro_tokens, ONE)
+    backward(model, batch, micro_tokens, ONE)
     for ours, theirs in zip(gradients(model), once, strict=True):
         torch.testing.assert_close(ours, 2 * theirs, **CLOSE)
 
@@ -115,7 +97,7 @@ def test_gradients_add_up_over_calls(batch, micro_tokens):
 def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(batch, world):
     """What DistributedDataParallel averages, computed one rank after the other."""
     model = model_of(causal=True)
-    whole = backward(model, model, batch, 10, ONE)
+    whole = backward(model, batch, 10, ONE)
     expected = gradients(model)
 
     class Share(Runtime):
@@ -128,7 +110,7 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(batch,
     shares, losses = [], []
     for rank in range(world):
         model.zero_grad(set_to_none=False)
-        losses.append(backward(model, model, batch, 10, Share(ONE.device, ONE.dtype, rank, world)))
+        losses.append(backward(model, batch, 10, Share(ONE.device, ONE.dtype, rank, world)))
         shares.append(gradients(model))
     assert sum(losses) == pytest.approx(whole, rel=1e-5)
     for theirs, *ours in zip(expected, *shares, strict=True):
@@ -138,14 +120,9 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(batch,
 @given(batches())
 @LAW
 def test_ignored_targets_send_no_gradient(batch):
-    model = model_of(causal=True)
-    seen = []
-
-    def forward(*arguments):
-        seen.append(model(*arguments).detach().requires_grad_())
-        return seen[-1]
-
-    summed_loss(forward, model, batch).backward()
+    model, seen = model_of(causal=True), []
+    model.model.register_forward_hook(lambda _, inputs, hidden: seen.append(hidden) or hidden.retain_grad())
+    model(batch.tokens, batch.start, targets=batch.targets).backward()
     reached = seen[0].grad.abs().sum(dim=2) > 0
     assert torch.equal(reached, batch.targets != IGNORED)
 
@@ -169,7 +146,7 @@ def test_held_out_loss_is_all_loss_over_all_targets_or_all_bytes_of_text(some, c
 @LAW
 def test_one_batch_has_the_same_nats_per_byte_in_training_and_in_validation(batch):
     model, sizes = model_of(causal=True), token_bytes()
-    loss = backward(model, model, batch, 1000, ONE)
+    loss = backward(model, batch, 1000, ONE)
     if target_bytes(batch, sizes):
         expected = held_out(model, [batch], sizes, ONE).per_byte
         assert per_byte(loss, batch, sizes) == pytest.approx(expected, rel=1e-5)
@@ -187,12 +164,12 @@ def test_targets_that_stand_for_no_bytes_divide_nothing_by_zero():
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     batch = Batch(tokens, tokens, document_starts(tokens, 0))
     value = held_out(model, [batch], token_bytes(), ONE).per_byte
-    assert value == pytest.approx(summed_loss(model, model, batch).item(), rel=1e-5)
+    assert value == pytest.approx(model(batch.tokens, batch.start, targets=batch.targets).item(), rel=1e-5)
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient():
     model = model_of(causal=True)
     tokens = torch.zeros(2, 4, dtype=torch.int64)
     batch = Batch(tokens, torch.full_like(tokens, IGNORED), document_starts(tokens, 0))
-    assert backward(model, model, batch, 4, ONE) == 0.0
+    assert backward(model, batch, 4, ONE) == 0.0
     assert all(not gradient.any() for gradient in gradients(model))

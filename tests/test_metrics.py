@@ -1,11 +1,10 @@
 """What a run tells: a metrics file that reads as if the run had never stopped, the plot, the trackers."""
 
-import builtins
 import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.errors import InputError
-from minillm.metrics import Metrics, open_tracker, plot_loss, read_metrics
-from minillm.runtime import Runtime
+from minillm.run import Metrics, Runtime, read_metrics
+from minillm.tools.plots import plot_loss
+from minillm.tools.trackers import find_tracker
 
 MAIN = Runtime(torch.device("cpu"), torch.float32)
 LAW = settings(deadline=None, max_examples=25)
@@ -22,8 +22,8 @@ TRAIN = {"loss": 2.5, "nats_per_byte": 1.25, "tokens_per_second": 1000.0}
 
 
 @contextmanager
-def metrics_of(folder: Path, resume_step: int = 0, tracker=None, runtime: Runtime = MAIN):
-    with Metrics(folder, 100, resume_step, tracker, runtime) as metrics:
+def metrics_of(folder: Path, resume_step: int = 0, steps: int = 100, runtime: Runtime = MAIN):
+    with Metrics(folder, steps, resume_step, runtime) as metrics:
         yield metrics
 
 
@@ -40,7 +40,7 @@ def refusal(action, *arguments) -> str:
 
 NUMBERS = st.floats(allow_nan=False) | st.integers() | st.text(max_size=5) | st.none() | st.booleans()
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["final", "note"]), st.integers(0, 9), st.dictionaries(st.just("x"), NUMBERS)),
+    st.tuples(st.sampled_from(["sample", "note"]), st.integers(0, 9), st.dictionaries(st.just("x"), NUMBERS)),
     max_size=12,
 )
 
@@ -111,7 +111,7 @@ def test_the_latest_of_each_kind_is_remembered_and_survives_a_restart(tmp_path):
 
 
 def test_the_other_processes_write_nothing(tmp_path):
-    with metrics_of(tmp_path, runtime=Runtime(MAIN.device, MAIN.dtype, rank=1, world=2)) as metrics:
+    with metrics_of(tmp_path, runtime=Runtime(MAIN.device, MAIN.dtype, rank=1, world_size=2)) as metrics:
         metrics.log("val", 1, nats_per_byte=3.0)
         metrics.say("nothing")
         assert metrics.last("val")["step"] == 1
@@ -126,13 +126,13 @@ def test_a_damaged_line_is_refused_by_its_file(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     content = '{"event": "val", "step": 1}\n' + line + '\n{"event": "val", "step": 2}\n'
     path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    assert str(path) in refusal(Metrics, tmp_path, 10, 5, None, MAIN)
+    assert str(path) in refusal(Metrics, tmp_path, 10, 5, MAIN)
     assert str(path) in refusal(plot_loss, tmp_path, "loss", "nats")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_in_one_line(tmp_path):
-    metrics = Metrics(tmp_path, 10, 0, None, MAIN).__enter__()
+    metrics = Metrics(tmp_path, 10, 0, MAIN).__enter__()
     metrics.file.close()
     metrics.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (metrics closes it)
     message = refusal(lambda: metrics.log("train", 1, **TRAIN))
@@ -187,11 +187,10 @@ def test_a_tracker_receives_every_number_under_its_event(tmp_path, monkeypatch, 
         return made[-1]
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=make))
-    fake = ModuleType("torch.utils.tensorboard")
-    fake.SummaryWriter = make
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    tracker = open_tracker(name, tmp_path, {"depth": 4})
-    with metrics_of(tmp_path, tracker=tracker) as metrics:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=make))
+    tracker = find_tracker(name)(tmp_path, {"id": "abc", "options": {"depth": 4}}, 0)
+    with metrics_of(tmp_path) as metrics:
+        metrics.tracker = tracker
         metrics.log("train", 1, **TRAIN)
         metrics.log("val", 2, nats_per_byte=1.0, note="words are no number")
     assert made[0].calls == [
@@ -207,10 +206,5 @@ def test_a_tracker_receives_every_number_under_its_event(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    message = refusal(open_tracker, name, tmp_path, {})
+    message = refusal(find_tracker, name)
     assert name in message and "pip install" in message
-
-
-def test_no_tracker_is_opened_unless_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtins, "__import__", lambda *_: pytest.fail("something was imported"))
-    assert open_tracker("none", tmp_path, {}) is None

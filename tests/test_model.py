@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.data import document_starts
 from minillm.errors import InputError
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.io.template import ChatTemplate, with_chat_template
-from minillm.loss import document_ends
 from minillm.model import (
     LanguageModel,
     ModelConfig,
     ScalarModel,
     config_of_depth,
+    document_ends,
     initialize,
     scalar_from_language_model,
 )
@@ -123,10 +124,21 @@ def starts_of(lengths: list[int]) -> Tensor:
 def test_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths, causal):
     model = random_model(replace(config, causal=causal), seed)
     tokens, start = random_tokens(config, 1, sum(lengths), seed), starts_of(lengths)
-    packed = all_logits(model, tokens, start=start, end=None if causal else document_ends(start))
+    packed = all_logits(model, tokens, start=start)
     alone = [all_logits(model, document) for document in tokens.split(lengths, dim=1)]
     # Angles are float32: at position 30 they are off by 1e-6, which layers of unit gain multiply.
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
+@LAW
+def test_a_document_ends_where_the_next_begins_or_the_row_does(opens):
+    start = document_starts(torch.tensor(opens).logical_not().long(), bos_id=0)
+    ends = document_ends(start)
+    assert ends.dtype == torch.int32
+    for row, end in zip(start.tolist(), ends.tolist(), strict=True):
+        naive = [next((s for s in range(t, 6) if row[s] > row[t]), 6) for t in range(6)]
+        assert end == naive
 
 
 def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
@@ -137,9 +149,9 @@ def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
     def logits(changed: int) -> Tensor:
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % TINY.vocab_size
-        return all_logits(model, other, start=start, end=document_ends(start))
+        return all_logits(model, other, start=start)
 
-    before = all_logits(model, tokens, start=start, end=document_ends(start))
+    before = all_logits(model, tokens, start=start)
     for changed in range(12):
         moved = (logits(changed) - before).abs().amax(dim=2)[0] > 1e-6
         assert moved.tolist() == (start[0] == start[0, changed]).tolist()
@@ -411,11 +423,11 @@ def test_first_weights_keep_the_size_of_what_passes_through():
 @given(configs(), SEEDS)
 @LAW
 def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
-    from minillm.optim import Rates, build_optimizers
+    from minillm.optim import LearningRates, build_optimizers
 
     model, tokens = LanguageModel(config), random_tokens(config, 4, 9, seed)
     initialize(model, generator(seed))
-    optimizers = build_optimizers(model, Rates(0.02, 0.01, 0.01, 0.0), "adamw")
+    optimizers = build_optimizers(model, LearningRates(0.02, 0.01, 0.01, 0.0), "adamw")
     for _ in range(2):
         optimizers.step(1.0)
         logits = model.logits(model(tokens[:, :-1]))
@@ -494,7 +506,7 @@ def test_values_depend_on_no_padding_and_on_no_neighbour(config, seed, lengths):
 def test_values_of_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths):
     model, row = random_scalar(config, seed), random_tokens(config, 1, sum(lengths), seed)
     start = torch.tensor([[sum(lengths[:i]) for i, length in enumerate(lengths) for _ in range(length)]])
-    packed = model(row, start.int(), document_ends(start.int()))
+    packed = model(row, start.int())
     alone = torch.cat([model(part) for part in row.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, **CLOSE)
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.checkpoint import TrainingState
 from minillm.model import LanguageModel, ModelConfig, initialize
-from minillm.optim import Rates, build_optimizers, clip_gradients, rate_multiplier
+from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
+from minillm.run import TrainingState
 
 LAW = settings(deadline=None, max_examples=50)
-RATES = Rates(matrix=0.02, embedding=0.01, norm=0.005, weight_decay=0.1)
+RATES = LearningRates(matrix=0.02, embedding=0.01, norm=0.005, weight_decay=0.1)
 KINDS = pytest.mark.parametrize("kind", ["muon", "adamw"])
 SHAPES = pytest.mark.parametrize("tied", [False, True])
 
@@ -51,7 +51,7 @@ def train(state: TrainingState, steps: int) -> None:
         logits = state.model.logits(state.model(tokens[:, :-1]))
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         clip_gradients(state.optimizers.parameters(), 1.0)
-        state.optimizers.step(rate_multiplier(state.step, 20, 3, 0.5))
+        state.optimizers.step(lr_schedule(state.step, 20, 3, 0.5))
         state.step += 1
 
 
@@ -148,14 +148,14 @@ RUNS = {
 @given(**RUNS)
 @LAW
 def test_the_rate_stays_within_its_base_and_never_reaches_zero(steps, warmup, decay):
-    rates = [rate_multiplier(step, steps, warmup, decay) for step in range(steps)]
+    rates = [lr_schedule(step, steps, warmup, decay) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
 
 
 @given(**RUNS)
 @LAW
 def test_the_rate_rises_and_then_falls(steps, warmup, decay):
-    rates = [rate_multiplier(step, steps, warmup, decay) for step in range(steps)]
+    rates = [lr_schedule(step, steps, warmup, decay) for step in range(steps)]
     falls_from = steps - decay * steps
     for step in range(steps - 1):
         if step + 1 <= min(warmup, falls_from):
@@ -167,7 +167,7 @@ def test_the_rate_rises_and_then_falls(steps, warmup, decay):
 
 
 def test_the_rate_of_a_small_run_by_hand():
-    rates = [rate_multiplier(step, 10, 3, 0.4) for step in range(10)]
+    rates = [lr_schedule(step, 10, 3, 0.4) for step in range(10)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4])
 
 

@@ -27,7 +27,6 @@ from minillm.data import (
 )
 from minillm.errors import InputError
 from minillm.io.conversations import ConversationSource, world_conversations
-from minillm.loss import summed_loss
 from minillm.model import LanguageModel, ModelConfig
 from minillm.world import World, assistant, user
 
@@ -151,7 +150,7 @@ def tiny_model(causal: bool) -> LanguageModel:
 
 def loss_and_gradient(model: LanguageModel, batches: list[Batch]) -> tuple[float, torch.Tensor]:
     model.zero_grad()
-    loss = sum(summed_loss(model, model, batch) for batch in batches)
+    loss = sum(model(batch.tokens, batch.start, targets=batch.targets) for batch in batches)
     loss.backward()
     return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minillm.provenance import provenance
+from minillm.tools.provenance import provenance
 
 
 def test_provenance_names_commit_machine_and_versions_in_json():
@@ -21,7 +21,7 @@ def test_provenance_names_commit_machine_and_versions_in_json():
 
 def test_provenance_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, minillm.provenance as p; p.provenance();"
+        "import sys, minillm.tools.provenance as p; p.provenance();"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'triton')))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from minillm.errors import InputError
 from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
-from minillm.optim import Rates, build_optimizers
+from minillm.optim import LearningRates, build_optimizers
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import (
     EncodedSet,
@@ -33,7 +33,7 @@ from minillm.reward import (
     split_by_prompt,
     training_scores_of,
 )
-from minillm.runtime import Runtime
+from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
 LAW = settings(deadline=None, max_examples=40)
@@ -452,7 +452,7 @@ def learned_accuracy(noise: float, seed: int = 0) -> float:
         return EncodedSet([ranked((-np.argsort(np.argsort(seen))).tolist(), f"{i}?")], rows.tolist())
 
     model = model_of(vocab_size=3)
-    optimizers = build_optimizers(model, Rates(1e-2, 1e-2, 1e-3, 0.0), "adamw")
+    optimizers = build_optimizers(model, LearningRates(1e-2, 1e-2, 1e-3, 0.0), "adamw")
     for step in range(40):
         ranking_backward(model, scores_of(model), [ranking(i, noise) for i in range(8)], 4096, HERE)
         optimizers.step(1 - step / 40)

@@ -251,4 +251,4 @@ def test_bad_input_gives_one_line_and_exit_2_and_changes_nothing(
 def test_a_step_that_processes_cannot_share_is_refused():
     options = rlhf.Options(stage="reward", batch_sets=5)
     with pytest.raises(rlhf.InputError, match="--batch-sets 5"):
-        rlhf.steps_of([], options, rlhf.Runtime(CPU, torch.float32, rank=0, world=2))
+        rlhf.steps_of([], options, rlhf.Runtime(CPU, torch.float32, rank=0, world_size=2))

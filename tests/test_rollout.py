@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.generate import SamplingOptions
-from minillm.layout import before_tokens
+from minillm.layout import gather_previous
 from minillm.model import (
     LanguageModel,
     ScalarModel,
@@ -21,7 +21,6 @@ from minillm.responses import Responses, sample_responses
 from minillm.rollout import (
     Rollout,
     observe,
-    taken_logprobs,
 )
 
 LAW = settings(max_examples=15)
@@ -82,8 +81,8 @@ def test_the_ratio_is_exactly_one_before_the_first_update(kind):
     """The update's forward pass is the rollout's, gradients or not: the same sums in the same order."""
     sampling = KINDS_OF_SAMPLING[kind]
     rollout = observed(sampled(sampling), [3, 1, 4], sampling)
-    hidden = before_tokens(POLICY(rollout.tokens, rollout.start), rollout.places)
-    logprobs, _ = taken_logprobs(hidden, POLICY, rollout.taken, sampling.temperature, rollout.allowed)
+    hidden = gather_previous(POLICY(rollout.tokens, rollout.start), rollout.places)
+    logprobs = POLICY.token_logprobs(hidden, rollout.taken, sampling.temperature, rollout.allowed).logprobs
     assert logprobs.requires_grad
     assert (logprobs - rollout.logprobs[rollout.mask]).exp().eq(1).all()
 
@@ -142,8 +141,8 @@ def test_no_prompt_token_gets_a_gradient_from_the_loss_of_a_response():
     none is asked for."""
     rollout = observed(sampled(PLAIN), [2])
     hidden = POLICY(rollout.tokens, rollout.start).detach().requires_grad_()
-    before = before_tokens(hidden, rollout.places)
-    taken_logprobs(before, POLICY, rollout.taken, 1.0, None)[0].sum().backward()
+    before = gather_previous(hidden, rollout.places)
+    POLICY.token_logprobs(before, rollout.taken).logprobs.sum().backward()
     touched = hidden.grad[0].ne(0).any(dim=1)
     assert touched.nonzero()[:, 0].tolist() == (rollout.places - 1).tolist()
 

@@ -1,20 +1,18 @@
 """The frame around every training loop: what it counts, when it acts, and how it ends."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.checkpoint import TrainingState
 from minillm.errors import InputError
-from minillm.metrics import read_metrics
 from minillm.model import LanguageModel, config_of_depth
-from minillm.optim import Rates, build_optimizers
+from minillm.optim import LearningRates, build_optimizers
 from minillm.options import TrainingOptions
-from minillm.run import Run
-from minillm.runtime import Runtime
+from minillm.run import Run, Runtime, TrainingState, read_metrics
 
 HERE = Runtime(torch.device("cpu"), torch.float32)
 
@@ -32,12 +30,13 @@ class Nothing:
 
 def fresh_state() -> TrainingState:
     model = LanguageModel(config_of_depth(1, 260, 8))
-    rates = Rates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
+    rates = LearningRates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
     return TrainingState(model, build_optimizers(model, rates), Nothing())
 
 
 def open_run(folder, **options) -> Run:
-    return Run("train", TrainingOptions(str(folder / "run"), **options), HERE)
+    """A run of a process of its own."""
+    return Run("train", TrainingOptions(str(folder / "run"), **options), replace(HERE, closing=ExitStack()))
 
 
 def update(state: TrainingState) -> None:
@@ -67,7 +66,7 @@ def test_any_figure_that_is_no_number_ends_the_run_by_name(value, place):
     figures = {"loss": 1.0, "gradient_norm": 2.0, "kl": 3.0}
     name = list(figures)[place]
     run = Run.__new__(Run)
-    run.folder, run.state, run.rate_options = "out/x", fresh_state(), "--rate"
+    run.folder, run.state, run.rate_options, run.saved_step = "out/x", fresh_state(), "--rate", 0
     run.check_finite(**figures)
     with pytest.raises(InputError, match=f"{name.replace('_', ' ')} {value}.*at step 0.*is kept"):
         run.check_finite(**{**figures, name: value})
@@ -94,6 +93,7 @@ def test_the_clock_runs_on_over_the_sittings_of_a_run(tmp_path):
         state.seconds = 1.0
         run.earlier = 1000.0  # as if there had been a long sitting before
         run.save()
+    run.runtime.closing.close()
     again, later = open_run(tmp_path, resume=True), fresh_state()
     with again.training(later, 2, lambda: None):
         assert again.resuming and later.step == 1 and later.tokens == 5 and 1000 < later.seconds < 1100

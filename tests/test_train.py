@@ -299,7 +299,6 @@ BAD_INPUT = {
     "init from nowhere": ("--init nowhere", "nowhere"),
     "init from a folder that is no run": ("--init {d}", "config.json"),
     "init with another shape": ("--init {r} --width 64 --block-size 16", "--width"),
-    "init where the run goes": ("--init {r} --out {r} --overwrite", "--out"),
     "rows of one token": ("--block-size 1", "--block-size"),
     "an encoding that is none": ("--encoding klingon", "--encoding"),
     "init with another objective": ("--init {r} --block-size 16 --objective masked", "objective"),

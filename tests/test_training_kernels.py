@@ -8,8 +8,8 @@ import kernels.cross_entropy
 from minillm.data import Batch, document_starts
 from minillm.loss import backward
 from minillm.model import LanguageModel, ModelConfig, initialize
-from minillm.optim import Rates, build_optimizers
-from minillm.runtime import Runtime
+from minillm.optim import LearningRates, build_optimizers
+from minillm.run import Runtime
 
 SHAPE = ModelConfig(
     vocab_size=45, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -33,7 +33,7 @@ def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[
     model = LanguageModel(SHAPE)
     initialize(model, torch.Generator().manual_seed(1))
     model.to(device)
-    rates = Rates(matrix=3e-3, embedding=1e-2, norm=1e-3, weight_decay=0.0)
+    rates = LearningRates(matrix=3e-3, embedding=1e-2, norm=1e-3, weight_decay=0.0)
     optimizers, here = build_optimizers(model, rates, "adamw"), Runtime(torch.device(device), torch.float32)
     losses, used = [], []
 
@@ -45,7 +45,7 @@ def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[
         for module in (kernels.attention, kernels.cross_entropy):
             patch.setattr(module, "choose_impl", chosen)
         for batch in packed_batches(steps):
-            losses.append(backward(model, model, batch, 37, here))
+            losses.append(backward(model, batch, 37, here))
             optimizers.step(1.0)
     # Attention in both layers and the loss, in both micro-batches of every step.
     assert len(used) == steps * 2 * 3

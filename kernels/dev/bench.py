@@ -488,7 +488,7 @@ def where(device: str) -> dict:
     Kernels know nothing of minillm. This module is a script as much as train.py, though, and a script may:
     the import stays here, out of reach of everything that imports `kernels`.
     """
-    from minillm.provenance import provenance
+    from minillm.tools.provenance import provenance
 
     found = provenance() | {"libraries": libraries(), "threads": torch.get_num_threads(), "gpu": None}
     if device == "cuda":

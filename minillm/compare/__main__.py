@@ -28,6 +28,11 @@ from typing import Any, Literal
 
 import tyro
 
+if __name__ == "__main__":
+    from minillm.errors import end_at_interrupts
+
+    end_at_interrupts()  # before torch, whose import takes seconds
+
 from minillm.compare.exhibits import how, section_text, sections
 from minillm.compare.findings import (
     Said,
@@ -52,11 +57,11 @@ from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.text import open_sources, world_sources
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
-from minillm.provenance import provenance
 from minillm.responses import Respondent
-from minillm.runtime import Runtime, start_runtime
+from minillm.run import Runtime, start_runtime
 from minillm.tools.evaluate import sample_replies, world_prompts
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.provenance import provenance
 from minillm.world import World
 from minillm.world.rubric import Prompt
 

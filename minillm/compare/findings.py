@@ -27,8 +27,8 @@ from minillm.compare.probes import (
 )
 from minillm.compare.verdicts import Bout, Referee, blind
 from minillm.data import Source
-from minillm.metrics import read_metrics
 from minillm.responses import Respondent
+from minillm.run import read_metrics
 from minillm.tools.evaluate import Judged, Reply
 from minillm.tools.measures import (
     Estimate,

@@ -27,7 +27,7 @@ from minillm.io.huggingface import load_causal_model
 from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.runtime import choose_device, choose_dtype
+from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
 
 LONGEST_REPLY = 512

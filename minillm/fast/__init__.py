@@ -1,0 +1,1 @@
+"""What computes again, faster, what the core says plainly; the core does without."""
