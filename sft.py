@@ -167,7 +167,7 @@ def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource
     if not options.text_share:
         return []
     if options.text:
-        sources = open_sources(options.text, options.errors)
+        sources = open_sources(options.text, options.errors, options.encoding, options.field)
     elif options.on_world:
         sources = world_sources(World(options.seed), options.world_megabytes)
     else:
