@@ -45,7 +45,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
-from minillm.files import read_json, write_json, write_text
+from minillm.files import digest, read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import (
     load_causal_model,
@@ -54,6 +54,7 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
+from minillm.io.text import open_sources, world_sources
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, parse_options
@@ -102,7 +103,6 @@ from minillm.run import (
     read_metrics,
     start_runtime,
 )
-from minillm.sources import digest, open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.provenance import provenance
 from minillm.world import KINDS, World

@@ -32,17 +32,26 @@ if __name__ == "__main__":
 import torch
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
+from minillm.data import (
+    Batch,
+    EncodedSource,
+    Mixture,
+    RowSource,
+    TokenizedSource,
+    encode_source,
+    packed_batches,
+    source_line,
+    tokenize,
+)
 from minillm.errors import InputError, one_line_errors
 from minillm.io.conversations import ConversationSource
 from minillm.io.huggingface import load_causal_model, load_model, save_model
+from minillm.io.text import open_sources, world_sources
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
-from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run, Runtime, TrainingState, start_runtime
-from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
 
 
@@ -175,7 +184,7 @@ def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource
     if not options.text_share or not (options.text or options.on_world):
         return []
     sources = (
-        open_sources(options.text, options.errors)
+        open_sources(options.text, options.errors, options.encoding, options.field)
         if options.text
         else world_sources(World(options.seed), options.world_megabytes)
     )

@@ -2,17 +2,19 @@
 
     python train.py                                       the embedded little world, 3 minutes on 2 cores
     python train.py --data books=../books:2 notes.jsonl   your own text, each source with a weight
+    python train.py --data 'src/**/*.c' --val-data held_out.txt      files by a glob, validation of your own
     python train.py --init out/base --data notes.txt --out out/notes     go on from a model
     python train.py --resume                              go on after Ctrl-C, a crash or a kill
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
 
 Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
-Leaves a run folder (minillm/run.py) that transformers can open too.
+Leaves a run folder (minillm/run.py) that transformers can open too, with the model whose validation was the
+lowest.
 """
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,11 +29,13 @@ import torch
 from minillm.data import (
     Batch,
     Mixture,
+    Source,
     TokenizedSource,
     document_marks,
     mask_tokens,
     source_line,
-    split_documents,
+    source_sides,
+    text_sample,
     tokenize,
     validation_rows,
 )
@@ -44,9 +48,7 @@ from minillm.model import LanguageModel, ModelConfig, config_of_depth, initializ
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
-from minillm.sources import Source, open_sources, world_sources
 from minillm.tokenizer import Tokenizer
-from minillm.world import World
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,15 @@ class Options(DataOptions):
     """Train a base model on raw text."""
 
     data: tuple[str, ...] = ()
-    """Text: files, folders or globs of .txt, .md, .py, .jsonl(.gz), each as PATH, PATH:WEIGHT or
-    NAME=PATH:WEIGHT. Nothing: the embedded little world."""
+    """Text: files, folders or globs of text, JSON, CSV or Parquet (minillm/io/text.py), each as PATH,
+    PATH:WEIGHT or NAME=PATH:WEIGHT. Nothing: the embedded little world."""
+    val_data: tuple[str, ...] = ()
+    """Text to validate on, given in the same way. Nothing: a share of --data, see --val-fraction."""
     out: str = "out/base"
     """The run folder."""
     init: str | None = None
-    """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer."""
+    """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer; rows may be
+    longer than those that it was trained on."""
 
     depth: int | None = None
     """Blocks: the one dial; every value below that says "by depth" follows from it. Default 4."""
@@ -92,6 +97,8 @@ class Options(DataOptions):
     embedding_rate: float | None = None
     """Learning rate of embedding and output matrix. By depth: 0.02 · (128/width)^0.5."""
 
+    compile: bool | None = None
+    """Compile the model by torch.compile. Default where CUDA and Triton are there."""
     samples: int = 4
     """Texts sampled at the end."""
 
@@ -118,21 +125,26 @@ SHAPE = {
 def train(options: Options, runtime: Runtime) -> None:
     """One pretraining run, from the text to the finished folder."""
     run = Run("train", options, runtime)
-    with runtime.main_first():
-        sources = text_sources(options)
-        model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
-        streams = [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
-                   for source in sources]  # fmt: skip
+    sources, val_sources = text_sources(options)
+    model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
+    streams, val_streams = tokenized(sources, val_sources, tokenizer, options)
     plan = plan_of(options, model, runtime)
-    validation = validation_batches(streams, tokenizer, options)
+    validation = validation_batches(val_streams, tokenizer, options)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(streams, options.block_size, options.seed)
     state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
-    forward = runtime.wrap(model)
+    forward = runtime.wrap(model, options.compile)
+    best = math.inf  # the lowest validation, whose model is kept
 
-    with run.training(state, plan.steps, lambda: save_model(run.folder, model, tokenizer)):
+    def save() -> None:
+        if best == math.inf:
+            save_model(run.folder, model, tokenizer)
+
+    with run.training(state, plan.steps, save):
         if run.already_finished():
             return
+        best = min((e["nats_per_byte"] for e in run.metrics.kept if e["event"] == "val"), default=best)
+        run.metrics.say(beginning(model, tokenizer, streams, val_streams, plan, options))
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
             loss = backward(forward, batch, options.micro_tokens, runtime)
@@ -148,11 +160,16 @@ def train(options: Options, runtime: Runtime) -> None:
             if run.due(plan.val_every) or state.step == plan.steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
+                run.metrics.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
+                if val <= best:
+                    best = val
+                    if runtime.is_main:
+                        save_model(run.folder, model, tokenizer)
             if run.due(plan.save_every):
                 run.save()
         run.end()
         if runtime.is_main:
-            finish(run, model, mixture, tokenizer, options)
+            finish(run, best, mixture, options)
 
 
 # Before the loop
@@ -192,10 +209,18 @@ def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
     return Plan(steps, rows, options.val_every or tenth, options.save_every or tenth, rates)
 
 
-def text_sources(options: Options) -> list[Source]:
-    if options.data:
-        return open_sources(options.data, options.errors)
-    return world_sources(World(options.seed), options.world_megabytes)
+def text_sources(options: Options) -> tuple[list[Source], list[Source]]:
+    """What is trained on, and text of its own to validate on, if any."""
+    from minillm.io.text import open_sources, world_sources
+    from minillm.world import World
+
+    if not options.data:
+        sources = world_sources(World(options.seed), options.world_megabytes)
+    else:
+        sources = open_sources(options.data, options.errors, options.encoding, options.field)
+    if not options.val_data:
+        return sources, []
+    return sources, open_sources(options.val_data, options.errors, options.encoding, options.field)
 
 
 def start_model(
@@ -209,12 +234,14 @@ def start_model(
     if options.init:
         folder = Path(options.init)
         check_initial_model(folder, config_from_json(folder / "config.json"), options)
-        return load_model(folder, runtime.device, runtime.dtype)
+        model, tokenizer = load_model(folder, runtime.device, runtime.dtype)
+        longest = max(options.block_size, model.config.max_position_embeddings)
+        # Rotary positions are computed for any length; the model learns what to make of those new to it.
+        model.config = replace(model.config, max_position_embeddings=longest)
+        return model, tokenizer
     depth = options.depth or 4
-    sample = text_sample(sources, options.val_fraction)
+    sample = text_sample(sources, 0.0 if options.val_data else options.val_fraction)
     tokenizer = Tokenizer.train(sample, options.vocab_size or 512 * depth)
-    if options.vocab_size and runtime.is_main and tokenizer.vocab_size < options.vocab_size:
-        print(f"--vocab-size {options.vocab_size:,}: the text gives {tokenizer.vocab_size:,} entries")
     shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
     config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
     check_memory(parameter_count(config))
@@ -231,24 +258,20 @@ def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> 
         raise InputError(f"--init {folder} sets the shape of the model: leave out --{flag}")
     if config.causal != (options.objective == "causal"):
         raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
-    if options.block_size > config.max_position_embeddings:
-        raise InputError(
-            f"--init {folder} has {config.max_position_embeddings} positions: "
-            f"give --block-size no more (now {options.block_size})"
-        )
 
 
-def text_sample(sources: list[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
-    """Training text from the beginning of every source, each as much as its share, for the tokenizer."""
-    total = sum(source.weight for source in sources)
-    for source in sources:
-        left = round(characters * source.weight / total)
-        for side, text in split_documents(source.documents(), val_fraction):
-            if side == "train" and left > 0:
-                yield text[:left]
-                left -= len(text)
-            elif left <= 0:
-                break
+def tokenized(
+    sources: Sequence[Source], val_sources: Sequence[Source], tokenizer: Tokenizer, options: Options
+) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
+    """The text as tokens on disk, and that to validate on: a share of each source, or sources of its own."""
+    cache, fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
+    streams = [tokenize(source, tokenizer, cache, fraction, options.workers) for source in sources]
+    whole = [tokenize(source, tokenizer, cache, 0.0, options.workers) for source in val_sources]
+    held_out = [
+        replace(s, train=s.val, val=s.train, counts={"train": s.counts["val"], "val": s.counts["train"]})
+        for s in whole
+    ]
+    return streams, held_out or streams
 
 
 def validation_batches(streams: list[TokenizedSource], tokenizer: Tokenizer, options: Options) -> list[Batch]:
@@ -257,6 +280,28 @@ def validation_batches(streams: list[TokenizedSource], tokenizer: Tokenizer, opt
     if options.objective == "causal":
         return batches
     return [hide_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(batches)]
+
+
+def beginning(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    streams: Sequence[TokenizedSource],
+    val_streams: Sequence[TokenizedSource],
+    plan: Plan,
+    options: Options,
+) -> str:
+    """What is trained on what, in lines to read."""
+    size, vocabulary = sum(p.numel() for p in model.parameters()), f"{tokenizer.vocab_size:,} tokens"
+    if options.vocab_size and tokenizer.vocab_size < options.vocab_size:
+        vocabulary += f" (no more of the {options.vocab_size:,} asked for are in the text)"
+    lines = [
+        f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
+        f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens",
+        *map(source_sides, streams),
+    ]
+    if val_streams is not streams:
+        lines += [f"validation: {source_sides(stream)}" for stream in val_streams]
+    return "\n".join(lines)
 
 
 # Inside the loop
@@ -290,20 +335,22 @@ def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 # After the loop
 
 
-def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options) -> None:
-    """The plot, the samples and, when all is there, the last line of metrics.jsonl."""
+def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
+    """The plot, samples of the model that was kept, and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
 
     state, metrics = run.state, run.metrics
     sources = mixture.report()
-    plot_loss(run.folder, "nats_per_byte", "nats per byte")
     for source in sources:
         metrics.say(source_line(source))
-    if model.config.causal and options.samples:
-        write_samples(run, model, tokenizer, options)
+    if best < metrics.figure("val", "nats_per_byte"):
+        metrics.say(f"validation rose behind its lowest, {best:.4f} nats/byte: the model kept is that one")
+    plot_loss(run.folder, "nats_per_byte", "nats per byte")
+    if options.objective == "causal" and options.samples:
+        write_samples(run, *load_model(run.folder, run.runtime.device, run.runtime.dtype), options)
     metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens,
-        val_nats_per_byte=metrics.figure("val", "nats_per_byte"), sources=sources,
+        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_nats_per_byte=best,
+        sources=sources,
     )  # fmt: skip
 
 

@@ -19,12 +19,12 @@ os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from minillm.tokenizer import ENDOFTEXT, GPT4_PATTERN, Tokenizer
+from minillm.tokenizer import ENDOFTEXT, PATTERN, Tokenizer
 
 
 def train_theirs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     peer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(GPT4_PATTERN), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     peer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     trainer = trainers.BpeTrainer(

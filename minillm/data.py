@@ -1,27 +1,34 @@
-"""Documents -> train and validation -> tokens on disk -> a weighted mixture -> batches.
+"""Documents and conversations → tokens → packed rows → a weighted mixture → batches.
 
-    sources.py: documents ──► tokenize ──► streams.py: tokens on disk ──► Mixture ──► Batch
+    text:           Source ──tokenize──► TokenizedSource, on disk ──┐
+    conversations:  messages ──encode_source──► EncodedSource ──────┴──► Mixture ──► Batch
 
-Conversations (packing.py) are another kind of source for the same mixture.
+A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it. A row of
+conversations holds whole ones side by side. `Batch.start` keeps the bounds of both and attention does not
+cross them: packing equals running every piece alone. A document cut by the end of a row goes on in another
+row without its beginning: that context is lost, and no position is.
 
-A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it.
-`Batch.start` keeps their bounds and attention does not cross them; so neither the order of
-documents nor that of rows changes what a row means, and packing equals running every piece of a
-document alone. A document cut by the end of a row goes on in another row without its beginning:
-that context is lost, and no position is.
+A sample begins with the document token, so the model must have seen what follows it. Where documents are few
+(a book, a play), some rows are therefore made to begin as documents do: the document token, then the text
+from the beginning of a paragraph (`TextRows`).
 
-Left out: best-fit packing (Ding et al. 2024, arXiv 2404.10830), which cuts fewer documents.
-The recipe of the masked objective is BERT's (Devlin et al. 2019, arXiv 1810.04805, section 3.1).
+Which conversations share a row is found by best-fit decreasing (Johnson et al. 1974), as Ding et al. 2024
+(arXiv 2404.10830) pack pretraining text. The masked objective is BERT's (Devlin et al. 2019,
+arXiv 1810.04805, section 3.1). Left out: best-fit packing of text, conversations that do not fit in memory.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
-from collections import deque
+import shutil
+import zlib
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,40 +36,72 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt
 from torch import Tensor
 from tqdm import tqdm
 
-from minillm.errors import InputError
-from minillm.sources import Source, check_names
-from minillm.streams import Side, Tokens, open_streams, token_dtype, write_streams
+from minillm.errors import InputError, writing
+from minillm.files import digest, one_at_a_time, write_json
 from minillm.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+Side = Literal["train", "val"]
+SIDES: tuple[Side, Side] = ("train", "val")
+Tokens = UInt[np.ndarray, " L"]
+
 IGNORED = -100
 """A target that counts for nothing, as in torch."""
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
-FORMAT_VERSION = 1  # of the document format and the split: part of every cache's name
+LARGE_DOCUMENT = (
+    1 / 16
+)  # of the text to be held out: a larger document is cut, else validation is all or none
+BEGINNING_SHARE = 1 / 8  # of a source's rows at least begin a document, or are made to
+PARAGRAPH_TOKENS = 1024  # in which the beginning of a paragraph is looked for
+STRETCH = 64  # rows whose conversations are packed together; each stretch leaves about one row half empty
+FORMAT_VERSION = 2  # of the tokens on disk and the split: part of every cache's name
 
 
-# ---- Documents -> train and validation
+# ---- Documents → train and validation
 
 
-def split_documents(documents: Iterable[str], val_fraction: float) -> Iterator[tuple[Side, str]]:
-    """Give every document to train or validation, about `val_fraction` of them to validation.
+@dataclass(frozen=True)
+class Source:
+    """A named stream of documents with a weight in the mixture.
+
+    `documents()` starts a new pass, over the same documents in the same order each time.
+    """
+
+    name: str
+    weight: float
+    documents: Callable[[], Iterator[str]]
+    fingerprint: str
+    """Changes with the documents."""
+    size: int | None = None
+    """About how many bytes they have; None where they are many, small and in no order."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Files that were left out, by reason."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What the latest pass left out or replaced, by reason."""
+
+
+def split_documents(
+    documents: Iterable[str], val_fraction: float, size: int | None = None
+) -> Iterator[tuple[Side, str]]:
+    """Give every document to train or validation, about `val_fraction` of the text to validation.
 
     A document goes to validation when a hash of its text, read as a number in [0, 1), is below
-    `val_fraction`: the copies of a document in a source land on one side. So that validation
-    is never empty, the smallest hash of a source's first 20 documents goes there too. Where there
-    are fewer than 20 documents (a few books), each is cut instead: its last `val_fraction` of
-    bytes, from the beginning of a character, is validation.
+    `val_fraction`: the copies of a document in a source land on one side. One that is much of the text, of
+    `size` bytes, is cut instead, and so is each where there are fewer than 20: its last `val_fraction` of
+    bytes, from the beginning of a character, is validation. So that validation is never empty, the smallest
+    hash of the first 20 documents goes there too.
     """
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
-    if len(first) < FEW_DOCUMENTS:
-        for text in first:
-            yield from _cut_tail(text, val_fraction)
-        return
-    smallest = min(map(unit_hash, first)) if val_fraction else -1
+    largest = 0.0 if len(first) < FEW_DOCUMENTS else (size or np.inf) * val_fraction * LARGE_DOCUMENT
+    smallest = min(map(unit_hash, first), default=0.0)
     for text in itertools.chain(first, stream):
-        value = unit_hash(text)
-        yield "val" if value < val_fraction or value == smallest else "train", text
+        if len(text.encode()) > largest:
+            yield from _cut_tail(text, val_fraction)
+        else:
+            value = unit_hash(text)
+            held_out = value < val_fraction or (value == smallest and val_fraction > 0)
+            yield "val" if held_out else "train", text
 
 
 def _cut_tail(text: str, val_fraction: float) -> Iterator[tuple[Side, str]]:
@@ -74,10 +113,35 @@ def _cut_tail(text: str, val_fraction: float) -> Iterator[tuple[Side, str]]:
         yield "val", text[len(train) :]
 
 
+def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
+    """Training text for a tokenizer: of every source as much as its share, evenly from all of it.
+
+    Where documents are in no order, from the first of them.
+    """
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        wanted = characters * source.weight / total
+        rate, owed, taken = wanted / (source.size or wanted), 0.0, 0.0
+        for side, text in split_documents(source.documents(), val_fraction, source.size):
+            if taken >= wanted:
+                break
+            for i in range(0, len(text) if side == "train" else 0, 16_384):
+                part = text if rate >= 1 else text[i : i + 16_384]
+                owed += rate * len(part)
+                if owed > 0:
+                    yield part
+                    owed, taken = owed - len(part), taken + len(part)
+                if part is text:
+                    break
+
+
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: what the split goes by."""
-    digest = hashlib.blake2b(text.encode(), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48  # exact: 48 bits fit a float
+    """A number in [0, 1) that depends on the text alone: what every split goes by."""
+    return _number_of(text, 6) / 2**48  # exact: 48 bits fit a float
+
+
+def _number_of(text: str, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
 
 def split_by_hash(
@@ -85,82 +149,87 @@ def split_by_hash(
 ) -> tuple[list[Item], list[Item]]:
     """Those to train on, and about a share `held_out`; items of one key stay together.
 
-    The side follows from a hash of the key alone. The smallest hash is always held out and the largest
-    never, so that neither side is empty, unless there are fewer than two keys: then nothing is held out.
+    Nothing is held out where there are fewer than two keys.
     """
-    hashes = [unit_hash(key(item)) for item in items]
-    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
     sides: tuple[list[Item], list[Item]] = [], []
-    for value, item in zip(hashes, items, strict=True):
-        sides[(value < held_out or value == smallest) and value < largest].append(item)
+    for held, item in zip(_held_out([unit_hash(key(item)) for item in items], held_out), items, strict=True):
+        sides[held].append(item)
     return sides
 
 
-# ---- Documents -> tokens on disk
+def _held_out(hashes: Sequence[float], fraction: float) -> list[bool]:
+    """Whether each is held out: the smallest hash always and the largest never, so that no side is empty."""
+    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
+    return [fraction > 0 and (value < fraction or value == smallest) and value < largest for value in hashes]
+
+
+# ---- Documents → tokens on disk
 
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """A source as two token streams mapped from disk. Bytes are those of the text in UTF-8."""
+    """A source as two token streams mapped from disk.
+
+    A stream is one long array of tokens: every document is [bos] + its tokens, followed by [eos] only where
+    eos is another token than bos. Where they are the same token (in our own tokenizers), the one that opens
+    a document also ends the one before it, and one more closes the stream: every token of text has a next
+    token to predict.
+    """
 
     name: str
     weight: float
-    fingerprint: str  # of content, tokenizer and split: the name of the cache
+    fingerprint: str
+    """Of content, tokenizer and split: the name of the cache."""
     bos_id: int
     train: UInt[np.ndarray, " L"]
     val: UInt[np.ndarray, " M"]
-    train_bytes: int
-    val_bytes: int
-    train_documents: int
-    val_documents: int
-    skipped: dict[str, int]  # what reading left out, by reason
+    counts: Mapping[Side, Mapping[str, int]]
+    """Of each side its tokens, bytes (of the text in UTF-8) and documents."""
+    skipped: Mapping[str, int]
+    """What reading left out or replaced, by reason."""
+    line_ends: Int[np.ndarray, " V"]
+    """How every token of the vocabulary ends, see `line_ends_of`."""
 
-    def rows(self, block_size: int, seed: int) -> "RowStream":
+    def rows(self, block_size: int, seed: int) -> "TextRows":
         """The rows of the training text. Raises InputError where it is shorter than one row."""
         if len(self.train) <= block_size:
             raise InputError(
                 f"data source {self.name!r}: {len(self.train)} training tokens, fewer than "
                 f"one row of {block_size} + 1; give more text or a smaller block size"
             )
-        return _ShuffledRows(self, block_size, seed)
+        return TextRows(self, block_size, seed)
 
 
 def tokenize(
-    source: Source,
-    tokenizer: Tokenizer,
-    folder: Path,
-    val_fraction: float = 0.1,
-    workers: int = 1,
+    source: Source, tokenizer: Tokenizer, folder: Path, val_fraction: float = 0.1, workers: int = 1
 ) -> TokenizedSource:
     """The token streams of `source`: from the cache in `folder`, or written there now.
 
-    The cache's name is a digest of content, tokenizer and `val_fraction`; a damaged cache is
-    written anew. `workers` processes encode. Raises InputError for a fraction outside [0, 1),
-    for what is wrong in the source, and where the disk refuses.
+        folder/KEY/train.bin  val.bin     token ids, uint16 or uint32, nothing else
+        folder/KEY/counts.json            of each side tokens, bytes, documents and a checksum; written last
+
+    KEY is a digest of content, tokenizer and `val_fraction`. A cache that is not as counted is written anew.
+    One process writes; others that want the same tokens wait for it, however long it takes. `workers`
+    processes encode. Raises InputError for what is wrong in the source, and where the disk refuses.
     """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"validation fraction {val_fraction}: give at least 0 and less than 1")
-    bos, eos = document_marks(tokenizer)
-    parts = [FORMAT_VERSION, source.fingerprint, tokenizer.fingerprint, bos, eos, val_fraction]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    cache = folder / key
-    if (found := open_streams(cache)) is None:
-        documents = _encoded(source, tokenizer, val_fraction, workers)
-        write_streams(cache, documents, token_dtype(tokenizer.vocab_size), bos, eos, source.skipped)
-        if (found := open_streams(cache)) is None:
-            raise InputError(f"{str(cache)!r} does not read back as written; check the disk")
-    streams, counts = found
-    sizes = {f"{s}_{what}": counts[s][what] for s in streams for what in ("bytes", "documents")}
+    bos, _ = document_marks(tokenizer)
+    key = digest(FORMAT_VERSION, source.fingerprint, source.size, tokenizer.fingerprint, val_fraction)
+    cache, vocab_size = folder / key, tokenizer.vocab_size
+    with writing(cache, "free some space or give another --cache"), one_at_a_time(cache):
+        if (found := _open_cache(cache, vocab_size)) is None:
+            try:
+                _write_cache(cache, source, tokenizer, val_fraction, workers)
+            except BaseException:
+                shutil.rmtree(cache, ignore_errors=True)
+                raise
+            if (found := _open_cache(cache, vocab_size)) is None:
+                raise InputError(f"{cache}: does not read back as written; check the disk")
+    streams, counts, dropped = found
+    skipped = dict(source.skipped + Counter(dropped))
     return TokenizedSource(
-        source.name,
-        source.weight,
-        key,
-        bos,
-        streams["train"],
-        streams["val"],
-        **sizes,
-        skipped=counts["notes"] | source.skipped,
-    )
+        source.name, source.weight, key, bos, streams["train"], streams["val"], counts, skipped,
+        line_ends_of(tokenizer.vocabulary.tokens),
+    )  # fmt: skip
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -171,6 +240,39 @@ def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
     return ids[0], ids[-1]
 
 
+def _token_dtype(vocab_size: int) -> str:
+    """The smaller of uint16 and uint32 that holds every id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def _write_cache(
+    cache: Path, source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
+) -> None:
+    for damaged in cache.iterdir():  # what another process has mapped outlives its name
+        damaged.unlink()
+    dtype, (bos, eos) = _token_dtype(tokenizer.vocab_size), document_marks(tokenizer)
+    opening, closing = np.array([bos], dtype), np.array([eos] if eos != bos else [], dtype)
+    counts = {side: dict.fromkeys(("tokens", "bytes", "documents", "checksum"), 0) for side in SIDES}
+    with open(cache / "train.bin", "wb") as train, open(cache / "val.bin", "wb") as val:
+        files = dict(zip(SIDES, (train, val), strict=True))
+
+        def append(side: Side, ids: Tokens) -> None:
+            raw = ids.astype(dtype).tobytes()
+            files[side].write(raw)
+            counts[side]["tokens"] += len(raw) // np.dtype(dtype).itemsize
+            counts[side]["checksum"] = zlib.crc32(raw, counts[side]["checksum"])
+
+        for side, ids, size in _encoded(source, tokenizer, val_fraction, workers):
+            append(side, np.concatenate([opening, ids, closing]))
+            counts[side]["bytes"] += size
+            counts[side]["documents"] += 1
+        for side in SIDES:
+            if counts[side]["documents"] and bos == eos:
+                append(side, opening)
+    sealed = {"sides": counts, "dropped": dict(source.dropped)}
+    write_json(cache / "counts.json", {**sealed, "checksum": digest(sealed)})
+
+
 def _encoded(
     source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
 ) -> Iterator[tuple[Side, Tokens, int]]:
@@ -179,24 +281,229 @@ def _encoded(
     ahead: deque[tuple[Side, int]] = deque()
 
     def texts() -> Iterator[str]:
-        for side, text in split_documents(source.documents(), val_fraction):
+        for side, text in split_documents(source.documents(), val_fraction, source.size):
             ahead.append((side, len(text.encode())))
             yield text
 
     title = f"tokenize {source.name}"
-    with tqdm(desc=title, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        desc=title, total=source.size, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True
+    ) as bar:
         for ids in tokenizer.encode_documents(texts(), workers=workers):
             side, size = ahead.popleft()
             yield side, ids, size
             bar.update(size)
 
 
-# ---- Tokens -> batches
+def _open_cache(
+    cache: Path, vocab_size: int
+) -> tuple[dict[Side, Tokens], dict[Side, dict[str, int]], dict[str, int]] | None:
+    """Streams, counts and what reading dropped; None where any of it is missing or not as it was written."""
+    try:
+        sealed = json.loads((cache / "counts.json").read_text())
+        checksum = sealed.pop("checksum")
+        if checksum != digest(sealed):
+            return None
+        counts, dropped = sealed["sides"], sealed["dropped"]
+        numbers = [*dropped.values(), *(n for side in SIDES for n in counts[side].values())]
+        if any(type(number) is not int for number in numbers):
+            return None
+        return {s: _map(cache / f"{s}.bin", vocab_size, counts[s]) for s in SIDES}, counts, dropped
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _map(path: Path, vocab_size: int, counts: Mapping[str, int]) -> Tokens:
+    """One stream, mapped. ValueError unless size and checksum are as counted and every id has a token."""
+    dtype, checksum, largest = np.dtype(_token_dtype(vocab_size)), 0, -1
+    with open(path, "rb") as file:  # read and not mapped: what is mapped counts as memory
+        while raw := file.read(2**24):
+            checksum = zlib.crc32(raw, checksum)
+            largest = max(largest, int(np.frombuffer(raw, dtype).max()))
+    size = path.stat().st_size
+    if (size, checksum) != (counts["tokens"] * dtype.itemsize, counts["checksum"]) or largest >= vocab_size:
+        raise ValueError(f"{path} is damaged")
+    # An empty file cannot be mapped; and a plain view is quicker to slice than a np.memmap.
+    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
+
+
+def source_sides(source: TokenizedSource) -> str:
+    """What a source holds on both sides, and what was left out of it, as a line to read."""
+    sides = [
+        f"{name} {n['bytes']:,} bytes, {n['tokens']:,} tokens, {n['documents']:,} documents"
+        for name, n in (("train", source.counts["train"]), ("held out", source.counts["val"]))
+        if n["documents"]
+    ]
+    skipped = [f"{count:,} {what}" for what, count in source.skipped.items()]
+    return f"{source.name}: {'; '.join(sides)}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+
+
+# ---- Conversations → tokens in memory
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A conversation as tokens, and for each whether it is the assistant's to produce."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def assistant(self) -> list[bool]: ...
+
+
+Encode = Callable[[list[dict[str, str]]], Encoded]
+"""How messages become tokens. It raises InputError for messages that it refuses."""
+
+
+@dataclass(frozen=True)
+class EncodedConversations:
+    """Conversations end to end: the i-th is tokens[offsets[i] : offsets[i + 1]].
+
+    One of L tokens takes L - 1 positions of a row: every token but the last goes in, and the next one is the
+    target where it is the assistant's. They take 3 bytes a token, or 5 with ids beyond 65,535.
+    """
+
+    tokens: UInt[np.ndarray, " L"]
+    assistant: Bool[np.ndarray, " L"]
+    offsets: Int64[np.ndarray, " M_plus_1"]
+
+    @property
+    def sizes(self) -> Int64[np.ndarray, " M"]:
+        """The positions that each conversation takes in a row."""
+        return np.diff(self.offsets) - 1
+
+    def row(self, chosen: Sequence[int], block_size: int) -> "Row":
+        """These conversations side by side; together they fit. The end of the row is padding: token 0, no
+        target, every position a document of its own."""
+        tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
+        document_start = np.ones(block_size, bool)
+        begin = 0
+        for i in chosen:
+            own = slice(self.offsets[i], self.offsets[i + 1])
+            ids, assistant = self.tokens[own].astype(np.int64), self.assistant[own]
+            end = begin + len(ids) - 1
+            tokens[begin:end] = ids[:-1]
+            targets[begin:end] = np.where(assistant[1:], ids[1:], IGNORED)
+            document_start[begin + 1 : end] = False
+            begin = end
+        return Row(tokens, targets, document_start)
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """A source of conversations as tokens; to a mixture the same as a TokenizedSource."""
+
+    name: str
+    weight: float
+    fingerprint: str
+    """Of the tokens, their split, and which are the assistant's."""
+    train: EncodedConversations
+    val: EncodedConversations
+    skipped: Mapping[str, int]
+    """What reading and encoding left out, by reason."""
+    first_skipped: str | None
+    """A line about the first of it."""
+
+    def rows(self, block_size: int, seed: int) -> "PackedRows":
+        """The rows of the training conversations, which are no longer than `block_size`."""
+        return PackedRows(self, block_size, seed)
+
+
+def encode_source(source: Any, encode: Encode, block_size: int, val_fraction: float = 0.05) -> EncodedSource:
+    """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
+
+    The side follows from a hash of the first user message: two answers to one question never land on two
+    sides. Where all begin alike, it is that of the whole conversation. A conversation longer than a row is
+    cut behind the last reply with which it fits. Where none does, where `encode` refuses it, or where no
+    token of it is the assistant's, it is left out; all is counted. Raises InputError where nothing is left
+    to train on, or, with a `val_fraction`, to validate on.
+    """
+    skipped, first = Counter(source.skipped), source.first_skipped
+    writers = {side: _Writer() for side in SIDES}
+    for key in (_first_question, json.dumps):
+        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
+        if len(set(hashes)) > 1:
+            break
+    sides = [SIDES[held] for held in _held_out(hashes, val_fraction)]
+    bar = tqdm(sides, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
+    for number, (side, conversation) in enumerate(zip(bar, source.conversations(), strict=True), start=1):
+        try:
+            encoded, reason = _fitted(conversation, encode, block_size + 1)
+        except InputError as error:
+            encoded, reason = None, "conversations that the chat template refuses"
+            first = first or f"conversation {number} of {source.name!r}: {error}"
+        if reason:
+            skipped[reason] += 1
+            first = first or f"conversation {number} of {source.name!r} is among the {reason}"
+        if encoded is not None:
+            writers[side].add(encoded)
+    train, val = (writers[side].finish() for side in SIDES)
+    for purpose, part in (("train", train), ("validate", val if val_fraction else train)):
+        if not len(part.sizes):
+            raise InputError(
+                f"data source {source.name!r}: no conversation to {purpose} on ({first or 'too few'}); "
+                "give more, a larger block size or another validation fraction"
+            )
+    parts = [(side.offsets, side.tokens.astype(np.uint32), side.assistant) for side in (train, val)]
+    fingerprint = digest(*itertools.chain(*parts))
+    return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(skipped), first)
+
+
+def _first_question(conversation: list[dict[str, str]]) -> str:
+    return next((message["content"] for message in conversation if message["role"] == "user"), "")
+
+
+def _fitted(
+    conversation: list[dict[str, str]], encode: Encode, limit: int
+) -> tuple[Encoded | None, str | None]:
+    """The conversation in at most `limit` tokens, or None, and the reason if some of it is left out."""
+    encoded, reason = encode(conversation), None
+    if len(encoded.tokens) > limit:
+        ends = [i for i, message in enumerate(conversation, start=1) if message["role"] == "assistant"]
+        fitting = bisect.bisect_right(ends, limit, key=lambda end: len(encode(conversation[:end]).tokens))
+        if not fitting:
+            return None, "conversations longer than a row"
+        encoded = encode(conversation[: ends[fitting - 1]])
+        reason = "ends of conversations longer than a row"
+    if not any(encoded.assistant[1:]):
+        return None, "conversations without a token of the assistant's"
+    return encoded, reason
+
+
+class _Writer:
+    """Appends conversations to flat arrays."""
+
+    def __init__(self) -> None:
+        self.tokens, self.assistant, self.offsets = array("I"), bytearray(), array("q", [0])
+
+    def add(self, encoded: Encoded) -> None:
+        self.tokens.extend(encoded.tokens)
+        self.assistant.extend(encoded.assistant)
+        self.offsets.append(len(self.tokens))
+        if len(self.assistant) != len(self.tokens):
+            raise ValueError("an encoder must say of every token whether it is the assistant's")
+
+    def finish(self) -> EncodedConversations:
+        tokens, assistant = np.array(self.tokens, np.uint32), np.array(self.assistant, bool)
+        tokens = tokens.astype(_token_dtype(int(tokens.max(initial=0)) + 1))
+        return EncodedConversations(tokens, assistant, np.array(self.offsets, np.int64))
+
+
+# ---- Tokens → rows
+
+
+class Row(NamedTuple):
+    """One row of a batch; the numbers in any type of integers."""
+
+    tokens: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
+    targets: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
+    document_start: Bool[np.ndarray, " T"]  # whether a document begins here; the first position need not say
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a token stream and what comes next at each position, IGNORED where nothing does."""
+    """Rows of tokens and what comes next at each position, IGNORED where nothing does."""
 
     tokens: Int64[Tensor, "B T"]
     targets: Int64[Tensor, "B T"]
@@ -211,105 +518,204 @@ class Batch:
         return Batch(self.tokens[begin:end], self.targets[begin:end], self.start[begin:end])
 
 
-def document_starts(tokens: Int64[Tensor, "B T"], bos_id: int) -> Int32[Tensor, "B T"]:
-    """For every position the last position of `bos_id` up to it, or 0: its document's beginning."""
-    return _starts(tokens == bos_id)
-
-
-def _starts(opens: Bool[Tensor, "B T"]) -> Int32[Tensor, "B T"]:
-    positions = torch.arange(opens.shape[1], device=opens.device)
-    return torch.where(opens, positions, 0).cummax(dim=1).values.to(torch.int32)
-
-
-class Row(NamedTuple):
-    """One row of a batch; the numbers in any type of integers."""
-
-    tokens: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
-    targets: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
-    opens: Bool[np.ndarray, " T"]  # whether a document begins here; the row's first position need not say
-
-
 def stack(rows: Sequence[Row], block_size: int) -> Batch:
     """The batch of `rows`, which may be none."""
     tokens, targets = (np.empty((len(rows), block_size), np.int64) for _ in range(2))
-    opens = np.empty((len(rows), block_size), bool)
+    begins = np.empty((len(rows), block_size), bool)
     for i, row in enumerate(rows):
-        tokens[i], targets[i], opens[i] = row
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(torch.from_numpy(opens)))
+        tokens[i], targets[i], begins[i] = row
+    start = _last_true(torch.from_numpy(begins))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), start)
 
 
-def _batch(rows: Int64[np.ndarray, "B T_plus_1"], bos_id: int) -> Batch:
-    """A batch of rows that carry one token more at their end, for the last target."""
-    tokens, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-    return Batch(tokens, targets, document_starts(tokens, bos_id))
+def document_starts(tokens: Int64[Tensor, "B T"], bos_id: int) -> Int32[Tensor, "B T"]:
+    """For every position the last position of `bos_id` up to it, or 0: its document's beginning."""
+    return _last_true(tokens == bos_id)
 
 
-@runtime_checkable
-class RowStream(Protocol):
-    """The rows of one source, epoch after epoch, each epoch in another order.
+def _last_true(begins: Bool[Tensor, "B T"]) -> Int32[Tensor, "B T"]:
+    positions = torch.arange(begins.shape[1], device=begins.device)
+    return torch.where(begins, positions, 0).cummax(dim=1).values.to(torch.int32)
 
-    Which row it is follows from seed, name, epoch and position alone: only the last two need saving,
-    and no other source and no weight changes it.
+
+class Shuffled(Generic[Item]):
+    """Items without end, every one once an epoch, in an order that follows from (seed, name, epoch).
+
+    Where it stands is two numbers, the epoch and how many of its items were given: only they need saving.
     """
 
-    epoch: int
-    position: int  # rows of this epoch given so far
-    length: int  # rows of this epoch
+    def __init__(self, items: Sequence[Item], name: str, seed: int, fingerprint: str) -> None:
+        """`name` says what the items are; their `fingerprint` changes with their content."""
+        self.items, self.name, self.seed, self.fingerprint = items, name, seed, fingerprint
+        self.seek(0, 0)
+
+    def arrange(self, random: np.random.Generator) -> Any:
+        """The items of an epoch in their order, each as `take` knows it."""
+        return random.permutation(len(self.items))
+
+    def take(self, which: Any) -> Item:
+        """The item that is so known."""
+        return self.items[which]
 
     def seek(self, epoch: int, position: int) -> None:
-        """Go to the `position`-th row of an epoch."""
+        """Go to the `position`-th item of an epoch."""
+        self.epoch, self.position = epoch, position
+        self.order = self.arrange(epoch_generator(self.seed, self.name, epoch))
 
-    def next(self) -> Row:
-        """The next row, of the next epoch where this one is over."""
+    def next(self, count: int = 1) -> list[Item]:
+        """The next `count` items."""
+        taken = []
+        for _ in range(count):
+            if self.position == len(self.order):
+                self.seek(self.epoch + 1, 0)
+            taken.append(self.take(self.order[self.position]))
+            self.position += 1
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, in what JSON can hold."""
+        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where another one stood. InputError if the items are others, ValueError for no such place."""
+        _check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
+        self.seek(_whole(state["epoch"]), _whole(state["position"]))
+        if self.position > len(self.order):
+            raise ValueError(f"no position {self.position} in epoch {self.epoch}")
 
 
-@runtime_checkable
-class RowSource(Protocol):
-    """What a mixture draws from: text (TokenizedSource) or conversations (packing.EncodedSource)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def skipped(self) -> dict[str, int]: ...
-
-    def rows(self, block_size: int, seed: int) -> RowStream:
-        """Its training rows of `block_size` tokens."""
+def _whole(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no count")
+    return number
 
 
-class _ShuffledRows:
-    """The rows of one stream of text, a RowStream.
+def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
+    """The randomness of one epoch of one source."""
+    return _generator(seed, _number_of(name, 8), epoch)
+
+
+def _generator(*key: int) -> np.random.Generator:
+    # Not numpy's default, which may change; the length tells (s,) from (s, 0, 0).
+    return np.random.Generator(np.random.PCG64((len(key), *key)))
+
+
+class TextRows(Shuffled[Row]):
+    """The rows of one stream of text.
 
     Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. An
     epoch leaves out fewer than 2T tokens, before the phase and behind the last whole row. Phase
     and order are drawn anew for each epoch. The order takes 8 bytes a row in memory.
+
+    Where fewer than BEGINNING_SHARE of the rows can hold the beginning of a document, chance chooses others
+    that begin as one: with bos in front of the next paragraph's beginning. Such a row sees no less before
+    its tokens than any other, and nothing teaches that a document ends before a paragraph.
     """
 
-    def __init__(self, source: TokenizedSource, block_size: int, seed: int):
-        self.source, self.block_size, self.seed = source, block_size, seed
-        self.seek(0, 0)
+    def __init__(self, source: TokenizedSource, block_size: int, seed: int) -> None:
+        self.source, self.block_size = source, block_size
+        documents = source.counts["train"]["documents"]
+        self.made_share = max(0.0, BEGINNING_SHARE - documents * block_size / len(source.train))
+        super().__init__((), source.name, seed, source.fingerprint)
 
-    def seek(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
+    def arrange(self, random: np.random.Generator) -> Any:
         size, length = self.block_size, len(self.source.train)
-        random = epoch_generator(self.seed, self.source.name, epoch)
         self.phase = int(random.integers(min(size, length - size)))
-        self.length = (length - 1 - self.phase) // size
-        self.order = random.permutation(self.length)
+        order = random.permutation((length - 1 - self.phase) // size)
+        self.made = random.random(len(order)) < self.made_share
+        return order
 
-    def next(self) -> Row:
-        if self.position == self.length:
-            self.seek(self.epoch + 1, 0)
-        begin = self.phase + int(self.order[self.position]) * self.block_size
-        self.position += 1
-        ids = self.source.train[begin : begin + self.block_size + 1]
-        return Row(ids[:-1], ids[1:], ids[:-1] == self.source.bos_id)
+    def take(self, which: Any) -> Row:
+        tokens, size, bos = self.source.train, self.block_size, self.source.bos_id
+        begin = self.phase + int(which) * size
+        ids = tokens[begin : begin + size + 1]
+        if self.made[which] and bos not in ids:
+            begin = min(self._paragraph(begin), len(tokens) - size)
+            ids = np.concatenate([np.array([bos], tokens.dtype), tokens[begin : begin + size]])
+        return Row(ids[:-1], ids[1:], ids[:-1] == bos)
+
+    def _paragraph(self, begin: int) -> int:
+        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`."""
+        near = self.source.line_ends[self.source.train[begin : begin + PARAGRAPH_TOKENS]]
+        before, last, this = (near[i : len(near) + i - 2] for i in range(3))
+        blank = (last & BLANK > 0) | ((last & EMPTY > 0) & (before & LINE > 0))
+        for ends in (blank, last & LINE > 0):
+            if len(found := np.flatnonzero(ends & (this & INDENT == 0))):
+                return begin + int(found[0]) + 2
+        return begin
+
+
+LINE, BLANK, EMPTY, INDENT = 1, 2, 4, 8
+
+
+def line_ends_of(tokens: Sequence[bytes]) -> Int[np.ndarray, " V"]:
+    """Of every token, as bits, whether it ends a line, whether that line is blank, whether the token is
+    nothing else, and whether it begins with white space."""
+    bits = np.zeros(len(tokens), np.int8)
+    for i, token in enumerate(tokens):
+        *_, line, behind = (b"x" + token).split(b"\n") if b"\n" in token else (b"x", b"x")
+        bits[i] = (
+            LINE * (not behind.strip())
+            | BLANK * (not behind.strip() and not line.strip())
+            | EMPTY * (not behind.strip() and not token.strip())
+            | INDENT * token[:1].isspace()
+        )
+    return bits
+
+
+class PackedRows(Shuffled[Row]):
+    """The rows of a source of conversations: every one once an epoch, each epoch with other neighbours."""
+
+    def __init__(self, source: EncodedSource, block_size: int, seed: int) -> None:
+        if source.train.sizes.max() > block_size:
+            raise ValueError(f"{source.name!r} holds conversations encoded for longer rows than {block_size}")
+        self.source, self.block_size = source, block_size
+        super().__init__((), source.name, seed, source.fingerprint)
+
+    def arrange(self, random: np.random.Generator) -> Any:
+        sizes = self.source.train.sizes
+        rows = pack(sizes, random.permutation(len(sizes)), self.block_size)
+        return [rows[i] for i in random.permutation(len(rows)).tolist()]
+
+    def take(self, which: Any) -> Row:
+        return self.source.train.row(which, self.block_size)
+
+    @property
+    def fill(self) -> float:
+        """The share of this epoch's positions that are not padding."""
+        return float(self.source.train.sizes.sum()) / (len(self.order) * self.block_size)
+
+
+def pack(sizes: Int64[np.ndarray, " M"], order: Int64[np.ndarray, " M"], block_size: int) -> list[list[int]]:
+    """What each row holds: conversations of these sizes, taken in this order, a stretch at a time."""
+    stretches = sizes[order].cumsum() // (STRETCH * block_size)
+    bounds = np.flatnonzero(np.diff(stretches)) + 1
+    return [row for part in np.split(order, bounds) for row in _best_fit(sizes, part, block_size)]
+
+
+def _best_fit(
+    sizes: Int64[np.ndarray, " M"], part: Int64[np.ndarray, " P"], block_size: int
+) -> list[list[int]]:
+    """The longest first, each to the row that it fills best, or to a new one."""
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # of every row what is free in it and its number, sorted
+    for i in part[np.argsort(-sizes[part], kind="stable")].tolist():
+        size = int(sizes[i])
+        at = bisect.bisect_left(spaces, (size, 0))
+        if at == len(spaces):
+            spaces.append((block_size, len(rows)))
+            rows.append([])
+        space, row = spaces.pop(at)
+        rows[row].append(i)
+        bisect.insort(spaces, (space - size, row))
+    return rows
+
+
+# ---- Rows → batches
+
+
+RowSource = TokenizedSource | EncodedSource
+"""What a mixture draws from."""
 
 
 class Mixture:
@@ -320,14 +726,14 @@ class Mixture:
     alone: not of how many are asked for at a time, nor of being stopped and resumed.
     """
 
-    def __init__(self, sources: Sequence[RowSource], block_size: int, seed: int):
+    def __init__(self, sources: Sequence[RowSource], block_size: int, seed: int) -> None:
         """Raises InputError for two sources of one name and for one too short to give a row."""
         check_names(source.name for source in sources)
         weights = np.array([source.weight for source in sources])
         self.sources, self.block_size, self.seed = list(sources), block_size, seed
         self.shares = weights / weights.sum()
         self.drawn = [0] * len(sources)
-        self.streams = [source.rows(block_size, seed) for source in sources]
+        self.streams: list[Shuffled[Row]] = [source.rows(block_size, seed) for source in sources]
         self.choices = _generator(seed)
 
     def next_rows(self, n: int) -> Batch:
@@ -337,22 +743,14 @@ class Mixture:
         chosen = np.searchsorted(bounds, self.choices.random(n), side="right").tolist()
         rows = []
         for source in chosen:
-            rows.append(self.streams[source].next())
+            rows += self.streams[source].next()
             self.drawn[source] += 1
         return stack(rows, self.block_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the mixture stands, in a few numbers that JSON can hold."""
-        own = zip(self.sources, self.drawn, self.streams, strict=True)
-        sources = {
-            source.name: {
-                "fingerprint": source.fingerprint,
-                "rows": drawn,
-                "epoch": stream.epoch,
-                "position": stream.position,
-            }
-            for source, drawn, stream in own
-        }
+        own = zip(self.drawn, self.streams, strict=True)
+        sources = {stream.name: {"rows": drawn, **stream.state_dict()} for drawn, stream in own}
         return {"block_size": self.block_size, "seed": self.seed, "sources": sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,11 +759,9 @@ class Mixture:
             _check_same(what, state[what], getattr(self, what))
         saved = state["sources"]
         _check_same("data sources", ", ".join(saved), ", ".join(s.name for s in self.sources))
-        for i, source in enumerate(self.sources):
-            at = saved[source.name]
-            _check_same(f"content of {source.name!r}", at["fingerprint"], source.fingerprint)
-            self.drawn[i] = at["rows"]
-            self.streams[i].seek(at["epoch"], at["position"])
+        for i, stream in enumerate(self.streams):
+            stream.load_state_dict(saved[stream.name])
+            self.drawn[i] = _whole(saved[stream.name]["rows"])
         self.choices = _generator(self.seed)
         # One step of the generator for each row drawn.
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
@@ -379,11 +775,21 @@ class Mixture:
                 "share": float(share),
                 "realised": drawn / max(1, sum(self.drawn)),
                 "tokens": drawn * self.block_size,
-                "epochs": stream.epoch + stream.position / stream.length,
-                "skipped": source.skipped,
+                "epochs": stream.epoch + stream.position / len(stream.order),
+                "skipped": dict(source.skipped),
             }
             for source, share, drawn, stream in own
         ]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises InputError where two sources have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(
+                f"{count} data sources are named {name!r}: name them apart, as in other=PATH, or make one of "
+                "them by a glob in quotes, as in 'PATH/*.txt'"
+            )
 
 
 def source_line(report: Mapping[str, Any]) -> str:
@@ -395,53 +801,6 @@ def source_line(report: Mapping[str, Any]) -> str:
 def _check_same(what: str, was: Any, now: Any) -> None:
     if was != now:
         raise InputError(f"cannot resume: {what} was {was} and is now {now}; put back the old one")
-
-
-class Shuffled(Generic[Item]):
-    """Items without end, every one once an epoch, in an order that follows from (seed, name, epoch)."""
-
-    def __init__(self, items: Sequence[Item], name: str, seed: int, fingerprint: str) -> None:
-        """`name` says what the items are, in the plural; their `fingerprint` changes with their content."""
-        self.items, self.name, self.seed, self.fingerprint = items, name, seed, fingerprint
-        self._seek(0, 0)
-
-    def _seek(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self.order = epoch_generator(self.seed, self.name, epoch).permutation(len(self.items)).tolist()
-
-    def next(self, count: int) -> list[Item]:
-        """The next `count` items."""
-        taken = []
-        for _ in range(count):
-            if self.position == len(self.order):
-                self._seek(self.epoch + 1, 0)
-            taken.append(self.items[self.order[self.position]])
-            self.position += 1
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.fingerprint:
-            raise InputError(
-                f"cannot resume: the {self.name} are other ones than the run's; put the old ones back"
-            )
-        epoch, position = int(state["epoch"]), int(state["position"])
-        if epoch < 0 or not 0 <= position <= len(self.items):
-            raise ValueError(f"no position {position} in epoch {epoch}")
-        self._seek(epoch, position)
-
-
-def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
-    """The randomness of one epoch of one source."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return _generator(seed, int.from_bytes(digest), epoch)
-
-
-def _generator(*key: int) -> np.random.Generator:
-    # Not numpy's default, which may change; the length tells (s,) from (s, 0, 0).
-    return np.random.Generator(np.random.PCG64((len(key), *key)))
 
 
 # ---- Validation
@@ -474,10 +833,20 @@ def validation_rows(
 def _windows(source: TokenizedSource, chosen: Int[np.ndarray, " B"], block_size: int) -> Batch:
     positions = chosen[:, None] * block_size + np.arange(block_size + 1)
     inside = positions < len(source.val)
-    rows = np.where(inside, source.val[positions * inside], source.bos_id).astype(np.int64)
-    batch = _batch(rows, source.bos_id)
-    targets = batch.targets.masked_fill(~torch.from_numpy(inside[:, 1:]), IGNORED)
-    return Batch(batch.tokens, targets, batch.start)
+    rows = torch.from_numpy(np.where(inside, source.val[positions * inside], source.bos_id).astype(np.int64))
+    tokens = rows[:, :-1].contiguous()
+    targets = rows[:, 1:].masked_fill(~torch.from_numpy(inside[:, 1:]), IGNORED)
+    return Batch(tokens, targets.contiguous(), document_starts(tokens, source.bos_id))
+
+
+def packed_batches(
+    conversations: EncodedConversations, block_size: int, batch_rows: int = 64
+) -> Iterator[Batch]:
+    """Every conversation once, in the same batches of up to `batch_rows` rows each time."""
+    sizes = conversations.sizes
+    rows = pack(sizes, np.arange(len(sizes)), block_size)
+    for i in range(0, len(rows), batch_rows):
+        yield stack([conversations.row(row, block_size) for row in rows[i : i + batch_rows]], block_size)
 
 
 # ---- The masked objective

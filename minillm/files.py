@@ -4,14 +4,21 @@ A file is written in a folder `.NAME.tmp` beside its place, synced and renamed o
 reader, or a machine that stops in between, finds the old file or the new one and never half of either.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from minillm.errors import InputError, reading, writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -91,5 +98,35 @@ def sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def digest(*parts: Any) -> str:
+    """32 hex digits that follow from the content of the parts, each JSON or bytes (an array counts as its
+    bytes), in their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        is_json = part is None or isinstance(part, str | int | float | list | tuple | dict)
+        data = json.dumps(part).encode() if is_json else bytes(part)
+        state.update(f"{len(data)} ".encode() + data)
+    return state.hexdigest()
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds it: another process that asks for it waits until this one is done with it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder)):  # nobody has removed it meanwhile
+                    yield
+                    return
         finally:
             os.close(handle)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from kernels.attention import attention
-from minillm.packing import pack
+from minillm.data import pack
 
 # ---- Sequences -> rows
 

@@ -105,7 +105,11 @@ class DataOptions(TrainingOptions):
     world_megabytes: float = 12.0
     """Size of the little world's text, where that is used."""
     errors: Literal["strict", "replace"] = "strict"
-    """Stop at text that is not UTF-8 or a line that does not parse, or replace and skip, counting."""
+    """Stop at text not of the encoding or a line that does not parse, or replace and skip, counting."""
+    encoding: str = "utf-8"
+    """Of text files: utf-8, utf-16, gb18030, shift_jis …"""
+    field: str | None = None
+    """The field of a JSON record, or column of a table, that holds the text. Default text or content."""
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
     workers: int = 1

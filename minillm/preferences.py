@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from minillm.chat import ChatTemplate, Completion, chat_format
+from minillm.files import digest
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel
-from minillm.sources import digest
 from minillm.tokenizer import Tokenizer
 
 Message = dict[str, str]

@@ -37,12 +37,12 @@ from torch import Tensor
 from minillm.chat import ChatTemplate
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
+from minillm.files import digest
 from minillm.layout import SharedPrompts, flat_index, forward_passes, pack_rows, pack_sets, pad
 from minillm.loss import accumulate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
 from minillm.run import Runtime
-from minillm.sources import digest
 
 # ---- Rankings -> rows
 

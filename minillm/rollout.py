@@ -16,7 +16,6 @@ that the update will repeat, so that its first ratios are exactly 1, in any prec
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from minillm.chat import ChatTemplate
 from minillm.data import Shuffled
+from minillm.files import digest
 from minillm.generate import SamplingOptions, filter_logits
 from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
 from minillm.model import LanguageModel, ScalarModel
@@ -57,8 +57,7 @@ def encode_prompts(
 
 def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
     """The prompts without end."""
-    digest = blake2b(repr([prompt.tokens for prompt in prompts]).encode(), digest_size=16)
-    return Shuffled(prompts, "prompts", seed, digest.hexdigest())
+    return Shuffled(prompts, "prompts", seed, digest([prompt.tokens for prompt in prompts]))
 
 
 # ---- The distribution that was sampled from
@@ -175,11 +174,11 @@ class Observers:
     @property
     def fingerprint(self) -> str:
         """Changes with any weight of the networks."""
-        digest = blake2b(digest_size=16)
+        parts = []
         for model in filter(None, (self.ref, self.reward)):
             for tensor in model.state_dict().values():
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+                parts.append(digest(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        return digest(parts)
 
     def sample(self, policy: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Responses:
         """A response to each prompt."""

@@ -23,6 +23,7 @@ on how many there are. No pickle anywhere. Left out: sharded weights, several no
 
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -67,10 +68,13 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The model as the training loop calls it: compiled on CUDA, averaging over processes."""
+    def wrap(self, model: nn.Module, compiled: bool | None = None) -> Callable[..., Tensor]:
+        """The model as the training loop calls it, averaging over processes; compiled, unless said
+        otherwise, where CUDA and the Triton that torch.compile needs are there."""
         on_cuda = self.device.type == "cuda"
-        if on_cuda:
+        if compiled is None:
+            compiled = on_cuda and importlib.util.find_spec("triton") is not None
+        if compiled:
             model.compile()
         if self.world_size == 1:
             return model

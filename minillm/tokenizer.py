@@ -6,61 +6,66 @@ neighbouring tokens that is most frequent in all pieces, and make it a new token
 those merges in each piece.
 
 The method is from Sennrich et al. 2016 (arXiv 1508.07909, section 3.2), over bytes as in GPT-2
-(Radford et al. 2019, section 2.2). Left out: other kinds of vocabulary (see vocabulary.py),
-dropout, and the offsets of tokens in their text.
+(Radford et al. 2019, section 2.2). Left out: dropout, the offsets of tokens in their text, and other
+kinds of vocabulary, which io/vocabulary.py opens.
 
 One trick makes this fast in plain Python: a piece is a `str` whose characters are token ids
 (`chr(id)`) and a pair is a `str` of two, so that splitting, joining, comparing and looking up run
 in C.
 """
 
-import hashlib
 import os
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain, islice, pairwise
 from operator import add, itemgetter
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import regex
 
 from minillm.errors import InputError
-from minillm.files import read_json, read_text, write_json, write_text
-from minillm.vocabulary import (
-    GPT2_PATTERN,
-    GPT4_PATTERN,
-    Vocabulary,
-    read_vocabulary,
-    splitter,
-    to_json,
-)
+from minillm.files import digest, read_json, read_text, write_json, write_text
 from minillm.workers import map_in_processes
-
-__all__ = ["ENDOFTEXT", "GPT2_PATTERN", "GPT4_PATTERN", "SPECIAL_TOKENS", "Tokenizer"]
 
 ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (ENDOFTEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|mask|>")
 
+# A contraction; a word (letters with their combining marks, and the joiners inside words of Persian and
+# Indic scripts) with the space or sign before it; at most three digits; signs with the line breaks behind
+# them; white space. GPT-4's pattern (tiktoken's cl100k_base), whose words end at every combining mark.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{M}\u200c\u200d]*|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# GPT-2's, which the step "ByteLevel" of a tokenizer.json means.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 CACHED_WORDS = 1 << 18  # a few tens of megabytes at most
 CACHED_WORD_LENGTH = 64  # in characters; longer pieces seldom come twice
+LONGEST_WORD = 1 << 16  # in characters: a longer piece is cut there, so that memory stays bounded
 BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
+SPLIT_SECONDS = 60.0  # to split a text by a pattern from elsewhere, which may backtrack for ever
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def count_words(texts: Iterable[str], special_tokens: Iterable[str], pattern: str) -> Counter[str]:
     """How often each piece occurs; none spans two texts or the two sides of a special token."""
-    special, pieces = _any_of(special_tokens), splitter(pattern)
+    special, split = _any_of(special_tokens), splitter(pattern)
     counts: Counter[str] = Counter()
-    for text in map(_without_surrogates, texts):
+    for text in map(without_surrogates, texts):
         for section in special.split(text)[::2] if special else [text]:
-            counts.update(map(itemgetter(0), pieces.finditer(section)))
+            counts.update(split(section))
+    for word in [word for word in counts if len(word) > LONGEST_WORD]:
+        count = counts.pop(word)
+        for part in _short(word):
+            counts[part] += count
     return counts
 
 
@@ -147,97 +152,104 @@ def _descending(token: bytes) -> str:
     return "".join(chr(255 - byte) for byte in token) + chr(256)
 
 
-# --- the tokenizer --------------------------------------------------------------------------------
+# --- the vocabulary -------------------------------------------------------------------------------
 
 
-class Tokenizer:
-    """Text to ids and back. Make one with `train` or `load`.
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE: all that determines the ids of a text. ValueError where it is not complete."""
 
-    `config` is what tokenizer_config.json holds: the names of bos_token, eos_token, pad_token and
-    mask_token, and whatever else a caller or another tool puts there, such as chat_template.
-    """
+    vocab: dict[bytes, int]
+    """Ordinary tokens, among them all 256 bytes. With the special tokens their ids are 0 … V-1."""
+    merges: list[tuple[bytes, bytes]]
+    """The pairs to merge, lowest rank first."""
+    special_tokens: dict[str, int]
+    """Tokens that are read in a text only when asked for."""
+    pattern: str = PATTERN
+    """How a text is cut into pieces; what lies between its matches is a piece too."""
 
-    def __init__(self, vocabulary: Vocabulary, config: dict | None = None) -> None:
-        """Without `config`, <|endoftext|> and <|mask|> play their parts where they exist."""
-        self.vocabulary, self.special_tokens = vocabulary, dict(vocabulary.special_tokens)
-        self.config = _default_config(self.special_tokens) if config is None else dict(config)
-        self._added = vocabulary.added_tokens
-        self._find_plain, self._find_added = _any_of(vocabulary.plain_tokens), _any_of(self._added)
-        self._splitters = [splitter(pattern) for pattern in vocabulary.patterns]
-        symbol = {token: chr(i) for token, i in vocabulary.vocab.items()}
-        self._symbol_of_byte = {byte: symbol[bytes([byte])] for byte in range(256)}
-        self._merge_of = {  # pair → (rank, what it becomes)
-            symbol[left] + symbol[right]: (rank, symbol[left + right])
-            for rank, (left, right) in enumerate(vocabulary.merges)
-        }
-        self._words = _WordCache(self._encode_word)
+    def __post_init__(self) -> None:
+        if missing := sum(bytes([byte]) not in self.vocab for byte in range(256)):
+            raise ValueError(f"{missing} of the 256 bytes have no token, so some texts have no ids")
+        for left, right in self.merges:
+            for token in (left, right, left + right):
+                if token not in self.vocab:
+                    raise ValueError(f"the merge {left!r} {right!r} lacks a token {token!r}")
+        ids = sorted([*self.vocab.values(), *self.special_tokens.values()])
+        if ids != list(range(len(ids))):
+            raise ValueError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
+        if "" in self.special_tokens:
+            raise ValueError("a special token must have at least one character")
+        _ = self._split
 
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int,
-        special_tokens: Sequence[str] = SPECIAL_TOKENS,
-        pattern: str = GPT4_PATTERN,
-    ) -> "Tokenizer":
-        """Learn `vocab_size` tokens: the bytes by value, merges in order, the special tokens last.
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that are no part of ordinary text."""
+        return self.special_tokens
 
-        The words of the texts and their counts decide alone; see `learn_merges` for ties. With too
-        few different words it ends early, as `vocab_size` then shows. InputError if it is too
-        small.
-        """
-        special_tokens = list(dict.fromkeys(special_tokens))
-        smallest = 256 + len(special_tokens)
-        if not smallest <= vocab_size < sys.maxunicode:
-            raise InputError(
-                f"vocab_size {vocab_size}: must be at least {smallest} (256 bytes and "
-                f"{len(special_tokens)} special tokens) and below {sys.maxunicode}"
-            )
-        words = count_words(texts, special_tokens, pattern)
-        merges = learn_merges(words, vocab_size - smallest)
-        tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
-        vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-        special = {name: i for i, name in enumerate(special_tokens, start=len(vocab))}
-        return cls(Vocabulary(vocab, merges, special, (pattern,)))
+    @cached_property
+    def tokens(self) -> list[bytes]:
+        """The bytes of every id; a special token's are its name."""
+        special = {name.encode(): i for name, i in self.special_tokens.items()}
+        return [token for token, _ in sorted([*self.vocab.items(), *special.items()], key=itemgetter(1))]
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text, without bos or eos.
-
-        What looks like a special token is plain text unless `special`. A lone surrogate, which has
-        no UTF-8, counts as U+FFFD.
-        """
-        try:
-            return self._encode(text, special)
-        except UnicodeEncodeError:
-            return self._encode(_without_surrogates(text), special)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        find = self._find_added if special else self._find_plain
+    def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text that UTF-8 can hold."""
+        sections = self._find_special.split(text) if special and self._find_special else [text]
         ids: list[int] = []
-        for i, section in enumerate(find.split(text) if find else [text]):
-            if i % 2:  # every second one is an added token
-                ids.append(self._added[section])
+        for i, section in enumerate(sections):
+            if i % 2:  # every second one is a special token
+                ids.append(self.special_tokens[section])
             else:
-                ids.extend(chain.from_iterable(map(self._words.__getitem__, self._pieces(section))))
+                ids.extend(chain.from_iterable(map(self._words.__getitem__, self._split(section))))
         return ids
 
-    def _pieces(self, text: str) -> Iterable[str]:
-        pieces: Iterable[str] = [unicodedata.normalize("NFC", text) if self.vocabulary.nfc else text]
-        for pattern in self._splitters:
-            matches = chain.from_iterable(map(pattern.finditer, pieces))
-            pieces = map(itemgetter(0), matches)
-        return pieces
+    @cached_property
+    def _split(self) -> Callable[[str], Iterator[str]]:
+        return splitter(self.pattern)
 
-    def _encode_word(self, word: str) -> tuple[int, ...]:
+    @cached_property
+    def _find_special(self) -> regex.Pattern | None:
+        return _any_of(self.special_tokens)
+
+    @cached_property
+    def _words(self) -> "_WordCache":
+        symbol = {token: chr(i) for token, i in self.vocab.items()}
+        return _WordCache(
+            symbol_of_byte={byte: symbol[bytes([byte])] for byte in range(256)},
+            merge_of={
+                symbol[left] + symbol[right]: (rank, symbol[left + right])
+                for rank, (left, right) in enumerate(self.merges)
+            },
+        )
+
+    def __reduce__(self) -> tuple:
+        return Vocabulary, (self.vocab, self.merges, self.special_tokens, self.pattern)  # no caches
+
+
+class _WordCache(dict[str, tuple[int, ...]]):
+    """word → ids, worked out when first looked up; emptied when full."""
+
+    def __init__(self, symbol_of_byte: dict[int, str], merge_of: dict[str, tuple[int, str]]) -> None:
+        """`merge_of` holds for each pair its rank and what it becomes."""
+        super().__init__()
+        self.symbol_of_byte, self.merge_of = symbol_of_byte, merge_of
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(word) > CACHED_WORD_LENGTH:
+            return tuple(chain.from_iterable(map(self._encode, _short(word))))
+        if len(self) >= CACHED_WORDS:
+            self.clear()
+        self[word] = ids = self._encode(word)
+        return ids
+
+    def _encode(self, word: str) -> tuple[int, ...]:
         """The ids of one piece: merge the pair of lowest rank, leftmost first, until none is left.
 
-        A heap over a linked list, so that even a piece of a million letters takes n log n steps.
+        A heap over a linked list, so that even a long piece takes n log n steps.
         """
-        data = word.encode()
-        if self.vocabulary.ignore_merges and data in self.vocabulary.vocab:
-            return (self.vocabulary.vocab[data],)
-        symbols = list(data.decode("latin-1").translate(self._symbol_of_byte))
-        end, merge_of = len(symbols), self._merge_of
+        symbols = list(word.encode().decode("latin-1").translate(self.symbol_of_byte))
+        end, merge_of = len(symbols), self.merge_of
         previous, following = list(range(-1, end - 1)), list(range(1, end + 1))
         pairs = enumerate(map(add, symbols, symbols[1:]))
         heap = [(merge_of[pair][0], i, pair) for i, pair in pairs if pair in merge_of]
@@ -257,6 +269,91 @@ class Tokenizer:
                     if pair in merge_of:
                         heappush(heap, (merge_of[pair][0], left, pair))
         return tuple(map(ord, "".join(symbols)))
+
+
+def splitter(pattern: str) -> Callable[[str], Iterator[str]]:
+    """What cuts a text into the matches of `pattern` and what lies between them.
+
+    ValueError if it is not valid. InputError where it takes minutes over a text, as one from elsewhere may.
+    """
+    try:
+        compiled = regex.compile(rf"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|\Z)")
+    except regex.error as error:
+        raise ValueError(f"split pattern {pattern!r} is not valid: {error}") from None
+
+    def split(text: str) -> Iterator[str]:
+        return map(itemgetter(0), compiled.finditer(text))
+
+    def split_in_time(text: str) -> Iterator[str]:
+        try:
+            yield from map(itemgetter(0), compiled.finditer(text, timeout=SPLIT_SECONDS))
+        except TimeoutError:
+            raise InputError(
+                f"the tokenizer's split pattern takes over {SPLIT_SECONDS:.0f} s; use another tokenizer"
+            ) from None
+
+    return split if pattern in (PATTERN, GPT2_PATTERN) else split_in_time
+
+
+def _short(word: str) -> Iterator[str]:
+    """The word in parts of at most LONGEST_WORD characters."""
+    return (word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Text to ids and back. Make one with `train` or `load`.
+
+    `vocabulary` is ours or, of the same methods, another program's (io/vocabulary.py). `config` is what
+    tokenizer_config.json holds: the names of bos_token, eos_token, pad_token and mask_token, and whatever
+    else a caller or another tool puts there, such as chat_template.
+    """
+
+    def __init__(self, vocabulary: Any, config: dict | None = None) -> None:
+        """Without `config`, <|endoftext|> and <|mask|> play their parts where they exist."""
+        self.vocabulary, self.special_tokens = vocabulary, dict(vocabulary.special_tokens)
+        self.config = _default_config(self.special_tokens) if config is None else dict(config)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        pattern: str = PATTERN,
+    ) -> "Tokenizer":
+        """Learn `vocab_size` tokens: the bytes by value, merges in order, the special tokens last.
+
+        The words of the texts and their counts decide alone; see `learn_merges` for ties. With too
+        few different words it ends early, as `vocab_size` then shows. InputError if it is too
+        small.
+        """
+        special_tokens = list(dict.fromkeys(special_tokens))
+        smallest = 256 + len(special_tokens)
+        if not smallest <= vocab_size < sys.maxunicode:
+            raise InputError(
+                f"vocab_size {vocab_size}: must be at least {smallest} (256 bytes and "
+                f"{len(special_tokens)} special tokens) and below {sys.maxunicode}"
+            )
+        words = count_words(texts, special_tokens, pattern)
+        merges = learn_merges(words, vocab_size - smallest)
+        tokens = [bytes([byte]) for byte in range(256)] + [a + b for a, b in merges]
+        vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+        special = {name: i for i, name in enumerate(special_tokens, start=len(vocab))}
+        return cls(Vocabulary(vocab, merges, special, pattern))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text, without bos or eos.
+
+        What looks like a special token is plain text unless `special`. A lone surrogate, which has
+        no UTF-8, counts as U+FFFD.
+        """
+        try:
+            return self.vocabulary.encode(text, special)
+        except UnicodeEncodeError:
+            return self.vocabulary.encode(without_surrogates(text), special)
 
     def encode_documents(self, texts: Iterable[str], workers: int = 1) -> Iterator[np.ndarray]:
         """The ids (uint32) of each text, in order, while the texts stream in.
@@ -292,7 +389,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """V: the bytes, merges and special tokens together."""
+        """V: ordinary and special tokens together."""
         return len(self.vocabulary.tokens)
 
     @cached_property
@@ -319,27 +416,28 @@ class Tokenizer:
         return self._role("mask_token")
 
     def _role(self, role: str) -> int | None:
-        name = self.config.get(role)
+        name, added = self.config.get(role), self.vocabulary.added_tokens
         name = name.get("content") if isinstance(name, dict) else name
-        if name is not None and not (isinstance(name, str) and name in self._added):
+        if name is not None and not (isinstance(name, str) and name in added):
             raise InputError(f"{role} {name!r} is not among the special tokens of the vocabulary")
-        return None if name is None else self._added[name]
+        return None if name is None else added[name]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hex digest of all that determines a document's ids."""
-        content = f"{to_json(self.vocabulary)}{self.bos_id} {self.eos_id}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Changes with all that determines a document's ids."""
+        return digest(repr(self.vocabulary), self.bos_id, self.eos_id)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read tokenizer.json, given its folder or its name, and tokenizer_config.json beside it.
 
-        InputError if the file is absent, broken, or of a kind that this tokenizer is not.
+        InputError if a file is absent or broken, or if it needs the `tokenizers` library and that is absent.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        vocabulary, settings = read_vocabulary(file), file.with_name("tokenizer_config.json")
-        tokenizer = cls(vocabulary, _read_config(settings) if settings.exists() else None)
+        from minillm.io.vocabulary import read_vocabulary
+
+        settings = file.with_name("tokenizer_config.json")
+        tokenizer = cls(read_vocabulary(file), _read_config(settings) if settings.exists() else None)
         try:  # an unknown name is an error now, not in the middle of a run
             _ = tokenizer.bos_id, tokenizer.mask_id
         except InputError as error:
@@ -349,27 +447,13 @@ class Tokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder, or the first under a name
         in .json and the second beside it; each whole or not at all."""
+        from minillm.io.vocabulary import to_json
+
         file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         config = {"clean_up_tokenization_spaces": False, **self.config}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that obeys tokenizer.json
         write_text(file, to_json(self.vocabulary))
         write_json(file.with_name("tokenizer_config.json"), config)
-
-
-class _WordCache(dict[str, tuple[int, ...]]):
-    """word → ids, worked out when first looked up; emptied when full."""
-
-    def __init__(self, encode_word: Callable[[str], tuple[int, ...]]) -> None:
-        super().__init__()
-        self.encode_word = encode_word
-
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = self.encode_word(word)
-        if len(self) >= CACHED_WORDS:
-            self.clear()
-        if len(word) <= CACHED_WORD_LENGTH:
-            self[word] = ids
-        return ids
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -386,16 +470,13 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _any_of(names: Iterable[str] | None) -> regex.Pattern | None:
+def _any_of(names: Iterable[str]) -> regex.Pattern | None:
     """A pattern that captures the leftmost, then longest, of `names`; None if there are none."""
-    longest_first = sorted(names or (), key=len, reverse=True)
-    if "" in longest_first:
-        raise InputError("a special token must have at least one character")
-    pattern = "|".join(map(regex.escape, longest_first))
+    pattern = "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
     return regex.compile(f"({pattern})") if pattern else None
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,6 +30,17 @@ def tiny_model(causal: bool = True, longest: int = 80) -> tuple[LanguageModel, T
     model = LanguageModel(ModelConfig(**vars(shape) | {"causal": causal}))
     initialize(model, torch.Generator().manual_seed(0))
     return model, tokenizer
+
+
+def a_stream(
+    train: np.ndarray, val: np.ndarray, name: str = "s", weight: float = 1.0, documents: int | None = None
+) -> TokenizedSource:
+    """A source of these tokens, none of which begins a document."""
+    none = {"tokens": 0, "bytes": 0, "documents": len(train) if documents is None else documents}
+    ends = np.zeros(1, np.int8)
+    return TokenizedSource(
+        name, weight, f"f-{name}", 10**9, train, val, {"train": none, "val": none}, {}, ends
+    )
 
 
 def metrics_of(out: Path) -> list[dict]:

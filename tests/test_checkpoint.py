@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import a_stream
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -641,10 +642,10 @@ def test_any_damage_to_a_restart_point_ends_well_or_in_one_line(tmp_path_factory
 
 def test_the_restart_point_of_the_real_mixture_survives_any_damage(tmp_path):
     """The stream of a run reads nested state: whatever that holds, the refusal is one line."""
-    from minillm.data import Mixture, TokenizedSource
+    from minillm.data import Mixture
 
     tokens = np.arange(200, dtype=np.uint16) % 50
-    source = TokenizedSource("a", 1.0, "f", 0, tokens, tokens, 200, 200, 1, 1, {})
+    source = a_stream(tokens, tokens, "a")
 
     def state_of() -> TrainingState:
         state = new_state()
@@ -657,6 +658,9 @@ def test_the_restart_point_of_the_real_mixture_survives_any_damage(tmp_path):
     for wrong in (
         {**own, "epoch": "x"},
         {**own, "epoch": -1},
+        {**own, "epoch": 0.5},
+        {**own, "position": True},
+        {**own, "position": 10**6},
         {**own, "rows": "x"},
         {**own, "rows": None},
         {},

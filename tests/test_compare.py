@@ -32,12 +32,12 @@ from minillm.compare.probes import (
     text_nats,
 )
 from minillm.compare.verdicts import Pair, blind, by_model, by_person, by_reward, by_rubric
-from minillm.data import unit_hash
+from minillm.data import Source, unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
+from minillm.io.text import world_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.preferences import ChatModel as Respondent
-from minillm.sources import Source, world_sources
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Reply, sample_replies
 from minillm.tools.judge import Judge

@@ -235,7 +235,7 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
     source = open_one(f"talk={tmp_path}/x:0.5")
     assert (source.name, source.weight) == ("talk", 0.5)
     assert [c[0]["content"] for c in source.conversations()] == ["a/c.jsonl", "b.json"]
-    assert source.skipped == {"files of another kind": 1}
+    assert source.skipped == {"files of another kind (1 .txt)": 1}
     assert [c[0]["content"] for c in open_one(f"{tmp_path}/x/*.json").conversations()] == ["b.json"]
     with pytest.raises(InputError, match="'x'"):
         open_conversations([f"{tmp_path}/x", f"x={tmp_path}/x"])

@@ -7,7 +7,7 @@ import torch
 
 from minillm.io.huggingface import save_model
 from minillm.model import LanguageModel, config_of_depth
-from minillm.tokenizer import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
+from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 from minillm.tools.export import main
 
 # Stands for llama.cpp's: a class of models that looks the tokenizer up, and a main.
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name"), [(GPT4_PATTERN, "smaug-bpe"), (GPT2_PATTERN, "gpt-2"), (r"\s+", None)]
+    ("pattern", "name"), [(PATTERN, "smaug-bpe"), (GPT2_PATTERN, "gpt-2"), (r"\s+", None)]
 )
 def test_the_converter_is_told_the_name_of_a_known_pattern_alone(tmp_path, pattern, name, capfd):
     torch.manual_seed(0)

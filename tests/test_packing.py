@@ -11,19 +11,23 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import a_stream
 
-from minillm.data import IGNORED, Batch, Mixture, TokenizedSource
-from minillm.errors import InputError
-from minillm.io.conversations import ConversationSource, world_conversations
-from minillm.model import LanguageModel, ModelConfig
-from minillm.packing import (
+from minillm.data import (
+    IGNORED,
     STRETCH,
+    Batch,
     EncodedConversations,
     EncodedSource,
+    Mixture,
+    TokenizedSource,
     encode_source,
     pack,
     packed_batches,
 )
+from minillm.errors import InputError
+from minillm.io.conversations import ConversationSource, world_conversations
+from minillm.model import LanguageModel, ModelConfig
 from minillm.world import World, assistant, user
 
 ROLES = {"system": 1, "user": 2, "assistant": 3}
@@ -107,7 +111,7 @@ def test_an_epoch_holds_every_conversation_once_whole_with_the_assistants_tokens
     mixture = Mixture([encoded(talks, block_size)], block_size, seed)
     (stream,) = mixture.streams
     for _ in range(2):
-        batch = mixture.next_rows(stream.length)
+        batch = mixture.next_rows(len(stream.order))
         assert batch.tokens.shape[1] == block_size
         assert bool((batch.targets != IGNORED).any(dim=1).all())
         documents = [document for document in segments(batch) if document != PADDING]
@@ -219,11 +223,11 @@ def test_every_epoch_has_neighbours_and_an_order_of_its_own():
 def test_behind_the_last_row_of_an_epoch_comes_the_first_of_the_next():
     source = encoded(some_talks(), 40)
     (stream,), (other,) = (Mixture([source], 40, 0).streams for _ in range(2))
-    for _ in range(stream.length):
+    for _ in range(len(stream.order)):
         stream.next()
-    assert (stream.epoch, stream.position) == (0, stream.length)
+    assert (stream.epoch, stream.position) == (0, len(stream.order))
     other.seek(1, 0)
-    row, first = ([field.tolist() for field in rows.next()] for rows in (stream, other))
+    row, first = ([field.tolist() for field in rows.next()[0]] for rows in (stream, other))
     assert row == first and (stream.epoch, stream.position) == (1, 1)
 
 
@@ -241,7 +245,7 @@ def some_talks(n: int = 30) -> list:
 
 def a_text(weight: float = 1.0, name: str = "text") -> TokenizedSource:
     tokens = np.arange(5000, dtype=np.uint32) + 1000
-    return TokenizedSource(name, weight, f"f-{name}", 10**9, tokens, tokens[:0], 0, 0, 0, 0, {})
+    return a_stream(tokens, tokens[:0], name, weight)
 
 
 def mixed(seed: int = 0, block_size: int = 40) -> Mixture:
@@ -289,7 +293,7 @@ def test_the_rows_of_a_source_depend_on_no_other_source_and_not_on_the_order_of_
         stream = mixture.streams[[source.name for source in sources].index(name)]
         mixture.next_rows(50)
         stream.seek(1, 0)
-        return [[field.tolist() for field in stream.next()] for _ in range(30)]
+        return [[field.tolist() for field in row] for row in stream.next(30)]
 
     for name, source in (("a", a), ("b", b)):
         expected = rows_of(name, [source])
@@ -434,7 +438,7 @@ def test_validation_holds_every_held_out_conversation_once_and_always_the_same(t
     assert all(len(batch.tokens) <= rows for batch in batches)
     held_out = [document for batch in batches for document in segments(batch) if document != PADDING]
     (stream,) = (mixture := Mixture([source], block_size, 0)).streams
-    trained = [d for d in segments(mixture.next_rows(stream.length)) if d != PADDING]
+    trained = [d for d in segments(mixture.next_rows(len(stream.order))) if d != PADDING]
     assert held_out and trained
     assert same(held_out + trained, [alone(talk) for talk in talks])
     again = packed_batches(source.val, block_size, rows)

@@ -22,8 +22,8 @@ from minillm.io.template import (
     check_messages,
     with_chat_template,
 )
-from minillm.tokenizer import GPT2_PATTERN, GPT4_PATTERN, SPECIAL_TOKENS, Tokenizer
-from minillm.vocabulary import Vocabulary
+from minillm.io.vocabulary import LibraryVocabulary, to_json
+from minillm.tokenizer import GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
 
 LAW = settings(deadline=None, max_examples=60)
 CORPUS = (
@@ -86,7 +86,7 @@ class Family:
     end: str
     written: Callable[[str], str] = str
     between: str = ""
-    pattern: str = GPT4_PATTERN
+    pattern: str = PATTERN
 
 
 IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -508,10 +508,10 @@ def test_a_template_that_cannot_work_is_refused_before_the_first_message(case):
 
 
 def test_an_end_that_any_text_may_contain_is_refused():
-    ours = tokenizer_of("ours").vocabulary
-    special = {name: i for name, i in ours.special_tokens.items() if name != "<|end|>"}
-    plain = {"<|end|>": ours.special_tokens["<|end|>"]}
-    vocabulary = Vocabulary(ours.vocab, ours.merges, special, ours.patterns, plain)
+    document = json.loads(to_json(tokenizer_of("ours").vocabulary))
+    for token in document["added_tokens"]:
+        token["special"] = token["content"] != "<|end|>"
+    vocabulary = LibraryVocabulary(json.dumps(document))
     with pytest.raises(InputError, match="any text may contain"):
         ChatTemplate(Tokenizer(vocabulary, {"chat_template": DEFAULT_TEMPLATE + "{# foreign #}"}))
     with pytest.raises(InputError, match=r"lacks <\|end\|>"):

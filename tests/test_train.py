@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 import train
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
-from minillm.io.huggingface import load_model
+from minillm.io.huggingface import load_model, save_model
 
 TINY = [
     "--depth",
@@ -201,6 +202,54 @@ def test_a_run_goes_on_from_another_model_with_its_tokenizer(text, tmp_path, ref
     assert first < metrics_of(reference)[0]["loss"] - 0.5, "it must start from the trained weights"
 
 
+def test_rows_may_be_longer_than_those_of_the_model_that_a_run_goes_on_from(text, tmp_path, reference):
+    shape = {"--depth", "--vocab-size", "--block-size"}
+    flags = [f for i in range(0, len(TINY), 2) if TINY[i] not in shape for f in TINY[i : i + 2]]
+    out = tmp_path / "longer"
+    train.main(["--data", str(text), "--init", str(reference), "--out", str(out), "--block-size", "32",
+                "--cache", str(tmp_path / "cache"), *flags])  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 32
+
+
+def test_a_run_says_first_what_it_trains_on_and_each_validation_in_a_line(text, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes(text.read_bytes())
+    (tmp_path / "data" / "b.c").write_text("int x;")
+    (tmp_path / "val.txt").write_text("On day 3 the cats met.\n" * 9)
+    out = tmp_path / "base"
+    run_in_process(tmp_path / "data", out, "--val-data", str(tmp_path / "val.txt"), "--vocab-size", "9999")
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
+    assert f"{size:,} parameters" in lines[0] and "9,999 asked for" in lines[0]
+    sides = next(line for line in lines if line.startswith("data: "))
+    assert f"train {text.stat().st_size:,} bytes" in sides and "1 .c" in sides and "held out" not in sides
+    assert any(f"val.txt: held out {23 * 9} bytes" in line for line in lines)
+    assert sum(line.startswith("step ") and "val" in line for line in lines) == 3
+
+
+def test_where_validation_rises_the_best_model_is_kept_and_sampled(text, tmp_path, monkeypatch, capsys):
+    scores, real = iter([2.0, 1.0, 3.0]), train.held_out
+    kept: list[float] = []
+
+    def rising(*arguments):
+        return replace(real(*arguments), per_byte=next(scores))
+
+    def save(folder, model, tokenizer):
+        kept.append(next(model.parameters()).sum().item())
+        save_model(folder, model, tokenizer)
+
+    monkeypatch.setattr(train, "held_out", rising)
+    monkeypatch.setattr(train, "save_model", save)
+    out = tmp_path / "base"
+    final = run_in_process(text, out, "--save-every", "1")[-1]
+    assert final["val_nats_per_byte"] == 1.0
+    model, _ = load_model(out, torch.device("cpu"), torch.float32)
+    assert next(model.parameters()).sum().item() == pytest.approx(kept[-1])
+    # Until the first validation each restart point has a model beside it, then only the best is written.
+    assert len(kept) == 4 - 1 + 1 + 1
+    assert "rose" in capsys.readouterr().out
+
+
 def test_the_loss_that_explodes_ends_the_run_and_keeps_the_last_restart_point(text, tmp_path, capsys):
     out = tmp_path / "base"
     with pytest.raises(SystemExit) as stop:
@@ -251,7 +300,8 @@ BAD_INPUT = {
     "init from nowhere": ("--init nowhere", "nowhere"),
     "init from a folder that is no run": ("--init {d}", "config.json"),
     "init with another shape": ("--init {r} --width 64 --block-size 16", "--width"),
-    "init with longer rows": ("--init {r} --block-size 64", "--block-size"),
+    "rows of one token": ("--block-size 1", "--block-size"),
+    "an encoding that is none": ("--encoding klingon", "--encoding"),
     "init with another objective": ("--init {r} --block-size 16 --objective masked", "objective"),
     "warm-up of less than nothing": ("--warmup -1", "--warmup"),
     "resume and overwrite at once": ("--resume --overwrite", "--overwrite"),

@@ -34,16 +34,17 @@ from minillm.compare import findings
 from minillm.compare.page import page
 from minillm.compare.sections import how, section_text, sections
 from minillm.compare.verdicts import PairJudge, by_model, by_person, by_reward, by_rubric
+from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, printable, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
+from minillm.io.text import open_sources, world_sources
 from minillm.options import options_json, parse_options
 from minillm.preferences import ChatModel as Respondent
 from minillm.run import Runtime, start_runtime
-from minillm.sources import Source, open_sources, world_sources
 from minillm.tools.evaluate import sample_replies, world_prompts
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.provenance import provenance

@@ -16,9 +16,9 @@ from jaxtyping import Float64
 from minillm.compare import probes
 from minillm.compare.probes import ReplyPair
 from minillm.compare.verdicts import Pair, PairJudge, blind
+from minillm.data import Source
 from minillm.preferences import ChatModel as Respondent
 from minillm.run import read_metrics
-from minillm.sources import Source
 from minillm.tools.evaluate import Reply, judge_all
 from minillm.tools.measures import (
     Estimate,

@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.logprob import linear_kl, linear_token_logprobs
-from minillm.data import document_marks, split_documents
+from minillm.data import Source, document_marks, split_documents
 from minillm.model import LanguageModel
 from minillm.preferences import ChatModel as Respondent
 from minillm.preferences import Message
-from minillm.sources import Source
 from minillm.world import World
 from minillm.world.facts import state
 from minillm.world.rubric import Prompt
@@ -129,7 +128,11 @@ def held_out_documents(sources: Iterable[Source], val_fraction: float, size: int
     total = sum(source.weight for source in sources)
     for source in sources:
         left = ceil(size * source.weight / total)
-        held_out = (text for side, text in split_documents(source.documents(), val_fraction) if side == "val")
+        held_out = (
+            text
+            for side, text in split_documents(source.documents(), val_fraction, source.size)
+            if side == "val"
+        )
         for text in held_out:
             cut = text.encode()[:left].decode(errors="ignore")
             documents.append(cut)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from minillm.chat import Conversation
 from minillm.errors import InputError
+from minillm.files import digest
 from minillm.io.conversations import EXTENSIONS, Skipped, nothing_found, records
 from minillm.io.formats import Example, LeftOutError, checked, examples_of, places, said
 from minillm.io.rankings import read_rankings
+from minillm.io.text import Errors, list_files, parse_specs
 from minillm.preferences import Ranking, ResponseSet, new_ranking
-from minillm.sources import Errors, digest, list_files, parse_specs
 
 
 @dataclass

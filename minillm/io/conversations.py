@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from minillm.chat import Conversation
-from minillm.data import unit_hash
+from minillm.data import Side, unit_hash
 from minillm.errors import InputError
 from minillm.io.formats import (
     FORMATS,
@@ -29,8 +29,7 @@ from minillm.io.formats import (
     nearest,
     prompt,
 )
-from minillm.sources import Errors, decode, json_lines, list_files, parse_json, parse_specs, reading
-from minillm.streams import Side
+from minillm.io.text import Errors, decode, json_lines, list_files, parse_json, parse_specs, unpacked
 from minillm.world import World
 
 EXTENSIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
@@ -56,7 +55,7 @@ class ConversationSource:
 def open_conversations(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
     """Open conversations given as files, folders or globs of .json and .jsonl, each also as .gz.
 
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`sources.open_sources`), and `errors="replace"` means
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means
     the same. Every file is read whole once here, so that what is wrong shows before anything is
     trained. A JSON array is held in memory; lines are read one at a time.
 
@@ -197,7 +196,7 @@ def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[
 
 def _has_lines(path: str) -> bool:
     """Whether a file is a record a line, and not an array or objects over many lines."""
-    with reading(path) as file:
+    with unpacked(path) as file:
         start = file.read(8192)
         kind = next((kind for sign, kind in SIGNATURES.items() if start.startswith(sign)), None)
         if kind or b"\0" in start:
@@ -223,7 +222,7 @@ def _is_json(line: bytes) -> bool:
 
 def _documents(path: str, errors: Errors) -> Iterator[Any]:
     """The JSON texts that a file holds one behind the other, each perhaps over many lines."""
-    with reading(path) as file:
+    with unpacked(path) as file:
         text = decode(file.read(), path, 0, errors).removeprefix("\ufeff").strip()
     decoder, at = json.JSONDecoder(), 0
     while at < len(text):

@@ -20,11 +20,12 @@ import tyro
 from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.options import parse_options
-from minillm.tokenizer import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
+from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(GPT4_PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
-bos before every text, which the chat template does already."""
+bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are split
+at them there and not here: their tokens differ."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""tokenizer.json, the file in which a vocabulary lives: ours, and those of other programs.
+
+Ours is a byte-level BPE with one split pattern (tokenizer.py); the `tokenizers` library reads what is
+written here and gives the same ids. Every other file (GPT-2's, Llama's, Qwen's, SentencePiece's and
+Unigram's, WordPiece's) is run by that library itself, which the extra [hf] installs. What a file says of
+truncation and padding is ignored: they belong to a call.
+
+A SentencePiece vocabulary puts a space before every text, and decoding shows it. WordPiece forgets white
+space, and often capitals: what it decodes, and its bytes, are near the text and not the same.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import InputError, reading
+from minillm.files import read_json
+from minillm.tokenizer import Vocabulary
+
+SWITCHES = ("single_word", "lstrip", "rstrip", "normalized")
+"""What an added token can ask for beside its name; ours ask for nothing."""
+
+
+def read_vocabulary(file: Path) -> "Vocabulary | LibraryVocabulary":
+    """The vocabulary in a tokenizer.json. InputError if that is broken or needs a missing library."""
+    document = read_json(file)
+    with reading(file, "give a tokenizer.json as the tokenizers library writes it"):
+        return _read_own(document) or _read_foreign(file, document)
+
+
+def to_json(vocabulary: "Vocabulary | LibraryVocabulary") -> str:
+    """The text of tokenizer.json, of ours one token or merge a line."""
+    if isinstance(vocabulary, LibraryVocabulary):
+        return vocabulary.json
+    spelled = {spell(token): i for token, i in vocabulary.vocab.items()}
+    # Readers number added tokens after all others; one that comes earlier must stand among them.
+    last = max(vocabulary.vocab.values())
+    spelled |= {name: i for name, i in vocabulary.special_tokens.items() if i < last}
+    added = [
+        {"id": i, "content": name, **dict.fromkeys(SWITCHES, False), "special": True}
+        for name, i in sorted(vocabulary.special_tokens.items(), key=itemgetter(1))
+    ]
+    form = _form(vocabulary.pattern)
+    form["model"] |= {
+        "vocab": dict(sorted(spelled.items(), key=itemgetter(1))),
+        "merges": [f"{spell(left)} {spell(right)}" for left, right in vocabulary.merges],
+    }
+    return json.dumps({"version": "1.0", "added_tokens": added, **form}, ensure_ascii=False, indent=1) + "\n"
+
+
+# ---- Ours
+
+
+def _read_own(document: Mapping[str, Any]) -> Vocabulary | None:
+    """The vocabulary in a file of the form that `to_json` writes; None for any other form."""
+    model, added = document["model"], document.get("added_tokens", [])
+    match document.get("pre_tokenizer"):
+        case {"pretokenizers": [{"pattern": {"Regex": str(pattern)}}, _]}:
+            form = _form(pattern)
+        case _:
+            return None
+    found = {name: document.get(name) for name in form}
+    found["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+    special = all(token["special"] and not any(map(token.get, SWITCHES)) for token in added)
+    if not special or _bare(found) != _bare(form):
+        return None
+    names = {token["content"]: token["id"] for token in added}
+    merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    return Vocabulary(
+        {unspell(name): i for name, i in model["vocab"].items() if name not in names},
+        [(unspell(left), unspell(right)) for left, right in merges],
+        names,
+        pattern,
+    )
+
+
+def _form(pattern: str) -> dict[str, Any]:
+    """What a file of ours says besides its tokens and merges."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE"},
+    }
+
+
+def _bare(value: Any) -> Any:
+    """JSON without the fields that say nothing, which other writers spell out."""
+    if isinstance(value, dict):
+        return {name: kept for name, inner in value.items() if (kept := _bare(inner))}
+    return [_bare(inner) for inner in value] if isinstance(value, list) else value
+
+
+@cache
+def _letter_of_byte() -> dict[int, str]:
+    """A byte that prints is written as itself, the others as the letters from U+0100 on (GPT-2)."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {b: chr(b) for b in printing} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    return {letter: byte for byte, letter in _letter_of_byte().items()}
+
+
+def spell(token: bytes) -> str:
+    """The letters that stand for a token's bytes on disk: b" the" → "Ġthe"."""
+    return token.decode("latin-1").translate(_letter_of_byte())
+
+
+def unspell(letters: str) -> bytes:
+    """The bytes that letters stand for: "Ġthe" → b" the". KeyError for any other letter."""
+    return bytes(map(_byte_of_letter().__getitem__, letters))
+
+
+# ---- Other programs'
+
+
+@dataclass(frozen=True)
+class LibraryVocabulary:
+    """A tokenizer.json of any kind, run by the `tokenizers` library; to a Tokenizer just a vocabulary."""
+
+    json: str
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """The ids of a text that UTF-8 can hold."""
+        self._library.encode_special_tokens = not special  # "encode" them as text, that is
+        ids = self._ids(text)
+        if special or not self._marks.intersection(ids):
+            return ids
+        # Unigram's pieces hold the special tokens' names too: cut within each name, no text can give one.
+        starts = "".join({re.escape(name[0]) for name in self.special_tokens})
+        parts = re.split(f"(?<=[{starts}])", text)
+        return [i for part in parts if part for i in self._ids(part)]
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self._library.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise InputError(
+                    f"the tokenizers library cannot encode a text ({error}); use another tokenizer.json"
+                ) from None
+            raise
+
+    @cached_property
+    def _library(self) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(self.json)
+        library.no_truncation()
+        library.no_padding()
+        return library
+
+    @cached_property
+    def _marks(self) -> set[int]:
+        """The special tokens but the one for what is unknown, which a text may give."""
+        model = json.loads(self.json)["model"]
+        unknown = {model.get("unk_id"), self.special_tokens.get(model.get("unk_token") or "")}
+        return {*self.special_tokens.values()} - unknown
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that are read in a text only when asked for."""
+        return self._added(lambda token: token.special)
+
+    @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Special tokens, and others that are read in any text."""
+        return self._added(lambda token: True)
+
+    def _added(self, wanted: Any) -> dict[str, int]:
+        added = self._library.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in sorted(added) if wanted(token)}
+
+    @cached_property
+    def tokens(self) -> list[bytes]:
+        """The bytes of every id, none where no token has it; an added token's are its name."""
+        ids = self._library.get_vocab(with_added_tokens=True)
+        bytes_of, added = _bytes_of_token(json.loads(self.json)), self.added_tokens
+        tokens = [b""] * (max(ids.values()) + 1)
+        for name, i in ids.items():
+            tokens[i] = name.encode() if name in added else bytes_of(name)
+        return tokens
+
+    def __reduce__(self) -> tuple:
+        return LibraryVocabulary, (self.json,)  # each process opens its own
+
+
+def _read_foreign(file: Path, document: Mapping[str, Any]) -> LibraryVocabulary:
+    vocabulary = LibraryVocabulary(json.dumps(document, ensure_ascii=False))
+    try:
+        vocabulary.tokens  # noqa: B018
+    except ImportError:
+        raise InputError(
+            f"{file}: is another program's vocabulary; pip install tokenizers, which opens it"
+        ) from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the tokenizers library says: {error}") from None
+    return vocabulary
+
+
+def _bytes_of_token(document: Mapping[str, Any]) -> Any:
+    """What turns the name of an ordinary token into its bytes, by the kind of the file."""
+    model, decoder = document["model"], json.dumps(document.get("decoder"))
+    if '"ByteLevel"' in decoder or '"ByteLevel"' in json.dumps(document.get("pre_tokenizer")):
+        return lambda name: bytes(_byte_of_letter().get(letter, 0x3F) for letter in name)
+    if model.get("type") == "WordPiece":
+        prefix = model.get("continuing_subword_prefix", "##")
+        return lambda name: (name[len(prefix) :] if name.startswith(prefix) else f" {name}").encode()
+    suffix = model.get("end_of_word_suffix") or None
+
+    def bytes_of(name: str) -> bytes:
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        if suffix and name.endswith(suffix):
+            name = name.removesuffix(suffix) + " "
+        return name.replace("▁", " ").encode()
+
+    return bytes_of
