@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
     from minillm.errors import end_at_interrupts
@@ -44,9 +44,7 @@ from minillm.data import (
     tokenize,
 )
 from minillm.errors import InputError, one_line_errors
-from minillm.io.conversations import ConversationSource
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.io.text import open_sources, world_sources
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
@@ -156,7 +154,7 @@ def train(options: Options, runtime: Runtime) -> None:
 # Before the loop
 
 
-def conversation_sources(options: Options) -> list[ConversationSource]:
+def conversation_sources(options: Options) -> list[Any]:
     """The files given, or the little world's demonstrations."""
     from minillm.io.conversations import open_conversations, world_conversations
     from minillm.world import World
@@ -179,6 +177,7 @@ def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
 
 def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
     """The raw text to mix in, as tokens on disk; none where there is none or it has no share."""
+    from minillm.io.text import open_sources, world_sources
     from minillm.world import World
 
     if not options.text_share or not (options.text or options.on_world):

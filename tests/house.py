@@ -48,13 +48,14 @@ def lines(file: str) -> int:
 
 
 def imports(file: str) -> Iterator[tuple[str, bool]]:
-    """The modules of ours that a file imports, and whether only inside a function."""
+    """The modules of ours that a file imports, and whether only inside a function or a script's own lines."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     inside = {
         node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
+        for part in ast.walk(tree)
+        if isinstance(part, ast.FunctionDef)
+        or (isinstance(part, ast.If) and "__name__" in ast.unparse(part.test))
+        for node in ast.walk(part)
     }
     for node in ast.walk(tree):
         names = []

@@ -24,8 +24,8 @@ from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
-bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are split
-at them there and not here: their tokens differ."""
+bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are
+split at them there and not here: their tokens differ."""
 
 
 @dataclass(frozen=True)
