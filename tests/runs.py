@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.data import TokenizedSource
 from minillm.io.huggingface import read_tensors
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.run import RESUME_FILE

@@ -77,7 +77,7 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
         else:
             module = importlib.import_module(name)
             (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main(words)
-    assert ran == {"train", "sft", "rlhf", "minillm.chat", "minillm.compare", *SLOW}
+    assert ran == {"train", "sft", "rlhf", "minillm.chat", "minillm.compare", "minillm.tools.evaluate", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
     assert made >= {
         "base",

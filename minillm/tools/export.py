@@ -22,7 +22,12 @@ from minillm.files import write_text
 from minillm.options import parse_options
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
+FIRST_EDITION = PATTERN.replace(r"\p{L}[\p{L}\p{M}\u200c\u200d]*", r"\p{L}+")
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
+    (PATTERN,): "smaug-bpe",
+    (FIRST_EDITION,): "smaug-bpe",
+    (GPT2_PATTERN,): "gpt-2",
+}
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
 bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are
 split at them there and not here: their tokens differ."""
