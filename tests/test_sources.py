@@ -296,8 +296,8 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("c4.json.gz", gzip.compress(LINES)),
-        ("packed.txt", gzip.compress(LINES)),
+        ("c4.json.gz", gzip.compress(LINES, mtime=0)),
+        ("packed.txt", gzip.compress(LINES, mtime=0)),
         ("a.ndjson", LINES),
         ("plain.log", LINES),
         ("array.json", json.dumps(RECORDS, indent=2).encode()),
