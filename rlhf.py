@@ -249,13 +249,7 @@ def sample(options: Options, runtime: Runtime) -> None:
             raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
         with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
             for lines in sample_sets(
-                models,
-                questions,
-                options.responses,
-                options.distractors,
-                sampling,
-                options.seed,
-                done,
+                models, questions, options.responses, options.distractors, sampling, options.seed, done
             ):
                 file.append(lines)
                 bar.update(len(lines))
