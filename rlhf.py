@@ -322,7 +322,10 @@ def rank(options: Options, runtime: Runtime) -> None:
                 there[annotator, key] -= 1
             else:
                 left.append(make)
-        before = len(file.rankings)
+        before, keys = len(file.rankings), {key for _, key, _ in jobs}
+        others = sum(ranking.key not in keys for ranking in file.rankings)
+        if others and options.annotator != "file":
+            print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
         for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
             rankings = [ranking for make in left[first : first + 64] if (ranking := make())]
             if rankings and len(file.rankings) == before:
