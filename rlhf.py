@@ -249,13 +249,7 @@ def sample(options: Options, runtime: Runtime) -> None:
             raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
         with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
             for lines in sample_sets(
-                models,
-                questions,
-                options.responses,
-                options.distractors,
-                sampling,
-                options.seed,
-                done,
+                models, questions, options.responses, options.distractors, sampling, options.seed, done
             ):
                 file.append(lines)
                 bar.update(len(lines))
@@ -328,7 +322,10 @@ def rank(options: Options, runtime: Runtime) -> None:
                 there[annotator, key] -= 1
             else:
                 left.append(make)
-        before = len(file.rankings)
+        before, keys = len(file.rankings), {key for _, key, _ in jobs}
+        others = sum(ranking.key not in keys for ranking in file.rankings)
+        if others and options.annotator != "file":
+            print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
         for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
             rankings = [ranking for make in left[first : first + 64] if (ranking := make())]
             if rankings and len(file.rankings) == before:

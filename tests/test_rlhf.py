@@ -221,6 +221,17 @@ def test_responses_of_a_model_replaced_under_its_name_or_to_other_prompts_are_no
 # ---- rank
 
 
+def test_rankings_of_other_responses_than_those_at_hand_are_counted(out, capsys):
+    made = rank(out, "--opinions", "2")
+    assert "of other responses" not in capsys.readouterr().out
+    path = out / "responses.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["responses"][0] += "!"  # as another model might have said
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(rank(out, "--opinions", "2")) == len(made) + 2
+    assert "2 of the rankings there are of other responses" in capsys.readouterr().out
+
+
 def test_rankings_of_a_judge_or_principles_replaced_under_their_names_are_not_mixed(out, tmp_path, capfd):
     judge, principles = folder_of(tmp_path / "judge", 0), tmp_path / "mine.txt"
     principles.write_text("Short is better.")
