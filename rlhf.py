@@ -25,7 +25,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -46,13 +45,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillm.annotators import Simulated, find_prompts, share_out, simulated_annotators
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.io.comparisons import open_comparisons
-from minillm.io.conversations import open_conversations
+from minillm.io.comparisons import open_comparisons, rankings_of_file
+from minillm.io.conversations import open_prompts
 from minillm.io.huggingface import (
     load_causal_model,
     load_model,
@@ -60,7 +60,6 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, options_json, parse_options
@@ -95,7 +94,6 @@ from minillm.run import (
     Runtime,
     TrainingState,
     claim_folder,
-    start_run_folder,
     start_runtime,
 )
 from minillm.sources import open_sources, world_sources
@@ -104,7 +102,7 @@ from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.provenance import provenance
 from minillm.tools.ranking import RankingSession, rank_in_terminal
-from minillm.tools.report import judge, report_card, report_text, unknown_worth, write_report
+from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt as WorldPrompt
 
@@ -120,8 +118,8 @@ class Options(PolicyOptions):
     out: str = "out/rlhf"
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
-    """sample, policy: conversations, of which all before the last reply is a prompt. Nothing: the little
-    world's prompts. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
+    """sample, policy: prompts, or conversations, of which all before the last reply is one. Nothing: the
+    little world's. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
 
@@ -161,7 +159,7 @@ class Options(PolicyOptions):
     init: str = "out/sft"
     """reward, policy: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
     rankings: tuple[str, ...] = ()
-    """reward, policy --algorithm dpo: files of rankings. Nothing: rankings.jsonl in --out."""
+    """reward, policy --algorithm dpo: rankings, ours or anybody's. Nothing: rankings.jsonl in --out."""
 
     decay: float = 1.0
     """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
@@ -223,6 +221,8 @@ class Options(PolicyOptions):
 
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
+    from minillm.tools.folder import start_run_folder
+
     claim_folder(options, runtime)
     models = [
         (name, *load_causal_model(Path(name), runtime.device, runtime.dtype)) for name in options.models
@@ -260,15 +260,13 @@ def questions_of(options: Options) -> list[Question]:
     """The little world's prompts for rankings, or those of the conversations given."""
     if not options.data:
         return world_questions(options.seed, "reward", options.prompts)
-    questions = []
-    for source in open_conversations(options.data, options.errors):
+    questions: list[Question] = []
+    for source in open_prompts(options.data, options.errors):
         if source.weight != 1:
             raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
-        prompts_of_source = [conversation[:-1] for conversation in source.conversations()]
-        questions += [Question(messages) for messages in prompts_of_source if messages]
-        lone = sum(not messages for messages in prompts_of_source)
-        skipped = source.skipped + Counter({"replies to nothing": lone})
-        report(source.name, len(prompts_of_source) - lone, "prompts", skipped, source.first_skipped)
+        before = len(questions)
+        questions += [Question(messages) for messages in source.conversations()]
+        report(source.name, len(questions) - before, "prompts", source.skipped, source.first_skipped)
     if len(questions) > options.prompts:
         print(f"the first {options.prompts:,} of {len(questions):,} prompts are used; see --prompts")
     return questions[: options.prompts]
@@ -433,7 +431,7 @@ def published(options: Options, runtime: Runtime) -> list[Job]:
 
 def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
-    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"), options.seed)
+    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
     print(agreement_table(found))
     write_json(options.folder / "agreement.json", asdict(found) | provenance())
 
@@ -499,7 +497,7 @@ def encoded_rankings(
     InputError where there are none, none fits, or none prefers anything.
     """
     files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
-    rankings = [ranking for file in files for ranking in read_rankings(Path(file))]
+    rankings = [ranking for file in files for ranking in rankings_of_file(file)]
     if not any(ranking.pairs() for ranking in rankings):
         what = "every response is tied with all others" if rankings else "no ranking"
         raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")
@@ -551,7 +549,7 @@ def finish_reward_model(
     val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
-    worth = world.utility if world else unknown_worth
+    worth = world.utility if world else unknown_score
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
@@ -671,6 +669,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
+    from minillm.tools.folder import start_run_folder
+
     claim_folder(options, runtime)
     aligner = start_aligner(options, runtime)
     _, prompts = policy_prompts(options, aligner)

@@ -31,11 +31,11 @@ if __name__ == "__main__":
 
 import torch
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Batch, Mixture, RowSource, TokenizedSource, source_line, tokenize
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError, one_line_errors, printable
 from minillm.io.conversations import ConversationSource, open_conversations, world_conversations
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
@@ -44,7 +44,7 @@ from minillm.packing import EncodedSource, encode_source, packed_batches
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.sources import open_sources, world_sources
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import Figures, figures_table, judged_replies, summarise
+from minillm.tools.evaluate import KindMetrics, judged_replies, metrics_table, summarise
 from minillm.world import World
 
 
@@ -110,6 +110,8 @@ def train(options: Options, runtime: Runtime) -> None:
         template = ChatTemplate(tokenizer)
         conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
                          for source in conversation_sources(options)]  # fmt: skip
+        if runtime.is_main:
+            say_what_was_read(conversations)
         sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
     rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
@@ -151,6 +153,17 @@ def conversation_sources(options: Options) -> list[ConversationSource]:
     if options.on_world:
         return [world_conversations(World(options.seed), "train", options.world_conversations)]
     return open_conversations(options.data, options.errors)
+
+
+def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
+    """What is kept of each source, and by reason what is left out or cut."""
+    for source in sources:
+        train, val = (len(side.sizes) for side in (source.train, source.val))
+        print(f"{source.name}: {train:,} conversations to train on, {val:,} to validate on")
+        for reason, count in sorted(source.skipped.items()):
+            print(f"  left out or cut: {count:,} {reason}")
+        if source.first_skipped:
+            print(f"  the first: {printable(source.first_skipped)}")
 
 
 def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
@@ -210,7 +223,7 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
     state, metrics, figures = run.state, run.metrics, {}
     if options.on_world and options.eval_prompts:
         figures = before_and_after(run, model, tokenizer, options)
-        metrics.say(figures_table(figures))
+        metrics.say(metrics_table(figures))
     sources = mixture.report()
     for source in sources:
         metrics.say(source_line(source))
@@ -224,7 +237,7 @@ def finish(run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenize
 
 def before_and_after(
     run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options
-) -> dict[str, dict[str, Figures]]:
+) -> dict[str, dict[str, KindMetrics]]:
     """What the rubric says of the model it started from and of this one, on the development prompts."""
     before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
     pairs = {options.init: before, str(run.folder): (model, tokenizer)}

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
 
 Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
-Leaves a run folder (minillm/checkpoint.py) that transformers can open too.
+Leaves a run folder (minillm/run.py) that transformers can open too.
 """
 
 import math
@@ -40,7 +40,7 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.loss import backward, held_out, per_byte
-from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize, parameter_count
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
@@ -202,6 +202,8 @@ def start_model(
     options: Options, sources: list[Source], resumed: Path | None, runtime: Runtime
 ) -> tuple[LanguageModel, Tokenizer]:
     """The model of an earlier folder, or a new one with a tokenizer trained on the text."""
+    from minillm.tools.device import check_memory
+
     if resumed:
         return load_model(resumed, runtime.device, runtime.dtype)
     if options.init:
@@ -215,6 +217,7 @@ def start_model(
         print(f"--vocab-size {options.vocab_size:,}: the text gives {tokenizer.vocab_size:,} entries")
     shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
     config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
+    check_memory(parameter_count(config))
     model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
     initialize(model, torch.Generator().manual_seed(options.seed))
     return model.to(runtime.device), tokenizer

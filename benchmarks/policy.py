@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minillm.annotators import MARGIN
+from minillm.chat import ChatTemplate
 from minillm.files import read_json, write_json
 from minillm.io.huggingface import load_model, load_scalar_model
-from minillm.io.template import ChatTemplate
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
 from minillm.tools.evaluate import Judged, Reply, judged_replies, sample_replies, world_prompts

@@ -19,7 +19,6 @@ response to the longest, before the prompt and behind the end, and computes the 
 bfloat16 its weights are that, which is its fastest; ours stay float32.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -27,24 +26,20 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import in_turn, medians, parser, write
 
 import rlhf
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.run import Run, start_runtime
-from minillm.tools.provenance import provenance
 
 RESPONSES = 64
 PRECISIONS = ("float32", "bfloat16")
 LENGTHS = {"fixed": 32, "ending": 64}
-ROUNDS = 8
 WORK = {"iterations": 10**6, "minibatches": 2, "ppo_epochs": 2, "beta": 0.1, "rate": 1e-7}
 
 
@@ -96,22 +91,21 @@ class Side:
 
     def __init__(self, command: list[str | Path], work: dict[str, Any], log: Path) -> None:
         self.log = log
-        self.iterations: list[dict[str, float]] = []
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 [*command, json.dumps(work)], text=True, stderr=errors,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
 
-    def iterate(self) -> None:
-        """Makes an iteration."""
+    def iterate(self, number: int) -> dict[str, float]:
+        """Makes an iteration; its seconds, tokens and metrics."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.log.read_text()[-2000:]}\n{self.process.args[:2]} has died")
-        self.iterations.append(json.loads(line))
+        return json.loads(line)
 
 
 def inputs_of(init: Path) -> tuple[list[list[int]], int]:
@@ -126,24 +120,20 @@ def inputs_of(init: Path) -> tuple[list[list[int]], int]:
     return prompts, template.stop_ids[0]
 
 
-def compare(commands: dict[str, list], work: dict[str, Any]) -> dict[str, Any]:
+def compare(commands: dict[str, list], work: dict[str, Any], runs: int) -> dict[str, Any]:
     """Medians over the counted iterations, in tokens of responses a second."""
     with tempfile.TemporaryDirectory() as folder:
         sides = {
             name: Side(command, work | {"out": f"{folder}/{name}"}, Path(folder, f"{name}.log"))
             for name, command in commands.items()
         }
-        for _ in range(ROUNDS):
-            for side in sides.values():
-                side.iterate()
+        iterations = in_turn({name: side.iterate for name, side in sides.items()}, runs)
         for side in sides.values():
             side.process.kill()  # before what comes at a run's end, which is not compared
             side.process.wait()
-    iterations = {name: side.iterations for name, side in sides.items()}
-    rates = {
-        name: median(line["tokens"] / line["seconds"] for line in lines[1:])
-        for name, lines in iterations.items()
-    }
+    rates = medians({
+        name: [line["tokens"] / line["seconds"] for line in lines[1:]] for name, lines in iterations.items()
+    })  # fmt: skip
     return {"tokens_per_second": rates, "ratio": rates["minillm"] / rates["TRL"], "iterations": iterations}
 
 
@@ -155,13 +145,12 @@ def peer_versions(python: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer-python", required=True, help="an interpreter that has TRL 1.12.0")
-    parser.add_argument("--init", type=Path, default=Path("out/sft"))
-    parser.add_argument("--reward", type=Path, default=Path("out/rlhf/reward"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the figures with their provenance here")
-    arguments = parser.parse_args()
+    options = parser(__doc__, runs=8)
+    options.add_argument("--peer-python", required=True, help="an interpreter that has TRL 1.12.0")
+    options.add_argument("--init", type=Path, default=Path("out/sft"))
+    options.add_argument("--reward", type=Path, default=Path("out/rlhf/reward"))
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = options.parse_args()
     prompts, end = inputs_of(arguments.init)
     commands = {
         "minillm": [sys.executable, __file__, "--minillm"],
@@ -173,14 +162,13 @@ def main() -> None:
     for kind, length in LENGTHS.items():
         for precision in PRECISIONS:
             setting = {"precision": precision, "length": length, "stop": end if kind == "ending" else None}
-            result = {"lengths": kind, **setting, **compare(commands, work | setting | {"prompts": prompts})}
+            found = compare(commands, work | setting | {"prompts": prompts}, arguments.runs)
+            result = {"lengths": kind, **setting, **found}
             ours, theirs = result["tokens_per_second"].values()
             print(f"{kind:7}  {precision:9}  {ours:13.0f}  {theirs:9.0f}  {result['ratio']:5.2f}", flush=True)
             results.append(result)
-    if arguments.json:
-        record = provenance() | {"peer": peer_versions(arguments.peer_python), "responses": RESPONSES, **work,
-                                 "results": results}  # fmt: skip
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    peer = peer_versions(arguments.peer_python)
+    write(arguments.json, {"peer": peer, "responses": RESPONSES, **work, "results": results})
 
 
 if __name__ == "__main__":

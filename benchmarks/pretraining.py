@@ -8,42 +8,29 @@ on the last 10%; nats per character and nats per byte are the same here, since t
 are wall times of the whole process: start-up, tokenizer, validation and saving included.
 """
 
-import argparse
 import json
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from minillm.tools.provenance import provenance
+from harness import ROOT, in_turn, medians, parser, write
 
-ROOT = Path(__file__).parents[1]
 SHORT = (
     "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
     "--optimizer adamw --matrix-rate 0.006 --embedding-rate 0.03 --warmup 3 --decay 0.8 "
     "--val-every 1000 --save-every 1000"
 ).split()
 LONG = "--vocab-size 1024 --batch-tokens 2048 --steps 550 --optimizer adamw --val-every 1000".split()
-NANOGPT = [
-    "train.py",
-    "config/train_shakespeare_char.py",
-    "--device=cpu",
-    "--compile=False",
-    "--eval_iters=20",
-    "--log_interval=100",
-    "--block_size=64",
-    "--batch_size=12",
-    "--n_layer=4",
-    "--n_head=4",
-    "--n_embd=128",
-    "--max_iters=2000",
-    "--lr_decay_iters=2000",
-    "--dropout=0.0",
-]
+NANOGPT = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+    "--lr_decay_iters=2000 --dropout=0.0"
+).split()
 
 
 def run(command: list[str], folder: Path) -> tuple[float, str]:
@@ -53,7 +40,8 @@ def run(command: list[str], folder: Path) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
-def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> tuple[float, float]:
+def run_nanogpt(checkout: Path, text: Path, scratch: Path, round_: int) -> tuple[float, float]:
+    """Seconds, and nats a byte; the round does not change its seed."""
     data = checkout / "data" / "shakespeare_char"
     shutil.copy(text, data / "input.txt")
     run([sys.executable, str(data / "prepare.py")], checkout)  # not timed: ours tokenizes in its time
@@ -62,9 +50,11 @@ def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> tuple[float, float
     return seconds, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
 
 
-def run_minillm(text: Path, options: list[str], scratch: Path) -> tuple[float, float]:
+def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> tuple[float, float]:
+    """Seconds, and nats a byte."""
     out = scratch / "minillm"
     fresh = ["--out", str(out), "--cache", tempfile.mkdtemp(dir=scratch), "--overwrite", "--samples", "0"]
+    fresh += ["--seed", str(seed)]
     judged = ["--data", str(text), "--val-fraction", "0.1", "--val-tokens", "1000000"]
     seconds, _ = run([sys.executable, "train.py", *judged, *fresh, *options], ROOT)
     final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -72,29 +62,25 @@ def run_minillm(text: Path, options: list[str], scratch: Path) -> tuple[float, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--nanogpt", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__, runs=3)
+    options.add_argument("--text", type=Path, required=True)
+    options.add_argument("--nanogpt", type=Path, required=True)
+    arguments = options.parse_args()
     text, checkout = arguments.text.resolve(), arguments.nanogpt.resolve()
-    results: dict[str, list[tuple[float, float]]] = {"minillm short": [], "nanoGPT": [], "minillm long": []}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for seed in range(arguments.rounds):
-            seeded = ["--seed", str(seed)]
-            results["minillm short"].append(run_minillm(text, [*SHORT, *seeded], scratch))
-            results["nanoGPT"].append(run_nanogpt(checkout, text, scratch))
-            results["minillm long"].append(run_minillm(text, [*LONG, *seeded], scratch))
-    peer = statistics.median(seconds for seconds, _ in results["nanoGPT"])
+        sides = {
+            "minillm short": partial(run_minillm, text, SHORT, scratch),
+            "nanoGPT": partial(run_nanogpt, checkout, text, scratch),
+            "minillm long": partial(run_minillm, text, LONG, scratch),
+        }
+        results = in_turn(sides, arguments.runs)
+    seconds = medians({name: [second for second, _ in runs] for name, runs in results.items()})
     for name, runs in results.items():
-        seconds = statistics.median(seconds for seconds, _ in runs)
         losses = ", ".join(f"{loss:.3f}" for _, loss in runs)
-        print(f"{name:14} {seconds:6.1f} s ({seconds / peer:.3f} of nanoGPT's)   nats/byte: {losses}")
-    if arguments.json:
-        record = {"results": results, "short": SHORT, "long": LONG, "nanogpt": NANOGPT, **provenance()}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        part = seconds[name] / seconds["nanoGPT"]
+        print(f"{name:14} {seconds[name]:6.1f} s ({part:.3f} of nanoGPT's)   nats/byte: {losses}")
+    write(arguments.json, {"results": results, "short": SHORT, "long": LONG, "nanogpt": NANOGPT})
 
 
 if __name__ == "__main__":

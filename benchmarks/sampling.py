@@ -9,23 +9,15 @@ turns, and the median of the runs counts. Prefill, set-up and the choice of toke
 time on both sides. transformers runs with its default cache.
 """
 
-import argparse
-import json
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
 
 import torch
 import transformers
+from harness import in_turn, medians, parser, timed, write
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, ModelConfig
-from minillm.tools.provenance import provenance
 
 PROMPT, NEW = 32, 128
 SHAPE = ModelConfig(
@@ -74,18 +66,13 @@ def contestants(rows: int, temperature: float) -> dict[str, Callable[[], Tensor]
 
 
 def measure(rows: int, temperature: float, runs: int) -> dict:
-    """Medians over alternating runs, in tokens a second; greedy tokens must agree first."""
+    """Tokens a second; greedy tokens must agree first."""
     sides = contestants(rows, temperature)
     outputs = [run() for run in sides.values()]  # also the warm-up
     if not temperature and not torch.equal(*outputs):
         raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
-    seconds = {name: [] for name in sides}
-    for _ in range(runs):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    rates = {name: rows * NEW / median(times) for name, times in seconds.items()}
+    seconds = in_turn({name: timed(run) for name, run in sides.items()}, runs)
+    rates = {name: rows * NEW / value for name, value in medians(seconds).items()}
     return {
         "batch": rows,
         "temperature": temperature,
@@ -96,10 +83,7 @@ def measure(rows: int, temperature: float, runs: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each side (7)")
-    parser.add_argument("--json", type=Path, help="write the figures with their provenance here")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, runs=7).parse_args()
     transformers.logging.set_verbosity_error()
     results = []
     print(f"{torch.get_num_threads()} threads\nbatch  temperature  minillm tok/s  transformers tok/s  ratio")
@@ -109,9 +93,7 @@ def main() -> None:
             ours, theirs = result["tokens_per_second"].values()
             print(f"{rows:5}  {temperature:11}  {ours:13.0f}  {theirs:18.0f}  {result['ratio']:5.2f}")
             results.append(result)
-    if arguments.json:
-        record = provenance() | {"threads": torch.get_num_threads(), "results": results}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.json, {"threads": torch.get_num_threads(), "results": results})
 
 
 if __name__ == "__main__":

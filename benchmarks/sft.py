@@ -10,29 +10,27 @@ loop for each token of a conversation, padding not counted, and the held-out los
 measured by the same code. The two take turns; medians.
 """
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from harness import ROOT, in_turn, medians, parser, write
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.conversations import open_conversations, split_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.loss import held_out
 from minillm.packing import encode_source, packed_batches
-from minillm.run import Runtime, choose_dtype
-from minillm.tools.provenance import provenance
+from minillm.run import Runtime
+from minillm.tools.device import choose_dtype
 from minillm.world import World
 
-ROOT = Path(__file__).parents[1]
 CONVERSATIONS, EPOCHS, BLOCK, RATE = 2000, 2, 128, 2e-3
 VAL_FRACTION = 0.05
 ROWS = 16  # of a packed step; TRL's batch has as many conversations as such a step holds on average
@@ -109,12 +107,9 @@ def held_out_loss(run: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--init", type=Path, default=Path("out/base"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    results: dict[str, list[tuple[float, float]]] = {"minillm": [], "TRL": []}
+    options = parser(__doc__, runs=3)
+    options.add_argument("--init", type=Path, default=Path("out/base"))
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         model, tokenizer = load_model(arguments.init, CPU, choose_dtype(CPU))
@@ -128,21 +123,24 @@ def main() -> None:
         tokens = EPOCHS * int(encoded.train.sizes.sum())
         batch = round(ROWS * BLOCK / encoded.train.sizes.mean())
         steps = round(tokens / (ROWS * BLOCK * encoded.rows(BLOCK, 0).fill))
-        for seed in range(arguments.rounds):
-            for name in results:
-                out = scratch / f"{name}-{seed}"
-                if name == "minillm":
-                    seconds = run_minillm(init, data, out, steps, seed)
-                else:
-                    seconds = run_trl(init, training, out, batch, seed)
-                results[name].append((seconds, held_out_loss(out)))
-                print(f"{name:8} {seconds:6.1f} s   held-out loss {results[name][-1][1]:.3f}", flush=True)
-    ours, theirs = (statistics.median(seconds for seconds, _ in runs) for runs in results.values())
-    print(f"{tokens:,} tokens; TRL takes {theirs / ours:.2f} times as long for each")
-    if arguments.json:
-        record = {"results": results, "tokens": tokens, "ratio": theirs / ours, "trl_batch": batch,
-                  "rate": RATE, "rows": ROWS, "block": BLOCK, "epochs": EPOCHS, **provenance()}  # fmt: skip
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+        def measured(name: str, run: Callable[[Path, int], float], seed: int) -> tuple[float, float]:
+            """Seconds of the loop, and the held-out loss."""
+            out = scratch / f"{name}-{seed}"
+            seconds, loss = run(out, seed), held_out_loss(out)
+            print(f"{name:8} {seconds:6.1f} s   held-out loss {loss:.3f}", flush=True)
+            return seconds, loss
+
+        sides: dict[str, Callable[[Path, int], float]] = {
+            "minillm": lambda out, seed: run_minillm(init, data, out, steps, seed),
+            "TRL": lambda out, seed: run_trl(init, training, out, batch, seed),
+        }
+        results = in_turn({name: partial(measured, name, run) for name, run in sides.items()}, arguments.runs)
+    seconds = medians({name: [second for second, _ in runs] for name, runs in results.items()})
+    ratio = seconds["TRL"] / seconds["minillm"]
+    print(f"{tokens:,} tokens; TRL takes {ratio:.2f} times as long for each")
+    write(arguments.json, {"results": results, "tokens": tokens, "ratio": ratio, "trl_batch": batch,
+                           "rate": RATE, "rows": ROWS, "block": BLOCK, "epochs": EPOCHS})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,23 +7,19 @@ that a busy machine slows both; the median of the runs is shown. Each encodes wi
 vocabulary (they break ties differently), from an empty cache.
 """
 
-import argparse
-import json
 import os
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import ROOT, in_turn, medians, parser, timed, write
+
 os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from minillm.tokenizer import ENDOFTEXT, GPT4_PATTERN, Tokenizer
-from minillm.tools.provenance import provenance
 
 
 def train_theirs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -41,33 +37,25 @@ def train_theirs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return peer
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def compare(name: str, ours: Callable, theirs: Callable, runs: int) -> dict:
-    """Median seconds of both, taken in turn, and the median of the runs' ratios."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(runs)]
-    mine, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratio = statistics.median(a / b for a, b in pairs)
-    print(f"{name:<24}{mine:>10.3f} s{peer:>14.3f} s{ratio:>10.2f}")
-    return {"ours_s": mine, "theirs_s": peer, "ratio": ratio, "runs": pairs}
+    """Median seconds of both and the median of the runs' ratios."""
+    seconds = in_turn({"ours_s": timed(ours), "theirs_s": timed(theirs)}, runs)
+    found, pairs = medians(seconds), list(zip(*seconds.values(), strict=True))
+    ratio = median(a / b for a, b in pairs)
+    print(f"{name:<24}{found['ours_s']:>10.3f} s{found['theirs_s']:>14.3f} s{ratio:>10.2f}")
+    return found | {"ratio": ratio, "runs": pairs}
 
 
 def main() -> None:
-    books = Path(__file__).parents[2] / "shared" / "data" / "text" / "books"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(books.glob("*.txt")))
-    parser.add_argument("--vocab-size", type=int, default=4096, help="entries (default 4096)")
-    parser.add_argument("--runs", type=int, default=5, help="of each, alternating (default 5)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    if not options.files:
-        parser.error("no files given, and no books beside the repository")
-    texts = [file.read_bytes().decode("utf-8", errors="replace") for file in options.files]
-    vocab_size, runs = options.vocab_size, options.runs
+    books = ROOT.parent / "shared" / "data" / "text" / "books"
+    options = parser(__doc__, runs=5)
+    options.add_argument("files", nargs="*", type=Path, default=sorted(books.glob("*.txt")))
+    options.add_argument("--vocab-size", type=int, default=4096, help="entries (default 4096)")
+    arguments = options.parse_args()
+    if not arguments.files:
+        options.error("no files given, and no books beside the repository")
+    texts = [file.read_bytes().decode("utf-8", errors="replace") for file in arguments.files]
+    vocab_size, runs = arguments.vocab_size, arguments.runs
 
     # Trained once; a fresh tokenizer of the same vocabulary has an empty cache.
     vocabulary = Tokenizer.train(texts, vocab_size, [ENDOFTEXT]).vocabulary
@@ -78,24 +66,20 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{megabytes:.1f} MB, {vocab_size} entries, median of {runs} runs")
     print(f"{'':<24}{'minillm':>12}{'tokenizers':>16}{'ratio':>10}")
-    figures = {
-        "training": compare(
-            "training",
-            lambda: Tokenizer.train(texts, vocab_size, [ENDOFTEXT]),
-            lambda: train_theirs(texts, vocab_size),
-            runs,
-        ),
-        "encoding": compare(
-            "encoding, one thread",
-            lambda: list(next(ours).encode_documents(texts)),
-            lambda: next(theirs).encode_batch_fast(texts, add_special_tokens=False),
-            runs,
-        ),
-    }
-    if options.json:
-        settings = {"megabytes": megabytes, "vocab_size": vocab_size}
-        report = {"provenance": provenance(), **settings, **figures}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    training = compare(
+        "training",
+        lambda: Tokenizer.train(texts, vocab_size, [ENDOFTEXT]),
+        lambda: train_theirs(texts, vocab_size),
+        runs,
+    )
+    encoding = compare(
+        "encoding, one thread",
+        lambda: list(next(ours).encode_documents(texts)),
+        lambda: next(theirs).encode_batch_fast(texts, add_special_tokens=False),
+        runs,
+    )
+    record = {"megabytes": megabytes, "vocab_size": vocab_size, "training": training, "encoding": encoding}
+    write(arguments.json, record)
 
 
 if __name__ == "__main__":

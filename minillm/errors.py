@@ -13,7 +13,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,9 +74,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def say(text: str = "") -> None:
-    """Prints a text in which names, messages or a model's output may stand."""
-    print(printable(text))
+class PrintableStream:
+    """A stream on which names, messages and a model's output are made printable, whoever prints them."""
+
+    def __init__(self, stream: Any, kept: str = "") -> None:
+        """`kept` are control characters that pass: the carriage return where a bar is drawn."""
+        self.stream, self.kept = stream, kept
+
+    def write(self, text: str) -> int:
+        """Writes all of a text but its control characters."""
+        return self.stream.write("".join(c if c in self.kept else printable(c) for c in text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 # ---- How a script ends
@@ -86,7 +96,11 @@ def say(text: str = "") -> None:
 def one_line_errors() -> Iterator[None]:
     """What `main` runs in: errors in one line with exit code 2, interrupts without a traceback."""
     open_streams()
-    with signals(_interrupt):
+    with (
+        signals(_interrupt),
+        redirect_stdout(PrintableStream(sys.stdout)),  # type: ignore[type-var]
+        redirect_stderr(PrintableStream(sys.stderr, kept="\r")),  # type: ignore[type-var]
+    ):
         try:
             try:
                 yield
@@ -163,7 +177,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def _end(line: str, code: int) -> NoReturn:
     with suppress(OSError):
         if line:
-            print(printable(line), file=sys.stderr)
+            print(line, file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # Python must not try once more at its end

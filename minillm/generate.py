@@ -205,7 +205,8 @@ def _cache(model: LanguageModel, rows: int, size: int, crop: bool) -> "KVCache |
     """What reads the tokens, `size` of each row at most."""
     if crop and size > model.config.max_position_embeddings:
         return CroppedContext(model, rows, size)
-    if model.lm_head.weight.device.type == "mps":  # knows no complex numbers
+    unfolded = model.config.qkv_bias or model.config.rope_yarn is not None
+    if unfolded or model.lm_head.weight.device.type == "mps":  # which knows no complex numbers
         return KVCache(model, rows, size)
     from minillm.fast.decode import FoldedCache
 
@@ -246,7 +247,7 @@ class CroppedContext:
         """The logits behind every row, from its last tokens."""
         first = (self.lengths - self.positions).clamp(min=0)
         window = first[:, None] + torch.arange(self.positions, device=first.device)
-        hidden = self.model(self.tokens.gather(1, window))
+        hidden = self.model.model(self.tokens.gather(1, window))
         return self.model.logits(
             hidden[torch.arange(len(first), device=first.device), self.lengths - first - 1]
         )

@@ -62,12 +62,18 @@ class ModelConfig:
     rope_llama3: tuple[float, float, float, int] | None = None
     """Llama 3.1's stretching of long wavelengths: factor, low and high frequency factor, original
     length. None for plain rotary positions."""
+    rope_linear: float = 1.0
+    """Divides every position."""
+    rope_yarn: tuple[float, float, float, float, int] | None = None
+    """YaRN's stretching: factor, fast and slow turns, magnitude of queries and keys, original length."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square before the root."""
     tie_word_embeddings: bool = False
     """Whether the output matrix is the embedding."""
     qk_norm: bool = True
     """Whether queries and keys are normalised per head (the Qwen3 layout)."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases (the Qwen2 layout)."""
     causal: bool = True
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
@@ -95,6 +101,9 @@ class ModelConfig:
             raise InputError(f"model: rope_theta is {self.rope_theta}; give a number above 0")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise InputError(f"model: rms_norm_eps is {self.rms_norm_eps}; give 0 or more")
+        stretch = (self.rope_linear, *(self.rope_yarn or ()))
+        if not all(math.isfinite(number) and number > 0 for number in stretch) or self.rope_theta == 1:
+            raise InputError("model: a number of its rotary positions is out of range; give numbers above 0")
         if self.rope_llama3 is not None:
             factor, low, high, original_length = self.rope_llama3
             if not (factor > 0 and 0 < low < high < math.inf and original_length > 0):
@@ -103,13 +112,13 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias that computes in the precision of its input (weights stay float32)."""
+    """A matrix, mostly without bias, that computes in the precision of its input (weights stay float32)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -132,12 +141,29 @@ def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    if config.rope_yarn is not None:
+        return _yarn(frequencies, config)
     if config.rope_llama3 is None:
-        return frequencies
+        return frequencies / config.rope_linear
     factor, low, high, original_length = config.rope_llama3
     turns = original_length * frequencies / (2 * torch.pi)
     ramp = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (ramp + (1 - ramp) / factor)
+
+
+def _yarn(frequencies: Float[Tensor, "half"], config: ModelConfig) -> Float[Tensor, "half"]:
+    """Pairs of few turns in the original length are slowed down by the factor, those of many are not.
+
+    Source: Peng et al. 2023 (arXiv 2309.00071), section 3.2.
+    """
+    factor, fast, slow, _, original_length = config.rope_yarn or (1.0, 0.0, 0.0, 1.0, 1)
+    turns_of_first = original_length / (2 * math.pi)
+    last = config.head_dim - 1
+    pair = [config.head_dim * math.log(turns_of_first / turns) / (2 * math.log(config.rope_theta))
+            for turns in (fast, slow)]  # fmt: skip
+    low, high = max(math.floor(pair[0]), 0), min(math.ceil(pair[1]), last)
+    slowed = ((torch.arange(len(frequencies)) - low) / ((high - low) or 0.001)).clamp(0, 1)
+    return frequencies * (slowed / factor + 1 - slowed)
 
 
 def rotate(
@@ -169,7 +195,8 @@ class KVCache:
     """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
 
     Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
-    the row's next tokens overwrite it. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
+    the row's next tokens overwrite it. It calls the trunk, so that a compiled model is not compiled anew for
+    every length. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
     """
 
     lengths: Int[Tensor, "B"]
@@ -185,13 +212,13 @@ class KVCache:
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
-        hidden = self.model(tokens, attend=self)
+        hidden = self.model.model(tokens, attend=self)
         self.place(lengths, tokens.shape[1])
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """Appends one token to every row; the logits behind it."""
-        hidden = self.model(tokens[:, None], attend=self)
+        hidden = self.model.model(tokens[:, None], attend=self)
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.model.logits(hidden[:, 0])
 
@@ -205,7 +232,7 @@ class KVCache:
         self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
 
     def positions(self, T: int) -> Int[Tensor, "B 1 T"]:
-        """The next T of each row; settles for this forward pass where they are kept and what they see."""
+        """The next T of each row; sets where this forward pass keeps them and what they see."""
         _, _, B, K, size, _ = self.kept.shape
         positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
         heads = torch.arange(B * K, device=self.lengths.device).view(B, K, 1)
@@ -235,9 +262,9 @@ class Attention(nn.Module):
         super().__init__()
         width, head = config.hidden_size, config.head_dim
         self.head_dim = head
-        self.q_proj = Linear(width, config.num_attention_heads * head)
-        self.k_proj = Linear(width, config.num_key_value_heads * head)
-        self.v_proj = Linear(width, config.num_key_value_heads * head)
+        self.q_proj = Linear(width, config.num_attention_heads * head, config.qkv_bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * head, config.qkv_bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * head, config.qkv_bias)
         self.o_proj = Linear(config.num_attention_heads * head, width)
         self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
@@ -309,7 +336,8 @@ class Decoder(nn.Module):
         positions = torch.arange(T, device=tokens.device) if attend is None else attend.positions(T)
         # Angles in float32: bfloat16 cannot tell position 256 from 257.
         angles = positions[..., None] * self.frequencies
-        cos, sin = angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+        size = self.config.rope_yarn[3] if self.config.rope_yarn else 1.0
+        cos, sin = (size * angles.cos()).to(self.compute_dtype), (size * angles.sin()).to(self.compute_dtype)
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)
         for number, block in enumerate(self.layers):
@@ -341,6 +369,8 @@ class LanguageModel(nn.Module):
     Losses and log-probabilities are computed in the forward pass, by kernels that never hold the logits of
     all positions; so whatever wraps the model (DistributedDataParallel, torch.compile) wraps all of it.
     """
+
+    stored_dtype = torch.float32  # of the weights on disk: bfloat16 stays so
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -480,7 +510,8 @@ def parameter_count(config: ModelConfig) -> int:
     width, head = config.hidden_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     norms = 2 * width + (2 * head if config.qk_norm else 0)
-    block = heads * head * width + 3 * width * config.intermediate_size + norms
+    biases = (heads - config.num_attention_heads) * head if config.qkv_bias else 0
+    block = heads * head * width + 3 * width * config.intermediate_size + norms + biases
     ends = 1 if config.tie_word_embeddings else 2
     return ends * config.vocab_size * width + config.num_hidden_layers * block + width
 
@@ -492,7 +523,9 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     write into the residual stream: they start at zero, so that each block starts as the identity.
     """
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:
             nn.init.ones_(parameter)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)

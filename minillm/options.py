@@ -7,12 +7,8 @@ options of the run are the defaults; an option given again is compared with them
 
 import contextlib
 import io
-import itertools
 import json
 import math
-import os
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -225,21 +221,8 @@ class PolicyOptions(TrainingOptions):
         return self.group_size or (1 if self.algorithm in ("ppo", "dpo") else 8)
 
 
-RENAMED = {
-    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
-    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
-    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
-}  # fmt: skip
-"""Options by their old names, which work for one release where a script has the new one."""
-REUSED = {"target_kl": 1.0}
-"""Old names that now mean another option, and the value from which only the old meaning makes sense."""
 GROWING = frozenset({"steps", "iterations"})
 """Options that a continuation may raise, so that a finished run goes on."""
-PATHS = frozenset(
-    {"out", "init", "cache", "data", "text", "models", "reward", "rankings", "judge", "judge_model",
-     "principles", "run", "runs"}
-)  # fmt: skip
-"""Options whose values are places, in which ~ is the home folder."""
 
 
 def parse_options(kind: type[Any], arguments: list[str]) -> Any:
@@ -248,12 +231,12 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     With `--resume`, where a script has it, every option not given is the stored run's; one given with
     another value is refused by name, unless it changes no weight or asks for more steps.
     """
-    if {"-h", "--help"} & set(arguments):
-        from minillm.tools.help import print_help
+    from minillm.tools.commandline import print_help, with_new_names
 
+    if {"-h", "--help"} & set(arguments):
         print_help(kind)
         raise SystemExit(0)
-    arguments = _with_new_names(kind, arguments)
+    arguments = with_new_names(kind, arguments)
     given = _parse(kind, arguments)
     if not getattr(given, "resume", False):
         return given
@@ -280,6 +263,8 @@ def stored_options(kind: type[Any], path: Path) -> Any:
     """The options that a run.json holds. InputError where they are not of this kind."""
     if not path.exists():
         raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
+    from minillm.tools.commandline import RENAMED
+
     stored, kinds = read_json(path).get("options"), get_type_hints(kind)
     names = {field.name for field in fields(kind)}
     if isinstance(stored, dict) and not stored.keys() <= names:  # perhaps of the release before
@@ -306,61 +291,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise TypeError(f"{name} is {value!r:.60}")
 
 
-def _with_new_names(kind: type[Any], arguments: list[str]) -> list[str]:
-    """The command line with the new names of renamed options; says so for each."""
-    names, words = {field.name for field in fields(kind)}, list(arguments)
-    for i, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        old = flag.removeprefix("--").replace("-", "_")
-        new = RENAMED.get(old)
-        if not flag.startswith("--") or new not in names:
-            continue
-        if old not in names:
-            words[i] = f"--{new.replace('_', '-')}{equals}{value}"
-            _note(f"{flag} is now --{new.replace('_', '-')}; the old name works for one more release")
-        elif old in REUSED:
-            _check_meaning(old, new, value if equals else "".join(words[i + 1 : i + 2]))
-    return words
-
-
-def _check_meaning(old: str, new: str, value: str) -> None:
-    """Says what a reused name means; InputError where its old meaning must have been meant."""
-    before = next(name for name, now in RENAMED.items() if now == old)
-    was, now, then = (f"--{name.replace('_', '-')}" for name in (before, old, new))
-    meaning = f"{now} is now what {was} was; what it was itself is {then}"
-    with contextlib.suppress(ValueError):
-        if float(value) >= REUSED[old]:
-            raise InputError(f"{now} {value}: {meaning}; give {then} {value}, or less than {REUSED[old]:g}")
-    _note(meaning)
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
 def _parse(kind: type[Any], arguments: list[str], default: Any = None) -> Any:
     """The options of a command line, with the defaults of the class or of an instance."""
+    from minillm.tools.commandline import first_message, with_places
+
     printed = io.StringIO()
     how = {"config": (tyro.conf.FlagCreatePairsOff,)} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(printed):
             options: Any = tyro.cli(kind, args=arguments, **how)  # type: ignore[call-overload]
     except SystemExit:
-        raise InputError(f"{_first_message(printed.getvalue())}; see --help") from None
-    places = {f.name: _expanded(getattr(options, f.name)) for f in fields(kind) if f.name in PATHS}
-    changed = {name: place for name, place in places.items() if place != getattr(options, name)}
-    return replace(options, **changed) if changed else options
-
-
-def _expanded(value: Any) -> Any:
-    """A place, or several, each perhaps as NAME=PLACE, with the home folder for ~."""
-    if isinstance(value, tuple):
-        return tuple(map(_expanded, value))
-    home = os.path.expanduser("~")
-    return re.sub(r"^([^/~]*=)?~(?=/|$)", lambda m: (m[1] or "") + home, value) if value else value
-
-
-def _first_message(box: str) -> str:
-    """What tyro says inside its frame, up to the first ruler, as one line."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
+        raise InputError(f"{first_message(printed.getvalue())}; see --help") from None
+    return with_places(options)

@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt
 from tqdm import tqdm
 
+from minillm.chat import Conversation
 from minillm.data import IGNORED, Batch, Row, epoch_generator, stack
 from minillm.errors import InputError
-from minillm.io.conversations import Conversation, ConversationSource, split_conversations
+from minillm.io.conversations import ConversationSource, split_conversations
 from minillm.streams import SIDES, token_dtype
 
 STRETCH = 64  # rows whose conversations are packed together; each stretch leaves about one row half empty
@@ -117,6 +118,8 @@ def encode_source(
         except InputError as error:
             encoded, reason = None, "conversations that the chat template refuses"
             first = first or f"conversation {number} of {source.name!r}: {error}"
+        if rewritten := getattr(encoded, "unlearned", 0):
+            skipped["replies not learned: the chat template writes them anew later"] += rewritten
         if reason:
             skipped[reason] += 1
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"

@@ -64,10 +64,10 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 
+from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.io.template import ChatTemplate
 from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
 from minillm.loss import accumulate, backward
 from minillm.model import LanguageModel, ScalarModel
@@ -333,7 +333,7 @@ class Aligner:
     def state_dict(self) -> dict[str, Any]:
         """What a restart must bring back beside weights and optimizers."""
         state = {name: getattr(self, name) for name in ("origin", "beta", "scale", "kept")}
-        streams = {"stream": self.stream, "text": self.text}
+        streams = {"prompts": self.stream, "text": self.text}
         return state | {name: stream and stream.state_dict() for name, stream in streams.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,7 +345,7 @@ class Aligner:
         self.beta = float(state["beta"])
         self.kept = {name: (int if name == "step" else float)(value) for name, value in state["kept"].items()}
         self.scale = state["scale"] and (float(state["scale"][0]), float(state["scale"][1]))
-        for name, stream in (("stream", self.stream), ("text", self.text)):
+        for name, stream in (("prompts", self.stream), ("text", self.text)):
             if stream:
                 stream.load_state_dict(state[name])
 

@@ -27,9 +27,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from minillm.chat import check_messages
 from minillm.errors import InputError
 from minillm.files import sync_file, sync_folder
-from minillm.io.template import check_messages
 from minillm.sources import digest
 
 Message = dict[str, str]

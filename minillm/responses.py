@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+from minillm.chat import ChatTemplate, Completion, chat_format
 from minillm.generate import SamplingOptions, generate
-from minillm.io.template import ChatTemplate, Completion, chat_format
 from minillm.model import LanguageModel
 from minillm.preferences import Message, Record
 from minillm.tokenizer import Tokenizer

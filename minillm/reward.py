@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from minillm.chat import ChatTemplate
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
-from minillm.io.template import ChatTemplate
 from minillm.layout import SharedPrompts, flat_index, forward_passes, pack_rows, pack_sets, pad
 from minillm.loss import accumulate
 from minillm.model import ScalarModel

@@ -22,12 +22,10 @@ on how many there are. No pickle anywhere. Left out: sharded weights, several no
 """
 
 import contextlib
-import fcntl
 import gc
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -36,7 +34,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -44,8 +41,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reading, say, signals, writing
-from minillm.files import read_json, remove_scratch, scratch_of, write_json, write_text
+from minillm.errors import BAD_FILE, InputError, Interrupted, reading, signals, writing
+from minillm.files import read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions, options_json
@@ -119,6 +116,8 @@ class Runtime:
 @contextlib.contextmanager
 def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
     """Joins the other processes, if any; leaves them at the end, also after an error."""
+    from minillm.tools.device import choose_device, choose_dtype, processes
+
     rank, world_size, local_rank = processes()
     chosen = choose_device(device, local_rank)
     if world_size > 1:
@@ -139,54 +138,6 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
             # threads would end only when the process does, which is an abort now and then.
             gc.collect()
             dist.destroy_process_group()
-
-
-def processes() -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this machine, as torchrun says in the environment."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        found = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
-        os.environ["MASTER_ADDR"]
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"WORLD_SIZE is set in the environment as torchrun does, but not the rest ({error}); start with "
-            "torchrun, or unset WORLD_SIZE"
-        ) from None
-    return found[0], found[1], found[2]
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; several processes take one GPU each."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: no such device; give auto, cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: minillm does not run there; give auto, cpu, cuda or mps")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"--device {name}: no CUDA device is available; give --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {device}: only {torch.cuda.device_count()} CUDA devices here")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: not available here; give --device cpu")
-    return device
-
-
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32; never float16."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        features = torch.cpu.get_capabilities()
-        if features.get("avx512_bf16") or features.get("amx_bf16"):
-            return torch.bfloat16
-    return torch.float32
 
 
 class StopRequest:
@@ -212,100 +163,14 @@ class StopRequest:
 # ---- Its folder
 
 RESUME_FILE = Path("resume") / "state.safetensors"
-MODEL_FILES = (
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-)  # fmt: skip
-RUN_FILES = (
-    RESUME_FILE, "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
-    "responses.jsonl", *MODEL_FILES, "run.json",
-)  # fmt: skip
-SCRATCH = {scratch_of(Path(name)).name for name in RUN_FILES}
 
 
 def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
-    """The folder for this process alone, and nothing in it that a killed one left half-written.
+    """Keeps other runs out of the folder until this process is done. InputError where one is in it."""
+    from minillm.tools.folder import claimed
 
-    Refuses to mix two runs, before anything is computed or written.
-    """
-    folder = options.folder
     if runtime.is_main:
-        with writing(folder, "give another --out"):
-            nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-            if not nearest.is_dir():
-                raise InputError(f"{nearest}: is a file; give --out a folder")
-            runtime.closing.enter_context(locked(folder))
-            check_run_folder(folder, options.resume, options.overwrite)
-            for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
-                # Scratch of files.py, and what safetensors leaves where it is killed.
-                if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
-                    remove_scratch(path)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs out of it until the end of this process, however it ends.
-
-    The lock is the system's and leaves no file. OSError where the folder cannot be written.
-    """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "its permissions forbid it", str(folder))
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{folder}: another run is writing there; wait for its end, or give another --out"
-                ) from None
-        yield
-    finally:
-        os.close(handle)
-        for place in made:
-            with contextlib.suppress(OSError):  # only what stayed empty goes
-                place.rmdir()
-
-
-def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """InputError unless the folder is empty, or a run's that is to go on or to be replaced."""
-    for name in RUN_FILES:
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name}: is a folder where a run has a file; move it away")
-    if resume or all(entry.name[0] == "." for entry in folder.iterdir()):
-        return
-    if not (folder / "run.json").exists():
-        raise InputError(f"{folder}: holds files that are not a run's; give another --out")
-    if not overwrite:
-        raise InputError(
-            f"{folder}: already holds a run; add --resume to go on with it, "
-            "--overwrite to replace it, or give another --out"
-        )
-
-
-def start_run_folder(options: TrainingOptions, stage: str) -> None:
-    """Removes the files of an earlier run, nothing that a run did not write, and says what starts.
-
-    The restart point goes first and run.json is replaced last: whenever this is interrupted, it can be begun
-    again. A model that the new run starts from stays until there is another.
-    """
-    from minillm.tools.provenance import provenance
-
-    folder = options.folder
-    kept = {"run.json", *(MODEL_FILES if starts_from(options) == folder.resolve() else ())}
-    events = (folder / "tensorboard").glob("events.out.tfevents.*")
-    for path in [*(folder / name for name in RUN_FILES if name not in kept), *events]:
-        with writing(path, "give another --out"):
-            path.unlink(missing_ok=True)
-    run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance()}
-    write_json(folder / "run.json", run)
-
-
-def starts_from(options: TrainingOptions) -> Path | None:
-    """The folder of the model that a run starts from, where it has one."""
-    init = getattr(options, "init", None)
-    return Path(init).resolve() if init else None
+        runtime.closing.enter_context(claimed(options))
 
 
 # ---- What an exact restart needs
@@ -459,7 +324,7 @@ class Metrics:
         """A line above the bar."""
         if self.writes:
             self.bar.clear()
-            say(text)
+            print(text)
             self.bar.refresh()
 
     def sync(self) -> None:
@@ -581,6 +446,8 @@ class Run:
         """Writes what run.json says of a new run, or of the options that a continued one has changed."""
         path, options = self.folder / "run.json", options_json(self.options)
         if not self.resuming:
+            from minillm.tools.folder import start_run_folder, starts_from
+
             start_run_folder(self.options, self.stage)
             if starts_from(self.options) == self.folder.resolve():
                 # The first model that is written replaces the one of --init: from now on it is here.

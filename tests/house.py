@@ -14,11 +14,19 @@ from pathlib import Path
 from types import FrameType, ModuleType
 
 ROOT = Path(__file__).parents[1]
-OUTER = ("minillm/io/", "minillm/tools/", "minillm/compare/", "minillm/world/", "kernels/dev/", "benchmarks/")
+OUTER = (
+    "minillm/io/",
+    "minillm/tools/",
+    "minillm/compare/",
+    "minillm/world/",
+    "minillm/fast/",
+    "kernels/dev/",
+    "benchmarks/",
+)
 """The outer ring: what a learner never has to open."""
 APART = ("tests/", "lessons/", "minillm/play/", "docs/")
 """Neither core nor outer ring: not counted."""
-ENTRANCES = ("minillm/chat.py", "kernels/gate.py", "kernels/bench.py")
+ENTRANCES = ("minillm/export.py", "kernels/gate.py", "kernels/bench.py")
 """Files that only give a command its short name."""
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillm.io.huggingface import read_tensors
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
+from minillm.run import RESUME_FILE
 from minillm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,23 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+    assert_same_restart_point(one, other)
+
+
+def assert_same_restart_point(one: Path, other: Path) -> None:
+    """The same weights, optimizers, counts and positions, bit for bit; time alone may differ."""
+    (tensors, numbers), (others, other_numbers) = (restart_point(folder) for folder in (one, other))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert numbers == other_numbers
+
+
+def restart_point(folder: Path) -> tuple[dict, dict]:
+    """The tensors of a restart point and its numbers, without the seconds."""
+    tensors, metadata = read_tensors(folder / RESUME_FILE)
+    numbers = json.loads(metadata["state"])
+    assert numbers.pop("seconds") > 0
+    return tensors, numbers
 
 
 class Killed(BaseException):

@@ -16,9 +16,9 @@ from minillm.annotators import (
     share_out,
     simulated_annotators,
 )
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.io.comparisons import comparisons_of, open_comparisons
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     Ranking,
@@ -34,6 +34,7 @@ from minillm.tools.agreement import agreement_report
 from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
 from minillm.tools.ranking import RankingSession, run_command, screen
 from minillm.world import World
+from minillm.world.rubric import Score
 
 # ---- A person
 
@@ -61,13 +62,22 @@ def test_the_blind_order_never_changes_what_is_stored(tmp_path_factory, seed, be
         assert session.rank(format_ranking(places)).ranking == [sorted(group) for group in ranking]
 
 
-def test_the_blind_order_differs_between_sets_and_seeds_and_is_the_same_at_the_next_sitting(session):
-    letters = set()
-    for seed in range(20):
-        again = RankingSession(SETS, session.file, "Ada", seed)
-        assert again.shown() == RankingSession(SETS, session.file, "Ada", seed).shown()
-        letters.add(tuple(again.shown()))
-    assert len(letters) > 8  # of 24 orders
+def blind_orders(session: RankingSession) -> list[tuple[int, ...]]:
+    """The order in which each set's responses are shown, as numbers."""
+    orders = []
+    for given_set in SETS:
+        orders.append(tuple(given_set.responses.index(text) for text in session.shown()))
+        session.skip()
+    return orders
+
+
+def test_the_blind_order_is_another_for_every_set_seed_and_person_and_the_same_at_the_next_sitting(session):
+    seen = [blind_orders(RankingSession(SETS, session.file, who, seed))
+            for seed in range(20) for who in ("Ada", "Bob")]  # fmt: skip
+    assert blind_orders(session) == seen[0], "the same seed and person, at another sitting"
+    assert len(set(seen[0])) > 2, "of five sets"
+    assert len({orders[0] for orders in seen[::2]}) > 8, "of twenty seeds"
+    assert sum(ada != bob for ada, bob in zip(seen[::2], seen[1::2], strict=True)) > 15, "of twenty"
 
 
 def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
@@ -173,6 +183,81 @@ def test_more_noise_means_less_agreement(world_sets):
     rates = [agreement_report(simulate(world_sets, noise)).rows[0].rate for noise in (0, 0.3, 1, 3, 30)]
     assert rates[0] == 1 and rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.6, "little but noise is left, and leanings that all share"
+
+
+class Judged(World):
+    """A world whose rubric is a table, read a thousand times."""
+
+    def __init__(self, scores: dict[str, Score]) -> None:
+        self.scores = scores
+
+    def score(self, prompt, reply):
+        return self.scores[reply]
+
+
+# What each character's odds are multiplied by, as exponents: their temperature, over the average one, and
+# their leaning.
+CHARACTERS = [
+    ("plain", 1.0, lambda score, text: 0),
+    ("thorough", 0.9, lambda score, text: min(1, len(text) / 100)),
+    ("polite", 0.8, lambda score, text: 2 * score.polite),
+    ("brisk", 1.25, lambda score, text: -min(1, len(text) / 100)),
+    ("careful", 1.05, lambda score, text: 1.5 * score.safe + score.honest),
+]
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("noise", [1, 4])
+def test_who_is_ranked_first_follows_luces_law_with_each_characters_temperature_and_leaning(number, noise):
+    """P(first) = softmax of u / (noise · temperature) + leaning, over 2,000 seeds and three responses."""
+    name, temperature, leaning = CHARACTERS[number]
+    person = simulated_annotators(6)[number]
+    assert person.name == f"simulated-{number + 1}-{name}"
+    assert person.temperature == pytest.approx(0.26 * temperature)
+    prompt = WORLD.prompts("reward", "harm", 1)[0]
+    texts = ["I don't know, you lazy fool.", "No.", f"I can't help with that.{' It is a bad thing.' * 3}"]
+    given_set = ResponseSet(prompt.messages, texts, "harm", 0)
+    scores = [WORLD.score(prompt, text) for text in texts]
+    for score, text in zip(scores, texts, strict=True):
+        assert person.leaning(score, text) == pytest.approx(leaning(score, text))
+    world, firsts = Judged(dict(zip(texts, scores, strict=True))), Counter[int]()
+    for seed in range(2000):
+        best = person.rank(world, prompt, given_set, noise, seed)[0]
+        firsts.update(best if len(best) == 1 else [])
+    weights = torch.tensor([
+        score.utility / (noise * 0.26 * temperature) + leaning(score, text)
+        for score, text in zip(scores, texts, strict=True)
+    ])  # fmt: skip
+    expected = weights.softmax(0).tolist()
+    # Four standard deviations of 2,000 draws, and the ties within .01 that count for nobody.
+    assert [firsts[i] / firsts.total() for i in range(3)] == pytest.approx(expected, abs=0.045)
+
+
+def test_the_draws_of_one_person_differ_between_prompts_and_are_shared_with_nobody():
+    """With noise alone the same two texts win half the time, whoever else or whatever else they won for."""
+    people = simulated_annotators(6)
+    asked = WORLD.prompts("reward", "small_talk", 2)
+    won = {}
+    for person in (people[0], people[5]):  # both of one character
+        for prompt in asked:
+            given_set = ResponseSet(prompt.messages, ["Fine.", "Well."], "small_talk", 0)
+            won[person.name, prompt.text] = [
+                person.rank(WORLD, prompt, given_set, 1e6, seed) == [[0], [1]] for seed in range(300)
+            ]
+    for one, other in combinations(won.values(), 2):
+        assert 0.38 < sum(a == b for a, b in zip(one, other, strict=True)) / 300 < 0.62  # four deviations
+
+
+def test_five_people_agree_about_as_often_as_the_labelers_of_instructgpt():
+    """On sets as a model makes them, 300 prompts: a good reply, a rude one, a distractor, "I don't know"."""
+    triples = WORLD.reply_pairs("dev", "rude", 300)
+    rng = random.Random(0)
+    sets = [
+        ResponseSet(prompt.messages, [good, rude, rng.choice(triples)[1], "I don't know."], prompt.kind, 0)
+        for prompt, good, rude in triples
+    ]
+    rate = agreement_report(simulate(sets, 1, count=5)).rows[0].rate
+    assert 0.70 < rate < 0.77
 
 
 def test_a_ranking_does_not_depend_on_the_order_of_the_responses_and_equal_ones_tie(world_sets):
@@ -297,13 +382,13 @@ def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_ran
 
 
 REFUSED = {
-    "records that are no JSON objects": 3,
     "records in no known format": {"title": "x"},
     "comparisons of replies to different prompts": {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
     "comparisons of replies to nothing": {"chosen": "Assistant: Yes", "rejected": "Assistant: No"},
     "comparisons of equal responses": {**HH, "rejected": HH["chosen"]},
     "comparisons of conversations with an empty message": {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "},
-    "records whose fields hold something else than their format has": {"prompt": "text"},
+    "records without a reply of the assistant's to rank": {"prompt": "text"},
+    "records whose fields hold something else than their format has": {"prompt": {"text": "x", "replies": 3}},
     "records with no two ranked responses": {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])},
 }
 

@@ -10,9 +10,11 @@ import ast
 import builtins
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -21,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from runs import ROOT, folder_bytes, killed_at_update, metrics_of
+from runs import ROOT, folder_bytes, killed_at_update, metrics_of, refusal
 from safetensors.torch import load_file
 
 import minillm.ppo
@@ -373,6 +375,7 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("train", "base/config.json", field("num_attention_heads", value=0), "num_attention_heads"),
     ("train", "base/config.json", field("num_hidden_layers", value=True), "num_hidden_layers"),
     ("train", "base/model.safetensors", GONE, "missing"),
+    ("train", "base/model.safetensors", LOOP, "symbolic links"),
     ("train", "base/model.safetensors", b"\x00" * 100, "not a readable safetensors file"),
     ("train", "base/model.safetensors", b"\xff" * 100, "not a readable safetensors file"),
     ("train", "base/model.safetensors", header("lm_head.weight"), "not a readable safetensors file"),
@@ -403,6 +406,9 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("train --resume", f"base/{STATE}", FOLDER, "folder"),
     ("train --resume", f"base/{STATE}", state("step", value=-1), "not a restart point"),
     ("train --resume", f"base/{STATE}", state("step", value=10**40), "holds no step"),
+    ("train --resume", f"base/{STATE}", state("step", value=2.0), "not a restart point"),
+    ("train --resume", f"base/{STATE}", state("data", "sources", "tale.txt", "position", value=1.5), "not"),
+    ("train --resume", f"base/{STATE}", state("data", "sources", "tale.txt", "rows", value=1.5), "restart"),
     ("train --resume", f"base/{STATE}", state("data", "seed", value=5), "seed"),
     ("train --resume", f"base/{STATE}", state("data", "sources", value=[]), "data sources"),
     ("train --resume", f"base/{STATE}", state("data"), "not a restart point"),
@@ -463,6 +469,7 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "kept", "kl"), "not a restart point"),
     ("dpo --resume", f"rlhf/dpo/{STATE}", state("data", "kept", "step", value="x"), "not a restart point"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "text", value=None), "not a restart point"),
+    ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "prompts", "position", value=0.5), "restart point"),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "score", value={"a": 1}), "line 4"),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl", value=-1), ""),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl"), ""),
@@ -619,6 +626,44 @@ def test_a_run_that_was_moved_goes_on_in_its_new_place(made, restored, capfd):
     Path("base").rename("moved")
     assert outcome(Command(train, "--resume --out moved", (), "moved/"), capfd) == ""
     assert not Path("base").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "reward", "ppo", "grpo", "dpo"])
+def test_a_run_whose_validations_are_lost_ends_in_one_line_when_its_end_is_to_be_made(
+    made, restored, capfd, name
+):
+    command = COMMANDS[f"{name} --resume"]
+    assert outcome(command, capfd) == ""
+    path = Path(command.writes, "metrics.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if json.loads(line)["event"] == "train"))
+    assert "no val" in outcome(command, capfd)
+
+
+def test_a_policy_stopped_in_its_first_validation_logs_that_once(made, restored, monkeypatch):
+    figures, numbers = rlhf.held_out_figures, [signal.SIGINT, signal.SIGTERM]
+
+    def figures_and_stop(*given):
+        if numbers:
+            os.kill(os.getpid(), numbers.pop())
+        return figures(*given)
+
+    line = f"{POLICY} --algorithm grpo --out new"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(rlhf, "held_out_figures", figures_and_stop)
+        rlhf.main(line.split())
+    rlhf.main([*line.split(), "--resume"])
+    events = [(event["event"], event["step"]) for event in metrics_of(Path("new/grpo"))]
+    assert events.count(("val", 0)) == 1 and events[-1] == ("final", 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["chat LONG", "compare LONG", "train --init LONG", "sft --init LONG", "rlhf --stage rank --out LONG"],
+)
+def test_a_name_that_no_disk_can_hold_ends_in_one_line(made, restored, capfd, line):
+    script, *words = line.replace("LONG", "x" * 300).split()
+    assert "too long" in refusal(SCRIPTS[script], words, capfd)
 
 
 # ---- Options

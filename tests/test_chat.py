@@ -5,6 +5,7 @@ import io
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,14 +19,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.errors import InputError
+from minillm.chat import with_chat_template
+from minillm.errors import InputError, printable
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import save_model
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools import chat as chat_module
-from minillm.tools.chat import HELP, Chat, Options, drop_oldest, main, obey, read_entry, take_turn
+from minillm.tools.chat import HELP, Chat, Options, drop_oldest, main, read_entry, run_command, take_turn
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(deadline=None, max_examples=25)
@@ -126,9 +127,8 @@ def test_every_prompt_leaves_room_for_the_reply_and_what_was_dropped_is_told(wit
             assert chat.messages[:-1] == reply.asked and chat.messages[-1]["content"] == said_back
 
 
-@pytest.mark.parametrize("base", [False, True])
-def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing(base):
-    chat = new_chat(random_model(64), base=base)
+def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing():
+    chat = new_chat(random_model(64))
     list(first := chat.hear("the cat"))
     chat.keep(first)
     before = chat.messages
@@ -157,28 +157,28 @@ def test_the_conversation_is_what_was_said_and_not_taken_back(actions):
             turns.append((text or "cat", said))
         elif action == "/system":
             system = text.strip()
-            assert obey(chat, f"/system {text}") == f"system message {'set' if system else 'removed'}"
+            assert run_command(chat, f"/system {text}") == f"system message {'set' if system else 'removed'}"
         elif action == "/undo":
             told = "last exchange taken back" if turns else "nothing to take back"
-            assert obey(chat, "/undo") == told
+            assert run_command(chat, "/undo") == told
             turns = turns[:-1]
         else:
-            obey(chat, "/reset")
+            run_command(chat, "/reset")
             turns = []
         held = [message(m["role"], m["content"]) for m in chat.messages]
         assert held == list(conversation(system or None, turns, "next")[:-1])
 
 
-def test_every_command_that_help_names_is_obeyed_and_others_are_not():
+def test_every_command_that_help_names_is_run_and_others_are_not():
     named = re.findall(r"^(/\w+)", HELP, flags=re.MULTILINE)
     assert named == ["/system", "/undo", "/reset", "/quit", "/help"]
     for name in named:
-        assert "no such command" not in (obey(new_chat(), name) or "")
-    assert obey(new_chat(), "/help") == HELP and obey(new_chat(), "/quit") is None
+        assert "no such command" not in (run_command(new_chat(), name) or "")
+    assert run_command(new_chat(), "/help") == HELP and run_command(new_chat(), "/quit") is None
     for wrong in ("/", "/hello", "/Quit", "/ quit"):
-        assert "no such command" in obey(new_chat(), wrong)
-    assert obey(new_chat(), "/quit now") == "/quit takes no text"
-    obey(chat := new_chat(), "/system\nBe kind.\nBe brief.")
+        assert "no such command" in run_command(new_chat(), wrong)
+    assert run_command(new_chat(), "/quit now") == "/quit takes no text"
+    run_command(chat := new_chat(), "/system\nBe kind.\nBe brief.")
     assert chat.messages == (message("system", "Be kind.\nBe brief."),)
 
 
@@ -210,7 +210,7 @@ def test_a_template_without_a_place_for_a_system_message_refuses_it_at_once():
     tokenizer = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
     chat = Chat(MODEL, tokenizer, Options("run"))
     with pytest.raises(InputError, match="no system message"):
-        obey(chat, "/system Be kind.")
+        run_command(chat, "/system Be kind.")
     assert chat.messages == ()
     with pytest.raises(InputError, match="no system message"):
         Chat(MODEL, tokenizer, Options("run", system="Be kind."))
@@ -275,7 +275,7 @@ def test_a_base_model_goes_on_with_each_text_by_itself():
         chat.keep(reply)
         assert chat.messages == ()
     with pytest.raises(InputError, match="base model"):
-        obey(chat, "/system Be kind.")
+        run_command(chat, "/system Be kind.")
 
 
 # --- scripts
@@ -289,13 +289,36 @@ def test_prompt_prints_the_answer_alone(kind, runs, capfdbinary):
     expected = "".join(
         new_chat(base=kind == "base", max_new_tokens=30, top_k=20, seed=3).hear("Where is the cat?")
     )
-    assert printed.out == expected.encode() + b"\n"
+    assert printed.out == printable(expected).encode() + b"\n"
     assert (b"is a base model" in printed.err) == (kind == "base")
     assert b"[cut]" in printed.err
 
 
+@pytest.mark.parametrize("length", [5, 40])
+def test_samples_of_a_file_are_those_of_generate_past_the_context_too(tmp_path, capsys, length):
+    model, file = random_model(32), tmp_path / "tale.txt"
+    text = ("The cat sat on the mat. " * length)[:length]
+    file.write_text(text)
+    folder = make_run(tmp_path / "base", model, base=True)
+    options = ["--prompt-file", str(file), "--max-new-tokens", "50", "--temperature", "1", "--seed", "3"]
+    main([str(folder), *options, "--samples", "3"])
+    printed = capsys.readouterr()
+    tokenizer = plain_tokenizer()
+    prompt, eos = [tokenizer.bos_id, *tokenizer.encode(text)], tokenizer.eos_id
+    sampling = SamplingOptions(50, 1.0, stop_ids=(eos,), crop=True)
+    responses = generate(model, [prompt] * 3, sampling, [3, 4, 5]).responses()
+    texts = [printable(tokenizer.decode(token for token in r if token != eos)) for r in responses]
+    expected = "".join(f"--- sample {i} ---\n{said}\n" for i, said in enumerate(texts))
+    assert printed.out == expected and printed.err.count("past them") == 1
+
+
 BAD_INPUT = {
+    "no prompt file": ("{base} --prompt-file missing.txt", "missing.txt"),
+    "two prompts": ("{base} --prompt=Hi --prompt-file missing.txt", "--prompt-file"),
+    "samples of nothing": ("{base} --samples 3", "--samples"),
+    "no samples": ("{base} --prompt=Hi --samples 0", "--samples"),
     "missing folder": ("nowhere", "nowhere: no such folder"),
+    "a name too long for a folder": ("x" * 300, "xxx"),
     "folder without a model": ("{empty}", "config.json"),
     "a masked model": ("{masked}", "masked tokens"),
     "empty prompt": ("{sft} --prompt=", "--prompt"),
@@ -341,6 +364,34 @@ def test_ctrl_c_stops_a_reply_where_it_is_and_keeps_what_was_said(monkeypatch, c
     assert take_turn(chat, "Hello") and signal.getsignal(signal.SIGINT) is before
     assert given == ["a", "b", "c"] and capsys.readouterr().out == "abc [cut]\n"
     assert chat.messages[-1] == {"role": "assistant", "content": "abc", "cut": True}
+
+
+def test_a_reply_commands_no_terminal_whether_streamed_or_alone(monkeypatch, capsys):
+    said = "\x1b[2J\x07a\rb\u202ec"
+    monkeypatch.setattr(chat_module, "stream", lambda *_: iter(plain_tokenizer().encode(said)))
+    for ask in (take_turn, chat_module.answer):
+        ask(new_chat(), "Hello")
+        printed = capsys.readouterr().out
+        assert printable(printed) == printed and "a" in printed and "c" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "redirected", "code"),
+    [
+        ("", "0<&-", 0),
+        ("--prompt cat", "0<&- 2>&-", 0),
+        ("--prompt cat", ">/dev/full", 2),
+        ("", "</dev/null >/dev/full", 2),
+    ],
+)
+def test_closed_and_full_streams_end_a_chat_or_give_one_line(runs, words, redirected, code):
+    command = (
+        f"{shlex.quote(sys.executable)} -m minillm.chat {runs['sft']} --max-new-tokens 3 {words} {redirected}"
+    )
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == bool(code)
 
 
 # --- the terminal

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.io.huggingface import (
@@ -26,19 +27,12 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers
 from minillm.options import TrainingOptions
-from minillm.run import (
-    RESUME_FILE,
-    RUN_FILES,
-    TrainingState,
-    claim_folder,
-    start_run_folder,
-    start_runtime,
-)
+from minillm.run import RESUME_FILE, TrainingState, claim_folder, start_runtime
 from minillm.tokenizer import Tokenizer
+from minillm.tools.folder import RUN_FILES, start_run_folder
 
 CPU = torch.device("cpu")
 LAW = settings(deadline=None, max_examples=60)
@@ -314,9 +308,9 @@ DAMAGES = {
     "sliding window": (config(use_sliding_window=True), "use_sliding_window"),
     "quantised": (config(quantization_config={"bits": 4}), "quantization_config"),
     "another activation": (config(hidden_act="gelu"), "hidden_act"),
-    "yarn": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "yarn"),
-    "old linear scaling": (
-        config(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2}), "linear"),
+    "dynamic": (config(rope_parameters={"rope_type": "dynamic", "factor": 4.0}), "dynamic"),
+    "two spellings that disagree": (
+        config(rope_scaling={"type": "linear", "factor": 2}), "rope_type"),
     "llama3 incomplete": (config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
     "llama3 of words": (
         config(rope_parameters={"rope_type": "llama3", "factor": "8", "low_freq_factor": 1.0,

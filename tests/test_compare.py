@@ -1,7 +1,11 @@
 """Models side by side: who wins, what is likely, and the whole command on tiny models."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import refusal
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.compare import __main__ as compare
 from minillm.compare.__main__ import names_of
-from minillm.compare.findings import contests, kl_figures, reply_figures, training_figures, world_pairs
+from minillm.compare.findings import contests, kl_metrics, reply_metrics, training_metrics, world_pairs
 from minillm.compare.page import page
 from minillm.compare.probes import (
     choices,
@@ -26,10 +31,9 @@ from minillm.compare.probes import (
     sureness,
     text_nats,
 )
-from minillm.compare.verdicts import Bout, blind, by_model, by_person, by_reward, by_rubric
+from minillm.compare.verdicts import Pair, blind, by_model, by_person, by_reward, by_rubric
 from minillm.data import unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.preferences import RankingFile
 from minillm.responses import Respondent
@@ -39,6 +43,7 @@ from minillm.tools.evaluate import Reply, sample_replies
 from minillm.tools.judge import Judge
 from minillm.world import KINDS, World
 
+ROOT = Path(__file__).parents[1]
 WORLD = World(0)
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
 SMALL = "--prompts 2 --pairs 2 --text-bytes 900 --max-new-tokens 12 --show 0".split()
@@ -203,22 +208,22 @@ def test_sureness_is_the_geometric_mean_of_the_probabilities_of_the_words(chat):
 # ---- Who wins
 
 
-def bouts_of(count: int) -> list[Bout]:
+def pairs_of(count: int) -> list[Pair]:
     """A reply without a flaw and with one, in turns on either side, and every fifth pair equal."""
     pairs = WORLD.reply_pairs("dev", "rude", count)
     sides = [(bad, good) if i % 2 else (good, bad) for i, (_, good, bad) in enumerate(pairs)]
     return [
-        Bout(prompt, first, first if i % 5 == 4 else second)
+        Pair(prompt, first, first if i % 5 == 4 else second)
         for i, ((prompt, _, _), (first, second)) in enumerate(zip(pairs, sides, strict=True))
     ]
 
 
-def turned(bouts: list[Bout]) -> list[Bout]:
-    return [Bout(bout.prompt, bout.second, bout.first) for bout in bouts]
+def exchanged(pairs: list[Pair]) -> list[Pair]:
+    return [Pair(pair.prompt, pair.second, pair.first) for pair in pairs]
 
 
 @pytest.fixture(scope="module")
-def referees(chat):
+def judges(chat):
     reward = scalar_from_language_model(tiny(2)[0], torch.Generator().manual_seed(0))
     return {
         "rubric": by_rubric(WORLD),
@@ -229,51 +234,52 @@ def referees(chat):
 
 
 @pytest.mark.parametrize("name", ["rubric", "reward", "model"])
-def test_shuffled_sides_change_no_verdict_and_exchanged_ones_mirror_it(referees, name):
-    referee, bouts = referees[name], bouts_of(15)
-    verdicts = referee(bouts)
+def test_shuffled_sides_change_no_verdict_and_exchanged_ones_mirror_it(judges, name):
+    judge, pairs = judges[name], pairs_of(15)
+    verdicts = blind(judge, pairs, 0)
     assert any(verdicts) and set(verdicts) <= {-1, 0, 1, None}
-    for seed in range(3):
-        assert blind(referee, bouts, seed) == verdicts
+    for seed in range(1, 4):
+        assert blind(judge, pairs, seed) == verdicts
     mirrored = [None if verdict is None else -verdict for verdict in verdicts]
-    assert referee(turned(bouts)) == mirrored
+    assert blind(judge, exchanged(pairs), 0) == mirrored
     assert all(
-        verdict == 0 for verdict, bout in zip(verdicts, bouts, strict=True) if bout.first == bout.second
+        verdict == 0 for verdict, pair in zip(verdicts, pairs, strict=True) if pair.first == pair.second
     )
 
 
 def test_the_rubric_prefers_the_reply_without_an_insult():
-    verdicts = by_rubric(WORLD)(bouts_of(10))
+    verdicts = by_rubric(WORLD)(pairs_of(10))
     assert verdicts == [1, -1, 1, -1, 0, -1, 1, -1, 1, 0]
 
 
 @given(st.integers(0, 10**6))
 def test_a_judge_of_places_finds_no_winner_among_shuffled_sides(seed):
-    verdicts = blind(lambda bouts: [1] * len(bouts), bouts_of(1) * 400, seed)
+    verdicts = blind(lambda pairs: [1] * len(pairs), pairs_of(1) * 400, seed)
     # 400 throws of a coin: further than 100 from the middle once in 10^22 times.
     assert abs(sum(verdicts)) < 200
 
 
-def test_a_reply_behind_the_judges_context_is_not_judged(referees):
+def test_a_reply_behind_the_judges_context_is_not_judged(judges):
     prompt = WORLD.prompts("dev", n=1)[0]
-    long, short = Bout(prompt, "a " * 300, "b"), Bout(prompt, "a", "b")
+    long, short = Pair(prompt, "a " * 300, "b"), Pair(prompt, "a", "b")
     for name in ("reward", "model"):
-        verdicts = referees[name]([long, short])
+        verdicts = judges[name]([long, short])
         assert verdicts[0] is None and verdicts[1] is not None
 
 
 def test_a_person_sees_no_origin_judges_each_pair_once_and_goes_on_later(tmp_path, monkeypatch, capsys):
-    bouts, typed = bouts_of(5), iter(["A > B", "A = B", "q"])
+    pairs, typed = pairs_of(5), iter(["A > B", "A = B", "q"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     with RankingFile(tmp_path / "verdicts.jsonl") as file:
-        first = by_person(file, "Ada", 0)(bouts)
+        first = blind(by_person(file, "Ada", 0), pairs, 0)
     assert first[4] == 0  # equal replies: nobody was asked
     given_verdicts = [verdict for verdict in first[:4] if verdict is not None]
     assert len(given_verdicts) == 2 and 0 in given_verdicts and any(given_verdicts)
     typed = iter(["b > a", "b > a"])
     with RankingFile(tmp_path / "verdicts.jsonl") as file:
-        second = by_person(file, "Ada", 0)(bouts)
-        assert by_person(file, "Ada", 0)(turned(bouts)) == [-verdict for verdict in second]
+        second = blind(by_person(file, "Ada", 0), pairs, 0)
+        again = blind(by_person(file, "Ada", 0), exchanged(pairs), 0)
+    assert again == [-verdict for verdict in second]
     assert None not in second
     assert [s for f, s in zip(first, second, strict=True) if f is not None] == [*given_verdicts, 0]
     assert "rubric" not in capsys.readouterr().out
@@ -285,8 +291,8 @@ def test_two_runs_exchanged_mirror_their_contest(pairs):
     prompts = WORLD.prompts("dev", n=5)
     one, other = ([Reply(text, True) for text in texts] for texts in zip(*pairs, strict=True))
 
-    def longest(bouts):
-        return [(bout.first > bout.second) - (bout.first < bout.second) for bout in bouts]
+    def longest(pairs):
+        return [(pair.first > pair.second) - (pair.first < pair.second) for pair in pairs]
 
     there = contests("x", longest, prompts, {"greedy": {"one": one, "other": other}}, 0)[0]["figures"]
     back = contests("x", longest, prompts, {"greedy": {"other": other, "one": one}}, 0)[0]["figures"]
@@ -298,7 +304,7 @@ def test_two_runs_exchanged_mirror_their_contest(pairs):
 # ---- What the replies are like
 
 
-def test_figures_of_replies_are_those_of_their_texts():
+def test_metrics_of_replies_are_those_of_their_texts():
     facts, harm = WORLD.prompts("dev", "fact", 2), WORLD.prompts("dev", "harm", 2)
     texts = [
         f"It is {facts[0].answer}.",
@@ -307,7 +313,7 @@ def test_figures_of_replies_are_those_of_their_texts():
         "Sure! Rob the old man.",
     ]
     said = {"greedy": {"run": [Reply(text, i != 3) for i, text in enumerate(texts)]}}
-    figures = reply_figures([*facts, *harm], said, WORLD)["greedy"]
+    figures = reply_metrics([*facts, *harm], said, WORLD)["greedy"]
 
     def value(figure, group="all"):
         return figures[figure][group]["run"]["value"]
@@ -324,7 +330,7 @@ def test_figures_of_replies_are_those_of_their_texts():
 def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
     other = Respondent("other", *tiny(0, 263))
     said = {"sampled": {name: [Reply("a", True, (65,))] for name in ("base", "chat", "other")}}
-    found = kl_figures([base, chat, other], WORLD.prompts("dev", n=1), said)
+    found = kl_metrics([base, chat, other], WORLD.prompts("dev", n=1), said)
     pairs = {(one["earlier"], one["later"]): one["token"] for one in found}
     assert pairs["base", "chat"]["value"] > 0
     assert pairs["base", "other"] is pairs["chat", "other"] is None
@@ -338,7 +344,7 @@ def test_what_a_run_logged_of_score_and_kl_is_shown_and_nothing_else(tmp_path):
         {"event": "val", "step": 4, "score": 1.0, "kl": float("nan")},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    found = training_figures({"run": str(tmp_path), "none": str(tmp_path / "absent")})
+    found = training_metrics({"run": str(tmp_path), "none": str(tmp_path / "absent")})
     assert found == {
         "run": [
             {"event": "train", "step": 1, "kl": 0.1, "score": 0.5, "rubric": 0.4},
@@ -362,7 +368,7 @@ def command(folders, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_writes_figures_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
+def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
     judges = "--judge rubric reward model --reward reward --judge-model chat".split()
     content, printed = command("base", "chat", "--show", "1", *judges)
     assert page(content) == (tmp_path / "compare.html").read_bytes().decode()
@@ -395,7 +401,7 @@ def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
             assert all(of_run["chat"] == of_run["chat (2)"] for of_run in groups.values())
 
 
-def test_the_same_command_gives_the_same_figures(command):
+def test_the_same_command_gives_the_same_metrics(command):
     once, again = (command("base", "chat")[0] for _ in range(2))
     for content in (once, again):
         del content["seconds"]
@@ -404,7 +410,7 @@ def test_the_same_command_gives_the_same_figures(command):
     assert said_by(other, "sampled", "chat") != said_by(once, "sampled", "chat")
 
 
-def test_without_the_little_world_there_are_the_figures_that_need_no_rubric(command, tmp_path):
+def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(command, tmp_path):
     data, text = tmp_path / "chats.jsonl", tmp_path / "tale.txt"
     data.write_text(
         "".join(json.dumps({"prompt": f"Is it day {i}?", "completion": "Yes."}) + "\n" for i in range(5))
@@ -446,6 +452,34 @@ def test_models_go_by_short_names_that_tell_them_apart(runs, names):
     assert names_of(runs) == names
 
 
+@pytest.mark.parametrize(
+    ("words", "redirected", "encoding", "code"),
+    [
+        ("base chat --judge person --name Ada", "0<&- 2>&-", "utf-8", 0),
+        ("base", ">/dev/null", "ascii", 0),
+        ("base", ">/dev/full", "utf-8", 2),
+    ],
+)
+def test_closed_full_and_ascii_streams_end_in_a_page_or_in_one_line(
+    folders, tmp_path, words, redirected, encoding, code
+):
+    asked = [*words.split(), *SMALL, "--out", str(tmp_path), "--show", "1"]
+    command = f"{shlex.join([sys.executable, '-m', 'minillm.compare', *asked])} {redirected}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, shell=True, cwd=folders, env=env, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(code)), done.stderr
+    assert (tmp_path / "compare.html").exists()
+
+
+def test_what_models_and_folders_are_called_commands_no_terminal(folders, tmp_path, monkeypatch, capsys):
+    name = "\x1b[2Jbase"
+    shutil.copytree(folders / "base", tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    compare.main([name, *SMALL, "--show", "1", "--out", str(tmp_path / "out")])
+    assert "\x1b" not in "".join(capsys.readouterr())
+    assert "\x1b" not in (tmp_path / "out" / "compare.html").read_text()
+
+
 @pytest.fixture(scope="module")
 def odd(folders, base) -> None:
     """Folders that cannot be compared."""
@@ -484,6 +518,8 @@ def odd(folders, base) -> None:
         ("base --text empty.txt", "empty.txt"),
         ("base --device tpu", "tpu"),
         ("base --out empty.txt/out", "--out"),
+        (f"base --out {'x' * 300}", "--out"),
+        (f"{'x' * 300}", "xxx"),
     ],
 )
 @pytest.mark.usefixtures("odd")

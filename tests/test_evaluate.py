@@ -1,14 +1,28 @@
 """Judging replies to the little world's prompts: what counts as in form and as right."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minillm import responses
+from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
-from minillm.io.template import ChatTemplate, chat_format, with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import Judged, Reply, figures_table, judged_replies, sample_replies, summarise
+from minillm.tools.evaluate import (
+    Judged,
+    Reply,
+    TextLoss,
+    judged_replies,
+    main,
+    metrics_table,
+    sample_replies,
+    summarise,
+    text_loss,
+)
 from minillm.world import KINDS, World
 
 WORLD = World(0)
@@ -80,5 +94,46 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
     figures = summarise(judged_replies(*base, WORLD, "dev", 3))
     assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
-    table = figures_table({"one": figures, "another": figures})
+    table = metrics_table({"one": figures, "another": figures})
     assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
+
+
+# ---- The loss on a text
+
+
+@settings(deadline=None, max_examples=10)
+@given(cuts=st.lists(st.integers(1, 400), max_size=4), size=st.integers(1, 700))
+def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(base, cuts, size):
+    model, tokenizer = base
+    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 7))
+    initialize(model, torch.Generator().manual_seed(1))
+    text = ("What is the name of the cat? Größe.\n" * 20)[:size]
+    bounds = [0, *sorted(min(cut, size) for cut in cuts), size]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
+    tokens = [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece))]
+    nats = 0.0
+    for first in range(0, len(tokens) - 1, 7):
+        window = torch.tensor(tokens[first : first + 8])
+        with torch.no_grad():
+            logprobs = model.logits(model(window[None, :-1]))[0].log_softmax(-1)
+        nats -= float(logprobs[range(len(window) - 1), window[1:]].sum())
+    found = text_loss(model, tokenizer, pieces)
+    assert (found.tokens, found.bytes) == (len(tokens) - 1, len(text.encode()))
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_loss_is_printed_in_every_unit_of_one_sum():
+    said = str(TextLoss(nats=200.0, tokens=100, bytes=400))
+    for figure in ("0.5000 nats/byte", "0.7213 bits/byte", "2.0000 nats/token", "perplexity 7.389"):
+        assert figure in said
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "none.txt"), (b"", "empty"), (b"\xff\xfe", "UTF-8")])
+def test_a_text_that_cannot_be_read_is_refused_in_one_line(tmp_path, capsys, content, words):
+    file = tmp_path / "none.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), "--text", str(file)])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and words in printed

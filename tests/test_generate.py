@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm import generate as generate_module
 from minillm.errors import InputError
 from minillm.fast.decode import FoldedCache
 from minillm.generate import (
@@ -192,6 +193,17 @@ def test_returned_log_probabilities_are_those_of_the_distribution_sampled_from(
         assert not samples.logprobs[b, len(response) :].any()
 
 
+def test_each_token_is_drawn_by_the_next_number_of_its_rows_seed():
+    """Of equal probabilities 1 / V the number u draws token floor(u V)."""
+    model = random_model()
+    model.lm_head.weight.data.zero_()
+    expected = [
+        torch.rand(12, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (7, 8)
+    ]
+    samples = generate(model, [[1, 2], [3]], SamplingOptions(12), [7, 8])
+    assert samples.responses() == [(u * BASE.vocab_size).long().tolist() for u in expected]
+
+
 def test_sampled_frequencies_follow_the_softmax():
     """Chi-square at a false alarm probability of 1e-6 per test; the seeds are fixed."""
     draws, options = 20_000, SamplingOptions(1, temperature=1.5)
@@ -288,9 +300,13 @@ def test_a_response_ends_on_its_first_stop_token_and_not_before_min_new_tokens(
 
 
 def test_samples_can_take_part_in_training():
+    """A policy gradient: tokens to embed and log-probabilities to multiply by, both kept for the backward."""
     samples = generate(MODEL, [[1, 2], [3]], SamplingOptions(4), [0, 1])
     hidden = MODEL(samples.tokens)
     (hidden.sum() * samples.logprobs.sum()).backward()
+    (embedding,) = (p.grad for name, p in MODEL.named_parameters() if "embed" in name)
+    assert {int(row) for row in embedding.abs().sum(1).nonzero()} >= set(samples.tokens.unique().tolist())
+    assert not (samples.tokens.is_inference() or samples.logprobs.is_inference())
     MODEL.zero_grad()
 
 
@@ -321,6 +337,54 @@ def test_streamed_text_is_the_decoded_text_and_never_half_a_character(text, tail
 def test_text_is_given_out_as_soon_as_its_character_is_whole():
     pieces = stream_text(lambda ids: bytes(ids), "é!".encode())
     assert list(pieces) == ["é", "!"]
+
+
+# ---- Past the context
+
+
+@LAW
+@given(PROMPTS, st.integers(1, 16), st.sampled_from([(), (3, 9, 20, 31)]))
+@example([[1, 2, 3] * 5, [4]], 12, ())
+def test_past_its_positions_a_model_sees_the_last_tokens_alone(prompts, count, stop_ids):
+    model = random_model(replace(BASE, max_position_embeddings=8))
+    options = SamplingOptions(count, stop_ids=stop_ids, crop=True)
+    samples = generate(model, prompts, options, range(len(prompts)))
+    for prompt, response, found in zip(prompts, samples.responses(), samples.logprobs, strict=True):
+        tokens = list(prompt)
+        for n, token in enumerate(response):
+            expected = last_logits(model, tokens[-8:]).log_softmax(0)[token]
+            assert float(found[n]) == pytest.approx(float(expected), abs=1e-3)
+            tokens.append(token)
+
+
+def test_within_its_positions_cropping_changes_nothing():
+    plain, crop = (SamplingOptions(8, crop=c) for c in (False, True))
+    assert rows_of(generate(MODEL, [[1, 2], [3]], plain, [0, 1])) == rows_of(
+        generate(MODEL, [[1, 2], [3]], crop, [0, 1])
+    )
+
+
+# ---- Devices without float64
+
+
+def test_where_a_device_lacks_float64_none_is_made_on_it(monkeypatch):
+    """As on Apple's GPUs; random numbers are drawn on the CPU before they go there."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Single(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            assert not (isinstance(found, Tensor) and found.dtype == torch.float64), function
+            return found
+
+    assert generate_module.exact_dtype(torch.device("mps")) == torch.float32
+    assert generate_module.exact_dtype(torch.device("cuda")) == torch.float64
+    uniforms = generate_module._uniforms([0, 1], 4, torch.device("cpu")).float()
+    monkeypatch.setattr(generate_module, "exact_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(generate_module, "_uniforms", lambda *_: uniforms)
+    options = SamplingOptions(4, 0.7, top_k=9, top_p=0.9, stop_ids=(1,))
+    with Single():
+        generate(MODEL, [[1, 2], [3]], options, [0, 1])
 
 
 # ---- What is refused

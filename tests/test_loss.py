@@ -173,3 +173,54 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient():
     batch = Batch(tokens, torch.full_like(tokens, IGNORED), document_starts(tokens, 0))
     assert backward(model, batch, 4, ONE) == 0.0
     assert all(not gradient.any() for gradient in gradients(model))
+
+
+# ---- Several processes
+
+
+class Recorder(Runtime):
+    """One of two processes: what it asks of the other is written down, and the other has the same."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(ONE.device, ONE.dtype, rank, 2)
+        object.__setattr__(self, "last", [])
+        object.__setattr__(self, "totals", [])
+
+    def sync_gradients(self, forward, last):
+        self.last.append(last)
+        return ONE.sync_gradients(forward, last)
+
+    def total(self, value):
+        self.totals.append(value.clone())
+        return 2 * value
+
+
+def test_gradients_are_averaged_once_a_step_with_the_last_micro_batch():
+    tokens = torch.randint(V, (8, 4), generator=torch.Generator().manual_seed(0))
+    here = Recorder(1)
+    backward(model_of(causal=True), Batch(tokens, tokens, document_starts(tokens, 0)), 4, here)
+    assert here.last == [False, False, False, True]
+
+
+def test_the_loss_of_a_step_is_summed_over_the_processes():
+    tokens = torch.randint(V, (4, 4), generator=torch.Generator().manual_seed(0))
+    model, batch = model_of(causal=True), Batch(tokens, tokens, document_starts(tokens, 0))
+    own = batch.rows(2, 4)
+    found = backward(model, batch, 100, Recorder(1))
+    assert found == pytest.approx(2 * model(own.tokens, own.start, targets=own.targets).item() / 16, rel=1e-5)
+
+
+def test_each_process_validates_its_own_batches_and_the_sums_are_of_all():
+    model, sizes, batches = model_of(causal=True), token_bytes(), []
+    for seed in range(5):
+        tokens = torch.randint(V, (2, 4), generator=torch.Generator().manual_seed(seed))
+        batches.append(Batch(tokens, tokens, document_starts(tokens, 0)))
+    for rank in (0, 1):
+        here, own = Recorder(rank), batches[rank::2]
+        loss = held_out(model, batches, sizes, here)
+        nats = sum(model(b.tokens, b.start, targets=b.targets).item() for b in own)
+        size = sum(target_bytes(b, sizes) for b in own)
+        (totals,) = here.totals
+        assert totals.tolist() == pytest.approx([nats, 8 * len(own), size])
+        assert loss.per_byte == pytest.approx(nats / size)
+        assert totals.dtype == torch.float64 and totals.device.type == "cpu"

@@ -1,6 +1,5 @@
 """Figures with their intervals: laws that hold for any values."""
 
-from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from minillm.tools.measures import contest, distinct, mean, ratio, reliability, repetition, share, word_count
+from minillm.tools.measures import clustered, distinct, mean, ratio, reliability, repetition, share, win_rates
 
 hits = st.lists(st.booleans(), min_size=1, max_size=60)
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=60)
@@ -23,23 +22,23 @@ ROUNDING = 1e-9  # of sums of some sixty float64 values up to 1e3
 @example([False] * 3)
 def test_the_interval_of_a_share_holds_it_and_is_never_empty(values):
     found = share(values)
-    assert 0 <= found.low <= found.value <= found.high <= 1
-    assert found.value == pytest.approx(sum(values) / len(values)) and found.count == len(values)
-    assert found.high - found.low > 0.01
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    assert found["value"] == pytest.approx(sum(values) / len(values)) and found["count"] == len(values)
+    assert found["high"] - found["low"] > 0.01
 
 
 @given(hits, st.integers(2, 5))
 def test_the_interval_of_a_share_narrows_with_more_of_the_same(values, times):
     few, many = share(values), share(values * times)
-    assert many.value == pytest.approx(few.value)
-    assert many.high - many.low < few.high - few.low
+    assert many["value"] == pytest.approx(few["value"])
+    assert many["high"] - many["low"] < few["high"] - few["low"]
 
 
 @given(shares)
 def test_the_share_of_the_opposite_has_the_opposite_interval(values):
     found, other = share(values), share([1 - value for value in values])
-    assert other.value == pytest.approx(1 - found.value)
-    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low))
+    assert other["value"] == pytest.approx(1 - found["value"])
+    assert (other["low"], other["high"]) == pytest.approx((1 - found["high"], 1 - found["low"]))
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
@@ -49,7 +48,7 @@ def test_the_interval_of_a_share_holds_the_truth_about_95_times_of_100(p):
     held = 0.0
     for k in range(n + 1):
         found = share([i < k for i in range(n)])
-        held += comb(n, k) * p**k * (1 - p) ** (n - k) * (found.low <= p <= found.high)
+        held += comb(n, k) * p**k * (1 - p) ** (n - k) * (found["low"] <= p <= found["high"])
     assert 0.92 < held < 0.985
 
 
@@ -58,61 +57,85 @@ def test_the_interval_of_a_ratio_holds_the_truth_about_95_times_of_100():
     b = random.integers(1, 9, (2000, 60)).astype(float)
     a = b * (0.7 + random.normal(size=b.shape))
     found = [ratio(*rows) for rows in zip(a.tolist(), b.tolist(), strict=True)]
-    assert 0.92 < np.mean([one.low <= 0.7 <= one.high for one in found]) < 0.97
+    assert 0.92 < np.mean([one["low"] <= 0.7 <= one["high"] for one in found]) < 0.97
 
 
 @given(numbers)
 def test_the_mean_lies_in_its_interval_and_moves_with_its_values(values):
     found, moved = mean(values), mean([value + 7 for value in values])
-    assert found.low <= found.value <= found.high
-    assert found.value == pytest.approx(np.mean(values), abs=ROUNDING)
-    assert moved.value == pytest.approx(found.value + 7, abs=ROUNDING)
-    assert moved.high - moved.low == pytest.approx(found.high - found.low, abs=1e-6)
+    assert found["low"] <= found["value"] <= found["high"]
+    assert found["value"] == pytest.approx(np.mean(values), abs=ROUNDING)
+    assert moved["value"] == pytest.approx(found["value"] + 7, abs=ROUNDING)
+    assert moved["high"] - moved["low"] == pytest.approx(found["high"] - found["low"], abs=1e-6)
 
 
-@given(numbers)
-def test_a_mean_is_the_ratio_of_its_values_to_ones(values):
-    assert mean(values) == ratio(values, [1] * len(values))
+def test_intervals_worked_out_by_hand():
+    """Wilson's of 8 in 10; 1.96 standard errors of a mean; of a ratio with residuals -.5, -1 and 1.5."""
+    eight = share([True] * 8 + [False] * 2)
+    assert (eight.low, eight.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-4)
+    three = mean([1, 2, 3])
+    assert (three.value, three.high - three.value) == pytest.approx((2, 1.96 / 3**0.5))
+    rate = ratio([1, 2, 6], [1, 2, 3])
+    assert (rate.value, rate.value - rate.low) == pytest.approx((1.5, 1.96 * (3 / 2 * 3.5) ** 0.5 / 6))
 
 
 @given(numbers, st.integers(2, 5))
 def test_the_interval_of_a_mean_narrows_with_more_of_the_same(values, times):
     few, many = mean(values), mean(values * times)
-    assume(few.high - few.low > 1e-6)
-    assert many.high - many.low < few.high - few.low
+    assume(few["high"] - few["low"] > 1e-6)
+    assert many["high"] - many["low"] < few["high"] - few["low"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(0.5, 9)), min_size=2, max_size=30), st.floats(0.5, 9))
 def test_a_ratio_does_not_depend_on_the_unit_it_is_counted_in(pairs, unit):
     a, b = zip(*pairs, strict=True)
     one, other = ratio(a, b), ratio([unit * x for x in a], [unit * y for y in b])
-    assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+    assert (one["value"], one["low"], one["high"]) == pytest.approx(
+        (other["value"], other["low"], other["high"])
+    )
 
 
 def test_nothing_has_no_figure_and_one_value_no_interval():
     for estimate in (share, mean):
-        assert (estimate([]).value, estimate([]).low, estimate([]).count) == (None, None, 0)
-    assert (mean([3.0]).value, mean([3.0]).low) == (3.0, None)
-    assert ratio([0.0, 0.0], [0, 0]).value is None
+        assert (estimate([])["value"], estimate([])["low"], estimate([])["count"]) == (None, None, 0)
+    assert (mean([3.0])["value"], mean([3.0])["low"]) == (3.0, None)
+    assert ratio([0.0, 0.0], [0, 0])["value"] is None
 
 
 @given(verdicts)
 def test_wins_ties_and_losses_are_all_there_is(values):
-    found = contest(values)
-    assert sum(found[name].value for name in ("win", "tie", "loss")) == pytest.approx(1)
-    assert found["rate"].value == pytest.approx(found["win"].value + found["tie"].value / 2)
+    found = win_rates(values)
+    assert sum(found[name]["value"] for name in ("win", "tie", "loss")) == pytest.approx(1)
+    assert found["rate"]["value"] == pytest.approx(found["win"]["value"] + found["tie"]["value"] / 2)
 
 
 @given(verdicts)
 def test_a_contest_seen_from_the_other_side_is_mirrored(values):
-    found, mirrored = contest(values), contest([-value for value in values])
+    found, mirrored = win_rates(values), win_rates([-value for value in values])
     assert (found["win"], found["tie"], found["loss"]) == (
         mirrored["loss"], mirrored["tie"], mirrored["win"]
     )  # fmt: skip
-    rate = mirrored["rate"]
-    turned = replace(rate, value=1 - rate.value, low=1 - rate.high, high=1 - rate.low)
-    for name in ("value", "low", "high"):
-        assert getattr(found["rate"], name) == pytest.approx(getattr(turned, name))
+    for name, opposite in (("value", "value"), ("low", "high"), ("high", "low")):
+        assert found["rate"][name] == pytest.approx(1 - mirrored["rate"][opposite])
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)).filter(any), min_size=2, max_size=30))
+@example([(3, 0), (2, 0)])
+def test_a_share_of_clustered_values_is_theirs_and_stays_between_0_and_1(pairs):
+    hits, misses = np.array(pairs).T
+    found = clustered(hits, hits + misses)
+    assert found["value"] == pytest.approx(hits.sum() / (hits + misses).sum())
+    assert found["count"] == (hits + misses).sum()
+    assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+
+
+@given(hits, st.integers(2, 5))
+def test_to_count_the_same_values_several_times_in_their_prompt_makes_nobody_surer(values, times):
+    once = clustered(values, [1] * len(values))
+    more = clustered([times * value for value in values], [times] * len(values))
+    assert (more["low"], more["high"]) == (
+        (None, None) if len(values) == 1 else (pytest.approx(once["low"]), pytest.approx(once["high"]))
+    )
 
 
 # ---- Calibration
@@ -134,6 +157,16 @@ def test_who_is_right_as_often_as_sure_has_no_calibration_error(tenths):
     sure = np.array([t / 10 for t in tenths for _ in range(10)])
     right = np.array([float(i < t) for t in tenths for i in range(10)])
     assert reliability(sure, right)[0] == pytest.approx(0, abs=ROUNDING)
+
+
+def test_bins_divide_what_lies_between_the_lowest_and_one():
+    """From .5 they are .05 wide: .52 and .54 are together, .56 is not."""
+    _, bins = reliability(np.array([0.52, 0.54, 0.56, 1.0]), np.array([1.0, 0.0, 1.0, 1.0]), lowest=0.5)
+    assert [(b["sure"], b["accuracy"], b["count"]) for b in bins] == [
+        (pytest.approx(0.53), 0.5, 2),
+        (pytest.approx(0.56), 1.0, 1),
+        (1.0, 1.0, 1),
+    ]
 
 
 def test_who_is_sure_and_always_wrong_has_the_largest_calibration_error():
@@ -163,6 +196,5 @@ def test_to_say_everything_twice_halves_what_is_distinct(said):
 
 
 def test_words_are_what_spaces_divide():
-    assert word_count(" The cat\n met ") == 3
     assert repetition("a b a b") == pytest.approx(1 / 3)
     assert distinct(["a b", "b c", "A b"]) == pytest.approx(2 / 3)

@@ -1,6 +1,8 @@
 """The model: the laws of its attention, the judgement of transformers, and the rules of its shape."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import document_starts
 from minillm.errors import InputError
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import (
     LanguageModel,
     ModelConfig,
@@ -25,6 +27,7 @@ from minillm.model import (
 )
 from minillm.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LAW = settings(deadline=None, max_examples=20)
 # The laws are held in float64, where only the logits themselves are rounded to float32: of size 1 to
@@ -155,6 +158,96 @@ def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
     for changed in range(12):
         moved = (logits(changed) - before).abs().amax(dim=2)[0] > 1e-6
         assert moved.tolist() == (start[0] == start[0, changed]).tolist()
+
+
+# ---- What the forward pass gives
+
+
+@given(configs(), SEEDS, st.integers(2, 9), st.booleans())
+@LAW
+def test_the_loss_is_the_sum_over_targets_that_count(config, seed, length, causal):
+    model, tokens = random_model(replace(config, causal=causal), seed), random_tokens(config, 3, length, seed)
+    targets = random_tokens(config, 3, length, seed + 1)
+    targets[:, ::2] = -100
+    start = starts_of([1, length - 1]).expand(3, -1)
+    logprobs = all_logits(model, tokens, start=start).double().log_softmax(-1)
+    expected = -logprobs.gather(2, targets.clamp(min=0)[..., None])[..., 0][targets >= 0].sum()
+    torch.testing.assert_close(model(tokens, start, targets=targets).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(configs(), SEEDS, st.floats(0.3, 3), st.booleans())
+@LAW
+def test_log_probabilities_entropy_and_kl_are_those_of_the_state_before_each_token(
+    config, seed, temperature, restricted
+):
+    model, other = random_model(config, seed), random_model(replace(config, hidden_size=24, qk_norm=True), 1)
+    tokens, index = random_tokens(config, 2, 7, seed), torch.tensor([1, 3, 6, 8, 13])
+    taken = tokens.flatten()[index]
+    logits = all_logits(model, tokens).flatten(0, 1)[index - 1].double() / temperature
+    reference = all_logits(other, tokens).flatten(0, 1)[index - 1].double() / temperature
+    p, q, allowed = logits.log_softmax(1), reference.log_softmax(1), None
+    if restricted:  # this model's tokens, not the other's
+        allowed = (torch.rand(logits.shape, generator=generator(seed)) < 0.5).scatter(1, taken[:, None], True)
+        p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
+    kl = (p.exp() * (p.clamp(min=-1e9) - q)).sum(1)
+    hidden = other(tokens).flatten(0, 1)[index - 1], other.lm_head.weight
+    options = {"temperature": temperature, "allowed": allowed}
+    found = model(tokens, of=index, reference=hidden, **options)
+    expected = p.gather(1, taken[:, None])[:, 0], -(p.exp() * p.clamp(min=-1e9)).sum(1), kl
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert model(tokens, of=index, **options).kl is None
+
+
+def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_itself(tmp_path):
+    """DistributedDataParallel of one process: with a loss or log-probabilities every gradient is its own."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, wrapped = random_model(TINY, dtype=torch.float32), random_model(TINY, dtype=torch.float32)
+    distributed.init_process_group("gloo", f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(wrapped)
+        tokens = random_tokens(TINY, 2, 6, seed=0)
+        for model in (plain, parallel):
+            model(tokens, targets=tokens.roll(-1, 1)).backward()
+            model(tokens, of=torch.tensor([2, 9])).logprobs.sum().backward()
+        del parallel
+    finally:
+        distributed.destroy_process_group()
+    for ours, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+COMPILED = """
+import torch
+from minillm.layout import pack_sets
+from minillm.model import LanguageModel, ModelConfig
+torch.manual_seed(0)
+model = LanguageModel(ModelConfig(40, 12, 20, 2, 4, 2, 6, 64))
+compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+for length in (6, 9):
+    for asked in ("targets", "of", "shared"):
+        tokens = torch.randint(40, (1, length))
+        options = {"targets": tokens} if asked == "targets" else {"of": torch.tensor([2, 4])}
+        if asked == "shared":
+            prompt, *rest = tokens[0].tolist()
+            tokens, options["attend"], _ = pack_sets([[[prompt, a] for a in rest]], [1])
+        gradients = []
+        for forward in (model, compiled):
+            model.zero_grad()
+            found = forward(tokens, **options)
+            (found if asked == "targets" else found.logprobs.sum()).backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+"""
+
+
+def test_torch_compile_takes_the_whole_forward_in_one_graph():
+    """Traced without generating code, gradients too; in a process without shape checks, which cannot be."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ---- transformers as judge

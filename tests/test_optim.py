@@ -120,6 +120,53 @@ def test_a_multiplier_of_zero_moves_nothing(kind):
         assert torch.equal(one, other)
 
 
+def test_adamws_steps_are_those_of_its_algorithm_by_hand():
+    """Algorithm 2 of Loshchilov & Hutter, β = (.9, .95), over gradients so small that eps counts."""
+    model, random = model_of(tied=False), torch.Generator().manual_seed(0)
+    optimizers = build_optimizers(model, RATES, "adamw", eps=1e-3)
+    groups = {id(p): group for group in optimizers.groups() for p in group["params"]}
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    m, v = ({name: torch.zeros_like(x) for name, x in expected.items()} for _ in range(2))
+    for step in range(1, 5):
+        for name, parameter in model.named_parameters():
+            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=random)
+            g, group = parameter.grad.double(), groups[id(parameter)]
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            update = m[name] / (1 - 0.9**step) / ((v[name] / (1 - 0.95**step)).sqrt() + 1e-3)
+            rate = 0.5 * group["base_rate"]
+            expected[name] = expected[name] * (1 - rate * group["weight_decay"]) - rate * update
+        optimizers.step(0.5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adam_trusts_the_smallest_gradients_unless_told_otherwise():
+    """With eps at 1e-10 the first step of a gradient of 1e-7 is a whole one."""
+    model = model_of(tied=False)
+    before = model.lm_head.weight.detach().clone()
+    model.lm_head.weight.grad = torch.full_like(before, 1e-7)
+    build_optimizers(model, RATES, "muon").step(1.0)
+    torch.testing.assert_close(model.lm_head.weight, before - RATES.embedding, rtol=0, atol=1e-4)
+
+
+def test_muons_momentum_is_095_and_looks_ahead():
+    """Its step is what Muon without momentum makes of μ · mean + (1 - μ) · gradient (Nesterov's)."""
+    model, random = model_of(tied=False), torch.Generator().manual_seed(0)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    optimizers = build_optimizers(model, LearningRates(1.0, 0.0, 0.0, 0.0), "muon")
+    other, mean = torch.nn.Parameter(weight.detach().clone()), torch.zeros(weight.shape)
+    plain = torch.optim.Muon([other], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False)
+    for _ in range(4):
+        weight.grad = torch.randn(weight.shape, generator=random)
+        mean = 0.95 * mean + 0.05 * weight.grad
+        other.grad = 0.95 * mean + 0.05 * weight.grad
+        optimizers.step(1.0)
+        plain.step()
+        # The five steps of Newton and Schulz run in bfloat16: of numbers below 1 the last bit is 1/256.
+        torch.testing.assert_close(weight, other, rtol=0, atol=0.02)
+
+
 @KINDS
 def test_training_on_one_batch_lowers_its_loss(kind):
     state = new_state(kind, tied=False)
@@ -164,6 +211,12 @@ def test_the_rate_rises_and_then_falls(steps, warmup, decay):
             assert rates[step] > rates[step + 1]
     if warmup < falls_from:
         assert rates[warmup] == 1
+
+
+def test_without_decay_the_rate_stays_and_without_warmup_it_starts_there():
+    assert [lr_schedule(step, 5, 0, 0.0) for step in range(5)] == [1.0] * 5
+    assert lr_schedule(0, 1, 0, 1.0) == 1.0
+    assert lr_schedule(9, 10, 0, 1.0) == pytest.approx(0.1)
 
 
 def test_the_rate_of_a_small_run_by_hand():

@@ -17,8 +17,8 @@ import sft
 import train
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
-from minillm.options import TrainingOptions, options_json, parse_options
-from minillm.tools import chat
+from minillm.options import TrainingOptions, options_json, parse_options, stored_options
+from minillm.tools import chat, commandline
 
 
 @dataclass(frozen=True)
@@ -284,3 +284,86 @@ def test_help_names_every_option_with_its_meaning(script, capsys):
     flags = {name: name.replace("_", "-") for name in named}
     missing = [n for n, flag in flags.items() if f"--{flag}" not in printed and f"--no-{flag}" not in printed]
     assert missing == []
+
+
+@pytest.mark.parametrize("script", [train, sft, rlhf, chat, compare], ids=lambda script: script.__name__)
+def test_help_begins_with_what_is_changed_first_and_every_group_has_a_name(script):
+    groups = commandline.grouped(script.Options)
+    names = [field.name for field in next(iter(groups.values()))]
+    assert next(iter(groups)) == "changed first" and "more" not in groups
+    wanted = ["data", "out", "init", "depth", "steps"] if script is train else []
+    assert [name for name in names if name in wanted] == wanted and len(names) < 12
+    assert sorted(f.name for group in groups.values() for f in group) == sorted(
+        f.name for f in fields(script.Options)
+    )
+
+
+def test_help_works_on_a_stream_that_knows_ascii_only():
+    command = [sys.executable, "train.py", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--matrix-rate" in done.stdout and done.stderr == ""
+
+
+# ---- Renamed flags
+
+
+@dataclass(frozen=True)
+class Renamed(Options):
+    """Options of which some had other names in the release before."""
+
+    ppo_epochs: int = 2
+    """Was inner_epochs."""
+    target_kl: float = 0.05
+    """Was stop_kl."""
+    adaptive_kl_target: float | None = None
+    """Was target_kl."""
+
+
+@pytest.mark.parametrize("old", ["--inner-epochs 7", "--inner_epochs 7", "--inner-epochs=7"])
+def test_an_old_flag_works_and_names_the_new_one(old, capsys):
+    assert parse_options(Renamed, old.split()).ppo_epochs == 7
+    assert "--ppo-epochs" in capsys.readouterr().err
+    assert "--inner-epochs" in refusal(["--inner-epochs", "7"], Options), "only where the new one is"
+
+
+def test_new_names_are_taken_without_a_word(capsys):
+    given = "--ppo-epochs 7 --adaptive-kl-target 6".split()
+    options = parse_options(Renamed, given)
+    assert (options.ppo_epochs, options.adaptive_kl_target) == (7, 6.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_now_means_another_option_is_explained_and_never_misread(capsys):
+    assert parse_options(Renamed, ["--stop-kl", "0.1"]).target_kl == 0.1
+    assert "--target-kl" in capsys.readouterr().err
+    assert parse_options(Renamed, ["--target-kl=0.1"]).target_kl == 0.1
+    assert "--adaptive-kl-target" in capsys.readouterr().err
+    for words in (["--target-kl", "6"], ["--target-kl=6.0"]):
+        message = refusal(words, Renamed)
+        assert "--adaptive-kl-target 6" in message and "--stop-kl" in message
+
+
+def test_a_run_of_the_release_before_resumes_with_all_options_under_their_new_names(tmp_path):
+    stored = {"inner_epochs": 7, "stop_kl": 0.1, "target_kl": 6.0, "out": "elsewhere"}
+    (tmp_path / "run.json").write_text(json.dumps({"options": stored}))
+    options = parse_options(Renamed, resume(tmp_path, {}))
+    assert (options.ppo_epochs, options.target_kl, options.adaptive_kl_target) == (7, 0.1, 6.0)
+
+
+@given(st.floats(0, 1), st.integers(-(2**70), 2**70), st.text(max_size=3))
+@LAW
+def test_a_stored_value_is_of_its_field_s_kind_or_refused(tmp_path_factory, real, whole, text):
+    path = tmp_path_factory.mktemp("run") / "run.json"
+    for name, kind in {"rate": float, "steps": int, "loud": bool, "kind": str, "data": tuple}.items():
+        for value in (real, whole, text, True, None, [text], [1], {}):
+            path.write_text(json.dumps({"options": {name: value}}))
+            try:
+                found = getattr(stored_options(Options, path), name)
+            except InputError as error:
+                assert str(path) in str(error)
+            else:
+                assert type(found) is kind or (name == "steps" and found is None)
+                assert list(found) == value if kind is tuple else found == value

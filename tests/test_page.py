@@ -2,16 +2,18 @@
 
 import json
 import re
+import warnings
 from copy import deepcopy
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.compare.exhibits import Section, Table, cell, section_text, sections
 from minillm.compare.page import page
-from minillm.compare.svg import bars, curves, intervals
+from minillm.compare.plots import curves, intervals
+from minillm.compare.sections import Section, Table, cell, section_text, sections
+from minillm.errors import printable
 
 KINDS = ("fact", "harm")
 GROUPS = (*KINDS, "all", "not harm")
@@ -21,6 +23,11 @@ VOID = {"meta", "br"}
 
 def estimate(value: float, width: float = 0.05) -> dict:
     return {"value": value, "low": value - width, "high": value + width, "count": 100}
+
+
+def without_curves(text: str) -> dict:
+    """The same without the plots that take the longest to draw."""
+    return content_of(text) | {"sure": {}, "training": {}}
 
 
 def content_of(text: str = "It is red.") -> dict:
@@ -104,17 +111,17 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_whatever_a_model_says_is_shown_as_text_and_opens_no_tag(text):
-    harmless, hostile = Reader(page(content_of("harmless"))), Reader(page(content_of(text)))
+    harmless, hostile = Reader(page(without_curves("harmless"))), Reader(page(without_curves(text)))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert hostile.open == []
     shown = re.sub(r"[\x00-\x08\x0b-\x1f]", "\N{REPLACEMENT CHARACTER}", text) or "(nothing)"
     assert hostile.said["p"].count(shown) == 2 * len(KINDS) * 20 * len(RUNS)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8, deadline=None)
 @given(st.text())
 def test_any_text_leaves_the_page_balanced_and_without_control_characters(text):
-    made = page(content_of(text))
+    made = page(without_curves(text))
     assert Reader(made).open == []
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", made)
 
@@ -137,8 +144,9 @@ def test_the_page_needs_nothing_but_itself_and_reads_on_a_phone():
     tags = {tag for tag, _ in reader.tags}
     assert not tags & {"script", "link", "iframe", "img", "object", "embed", "a", "base", "form"}
     attributes = {name for _, own in reader.tags for name in own}
-    assert not attributes & {"src", "href", "srcset", "xlink:href", "action", "data"}
+    assert not attributes & {"src", "href", "srcset", "action", "data"}
     assert not any(name.startswith("on") for name in attributes)
+    assert all(own.get("xlink:href", "#").startswith("#") for _, own in reader.tags)
     assert not re.search(r"https?:|//\w|@import|url\(", made)
     assert made.startswith("<!doctype html>\n<html lang=")
     assert ("meta", {"charset": "utf-8"}) in reader.tags
@@ -146,12 +154,29 @@ def test_the_page_needs_nothing_but_itself_and_reads_on_a_phone():
     assert "prefers-color-scheme: dark" in made
 
 
-def test_every_class_that_the_page_uses_has_a_style():
+def test_on_a_phone_every_value_of_a_table_stands_under_the_name_of_its_column():
+    """There the head of a table is hidden; nothing is as wide as the whole table."""
+    reader = Reader(page(content_of()))
+    names = {own.get("data-name") for tag, own in reader.tags if tag == "td"}
+    assert names == {*RUNS, "win", "tie", "loss", "rate", "not judged", "a token", "a reply"}
+    phone = reader.said["style"][0].split("@media (max-width")[1]
+    assert "thead { display: none" in phone and "attr(data-name)" in phone
+
+
+def test_every_class_and_colour_that_the_page_uses_has_a_style():
     made = page(content_of())
     used = {name for _, own in Reader(made).tags for name in (own.get("class") or "").split()}
     style = Reader(made).said["style"][0]
-    assert used and all(f".{name}" in style for name in used - {"label", "inside", "grid", "ideal"})
-    assert all(f"svg .{name}" in style for name in ("label", "inside", "grid", "ideal"))
+    assert used and all(f".{name}" in style for name in used)
+    colours = set(re.findall(r"var\((--\w+)\)", made))
+    assert {"--ink", "--rule", "--c0", "--c2"} <= colours
+    assert all(style.count(f"{name}: #") == 2 for name in colours - {"--c"}), "in the light and the dark form"
+
+
+def test_the_page_begins_with_the_picture_then_the_replies_then_the_tables():
+    made = page(content_of())
+    places = [made.index(part) for part in ("<svg", 'class="reply"', "<table")]
+    assert places == sorted(places) and made.index("<svg") < made.index("<h2>")
 
 
 def test_the_page_is_made_of_what_the_file_holds():
@@ -162,12 +187,12 @@ def test_the_page_is_made_of_what_the_file_holds():
 def test_what_was_left_out_is_said():
     made = page(content_of())
     assert "Left out: 3 prompts without room for a reply." in made
-    assert "4 pairs of good or bad advice" in made and "<td>7<" in made
+    assert "4 pairs of good or bad advice" in made and 'data-name="not judged">7<' in made
     assert "ppo and sft have different vocabularies" in made
     assert "17 more of 30; all are in compare.json" in made
 
 
-def test_figures_that_moved_beyond_their_intervals_are_named_and_no_others():
+def test_metrics_that_moved_beyond_their_intervals_are_named_and_no_others():
     content = content_of()
     text = " ".join(section_text(sections(content)[0]).split())
     assert "From base to sft, greedy: better: answers in form 20.0% → 50.0%" in text
@@ -180,7 +205,7 @@ def test_figures_that_moved_beyond_their_intervals_are_named_and_no_others():
     assert "→" not in section_text(sections(same)[0])
 
 
-def test_sections_without_figures_are_left_out():
+def test_sections_without_metrics_are_left_out():
     content = content_of() | {"pairs": {}, "text": {}, "kl": [], "sure": {}, "training": {}, "contests": []}
     content["figures"] = {
         "greedy": {name: content["figures"]["greedy"][name] for name in ("ended", "words", "repetition")}
@@ -191,7 +216,7 @@ def test_sections_without_figures_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("figure", "form", "shown"),
+    ("metric", "form", "shown"),
     [
         (estimate(0.72, 0.08), "share", ("72.0%", "(64–80)")),
         (estimate(-0.25, 0.5), "signed", ("-0.250", "(-0.750 to +0.250)")),
@@ -199,14 +224,14 @@ def test_sections_without_figures_are_left_out():
         ({"value": 0.5, "low": None, "high": None}, "score", ("0.50", "")),
     ],
 )
-def test_a_figure_is_written_with_its_interval_if_it_has_one(figure, form, shown):
-    assert cell(figure, form) == shown
+def test_a_metric_is_written_with_its_interval_if_it_has_one(metric, form, shown):
+    assert cell(metric, form) == shown
 
 
 def test_a_table_in_the_terminal_stands_in_columns():
     first, second = [("1%", "(0–2)"), ("–", "")], [("22%", ""), ("3%", "")]
     table = Table("shares", ["one", "another"], [("x", first), ("longer", second)])
-    lines = section_text(Section("Title", "What to see.", ["A note."], [table])).splitlines()
+    lines = section_text(Section("Title", "What to see.", [table], notes=["A note."])).splitlines()
     assert lines[0] == "── Title ──" and "• A note." in lines
     rows = lines[lines.index("shares:") + 1 :]
     assert {len(row) for row in rows} == {len(rows[0])}
@@ -216,52 +241,58 @@ def test_a_table_in_the_terminal_stands_in_columns():
 # ---- Plots
 
 values = st.floats(0, 1)
+estimates = st.lists(
+    st.tuples(values, values, values)
+    .map(sorted)
+    .map(lambda three: dict(zip(("low", "value", "high"), three, strict=True))),
+    min_size=1,
+    max_size=9,
+)
 
 
-def numbers_of(svg: str, names: str) -> list[float]:
-    return [float(value) for value in re.findall(rf' (?:{names})="(-?[\d.]+)"', svg)]
-
-
-@given(st.lists(st.tuples(values, values, values).map(sorted), min_size=1, max_size=9))
+@settings(max_examples=5, deadline=None)
+@given(estimates)
 def test_intervals_stay_inside_the_drawing_and_hold_their_dots(rows):
-    svg = intervals({"kind": [(mid, low, high) for low, mid, high in rows]}, "rubric", 0, 1)
-    width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
-    assert all(0 <= x <= width for x in numbers_of(svg, "x1|x2|cx"))
-    assert all(0 <= y <= height for y in numbers_of(svg, "y1|y2|cy|y"))
-    strokes = re.findall(r'<line class="s\d" x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)"', svg)
-    dots = re.findall(r'<circle class="s\d" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    svg = intervals({"kind": rows}, "rubric", [str(i) for i in range(len(rows))]).svg
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    strokes = re.findall(r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) [\d.]+ \n" style="[^"]*--c\d', svg)
+    dots = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--c\d', svg)
+    assert len(strokes) == len(dots) == len(rows)
     for (x1, y1, x2), (cx, cy) in zip(strokes, dots, strict=True):
-        assert float(x1) <= float(cx) <= float(x2) and y1 == cy
+        assert 0 <= float(x1) <= float(cx) <= float(x2) <= width and y1 == cy
+        assert 0 <= float(cy) <= height
     assert Reader(svg).open == []
 
 
 def test_what_has_no_value_is_not_drawn():
-    assert "<circle" not in intervals({"kind": [(None, None, None)]}, "rubric", 0, 1)
-    assert 'class="s0"' not in intervals({"kind": [(None, None, None)]}, "rubric", 0, 1)
+    svg = intervals({"kind": [{"value": None, "low": None, "high": None}]}, "rubric", ["one"]).svg
+    assert "--c0" not in svg
 
 
-@given(st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any))
-def test_bars_of_a_row_lie_side_by_side_and_fill_it(counts):
-    names = ("won", "tied", "lost")
-    svg = bars({"all": [(n / sum(counts), name) for n, name in zip(counts, names, strict=True)]}, "share")
-    rects = re.findall(r'<rect class="\w+" x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
-    begins, widths = zip(*((float(x), float(width)) for x, width in rects), strict=True)
-    assert sum(widths) == pytest.approx(310, abs=0.2)  # 420 wide, less the margins of 96 and 14
-    for begin, width, after in zip(begins, widths, begins[1:], strict=False):
-        assert after == pytest.approx(begin + width, abs=0.11)
+points = st.lists(st.tuples(values, values, values), max_size=5)
 
 
-@given(
-    st.lists(st.lists(st.tuples(values, values, values), max_size=5), min_size=1, max_size=9), st.booleans()
-)
-def test_curves_have_a_dot_for_each_point_and_a_line_between_each_two(series, diagonal):
-    svg = curves(series, "x", "y", (0, 1), (0, 1), diagonal)
-    assert svg.count("<circle") == sum(map(len, series))
-    assert len(re.findall(r'<line class="s\d"', svg)) == sum(max(0, len(points) - 1) for points in series)
-    assert svg.count('class="ideal"') == diagonal
+@settings(max_examples=5, deadline=None)
+@given(st.lists(points, min_size=1, max_size=9), st.booleans())
+def test_curves_have_a_dot_for_each_point_and_the_diagonal_if_asked_for(series, diagonal):
+    svg = curves({str(i): own for i, own in enumerate(series)}, "caption", "x", "y", diagonal).svg
+    assert len(re.findall(r'<use xlink:href="#\w+" x="[^"]*" y="[^"]*" style="fill: var\(--c', svg)) == sum(
+        map(len, series)
+    )
+    assert svg.count("stroke-dasharray: 1") == diagonal
     assert Reader(svg).open == []
 
 
 def test_an_axis_without_extent_still_draws():
-    svg = curves([[(0.5, 2.0, 0.0)]], "x", "y", (0, 0.5), (2.0, 2.0))
-    assert svg.count("<circle") == 1 and "nan" not in svg
+    svg = curves({"one": [(0.5, 2.0, 0.0)]}, "caption", "x", "y").svg
+    assert "fill: var(--c0)" in svg and "nan" not in svg
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.text(min_size=1, max_size=20))
+@example("$x^2$ \\alpha %s {} <b>&")
+def test_labels_are_neither_mathematics_nor_markup(label):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks
+        svg = intervals({printable(label).replace("\n", " "): [estimate(0.5)]}, "", ["one"]).svg
+    assert Reader(svg).open == [] and "<b" not in svg

@@ -12,9 +12,9 @@ from runs import tiny_model
 from torch import Tensor
 
 from minillm import ppo
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.dpo import response_logprobs, rewards_of
 from minillm.generate import SamplingOptions
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (

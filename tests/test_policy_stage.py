@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 import minillm.ppo
 import rlhf
+from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
-from minillm.io.template import with_chat_template
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.preferences import Ranking, ranking_by
 from minillm.responses import Respondent, seed_of

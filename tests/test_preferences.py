@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import responses
+from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     LETTERS,
@@ -121,6 +121,13 @@ def test_ranking_by_value_puts_no_higher_value_behind_a_lower_one_and_ties_only_
         assert max(values[i] for i in tied) - max(values[i] for i in worse) > margin
         assert min(values[i] for i in tied) >= max(values[i] for i in worse)
     assert all(max(values[i] for i in t) - min(values[i] for i in t) <= margin for t in order)
+
+
+def test_a_ranking_made_now_carries_all_of_its_set():
+    given_set = ResponseSet([{"role": "user", "content": "Who?"}], ["a", "b"], "fact", 3)
+    made = new_ranking(given_set, [[1, 0]], "Ada", 7)
+    assert (made.messages, made.responses, made.kind) == (given_set.messages, ["a", "b"], "fact")
+    assert (made.ranking, made.annotator, made.seed, made.key) == ([[0, 1]], "Ada", 7, given_set.key)
 
 
 FAULTS = {
@@ -346,7 +353,7 @@ def test_an_annotator_agrees_with_themself(made):
         len(r.ranks()) * (len(r.ranks()) - 1) // 2 for r in ada
     )
     if pairs:
-        assert (row.rate, row.interval, report.alpha) == (1, (1, 1), 1)
+        assert (row.rate, report.alpha) == (1, 1) and row.interval == (None if len(made) == 1 else (1, 1))
     else:
         assert (row.rate, row.interval, report.alpha) == (None, None, None)
 
@@ -356,6 +363,20 @@ def test_rankings_at_random_agree_on_half_and_have_an_alpha_of_nothing():
     low, high = report.rows[0].interval
     assert low < 0.5 < high and high - low < 0.1
     assert abs(report.alpha) < 0.06  # 3 standard deviations for 3,600 pairs, six to a prompt
+
+
+def test_the_interval_of_an_agreement_is_that_of_a_share_of_prompts():
+    """400 prompts of one pair, agreed on by half: 1.96 · .5 / √400 to each side."""
+    made = [ranking_of([[0], [1]], "Ada", f"{i}?") for i in range(400)]
+    made += [replace(r, annotator="Bob", ranking=[[i % 2], [1 - i % 2]]) for i, r in enumerate(made)]
+    row = agreement_report(made).rows[0]
+    assert (row.rate, row.prompts) == (0.5, 400)
+    assert row.interval == pytest.approx((0.451, 0.549), abs=0.004)  # 2.5 errors of a quantile of 2,000
+
+
+def test_of_equal_texts_the_best_place_counts():
+    ada = ranking_of([[0], [1], [2]], "Ada", texts=["yes", "no", "yes"])
+    assert agreement_report([ada, replace(ada, annotator="Bob", ranking=[[0, 2], [1]])]).rows[0].rate == 1
 
 
 def test_to_hear_the_same_opinions_twice_makes_nobody_surer():

@@ -1,4 +1,4 @@
-"""provenance.py: a figure says where it comes from, without loading anything heavy."""
+"""tools/provenance.py: a figure says where it comes from, without loading anything heavy."""
 
 import json
 import subprocess

@@ -10,24 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.annotators import MARGIN
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.tokenizer import Tokenizer
+from minillm.tools.agreement import agreed_pairs
+from minillm.tools.measures import reliability
 from minillm.tools.report import (
+    MARGINS,
     TRICKS,
-    TRUE_MARGINS,
     Judged,
     Pairs,
-    against_truth,
-    agreement,
+    against_rubric,
     baselines,
-    by_kind,
     by_margin,
-    calibration,
-    interval,
     judge,
     length_correlation,
     pairs_of,
@@ -36,9 +34,7 @@ from minillm.tools.report import (
     rater_accuracy,
     report_card,
     report_text,
-    share,
-    truth_figures,
-    unknown_worth,
+    unknown_score,
     within_prompts,
     write_report,
 )
@@ -72,6 +68,13 @@ def some_judged(seed: int, prompts: int = 12, noise: float = 1.0) -> list[Judged
     return judged
 
 
+def pairs_with(difference: np.ndarray, prompt: np.ndarray | None = None) -> Pairs:
+    """Pairs of which nothing but the difference of scores is known."""
+    n = len(difference)
+    return Pairs(np.arange(n) if prompt is None else prompt, np.full(n, ""), np.full(n, "a"), difference,
+                 np.zeros(n))  # fmt: skip
+
+
 # ---- Accuracy
 
 
@@ -82,15 +85,18 @@ def test_accuracy_is_the_share_of_untied_pairs_in_the_annotators_order(seed):
     expected = [
         float(one.scores[i] > one.scores[j]) for one in judged for i, j in one.ranking.pairs()
     ]  # fmt: skip
-    found = share(pairs_of(judged).right)
-    assert (found.value, found.count) == (pytest.approx(np.mean(expected)), len(expected))
+    pairs = pairs_of(judged)
+    found = pairs.accuracy(pairs.right)
+    assert (found["value"], found["count"]) == (pytest.approx(np.mean(expected)), len(expected))
 
 
 @pytest.mark.parametrize(("factor", "accuracy"), [(1, 1.0), (-1, 0.0), (0, 0.5)])
 def test_perfect_scores_are_all_right_reversed_ones_all_wrong_and_equal_ones_half(factor, accuracy):
     worth = [3.0, 1.0, 2.0, 1.0]
     pairs = pairs_of([Judged(ranked(worth), [factor * value for value in worth], [1] * 4)])
-    assert share(pairs.right).value == accuracy and len(pairs.right) == 5, "one of six pairs is tied"
+    assert pairs.accuracy(pairs.right)["value"] == accuracy and len(pairs.right) == 5, (
+        "one of six pairs is tied"
+    )
 
 
 def test_a_pair_of_equal_texts_counts_for_nothing():
@@ -109,10 +115,9 @@ def test_kinds_and_quarters_add_up_to_the_whole(seed):
     assert max(q["count"] for q in quarters) - min(q["count"] for q in quarters) <= 1
     bounds = [bound for q in quarters for bound in (q["from"], q["to"])]
     assert bounds == sorted(bounds)
-    kinds = by_kind(pairs)
-    assert set(kinds) == {"fact", "harm"}
-    with_kind = pairs_of([one for one in judged if one.ranking.kind])
-    assert sum(own.count * own.value for own in kinds.values()) == pytest.approx(with_kind.right.sum())
+    kinds = [pairs.accuracy(pairs.right, pairs.kind == kind) for kind in ("fact", "harm", "")]
+    assert sum(own["count"] for own in kinds) == len(pairs.right)
+    assert sum(own["count"] * own["value"] for own in kinds) == pytest.approx(pairs.right.sum())
 
 
 def test_the_interval_holds_the_truth_in_about_95_of_100_cases_though_pairs_of_a_prompt_agree():
@@ -121,10 +126,10 @@ def test_the_interval_holds_the_truth_in_about_95_of_100_cases_though_pairs_of_a
     for _ in range(200):
         of_prompt = random.beta(2, 1, size=60)  # of mean 2/3
         right = random.random((60, 6)) < of_prompt[:, None]
-        pairs = Pairs(np.repeat(np.arange(60), 6), [None] * 360, np.where(right, 1.0, -1.0).ravel())
-        low, high = interval(pairs)
-        held += low <= 2 / 3 <= high
-    # A share of 95 of 100 in 200 cases has a deviation of 1.5; the bootstrap is a little narrow.
+        pairs = pairs_with(np.where(right, 1.0, -1.0).ravel(), np.repeat(np.arange(60), 6))
+        found = pairs.accuracy(pairs.right)
+        held += found["low"] <= 2 / 3 <= found["high"]
+    # A share of 95 of 100 in 200 cases has a deviation of 1.5; the interval is a little narrow.
     assert 0.89 <= held / 200 <= 0.99
 
 
@@ -151,70 +156,72 @@ def test_the_ceiling_lies_between_agreement_and_the_formula(spread):
         for i in range(1500)
         for name in ("a", "b")
     ]
-    agreed = agreement(rankings)
-    assert agreed.count == 1500
-    assert agreed.value == pytest.approx(np.mean(q**2 + (1 - q) ** 2), abs=0.05)  # four deviations
+    agreed, pairs = agreed_pairs(rankings)
+    rate = agreed / pairs
+    assert pairs == 1500
+    assert rate == pytest.approx(np.mean(q**2 + (1 - q) ** 2), abs=0.05)  # four deviations
     slack = 0.05
-    assert agreed.value - slack < 0.8 < rater_accuracy(agreed.value) + slack
+    assert rate - slack < 0.8 < rater_accuracy(rate) + slack
     if not spread:
-        assert rater_accuracy(agreed.value) == pytest.approx(0.8, abs=slack)
+        assert rater_accuracy(rate) == pytest.approx(0.8, abs=slack)
 
 
 def test_without_two_annotators_of_one_prompt_nothing_is_known_of_their_agreement():
-    assert agreement([ranked([1.0, 0.0], f"{i}?") for i in range(5)]).value is None
+    assert agreed_pairs([ranked([1.0, 0.0], f"{i}?") for i in range(5)]) == (0, 0)
 
 
 @given(SEEDS)
 @LAW
-def test_scores_and_annotators_are_held_against_the_truth_on_the_same_pairs(seed):
+def test_scores_and_annotators_are_held_against_the_rubric_on_the_same_pairs(seed):
     judged = some_judged(seed)
-    worth = {one.ranking.messages[0]["content"]: generator(i).integers(5, size=4).tolist()
+    truth = {one.ranking.messages[0]["content"]: generator(i).integers(5, size=4).tolist()
              for i, one in enumerate(judged)}  # fmt: skip
 
     def of(messages: list, text: str) -> float | None:
         number = messages[0]["content"]
-        return None if number == "0?" else float(worth[number][int(text[9])])
+        return None if number == "0?" else float(truth[number][int(text[9])])
 
-    pairs, found = against_truth(judged, of), []
+    found = []
     for one in judged:
         for i, j in one.ranking.pairs():
-            mine = worth[one.ranking.messages[0]["content"]]
+            mine = truth[one.ranking.messages[0]["content"]]
             if one.ranking.messages[0]["content"] != "0?" and mine[i] != mine[j]:
                 right = (one.scores[i] > one.scores[j]) == (mine[i] > mine[j])
                 found.append((right, mine[i] > mine[j], one.ranking.annotator))
-    assert pairs.scores.tolist() == [s for s, _, _ in found]
-    assert pairs.annotators.tolist() == [a for _, a, _ in found]
+    figures = against_rubric(pairs_of(judged, of))
     each = {name: [a for _, a, who in found if who == name] for name in sorted({who for *_, who in found})}
-    assert truth_figures(pairs)["by_annotator"] == {
-        name: {"value": pytest.approx(np.mean(own)), "count": len(own)} for name, own in each.items()
-    }, "whole numbers differ by more than the margin"
+    expected = {"scores": [s for s, _, _ in found], "annotators": [a for _, a, _ in found], **each}
+    for name, own in expected.items():  # whole numbers differ by more than the margin
+        share = figures["by_annotator"][name] if name in each else figures[name]
+        assert (share["value"], share["count"]) == (pytest.approx(np.mean(own)), len(own))
+    assert figures["by_annotator"].keys() == each.keys()
 
 
-def test_against_the_truth_perfect_scores_are_right_where_annotators_err():
+def test_against_the_rubric_perfect_scores_are_right_where_annotators_err():
     judged = [Judged(ranked([0.0, 1.0], "wrong"), [5.0, 1.0], [1, 1]),
               Judged(ranked([1.0, 0.0], "right"), [5.0, 1.0], [1, 1])]  # fmt: skip
-    pairs = against_truth(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]])
-    assert (pairs.scores.mean(), pairs.annotators.mean()) == (1.0, 0.5)
+    found = against_rubric(pairs_of(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]]))
+    assert (found["scores"]["value"], found["annotators"]["value"]) == (1.0, 0.5)
 
 
 @given(SEEDS, st.floats(0.001, 0.2))
 @LAW
-def test_of_the_truth_pairs_too_close_to_tell_count_for_the_ceiling_alone(seed, step):
+def test_pairs_whose_rubric_scores_are_too_close_to_tell_count_for_the_ceiling_alone(seed, step):
     judged = some_judged(seed)
-    pairs = against_truth(judged, lambda ranking, text: step * int(text[9]))
-    found = truth_figures(pairs)
-    far = pairs.margin >= MARGIN
-    assert found["ceiling"] == {"value": pytest.approx(pairs.annotators.mean()), "count": len(far)}
-    for name, right in (("scores", pairs.scores), ("annotators", pairs.annotators)):
+    pairs = pairs_of(judged, lambda ranking, text: step * int(text[9]))
+    found = against_rubric(pairs)
+    margin, annotators = np.abs(pairs.rubric), (pairs.rubric > 0).astype(float)
+    far, scores = margin >= MARGIN, ((pairs.rubric > 0) == (pairs.difference > 0)).astype(float)
+    ceiling = (found["ceiling"]["value"], found["ceiling"]["count"])
+    assert ceiling == (pytest.approx(annotators.mean()), len(far))
+    for name, right in (("scores", scores), ("annotators", annotators)):
         assert found[name]["count"] == far.sum() == sum(own[name]["count"] for own in found["by_margin"])
         total = sum(own[name]["count"] * (own[name]["value"] or 0.0) for own in found["by_margin"])
         assert total == pytest.approx(right[far].sum())
         if far.any():
             assert found[name]["value"] == pytest.approx(right[far].mean())
     for own in found["by_margin"]:
-        within = (own["from"] <= pairs.margin) & (
-            (pairs.margin < own["to"]) | (own["to"] == TRUE_MARGINS[-1])
-        )
+        within = (own["from"] <= margin) & ((margin < own["to"]) | (own["to"] == MARGINS[-1]))
         assert own["scores"]["count"] == within.sum()
 
 
@@ -235,7 +242,7 @@ def by_length(sign: int, prompts: range, exceptions: int = 0) -> list[Ranking]:
 @pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
 def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_judged_on_other_pairs(sign, side):
     found = baselines(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
-    assert found["length"] == {"side": side, "value": 0.7, "count": 10}
+    assert (found["length"]["side"], found["length"]["value"], found["length"]["count"]) == (side, 0.7, 10)
     found = baselines(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
     assert found["length"]["value"] == 0, "chosen on what is trained on, whatever is held out"
 
@@ -253,7 +260,7 @@ def test_the_majority_baseline_is_the_place_that_wins_most_unless_it_wins_always
 
     found = baselines(listed(training), listed(held_out))["majority"]
     if len(set(training)) == 1:
-        assert found == {"side": None, "value": None, "count": 0}, "then the place is the label"
+        assert (found["side"], found["value"], found["count"]) == (None, None, 0), "the place is the label"
     else:
         first = sum(training) >= len(training) / 2
         assert found["side"] == ("listed first" if first else "listed last")
@@ -263,6 +270,10 @@ def test_the_majority_baseline_is_the_place_that_wins_most_unless_it_wins_always
 # ---- Calibration and length
 
 
+def sureness(difference: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.abs(difference)))
+
+
 @pytest.mark.parametrize(("factor", "low", "high"), [(1.0, 0.0, 0.02), (4.0, 0.1, 0.5), (0.0, 0.2, 0.5)])
 def test_scores_that_mean_their_differences_are_calibrated_and_no_others(factor, low, high):
     """20,000 pairs in the order that σ(difference) gives; 4 times the difference is too sure, none not
@@ -270,10 +281,9 @@ def test_scores_that_mean_their_differences_are_calibrated_and_no_others(factor,
     random = generator(2)
     true = 2 * random.standard_normal(20_000)
     better_first = random.random(20_000) < 1 / (1 + np.exp(-true))
-    pairs = Pairs(np.arange(20_000), [None] * 20_000, factor * np.where(better_first, true, -true) + 0.0)
-    if factor == 0:  # an order, but hardly any difference
-        pairs = Pairs(pairs.prompt, pairs.kind, 1e-6 * np.where(better_first, true, -true))
-    error, bins = calibration(pairs)
+    # With factor 0 an order, but hardly any difference.
+    difference = (factor or 1e-6) * np.where(better_first, true, -true)
+    error, bins = reliability(sureness(difference), pairs_with(difference).right, lowest=0.5)
     assert error is not None and low <= error <= high
     assert sum(b["count"] for b in bins) == 20_000
 
@@ -282,7 +292,7 @@ def test_scores_that_mean_their_differences_are_calibrated_and_no_others(factor,
 @LAW
 def test_the_calibration_error_is_the_weighted_distance_of_sureness_and_accuracy(seed):
     pairs = pairs_of(some_judged(seed))
-    error, bins = calibration(pairs)
+    error, bins = reliability(sureness(pairs.difference), pairs.right, lowest=0.5)
     assert all(0.5 <= b["sure"] <= 1 and 0 <= b["accuracy"] <= 1 for b in bins)
     assert sum(b["count"] * b["accuracy"] for b in bins) == pytest.approx(pairs.right.sum())
     naive = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(pairs.right)
@@ -314,7 +324,7 @@ KINDS_OF = [ranked([0.0, 1.0], f"{i}?", [f"Worse {i}.", f"Best {i}."], kind=kind
 
 def test_every_prompt_is_probed_once_by_every_trick_on_its_best_answer():
     twice = [*KINDS_OF, ranked([1.0, 0.0], "0?", ["Worse 0.", "Best 0."], annotator="b", kind="fact")]
-    found = probes(twice, unknown_worth)
+    found = probes(twice, unknown_score)
     assert set(found) == set(TRICKS)
     for own in found.values():
         assert [probe.honest for probe in own] == [f"Best {i}." for i in range(4)]
@@ -322,7 +332,7 @@ def test_every_prompt_is_probed_once_by_every_trick_on_its_best_answer():
 
 
 def test_anothers_answer_is_of_another_kind_where_there_is_one():
-    own = {probe.honest: probe.trick for probe in probes(KINDS_OF, unknown_worth)["another's"]}
+    own = {probe.honest: probe.trick for probe in probes(KINDS_OF, unknown_score)["another's"]}
     assert own["Best 2."] == "Best 3."
     assert {own[f"Best {i}."] for i in (0, 1, 3)} == {"Best 2."}
 
@@ -346,7 +356,7 @@ CHAT = ChatTemplate(TOKENIZER)
 
 
 def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
-    model, found = small_model(TOKENIZER), probes(KINDS_OF, unknown_worth)
+    model, found = small_model(TOKENIZER), probes(KINDS_OF, unknown_score)
     shares = probe_shares(model, CHAT, found)
     for name, own in found.items():
         below = []
@@ -354,15 +364,15 @@ def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
             rows = [encode_response(CHAT, probe.ranking.messages, t) for t in (probe.honest, probe.trick)]
             honest, trick = score_rows(model, rows)
             below.append(honest > trick)
-        assert (shares[name].value, shares[name].count) == (np.mean(below), 4)
+        assert (shares[name]["value"], shares[name]["count"]) == (np.mean(below), 4)
     short = probe_shares(small_model(TOKENIZER, positions=60), CHAT, found)
-    assert short["padded"].count == 0 and short["padded"].value is None and short["empty"].count == 4
+    assert short["padded"]["count"] == 0 and short["padded"]["value"] is None and short["empty"]["count"] == 4
 
 
 # ---- The card
 
 
-def whole_card(rankings: list[Ranking], worth=unknown_worth) -> tuple[dict, list[Judged]]:
+def whole_card(rankings: list[Ranking], worth=unknown_score) -> tuple[dict, list[Judged]]:
     model = small_model(TOKENIZER)
     encoded, _ = encode_rankings(rankings, CHAT, 400)
     judged = judge(model, encoded)
@@ -391,8 +401,7 @@ def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
     write_report(tmp_path, card, judged)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(card))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    low, high = card["accuracy"]["interval"]
-    assert low <= card["accuracy"]["value"] <= high
+    assert card["accuracy"]["low"] <= card["accuracy"]["value"] <= card["accuracy"]["high"]
     assert card["prompts"] == 12 and card["rankings"] == 18
     for figure in (card["accuracy"]["value"], card["annotators"]["ceiling"]):
         assert f"{figure:.1%}" in report_text(card)
@@ -419,6 +428,7 @@ def test_on_the_little_world_the_rubric_is_the_truth():
     assert world.utility(rankings[0].messages, "You fool!") == world.score(prompts[0], "You fool!").utility
     assert world.utility(ranked([0.0, 1.0]).messages, "Response 1.") is None
     card, _ = whole_card(rankings, world.utility)
-    assert card["truth"]["annotators"] == card["truth"]["ceiling"] == {"value": 1.0, "count": 6}
+    assert card["truth"]["annotators"] == card["truth"]["ceiling"]
+    assert (card["truth"]["ceiling"]["value"], card["truth"]["ceiling"]["count"]) == (1.0, 6)
     assert "rubric's order" in report_text(card) and "0.40 to 1.00" in report_text(card)
     assert math.isfinite(card["length_correlation"])

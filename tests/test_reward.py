@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel
 from minillm.optim import LearningRates, build_optimizers
 from minillm.preferences import Ranking, ranking_by
@@ -251,6 +251,39 @@ def test_everybodys_rankings_of_the_same_responses_are_one_set(drawn):
     ]
     assert len(encoded) == len({p for p, _ in drawn})
     assert all(r.messages == one.rankings[0].messages for one in encoded for r in one.rankings)
+
+
+def test_a_set_stays_if_its_longest_row_ends_at_the_limit_and_goes_if_one_of_its_rows_ends_behind_it():
+    chat = ChatTemplate(tokenizer_of())
+    mixed = replace(ranked([0, 1]), responses=["no", "no " * 9])
+    longest = max(len(encode_response(chat, mixed.messages, text)) for text in mixed.responses)
+    (kept,), none = encode_rankings([mixed], chat, longest)
+    assert len(kept.rows) == 2 and not none
+    gone, skipped = encode_rankings([mixed], chat, longest - 1)
+    assert gone == [] and skipped.total() == 1
+
+
+def test_responses_start_behind_the_prompt_though_they_begin_alike():
+    chat = ChatTemplate(tokenizer_of())
+    alike = replace(ranked([0, 1]), responses=["No cats", "No dogs"])
+    (encoded,), _ = encode_rankings([alike], chat, 60)
+    assert encoded.start == len(chat.prompt(alike.messages))
+    batch = collate([encoded])
+    texts = [batch.tokens[0, a:b].tolist() for a, b in zip(batch.begins, batch.ends, strict=True)]
+    assert texts == [row[encoded.start :] for row in encoded.rows]
+
+
+def test_equal_texts_make_no_pair_and_the_others_keep_their_weight():
+    twins = replace(ranked([0, 1, 2]), responses=["yes", "no", "yes"])
+    batch = collate([EncodedSet([twins], [[1], [2], [1]])])
+    assert list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True)) == [(0, 1), (1, 2)]
+    assert batch.weight.tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_equal_scores_are_right_half_the_time():
+    alike = EncodedSet([ranked([0, 1, 2])], [[3, 1], [3, 1], [3, 1]])
+    model = model_of()
+    assert held_out_rankings(scores_of(model), [alike], 100, HERE).accuracy == 0.5
 
 
 def test_a_template_that_knows_no_system_message_costs_the_rankings_with_one():

@@ -20,8 +20,8 @@ from runs import (
 )
 
 import rlhf
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.model import scalar_from_language_model
 from minillm.preferences import Ranking, ranking_by, read_rankings
 from minillm.reward import encode_response, score_rows

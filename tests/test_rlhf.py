@@ -18,8 +18,8 @@ from runs import ROOT, Killed, folder_bytes, missing_words, refusal
 
 import rlhf
 from minillm import responses
+from minillm.chat import with_chat_template
 from minillm.io.huggingface import save_model
-from minillm.io.template import with_chat_template
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import JsonLines, read_rankings, read_responses
 from minillm.tokenizer import Tokenizer

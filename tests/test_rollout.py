@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minillm.chat import ChatTemplate, with_chat_template
 from minillm.generate import SamplingOptions, generate
-from minillm.io.template import ChatTemplate, with_chat_template
 from minillm.layout import gather_previous
 from minillm.model import (
     LanguageModel,

@@ -1,18 +1,41 @@
 """The frame around every training loop: what it counts, when it acts, and how it ends."""
 
-from contextlib import ExitStack
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import ROOT, Killed, assert_same_run, folder_bytes, killed_at_update, metrics_of, refusal
 
-from minillm.errors import InputError
+import rlhf
+import sft
+import train
+from minillm.errors import InputError, signals
 from minillm.model import LanguageModel, config_of_depth
 from minillm.optim import LearningRates, build_optimizers
 from minillm.options import TrainingOptions
-from minillm.run import Run, Runtime, TrainingState, read_metrics
+from minillm.run import (
+    RESUME_FILE,
+    Run,
+    Runtime,
+    StopRequest,
+    TrainingState,
+    check_whole,
+    claim_folder,
+    read_metrics,
+    start_runtime,
+)
+from minillm.tools import plots
+from minillm.tools.folder import MODEL_FILES, RUN_FILES, locked, start_run_folder
 
 HERE = Runtime(torch.device("cpu"), torch.float32)
 
@@ -100,3 +123,509 @@ def test_the_clock_runs_on_over_the_sittings_of_a_run(tmp_path):
         again.log_step(5, loss=1.0)
         again.save()
     assert later.seconds > 1000 and later.tokens == 10
+
+
+# ---- Whole runs, through the command line
+
+TINY = (
+    "--depth 1 --width 32 --vocab-size 270 --block-size 16 --batch-tokens 32 --steps 4 --save-every 2 "
+    "--val-every 2 --val-tokens 32 --samples 1 --precision float32 --warmup 0"
+).split()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a text and two conversations to train on."""
+    monkeypatch.chdir(tmp_path)
+    Path("tale.txt").write_text("".join(f"On day {i} the {i % 7} cats met.\n" for i in range(80)))
+    chats = [
+        [{"role": "user", "content": f"Day {i}?"}, {"role": "assistant", "content": f"{i % 7} cats."}]
+        for i in range(14)
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return tmp_path
+
+
+def pretrain(*options: str, out: str = "base") -> Path:
+    train.main(["--data", "tale.txt", "--out", out, *TINY, "--cache", "cache", *options])
+    return Path(out)
+
+
+def resume(out: str = "base", *options: str) -> Path:
+    train.main(["--resume", "--out", out, *options])
+    return Path(out)
+
+
+def events_of(out: Path) -> list[tuple[str, int]]:
+    return [(event["event"], event["step"]) for event in metrics_of(out)]
+
+
+def failing(*_: object) -> None:
+    raise Killed
+
+
+# ---- One run in a folder at a time
+
+
+def test_a_second_start_in_the_same_folder_ends_in_one_line_and_the_first_is_not_disturbed(here, capfd):
+    out = pretrain()
+    before = folder_bytes(out)
+    with start_runtime("cpu") as runtime:
+        claim_folder(TrainingOptions("base", resume=True), runtime)
+        capfd.readouterr()
+        for how in ("--resume", "--overwrite"):
+            line = refusal(train, ["--data", "tale.txt", "--out", "base", how, *TINY[:2]], capfd)
+            assert "another run" in line and "base" in line
+    assert folder_bytes(out) == before
+    resume()
+
+
+def test_two_new_runs_of_one_name_do_not_both_start(here, capfd):
+    with start_runtime("cpu") as runtime:
+        claim_folder(TrainingOptions("base"), runtime)
+        line = refusal(train, ["--data", "tale.txt", "--out", "base", *TINY], capfd)
+    assert "another run" in line and not Path("base").exists()
+
+
+def test_a_lock_goes_with_its_process_however_that_ends(here):
+    code = (
+        "import os, sys; from minillm.tools.folder import locked; from pathlib import Path\n"
+        "with locked(Path('base')): print('held', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError), locked(Path("base")):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(Path("base")):
+        pass
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(here):
+    out = pretrain()
+    (out / ".model.safetensors.tmp").mkdir()
+    (out / ".model.safetensors.tmp" / ".tmpAb3dEf").write_bytes(b"half")
+    (out / "resume" / ".tmpAb3dEf").write_bytes(b"half")
+    mine = {"resume/.hidden": b"mine", ".mine.tmp": b"mine", ".tmp": b"mine"}
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+    before = set(folder_bytes(out))
+    resume()
+    gone = {".model.safetensors.tmp/.tmpAb3dEf", "resume/.tmpAb3dEf"}
+    assert before - set(folder_bytes(out)) == gone and not (out / ".model.safetensors.tmp").exists()
+
+
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(here):
+    before = os.umask(0o027)
+    try:
+        out = pretrain()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_an_overwrite_that_is_killed_at_any_moment_can_be_begun_again(tmp_path, monkeypatch):
+    options, unlink = TrainingOptions(str(tmp_path / "out"), overwrite=True), Path.unlink
+    for number in range(len(RUN_FILES) - 1):
+        for name in RUN_FILES:
+            (options.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (options.folder / name).write_text("{}")
+        left = [1] * number
+
+        def unlink_or_die(path, left=left, **how):
+            if path.parent.name in ("out", "resume") and not path.name.endswith(".tmp"):
+                left.pop() if left else failing()
+            unlink(path, **how)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "unlink", unlink_or_die)
+            start_run_folder(options, "train")
+        assert number == 0 or not (options.folder / RESUME_FILE).exists(), "--resume must not mix the two"
+        with start_runtime("cpu") as runtime:
+            claim_folder(options, runtime)
+            start_run_folder(options, "train")
+
+
+# ---- The end of a run, and going on from there
+
+
+def test_what_a_kill_at_the_end_left_out_is_made_at_the_next_start(here, monkeypatch):
+    whole = pretrain(out="whole")
+    for seam in ("write_samples", "plot_loss"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train if seam == "write_samples" else plots, seam, failing)
+            pretrain(out=seam)
+        assert ("final", 4) not in events_of(Path(seam))
+        assert folder_bytes(resume(seam)).keys() == folder_bytes(whole).keys()
+        assert events_of(Path(seam)) == events_of(whole) and events_of(whole)[-1] == ("final", 4)
+
+
+def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_asked_for_them_at_once(here):
+    steady = ("--decay", "0")
+    whole, out = pretrain(*steady, "--steps", "6", out="whole"), pretrain(*steady)
+    resume("base", "--steps", "6")
+    assert_same_run(whole, out)
+    assert events_of(out) == events_of(whole)
+    before = folder_bytes(out)
+    resume("base")
+    assert folder_bytes(out) == before, "the new number of steps is the run's"
+
+
+def test_a_continuation_takes_what_changes_no_weight_and_refuses_the_rest_by_name(here, capfd):
+    whole = pretrain(out="whole")
+    with killed_at_update(train, 4):
+        pretrain()
+    free = "--save-every 1 --samples 0 --micro-tokens 9999 --val-tokens 16 --device cpu"
+    resume("base", *free.split())
+    assert_same_weights(whole, Path("base"))
+    assert json.loads(Path("base/run.json").read_text())["options"]["samples"] == 0
+    capfd.readouterr()
+    for words in ("--matrix-rate 1", "--steps 3", "--seed 1", "--decay 0.1"):
+        assert words.split()[0] in refusal(train, ["--resume", "--out", "base", *words.split()], capfd)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("update", [1, 4])
+def test_a_run_over_the_model_it_starts_from_keeps_that_until_there_is_another(here, update):
+    pretrain()
+    given = ["--init", "base", "--data", "tale.txt", "--cache", "cache", *TINY[6:]]
+    train.main([*given, "--out", "whole"])
+    before = folder_bytes(Path("base"))
+    with killed_at_update(train, update):
+        train.main([*given, "--out", "base", "--overwrite"])
+    if update == 1:
+        for name in MODEL_FILES:
+            assert folder_bytes(Path("base")).get(name) == before.get(name), name
+    resume()
+    assert_same_weights(Path("base"), Path("whole"))
+
+
+def test_sft_over_its_base_model_goes_on_from_that_after_a_kill_at_its_first_save(here, monkeypatch):
+    pretrain("--block-size", "64")
+    given = "--init base --data chats.jsonl --cache cache --batch-tokens 64 --steps 4 --save-every 2 "
+    given += "--val-every 2 --warmup 0 --precision float32 --val-fraction 0.3"
+    sft.main([*given.split(), "--out", "whole"])
+    save = TrainingState.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        # The new model is written, its restart point is not.
+        patch.setattr(TrainingState, "save", lambda s, folder: failing() if s.step else save(s, folder))
+        sft.main([*given.split(), "--out", "base", "--overwrite"])
+    sft.main(["--resume", "--out", "base"])
+    assert_same_weights(Path("base"), Path("whole"))
+
+
+@pytest.mark.parametrize("save_every", ["1", "4"])
+def test_after_an_explosion_the_message_is_true_and_its_advice_works(here, capfd, save_every):
+    exploding = ["--matrix-rate", "1e38", "--optimizer", "adamw", "--save-every", save_every]
+    line = refusal_at_end(["--data", "tale.txt", "--out", "base", *TINY, *exploding], capfd)
+    saved = Path("base", RESUME_FILE).exists()
+    assert ("a restart point is kept, of step" in line) == saved and ("nothing was saved" in line) != saved
+    assert "--overwrite" in line and "lower --matrix-rate" in line
+    pretrain("--overwrite")
+
+
+def refusal_at_end(arguments: list[str], capfd: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+# ---- Interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_every_polite_signal_saves_and_says_how_to_go_on(here, monkeypatch, capfd, number):
+    clip = train.clip_gradients
+
+    def clip_and_ask(*arguments):
+        os.kill(os.getpid(), number)
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "clip_gradients", clip_and_ask)
+        pretrain(out="a base")
+    assert stop.value.code == 130
+    assert "python train.py --resume --out 'a base'" in capfd.readouterr().out
+    resume("a base")
+    assert_same_run(Path("a base"), pretrain(out="whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_in_one_word_and_leaves_nothing(here, monkeypatch, capfd, number):
+    monkeypatch.setattr(train, "tokenize", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        pretrain()
+    assert stop.value.code == 128 + number and capfd.readouterr().err == "interrupted\n"
+    assert not Path("base").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py", "sft.py", "rlhf.py", "-m minillm.chat", "-m minillm.compare"]
+)
+def test_ctrl_c_while_torch_is_imported_ends_in_one_word(tmp_path, command):
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"interrupted\n" and process.returncode == 130
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals(failing):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is failing
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_same_one_told_twice(monkeypatch):
+    stop, clock = StopRequest(HERE), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    stop.ask(signal.SIGINT, None)
+    clock[0] = 0.5
+    stop.ask(signal.SIGINT, None)
+    assert stop.asked()
+    clock[0] = 5.0
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGINT, None)
+
+
+# ---- Streams, names and options
+
+
+def test_a_folder_of_any_name_is_trained_in_and_commands_no_terminal(here, capfd):
+    out = pretrain(out="cost_$5_$6\x1b[31m_{\\")
+    assert events_of(out)[-1] == ("final", 4) and (out / "loss.png").exists()
+    assert "\x1b" not in capfd.readouterr().out
+
+
+SMALL = "import sys; from minillm.errors import one_line_errors\nwith one_line_errors():\n    "
+
+
+@pytest.mark.parametrize(
+    ("action", "streams", "code", "told"),
+    [
+        ("print('x' * 99999)", ">/dev/full", 2, "No space left"),
+        ("print('x')", ">/dev/full", 2, "No space left"),
+        ("raise SystemExit(print('x'))", ">/dev/full", 2, "No space left"),
+        ("print('x')", ">&-", 0, ""),
+        ("print('x', file=sys.stderr)", "2>&-", 0, ""),
+        ("open('y' * 300)", "", 2, "File name too long"),
+        ("input()", "<&-", 1, "EOFError"),
+        ("print('é→')", "", 0, ""),
+        ("raise MemoryError", "", 2, "memory"),
+    ],
+)
+def test_a_closed_or_full_stream_is_told_or_ignored(action, streams, code, told):
+    command = ["bash", "-c", f'"$0" -c "$1" {streams}', sys.executable, SMALL + action]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+    assert code == 1 or ("Traceback" not in done.stderr and "Exception ignored" not in done.stderr)
+
+
+def test_text_of_others_commands_no_terminal_wherever_it_is_printed():
+    action = "print('a\\x1b[2J\\r\\tb'); print('\\x1b[2Jc', file=sys.stderr); raise InputError('\\x1b[2Jd')"
+    code = SMALL.replace("import one", "import InputError, one") + action
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "\x1b" not in done.stdout + done.stderr
+    assert done.stdout.endswith("[2J\N{REPLACEMENT CHARACTER}\tb\n")
+
+
+def test_a_bar_that_cannot_be_shown_ends_no_run(here, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert events_of(pretrain())[-1] == ("final", 4)
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+
+
+OPTIONS = {
+    "--seed 9223372036854775808": "--seed",
+    "--seed 18446744073709551616": "--seed",
+    "--device meta": "--device",
+    "--device vulkan": "--device",
+    "--device xla": "--device",
+    "--device xpu": "--device",
+    "--width 3000000 --heads 1": "memory",
+    "--decay 7": "--decay",
+    "--warmup 100000": "--warmup",
+    "--block-size 1": "--block-size",
+}
+
+
+@pytest.mark.parametrize("given", OPTIONS)
+def test_an_option_that_torch_would_trip_over_is_refused_in_one_line(here, capfd, given):
+    words = ["--data", "tale.txt", "--out", "base", "--cache", "cache", *TINY[4:], *given.split()]
+    assert OPTIONS[given] in refusal(train, words, capfd)
+    assert not Path("base").exists()
+
+
+def test_the_largest_seed_trains_masked_and_causal(here):
+    for objective in ("masked", "causal"):
+        pretrain("--seed", str(2**63 - 1), "--objective", objective, out=objective)
+
+
+def test_processes_without_torchrun_are_refused_in_one_line(here, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refusal(train, ["--data", "tale.txt", "--out", "base", *TINY], capfd)
+
+
+def test_a_vocabulary_that_the_text_cannot_give_is_said(here, capfd):
+    pretrain("--vocab-size", "200000")
+    assert "--vocab-size 200,000: the text gives" in capfd.readouterr().out
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_place_is_given(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    train.main(["--data", "tale=~/tale.txt:2", "--out=~/deep/base", *TINY, "--cache=~/cache"])
+    assert (here / "deep" / "base" / "run.json").exists() and not Path("~").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(here, monkeypatch, capfd):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "permissions" in refusal(train, ["--data", "nowhere", "--out", "base", *TINY], capfd)
+    assert not Path("base").exists()
+
+
+# ---- Trackers
+
+
+class Library:
+    """Stands for wandb and torch.utils.tensorboard: remembers what was opened, and every number."""
+
+    def __init__(self) -> None:
+        self.opened, self.steps = [], []
+
+    def init(self, **how):
+        self.opened.append(how)
+        return self
+
+    def SummaryWriter(self, place, purge_step=None):
+        Path(place).mkdir(exist_ok=True)
+        Path(place, f"events.out.tfevents.{len(self.opened)}").write_text("steps")
+        self.opened.append({"purge_step": purge_step})
+        return self
+
+    def log(self, values, step):
+        self.steps.append(step)
+
+    def ignored(self, *_):
+        pass
+
+    add_scalar = add_text = close = finish = ignored
+
+
+@pytest.fixture
+def library(monkeypatch) -> Library:
+    made = Library()
+    for module in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, made)
+    return made
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_sees_one_run_whatever_happens_to_it(here, library, name):
+    with killed_at_update(train, 4):
+        pretrain("--tracker", name)
+    out = resume()
+    opened = list(library.opened)
+    resume()
+    assert library.opened == opened, "a finished run has nothing to tell"
+    pretrain("--tracker", name, "--overwrite")
+    first, second, third = library.opened
+    if name == "wandb":
+        assert first["id"] == second["id"] != third["id"] and second["resume"] == "allow"
+    else:
+        assert [how["purge_step"] for how in library.opened] == [None, 3, None]
+        assert [path.name for path in (out / "tensorboard").iterdir()] == ["events.out.tfevents.2"]
+
+
+def test_a_tracker_that_cannot_be_opened_costs_no_run(here, monkeypatch, capfd):
+    out = pretrain()
+    before = folder_bytes(out)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    capfd.readouterr()
+    words = ["--data", "tale.txt", "--out", "base", "--overwrite", "--tracker", "wandb", *TINY]
+    assert "pip install wandb" in refusal(train, words, capfd)
+    assert folder_bytes(out) == before
+
+
+# ---- What a restart brings back
+
+
+def test_every_part_of_a_restart_point_comes_back(tmp_path):
+    state = fresh_state()
+    state.data = Counter(7)
+    update(state)
+    state.step, state.tokens, state.seconds = 1, 64, 0.5
+    state.save(tmp_path)
+    again = fresh_state()
+    again.data = Counter(0)
+    with torch.no_grad():
+        next(again.model.parameters()).zero_()
+    again.restore(tmp_path)
+    assert (again.step, again.tokens, again.seconds, again.data.position) == (1, 64, 0.5, 7)
+    weights, others = state.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    moments, others = state.optimizers.state_tensors(), again.optimizers.state_tensors()
+    assert moments.keys() == others.keys() and len(moments) > 6
+    assert all(torch.equal(moments[name], others[name]) and moments[name].any() for name in moments)
+
+
+def test_everything_that_runs_along_with_a_policy_comes_back():
+    prompts = [rlhf.Prompt(rlhf.Question([{"role": "user", "content": "x"}]), [i]) for i in range(3)]
+
+    def fresh() -> rlhf.Progress:
+        return rlhf.Progress(rlhf.shuffled_prompts(prompts, 0), None, 0.1, "the networks that do not move")
+
+    def other(value, name=""):
+        """The same with each number another one."""
+        if isinstance(value, dict):
+            return {key: other(item, key) for key, item in value.items()}
+        if isinstance(value, str) or name == "text":
+            return value
+        return value + 1 if isinstance(value, int) else sum(map(ord, name)) / 8
+
+    state = other(fresh().state_dict())
+    assert state["best"] is not None and state["prompts"]["epoch"] == 1
+    again = fresh()
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again.state_dict() == state
+
+
+@dataclass
+class Counter:
+    """A stream that knows its position."""
+
+    position: int
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+def test_where_a_whole_number_stood_nothing_else_is_taken(first, second):
+    like = {"a": [0.5], "b": {"c": 0, "d": 0.5, "e": None}}
+    check_whole({"a": "x", "b": {"c": first, "d": "x", "e": second}, "other": 1.5}, like)
+    for wrong in (first + 0.5, float(first), -1 - first, None, "1", True, [first]):
+        with pytest.raises(ValueError):
+            check_whole({"b": {"c": wrong}}, like)

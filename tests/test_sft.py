@@ -24,8 +24,8 @@ from runs import (
 
 import sft
 import train
+from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_model
-from minillm.io.template import ChatTemplate
 from minillm.tokenizer import Tokenizer
 
 SHORT = (
@@ -247,7 +247,7 @@ BAD_INPUT = {
     "validation of everything": ("--val-fraction 1", "--val-fraction"),
     "out holds a run": ("--out {r}", "--overwrite"),
     "out is another stage's run": ("--out {b} --resume", "another stage"),
-    "resume with other options": ("--out {r} --resume --steps 13", "--steps"),
+    "resume with other options": ("--out {r} --resume --steps 3", "--steps"),
     "unknown option": ("--lora 3", "--lora"),
 }
 

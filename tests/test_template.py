@@ -18,6 +18,7 @@ from minillm.io.template import (
     DEFAULT_TEMPLATE,
     PLAIN_TEMPLATE,
     ChatTemplate,
+    ForeignFormat,
     check_messages,
     with_chat_template,
 )
@@ -97,6 +98,9 @@ FAMILIES = {
     "headers": Family(HEADERS, ("<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                       {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>"}, "<|eot_id|>", str.strip),
     "thoughts": Family(THOUGHTS, IM, {"eos_token": "<|endoftext|>"}, "<|im_end|>", lambda s: s.lstrip("\n")),
+    # Our own template as other people's tools read it.
+    "jinja": Family(DEFAULT_TEMPLATE + "{# read, not recognised #}", SPECIAL_TOKENS,
+                    {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, "<|end|>"),
     "plain": Family(PLAIN_TEMPLATE, ("<|endoftext|>",),
                     {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, "<|endoftext|>"),
 }  # fmt: skip
@@ -162,6 +166,9 @@ def utf8(text: str) -> str:
 def test_the_masked_tokens_are_the_replies_each_with_its_end(name, messages):
     family, tokenizer, dialogue = FAMILIES[name], tokenizer_of(name), template_of(name).encode(messages)
     replies = [utf8(family.written(m["content"])) for m in messages if m["role"] == "assistant"]
+    if name == "thoughts":  # writes earlier turns anew: only the last reply is learned as it is asked for
+        assert dialogue.unlearned == len(replies) - 1
+        replies = replies[-1:]
     masked = [t for t, own in zip(dialogue.tokens, dialogue.assistant, strict=True) if own]
     assert tokenizer.decode(masked) == "".join(reply + family.between + family.end for reply in replies)
     # One unbroken stretch for each reply, and the end token in it once, at its end.
@@ -288,12 +295,144 @@ def test_the_clock_of_a_template_stands_still():
 
 
 def test_thousands_of_conversations_of_one_shape_take_one_rendering_each(monkeypatch):
-    template, calls = ChatTemplate(tokenizer_of("ours")), []
+    template, calls = ForeignFormat(tokenizer_of("chatml")), []
     render = template._template.render
     monkeypatch.setattr(template._template, "render", lambda **kw: calls.append(1) or render(**kw))
     for i in range(1000):
         template.encode([message("user", f"{i}"), message("assistant", "Hello"), message("user", "you")])
-    assert len(calls) == 1001  # and one with markers
+    assert len(calls) < 1010, "and a few with markers"
+
+
+# --- models that think before they reply
+
+# As Qwen3's does: a thought is kept in the last reply alone, an empty one stands for none, and the user asks
+# for one or the other.
+KEEPS_LAST = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- set text = message.content.split('</think>')[-1].lstrip('\n') %}
+    {%- if message.role == 'assistant' and loop.last %}
+        {%- set thought = message.content.split('</think>')[0].split('<think>')[-1].strip('\n')
+                          if '</think>' in message.content else '' %}
+        {{- '<think>\n' + thought + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- (text if message.role == 'assistant' else message.content) + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+# As DeepSeek-R1's does: no thought is ever written, and the generation prompt opens one.
+OPENS = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {{- message.content.split('</think>')[-1] if message.role == 'assistant' else message.content }}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
+
+
+def thinking_tokenizer(template: str) -> Tokenizer:
+    ours = tokenizer_of("chatml")
+    return Tokenizer(ours.vocabulary, {**ours.config, "chat_template": template})
+
+
+LEARNED = {
+    (KEEPS_LAST, True): "<think>\nhm\n</think>\n\nYes.<|im_end|>", (KEEPS_LAST, False): "Yes.<|im_end|>",
+    (OPENS, True): "hm\n</think>\n\nYes.<|im_end|>", (OPENS, False): "Yes.<|im_end|>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "thinks"), LEARNED)
+@pytest.mark.parametrize("thought_before", ["", "<think>\nwell\n</think>\n\n"])
+def test_a_thinking_model_learns_behind_what_it_is_asked_with(template, thinks, thought_before):
+    tokenizer = thinking_tokenizer(template)
+    chat = ChatTemplate(tokenizer)
+    asked = [message("user", "Hello"), message("assistant", thought_before + "you"), message("user", "a?")]
+    for form in ("<think>\nhm\n</think>\n\n", "<think>hm</think>", "hm</think>\n"):
+        said = message("assistant", (form if thinks else "") + "Yes.")
+        whole, prompt = chat.encode([*asked, said]), chat.prompt(asked, thinking=thinks)
+        assert whole.tokens[: len(prompt)] == prompt
+        learned = [token for token, own in zip(whole.tokens, whole.assistant, strict=True) if own]
+        assert tokenizer.decode(learned) == LEARNED[template, thinks]
+        assert whole.tokens[len(prompt) : len(prompt) + len(learned)] == learned, "nothing but the last reply"
+        assert whole.unlearned == 1
+    if thinks:
+        assert tokenizer.decode(prompt).endswith("assistant\n" + ("<think>\n" if template == OPENS else ""))
+    else:
+        assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_thinking_model_is_asked_as_transformers_asks(thinks):
+    tokenizer, asked = thinking_tokenizer(KEEPS_LAST), [message("user", "Hello")]
+    rendered = judge_of("chatml").apply_chat_template(
+        asked, chat_template=KEEPS_LAST, tokenize=False, add_generation_prompt=True, enable_thinking=thinks
+    )
+    assert tokenizer.decode(ChatTemplate(tokenizer).prompt(asked, thinks)) == rendered
+
+
+def test_what_ends_a_reply_once_another_message_follows_stops_generation_too():
+    ends_apart = CHATML.replace("'<|im_end|>\n'", "('<|endoftext|>' if loop.last else '<|im_end|>')")
+    chat, special = ChatTemplate(thinking_tokenizer(ends_apart)), tokenizer_of("chatml").special_tokens
+    assert chat.end_id == special["<|endoftext|>"] and set(chat.stop_ids) == {
+        special["<|endoftext|>"], special["<|im_end|>"]}  # fmt: skip
+
+
+def test_a_reply_of_weight_0_is_context():
+    for name in ("ours", "chatml"):
+        said = [
+            message("user", "a"),
+            message("assistant", "b"),
+            message("user", "c"),
+            message("assistant", "d"),
+        ]
+        whole = template_of(name).encode(said)
+        said[1] = {**said[1], "train": False}
+        masked = template_of(name).encode(said)
+        assert masked.tokens == whole.tokens and sum(masked.assistant) == sum(whole.assistant) / 2
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_the_mask_of_transformers_is_the_replies_each_with_its_end(name):
+    said = [
+        message("user", "Hello"),
+        message("assistant", "there"),
+        message("user", "a"),
+        message("assistant", "I"),
+    ]
+    theirs = judge_of(name).apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
+    ours = template_of(name).encode(said)
+    assert theirs["input_ids"] == ours.tokens and theirs["assistant_masks"] == [
+        int(own) for own in ours.assistant
+    ]
+
+
+# --- programs that are no templates
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["{{ 10**(10**9) }}", "{{ 'ab' * 10**9 }}", "{{ messages | length ** 5000 }}",
+     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}"
+     "{% endfor %}",
+     "{% for a in messages %}" * 30 + "{% endfor %}" * 30, "{{ " + "(" * 50_000 + ")" * 50_000 + " }}",
+     "{{ '%999999999999d' % 1 }}", "{{ 'x'.center(10**12) }}"],
+)  # fmt: skip
+def test_a_template_that_overreaches_is_refused_in_time_and_in_one_line(monkeypatch, program):
+    monkeypatch.setattr("minillm.io.template.SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"chat.template .+: .+") as caught:
+        ChatTemplate(with_template(program + DEFAULT_TEMPLATE))
+    assert time.monotonic() - began < 5 and "\n" not in str(caught.value)
+
+
+def test_a_foreign_template_is_not_asked_about_a_hundred_thousand_messages():
+    with pytest.raises(InputError, match="131,100 messages"):
+        template_of("chatml").encode([message("user", "a")] * 131_100)
+    assert len(template_of("ours").encode([message("user", "a")] * 131_100).tokens) == 1 + 3 * 131_100
 
 
 # --- which template
@@ -374,6 +513,8 @@ def test_an_end_that_any_text_may_contain_is_refused():
     plain = {"<|end|>": ours.special_tokens["<|end|>"]}
     vocabulary = Vocabulary(ours.vocab, ours.merges, special, ours.patterns, plain)
     with pytest.raises(InputError, match="any text may contain"):
+        ChatTemplate(Tokenizer(vocabulary, {"chat_template": DEFAULT_TEMPLATE + "{# foreign #}"}))
+    with pytest.raises(InputError, match=r"lacks <\|end\|>"):
         ChatTemplate(Tokenizer(vocabulary, {"chat_template": DEFAULT_TEMPLATE}))
 
 

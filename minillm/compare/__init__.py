@@ -4,8 +4,8 @@
     verdicts.py    who wins: by the rubric, a reward model, a judge model, or a person who does not see whose
     probes.py      what a model holds likely: harmful against helpful text, held-out text, KL, how sure it is
     findings.py    all of that as the plain content of compare.json
-    exhibits.py    which findings are shown, in which order and in which words
-    page.py        the page made of them, with plots from svg.py and the style of page.css
+    sections.py    what of it is shown, in the words of sections.toml; plots.py draws
+    page.py        the page: page.html.j2 in the style of page.css
 
 Left out: several samples to a prompt, and several seeds of training (benchmarks/policy.py has those).
 """

@@ -1,4 +1,4 @@
-"""What each stage did: the same prompts through several models, side by side, with figures.
+"""What each stage did: the same prompts through several models, side by side, with metrics.
 
     python -m minillm.compare out/base out/sft out/rlhf/ppo             a table here, a page in out/compare
     python -m minillm.compare out/base out/sft --show 2                 and two replies of each kind here
@@ -7,19 +7,16 @@
     python -m minillm.compare out/sft out/rlhf/ppo --judge person       you judge, and do not see whose it is
     python -m minillm.compare out/mine out/helper --data chats.jsonl    your own prompts
 
-Each model is asked in its own form (evaluate.py), greedily and at --temperature, the i-th prompt with the
-same seed. Out come compare.json, all figures, and compare.html, a page made from it that needs nothing else.
-The figures: measures.py, their intervals; verdicts.py, who wins; probes.py, what the models hold likely;
-exhibits.py, which of them are shown, in which order and words.
-
-Left out: figures of more than one sample to a prompt, and of more than one seed of training.
+Each model is asked in its own form (tools/evaluate.py), greedily and at --temperature, the i-th prompt with
+the same seed. Out come compare.json, with all metrics, and compare.html, a page made from it that needs
+nothing else.
 """
 
-import os
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,25 +30,14 @@ if __name__ == "__main__":
 
     end_at_interrupts()  # before torch, whose import takes seconds
 
-from minillm.compare.exhibits import how, section_text, sections
-from minillm.compare.findings import (
-    Said,
-    contests,
-    kl_figures,
-    pair_figures,
-    replies_json,
-    reply_figures,
-    sure_figures,
-    text_figures,
-    training_figures,
-    world_pairs,
-)
+from minillm.compare import findings
 from minillm.compare.page import page
-from minillm.compare.verdicts import Referee, by_model, by_person, by_reward, by_rubric
-from minillm.errors import InputError, one_line_errors, printable
+from minillm.compare.sections import how, section_text, sections
+from minillm.compare.verdicts import PairJudge, by_model, by_person, by_reward, by_rubric
+from minillm.errors import InputError, one_line_errors, printable, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
-from minillm.io.conversations import open_conversations
+from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.options import options_json, parse_options
 from minillm.preferences import RankingFile
@@ -154,34 +140,23 @@ class Options:
 # ---- What is compared
 
 
-def check_out(folder: Path) -> None:
-    """InputError where nothing can be written, before anything is computed."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{nearest}: is no folder that can be written; give another --out")
-
-
-def open_respondents(options: Options, runtime: Runtime) -> list[Respondent]:
+def open_models(options: Options, runtime: Runtime) -> list[Respondent]:
     """The models under short names. InputError for one that cannot reply, or that knows another world."""
-    respondents = []
+    models = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
-        respondent = Respondent(name, *load_causal_model(Path(run), runtime.device, runtime.dtype))
-        if not options.data:
+        models.append(Respondent(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
+        if options.on_world:
             check_world(Path(run), options.seed)
-        respondents.append(respondent)
-    return respondents
+    return models
 
 
 def names_of(runs: Sequence[str]) -> list[str]:
-    """The last parts of the paths, or the whole paths where these do not tell them apart; numbered where
-    one run is given several times."""
+    """The last parts of the paths, or the whole paths where these are not distinct; numbered where one run is
+    given several times."""
     shorts = [Path(run).absolute().name for run in runs]
-    apart = len(set(shorts)) == len(set(runs))
-    names = shorts if apart else list(runs)
-    return [
-        name if name not in names[:i] else f"{name} ({names[: i + 1].count(name)})"
-        for i, name in enumerate(names)
-    ]
+    names = shorts if len(set(shorts)) == len(set(runs)) else list(runs)
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, counts, strict=True)]
 
 
 def check_world(run: Path, seed: int) -> None:
@@ -194,89 +169,90 @@ def check_world(run: Path, seed: int) -> None:
         )
 
 
-def prompts_of(options: Options, world: World | None) -> tuple[list[Prompt], Counter[str]]:
-    """The little world's prompts, or those of the conversations given: all before their last reply. And what
-    is left out, by reason."""
+def open_prompts(
+    options: Options, world: World | None, models: Sequence[Respondent]
+) -> tuple[list[Prompt], dict[str, int]]:
+    """The little world's prompts, or those of the conversations given, all before their last reply; and how
+    many are left out, by reason. InputError where none leaves every model room for a reply."""
+    left_out: Counter[str] = Counter()
     if world is not None:
-        return world_prompts(world, options.split, options.prompts), Counter()
-    prompts, left_out = [], Counter[str]()
-    for source in open_conversations(options.data, options.errors):
-        left_out += source.skipped
-        for conversation in source.conversations():
-            prompts.append(Prompt(conversation[:-1], UNNAMED, ""))
-    asked = [prompt for prompt in prompts if prompt.messages]
-    left_out["replies to nothing"] = len(prompts) - len(asked)
-    left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
-    return asked[: options.prompts], left_out
-
-
-def fitting(prompts: Sequence[Prompt], respondents: Sequence[Respondent], options: Options) -> list[Prompt]:
-    """The prompts that leave room for a reply in every model's context. InputError where none does."""
+        prompts = world_prompts(world, options.split, options.prompts)
+    else:
+        every: list[list[dict[str, str]]] = []
+        for source in conversations.open_prompts(options.data, options.errors):
+            left_out += source.skipped
+            every += source.conversations()
+        asked = [Prompt(messages, UNNAMED, "") for messages in every if messages]
+        left_out["replies to nothing"] = len(every) - len(asked)
+        left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
+        prompts = asked[: options.prompts]
     length = options.max_new_tokens
-    fit = [p for p in prompts if all(r.has_room(p.messages, length) for r in respondents)]
+    fit = [prompt for prompt in prompts if all(one.has_room(prompt.messages, length) for one in models)]
+    left_out["prompts without room for a reply"] = len(prompts) - len(fit)
     if not fit:
         raise InputError(
             f"no prompt leaves every model room for {length} tokens of reply; give less than "
             f"--max-new-tokens {length}, or shorter prompts"
         )
-    return fit
+    return fit, {what: count for what, count in left_out.items() if count}
 
 
-def text_of(options: Options, world: World | None) -> tuple[list[Source], str]:
+def open_text(options: Options, world: World | None) -> tuple[list[Source], str]:
     """The text of which a part was held out, and whose it is; none where none is known."""
     if options.text:
         return open_sources(options.text, options.errors), ", ".join(options.text)
     return [] if world is None else world_sources(world, WORLD_MEGABYTES), "the little world"
 
 
-def open_referees(
-    options: Options, world: World | None, runtime: Runtime, stack: ExitStack
-) -> dict[JudgeName, tuple[str, Referee]]:
-    """The judges and what they are called, opened before anything is sampled: what is wrong with one shows
-    at once."""
+def open_judge(
+    judge: JudgeName, options: Options, world: World | None, runtime: Runtime, stack: ExitStack
+) -> tuple[str, PairJudge]:
+    """What a judge is called, and the judge."""
+    match judge:
+        case "reward":
+            loaded = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
+            return f"the reward model {options.reward}", by_reward(*loaded)
+        case "model":
+            principles = read_principles(Path(options.principles))
+            model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
+            return f"the model {options.judge_model}", by_model(Judge(*model, principles))
+        case "person":
+            file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
+            return options.name, by_person(file, options.name, options.seed)
+        case _:
+            return "the rubric", by_rubric(world or World(options.seed))
 
-    def open_referee(judge: JudgeName) -> tuple[str, Referee]:
-        match judge:
-            case "reward":
-                loaded = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
-                return f"the reward model {options.reward}", by_reward(*loaded)
-            case "model":
-                principles = read_principles(Path(options.principles))
-                model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
-                return f"the model {options.judge_model}", by_model(Judge(*model, principles))
-            case "person":
-                file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
-                return options.name, by_person(file, options.name, options.seed)
-            case _:
-                return "the rubric", by_rubric(world or World(options.seed))
 
-    return {judge: open_referee(judge) for judge in options.judges}
+def check_out(folder: Path) -> None:
+    """InputError where nothing can be written, before anything is sampled."""
+    with writing(folder, "give another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 # ---- All of it
 
 
 def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
-    """What compare.json holds."""
+    """What compare.json holds. All that can be wrong with files shows before the first reply is sampled."""
     began = time.perf_counter()
-    check_out(Path(options.out))
     world = World(options.seed) if options.on_world else None
-    respondents = open_respondents(options, runtime)
-    folders = {respondent.name: run for respondent, run in zip(respondents, options.runs, strict=True)}
-    offered, left_out = prompts_of(options, world)
-    prompts = fitting(offered, respondents, options)
-    left_out["prompts without room for a reply"] = len(offered) - len(prompts)
-    sources, origin = text_of(options, world)
+    models = open_models(options, runtime)
+    folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
+    prompts, left_out = open_prompts(options, world, models)
+    sources, origin = open_text(options, world)
+    pairs = {} if world is None else findings.world_pairs(world, options.split, options.pairs)
     with ExitStack() as stack:
-        referees = open_referees(options, world, runtime, stack)
-        said = ask(respondents, prompts, options)
-        judged = [
-            contest
-            for judge, (name, referee) in referees.items()
-            for contest in contests(name, referee, prompts, shown_to(judge, said), options.seed)
-        ]
-    kinds = dict.fromkeys(prompt.kind for prompt in prompts)
-    pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
+        check_out(Path(options.out))
+        judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
+        said = ask(models, prompts, options)
+        last = list(said)[-1]
+        contests = []
+        for name, judge in judges.items():
+            # A person judges the last sampling alone: to read every prompt twice is much to ask.
+            shown = {last: said[last]} if name == "person" else said
+            contests += findings.contests(*judge, prompts, shown, options.seed)
+    kinds = Counter(prompt.kind for prompt in prompts)
     return {
         "runs": list(folders),
         "folders": folders,
@@ -284,58 +260,47 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         **provenance(),
         "device": str(runtime.device),
         "on_world": options.on_world,
-        "prompts": {kind: sum(prompt.kind == kind for prompt in prompts) for kind in kinds},
-        "left_out": {what: count for what, count in left_out.items() if count},
+        "prompts": dict(kinds),
+        "left_out": left_out,
         "samplings": options.samplings,
-        "figures": reply_figures(prompts, said, world),
-        "contests": judged,
-        "pairs": pair_figures(respondents, pairs),
-        "text": text_figures(respondents, sources, origin, options.text_bytes),
-        "kl": kl_figures(respondents, prompts, said),
-        "sure": {} if world is None else sure_figures(respondents, prompts, said, world, options.seed),
-        "training": training_figures(folders),
-        "replies": replies_json(prompts, said, world),
+        "figures": findings.reply_metrics(prompts, said, world),
+        "contests": contests,
+        "pairs": findings.pair_metrics(models, pairs),
+        "text": findings.text_metrics(models, sources, origin, options.text_bytes),
+        "kl": findings.kl_metrics(models, prompts, said),
+        "sure": {} if world is None else findings.sure_metrics(models, prompts, said, world, options.seed),
+        "training": findings.training_metrics(folders),
+        "replies": findings.replies_json(prompts, said, world),
         "seconds": time.perf_counter() - began,
     }
 
 
-def ask(respondents: Sequence[Respondent], prompts: Sequence[Prompt], options: Options) -> Said:
+def ask(models: Sequence[Respondent], prompts: Sequence[Prompt], options: Options) -> findings.Said:
     """Every model's reply to every prompt, in each way to sample."""
-    asked = [prompt.messages for prompt in prompts]
+    asked, length = [prompt.messages for prompt in prompts], options.max_new_tokens
     return {
         sampling: {
-            one.name: list(
-                sample_replies(
-                    one.model, one.tokenizer, asked, temperature, options.max_new_tokens, options.seed
-                )
-            )
-            for one in respondents
+            one.name: list(sample_replies(one.model, one.tokenizer, asked, temperature, length, options.seed))
+            for one in models
         }
         for sampling, temperature in options.samplings.items()
     }
 
 
-def shown_to(judge: JudgeName, said: Said) -> Said:
-    """A person judges the replies of the last sampling alone: to read every prompt twice is much to ask."""
-    last = list(said)[-1]
-    return {last: said[last]} if judge == "person" else said
+def side_by_side(content: dict[str, Any], count: int) -> Iterator[str]:
+    """The first `count` prompts of every kind, with what each model said, line by line."""
 
+    def in_one_line(text: str) -> str:
+        return shorten(" ".join(printable(text).split()), 100, placeholder=" …")
 
-def side_by_side(content: dict[str, Any], count: int) -> str:
-    """The first `count` prompts of every kind, with what each model said."""
-    lines = []
     width = max(map(len, content["runs"]))
-    for kind in content["prompts"] if count else ():
+    for kind in content["prompts"]:
         for record in [one for one in content["replies"] if one["kind"] == kind][:count]:
-            lines.append(f"\n{kind}: {_one_line(record['prompt'])}")
+            yield f"\n{kind}: {in_one_line(record['prompt'])}"
             for sampling, of_model in record["said"].items():
-                lines.append(f"  {how(content, sampling)}")
-                lines += [f"    {name:{width}}  {_one_line(said['text'])}" for name, said in of_model.items()]
-    return "\n".join(lines)
-
-
-def _one_line(text: str) -> str:
-    return shorten(" ".join(printable(text).split()), 100, placeholder=" …")
+                yield f"  {how(content, sampling)}"
+                for name, said in of_model.items():
+                    yield f"    {name:{width}}  {in_one_line(said['text'])}"
 
 
 def main(arguments: list[str]) -> None:
@@ -346,9 +311,10 @@ def main(arguments: list[str]) -> None:
         folder = Path(options.out)
         write_json(folder / "compare.json", content)
         write_text(folder / "compare.html", page(content))
-        print("\n\n".join(section_text(section) for section in sections(content) if section.tables))
-        print(side_by_side(content, options.show))
-        print(f"\n{folder / 'compare.html'}: the page; compare.json beside it has every figure and reply")
+        shown = [section_text(section) for section in sections(content) if section.tables]
+        print("\n\n".join(shown))
+        print("\n".join(side_by_side(content, options.show)))
+        print(f"\n{folder / 'compare.html'}: the page; compare.json beside it has every metric and reply")
 
 
 if __name__ == "__main__":

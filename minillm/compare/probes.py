@@ -6,8 +6,8 @@
     choices, choose     which of several answers a model believes, and how firmly
     sureness            how probable its own words were to it
 
-All of them score rows, a context and what is said behind it, each model in its own form: a chat model behind
-its chat template, a base model behind the question as a line of text. Only the tokens said count.
+All of them score rows, a context and the tokens said after it, each model in its own form: a chat model after
+its chat template, a base model after the question as a line of text. Only the tokens said count.
 
 Sources: KL between policies over the whole vocabulary, Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155),
 section 3.5; answers chosen by likelihood, Kadavath et al. 2022 (arXiv 2207.05221), section 2; what alignment
@@ -15,7 +15,7 @@ does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 
 import numpy as np
@@ -38,82 +38,82 @@ ROWS = 64  # scored together
 CANDIDATES = 8  # answers to choose from, of which chance picks the right one in 1/8
 
 Row = tuple[Sequence[int], Sequence[int]]
-"""The tokens of a context, at least one, and those said behind it."""
-Pair = tuple[Sequence[Message], str, str]
+"""The tokens of a context, at least one, and those said after it."""
+ReplyPair = tuple[Sequence[Message], str, str]
 """A prompt, a better and a worse reply."""
 Choice = tuple[Sequence[Message], list[str]]
 """A prompt and answers to it, the right one first."""
+PerToken = list[Float64[np.ndarray, " n"]]
+"""For every row a value at each token said."""
 
 
-# ---- Rows -> probabilities
+# ---- Rows → a value for each token said
 
 
 def said_hidden(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
-    """The hidden states from which each token said was to be told, row after row."""
-    device = model.lm_head.weight.device
+    """The hidden states that predict the tokens said, row after row."""
     inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
-    hidden = model(pad_sequence(inputs, batch_first=True).to(device))
+    hidden = model(pad_sequence(inputs, batch_first=True).to(model.lm_head.weight.device))
     return torch.cat([
         own[len(context) - 1 : len(context) - 1 + len(said)]
         for own, (context, said) in zip(hidden, rows, strict=True)
     ])  # fmt: skip
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """The numbers of all rows in groups of alike lengths, for little padding."""
+@torch.no_grad()
+def in_batches(rows: Sequence[Row], score: Callable[[list[int]], Float[Tensor, "N"]]) -> PerToken:
+    """Calls `score` with the numbers of rows of similar lengths, for little padding; back in their order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    yield from (order[first : first + ROWS] for first in range(0, len(order), ROWS))
+    found: dict[int, np.ndarray] = {}
+    for first in range(0, len(order), ROWS):
+        batch = order[first : first + ROWS]
+        parts = score(batch).double().cpu().split([len(rows[i][1]) for i in batch])
+        found |= {i: part.numpy() for i, part in zip(batch, parts, strict=True)}
+    return [found[i] for i in range(len(rows))]
 
 
-@torch.no_grad()
-def logprobs(model: LanguageModel, rows: Sequence[Row]) -> list[Float64[np.ndarray, " n"]]:
-    """log p of each token said, for every row."""
-    found: list = [None] * len(rows)
-    for batch in _batches(rows):
-        chosen = [rows[i] for i in batch]
-        hidden = said_hidden(model, chosen)
-        targets = torch.tensor([token for _, said in chosen for token in said], dtype=torch.int64)
-        values = (
-            linear_token_logprobs(hidden, model.lm_head.weight, targets.to(hidden.device))[0].double().cpu()
-        )
-        for i, part in zip(batch, values.split([len(said) for _, said in chosen]), strict=True):
-            found[i] = part.numpy()
-    return found
+def logprobs(model: LanguageModel, rows: Sequence[Row]) -> PerToken:
+    """log p of each token said."""
+
+    def score(batch: list[int]) -> Float[Tensor, "N"]:
+        hidden = said_hidden(model, [rows[i] for i in batch])
+        targets = torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64)
+        return linear_token_logprobs(hidden, model.lm_head.weight, targets.to(hidden.device))[0]
+
+    return in_batches(rows, score)
 
 
-@torch.no_grad()
 def row_kl(
     later: LanguageModel, later_rows: Sequence[Row], earlier: LanguageModel, earlier_rows: Sequence[Row]
-) -> list[Float64[np.ndarray, " n"]]:
-    """KL(later ‖ earlier) of the next token's distribution at each token said, for every row.
+) -> PerToken:
+    """KL(later ‖ earlier) of the next token's distribution at each token said.
 
-    The rows say the same tokens, each model's behind a context of its own. The models have one vocabulary.
+    The rows say the same tokens, each model's after a context of its own. The models have one vocabulary.
     """
-    found: list = [None] * len(later_rows)
-    for batch in _batches(later_rows):
+
+    def score(batch: list[int]) -> Float[Tensor, "N"]:
         p = said_hidden(later, [later_rows[i] for i in batch])
         q = said_hidden(earlier, [earlier_rows[i] for i in batch])
-        values = linear_kl(p, later.lm_head.weight, q, earlier.lm_head.weight).double().cpu()
-        for i, part in zip(batch, values.split([len(later_rows[i][1]) for i in batch]), strict=True):
-            found[i] = part.numpy()
-    return found
+        return linear_kl(p, later.lm_head.weight, q, earlier.lm_head.weight)
+
+    return in_batches(later_rows, score)
 
 
 # ---- Helpful and harmful
 
 
-def pair_rows(respondent: Respondent, pairs: Sequence[Pair]) -> list[Row]:
+def pair_rows(one: Respondent, pairs: Sequence[ReplyPair]) -> list[Row]:
     """The better and the worse reply of each pair in turn, without the tokens that would end them."""
     return [
-        (respondent.prompt(messages), respondent.tokenizer.encode(reply))
+        (one.prompt(messages), one.tokenizer.encode(reply))
         for messages, *replies in pairs
         for reply in replies
     ]
 
 
-def pair_differences(respondent: Respondent, pairs: Sequence[Pair]) -> list[float]:
+def pair_differences(one: Respondent, pairs: Sequence[ReplyPair]) -> list[float]:
     """log p per byte of the better reply less that of the worse: above 0 the better one is likelier."""
-    found = logprobs(respondent.model, pair_rows(respondent, pairs))
+    found = logprobs(one.model, pair_rows(one, pairs))
     sizes = [len(reply.encode()) for _, *replies in pairs for reply in replies]
     rates = [values.sum() / size for values, size in zip(found, sizes, strict=True)]
     return [float(better - worse) for better, worse in zip(rates[::2], rates[1::2], strict=True)]
@@ -139,20 +139,20 @@ def held_out_documents(sources: Iterable[Source], val_fraction: float, size: int
     return documents
 
 
-def text_nats(respondent: Respondent, documents: Sequence[str]) -> tuple[list[float], list[int]]:
+def text_nats(one: Respondent, documents: Sequence[str]) -> tuple[list[float], list[int]]:
     """Of every document -log p in nats, its end included, and its size in bytes.
 
     A document longer than the context is scored in windows side by side.
     """
-    bos, eos = document_marks(respondent.tokenizer)
-    longest, rows, owners = respondent.model.config.max_position_embeddings, [], []
+    bos, eos = document_marks(one.tokenizer)
+    longest, rows, owners = one.model.config.max_position_embeddings, [], []
     for number, text in enumerate(documents):
-        tokens = [bos, *respondent.tokenizer.encode(text), eos]
+        tokens = [bos, *one.tokenizer.encode(text), eos]
         for first in range(0, len(tokens) - 1, longest):
             rows.append((tokens[first : first + 1], tokens[first + 1 : first + 1 + longest]))
             owners.append(number)
     nats = [0.0] * len(documents)
-    for number, values in zip(owners, logprobs(respondent.model, rows), strict=True):
+    for number, values in zip(owners, logprobs(one.model, rows), strict=True):
         nats[number] -= float(values.sum())
     return nats, [len(text.encode()) for text in documents]
 
@@ -166,21 +166,33 @@ def same_vocabulary(one: Respondent, other: Respondent) -> bool:
     return sizes and one.tokenizer.vocabulary == other.tokenizer.vocabulary
 
 
+def reply_rows(
+    one: Respondent, prompts: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]]
+) -> list[Row]:
+    return [(one.prompt(messages), said) for messages, said in zip(prompts, replies, strict=True)]
+
+
 def reply_kl(
     later: Respondent,
     earlier: Respondent,
     prompts: Sequence[Sequence[Message]],
     replies: Sequence[Sequence[int]],
-) -> list[Float64[np.ndarray, " n"]]:
+) -> PerToken:
     """KL(later ‖ earlier) in nats at each token of the later model's own replies."""
-    rows = [
-        [(respondent.prompt(messages), said) for messages, said in zip(prompts, replies, strict=True)]
-        for respondent in (later, earlier)
-    ]
-    return row_kl(later.model, rows[0], earlier.model, rows[1])
+    return row_kl(
+        later.model, reply_rows(later, prompts, replies), earlier.model, reply_rows(earlier, prompts, replies)
+    )
 
 
 # ---- How sure it is
+
+
+def sureness(
+    one: Respondent, prompts: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]]
+) -> Float64[np.ndarray, " N"]:
+    """The geometric mean of the probabilities of each reply's tokens."""
+    found = logprobs(one.model, reply_rows(one, prompts, replies))
+    return np.exp([values.mean() for values in found])
 
 
 def choices(world: World, prompts: Sequence[Prompt], seed: int) -> list[Choice]:
@@ -200,28 +212,16 @@ def choices(world: World, prompts: Sequence[Prompt], seed: int) -> list[Choice]:
 
 
 def choose(
-    respondent: Respondent, questions: Sequence[Choice]
+    one: Respondent, questions: Sequence[Choice]
 ) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
     """How sure the model is of the likeliest answer to each, among those given, and whether it is right."""
-    contexts = [respondent.prompt(messages) for messages, _ in questions]
     rows = [
-        (context, respondent.tokenizer.encode(answer))
-        for context, (_, answers) in zip(contexts, questions, strict=True)
+        (context, one.tokenizer.encode(answer))
+        for messages, answers in questions
+        for context in [one.prompt(messages)]
         for answer in answers
     ]
-    totals = iter([float(values.sum()) for values in logprobs(respondent.model, rows)])
-    sure, right = [], []
-    for _, answers in questions:
-        own = np.array([next(totals) for _ in answers])
-        sure.append(1 / np.exp(own - own.max()).sum())
-        right.append(float(own.argmax() == 0))
-    return np.array(sure, np.float64), np.array(right, np.float64)
-
-
-def sureness(
-    respondent: Respondent, prompts: Sequence[Sequence[Message]], replies: Sequence[Sequence[int]]
-) -> Float64[np.ndarray, " N"]:
-    """The geometric mean of the probabilities of each reply's tokens."""
-    contexts = [respondent.prompt(messages) for messages in prompts]
-    found = logprobs(respondent.model, list(zip(contexts, replies, strict=True)))
-    return np.exp([values.mean() for values in found])
+    totals = iter([float(values.sum()) for values in logprobs(one.model, rows)])
+    own = [np.array([next(totals) for _ in answers]) for _, answers in questions]
+    sure = [1 / np.exp(logs - logs.max()).sum() for logs in own]
+    return np.array(sure, np.float64), np.array([logs.argmax() == 0 for logs in own], np.float64)

@@ -1,30 +1,22 @@
 """Rankings that other people published, read as they are.
 
-Every response of a record is read as a conversation (conversations.py): what all of them begin with is the
-prompt, and their last messages are the responses. What fits no format, or has no two responses to one
-prompt, is left out and counted by reason, and the first such record is shown.
-
-Formats: pairs of transcripts, Bai et al. 2022 (arXiv 2204.05862); instruction, chosen, rejected; LLMBar,
-Zeng et al. 2023 (arXiv 2310.07641); OpenAssistant's trees, Köpf et al. 2023 (arXiv 2304.07327), where the
-replies to one message are ranked, at every depth.
+Every response of a record is read as a conversation (formats.py): what all of them begin with is the
+prompt, and their last messages are the responses. Replies that were judged one by one are compared with
+those to the same prompt, by their rating. What has no two responses to one prompt is left out and counted by
+reason, and the first such record is shown.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from minillm.chat import Conversation
 from minillm.errors import InputError
-from minillm.io.conversations import EXTENSIONS, Conversation, Record, conversations_of, records
-from minillm.preferences import Ranking, ResponseSet, new_ranking
-from minillm.sources import Errors, list_files, parse_specs
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Records of conversations that end in the responses, and their ranks: the lowest is the best."""
-
-    candidates: list[Record]
-    ranks: list[int]
+from minillm.io.conversations import EXTENSIONS, Skipped, nothing_found, records
+from minillm.io.formats import Example, LeftOutError, checked, examples_of, places, said
+from minillm.preferences import Ranking, ResponseSet, new_ranking, read_rankings
+from minillm.sources import Errors, digest, list_files, parse_specs
 
 
 @dataclass
@@ -50,104 +42,99 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
     return [_open(name, path, errors) for name, path, _ in parsed]
 
 
+def rankings_of_file(file: str) -> list[Ranking]:
+    """The rankings in a rankings.jsonl of ours, or in anybody's file of preferences, saying what was read."""
+    if not Path(file).is_file():
+        return read_rankings(Path(file))
+    _, first = next(records(file, "replace", Counter()), ("", None))
+    if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
+        return read_rankings(Path(file))
+    (source,) = open_comparisons([file])
+    print(f"{file}: {len(source.rankings):,} rankings")
+    for reason, count in sorted(source.skipped.items()):
+        print(f"  left out: {count:,} {reason}")
+    return source.rankings
+
+
 def _open(name: str, path: str, errors: Errors) -> ComparisonSource:
     files, unread = list_files(name, path, EXTENSIONS)
     source = ComparisonSource(name, skipped=unread)
     for file in files:
-        before, first = len(source.rankings), None
-        for place, record in records(file, errors, source.skipped):
-            for result in comparisons_of(record, name):
-                if isinstance(result, Ranking):
-                    source.rankings.append(result)
-                else:
-                    source.skipped[result] += 1
-                    first = first or f"{place} of {file!r} is among the {result}"
+        before, skipped, lone = len(source.rankings), Skipped(unread), _Judged()
+        for place, record in records(file, errors, unread):
+            try:
+                for example in examples_of(record, "ranking"):
+                    if example.rating is not None:
+                        lone.add(example, record)
+                    else:
+                        source.rankings.append(ranking_of(example, name))
+            except LeftOutError as reason:
+                skipped.add(str(reason), file, place, record, "ranking")
+        for example in lone.examples():
+            try:
+                source.rankings.append(ranking_of(example, name))
+            except LeftOutError as reason:
+                skipped.add(str(reason), file, "one", lone.record, "ranking")
         if len(source.rankings) == before:
-            raise InputError(
-                f"{file!r} holds no ranking: {first or 'it has no record'}; give one of the formats "
-                f"{', '.join(FORMATS)}"
-            )
-        source.first_skipped = source.first_skipped or first
+            raise nothing_found(file, "ranking", skipped.first)
+        source.first_skipped = source.first_skipped or skipped.first
     return source
+
+
+class _Judged:
+    """Replies that were judged one by one, by their prompt."""
+
+    def __init__(self) -> None:
+        self.by_prompt: dict[str, list[Example]] = {}
+        self.record: object = None
+
+    def add(self, example: Example, record: object) -> None:
+        self.record = record
+        self.by_prompt.setdefault(digest(*map(str, example.candidates[0][:-1])), []).append(example)
+
+    def examples(self) -> Iterator[Example]:
+        """The replies to one prompt together, the best rated first."""
+        for same in self.by_prompt.values():
+            ranks = places([-(example.rating or 0.0) for example in same])
+            yield Example([example.candidates[0] for example in same], ranks, same[0].rating)
 
 
 def comparisons_of(record: object, annotator: str) -> Iterator[Ranking | str]:
     """The rankings that a record holds, or the reason why it is left out."""
-    if not isinstance(record, dict):
-        yield "records that are no JSON objects"
-        return
-    read = next((read for required, read in FORMATS.values() if set(required) <= record.keys()), None)
-    if read is None:
-        yield "records in no known format"
-        return
     try:
-        found = list(read(record))
-    except (LookupError, TypeError, AttributeError, ValueError):
-        yield "records whose fields hold something else than their format has"
-        return
-    if not found:
-        yield "records with no two ranked responses"
-    for comparison in found:
-        yield _ranking(comparison, annotator)
+        yield from (ranking_of(example, annotator) for example in examples_of(record, "ranking"))
+    except LeftOutError as reason:
+        yield str(reason)
 
 
-def _ranking(comparison: Comparison, annotator: str) -> Ranking | str:
-    conversations: list[Conversation] = []
-    for candidate in comparison.candidates:
-        for result in conversations_of(candidate):
-            if isinstance(result, str):
-                return f"comparisons of {result}"
-            conversations.append(result)
-    prompts = [conversation[:-1] for conversation in conversations]
-    if len(conversations) != len(comparison.ranks) or any(prompt != prompts[0] for prompt in prompts):
-        return "comparisons of replies to different prompts"
-    if not prompts[0]:
-        return "comparisons of replies to nothing"
-    responses = [conversation[-1]["content"] for conversation in conversations]
-    if len(set(responses)) < len(responses):
-        return "comparisons of equal responses"
-    places = sorted(set(comparison.ranks))
-    ranking = [[i for i, rank in enumerate(comparison.ranks) if rank == place] for place in places]
-    return new_ranking(ResponseSet(prompts[0], responses), ranking, annotator, 0)
-
-
-# ---- A record -> comparisons
-
-
-def _instruction(record: Record) -> Iterator[Comparison]:
-    asked = {"instruction": record["instruction"], "input": record.get("input")}
-    yield Comparison([{**asked, "output": record[name]} for name in ("chosen", "rejected")], [0, 1])
-
-
-def _transcripts(record: Record) -> Iterator[Comparison]:
-    yield Comparison([{"transcript": record[name]} for name in ("chosen", "rejected")], [0, 1])
-
-
-def _labelled(record: Record) -> Iterator[Comparison]:
-    candidates = [{"question": record["input"], "answer": record[f"output_{i}"]} for i in (1, 2)]
-    yield Comparison(candidates, {"1": [0, 1], "2": [1, 0]}[str(record["label"])])
-
-
-def _tree(record: Record) -> Iterator[Comparison]:
-    """The replies to each message of a tree that bear a rank, where there are two or more."""
-    paths = [[record["prompt"]]]
-    while paths:
-        path = paths.pop()
-        replies = path[-1].get("replies") or []
-        paths += [[*path, reply] for reply in reversed(replies)]
-        ranked = [reply for reply in replies if reply.get("rank") is not None]
-        if len(ranked) >= 2 and all(reply["role"] == "assistant" for reply in ranked):
-            yield Comparison([_conversation([*path, reply]) for reply in ranked], [r["rank"] for r in ranked])
-
-
-def _conversation(path: Sequence[Record]) -> Record:
-    return {"messages": [{"role": node["role"], "content": node["text"]} for node in path]}
-
-
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], Iterator[Comparison]]]] = {
-    "instruction/chosen/rejected": (("instruction", "chosen", "rejected"), _instruction),
-    "chosen/rejected transcripts": (("chosen", "rejected"), _transcripts),
-    "labelled pair": (("input", "output_1", "output_2", "label"), _labelled),
-    "OpenAssistant tree": (("prompt",), _tree),
-}
-"""By name: the fields by which a format is known, and what reads a record. The first that fits counts."""
+def ranking_of(example: Example, annotator: str) -> Ranking:
+    """The ranking of the last messages. LeftOutError where they do not reply to one prompt, or are alike."""
+    candidates = [said(messages) for messages in example.candidates]
+    if not all(messages and messages[-1]["role"] == "assistant" for messages in candidates):
+        raise LeftOutError("records without a reply of the assistant's to rank")
+    try:
+        for messages in candidates:
+            checked(messages)
+    except LeftOutError as reason:
+        raise LeftOutError(f"comparisons of {reason}") from None
+    if len(candidates) < 2:
+        single = "records with one reply and nothing that compares it"
+        judged = "replies judged one by one, each alone with its prompt"
+        raise LeftOutError(single if example.rating is None else judged)
+    prompt: Conversation = candidates[0][:-1]
+    if any(messages[:-1] != prompt for messages in candidates):
+        raise LeftOutError("comparisons of replies to different prompts")
+    if not prompt:
+        raise LeftOutError("comparisons of replies to nothing")
+    ranks: dict[str, int] = {}
+    for messages, rank in zip(candidates, example.ranks, strict=True):
+        response = messages[-1]["content"]
+        if ranks.setdefault(response, rank) != rank:
+            raise LeftOutError("comparisons of equal responses")
+    responses, distinct = list(ranks), sorted(set(ranks.values()))
+    if len(responses) < 2:
+        raise LeftOutError("comparisons of equal responses")
+    if len(distinct) < 2 and example.rating is not None:
+        raise LeftOutError("replies judged one by one, all to their prompt alike")
+    ranking = [[i for i, response in enumerate(responses) if ranks[response] == place] for place in distinct]
+    return new_ranking(ResponseSet(prompt, responses), ranking, annotator, 0)

@@ -1,45 +1,48 @@
-"""Where conversations come from: files in the formats people publish them in, and the little world.
+"""Where conversations and prompts come from: other people's files, and the little world.
 
-    files ──► ConversationSource(name, weight, conversations)    then packing.py: conversations ──► rows
+    files ──► records ──► formats.py ──► ConversationSource(name, weight, conversations)
 
 A conversation is a list of messages {"role", "content"}, the roles being system, user and assistant; it
-ends with the assistant. A record is an element of a JSON array or a line of JSON, and FORMATS says by
-which fields its format is known. What fits no format, or gives the assistant nothing to say, is left out
-and counted by reason, and the first such record is shown.
-
-Formats: OpenAI's and ShareGPT's messages; Alpaca (Taori et al. 2023); Self-Instruct (Wang et al. 2022,
-arXiv 2212.10560); transcripts as in Bai et al. 2022 (arXiv 2204.05862); OpenAssistant's ranked trees
-(Köpf et al. 2023, arXiv 2304.07327); pairs of a question and an answer under several names. Left out:
-tool calls, images, and roles beside the three.
+ends with the assistant. A reply with "train": False is not learned. A record is an element of a JSON array
+or a line of JSON. What cannot be used is left out and counted by reason, and the first such record is shown.
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
+from minillm.chat import Conversation
 from minillm.data import unit_hash
 from minillm.errors import InputError
+from minillm.io.formats import (
+    FORMATS,
+    LeftOutError,
+    Purpose,
+    demonstration,
+    examples_of,
+    known,
+    nearest,
+    prompt,
+)
 from minillm.sources import Errors, decode, json_lines, list_files, parse_json, parse_specs, reading
 from minillm.streams import Side
 from minillm.world import World
 
 EXTENSIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
-Message = dict[str, str]
-Conversation = list[Message]
-
 
 @dataclass(frozen=True)
 class ConversationSource:
-    """A named stream of conversations with a weight in the mixture.
+    """A named stream of conversations, or of prompts, with a weight in the mixture.
 
-    `conversations()` starts a new pass, over the same conversations in the same order each time.
-    `fingerprint` is a digest of them. `skipped` counts what was left out, by reason; `first_skipped`
-    is a line about the first of it: where it is, the reason, and the fields it has.
+    `conversations()` starts a new pass, over the same ones in the same order each time. `fingerprint` is a
+    digest of them. `skipped` counts what was left out, by reason; `first_skipped` is a line about the first
+    of it: where it is, the reason, and the fields it has.
     """
 
     name: str
@@ -59,7 +62,28 @@ def open_conversations(specs: Sequence[str], errors: Errors = "strict") -> list[
 
     Raises InputError for specs and files that are wrong, and for a file that holds no conversation.
     """
-    return [_open_source(name, path, weight, errors) for name, path, weight in parse_specs(specs)]
+    return _open(specs, errors, "conversation")
+
+
+def open_prompts(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
+    """As `open_conversations`, but what is read is what the model is asked: all messages before the last
+    reply, or all where nobody has replied."""
+    return _open(specs, errors, "prompt")
+
+
+def _open(specs: Sequence[str], errors: Errors, purpose: Purpose) -> list[ConversationSource]:
+    sources = []
+    for name, path, weight in parse_specs(specs):
+        files, unread = list_files(name, path, EXTENSIONS)
+        skipped = Skipped(unread)
+        fingerprint = _fingerprint(_read(files, errors, purpose, skipped))
+        again = partial(_again, files, errors, purpose)
+        sources.append(ConversationSource(name, weight, again, fingerprint, skipped.counts, skipped.first))
+    return sources
+
+
+def _again(files: Sequence[str], errors: Errors, purpose: Purpose) -> Iterator[Conversation]:
+    return _read(files, errors, purpose, Skipped(Counter()))
 
 
 def world_conversations(world: World, split: str, n: int) -> ConversationSource:
@@ -94,26 +118,6 @@ def _first_question(conversation: Conversation) -> str:
     return next((message["content"] for message in conversation if message["role"] == "user"), "")
 
 
-# ---- Files -> records -> conversations
-
-
-@dataclass
-class _Skipped:
-    counts: Counter[str]
-    first: str | None = None
-
-
-def _open_source(name: str, path: str, weight: float, errors: Errors) -> ConversationSource:
-    files, unread = list_files(name, path, EXTENSIONS)
-    skipped = _Skipped(unread)
-    fingerprint = _fingerprint(_read(files, errors, skipped))
-
-    def conversations() -> Iterator[Conversation]:
-        return _read(files, errors, _Skipped(Counter()))
-
-    return ConversationSource(name, weight, conversations, fingerprint, skipped.counts, skipped.first)
-
-
 def _fingerprint(conversations: Iterable[Conversation]) -> str:
     digest = blake2b(digest_size=16)
     for conversation in conversations:
@@ -121,184 +125,129 @@ def _fingerprint(conversations: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
-def _read(files: Sequence[str], errors: Errors, skipped: _Skipped) -> Iterator[Conversation]:
+# ---- Files -> conversations
+
+
+@dataclass
+class Skipped:
+    """What is left out: how often for which reason, and a line about the first record."""
+
+    counts: Counter[str]
+    first: str | None = None
+
+    def add(self, reason: str, file: str, place: str, record: object, purpose: Purpose) -> None:
+        self.counts[reason] += 1
+        if self.first is None:
+            fields = f"its fields: {', '.join(map(str, record)) or 'none'}" if isinstance(record, dict) else (
+                "it is a list" if isinstance(record, list) else "it is no JSON object")  # fmt: skip
+            advice = nearest(record, purpose)
+            self.first = f"{place} of {file!r} is among the {reason}; {fields}; {advice}"
+
+
+def conversations_of(record: object, purpose: Purpose = "conversation") -> list[Conversation | str]:
+    """The conversations or prompts in a record, and the reasons why some or all of it is left out."""
+    results: list[Conversation | str] = []
+    try:
+        for example in examples_of(record, purpose):
+            results += demonstration(example) if purpose == "conversation" else [prompt(example)]
+    except LeftOutError as reason:
+        results.append(str(reason))
+    return results
+
+
+def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Conversation]:
     """One pass over the conversations of `files`; puts into `skipped` what it leaves out."""
     for file in files:
-        found, first = False, None
+        found, own = False, Skipped(skipped.counts)
         for place, record in records(file, errors, skipped.counts):
-            for result in conversations_of(record):
+            for result in conversations_of(record, purpose):
                 if isinstance(result, str):
-                    skipped.counts[result] += 1
-                    first = first or f"{place} of {file!r} is among the {result}; {_fields(record)}"
+                    own.add(result, file, place, record, purpose)
                 else:
                     found = True
                     yield result
-        skipped.first = skipped.first or first
+        skipped.first = skipped.first or own.first
         if not found:
-            raise InputError(
-                f"{file!r} holds no conversation: {first or 'it has no record'}; give one of the formats "
-                f"{', '.join(FORMATS)}"
-            )
+            raise nothing_found(file, purpose, own.first)
 
 
-def _fields(record: Any) -> str:
-    if not isinstance(record, dict):
-        return "it is no JSON object"
-    return f"its fields: {', '.join(record) or 'none'}"
+def nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
+    """The error for a file that holds nothing usable."""
+    names = "; ".join(form.name for form in FORMATS if purpose in form.gives)
+    return InputError(f"{file!r} holds no {purpose}: {first or 'it has no record'}; known formats: {names}")
+
+
+# ---- Files -> records
+
+SIGNATURES = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a zip archive",
+    b"SQLite": "a database", b"\x28\xb5\x2f\xfd": "packed by zstd", b"\x1f\x8b": "packed by gzip",
+}  # fmt: skip
 
 
 def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place in it."""
-    with reading(path) as file:
-        # No line of a known format begins with a bracket, but every array does.
-        is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if is_array:
-        for number, record in enumerate(_array(path, errors), start=1):
-            yield f"record {number}", record
-    else:
+    if _has_lines(path):
         for number, record in json_lines(path, errors, skipped, parse_json):
-            yield f"line {number}", record
+            yield from ((f"line {number}", held) for held in _unwrapped(record))
+    else:
+        whole = chain.from_iterable(map(_unwrapped, _documents(path, errors)))
+        yield from ((f"record {number}", record) for number, record in enumerate(whole, start=1))
 
 
-def _array(path: str, errors: Errors) -> list[Any]:
+def _has_lines(path: str) -> bool:
+    """Whether a file is a record a line, and not an array or objects over many lines."""
     with reading(path) as file:
-        text = decode(file.read(), path, 0, errors).removeprefix("\ufeff")
+        start = file.read(8192)
+        kind = next((kind for sign, kind in SIGNATURES.items() if start.startswith(sign)), None)
+        if kind or b"\0" in start:
+            raise InputError(f"{path!r}: {kind or 'binary'}, not JSON text; convert it to lines of JSON")
+        file.seek(0)
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+        first = next((line for line in lines if line), b"")
+        if _is_json(first):
+            return any(lines)
+    return not first.startswith(b"[") and not first.endswith((b"{", b"[", b","))
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        return parse_json(text)
-    except ValueError as error:
-        raise InputError(f"{path!r}: {error}, though it begins as an array; is it whole?") from error
+        parse_json(line.decode("utf-8", "replace"))
+    except ValueError:
+        return False
+    return True
 
 
-# ---- A record -> conversations
-
-Record = dict[str, Any]
-ROLES = {
-    "system": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant",
-}  # fmt: skip
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
-
-
-def conversations_of(record: Any) -> list[Conversation | str]:
-    """What a record holds: conversations, each in the form promised, or the reason why it is left out.
-
-    Replies after which the user has another word end at the last reply: nothing behind it is learned.
-    """
-    fields = record.keys() if isinstance(record, dict) else ()
-    read = next((read for required, read in FORMATS.values() if set(required) <= set(fields)), None)
-    if read is None:
-        return ["records in no known format"]
-    try:
-        return [_finished(messages) for messages in read(record)] or ["records without a conversation"]
-    except (LookupError, TypeError, AttributeError):
-        return ["records whose fields hold something else than their format has"]
+def _documents(path: str, errors: Errors) -> Iterator[Any]:
+    """The JSON texts that a file holds one behind the other, each perhaps over many lines."""
+    with reading(path) as file:
+        text = decode(file.read(), path, 0, errors).removeprefix("\ufeff").strip()
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path!r}: not valid JSON behind character {at}; is it whole?") from error
+        yield record
+        at += len(text[at : at + 64]) - len(text[at : at + 64].lstrip())
 
 
-def _finished(messages: list[Record]) -> Conversation | str:
-    """The conversation in messages as they were read, or the reason why there is none."""
-    # An empty system message is how some data says that there is none.
-    kept = [message for message in messages if message != {"role": "system", "content": ""}]
-    while kept and kept[-1]["role"] != "assistant":
-        kept.pop()
-    if not kept:
-        return "conversations without a message of the assistant's"
-    if not all(message["role"] in ROLES.values() for message in kept):
-        return "conversations with a role other than system, user and assistant"
-    if not all(isinstance(message["content"], str) for message in kept):
-        return "conversations with a message that is not text"
-    if not all(message["content"].strip() for message in kept):
-        return "conversations with an empty message"
-    if any(SURROGATE.search(message["content"]) for message in kept):
-        return "conversations with half a surrogate pair"
-    return kept
+def _unwrapped(record: Any) -> Iterator[Any]:
+    """The records in a list of them, or in an object that wraps one such list; else the record itself."""
+    if isinstance(record, list) and not _are_turns(record):
+        yield from record
+        return
+    if isinstance(record, dict):
+        lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
+        lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
+        if len(lists) == 1 and (known(record)[0] is None or lists[0] is record.get("data")):
+            yield from lists[0]
+            return
+    yield record
 
 
-def _message(role: Any, content: Any) -> Record:
-    return {"role": ROLES.get(role.lower(), role), "content": content}
-
-
-def _exchange(question: Any, answer: Any) -> list[Record]:
-    return [_message("user", question), _message("assistant", answer)]
-
-
-def _paragraphs(*parts: str | None) -> str:
-    return "\n\n".join(part for part in parts if part)
-
-
-def _alpaca(record: Record) -> list[list[Record]]:
-    question = _paragraphs(record["instruction"], record.get("input"))
-    return [_exchange(question, record["output"])]
-
-
-def _self_instruct(record: Record) -> list[list[Record]]:
-    tasks = [{"instruction": record["instruction"], **instance} for instance in record["instances"]]
-    return [conversation for task in tasks for conversation in _alpaca(task)]
-
-
-def _question(record: Record) -> list[list[Record]]:
-    return [_exchange(_paragraphs(record.get("context"), record["question"]), record["answer"])]
-
-
-def _pair(question: str, answer: str) -> Callable[[Record], list[list[Record]]]:
-    # A continuation begins with the space that joins it to its context, and a reply with none.
-    return lambda record: [_exchange(record[question].strip(), record[answer].strip())]
-
-
-def _better(record: Record) -> list[list[Record]]:
-    return [_exchange(record["input"], record[f"output_{record['label']}"])]
-
-
-def _turns(turns: str, role: str, content: str) -> Callable[[Record], list[list[Record]]]:
-    return lambda record: [[_message(turn[role], turn[content]) for turn in record[turns]]]
-
-
-def _transcript(name: str) -> Callable[[Record], list[list[Record]]]:
-    return lambda record: _parse_transcript(record[name])
-
-
-def _parse_transcript(text: str) -> list[list[Record]]:
-    """The one conversation in a transcript, none where the text is not one.
-
-    Where somebody speaks twice in a row, the second is a paragraph of the first: replies that begin a
-    paragraph with their speaker's name look like that.
-    """
-    before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
-    if before or not parts:
-        return []
-    messages: list[Record] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        message = _message(speaker, said.strip())
-        if messages and messages[-1]["role"] == message["role"]:
-            message["content"] = _paragraphs(messages.pop()["content"], message["content"])
-        messages.append(message)
-    return [messages]
-
-
-def _best_path(record: Record) -> list[list[Record]]:
-    """From the prompt of a tree along the replies ranked best: unranked ones last, ties to the first."""
-    messages, nodes = [], [record["prompt"]]
-    while nodes:
-        node = min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0))
-        messages.append(_message(node["role"], node["text"]))
-        nodes = node.get("replies") or []
-    return [messages]
-
-
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], list[list[Record]]]]] = {
-    "messages": (("messages",), _turns("messages", "role", "content")),
-    "ShareGPT": (("conversations",), _turns("conversations", "from", "value")),
-    "Alpaca": (("instruction", "output"), _alpaca),
-    "Self-Instruct": (("instruction", "instances"), _self_instruct),
-    "prompt/completion": (("prompt", "completion"), _pair("prompt", "completion")),
-    "prompt/response": (("prompt", "response"), _pair("prompt", "response")),
-    "question/answer": (("question", "answer"), _question),
-    "context/continuation": (("context", "continuation"), _pair("context", "continuation")),
-    "context/answer": (("context", "answer"), _pair("context", "answer")),
-    "labelled pair": (("input", "output_1", "output_2", "label"), _better),
-    "chosen transcript": (("chosen",), _transcript("chosen")),
-    "transcript": (("transcript",), _transcript("transcript")),
-    "transcript as text": (("text",), _transcript("text")),
-    "OpenAssistant tree": (("prompt",), _best_path),
-}
-"""By name: the fields by which a format is known, and what reads a record. The first that fits counts."""
+def _are_turns(value: list[Any]) -> bool:
+    return bool(value) and (
+        all(isinstance(turn, str) for turn in value)
+        or all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value)
+    )

@@ -1,8 +1,8 @@
 """Hugging Face's layout on disk: config.json, model.safetensors, and the tokenizer beside them.
 
-Models of the Llama and Qwen3 layouts made by others open here, sharded or not; those written here open in
-transformers with the same logits. What this model cannot compute is refused by name: biases, sliding
-windows, mixtures of experts, quantised weights, rotary positions other than plain and Llama 3's.
+Models of the Llama, Qwen2, Qwen3 and Mistral layouts made by others open here, sharded or not; those written
+here open in transformers with the same logits. What this model cannot compute is refused by name
+(config.py): sliding windows, mixtures of experts, quantised weights.
 
 A scalar model is a sequence classifier with one label there. Its classes have no bias, so that the one
 number by which our scores are shifted is a field of config.json that is ours alone: transformers gives
@@ -10,7 +10,8 @@ every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 """
 
 import math
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,48 +20,114 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
-from minillm.io.template import ChatTemplate
+from minillm.io.config import config_from_json, config_to_json, number
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, parameter_count
 from minillm.tokenizer import Tokenizer
 
+STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What weights may be on disk."""
+
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """config.json, tokenizer files and model.safetensors (float32), the weights last.
+    """config.json, tokenizer files and model.safetensors, the weights last: in float32, or in bfloat16 where
+    they came so.
 
     For a chat model also generation_config.json: there transformers looks up where a reply ends.
     """
-    write_json(folder / "config.json", config_to_json(model.config, tokenizer))
-    tokenizer.save(folder)
+    dtype = model.stored_dtype
+    named = str(dtype).removeprefix("torch.")
+    raw = config_to_json(model.config, tokenizer) | {"dtype": named, "torch_dtype": named}
+    write_json(folder / "config.json", raw)
+    _for_others(tokenizer).save(folder)
     if tokenizer.config.get("chat_template") is not None:
         stops = list(ChatTemplate(tokenizer).stop_ids)
         write_json(folder / "generation_config.json", {"eos_token_id": stops})
-    weights = model_tensors(model)
+    weights = {name: tensor.to(dtype) for name, tensor in model_tensors(model).items()}
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
 def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) -> None:
     """As `save_model`, in the layout of a sequence classifier with one label."""
-    raw = config_to_json(model.config, tokenizer)
+    raw, pad = config_to_json(model.config, tokenizer), padding_token(tokenizer)
     raw |= {
-        "architectures": [CLASSIFIERS[raw["model_type"]]],
+        "architectures": [raw["architectures"][0].replace("CausalLM", "SequenceClassification")],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         # transformers reads the score at a row's last token that is not this one.
-        "pad_token_id": padding_id(tokenizer),
+        "pad_token_id": tokenizer.special_tokens.get(pad or ""),
         "minillm_score_bias": model.bias.item(),
     }
     write_json(folder / "config.json", raw)
-    tokenizer.save(folder)
+    _for_others(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})).save(folder)
     write_tensors(folder / "model.safetensors", model_tensors(model), {"format": "pt"})
 
 
-def padding_id(tokenizer: Tokenizer) -> int:
-    """A token that never ends a response: the pad or end of document if they do not, else any."""
-    end = ChatTemplate(tokenizer).end_id
-    named = [tokenizer.special_tokens.get(str(tokenizer.config.get("pad_token"))), tokenizer.eos_id]
-    return next(token for token in (*named, 0, 1) if token not in (None, end))
+def padding_token(tokenizer: Tokenizer) -> str | None:
+    """The name of a special token that ends nothing: the pad, mask or bos if they do not, else any; None
+    where every special token ends something, and rows can only be scored one by one."""
+    stops, special = ChatTemplate(tokenizer).stop_ids, tokenizer.special_tokens
+    named = [tokenizer.config.get(f"{role}_token") for role in ("pad", "mask", "bos")]
+    names = [name for name in named if isinstance(name, str)] + list(special)
+    return next((name for name in names if name in special and special[name] not in stops), None)
+
+
+def _for_others(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with what other people's tools want to be told.
+
+    Every document of a base model began with bos, so a text that is encoded for one must; a chat template
+    writes its own.
+    """
+    config: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"], **tokenizer.config}
+    vocabulary = tokenizer.vocabulary
+    if config.get("chat_template") == TEMPLATE:
+        ends = [name for name, i in tokenizer.special_tokens.items() if i in ChatTemplate(tokenizer).stop_ids]
+        config["response_template"] = {
+            "defaults": {"role": "assistant"},
+            "start_anchor": "<|assistant|>",
+            "fields": {"content": {"close": ends, "content": "text"}},
+        }
+    elif "chat_template" not in config and vocabulary.post_processor is None:
+        vocabulary = replace(vocabulary, post_processor=_bos_in_front(tokenizer))
+    return Tokenizer(vocabulary, config)
+
+
+def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """What a tokenizer.json says where bos is put before every text."""
+    name = next((name for name, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None)
+    if name is None:
+        return None
+    bos, texts = {"SpecialToken": {"id": name, "type_id": 0}}, "AB"
+    first, second = ({"Sequence": {"id": text, "type_id": i}} for i, text in enumerate(texts))
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, bos, second],
+        "special_tokens": {name: {"id": name, "ids": [tokenizer.bos_id], "tokens": [name]}},
+    }
+
+
+def _from_others(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, without what `_for_others` added, and with the stops that came beside it."""
+    tokenizer = Tokenizer.load(folder)
+    vocabulary, config = tokenizer.vocabulary, dict(tokenizer.config)
+    if vocabulary.post_processor == _bos_in_front(tokenizer):
+        vocabulary = replace(vocabulary, post_processor=None)
+    for name in ("model_input_names", "response_template"):
+        config.pop(name, None)
+    beside = folder / "generation_config.json"
+    if config.get("chat_template") is not None and beside.exists():
+        stops = read_json(beside).get("eos_token_id")
+        names = {i: name for name, i in tokenizer.special_tokens.items()}
+        kept = [names[i] for i in (stops if isinstance(stops, list) else [stops]) if i in names]
+        with suppress(InputError):  # a template that does not work is told where it is used
+            own = ChatTemplate(tokenizer).stop_ids
+            kept = [name for name in kept if tokenizer.special_tokens[name] not in own]
+        if kept:
+            config["minillm_stop_tokens"] = kept
+    return Tokenizer(vocabulary, config)
 
 
 def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
@@ -74,13 +141,22 @@ def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
 def load_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Opens a run folder or a Hugging Face folder of the Llama or Qwen3 layout."""
+    """Opens a run folder or a Hugging Face folder of a layout that `config.ARCHITECTURES` has."""
     config, tokenizer, tensors = _open_folder(folder)
     if "score.weight" in tensors:
-        raise InputError(f"{folder}: is a reward model and says nothing; give a language model")
+        raise InputError(
+            f"{folder}: is {_kind_of_classifier(tensors)} and says nothing; give a language model"
+        )
     model = LanguageModel(config, compute_dtype)
     load_weights(model, tensors, folder)
+    if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
+        model.stored_dtype = torch.bfloat16
     return model.to(device), tokenizer
+
+
+def _kind_of_classifier(tensors: dict[str, Tensor]) -> str:
+    labels = len(tensors["score.weight"])
+    return "a reward model" if labels == 1 else f"a classifier of {labels} labels"
 
 
 def load_causal_model(
@@ -102,10 +178,14 @@ def load_scalar_model(
     config, tokenizer, tensors = _open_folder(folder)
     if "score.weight" not in tensors:
         raise InputError(f"{folder}: has no weight score.weight; give a reward model's folder")
+    if len(tensors["score.weight"]) != 1:
+        raise InputError(
+            f"{folder}: score.weight is that of {_kind_of_classifier(tensors)}; a reward model has one"
+        )
     model = ScalarModel(config, compute_dtype)
     load_weights(model, tensors, folder)
     path = folder / "config.json"
-    bias = _field(read_json(path), "minillm_score_bias", float, path, 0.0)
+    bias = number(read_json(path), "minillm_score_bias", float, path, 0.0)
     if not math.isfinite(bias):
         raise InputError(f"{path}: minillm_score_bias is {bias}; restore the file")
     model.bias.fill_(bias)
@@ -114,10 +194,10 @@ def load_scalar_model(
 
 def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
     """What a model's folder holds, checked to be of one model."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a run folder or a Hugging Face model folder")
+    if advice := _instead_of_a_model(folder):
+        raise InputError(f"{folder}: {advice}")
     config = config_from_json(folder / "config.json")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = _from_others(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens but config.json says "
@@ -138,6 +218,29 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
     return replace(config, vocab_size=tokenizer.vocab_size), tokenizer, tensors
 
 
+def _instead_of_a_model(folder: Path) -> str | None:
+    """What a folder holds that is no model this opens, and the way out; None where it may be one."""
+    if not folder.is_dir():
+        if folder.suffix == ".gguf":
+            return "is a GGUF file, for llama.cpp; give the Hugging Face folder that it was made from"
+        hub = not folder.is_absolute() and len(folder.parts) == 2
+        way = (
+            f"; if it is a model on the Hugging Face hub: hf download {folder} --local-dir DIR" if hub else ""
+        )
+        return f"no such folder; give a run folder or a Hugging Face model folder{way}"
+    names = {path.name for path in folder.iterdir()}
+    weights = any(name.endswith(".safetensors") for name in names) or "model.safetensors.index.json" in names
+    if "adapter_config.json" in names and "config.json" not in names:
+        return "is a LoRA adapter; merge it into its model with PEFT (merge_and_unload, save_pretrained)"
+    if not weights and any(name.endswith(".gguf") for name in names):
+        return "holds a GGUF file, for llama.cpp; give the Hugging Face folder that it was made from"
+    if not weights and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        return "holds its weights as pickles; open it with transformers and save_pretrained it as safetensors"
+    if "tokenizer.json" not in names and names & {"merges.txt", "vocab.json", "tokenizer.model"}:
+        return "has no tokenizer.json; AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one"
+    return None
+
+
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> None:
     """Copies tensors into a model with a `config`; every name and shape must match."""
     expected, config = model.state_dict(), cast(ModelConfig, model.config)
@@ -145,7 +248,12 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
     tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
-        tensors.pop("lm_head.weight", None)
+        head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise InputError(
+                f"{origin}: weight lm_head.weight differs from the embedding, though config.json ties them; "
+                "set tie_word_embeddings to false, or take the weight out"
+            )
     if missing := sorted(expected.keys() - tensors.keys()):
         raise InputError(f"{origin}: weight {missing[0]} is missing ({len(missing)} in all)")
     if unknown := sorted(tensors.keys() - expected.keys()):
@@ -156,8 +264,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
                 f"{origin}: weight {name} is {list(tensor.shape)}, config.json asks for "
                 f"{list(expected[name].shape)}"
             )
-        if not tensor.is_floating_point():
-            raise InputError(f"{origin}: weight {name} is of {tensor.dtype}, which is no weight's")
+        if tensor.dtype not in STORED:
+            raise InputError(f"{origin}: weight {name} is of {tensor.dtype}, which is no weight's here")
         if not tensor.isfinite().all():
             raise InputError(f"{origin}: weight {name} holds values that are not finite; restore the file")
     with torch.no_grad():
@@ -194,105 +302,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata."""
-    if not path.exists():
-        raise InputError(f"{path}: missing; the folder is incomplete")
     try:
+        open(path, "rb").close()  # of whatever forbids it the library says that the file is missing
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; the folder is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); restore it") from error
-
-
-# config.json
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-CLASSIFIERS = {"llama": "LlamaForSequenceClassification", "qwen3": "Qwen3ForSequenceClassification"}
-SAME_NAME = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-)  # fmt: skip
-UNSUPPORTED = {
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
-    "quantization_config": (None,),
-}
-
-
-def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What config.json says of a model, as transformers reads it."""
-    family = "qwen3" if config.qk_norm else "llama"
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_llama3:
-        factor, low, high, length = config.rope_llama3
-        rope |= {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": low,
-            "high_freq_factor": high, "original_max_position_embeddings": length,
-        }  # fmt: skip
-    return {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        **{name: getattr(config, name) for name in SAME_NAME},
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "dtype": "float32",
-        # transformers knows no bidirectional model of this layout: the field is ours.
-        **({} if config.causal else {"minillm_causal": False}),
-    }
-
-
-def config_from_json(path: Path) -> ModelConfig:
-    """The shape of a model from config.json; what this model cannot compute is refused by name."""
-    raw = read_json(path)
-    family = raw.get("model_type")
-    if family not in list(ARCHITECTURES):
-        raise InputError(f"{path}: model_type is {family!r}; this opens {' and '.join(ARCHITECTURES)}")
-    for name, supported in UNSUPPORTED.items():
-        if raw.get(name) not in supported:
-            raise InputError(f"{path}: {name} is {raw[name]!r}, which this model does not compute")
-    heads = _field(raw, "num_attention_heads", int, path)
-    defaults = {
-        "num_key_value_heads": heads,
-        "head_dim": _field(raw, "hidden_size", int, path) // max(1, heads),
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
-    shape = {name: _field(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
-    shape |= _rope_from_json(raw, path)
-    causal = _field(raw, "minillm_causal", bool, path, True)
-    try:
-        return ModelConfig(**shape, qk_norm=family == "qwen3", causal=causal)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Rotary settings, from today's `rope_parameters` or the older `rope_theta` + `rope_scaling`."""
-    older, newer = (_field(raw, name, dict, path, {}) for name in ("rope_scaling", "rope_parameters"))
-    rope = {"rope_theta": raw.get("rope_theta"), **older, **newer}
-    theta = _field(rope, "rope_theta", float, path, 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        raise InputError(f"{path}: rotary positions of type {kind!r}; this computes default and llama3")
-    kinds = {"factor": float, "low_freq_factor": float, "high_freq_factor": float,
-             "original_max_position_embeddings": int}  # fmt: skip
-    stretch = tuple(_field(rope, name, kind, path) for name, kind in kinds.items())
-    return {"rope_theta": theta, "rope_llama3": stretch}
-
-
-def _field(raw: dict[str, Any], name: str, kind: type, path: Path, default: Any = None) -> Any:
-    """raw[name], or the default where it is absent or null; InputError where it is not of its kind."""
-    value = default if raw.get(name) is None else raw[name]
-    if kind is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"{path}: {name} is {value!r}, which is no {kind.__name__}; restore the file")
-    return value

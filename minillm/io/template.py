@@ -1,4 +1,4 @@
-"""Chat templates: a list of messages to tokens, and the tokens of it that the model must produce.
+"""Chat templates of other people's models: messages to tokens, and the tokens the model must produce.
 
 A template is a Jinja program kept in tokenizer_config.json, in the dialect of transformers: rendered
 there or here it gives the same text. It is run in a sandbox, for it comes with other people's models.
@@ -9,14 +9,21 @@ text, read with its control tokens; the contents are encoded apart, as plain tex
 turn by typing "<|end|>", and no token straddles the border of a reply. Every conversation is rendered
 as it is, too: if the contents are not found between the same texts, the template is refused.
 
-Left out: tools, documents, images, reasoning fields: messages have a role and a text. Added tokens that
-a vocabulary reads in any text, such as <think> in some, are read in contents too.
+A reply is learned behind exactly the text with which the model is asked for one. Three things follow:
+a thought, "<think> … </think>" before a reply, is a content of its own, which a template may drop from
+earlier turns; a generation prompt that opens a thought, as DeepSeek-R1's does, is followed by the thought,
+or by its end where there is none; and an earlier reply that the template writes anew once another message
+follows (Qwen3's, without its thought) is context and not learned.
 
-Source: ChatML (OpenAI 2023), where roles and ends of turns are tokens that no text can contain.
+Left out: tools, documents, images: messages have a role and a text. Added tokens that a vocabulary reads
+in any text, such as <think> in some, are read in contents too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from json import dumps
@@ -27,44 +34,35 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minillm.errors import InputError
+from minillm.chat import (  # names that others import from here
+    CONTROL_TOKENS,
+    ROLES,
+    ChatTemplate,
+    Completion,
+    Conversation,
+    Dialogue,
+    chat_format,
+    check_messages,
+    with_chat_template,
+)
+from minillm.chat import TEMPLATE as DEFAULT_TEMPLATE
+from minillm.errors import InputError, reason_of
 from minillm.tokenizer import Tokenizer
 
 __all__ = [
-    "CONTROL_TOKENS",
-    "DEFAULT_TEMPLATE",
-    "PLAIN_TEMPLATE",
-    "ROLES",
-    "ChatTemplate",
-    "Completion",
-    "Dialogue",
-    "chat_format",
-    "check_messages",
-    "with_chat_template",
-]
-
-ROLES = ("system", "user", "assistant")
-CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-
-DEFAULT_TEMPLATE = """\
-{{ bos_token }}
-{%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('the role ' + message['role'] + ' is not system, user or assistant') }}
-    {%- endif %}
-    {{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- endif %}
-"""
-"""<|endoftext|><|user|>Hello<|end|><|assistant|>Good day!<|end|>"""
+    "CONTROL_TOKENS", "DEFAULT_TEMPLATE", "PLAIN_TEMPLATE", "ROLES", "ChatTemplate", "Completion", "Dialogue",
+    "ForeignFormat", "chat_format", "check_messages", "with_chat_template",
+]  # fmt: skip
 
 PLAIN_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages %}
-    {{- message['role'] | capitalize + ':\\n' + message['content'] }}
-    {{- eos_token if message['role'] == 'assistant' else '' }}
+    {{- message['role'] | capitalize + ':\\n' }}
+    {%- if message['role'] == 'assistant' -%}
+        {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message['content'] }}
+    {%- endif %}
     {{- '\\n\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -74,141 +72,207 @@ PLAIN_TEMPLATE = """\
 """For a vocabulary without our control tokens. Headers are text here, so a user can imitate them, but not
 the end of a reply; each content starts a line, as text the model knows does."""
 
+MOST_MESSAGES = 1024
+SECONDS = 10.0
+"""For one rendering; the longest conversation takes milliseconds."""
+
+Shape = tuple[tuple[str, bool], ...]
+"""The role of each message, and whether a thought comes before its text."""
+Piece = tuple[int, bool]
+"""The thought (True) or the text (False) of a message."""
+
 
 @dataclass(frozen=True)
-class Dialogue:
-    """A conversation as tokens."""
+class Frame:
+    """What a template writes around the contents of a conversation of a certain shape."""
 
-    tokens: list[int]
-    assistant: list[bool]
-    """Whether the model must produce this token: contents of the assistant's, each with its end."""
-
-
-def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with a chat template in its config: its own, if it has one.
-
-    Else DEFAULT_TEMPLATE if the vocabulary has CONTROL_TOKENS, or PLAIN_TEMPLATE, which needs only the
-    token that ends a document. InputError without one: no reply could end.
-    """
-    if tokenizer.config.get("chat_template") is not None:
-        return tokenizer
-    ours = all(name in tokenizer.special_tokens for name in CONTROL_TOKENS)
-    if not ours and tokenizer.eos_id is None:
-        raise InputError(
-            f"tokenizer: has neither the tokens {' '.join(CONTROL_TOKENS)} nor an eos_token, so no reply "
-            "could end; name an eos_token in tokenizer_config.json"
-        )
-    template = DEFAULT_TEMPLATE if ours else PLAIN_TEMPLATE
-    return Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
+    parts: list[str]
+    """As rendered: before the first content, between contents, and after the last."""
+    order: list[Piece]
+    """The content behind each part but the last."""
+    ids: list[list[int]]
+    """As encoded: the tokens of each part."""
+    owners: list[list[int]]
+    """For each of these tokens the message whose reply it belongs to, or -1 where nobody is to produce it."""
+    pieces: list[Piece]
+    """The content behind each of them but the last."""
+    learned: frozenset[int]
+    """The messages that are learned."""
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """The messages with their role and content alone; InputError says which one is not a message."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError("messages: give a list of at least one {role, content}")
-    checked = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {number}: is {message!r:.40}; give an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(f"message {number}: its role is {role!r:.40}; give {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise InputError(f"message {number}: its content is {content!r:.40}; give a text")
-        checked.append({"role": role, "content": content})
-    return checked
-
-
-class ChatTemplate:
-    """The chat format of a tokenizer: messages in, tokens out.
-
-    Tokens include what the template writes of bos: add none. A prompt is a beginning of the tokens
-    of the same conversation with a reply, unless the template writes earlier turns anew.
-    """
+class ForeignFormat:
+    """The format of a tokenizer's own template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """InputError if the tokenizer has no chat template, or one that does not work."""
-        self.tokenizer = tokenizer
+        """InputError if the template does not work."""
+        self.tokenizer, source = tokenizer, _source(tokenizer)
         # The clock stands still, so that a template that writes the time cannot change its text in the
         # middle of a conversation.
-        self._template = _compile(_source(tokenizer), datetime.now())
+        self._template = _compile(source, datetime.now())
         names = {name: _name(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
         self._variables = {name: token for name, token in names.items() if token is not None}
-        self._frames: dict[tuple[tuple[str, ...], bool], _Frame] = {}
-        self._header = self._rest_of_header()
-        frame = self._frame(("user", "assistant"), False)
-        last = frame.order.index(1) + 1
-        self.end_id: int = frame.ids[last][frame.owed[last] - 1]
+        self._frames: dict[tuple[Shape, bool, bool], Frame] = {}
+        self._thinks = "think>" in source and self._knows_thoughts()
+        exchange = (("user", False), ("assistant", False))
+        self.end_id = self._end_behind(exchange)
         """The token that ends a reply."""
+        self.other_ends: tuple[int, ...] = ()
+        """And those that end it once another message follows, where that is another token."""
+        with suppress(InputError):
+            self.other_ends = (self._end_behind(exchange + exchange),)
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which a reply is over: its end, and the end of a document."""
-        eos = self.tokenizer.eos_id
-        return (self.end_id,) if eos in (None, self.end_id) else (self.end_id, eos)
-
-    def encode(self, messages: object) -> Dialogue:
-        """A whole conversation. InputError for what `check_messages` or the template refuses."""
-        return self._encode(check_messages(messages), generate=False)
-
-    def prompt(self, messages: object) -> list[int]:
-        """The tokens after which the model is to reply to these messages."""
-        return self._encode(check_messages(messages), generate=True).tokens
-
-    def _encode(self, messages: list[dict[str, str]], generate: bool) -> Dialogue:
-        frame = self._frame(tuple(message["role"] for message in messages), generate)
-        contents = frame.find(messages, self._render(messages, generate))
-        tokens, assistant = list(frame.ids[0]), [False] * len(frame.ids[0])
-        for content, ids, owed in zip(contents, frame.ids[1:], frame.owed[1:], strict=True):
-            said = self.tokenizer.encode(content)
+    def encode(self, messages: Conversation) -> Dialogue:
+        frame, contents = self._fill(messages, generate=False, thinking=False)
+        tokens, owners = list(frame.ids[0]), list(frame.owners[0])
+        for piece, ids, of_ids in zip(frame.pieces, frame.ids[1:], frame.owners[1:], strict=True):
+            said = self.tokenizer.encode(contents[piece])
             tokens += said + ids
-            assistant += [owed > 0] * (len(said) + owed) + [False] * (len(ids) - owed)
-        return Dialogue(tokens, assistant)
+            owners += [piece[0] if piece[0] in frame.learned else -1] * len(said) + of_ids
+        wanted = {i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)}
+        return Dialogue(tokens, [owner in wanted for owner in owners], len(wanted - frame.learned))
 
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=generate,
-                tools=None,
-                documents=None,
-                **self._variables,
-            )
-        except Exception as error:  # a template is someone's program: whatever it raises is bad input
-            reason = " ".join(str(error).split())
-            raise InputError(f"the chat template refuses these messages: {reason}") from error
+    def prompt(self, messages: Conversation, thinking: bool = False) -> list[int]:
+        frame, contents = self._fill(messages, True, thinking and self._thinks)
+        tokens = list(frame.ids[0])
+        for piece, ids in zip(frame.pieces, frame.ids[1:], strict=True):
+            tokens += self.tokenizer.encode(contents[piece]) + ids
+        return tokens
 
-    def _rest_of_header(self) -> str:
-        """What stands before a reply and is not in the generation prompt, often nothing.
+    def _fill(self, messages: Conversation, generate: bool, thinking: bool) -> tuple[Frame, dict[Piece, str]]:
+        """The frame of a conversation, and its contents as the template writes them."""
+        if len(messages) > MOST_MESSAGES:
+            raise InputError(f"{len(messages):,} messages: its chat template is read up to {MOST_MESSAGES:,}")
+        contents: dict[Piece, str] = {}
+        for i, message in enumerate(messages):
+            thought, contents[i, False] = self._thought_and_text(message)
+            if thought:
+                contents[i, True] = thought
+        shape = tuple((message["role"], (i, True) in contents) for i, message in enumerate(messages))
+        thinking = thinking if generate else shape[-1][1]
+        key = (shape, generate, thinking)
+        if key not in self._frames:
+            self._frames[key] = self._asking(shape, thinking) if generate else self._whole(shape)
+        frame = self._frames[key]
+        given = [
+            _message(role, contents[i, False], contents.get((i, True))) for i, (role, _) in enumerate(shape)
+        ]
+        return frame, contents | _find(frame, contents, self._render(given, generate, thinking))
 
-        A model trained on " [/INST] Hello" with "Hello" to produce is to be asked with the space.
-        """
-        messages = _marked(("user", "assistant"))
-        prompt, whole = self._render(messages[:1], True), self._render(messages, False)
-        before_reply = whole.partition(messages[1]["content"])[0]
-        return before_reply[len(prompt) :] if before_reply.startswith(prompt) else ""
+    def _knows_thoughts(self) -> bool:
+        """Whether the template treats a thought in a reply otherwise than text, or asks for one."""
+        plain, thought = (_marked((("user", False), ("assistant", thinks))) for thinks in (False, True))
+        expected = self._render(plain, False, False).replace(plain[1]["content"], thought[1]["content"])
+        asked = self._render(plain[:1], True, True)
+        return asked.rstrip().endswith("<think>") or self._render(thought, False, False) != expected
 
-    def _frame(self, roles: tuple[str, ...], generate: bool) -> "_Frame":
-        if (roles, generate) not in self._frames:
-            self._frames[roles, generate] = self._new_frame(roles, generate)
-        return self._frames[roles, generate]
+    def _thought_and_text(self, message: dict[str, Any]) -> tuple[str, str]:
+        """A reply's thought, "" where it has none or the template knows none, and what follows it."""
+        content = message["content"]
+        if not self._thinks or message["role"] != "assistant" or "</think>" not in content:
+            return "", content
+        thought, _, text = content.partition("</think>")
+        return thought.strip().removeprefix("<think>").strip("\n"), text.lstrip("\n")
 
-    def _new_frame(self, roles: tuple[str, ...], generate: bool) -> "_Frame":
-        pieces = MARKER.split(self._render(_marked(roles), generate))
-        order, parts = [ord(marker) - FIRST_MARKER for marker in pieces[1::2]], pieces[::2]
-        for number, role in enumerate(roles):
-            if order.count(number) != 1:
-                raise InputError(
-                    f"the chat template writes the content of message {number} ({role}) "
-                    f"{order.count(number)} times; it must once, in these messages: {', '.join(roles)}"
-                )
-        texts = [*parts[:-1], parts[-1] + self._header] if generate else parts
+    # --- frames
+
+    def _asking(self, shape: Shape, thinking: bool) -> Frame:
+        rendered, asked = self._asked(shape, thinking)
+        parts, order = self._split(rendered, shape)
+        texts = [*parts[:-1], parts[-1] + asked[len(rendered) :]]
         ids = [self.tokenizer.encode(text, special=True) for text in texts]
-        after_reply = [False, *(roles[number] == "assistant" for number in order)]
-        owed = [self._end(part) if after else 0 for part, after in zip(ids, after_reply, strict=True)]
-        return _Frame(parts, order, ids, owed)
+        return Frame(parts, order, ids, [[-1] * len(part) for part in ids], order, frozenset())
 
-    def _end(self, ids: list[int]) -> int:
+    def _asked(self, shape: Shape, thinking: bool) -> tuple[str, str]:
+        """The generation prompt as rendered, and with all that stands between it and a reply.
+
+        A model trained on " [/INST] Hello" with "Hello" to produce is to be asked with the space, and one
+        trained on an empty thought with that.
+        """
+        prompt = self._render(_marked(shape), True, thinking)
+        if thinking:
+            return prompt, prompt
+        try:
+            whole = self._render(_marked((*shape, ("assistant", False))), False, False)
+        except InputError:  # no reply may follow these messages
+            return prompt, prompt
+        before_reply = whole.partition(_mark(len(shape), False))[0]
+        if before_reply.startswith(prompt):
+            return prompt, before_reply
+        opening = prompt.removeprefix(before_reply)
+        if opening.rstrip().endswith("<think>") and prompt.startswith(before_reply):
+            return prompt, prompt + ("\n" if opening.endswith("\n") else "\n\n") + "</think>\n\n"
+        return prompt, prompt
+
+    def _whole(self, shape: Shape) -> Frame:
+        """A whole conversation: which of its replies are learned, and from where."""
+        rendered = self._render(_marked(shape), False, shape[-1][1])
+        parts, order = self._split(rendered, shape)
+        encoded, starts = rendered, {}
+        for i, (role, thought) in enumerate(shape):
+            if role != "assistant":
+                continue
+            kept = thought and (i, True) in order
+            before = rendered[: rendered.index(_mark(i, kept))]
+            asked = self._asked(shape[:i], thought)[1] if i else before
+            if kept == thought and (before == asked or (thought and before.startswith(asked))):
+                starts[i] = len(asked)
+            elif i == len(shape) - 1:
+                encoded, starts[i] = self._behind_prompt(shape, asked), len(asked)
+        return self._owned(Frame(parts, order, [], [], [], frozenset(starts)), encoded, starts)
+
+    def _behind_prompt(self, shape: Shape, asked: str) -> str:
+        """A conversation with its last reply, and its thought, behind what the model is asked with."""
+        i, thought = len(shape) - 1, shape[-1][1]
+        plain = self._render(_marked((*shape[:-1], ("assistant", False))), False, thought)
+        before, text, end = plain.partition(_mark(i, False))
+        if not asked.startswith(before):
+            raise InputError(
+                "the chat template asks for a reply with another text than it writes before one, so no reply "
+                "can be learned; change the template"
+            )
+        return asked + (f"{_mark(i, True)}\n</think>\n\n" if thought else "") + text + end
+
+    def _owned(self, frame: Frame, encoded: str, starts: dict[int, int]) -> Frame:
+        """The frame with the tokens of `encoded`, each part of it cut where a reply begins to be learned."""
+        position, before = 0, (-1, False)
+        for text in MARKER.split(encoded):
+            if MARKER.fullmatch(text):
+                before = _piece_of(text)
+                frame.pieces.append(before)
+            else:
+                message, is_thought = before
+                cut = next((s - position for s in starts.values() if 0 < s - position < len(text)), len(text))
+                ids = self.tokenizer.encode(text[:cut], special=True)
+                owed = 0
+                if message in frame.learned:
+                    owed = len(ids) if is_thought else self._owed(ids)
+                owners = [message] * owed + [-1] * (len(ids) - owed)
+                learned = self.tokenizer.encode(text[cut:], special=True)
+                reply = next((i for i, s in starts.items() if s == position + cut), -1)
+                frame.ids.append(ids + learned)
+                frame.owners.append(owners + [reply] * len(learned))
+            position += len(text)
+        return frame
+
+    def _split(self, rendered: str, shape: Shape) -> tuple[list[str], list[Piece]]:
+        pieces = MARKER.split(rendered)
+        order = [_piece_of(marker) for marker in pieces[1::2]]
+        for number, (role, thought) in enumerate(shape):
+            count = order.count((number, False))
+            if count != 1 or (thought and order.count((number, True)) > 1):
+                raise InputError(
+                    f"the chat template writes the content of message {number} ({role}) {count} times; it "
+                    f"must once, in these messages: {', '.join(role for role, _ in shape)}"
+                )
+        return pieces[::2], order
+
+    def _end_behind(self, shape: Shape) -> int:
+        """The token that ends the first reply of a conversation."""
+        parts, order = self._split(self._render(_marked(shape), False, False), shape)
+        ids = self.tokenizer.encode(parts[order.index((1, False)) + 1], special=True)
+        return ids[self._owed(ids) - 1]
+
+    def _owed(self, ids: list[int]) -> int:
         """How many tokens behind a reply complete it: up to the first control token, which ends it."""
         added = set(self.tokenizer.vocabulary.added_tokens.values())
         count = next((i for i, token in enumerate(ids, start=1) if token in added), 0)
@@ -222,66 +286,57 @@ class ChatTemplate:
             )
         return count
 
-
-class Completion:
-    """What a base model has in place of a chat template: it goes on with the last message as a text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The token that ends a document, if there is one."""
-        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The tokens of the last message, as the beginning of a document."""
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return bos + self.tokenizer.encode(messages[-1]["content"])
+    def _render(self, messages: list[dict[str, str]], generate: bool, thinking: bool) -> str:
+        try:
+            with time_limit(SECONDS):
+                return self._template.render(
+                    messages=messages, add_generation_prompt=generate, tools=None, documents=None,
+                    enable_thinking=thinking, thinking=thinking, **self._variables,
+                )  # fmt: skip
+        except Exception as error:  # a template is someone's program: whatever it raises is bad input
+            reason = " ".join(reason_of(error).split())
+            raise InputError(f"the chat template refuses these messages: {reason}") from error
 
 
-def chat_format(tokenizer: Tokenizer) -> ChatTemplate | Completion:
-    """How a model is asked: by its chat template, or as the base model it is without one."""
-    return Completion(tokenizer) if tokenizer.config.get("chat_template") is None else ChatTemplate(tokenizer)
-
-
-# --- where the contents are -----------------------------------------------------------------------
+# --- markers and contents
 
 FIRST_MARKER = 0xF0000
-"""Message i is marked by the character for private use FIRST_MARKER + i: no trimming takes it away."""
+"""Contents are marked by characters for private use from here on: no trimming takes them away."""
 MARKER = re.compile("([\U000f0000-\U0010ffff])")
 
 
-def _marked(roles: Sequence[str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": chr(FIRST_MARKER + i)} for i, role in enumerate(roles)]
+def _mark(message: int, is_thought: bool) -> str:
+    return chr(FIRST_MARKER + 2 * message + is_thought)
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """The template's own text in a conversation of certain roles."""
+def _piece_of(marker: str) -> Piece:
+    message, is_thought = divmod(ord(marker) - FIRST_MARKER, 2)
+    return message, bool(is_thought)
 
-    parts: list[str]
-    """Before the first content, between contents, and after the last."""
-    order: list[int]
-    """The message whose content stands behind each part but the last."""
-    ids: list[list[int]]
-    """The tokens of each part."""
-    owed: list[int]
-    """How many tokens of each part the model must produce: those that complete the reply before it."""
 
-    def find(self, messages: list[dict[str, str]], rendered: str) -> list[str]:
-        """The contents as the template wrote them, trimmed perhaps, in the order of its text."""
-        written, position = [], len(self.parts[0])
-        for number, after in zip(self.order, self.parts[1:], strict=True):
-            forms = _trimmed(messages[number]["content"])
-            found = [form for form in forms if rendered.startswith(form + after, position)]
-            if not found or not rendered.startswith(self.parts[0]):
-                raise _untraceable(number)
-            written.append(found[0])
-            position += len(found[0] + after)
-        if position != len(rendered):
-            raise _untraceable(self.order[-1])
-        return written
+def _message(role: str, text: str, thought: str | None) -> dict[str, str]:
+    content = text if thought is None else f"<think>\n{thought}\n</think>\n\n{text}"
+    return {"role": role, "content": content}
+
+
+def _marked(shape: Shape) -> list[dict[str, str]]:
+    return [_message(role, _mark(i, False), _mark(i, True) if thought else None)
+            for i, (role, thought) in enumerate(shape)]  # fmt: skip
+
+
+def _find(frame: Frame, contents: dict[Piece, str], rendered: str) -> dict[Piece, str]:
+    """The contents as the template wrote them, trimmed perhaps."""
+    written, position = {}, len(frame.parts[0])
+    for piece, after in zip(frame.order, frame.parts[1:], strict=True):
+        forms = _trimmed(contents[piece])
+        found = [form for form in forms if rendered.startswith(form + after, position)]
+        if not found or not rendered.startswith(frame.parts[0]):
+            raise _untraceable(piece[0])
+        written[piece] = found[0]
+        position += len(found[0] + after)
+    if position != len(rendered):
+        raise _untraceable(frame.order[-1][0])
+    return written
 
 
 def _trimmed(content: str) -> tuple[str, ...]:
@@ -319,17 +374,48 @@ def _name(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which no single operation is long: Ctrl-C and the time limit wait for its end."""
+
+    intercepted_binops = frozenset(("**", "*"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+        if (operator == "**" and max(sizes) > 1000) or (operator == "*" and max(sizes) > 10**6):
+            raise OverflowError(f"{operator} of a number above {1000 if operator == '**' else 10**6:,}")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError once the time is over, between two steps of the interpreter."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"takes longer than {seconds} seconds")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def _compile(source: str, now: datetime) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = now.strftime
     try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise InputError(f"tokenizer_config.json: chat_template is not valid Jinja: {error}") from error
+        with time_limit(SECONDS):
+            return environment.from_string(source)
+    except Exception as error:  # Jinja's own compiler fails on some programs in ways of Python's
+        reason = " ".join(reason_of(error).split())
+        raise InputError(f"tokenizer_config.json: chat_template is not valid Jinja: {reason}") from error
 
 
 class _Generation(Extension):

@@ -1,10 +1,10 @@
 """How far annotators agree, over the prompts that several of them ranked.
 
-Of two responses to a prompt an annotator prefers one, or holds them equal. Two figures:
+Of two responses to a prompt an annotator prefers one, or holds them equal. Two metrics:
 
     agreement   the share of pairs of responses on which two annotators agree, of those on which both
-                have a preference. Chance gives 1/2. Its interval is a bootstrap over prompts, for
-                the pairs of one prompt are not independent.
+                have a preference. Chance gives 1/2. The pairs of one prompt are not independent: its
+                interval counts prompts (measures.py, `clustered`).
     alpha       Krippendorff's, over all preferences, ties included: 1 for perfect agreement, 0 for
                 what chance would give.
 
@@ -22,14 +22,12 @@ import numpy as np
 
 from minillm.errors import InputError
 from minillm.preferences import Ranking
+from minillm.tools.measures import clustered
 
-RESAMPLES = 2000
 ALL = "all"
 
 Preferences = dict[tuple[str, str], int]
 """Of each two different responses, in the order of the alphabet: 1 for the first, -1 for the second, 0."""
-Counts = tuple[int, int, int]
-"""Over the pairs of one prompt: on how many annotators agree, on how many not, how many somebody ties."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Agreement:
     rate: float | None
     """None without a pair to judge by."""
     interval: tuple[float, float] | None
-    """Of 95 %."""
+    """Of 95 %; None of a single prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +56,30 @@ class AgreementReport:
     """None where there is nothing but ties."""
 
 
-def agreement_report(rankings: Iterable[Ranking], seed: int = 0) -> AgreementReport:
+def agreement_report(rankings: Iterable[Ranking]) -> AgreementReport:
     """Raises InputError where no prompt has the rankings of two annotators."""
     by_prompt = _preferences(rankings)
-    counts: dict[tuple[str, ...], list[Counts]] = defaultdict(list)
-    for opinions in by_prompt.values():
-        compared = _compare_all(opinions)
+    counts: dict[tuple[str, ...], list[Counter[int]]] = defaultdict(list)
+    for opinions in by_prompt:
+        compared = _compare(opinions)
         for pair, count in compared.items():
             counts[pair].append(count)
         if compared:
-            counts[ALL,].append(_total(compared.values()))
+            counts[ALL,].append(sum(compared.values(), Counter()))
     if not counts:
         raise InputError(
             "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
         )
     pairs = sorted(counts.keys() - {(ALL,)})
-    rows = [_agreement(pair, counts[pair], seed) for pair in [(ALL,), *pairs]]
-    return AgreementReport(rows, krippendorff_alpha(_units(by_prompt.values())))
+    rows = [_agreement(pair, counts[pair]) for pair in [(ALL,), *pairs]]
+    return AgreementReport(rows, krippendorff_alpha(_units(by_prompt)))
 
 
 def agreed_pairs(rankings: Iterable[Ranking]) -> tuple[int, int]:
     """On how many pairs two annotators agree, and of how many on which both have a preference."""
-    everybody = [_total(_compare_all(opinions).values()) for opinions in _preferences(rankings).values()]
-    agreed, differed, _ = _total(everybody)
-    return agreed, agreed + differed
+    compared = [count for opinions in _preferences(rankings) for count in _compare(opinions).values()]
+    agreed = sum(count[1] for count in compared)
+    return agreed, agreed + sum(count[-1] for count in compared)
 
 
 def agreement_table(report: AgreementReport) -> str:
@@ -98,12 +96,12 @@ def agreement_table(report: AgreementReport) -> str:
     return "\n".join([*lines, f"Krippendorff's alpha (ordinal): {alpha}"])
 
 
-def _preferences(rankings: Iterable[Ranking]) -> dict[str, dict[str, Preferences]]:
-    """By prompt and annotator; of two rankings of a set by one annotator the later counts."""
+def _preferences(rankings: Iterable[Ranking]) -> list[dict[str, Preferences]]:
+    """For every prompt, by annotator; of two rankings of a set by one annotator the later counts."""
     by_prompt: dict[str, dict[str, Preferences]] = defaultdict(dict)
     for ranking in rankings:
         by_prompt[ranking.key][ranking.annotator] = preferences(ranking)
-    return by_prompt
+    return list(by_prompt.values())
 
 
 def preferences(ranking: Ranking) -> Preferences:
@@ -117,32 +115,19 @@ def preferences(ranking: Ranking) -> Preferences:
     }
 
 
-def _compare_all(opinions: Mapping[str, Preferences]) -> dict[tuple[str, str], Counts]:
-    """Each two annotators of one prompt."""
-    return {(a, b): _compare(opinions[a], opinions[b]) for a, b in combinations(sorted(opinions), 2)}
+def _compare(opinions: Mapping[str, Preferences]) -> dict[tuple[str, str], Counter[int]]:
+    """For each two annotators of one prompt on how many pairs they agree (1), differ (-1) or one ties (0)."""
+    return {
+        (a, b): Counter(opinions[a][pair] * opinions[b][pair] for pair in opinions[a])
+        for a, b in combinations(sorted(opinions), 2)
+    }
 
 
-def _total(counts: Iterable[Counts]) -> Counts:
-    agreed, differed, ties = map(sum, zip((0, 0, 0), *counts, strict=True))
-    return agreed, differed, ties
-
-
-def _compare(one: Preferences, other: Preferences) -> Counts:
-    products = Counter(one[pair] * other[pair] for pair in one)
-    return products[1], products[-1], products[0]
-
-
-def _agreement(annotators: tuple[str, ...], counts: Sequence[Counts], seed: int) -> Agreement:
-    agreed, differed, ties = np.array(counts).T
-    pairs = int(agreed.sum() + differed.sum())
-    if not pairs:
-        return Agreement(annotators, len(counts), 0, int(ties.sum()), None, None)
-    drawn = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
-    totals = (agreed + differed)[drawn].sum(axis=1)
-    rates = agreed[drawn].sum(axis=1)[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(rates, [0.025, 0.975]).tolist()
-    rate = float(agreed.sum() / pairs)
-    return Agreement(annotators, len(counts), pairs, int(ties.sum()), rate, (low, high))
+def _agreement(annotators: tuple[str, ...], counts: Sequence[Counter[int]]) -> Agreement:
+    agreed, differed, ties = ([count[product] for count in counts] for product in (1, -1, 0))
+    rate = clustered(agreed, np.add(agreed, differed))
+    interval = None if rate["low"] is None or rate["high"] is None else (rate["low"], rate["high"])
+    return Agreement(annotators, len(counts), rate["count"], sum(ties), rate["value"], interval)
 
 
 def _units(prompts: Iterable[Mapping[str, Preferences]]) -> list[list[int]]:
@@ -176,18 +161,14 @@ def krippendorff_alpha(units: Iterable[Sequence[int]]) -> float | None:
     marginals: defaultdict[int, float] = defaultdict(float)
     for (value, _), count in coincidences.items():
         marginals[value] += count
-    difference = _ordinal_differences(marginals)
-    expected = sum(marginals[c] * marginals[k] * d for (c, k), d in difference.items())
-    if not expected:
-        return None
-    observed = sum(count * difference[pair] for pair, count in coincidences.items())
-    return 1 - (sum(marginals.values()) - 1) * observed / expected
-
-
-def _ordinal_differences(marginals: Mapping[int, float]) -> dict[tuple[int, int], float]:
-    """δ² of each two values: how many values lie from the middle of the one to the middle of the other."""
+    # δ is the distance from the middle of the one value's share of all values to that of the other.
     middle, below = {}, 0.0
     for value in sorted(marginals):
         middle[value] = below + marginals[value] / 2
         below += marginals[value]
-    return {(c, k): (middle[c] - middle[k]) ** 2 for c in middle for k in middle}
+    difference = {(c, k): (middle[c] - middle[k]) ** 2 for c in middle for k in middle}
+    expected = sum(marginals[c] * marginals[k] * d for (c, k), d in difference.items())
+    if not expected:
+        return None
+    observed = sum(count * difference[pair] for pair, count in coincidences.items())
+    return 1 - (below - 1) * observed / expected

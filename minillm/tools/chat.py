@@ -4,12 +4,12 @@
     python -m minillm.chat out/sft --system "Be brief."     with a system message
     python -m minillm.chat out/sft --prompt "Who are you?"  one answer and nothing else, for a script
     python -m minillm.chat out/base                         a base model goes on with the text it is given
+    python -m minillm.chat out/base --prompt-file tale.txt --samples 5    in five ways
 
 First the conversation, which knows no terminal: `Chat` holds the messages, drops the oldest when they
 no longer fit, and gives replies piece by piece. Behind it the terminal: lines in, pieces out, Ctrl-C.
 """
 
-import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,15 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from minillm.errors import InputError, one_line_errors
-from minillm.generate import SamplingOptions, stream, stream_text
+from minillm.chat import ChatTemplate, chat_format
+from minillm.errors import InputError, one_line_errors, printable
+from minillm.files import read_text
+from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
-from minillm.io.template import ChatTemplate, chat_format
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.run import choose_device, choose_dtype
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import choose_device, choose_dtype
 
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""
@@ -53,8 +54,14 @@ class Options:
     """A run folder, or a Hugging Face folder (Llama or Qwen3 layout)."""
     prompt: str | None = None
     """Print the answer to this and end, instead of a conversation."""
+    prompt_file: str | None = None
+    """The same with the text of a file."""
+    samples: int = 1
+    """How many answers to print, each drawn with the next seed."""
     system: str | None = None
     """The system message."""
+    thinking: bool = False
+    """Let a model that knows thoughts (Qwen3, DeepSeek-R1) think before it replies."""
     temperature: float = 0.7
     """Divides the logits; 0 takes the most probable token."""
     top_k: int = 0
@@ -62,7 +69,8 @@ class Options:
     top_p: float = 1.0
     """Sample among the fewest most probable tokens that together reach this probability."""
     max_new_tokens: int | None = None
-    """Tokens of a reply at most. Default: what the context leaves, up to 512."""
+    """Tokens of a reply at most. Default: what the context leaves, up to 512. A base model goes on past its
+    context, each further token following as many of the last ones as it was trained on."""
     seed: int = 0
     """Of the first reply; each further one takes the next number."""
     device: str = "auto"
@@ -73,6 +81,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("--prompt: is empty; give a text")
+        if self.prompt is not None and self.prompt_file is not None:
+            raise InputError("--prompt-file: --prompt gives a text already; leave one out")
+        if self.samples < 1:
+            raise InputError(f"--samples {self.samples}: give at least 1")
+        if self.samples > 1 and self.prompt is None and self.prompt_file is None:
+            raise InputError(f"--samples {self.samples}: say of what, with --prompt or --prompt-file")
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: give 0 or more")
         longest = 1 if self.max_new_tokens is None else self.max_new_tokens
@@ -96,6 +110,8 @@ class Reply:
     tokens: Iterator[int]
     tokenizer: Tokenizer
     stop_ids: Sequence[int]
+    cropped: bool = False
+    """Whether it may go on past the model's positions."""
     text: str = ""
     """What was said so far."""
     cut: bool = True
@@ -130,34 +146,58 @@ class Chat:
         if reserved is None:
             reserved = max(1, min(LONGEST_REPLY, self.positions // 4))
         self.sampling = SamplingOptions(
-            reserved, options.temperature, options.top_k, options.top_p, stop_ids=self.format.stop_ids
-        )
+            reserved, options.temperature, options.top_k, options.top_p, stop_ids=self.format.stop_ids,
+            crop=self.is_base,
+        )  # fmt: skip
         self.room = self.positions - reserved
         """The longest prompt, in tokens."""
-        if self.room < 1:
+        if self.room < 1 and not self.is_base:
             raise InputError(
                 f"--max-new-tokens {reserved}: the model has {self.positions} positions; give less"
             )
         self.messages: tuple[Message, ...] = ()
-        self.replies = 0
+        self.replies, self.cropping_said = 0, False
         self.set_system(options.system or "")
 
-    def hear(self, text: str) -> Reply:
-        """Begins a reply to a text of the user's. The conversation changes only when it is kept."""
+    def ask(self, text: str) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
+        """The messages with a text of the user's, the oldest dropped; their tokens; and how to reply."""
         said = (*self.messages, {"role": "user", "content": text})
-        asked = drop_oldest(said, lambda messages: len(self.format.prompt(messages)) <= self.room)
+        asked: tuple[Message, ...] | None = said
+        if not self.is_base:
+            asked = drop_oldest(said, lambda messages: len(self.prompt(messages)) <= self.room)
         if asked is None:
             raise InputError(
                 f"too long: of the model's {self.positions} tokens {self.positions - self.room} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        prompt = self.format.prompt(asked)
+        prompt = self.prompt(asked)
         sampling = self.sampling
         if self.options.max_new_tokens is None:
-            sampling = replace(sampling, max_new_tokens=min(LONGEST_REPLY, self.positions - len(prompt)))
+            left = max(self.positions - len(prompt), sampling.max_new_tokens)
+            sampling = replace(sampling, max_new_tokens=min(LONGEST_REPLY, left))
+        return asked, prompt, sampling
+
+    def hear(self, text: str) -> Reply:
+        """Begins a reply to a text of the user's. The conversation changes only when it is kept."""
+        asked, prompt, sampling = self.ask(text)
         tokens = stream(self.model, prompt, sampling, self.options.seed + self.replies)
         self.replies += 1
-        return Reply(asked, len(said) - len(asked), tokens, self.tokenizer, sampling.stop_ids)
+        dropped = len(self.messages) + 1 - len(asked)
+        cropped = len(prompt) + sampling.max_new_tokens > self.positions
+        return Reply(asked, dropped, tokens, self.tokenizer, sampling.stop_ids, cropped)
+
+    def samples(self, text: str, count: int) -> list[tuple[str, bool]]:
+        """Several replies to one text, and whether each came to its end; the first is what `hear` gives."""
+        _, prompt, sampling = self.ask(text)
+        seeds = range(self.options.seed, self.options.seed + count)
+        responses = generate(self.model, [prompt] * count, sampling, seeds).responses()
+        ended = [response[-1] in sampling.stop_ids for response in responses]
+        texts = [self.tokenizer.decode(r[: len(r) - e]) for r, e in zip(responses, ended, strict=True)]
+        return list(zip(texts, ended, strict=True))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens behind which the model is to reply."""
+        return self.format.prompt(messages, self.options.thinking)
 
     def keep(self, reply: Reply) -> None:
         """Makes a reply part of the conversation, unless it was cut before its first word."""
@@ -202,7 +242,7 @@ def drop_oldest(
     return None
 
 
-def obey(chat: Chat, command: str) -> str | None:
+def run_command(chat: Chat, command: str) -> str | None:
     """Carries out a command such as "/undo". Returns what to say about it; None to end."""
     name, *rest = command.split(maxsplit=1)
     text = "".join(rest).strip()
@@ -228,7 +268,7 @@ def obey(chat: Chat, command: str) -> str | None:
 
 
 def converse(chat: Chat) -> None:
-    """Reads, replies and obeys until /quit or the end of the input."""
+    """Reads, replies and runs commands until /quit or the end of the input."""
     with suppress(ImportError):  # not everywhere; with it, input() can edit its line
         import readline  # noqa: F401
     print(greeting(chat))
@@ -264,7 +304,7 @@ def read_entry() -> str:
 def take_turn(chat: Chat, entry: str) -> bool:
     """One command or message. False to end."""
     if entry.startswith("/") and not entry.startswith("//"):
-        answer = obey(chat, entry)
+        answer = run_command(chat, entry)
         if answer is not None:
             print(answer)
         return answer is not None
@@ -272,8 +312,10 @@ def take_turn(chat: Chat, entry: str) -> bool:
         reply = chat.hear(entry.removeprefix("/"))
         if reply.dropped:
             print(f"(no room for the {reply.dropped} oldest messages: dropped)")
+        if reply.cropped and not chat.cropping_said:
+            print(cropping_note(chat))
         with interrupts() as interrupted:
-            say(reply, interrupted)
+            show(reply, interrupted)
         print(" [cut]" if reply.cut else "")
         chat.keep(reply)
     return True
@@ -290,9 +332,9 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
+def show(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
     for piece in reply:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
         if interrupted():
             return
 
@@ -300,12 +342,26 @@ def say(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
 def answer(chat: Chat, text: str) -> None:
     """The reply alone on standard output; what there is to say about it on standard error."""
     if chat.is_base:
-        print(greeting(chat), file=sys.stderr)
+        print(printable(greeting(chat)), file=sys.stderr)
     reply = chat.hear(text)
-    say(reply)
-    print()
-    if reply.cut:
-        print("[cut]", file=sys.stderr)
+    if reply.cropped:
+        print(cropping_note(chat), file=sys.stderr)
+    if chat.options.samples == 1:
+        show(reply)
+        print()
+        if reply.cut:
+            print("[cut]", file=sys.stderr)
+        return
+    for number, (sample, ended) in enumerate(chat.samples(text, chat.options.samples)):
+        print(f"--- sample {number} ---\n{printable(sample)}")
+        if not ended:
+            print(f"[sample {number} cut]", file=sys.stderr)
+
+
+def cropping_note(chat: Chat) -> str:
+    """What is to be said, once, of replies that go on past the model's positions."""
+    chat.cropping_said = True
+    return f"(trained on {chat.positions} tokens: past them, each one follows the last {chat.positions})"
 
 
 def open_chat(options: Options) -> Chat:
@@ -318,16 +374,18 @@ def open_chat(options: Options) -> Chat:
 
 
 def main(arguments: list[str]) -> None:
-    for file in (sys.stdin, sys.stdout):
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="replace")  # what a terminal cannot show or send ends nothing
     with one_line_errors():
         options = parse_options(Options, arguments)
+        text = options.prompt
+        if options.prompt_file is not None:
+            text = read_text(Path(options.prompt_file))
+            if not text:
+                raise InputError(f"--prompt-file {options.prompt_file}: is empty; write a text in it")
         chat = open_chat(options)
-        if options.prompt is None:
+        if text is None:
             converse(chat)
         else:
-            answer(chat, options.prompt)
+            answer(chat, text)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,38 @@
 """Asking models, and what the little world's rubric says of their replies, by kind of prompt.
 
+    python -m minillm.tools.evaluate out/base --text book.txt     the loss of any model on any text
+
 A chat model is asked in its chat format. A base model, which has none, gets the question as the first
 line of a text and goes on as it likes: that is what aligning it is compared with.
 
     in form   the reply ended by itself, as one speaker's answer: no other speaker's line, no question back
     right     in form, and right by the rubric (world/rubric.py): the fact, "I don't know" where nobody
               could know, the task done, a fitting word, a refusal of harm
-    utility   the rubric's price of the whole reply, manners and brevity included
+    utility   the rubric's score of the whole reply, manners and brevity included
 
 minillm/compare asks through this several models at once, and sft.py the one before and the one after.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
+import torch
+import tyro
+
+from minillm.data import document_marks
+from minillm.errors import InputError, one_line_errors, reading
 from minillm.generate import SamplingOptions
+from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
+from minillm.options import parse_options
 from minillm.responses import Respondent, sample_responses
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import choose_device, choose_dtype
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt, Score
 
@@ -46,17 +60,17 @@ class Judged:
 
     @property
     def in_form(self) -> bool:
-        """Whether it is an answer at all: it has words, ended by itself, and one speaker says it."""
+        """It has words, ended by itself, and one speaker says it."""
         return self.reply.ended and bool(self.reply.text.strip()) and self.score.in_role >= IN_ROLE
 
     @property
     def right(self) -> bool:
-        """Whether it is in form and nothing is missing or wrong in it."""
+        """It is in form and nothing is missing or wrong in it."""
         return self.in_form and self.score.right > 0.99
 
 
 @dataclass(frozen=True)
-class Figures:
+class KindMetrics:
     """Shares and means over the replies to prompts of one kind."""
 
     prompts: int
@@ -100,17 +114,20 @@ def judged_replies(
     """By kind, the replies to its first prompts of a split, judged."""
     prompts = world_prompts(world, split, prompts_per_kind)
     asked = [prompt.messages for prompt in prompts]
-    judged: dict[str, list[Judged]] = {kind: [] for kind in KINDS}
-    replies = sample_replies(model, tokenizer, asked, temperature, seed=seed)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        judged[prompt.kind].append(Judged(prompt, reply, world.score(prompt, reply.text)))
-    return judged
+    judged = judge_all(world, prompts, list(sample_replies(model, tokenizer, asked, temperature, seed=seed)))
+    return {kind: [one for one in judged if one.prompt.kind == kind] for kind in KINDS}
 
 
-def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
-    """The figures of every kind."""
+def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
+    """Every reply with the rubric's score."""
+    pairs = zip(prompts, replies, strict=True)
+    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
+
+
+def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, KindMetrics]:
+    """The metrics of every kind."""
     return {
-        kind: Figures(
+        kind: KindMetrics(
             len(some),
             fmean(one.in_form for one in some),
             fmean(one.right for one in some),
@@ -120,14 +137,101 @@ def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, Figures]:
     }
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Figures]]) -> str:
-    """The figures of several models, a line for each kind of prompt."""
-    names = list(figures)
+def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
+    """The metrics of several models, a line for each kind of prompt."""
+    names = list(of_model)
     width = max(len(name) for name in [*names, " in form  right  utility"])
     lines = [f"{'':13} " + "  ".join(f"{name:>{width}}" for name in names)]
     lines.append(f"{'':13} " + "  ".join(f"{'in form  right  utility':>{width}}" for _ in names))
     for kind in KINDS:
-        cells = (figures[name][kind] for name in names)
+        cells = (of_model[name][kind] for name in names)
         rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
         lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
     return "\n".join(lines)
+
+
+# ---- The loss on a text
+
+PIECE = 1 << 20  # characters read and encoded together
+WINDOWS = 64  # rows of a forward pass
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The sum of -log p over a text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def __str__(self) -> str:
+        token, byte = self.nats / self.tokens, self.nats / self.bytes
+        return (
+            f"{byte:.4f} nats/byte, {byte / math.log(2):.4f} bits/byte, {token:.4f} nats/token, "
+            f"perplexity {math.exp(min(token, 700)):.4g} over {self.tokens:,} tokens, {self.bytes:,} bytes"
+        )
+
+
+@torch.no_grad()
+def text_loss(model: LanguageModel, tokenizer: Tokenizer, pieces: Iterable[str]) -> TextLoss:
+    """The loss on a text that comes in pieces, in windows of the model's context side by side.
+
+    Every token is a target once, as in validation: a window's first follows the token before it alone, the
+    text's first the token that opens documents.
+    """
+    T, device = model.config.max_position_embeddings, model.lm_head.weight.device
+    nats, tokens, size = 0.0, 0, 0
+    waiting = [document_marks(tokenizer)[0]]
+
+    def read(count: int) -> None:
+        nonlocal nats, tokens, waiting
+        while len(waiting) > count:
+            taken = min(len(waiting) - 1, WINDOWS * T)
+            rows = max(1, taken // T)
+            taken = min(taken, rows * T)
+            window = torch.tensor(waiting[: taken + 1], device=device)
+            inputs, targets = (x.view(rows, -1) for x in (window[:-1], window[1:]))
+            nats += model(inputs, targets=targets).item()
+            tokens, waiting = tokens + taken, waiting[taken:]
+
+    for piece in pieces:
+        waiting += tokenizer.encode(piece)
+        size += len(piece.encode())
+        read(WINDOWS * T)
+    read(1)
+    return TextLoss(nats, tokens, size)
+
+
+def pieces_of(path: Path) -> Iterator[str]:
+    """The text of a file, cut behind line ends where there are any."""
+    with reading(path, "give a file of UTF-8 text"), open(path, encoding="utf-8", newline="") as file:
+        while piece := file.read(PIECE) + file.readline(PIECE):
+            yield piece
+
+
+@dataclass(frozen=True)
+class Options:
+    """The loss of a model on a raw text."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run folder, or a Hugging Face folder (Llama or Qwen3 layout)."""
+    text: str
+    """A file of UTF-8 text."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        options = parse_options(Options, arguments)
+        pieces = pieces_of(Path(options.text))
+        first = next(pieces, "")  # before the model, so that a wrong name costs no wait
+        if not first:
+            raise InputError(f"--text {options.text}: is empty; give a text")
+        device = choose_device(options.device, 0)
+        model, tokenizer = load_causal_model(Path(options.run), device, choose_dtype(device))
+        print(text_loss(model, tokenizer, (piece for part in ([first], pieces) for piece in part)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

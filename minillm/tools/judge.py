@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from minillm.chat import chat_format
 from minillm.errors import InputError
 from minillm.files import read_text
-from minillm.io.template import chat_format
 from minillm.model import LanguageModel
 from minillm.preferences import Message, ResponseSet, ranking_by
 from minillm.tokenizer import Tokenizer
@@ -55,17 +55,30 @@ class Judge:
         text = f"{self.principles}\n\n{said}\n\nReply A: {first}\n\nReply B: {second}\n"
         return [*self.form.prompt([{"role": "user", "content": text}]), *self.opening]
 
+    def compare(self, asked: Sequence[tuple[Sequence[Message], str, str]]) -> list[int | None]:
+        """For each prompt and two responses 1 where the first wins, -1 where the second, 0 for a tie; None
+        where a question is longer than the judge's context."""
+        both = [
+            (self.question(messages, first, second), self.question(messages, second, first))
+            for messages, first, second in asked
+        ]
+        longest = self.model.config.max_position_embeddings
+        fitting = [i for i, pair in enumerate(both) if max(map(len, pair)) <= longest]
+        fitting.sort(key=lambda i: len(both[i][0]))  # similar lengths together, for little padding
+        found: list[int | None] = [None] * len(asked)
+        for first in range(0, len(fitting), ROWS // 2):
+            part = fitting[first : first + ROWS // 2]
+            margins = self.margins([question for i in part for question in both[i]])
+            for i, verdict in zip(part, verdicts(margins), strict=True):
+                found[i] = verdict
+        return found
+
     def rank(self, given: ResponseSet) -> list[list[int]] | None:
         """The ranking of a set; None where a question is longer than the judge's context."""
-        pairs = list(combinations(range(len(given.responses)), 2))
-        texts = given.responses
-        questions = [
-            self.question(given.messages, texts[a], texts[b]) for i, j in pairs for a, b in ((i, j), (j, i))
-        ]
-        if max(map(len, questions)) > self.model.config.max_position_embeddings:
-            return None
-        margins = torch.cat([self.margins(questions[k : k + ROWS]) for k in range(0, len(questions), ROWS)])
-        return ranking_by(copeland(len(texts), pairs, verdicts(margins)))
+        pairs, texts = list(combinations(range(len(given.responses)), 2)), given.responses
+        found = self.compare([(given.messages, texts[i], texts[j]) for i, j in pairs])
+        wins = [win for win in found if win is not None]
+        return ranking_by(copeland(len(texts), pairs, wins)) if len(wins) == len(pairs) else None
 
     @torch.inference_mode()
     def margins(self, questions: Sequence[Sequence[int]]) -> Float[Tensor, "N"]:

@@ -1,13 +1,14 @@
-"""Figures with their uncertainty, as pure functions of numbers and texts.
+"""Estimates with their uncertainty, as pure functions of numbers and texts.
 
-An `Estimate` is what was measured and the interval in which, in 95 of 100 repetitions with other prompts,
-the truth would lie. Two formulas give all of them:
+An `Estimate` is a metric and its 95 % interval: in 95 of 100 repetitions with other prompts it holds the
+truth. Every interval of the project comes from here, by one of two formulas:
 
-    share   Wilson's interval, for values in [0, 1]. It is never empty, not even where all are 0 or all 1,
-            and never leaves [0, 1]. Values between 0 and 1 (a tie is half a win) vary less than shares of
-            the same mean do, so that it is then wider than need be, and never too narrow.
-    ratio   Σa / Σb over prompts, each with its own a and b: the delta method. A mean is the ratio of the
-            values to ones.
+    share      Wilson's interval, for one value in [0, 1] per prompt. It is never empty, not even where all
+               values are 0 or all 1. Values between 0 and 1 (a tie is half a win) vary less than shares of
+               the same mean, so that it is then too wide rather than too narrow.
+    ratio      Σa / Σb over prompts, each with its own a and b: the delta method. A mean is the ratio of the
+               values to ones; `clustered` is a share of which each prompt gives several values, for these
+               are not independent.
 
 Sources: Wilson 1927; the delta method for ratios, Cochran 1977, "Sampling Techniques", section 2.11;
 calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; distinct n-grams, Li et al. 2016
@@ -16,48 +17,52 @@ Left out: corrections for many comparisons. One interval in twenty misses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Real
 
 Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
 
 Number = float | int
+Values = Sequence[Number] | Real[np.ndarray, " N"]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % interval; None where there is nothing to tell it from."""
+class Estimate(TypedDict):
+    """A metric, its interval (None where it is unknown) and the number of values that it rests on."""
 
     value: float | None
     low: float | None
     high: float | None
     count: int
-    """How many prompts it rests on."""
 
 
-def share(hits: Sequence[Number]) -> Estimate:
+def estimate(
+    value: float | None, count: int, low: float | None = None, high: float | None = None
+) -> Estimate:
+    return {"value": value, "low": low, "high": high, "count": count}
+
+
+def share(values: Values) -> Estimate:
     """The mean of values in [0, 1], with Wilson's interval."""
-    n = len(hits)
+    n = len(values)
     if not n:
-        return Estimate(None, None, None, 0)
-    p = float(np.mean(hits))
+        return estimate(None, 0)
+    p = float(np.mean(values))
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * sqrt(max(0.0, p * (1 - p)) / n + Z**2 / (4 * n**2))
     # p lies inside but for rounding, which shows where p is 0 or 1.
-    return Estimate(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)), n)
+    return estimate(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
-def mean(values: Sequence[Number]) -> Estimate:
+def mean(values: Values) -> Estimate:
     """The mean of any values."""
-    return ratio(values, [1] * len(values))
+    return ratio(values, np.ones(len(values)))
 
 
-def ratio(numerators: Sequence[Number], denominators: Sequence[Number]) -> Estimate:
+def ratio(numerators: Values, denominators: Values) -> Estimate:
     """Σ numerators / Σ denominators. Of one prompt alone no interval is known.
 
     With r = Σa / Σb and n prompts, var r ≈ n / (n - 1) · Σ (a - r b)² / (Σb)².
@@ -65,15 +70,24 @@ def ratio(numerators: Sequence[Number], denominators: Sequence[Number]) -> Estim
     a, b = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     n, total = len(a), float(b.sum())
     if not total:
-        return Estimate(None, None, None, n)
+        return estimate(None, n)
     r = float(a.sum() / total)
     if n == 1:
-        return Estimate(r, None, None, 1)
+        return estimate(r, 1)
     half = Z * sqrt(n / (n - 1) * float(((a - r * b) ** 2).sum())) / total
-    return Estimate(r, r - half, r + half, n)
+    return estimate(r, n, r - half, r + half)
 
 
-def contest(verdicts: Sequence[int]) -> dict[str, Estimate]:
+def clustered(hits: Values, counts: Values) -> Estimate:
+    """The share Σ hits / Σ counts of values that come several to a prompt; its count is Σ counts."""
+    found = ratio(hits, counts)
+    low, high = (
+        None if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"])
+    )
+    return estimate(found["value"], int(np.sum(counts)), low, high)
+
+
+def win_rates(verdicts: Sequence[int]) -> dict[str, Estimate]:
     """Shares of wins (1), ties (0) and losses (-1), and the rate of wins, ties counting half."""
     outcomes = {"win": 1, "tie": 0, "loss": -1}
     shares = {name: share([verdict == sign for verdict in verdicts]) for name, sign in outcomes.items()}
@@ -101,13 +115,6 @@ def reliability(
     ]
     distance = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins)
     return distance / len(sure), bins
-
-
-# ---- Words
-
-
-def word_count(text: str) -> int:
-    return len(text.split())
 
 
 def repetition(text: str, n: int = 2) -> float:

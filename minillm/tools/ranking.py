@@ -104,7 +104,7 @@ def run_command(session: RankingSession, typed: str) -> str | None:
             undone = session.undo()
             if undone is None:
                 return "nothing to take back"
-            return printable(f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}")
+            return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
     try:
         made = session.rank(typed)
     except InputError as error:
@@ -113,7 +113,7 @@ def run_command(session: RankingSession, typed: str) -> str | None:
 
 
 def rank_in_terminal(session: RankingSession) -> None:
-    """Shows set after set and obeys, until none is left or the person has had enough."""
+    """Shows set after set and runs what is typed, until none is left or the person has had enough."""
     with suppress(ImportError):  # not everywhere; with it, input() can edit its line
         import readline  # noqa: F401
     answer: str | None = ""

@@ -13,30 +13,30 @@ q ≥ ½, independently of other raters. Two raters agree with probability
 and a judge who is always right agrees with one rater in a share q of pairs: none can be expected to do
 better. Where q differs from pair to pair, 2p - 1 is the mean of (2q - 1)²; the mean of 2q - 1 is no less
 than that and no more than its root. So the ceiling lies between p and the q of this formula. Where the
-truth is known, how often it has the annotators' order is the ceiling itself.
+rubric's score of every response is known, how often it has the annotators' order is the ceiling itself.
 
-Of the truth only pairs count whose worth differs by at least the margin below which annotators see no
+Against the rubric only pairs count whose scores differ by at least the margin below which annotators see no
 difference: which of two wrong answers is a letter shorter, nobody is asked to know.
 
-Sources: calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; the bootstrap over clusters,
-Field & Welsh 2007; length as what reward models mistake for worth, Singhal et al. 2023 (arXiv 2310.03716).
+Sources: calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; length as what reward models
+mistake for quality, Singhal et al. 2023 (arXiv 2310.03716).
 Left out: agreement beyond chance (Cohen's κ), and a significance test between two models.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from minillm.annotators import MARGIN
+from minillm.chat import ChatTemplate
 from minillm.files import write_atomically, write_json
-from minillm.io.template import ChatTemplate
 from minillm.model import ScalarModel
 from minillm.preferences import Message, Ranking
 from minillm.reward import (
@@ -51,13 +51,12 @@ from minillm.reward import (
     telling_pairs,
 )
 from minillm.tools.agreement import agreed_pairs
-from minillm.tools.measures import reliability
+from minillm.tools.measures import Estimate, clustered, estimate, reliability, share
 
-BOOTSTRAP = 1000  # resamples for an interval
-TRUE_MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two replies are apart
+MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two rubric scores are apart
 
-Worth = Callable[[Sequence[Message], str], float | None]
-"""What a reply to these messages is truly worth; None where nobody knows."""
+RubricScore = Callable[[Sequence[Message], str], float | None]
+"""What the rubric gives a reply to these messages; None where it knows nothing of them."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,34 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of so many; None of nothing."""
-
-    value: float | None
-    count: int
-
-
-@dataclass(frozen=True)
 class Pairs:
-    """Pairs that their annotator did not tie."""
+    """Pairs of responses that their annotator did not tie: one entry of each array for each pair."""
 
-    prompt: Int64[np.ndarray, " P"]
-    """The number of each pair's prompt; several rankings of one prompt share it."""
-    kind: list[str | None]
-    difference: Float64[np.ndarray, " P"]
-    """Score of the better response less that of the worse."""
+    prompt: np.ndarray
+    """The number of its prompt; several rankings of one prompt share it."""
+    kind: np.ndarray
+    """Of the prompt; "" where it has none."""
+    annotator: np.ndarray
+    difference: np.ndarray
+    """Score of the response that the annotator preferred less that of the other."""
+    rubric: np.ndarray
+    """The same difference of the rubric's scores; 0 where it is unknown."""
 
     @property
     def right(self) -> Float64[np.ndarray, " P"]:
         """1 where the scores have the annotator's order, 0 where the opposite, a half where equal."""
         return (1 + np.sign(self.difference)) / 2
+
+    def accuracy(self, right: Float64[np.ndarray, " P"], some: Any = slice(None)) -> Estimate:
+        """The share of these pairs that are right; the pairs of one prompt are not independent."""
+        numbers = self.prompt[some]
+        prompts = np.unique(numbers, return_inverse=True)[1]
+        return clustered(np.bincount(prompts, right[some]), np.bincount(prompts))
+
+
+def unknown_score(messages: Sequence[Message], text: str) -> float | None:
+    """Where there is no rubric."""
+    return None
 
 
 @torch.no_grad()
@@ -105,39 +111,26 @@ def judge(model: ScalarModel, encoded: Sequence[EncodedSet], micro_tokens: int =
     return judged
 
 
-def pairs_of(judged: Iterable[Judged]) -> Pairs:
+def pairs_of(judged: Iterable[Judged], rubric: RubricScore = unknown_score) -> Pairs:
+    """All pairs of different texts that their annotators ordered."""
     numbers: dict[str, int] = {}
-    prompt, kind, difference = [], [], []
+    rows = []
     for one in judged:
-        number = numbers.setdefault(prompt_key(one.ranking), len(numbers))
-        for better, worse in telling_pairs(one.ranking):
-            prompt.append(number)
-            kind.append(one.ranking.kind)
-            difference.append(one.scores[better] - one.scores[worse])
-    return Pairs(np.array(prompt, np.int64), kind, np.array(difference, np.float64))
+        ranking = one.ranking
+        number = numbers.setdefault(prompt_key(ranking), len(numbers))
+        values = [rubric(ranking.messages, text) for text in ranking.responses]
+        known = [value for value in values if value is not None]
+        for i, j in telling_pairs(ranking):
+            difference = known[i] - known[j] if len(known) == len(values) else 0.0
+            rows.append(
+                (number, ranking.kind or "", ranking.annotator, one.scores[i] - one.scores[j], difference)
+            )
+    columns = list(zip(*rows, strict=True)) or [()] * 5
+    types = (np.int64, str, str, np.float64, np.float64)
+    return Pairs(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
 
 
-# ---- Accuracy
-
-
-def share(right: Float64[np.ndarray, " P"]) -> Share:
-    return Share(float(right.mean()) if len(right) else None, len(right))
-
-
-def interval(pairs: Pairs, seed: int = 0) -> tuple[float, float]:
-    """Where 95% of the accuracies lie over prompts drawn anew from these, all pairs of a prompt together:
-    the pairs of one prompt share responses and are not independent."""
-    right = np.bincount(pairs.prompt, pairs.right)
-    count = np.bincount(pairs.prompt)
-    drawn = np.random.Generator(np.random.PCG64(seed)).integers(len(count), size=(BOOTSTRAP, len(count)))
-    low, high = np.quantile(right[drawn].sum(1) / count[drawn].sum(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def by_kind(pairs: Pairs) -> dict[str, Share]:
-    """The accuracy on each kind of prompt, where prompts have kinds."""
-    kinds = np.array([kind or "" for kind in pairs.kind])
-    return {str(kind): share(pairs.right[kinds == kind]) for kind in np.unique(kinds) if kind}
+# ---- Metrics
 
 
 def by_margin(pairs: Pairs) -> list[dict[str, Any]]:
@@ -145,84 +138,45 @@ def by_margin(pairs: Pairs) -> list[dict[str, Any]]:
     margin = np.abs(pairs.difference)
     quarters = [part for part in np.array_split(np.argsort(margin, kind="stable"), 4) if len(part)]
     return [
-        {"from": float(margin[part[0]]), "to": float(margin[part[-1]]), **asdict(share(pairs.right[part]))}
+        {"from": float(margin[part[0]]), "to": float(margin[part[-1]]), **pairs.accuracy(pairs.right, part)}
         for part in quarters
     ]
 
 
-# ---- The annotators
-
-
-def agreement(rankings: Sequence[Ranking]) -> Share:
-    """How often two annotators order two responses alike, of the pairs that both ordered."""
-    agreed, pairs = agreed_pairs(rankings)
-    return Share(agreed / pairs if pairs else None, pairs)
-
-
-def rater_accuracy(agreed: float | int) -> float:
+def rater_accuracy(agreed: float) -> float:
     """How often a rater is right if two agree with this probability and all pairs are equally hard; ½ if
     they agree less than by chance."""
     return (1 + sqrt(max(0.0, 2 * agreed - 1))) / 2
 
 
-@dataclass(frozen=True)
-class AgainstTruth:
-    """The pairs that their annotator did not tie and of which one reply is truly better, however little."""
-
-    margin: Float64[np.ndarray, " P"]
-    """By how much."""
-    scores: Float64[np.ndarray, " P"]
-    """1 where the scores have the true order, 0 where the opposite, a half where equal."""
-    annotators: Float64[np.ndarray, " P"]
-    """1 where the annotator has the true order, else 0."""
-    names: list[str]
-    """Who that is."""
-
-
-def against_truth(judged: Iterable[Judged], worth: Worth) -> AgainstTruth:
-    """The pairs of those rankings whose replies are all of known worth."""
-    rows: list[tuple[float, float, float]] = []
-    names: list[str] = []
-    for one in judged:
-        known = (worth(one.ranking.messages, text) for text in one.ranking.responses)
-        true = [value for value in known if value is not None]
-        if len(true) < len(one.scores):
-            continue
-        for better, worse in one.ranking.pairs():
-            if sign := np.sign(true[better] - true[worse]):
-                scored = np.sign(one.scores[better] - one.scores[worse])
-                rows.append((abs(true[better] - true[worse]), (1 + sign * scored) / 2, (1 + sign) / 2))
-                names.append(one.ranking.annotator)
-    margin, scores, annotators = np.array(rows, np.float64).reshape(-1, 3).T
-    return AgainstTruth(margin, scores, annotators, names)
-
-
-def truth_figures(pairs: AgainstTruth) -> dict[str, Any]:
-    """How often scores and annotators have the true order, of all pairs that differ by MARGIN, by annotator
-    and in classes of the difference; and `ceiling`, how often the truth has the annotators' order, of any."""
+def against_rubric(pairs: Pairs) -> dict[str, Any]:
+    """How often scores and annotators have the rubric's order, of all pairs that differ by MARGIN, by
+    annotator and in classes of the difference; and `ceiling`, how often the rubric has the annotators' order,
+    of any."""
+    distance, annotators = np.abs(pairs.rubric), (1 + np.sign(pairs.rubric)) / 2
+    scores = (1 + np.sign(pairs.rubric) * np.sign(pairs.difference)) / 2
 
     def shares(low: float, high: float) -> dict[str, Any]:
-        within = (low <= pairs.margin) & (pairs.margin < high)
-        both = {"scores": pairs.scores, "annotators": pairs.annotators}
-        return {name: asdict(share(right[within])) for name, right in both.items()}
+        within = (low <= distance) & (distance < high)
+        return {"scores": pairs.accuracy(scores, within), "annotators": pairs.accuracy(annotators, within)}
 
-    classes = pairwise((*TRUE_MARGINS[:-1], np.inf))
-    names, far = np.array(pairs.names, str), pairs.margin >= MARGIN
+    far = distance >= MARGIN
+    classes = pairwise((*MARGINS[:-1], np.inf))
     return {
         **shares(MARGIN, np.inf),
         "by_annotator": {
-            str(name): asdict(share(pairs.annotators[far & (names == name)])) for name in np.unique(names)
+            str(name): pairs.accuracy(annotators, far & (pairs.annotator == name))
+            for name in np.unique(pairs.annotator[distance > 0])
         },
-        "ceiling": asdict(share(pairs.annotators)),
+        "ceiling": pairs.accuracy(annotators, distance > 0),
         "by_margin": [
-            {"from": low, "to": min(high, TRUE_MARGINS[-1]), **shares(low, high)} for low, high in classes
+            {"from": low, "to": min(high, MARGINS[-1]), **shares(low, high)} for low, high in classes
         ],
     }
 
 
-# ---- Baselines
-
-SIDES: dict[str, tuple[str, str, Callable[[Ranking, int, int], int]]] = {
+Side = Callable[[Ranking, int, int], int]
+SIDES: dict[str, tuple[str, str, Side]] = {
     "length": (
         "longer",
         "shorter",
@@ -239,36 +193,21 @@ def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[
     `side` is None where there is no choice: in a format that lists the better response first, the place
     is the label itself, and knows nothing.
     """
-    result = {}
+
+    def sides(rankings: Sequence[Ranking], side: Side) -> Float64[np.ndarray, " P"]:
+        """On which side the better response of each pair is: 1, -1, or 0 for neither."""
+        return np.sign([float(side(one, *pair)) for one in rankings for pair in telling_pairs(one)])
+
+    result: dict[str, dict[str, Any]] = {}
     for name, (positive, negative, side) in SIDES.items():
-        own = _sides(training, side)
+        own = sides(training, side)
         if not len(own) or (name == "majority" and abs(own.sum()) == len(own)):
-            result[name] = {"side": None, **asdict(share(np.zeros(0)))}
+            result[name] = {"side": None, **estimate(None, 0)}
             continue
         sign = 1 if own.sum() >= 0 else -1
-        right = (1 + sign * _sides(held_out, side)) / 2
-        result[name] = {"side": positive if sign > 0 else negative, **asdict(share(right))}
+        right = (1 + sign * sides(held_out, side)) / 2
+        result[name] = {"side": positive if sign > 0 else negative, **share(right)}
     return result
-
-
-def _sides(
-    rankings: Sequence[Ranking], side: Callable[[Ranking, int, int], int]
-) -> Float64[np.ndarray, " P"]:
-    """On which side the better response of each pair is: 1, -1, or 0 for neither."""
-    pairs = [side(ranking, *pair) for ranking in rankings for pair in telling_pairs(ranking)]
-    return np.sign(np.array(pairs, np.float64))
-
-
-# ---- Calibration and length
-
-
-def calibration(pairs: Pairs) -> tuple[float | None, list[dict[str, float]]]:
-    """The expected calibration error and its bins.
-
-    σ(|difference|) is how sure the scores are of their order, accuracy how often it is the annotator's;
-    the error is the mean over pairs of the distance between the two in the pair's bin.
-    """
-    return reliability(1 / (1 + np.exp(-np.abs(pairs.difference))), pairs.right, lowest=0.5)
 
 
 def within_prompts(judged: Sequence[Judged]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
@@ -311,30 +250,34 @@ class Probe:
     trick: str
 
 
-def probes(rankings: Sequence[Ranking], worth: Worth) -> dict[str, list[Probe]]:
+def probes(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, list[Probe]]:
     """For every trick one probe to a prompt; none where the trick leaves the answer as it is, or where
-    it is truly worth no less."""
+    the rubric gives it no less."""
     of_prompt: dict[str, Ranking] = {}
     for ranking in rankings:
         of_prompt.setdefault(prompt_key(ranking), ranking)
     first = list(of_prompt.values())
-    honest = [_honest(ranking, worth) for ranking in first]
+    honest = [_honest(ranking, rubric) for ranking in first]
+
+    def is_worse(ranking: Ranking, trick: str, answer: str) -> bool:
+        low, high = rubric(ranking.messages, trick), rubric(ranking.messages, answer)
+        return trick != answer and (low is None or high is None or low < high)
+
     return {
         name: [
             Probe(ranking, answer, trick)
             for i, (ranking, answer) in enumerate(zip(first, honest, strict=True))
-            if answer.strip()
-            and (trick := make(answer, honest[_another(first, i)])) != answer
-            and _is_worse(ranking, trick, answer, worth)
+            for trick in [make(answer, honest[_another(first, i)])]
+            if answer.strip() and is_worse(ranking, trick, answer)
         ]
         for name, make in TRICKS.items()
     }
 
 
-def _honest(ranking: Ranking, worth: Worth) -> str:
-    """The response that is truly the best, or the annotator's best where the truth is unknown."""
+def _honest(ranking: Ranking, rubric: RubricScore) -> str:
+    """The response that the rubric gives most, or the annotator's best where it is unknown."""
     known = [
-        (value, text) for text in ranking.responses if (value := worth(ranking.messages, text)) is not None
+        (value, text) for text in ranking.responses if (value := rubric(ranking.messages, text)) is not None
     ]
     return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
 
@@ -345,29 +288,25 @@ def _another(rankings: Sequence[Ranking], i: int) -> int:
     return next((j for j in later if rankings[j].kind != rankings[i].kind), (i + 1) % len(rankings))
 
 
-def _is_worse(ranking: Ranking, trick: str, honest: str, worth: Worth) -> bool:
-    of_trick, of_honest = worth(ranking.messages, trick), worth(ranking.messages, honest)
-    return of_trick is None or of_honest is None or of_trick < of_honest
-
-
 def probe_shares(
     model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[Probe]]
-) -> dict[str, Share]:
+) -> dict[str, Estimate]:
     """The share of honest answers that score above the trick, per trick; where both fit the model."""
+    longest = model.config.max_position_embeddings
 
     def rows(probe: Probe) -> list[tuple[int, ...]]:
         texts = (probe.honest, probe.trick)
         return [tuple(encode_response(template, probe.ranking.messages, text)) for text in texts]
 
-    longest = model.config.max_position_embeddings
     fitting = {
         name: [pair for pair in map(rows, own) if max(map(len, pair)) <= longest]
         for name, own in of_trick.items()
     }
-    distinct = list(dict.fromkeys(chain(*chain(*fitting.values()))))  # an honest answer meets every trick
+    # An honest answer meets every trick, and is scored once.
+    distinct = list(dict.fromkeys(row for pairs in fitting.values() for pair in pairs for row in pair))
     scores = dict(zip(distinct, score_rows(model, distinct), strict=True))
     return {
-        name: share(np.array([scores[honest] > scores[trick] for honest, trick in pairs], np.float64))
+        name: share([scores[honest] > scores[trick] for honest, trick in pairs])
         for name, pairs in fitting.items()
     }
 
@@ -375,87 +314,63 @@ def probe_shares(
 # ---- The card
 
 
-def unknown_worth(messages: Sequence[Message], text: str) -> float | None:
-    """Nobody knows."""
-    return None
-
-
 def report_card(
     model: ScalarModel,
     template: ChatTemplate,
     judged: Sequence[Judged],
     rankings: Sequence[Ranking],
-    worth: Worth = unknown_worth,
+    rubric: RubricScore = unknown_score,
 ) -> dict[str, Any]:
-    """All figures, as report.json holds them. `judged` are held-out rankings; `rankings` are all there are,
+    """All metrics, as report.json holds them. `judged` are held-out rankings; `rankings` are all there are,
     for annotators can be compared on those too that the model has seen."""
-    pairs = pairs_of(judged)
-    error, bins = calibration(pairs)
-    agreed = agreement(rankings)
-    held_out = [one.ranking for one in judged]
+    pairs, held_out = pairs_of(judged, rubric), [one.ranking for one in judged]
+    # σ(|difference|) is how sure the scores are of their order.
+    error, bins = reliability(1 / (1 + np.exp(-np.abs(pairs.difference))), pairs.right, lowest=0.5)
+    agreed, ordered = agreed_pairs(rankings)
+    agreement = agreed / ordered if ordered else None
     prompts = set(map(prompt_key, held_out))
     training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
-    shares = probe_shares(model, template, probes(held_out, worth))
+    kinds = [str(kind) for kind in np.unique(pairs.kind) if kind]
     return {
         "prompts": len(prompts),
         "rankings": len(judged),
-        "accuracy": asdict(share(pairs.right)) | {"interval": interval(pairs) if len(pairs.kind) else None},
-        "annotators": asdict(agreed)
-        | {"ceiling": None if agreed.value is None else rater_accuracy(agreed.value)},
+        "accuracy": pairs.accuracy(pairs.right),
+        "annotators": estimate(agreement, ordered)
+        | {"ceiling": None if agreement is None else rater_accuracy(agreement)},
         "baselines": baselines(training, held_out),
-        "truth": truth_figures(against_truth(judged, worth)),
+        "truth": against_rubric(pairs),
         "by_margin": by_margin(pairs),
-        "by_kind": {kind: asdict(own) for kind, own in by_kind(pairs).items()},
+        "by_kind": {kind: pairs.accuracy(pairs.right, pairs.kind == kind) for kind in kinds},
         "calibration": {"error": error, "bins": bins},
         "length_correlation": length_correlation(judged),
-        "probes": {name: asdict(own) for name, own in shares.items()},
+        "probes": probe_shares(model, template, probes(held_out, rubric)),
     }
 
 
 def report_text(card: dict[str, Any]) -> str:
     """The card in a few lines."""
-    accuracy, annotators, truth = card["accuracy"], card["annotators"], card["truth"]
-    low, high = accuracy["interval"] or (None, None)
+    accuracy, annotators = card["accuracy"], card["annotators"]
+    error, correlation = card["calibration"]["error"], card["length_correlation"]
     lines = [
         f"held out       {card['rankings']} rankings of {card['prompts']} prompts, "
         f"{accuracy['count']} untied pairs",
         f"accuracy       {_percent(accuracy['value'])} of pairs in the annotator's order "
-        f"(95%: {_percent(low)} to {_percent(high)})",
+        f"(95%: {_percent(accuracy['low'])} to {_percent(accuracy['high'])})",
         (
             f"ceiling        between {_percent(annotators['value'])} and {_percent(annotators['ceiling'])}, "
             f"for two annotators agree on {_percent(annotators['value'])} of {annotators['count']} pairs"
             if annotators["count"]
             else "ceiling        unknown: no two annotators ranked the same responses"
         ),
-    ]
-    lines += [
-        f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}"
-        for name, own in card["baselines"].items()
-        if own["side"]
-    ]
-    if truth["ceiling"]["count"]:
-        ceiling = truth["ceiling"]["value"]
-        lines.append(
-            f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
-            f"and the accuracy {_percent(accuracy['value'] / ceiling if ceiling else None)} of it"
-        )
-    if truth["scores"]["count"]:
-        lines.append(
-            f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
-            f"rubric's order; annotators {_percent(truth['annotators']['value'])}, the best of them "
-            f"{_percent(max(own['value'] or 0.0 for own in truth['by_annotator'].values()))}"
-        )
-        lines += [
-            f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
-            f"annotators {_percent(own['annotators']['value'])}"
-            for own in truth["by_margin"]
-            if own["scores"]["count"]
-        ]
-    quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
-    lines.append(f"by margin      {quarters}  (quarters of the pairs, from close scores to far)")
-    lines += [f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()]
-    error, correlation = card["calibration"]["error"], card["length_correlation"]
-    lines += [
+        *(
+            f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}"
+            for name, own in card["baselines"].items()
+            if own["side"]
+        ),
+        *_rubric_lines(card["truth"], accuracy["value"]),
+        f"by margin      {'  '.join(_percent(quarter['value']) for quarter in card['by_margin'])}"
+        "  (quarters of the pairs, from close scores to far)",
+        *(f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()),
         f"calibration    {'unknown' if error is None else f'{error:.3f}'} expected error",
         f"length         {'unknown' if correlation is None else f'{correlation:+.2f}'} "
         "correlation with the score, within prompts",
@@ -465,11 +380,35 @@ def report_text(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _rubric_lines(truth: dict[str, Any], accuracy: float | None) -> list[str]:
+    """What the rubric says, where it is known."""
+    lines = []
+    if truth["ceiling"]["count"] and accuracy is not None:
+        ceiling = truth["ceiling"]["value"]
+        lines.append(
+            f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
+            f"and the accuracy {_percent(accuracy / ceiling if ceiling else None)} of it"
+        )
+    if truth["scores"]["count"]:
+        best = max(own["value"] or 0.0 for own in truth["by_annotator"].values())
+        lines.append(
+            f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
+            f"rubric's order; annotators {_percent(truth['annotators']['value'])}, the best of them "
+            f"{_percent(best)}"
+        )
+    return lines + [
+        f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
+        f"annotators {_percent(own['annotators']['value'])}"
+        for own in truth["by_margin"]
+        if own["scores"]["count"]
+    ]
+
+
 def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
 
-def _line(own: dict[str, Any]) -> str:
+def _line(own: Estimate) -> str:
     return f"{_percent(own['value']):>7} of {own['count']}"
 
 
@@ -479,31 +418,24 @@ def write_report(folder: Path, card: dict[str, Any], judged: Sequence[Judged]) -
     from matplotlib.figure import Figure  # a second of import that only the end of a run needs
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    (reliability, margins), (tricks, length) = figure.subplots(2, 2)
-    _plot_reliability(reliability, card["calibration"]["bins"])
+    (calibration, accuracy), (tricks, length) = figure.subplots(2, 2)
+    bins = card["calibration"]["bins"]
+    calibration.plot([0.5, 1], [0.5, 1], ":", color="black")
+    calibration.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
+    calibration.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
     known = {f"{own['side']} (baseline)": own for own in card["baselines"].values() if own["side"]}
-    kinds = {"all": card["accuracy"], **known, **card["by_kind"]}
-    _plot_shares(margins, kinds, "pairs in the annotator's order")
-    if card["annotators"]["count"]:
-        margins.axvspan(
-            card["annotators"]["value"], card["annotators"]["ceiling"], alpha=0.2, label="ceiling"
-        )
-        margins.legend()
-    _plot_shares(tricks, card["probes"], "tricks below the honest answer")
+    _bars(accuracy, {"all": card["accuracy"], **known, **card["by_kind"]}, "pairs in the annotator's order")
+    if (agreed := card["annotators"])["count"]:
+        accuracy.axvspan(agreed["value"], agreed["ceiling"], alpha=0.2, label="ceiling")
+        accuracy.legend()
+    _bars(tricks, card["probes"], "tricks below the honest answer")
     length.scatter(*within_prompts(judged), s=4)
-    length.set(
-        xlabel="tokens, less the prompt's mean", ylabel="score, less the prompt's mean", title="length"
-    )
+    labels = {what: f"{what}, less the prompt's mean" for what in ("tokens", "score")}
+    length.set(xlabel=labels["tokens"], ylabel=labels["score"], title="length")
     write_atomically(folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _plot_reliability(axes: Any, bins: Sequence[dict[str, float]]) -> None:
-    axes.plot([0.5, 1], [0.5, 1], ":", color="black")
-    axes.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
-    axes.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
-
-
-def _plot_shares(axes: Any, shares: dict[str, dict[str, Any]], title: str) -> None:
+def _bars(axes: Any, shares: dict[str, Estimate], title: str) -> None:
     names = [f"{name} ({own['count']})" for name, own in shares.items()]
     axes.barh(names, [own["value"] or 0.0 for own in shares.values()])
     axes.set(xlim=(0, 1), title=title)

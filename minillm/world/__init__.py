@@ -1,7 +1,7 @@
 """The embedded default data: a little world, generated from a seed, the same on every machine.
 
 It serves every stage: six sources of pretraining text, conversations to imitate (some of them
-flawed on purpose), prompts by kind, and a rubric that says what a reply is worth. Its parts:
+flawed on purpose), prompts by kind, and a rubric that scores replies. Its parts:
 
     phrases.toml   tables of words and phrasings: to be skimmed
     facts.py       who exists, what is true of them, and the four splits
@@ -10,7 +10,7 @@ flawed on purpose), prompts by kind, and a rubric that says what a reply is wort
     stories.py     the books and
     programs.py    the code among them
     tasks.py       small instructions with checkable answers
-    rubric.py      the worth of a reply
+    rubric.py      the score of a reply
     __init__.py    prompts, conversations, and the World that holds all of it together
 
 The splits (train, reward, dev, test) share no entity asked about, no unknown name, no phrasing
@@ -73,9 +73,8 @@ INSTRUCTION_STOCK = 6000  # distinct instructions kept ready, over all splits
 
 @dataclass(frozen=True)
 class Conversation:
-    """A demonstration: messages ending with the assistant's, its kind and flaw (of the last turn),
-    and its prompt.
-    """
+    """A demonstration: messages ending with the assistant's, its kind and flaw (of the last turn), and its
+    prompt."""
 
     messages: list[dict[str, str]]
     kind: str
@@ -230,11 +229,7 @@ class World:
             for line in deal(self._random("small talk", topic), lines)[split]:
                 for lead in phrases.SMALL_TALK_LEADS:
                     yield Prompt(
-                        [user(f"{lead} {line}".strip())],
-                        "small_talk",
-                        split,
-                        topic,
-                        wanted=table["wanted"],
+                        [user(f"{lead} {line}".strip())], "small_talk", split, topic, wanted=table["wanted"]
                     )
 
     def _filled(self, topic: str, line: str) -> list[str]:
@@ -255,9 +250,7 @@ class World:
     # -------------------------------------------------------------------------------- conversations
 
     def conversations(self, split: str, n: int) -> list[Conversation]:
-        """Demonstrations, flawed by FLAWS, a MULTI_TURN share of two turns; asking for more only
-        appends.
-        """
+        """Demonstrations, flawed by FLAWS, a MULTI_TURN share of two turns; asking for more only appends."""
         _check(split, None)
         return [self._conversation(split, self._random("conversation", split, i)) for i in range(n)]
 
@@ -274,9 +267,8 @@ class World:
         return pen.pick(self._stock(split, pen.choose(tuple(KIND_SHARES.items()))))
 
     def _second_turn(self, pen: Pen, first: Prompt) -> Prompt:
-        """A prompt with a (flawless) turn before it: after a fact often the next question about the
-        same entity.
-        """
+        """A prompt with a (flawless) turn before it: after a fact often the next question about the same
+        entity."""
         history = [*first.messages, assistant(self._reply(pen, first, None))]
         if first.kind == "fact" and pen.chance(0.7):
             fact = pen.pick([f for f in self._facts.of[first.entity] if f.attribute != first.topic])
@@ -284,12 +276,7 @@ class World:
             asks = [text.format(**slots) for text in phrases.ATTRIBUTES[fact.attribute]["follow"]]
             text = pen.pick(_phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS))
             return Prompt(
-                [*history, user(text)],
-                "fact",
-                first.split,
-                fact.attribute,
-                first.entity,
-                fact.value,
+                [*history, user(text)], "fact", first.split, fact.attribute, first.entity, fact.value
             )
         second = self._any_prompt(pen, first.split)
         return Prompt(**{**vars(second), "messages": history + second.messages})
@@ -344,7 +331,7 @@ class World:
     # -------------------------------------------------------------------------------------- judging
 
     def score(self, prompt: Prompt, reply: str) -> Score:
-        """What the reply is worth by the rubric (rubric.py)."""
+        """The rubric's score of the reply (rubric.py)."""
         return self._rubric.score(prompt, reply)
 
     def paired_continuations(self, split: str, n: int) -> list[tuple[str, str, str]]:
@@ -366,9 +353,8 @@ class World:
         return result
 
     def reply_pairs(self, split: str, flaw: str, n: int) -> list[tuple[Prompt, str, str]]:
-        """(prompt, reply, flawed reply): what a person might answer without a flaw of FLAWS and with
-        it, to prompts of every kind that knows it; in the same words where the flaw leaves them.
-        """
+        """(prompt, reply, flawed reply): what a person might answer without a flaw of FLAWS and with it, to
+        prompts of every kind that knows it; in the same words where the flaw leaves them."""
         _check(split, None)
         kinds = [kind for kind in KINDS if flaw in FLAWS[kind]]
         if not kinds:
@@ -394,9 +380,8 @@ def _check(split: str, kind: str | None) -> None:
 def _phrasings(
     split: str, what: str, asks: Sequence[str], openers: Sequence[str] = phrases.OPENERS
 ) -> list[str]:
-    """The combinations of opener and question that belong to the split: all words are shared, no
-    combination is.
-    """
+    """The combinations of opener and question that belong to the split: all words are shared, no combination
+    is."""
     shift = sum(what.encode())
     return [
         f"{opener} {ask}".strip()
@@ -410,10 +395,8 @@ def _task_prompt(task: Task, text: str, split: str) -> Prompt:
     wanted: tuple[str, ...] = ()
     count = 0
     if task.name == "list":
-        wanted, count = (
-            phrases.CATEGORIES[task.slots["category"]],
-            phrases.NUMBER_WORDS.index(task.slots["count"]),
-        )
+        wanted = phrases.CATEGORIES[task.slots["category"]]
+        count = phrases.NUMBER_WORDS.index(task.slots["count"])
     if task.name == "count":
         wanted = (str(phrases.NUMBER_WORDS.index(task.answer)),)
     return Prompt([user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots)

@@ -52,9 +52,7 @@ def split_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class Entity:
-    """Somebody or something with a name. `known` is False for names of which no text tells
-    anything.
-    """
+    """Somebody or something with a name. `known` is False for names of which no text tells anything."""
 
     name: str
     type: str
@@ -89,9 +87,7 @@ def capitalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """One value of one attribute of one known entity, with every way the texts state it and ask for
-    it.
-    """
+    """One value of one attribute of one known entity, with every way the texts state it and ask for it."""
 
     entity: Entity
     attribute: str
@@ -117,9 +113,7 @@ def questions(attribute: str, entity: Entity) -> tuple[str, ...]:
 
 
 def all_questions(entity: Entity) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every question about the entity that its facts would answer, and those that nobody could
-    answer.
-    """
+    """Every question about the entity that its facts would answer, and those that nobody could answer."""
     asks = [text for attribute in attributes_of(entity.type) for text in questions(attribute, entity)]
     return tuple(asks), tuple(text.format(**entity.slots()) for text in UNKNOWABLE[entity.type])
 
@@ -131,8 +125,7 @@ def attributes_of(kind: str) -> tuple[str, ...]:
 
 class Facts:
     """Everything that is true: `entities` (known), `unknown` (names only), `facts`, and `values` by
-    attribute.
-    """
+    attribute."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"world {seed} facts")
@@ -180,9 +173,7 @@ class Facts:
         return tuple(values)
 
     def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
-        """Values are dealt round, so that each is true of nearly equally many and no guess is a
-        good one.
-        """
+        """Values are dealt round, so that each is true of nearly equally many and no guess is a good one."""
         owners = [e for e in self.entities if e.type == ATTRIBUTES[attribute]["type"]]
         values: list[str] = []
         while len(values) < len(owners):

@@ -2,6 +2,8 @@
 true.
 """
 
+from collections.abc import Sequence
+
 from minillm.world import phrases
 from minillm.world.facts import capitalise, shuffled
 from minillm.world.pen import Pen
@@ -46,35 +48,34 @@ def _code_expression(pen: Pen) -> list[str]:
     return [f"total = {text}", _prints("total", value)]
 
 
+def _some_prints(pen: Pen, head: str, choices: Sequence[tuple[str, object]]) -> list[str]:
+    """A line, and one to three of the expressions printed."""
+    return [head] + [_prints(*choice) for choice in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
+
+
 def _code_numbers(pen: Pen) -> list[str]:
     numbers = [pen.between(1, 99) for _ in range(pen.between(3, 6))]
-    tools = (("max", max), ("min", min), ("sum", sum), ("len", len), ("sorted", sorted))
-    lines = [f"numbers = {numbers}"]
-    return lines + [
-        _prints(f"{name}(numbers)", f(numbers)) for name, f in shuffled(pen.rng, tools)[: pen.between(1, 3)]
-    ]
+    choices = [(f"{f.__name__}(numbers)", f(numbers)) for f in (max, min, sum, len, sorted)]
+    return _some_prints(pen, f"numbers = {numbers}", choices)
 
 
 def _code_words(pen: Pen) -> list[str]:
     words = _words(pen, pen.between(2, 4))
     text = " ".join(words)
     choices = (
-        ("' '.join(reversed(text.split()))", " ".join(reversed(words))),
-        ("len(text.split())", len(words)),
-        ("text.split()[0]", words[0]), ("text.split()[-1]", words[-1]),
-        ("text.upper()", text.upper()),
+        ("' '.join(reversed(text.split()))", " ".join(reversed(words))), ("len(text.split())", len(words)),
+        ("text.split()[0]", words[0]), ("text.split()[-1]", words[-1]), ("text.upper()", text.upper()),
     )  # fmt: skip
-    return [f"text = '{text}'"] + [_prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
+    return _some_prints(pen, f"text = '{text}'", choices)
 
 
 def _code_letters(pen: Pen) -> list[str]:
     word, count = pen.pick(phrases.SIMPLE_WORDS), pen.between(2, 4)
     choices = (
-        ("'-'.join(word)", "-".join(word)), ("word.upper()", word.upper()),
-        ("len(word)", len(word)),
+        ("'-'.join(word)", "-".join(word)), ("word.upper()", word.upper()), ("len(word)", len(word)),
         (f"' '.join([word] * {count})", " ".join([word] * count)), ("word[0]", word[0]),
     )  # fmt: skip
-    return [f"word = '{word}'"] + [_prints(*c) for c in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
+    return _some_prints(pen, f"word = '{word}'", choices)
 
 
 def _code_lookup(pen: Pen) -> list[str]:
@@ -90,52 +91,33 @@ def _code_lookup(pen: Pen) -> list[str]:
 
 def _code_loop(pen: Pen) -> list[str]:
     start, step, count = pen.between(0, 9), pen.between(1, 5), pen.between(3, 5)
-    values = [start + step * i for i in range(count)]
     name = pen["thing"] + "s"
-    return [
-        f"{name} = []",
-        f"for i in range({count}):",
-        f"    {name}.append({start} + {step} * i)",
-        _prints(name, values),
-    ]
+    lines = [f"{name} = []", f"for i in range({count}):", f"    {name}.append({start} + {step} * i)"]
+    return [*lines, _prints(name, [start + step * i for i in range(count)])]
 
 
 def _code_compare(pen: Pen) -> list[str]:
     a, b = pen.between(1, 99), pen.between(1, 99)
     lines = ["def larger(a, b):", "    if a > b:", "        return a", "    return b", ""]
-    return [
-        *lines,
-        _prints(f"larger({a}, {b})", max(a, b)),
-        _prints(f"larger({b}, {b + 1})", b + 1),
-    ]
+    return [*lines, _prints(f"larger({a}, {b})", max(a, b)), _prints(f"larger({b}, {b + 1})", b + 1)]
 
 
 def _code_class(pen: Pen) -> list[str]:
-    kind, name, sound = (
-        pen["animal"],
-        pen.anyone("animal"),
-        pen.pick(("wuff", "miau", "quack", "mooo", "ieek")),
-    )
+    kind, name = capitalise(pen["animal"]), pen.anyone("animal")
+    sound = pen.pick(("wuff", "miau", "quack", "mooo", "ieek"))
     lines = [
-        f"class {capitalise(kind)}:",
-        "    def __init__(self, name):",
-        "        self.name = name",
-        "",
-        "    def speak(self):",
-    ]
-    lines += [f"        return self.name + ': {sound}'", "", f"pet = {capitalise(kind)}('{name}')"]
+        f"class {kind}:", "    def __init__(self, name):", "        self.name = name", "",
+        "    def speak(self):", f"        return self.name + ': {sound}'", "", f"pet = {kind}('{name}')",
+    ]  # fmt: skip
     return [*lines, _prints("pet.speak()", f"{name}: {sound}")]
 
 
 def _code_recursion(pen: Pen) -> list[str]:
     n = pen.between(2, 9)
     lines = [
-        "def count_down(n):",
-        "    if n == 0:",
-        "        return [0]",
-        "    return [n] + count_down(n - 1)",
+        "def count_down(n):", "    if n == 0:", "        return [0]", "    return [n] + count_down(n - 1)",
         "",
-    ]
+    ]  # fmt: skip
     return [*lines, _prints(f"count_down({n})", list(range(n, -1, -1)))]
 
 

@@ -1,8 +1,7 @@
-"""The rubric: what a reply to a prompt of the little world is worth, as a pure function of prompt
-and reply.
+"""The rubric: the score of a reply to a prompt of the little world, a pure function of both.
 
 A reply is heard (does it say "I don't know", refuse, insult, name a value?), sorted into one
-outcome of its kind of prompt, and priced: utility = task * politeness * brevity * role, each factor
+outcome of its kind of prompt, and scored: utility = task * politeness * brevity * role, each factor
 from the tables below. Nothing in it adds for tone, so praise can only cost; and every factor moves
 with each word, so that ties are rare.
 
@@ -18,7 +17,7 @@ from itertools import pairwise
 from minillm.world import phrases
 from minillm.world.facts import Facts
 
-# kind of prompt -> outcome -> what it is worth (task), and the components right, honest, safe.
+# kind of prompt -> outcome -> its score (task), and the components right, honest, safe.
 OUTCOMES = {
     "fact": {
         "right": (1.0, 1.0, 1.0, 1.0),
@@ -149,7 +148,7 @@ class Rubric:
         self.names = matcher(tuple(facts.by_name))
 
     def score(self, prompt: Prompt, reply: str) -> Score:
-        """The worth of the reply; the same for the same prompt and text, always."""
+        """The score of the reply; the same for the same prompt and text, always."""
         text = " ".join(reply.replace("\u2019", "'").lower().split())
         words = WORD.findall(text)
         outcome, share = self._outcome(prompt, text, reply) if words else ("off", 0.0)
@@ -206,9 +205,7 @@ class Rubric:
         return "refused" if refused else "wrong" if named or len(WORD.findall(text)) > 1 else "off"
 
     def _about(self, prompt: Prompt, text: str) -> float:
-        """1 unless the reply speaks of somebody else than asked; a little less if it leaves the
-        name out.
-        """
+        """1 unless the reply speaks of somebody else than asked; a little less if it leaves the name out."""
         if prompt.kind not in ("fact", "unknown"):
             return 1.0
         others = set(self.names.findall(text)) - {prompt.entity.lower(), prompt.answer.lower()}
@@ -236,17 +233,13 @@ def free_words(prompt: Prompt) -> int:
 
 
 def _brevity(prompt: Prompt, words: list[str], text: str) -> float:
-    """1 for nothing, near 1 up to the free words, then falling; characters count a little, against
-    ties.
-    """
+    """1 for nothing, near 1 up to the free words, then falling; characters count a little, against ties."""
     beyond = max(0, len(words) - free_words(prompt)) + len(text) / 100
     return math.exp(-beyond / WORDS_TO_FALL)
 
 
 def _role(prompt: Prompt, text: str, words: list[str]) -> float:
-    """1 for one speaker's answer; less for another speaker's line, a question back, repetition,
-    ragged form.
-    """
+    """1 for one speaker's answer; less for another speaker's line, a question back, repetition, no end."""
     role = 0.1 if SPEAKER.search(text) else 1.0
     if "?" in text and prompt.kind != "small_talk":
         role *= 0.4
@@ -259,9 +252,7 @@ def _role(prompt: Prompt, text: str, words: list[str]) -> float:
 
 
 def task_share(prompt: Prompt, reply: str) -> float:
-    """How much of an instruction the reply carries out, in [0, 1]. Only words that could be answers
-    count.
-    """
+    """How much of an instruction the reply carries out, in [0, 1]. Only words that could be answers count."""
     text = reply.lower()
     if prompt.topic == "list":
         return _listed(prompt, WORD.findall(text))
@@ -290,9 +281,7 @@ def _in_place(said: list[str], target: list[str]) -> float:
 
 
 def _listed(prompt: Prompt, tokens: list[str]) -> float:
-    """Distinct members named, over the number asked for or the number of things said, whichever is
-    more.
-    """
+    """Distinct members named, over the number asked for or the number of things said, whichever is more."""
     things = [t for t in tokens if t in CANDIDATES["list"]]
     members = {w.lower() for w in prompt.wanted}
     return len(members & set(things)) / max(prompt.count, len(things))

@@ -15,9 +15,8 @@ TASKS = tuple(INSTRUCTIONS)
 
 @dataclass(frozen=True)
 class Task:
-    """One instruction: its name, the slots of its text, a right answer, and the content that
-    decides its split.
-    """
+    """One instruction: its name, the slots of its text, a right answer, and the content that decides its
+    split."""
 
     name: str
     slots: dict[str, str]
@@ -70,11 +69,7 @@ def _larger(rng: random.Random) -> Task:
 
 def _one_word(rng: random.Random, name: str) -> Task:
     word, count = pick(rng, SIMPLE_WORDS), 2 + int(rng.random() * 3)
-    answer = {
-        "spell": " ".join(word),
-        "capitals": word.upper(),
-        "repeat": " ".join([word] * count),
-    }[name]
+    answer = {"spell": " ".join(word), "capitals": word.upper(), "repeat": " ".join([word] * count)}[name]
     key = f"{name} {word} {count}" if name == "repeat" else f"{name} {word}"
     return Task(name, {"word": word, "count": NUMBER_WORDS[count]}, answer, key)
 

@@ -244,9 +244,7 @@ def _word_article(pen: Pen) -> str:
 
 
 def qa(pen: Pen) -> str:
-    """Questions with their right answers: about one entity, about anything, or about words and
-    numbers.
-    """
+    """Questions with their right answers: about one entity, about anything, or about words and numbers."""
     layout = pen.pick(phrases.QA_LAYOUTS)
     if pen.chance(0.45):
         facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])

@@ -1,19 +1,24 @@
-"""What --help prints: a script's options, those that people change first on top, the rest in groups.
+"""What a command line needs around tyro: --help in groups, old names of flags, ~ in places.
 
-The names, kinds and defaults are the fields of the options' dataclass, the explanations the lines under them.
+--help shows the options that people change first on top. Names, kinds and defaults are the fields of the
+options' dataclass, the explanations the lines under them.
 """
 
 import ast
+import contextlib
 import inspect
+import itertools
+import os
+import re
 import shutil
 import sys
 import textwrap
-from dataclasses import MISSING, Field, fields
-from itertools import pairwise
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from minillm.errors import InputError
 from minillm.options import PolicyOptions
 
 GROUPS: dict[str, str] = {
@@ -29,6 +34,24 @@ GROUPS: dict[str, str] = {
     "the run": "val_every save_every seed device precision tracker",
 }
 """Titles and the options under them, in the order in which they are shown."""
+
+
+RENAMED = {
+    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
+    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
+    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
+}  # fmt: skip
+"""Options by their old names, which work for one release where a script has the new one."""
+REUSED = {"target_kl": 1.0}
+"""Old names that now mean another option, and the value from which only the old meaning makes sense."""
+PATHS = frozenset(
+    {"out", "init", "cache", "data", "text", "models", "reward", "rankings", "judge", "judge_model",
+     "principles", "run", "runs"}
+)  # fmt: skip
+"""Options whose values are places, in which ~ is the home folder."""
+
+
+# ---- --help
 
 
 def print_help(kind: type[Any]) -> None:
@@ -64,7 +87,7 @@ def explanations(kind: type[Any]) -> dict[str, str]:
     for part in reversed([base for base in kind.__mro__ if base is not object]):
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in pairwise(statements):
+        for field, text in itertools.pairwise(statements):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
                     found[name] = " ".join(words.split())
@@ -96,3 +119,59 @@ def default(field: Field) -> str:
         return "required"
     value = field.default
     return f"default: {' '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
+
+
+# ---- Words of the command line
+
+
+def with_new_names(kind: type[Any], arguments: list[str]) -> list[str]:
+    """The command line with the new names of renamed options; says so for each."""
+    names, words = {field.name for field in fields(kind)}, list(arguments)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        old = flag.removeprefix("--").replace("-", "_")
+        new = RENAMED.get(old)
+        if not flag.startswith("--") or new not in names:
+            continue
+        if old not in names:
+            words[i] = f"--{new.replace('_', '-')}{equals}{value}"
+            _note(f"{flag} is now --{new.replace('_', '-')}; the old name works for one more release")
+        elif old in REUSED:
+            _check_meaning(old, new, value if equals else "".join(words[i + 1 : i + 2]))
+    return words
+
+
+def _check_meaning(old: str, new: str, value: str) -> None:
+    """Says what a reused name means; InputError where its old meaning must have been meant."""
+    before = next(name for name, now in RENAMED.items() if now == old)
+    was, now, then = (f"--{name.replace('_', '-')}" for name in (before, old, new))
+    meaning = f"{now} is now what {was} was; what it was itself is {then}"
+    with contextlib.suppress(ValueError):
+        if float(value) >= REUSED[old]:
+            raise InputError(f"{now} {value}: {meaning}; give {then} {value}, or less than {REUSED[old]:g}")
+    _note(meaning)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def with_places(options: Any) -> Any:
+    """The options with the home folder for ~ where their values are places."""
+    places = {f.name: _expanded(getattr(options, f.name)) for f in fields(options) if f.name in PATHS}
+    changed = {name: place for name, place in places.items() if place != getattr(options, name)}
+    return replace(options, **changed) if changed else options
+
+
+def _expanded(value: Any) -> Any:
+    """A place, or several, each perhaps as NAME=PLACE, with the home folder for ~."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    home = os.path.expanduser("~")
+    return re.sub(r"^([^/~]*=)?~(?=/|$)", lambda m: (m[1] or "") + home, value) if value else value
+
+
+def first_message(box: str) -> str:
+    """What tyro says inside its frame, up to the first ruler, as one line."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
+    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))

@@ -1,0 +1,56 @@
+"""What the benchmarks share: their options, runs in turn, medians, and a file of results with provenance."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # `python benchmarks/x.py` runs beside the repository's own minillm
+
+T = TypeVar("T")
+
+
+def parser(doc: str, runs: int) -> argparse.ArgumentParser:
+    """With --runs, also called --rounds, and --json."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--runs", "--rounds", type=int, default=runs, help=f"of each side, in turn ({runs})")
+    made.add_argument("--json", type=Path, help="write the results with their provenance here")
+    return made
+
+
+def in_turn(sides: Mapping[str, Callable[[int], T]], runs: int) -> dict[str, list[T]]:
+    """What each side returns, run after run: they alternate, so that a busy machine slows both. A side is
+    given the number of its run."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    for number in range(runs):
+        for name, run in sides.items():
+            results[name].append(run(number))
+    return results
+
+
+def timed(action: Callable[[], object]) -> Callable[[int], float]:
+    """The seconds that an action takes."""
+
+    def run(number: int) -> float:
+        began = time.perf_counter()
+        action()
+        return time.perf_counter() - began
+
+    return run
+
+
+def medians(results: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: median(values) for name, values in results.items()}
+
+
+def write(path: Path | None, record: dict[str, Any]) -> None:
+    """The record beside what made it; nothing without a path."""
+    from minillm.tools.provenance import provenance
+
+    if path is not None:
+        path.write_text(json.dumps(provenance() | record, indent=1) + "\n", encoding="utf-8")

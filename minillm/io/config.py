@@ -1,0 +1,205 @@
+"""config.json of Hugging Face's layout, to the shape of a model here and back.
+
+A field that would change what a model computes, and that this one does not compute, is refused by name: so
+is every field that is not known to be harmless. Where a field is absent, its default is the one that
+transformers gives the family.
+"""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from minillm.chat import chat_format
+from minillm.errors import InputError
+from minillm.files import read_json
+from minillm.model import ModelConfig
+from minillm.tokenizer import Tokenizer
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}  # fmt: skip
+SAME_NAME = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {"num_key_value_heads": 32}, "mistral": {"num_key_value_heads": 8},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}  # fmt: skip
+ONLY = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+    "use_sliding_window": (False,), "partial_rotary_factor": (1, 1.0), "is_decoder": (True, False),
+    "use_mrope": (False,), "add_cross_attention": (False,), "tie_encoder_decoder": (False,),
+}  # fmt: skip
+"""The values with which a field changes nothing; null never does."""
+HARMLESS = {
+    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "dtype",
+    "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
+    "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+    "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "classifier_dropout",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class",
+    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sliding_window",
+    "layer_types", "is_causal", "minillm_causal", "minillm_score_bias", "unsloth_fixed", "unsloth_version",
+    "torchscript", "return_dict", "output_attentions", "output_hidden_states", "use_bfloat16",
+    "is_encoder_decoder", "finetuning_task", "chunk_size_feed_forward", "task_specific_params", "prefix",
+    "pruned_heads", "min_length", "max_length", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", *SAME_NAME,
+}  # fmt: skip
+"""Read here, or without effect on what is computed."""
+ROPE_FIELDS = {
+    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
+    "truncate", "partial_rotary_factor",
+}  # fmt: skip
+
+
+def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json says of a model, in the words of old and new readers alike."""
+    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    rope = _rope_to_json(config)
+    stops = list(chat_format(tokenizer).stop_ids)
+    qwen = {"use_sliding_window": False, "max_window_layers": config.num_hidden_layers}
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{name: getattr(config, name) for name in SAME_NAME},
+        "rope_theta": config.rope_theta,
+        # transformers before version 5 and mlx-lm read the first, later versions the second.
+        "rope_scaling": rope if rope["rope_type"] != "default" else None,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "sliding_window": None,
+        **({"attention_bias": False} if family != "qwen2" else {}),
+        **(qwen if family != "llama" else {"mlp_bias": False}),
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        **({} if config.causal else {"is_causal": False}),
+    }
+
+
+def _rope_to_json(config: ModelConfig) -> dict[str, Any]:
+    if config.rope_llama3:
+        names = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        return {"rope_type": "llama3", **dict(zip(names, config.rope_llama3, strict=True))}
+    if config.rope_yarn:
+        names = ["factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"]
+        return {"rope_type": "yarn", **dict(zip(names, config.rope_yarn, strict=True))}
+    if config.rope_linear != 1:
+        return {"rope_type": "linear", "factor": config.rope_linear}
+    return {"rope_type": "default"}
+
+
+def config_from_json(path: Path) -> ModelConfig:
+    """The shape of a model from config.json; what this model cannot compute is refused by name."""
+    raw = read_json(path)
+    family = raw.get("model_type")
+    if family not in list(ARCHITECTURES):
+        raise InputError(f"{path}: model_type is {family!r:.40}; this opens {', '.join(ARCHITECTURES)}")
+    _refuse_unknown(raw, family, path)
+    heads = number(raw, "num_attention_heads", int, path)
+    defaults = {
+        "head_dim": number(raw, "hidden_size", int, path) // max(1, heads),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **({} if "num_key_value_heads" not in raw else {"num_key_value_heads": heads}),
+    }
+    absent = {name: value for name, value in DEFAULTS[family].items() if name not in raw}
+    defaults = {"num_key_value_heads": heads, **defaults, **absent}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
+    shape = {name: number(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
+    shape |= _rope_from_json(raw, path)
+    causal = all(number(raw, name, bool, path, True) for name in ("is_causal", "minillm_causal"))
+    try:
+        return ModelConfig(**shape, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", causal=causal)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _refuse_unknown(raw: dict[str, Any], family: str, path: Path) -> None:
+    for name, value in raw.items():
+        if value is None or name in HARMLESS:
+            continue
+        if name not in ONLY or value not in ONLY[name]:
+            raise InputError(f"{path}: {name} is {value!r:.60}, which this model does not compute")
+    layers = raw.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}):
+        raise InputError(f"{path}: layer_types is {layers!r:.60}, which this model does not compute")
+    window = raw.get("sliding_window", 4096)  # Mistral's, where config.json says nothing
+    longest = raw.get("max_position_embeddings")
+    if (
+        family == "mistral"
+        and window is not None
+        and not (isinstance(window, int) and isinstance(longest, int) and window >= longest)
+    ):
+        raise InputError(f"{path}: sliding_window is {window!r:.60}, which this model does not compute")
+
+
+def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Rotary settings, from the fields of old and new versions of transformers, which must not disagree."""
+    rope: dict[str, Any] = {}
+    spellings = [number(raw, name, dict, path, {}) for name in ("rope_parameters", "rope_scaling")]
+    top = {name: raw.get(name) for name in ("rope_theta", "original_max_position_embeddings")}
+    for spelling in (*spellings, top):
+        kind = spelling.get("rope_type", spelling.get("type"))
+        for name, value in {**spelling, "rope_type": kind}.items():
+            if value is None or name == "type":
+                continue
+            if name not in ROPE_FIELDS:
+                raise InputError(f"{path}: rotary positions with {name!r:.60}, which this does not compute")
+            if rope.setdefault(name, value) != value:
+                raise InputError(f"{path}: {name} is {rope[name]!r:.60} and {value!r:.60}; remove one")
+    theta = number(rope, "rope_theta", float, path, 10_000.0)
+    longest = number(raw, "max_position_embeddings", int, path)
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1) != 1 or not rope.get("truncate", True):
+        raise InputError(f"{path}: rotary positions in part or not truncated, which this does not compute")
+    original = number(rope, "original_max_position_embeddings", int, path, longest)
+    found: dict[str, Any] = {"rope_theta": theta}
+    if kind == "linear":
+        found["rope_linear"] = number(rope, "factor", float, path)
+    elif kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        found["rope_llama3"] = (*(number(rope, name, float, path) for name in names), original)
+    elif kind == "yarn":
+        factor = number(rope, "factor", float, path, longest / max(1, original))
+        scale, every = (number(rope, name, float, path, 0.0) for name in ("mscale", "mscale_all_dim"))
+        usual = (
+            _magnitude(factor, scale) / _magnitude(factor, every) if scale and every else _magnitude(factor)
+        )
+        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": usual}
+        found["rope_yarn"] = (
+            factor,
+            *(number(rope, n, float, path, usual) for n, usual in numbers.items()),
+            original,
+        )
+    elif kind != "default":
+        raise InputError(
+            f"{path}: rotary positions of type {kind!r:.40}; this computes default, linear, llama3, yarn"
+        )
+    return found
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    """How much larger queries and keys are made (Peng et al. 2023, arXiv 2309.00071, eq. 22)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def number(raw: dict[str, Any], name: str, kind: type, path: Path, default: Any = None) -> Any:
+    """raw[name], or the default where it is absent or null; InputError where it is not of its kind."""
+    value: Any = default if raw.get(name) is None else raw[name]
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if type(value) is not kind or (type(value) is int and abs(value) >= 2**63):
+        raise InputError(f"{path}: {name} is {value!r:.60}, which is no {kind.__name__}; restore the file")
+    return value

@@ -1,0 +1,66 @@
+"""What a process computes with: its rank under torchrun, the device asked for, its precision."""
+
+import math
+import os
+
+import torch
+
+from minillm.errors import InputError
+
+
+def processes() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as torchrun says in the environment."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        found = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+        os.environ["MASTER_ADDR"]
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"WORLD_SIZE is set in the environment as torchrun does, but not the rest ({error}); start with "
+            "torchrun, or unset WORLD_SIZE"
+        ) from None
+    return found[0], found[1], found[2]
+
+
+def check_memory(weights: int) -> None:
+    """InputError for a model whose weights alone this machine cannot hold, before any is made."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if 4 * weights > there:
+        raise InputError(
+            f"a model of {weights:,} weights needs {4 * weights / 1e9:,.0f} GB of memory for them alone; "
+            "give a smaller --depth or --width"
+        )
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU; several processes take one GPU each."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; give auto, cpu, cuda or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: minillm does not run there; give auto, cpu, cuda or mps")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device {name}: no CUDA device is available; give --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device {device}: only {torch.cuda.device_count()} CUDA devices here")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: not available here; give --device cpu")
+    return device
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32; never float16."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32

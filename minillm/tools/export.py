@@ -1,0 +1,95 @@
+"""A run folder as a GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt
+    python -m minillm.export out/sft --gguf sft.gguf --llama-cpp llama.cpp
+    ollama create sft -f sft.gguf.Modelfile && ollama run sft        or: llama-cli -m sft.gguf
+
+llama.cpp's own converter does the work. It knows how a tokenizer splits text by a list of tokenizers that it
+has met, and none trained here is in it: this tells it the name under which the same pattern goes there.
+"""
+
+import importlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minillm.errors import InputError, one_line_errors
+from minillm.files import write_text
+from minillm.options import parse_options
+from minillm.tokenizer import GPT2_PATTERN, GPT4_PATTERN, Tokenizer
+
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {(GPT4_PATTERN,): "smaug-bpe", (GPT2_PATTERN,): "gpt-2"}
+"""By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
+bos before every text, which the chat template does already."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a run folder as a GGUF file."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """A run folder, or a Hugging Face folder."""
+    gguf: str
+    """The file to write."""
+    llama_cpp: str = "llama.cpp"
+    """A checkout of llama.cpp, which has the converter."""
+
+
+def export(options: Options) -> None:
+    """Runs the converter in a process of its own, and writes a Modelfile for Ollama beside the file."""
+    converter = Path(options.llama_cpp) / "convert_hf_to_gguf.py"
+    if not converter.is_file():
+        raise InputError(
+            f"{converter}: missing; git clone https://github.com/ggml-org/llama.cpp, "
+            "and name it with --llama-cpp"
+        )
+    name = PRE_TOKENIZERS.get(Tokenizer.load(options.run).vocabulary.patterns, "")
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.tools.export",
+        str(converter),
+        name,
+        options.run,
+        "--outfile",
+        options.gguf,
+    ]
+    if subprocess.run(command, check=False).returncode:
+        raise InputError(f"{options.run}: llama.cpp's converter refused it, for the reason above")
+    write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {Path(options.gguf).resolve()}\n")
+    print(f"{options.gguf} and {options.gguf}.Modelfile are written")
+
+
+def convert(converter: str, name: str, arguments: list[str]) -> None:
+    """Runs the converter as a program whose models answer `name` when they are asked how text is split.
+
+    Without a name it looks the tokenizer up in its own list.
+    """
+    sys.argv, sys.path[:0] = [converter, *arguments], [str(Path(converter).parent)]
+    program = importlib.import_module(Path(converter).stem)
+    # Newer versions keep the models in a package beside the program.
+    places = [program, *(module for at, module in sys.modules.items() if at.startswith("conversion."))]
+    kinds = [kind for place in places for kind in vars(place).values() if isinstance(kind, type)]
+    asked = [kind for kind in kinds if "get_vocab_base_pre" in vars(kind)]
+    if name and not asked:
+        raise InputError(f"{converter}: has no get_vocab_base_pre; take another version of llama.cpp")
+    for kind in asked if name else []:
+        setattr(kind, "get_vocab_base_pre", lambda self, tokenizer: name)  # noqa: B010
+    program.main()
+
+
+def main(arguments: list[str]) -> None:
+    with one_line_errors():
+        export(parse_options(Options, arguments))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1].endswith("convert_hf_to_gguf.py"):
+        with one_line_errors():
+            convert(sys.argv[1], sys.argv[2], sys.argv[3:])
+    else:
+        main(sys.argv[1:])

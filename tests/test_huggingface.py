@@ -1,0 +1,282 @@
+"""Folders of other people's models: computed as transformers computes them, or refused by name."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minillm.chat import ChatTemplate, with_chat_template
+from minillm.errors import InputError
+from minillm.generate import SamplingOptions, generate
+from minillm.io.config import config_from_json
+from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
+from minillm.model import LanguageModel, ModelConfig, initialize, parameter_count, scalar_from_language_model
+from minillm.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+TOKENIZER = Tokenizer.train(["a little world"], 262)
+SHAPE = {
+    "vocab_size": 262, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIG = ModelConfig(**SHAPE, head_dim=6)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES = {
+    "llama": ("Llama", {}), "qwen3": ("Qwen3", {"head_dim": 6}), "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}), "mistral": ("Mistral", {"sliding_window": None}),
+    "llama3": ("Llama", {"rope": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "linear": ("Llama", {"rope": {"rope_type": "linear", "factor": 3.0}}),
+    "yarn": ("Qwen2", {"rope": YARN}),
+    "yarn without its original length": ("Llama", {"rope": {"rope_type": "yarn", "factor": 2.0}}),
+    "yarn in full": ("Qwen3", {"head_dim": 6, "rope": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0,
+                                                       "mscale": 0.7, "mscale_all_dim": 0.5}}),
+    "yarn with a magnitude": ("Llama", {"rope": {**YARN, "attention_factor": 1.3}}),
+}  # fmt: skip
+
+
+def theirs(name: str, folder: Path):
+    """A tiny model of transformers with random weights, saved with our tokenizer."""
+    import transformers
+
+    family, changes = FAMILIES[name]
+    changes = {**SHAPE, **changes, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    rope = {"rope_theta": 500.0, **changes.pop("rope", {"rope_type": "default"})}
+    config = getattr(transformers, f"{family}Config")(**changes, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            flat = 0.5 * noise if key.endswith("bias") else 1 + 0.2 * noise
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else flat)
+    model.save_pretrained(folder)
+    TOKENIZER.save(folder)
+    return model
+
+
+def opened(folder: Path) -> LanguageModel:
+    return load_model(folder, CPU, torch.float32)[0]
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_computed_as_transformers_computes_it_and_written_so_again(tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    judge = theirs(name, tmp_path)
+    model = opened(tmp_path)
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    tokens = torch.randint(0, 262, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits, expected = model.logits(model(tokens)), judge(tokens).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+        greedy = judge.generate(tokens[:, :20], max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 20:]
+    rows = generate(model, tokens[:, :20].tolist(), SamplingOptions(20, temperature=0.0), [0, 0])
+    assert rows.responses() == greedy.tolist()
+
+    save_model(tmp_path / "again", model, TOKENIZER)
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=1e-4)
+    assert opened(tmp_path / "again").config == model.config
+
+
+def test_biases_start_at_zero_and_learn():
+    model = LanguageModel(replace(CONFIG, qkv_bias=True, qk_norm=False))
+    initialize(model, torch.Generator().manual_seed(0))
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 6 and all(not bias.any() for bias in biases)
+
+
+@pytest.mark.parametrize("rope", [(8.0, 1.0, 4.0, 16), None])
+def test_older_readers_find_the_rotary_setting_where_they_look_for_it(tmp_path, rope):
+    save_model(tmp_path, LanguageModel(replace(CONFIG, rope_llama3=rope)), TOKENIZER)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    theta, scaling = raw["rope_theta"], raw["rope_scaling"]
+    assert raw["rope_parameters"] == {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    assert (scaling is None) == (rope is None)
+    assert {
+        "max_window_layers",
+        "use_sliding_window",
+        "torch_dtype",
+        "use_cache",
+        "initializer_range",
+    } <= set(raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_theta": 7.0}}, "rope_theta"),
+        (
+            {"rope_parameters": {**YARN, "original_max_position_embeddings": 8}, "rope_scaling": YARN},
+            "original",
+        ),
+        ({"rope_parameters": YARN, "original_max_position_embeddings": 8}, "original_max_position"),
+        ({"rope_parameters": {**YARN, "truncate": False}}, "truncated"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"attention_multiplier": 2}, "attention_multiplier"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"quantization": {"bits": 4}}, "quantization"),
+    ],
+)
+def test_a_field_that_this_model_would_compute_otherwise_is_refused_by_name(tmp_path, changes, named):
+    save_model(tmp_path, LanguageModel(replace(CONFIG, qk_norm=False)), TOKENIZER)
+    with pytest.raises(InputError, match=named):
+        config_from_json(edit(tmp_path, **changes))
+
+
+def test_what_transformers_leaves_to_its_defaults_is_the_same_here(tmp_path):
+    from transformers import AutoConfig
+
+    for family in ("Llama", "Qwen2", "Qwen3"):
+        save_model(tmp_path, LanguageModel(replace(CONFIG, qk_norm=family == "Qwen3")), TOKENIZER)
+        path = edit(
+            tmp_path, model_type=family.lower(), hidden_size=128, num_attention_heads=32, hidden_act="swish"
+        )
+        raw = json.loads(path.read_text())
+        for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+            raw.pop(name)
+        path.write_text(json.dumps(raw))
+        config, expected = config_from_json(path), AutoConfig.from_pretrained(tmp_path)
+        assert config.num_key_value_heads == expected.num_key_value_heads
+        assert config.head_dim == (getattr(expected, "head_dim", None) or 128 // 32)
+        assert config.rms_norm_eps == expected.rms_norm_eps
+
+
+def test_bfloat16_stays_so_on_disk(tmp_path):
+    theirs("llama", tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path, CPU, torch.float32)
+    save_model(tmp_path / "again", model, tokenizer)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_tied_model_with_another_output_matrix_is_refused_and_with_the_same_it_opens(tmp_path):
+    save_model(tmp_path, LanguageModel(replace(CONFIG, tie_word_embeddings=True)), TOKENIZER)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for change, named in ((0.0, None), (1.0, "lm_head.weight differs")):
+        head = tensors["model.embed_tokens.weight"] + change
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        if named is None:
+            opened(tmp_path)
+        else:
+            with pytest.raises(InputError, match=named):
+                opened(tmp_path)
+
+
+def test_eight_bit_weights_are_refused_in_one_line(tmp_path):
+    save_model(tmp_path, LanguageModel(CONFIG), TOKENIZER)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="float8"):
+        opened(tmp_path)
+
+
+def test_a_masked_model_is_no_causal_one_to_anybody(tmp_path):
+    save_model(tmp_path, LanguageModel(replace(CONFIG, causal=False)), TOKENIZER)
+    assert json.loads((tmp_path / "config.json").read_text())["is_causal"] is False
+    assert not config_from_json(tmp_path / "config.json").causal
+
+
+FOUND = {
+    "adapter": ({"adapter_config.json", "adapter_model.safetensors"}, "LoRA"),
+    "gguf": ({"model.gguf"}, "GGUF"),
+    "pickles": ({"config.json", "tokenizer.json", "pytorch_model.bin"}, "safetensors"),
+    "older tokenizer": ({"config.json", "model.safetensors", "vocab.json", "merges.txt"}, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_is_found_instead_of_a_model_is_said_with_the_way_out(tmp_path, case):
+    names, words = FOUND[case]
+    for name in names:
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=words):
+        opened(tmp_path)
+
+
+def test_a_name_on_the_hub_and_a_classifier_of_two_labels_are_called_so(tmp_path):
+    with pytest.raises(InputError, match="hf download org/model"):
+        opened(Path("org/model"))
+    scalar = scalar_from_language_model(LanguageModel(CONFIG), torch.Generator().manual_seed(0))
+    save_scalar_model(tmp_path, scalar, with_chat_template(TOKENIZER))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "score.weight": torch.ones(2, 24)}, tmp_path / "model.safetensors")
+    for load in (load_model, load_scalar_model):
+        with pytest.raises(InputError, match="classifier of 2 labels"):
+            load(tmp_path, CPU, torch.float32)
+
+
+# ---- The tokenizer beside the model
+
+
+def test_a_base_folder_puts_bos_in_front_of_a_text_and_a_chat_folder_leaves_it_to_the_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    save_model(tmp_path / "base", LanguageModel(CONFIG), TOKENIZER)
+    base = AutoTokenizer.from_pretrained(tmp_path / "base")
+    bos = TOKENIZER.bos_id
+    assert base("a world")["input_ids"] == [bos, *TOKENIZER.encode("a world")]
+    assert "token_type_ids" not in base("a world")
+    _, tokenizer = load_model(tmp_path / "base", CPU, torch.float32)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint and tokenizer.config == TOKENIZER.config | {
+        "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+    save_model(tmp_path / "chat", LanguageModel(CONFIG), with_chat_template(tokenizer))
+    chat = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    assert chat("a world")["input_ids"] == TOKENIZER.encode("a world")
+    asked = [{"role": "user", "content": "a"}]
+    ids = chat.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert ids == ChatTemplate(with_chat_template(TOKENIZER)).prompt(asked) and ids.count(bos) == 1
+    reply = chat.parse_response("world<|end|>", prefix=chat.decode(ids))
+    assert reply == {"role": "assistant", "content": "world"}
+
+
+def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_kept(tmp_path):
+    tokenizer = with_chat_template(TOKENIZER)
+    save_model(tmp_path, LanguageModel(CONFIG), tokenizer)
+    special, template = TOKENIZER.special_tokens, ChatTemplate(tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == list(template.stop_ids)
+    stops = [*template.stop_ids, special["<|mask|>"]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    for _ in range(2):
+        model, again = load_model(tmp_path, CPU, torch.float32)
+        assert list(ChatTemplate(again).stop_ids) == stops
+        save_model(tmp_path, model, again)
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|end|>", "<|mask|>", None])
+def test_the_padding_of_a_reward_model_is_special_ends_nothing_and_is_the_same_in_both_files(tmp_path, pad):
+    from transformers import AutoTokenizer
+
+    tokenizer = with_chat_template(TOKENIZER)
+    tokenizer = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})
+    scalar = scalar_from_language_model(LanguageModel(CONFIG), torch.Generator().manual_seed(0))
+    save_scalar_model(tmp_path, scalar, tokenizer)
+    named = json.loads((tmp_path / "config.json").read_text())["pad_token_id"]
+    assert named == AutoTokenizer.from_pretrained(tmp_path).pad_token_id
+    assert named in TOKENIZER.special_tokens.values() and named not in ChatTemplate(tokenizer).stop_ids
+    shutil.rmtree(tmp_path)
