@@ -58,16 +58,7 @@ from minillm.io.text import open_sources, world_sources
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, parse_options
-from minillm.policy import (
-    Networks,
-    Progress,
-    Update,
-    grpo_experience,
-    policy_optimizers,
-    ppo_experience,
-    roll_out,
-)
-from minillm.ppo import adapted_beta
+from minillm.ppo import Aligner, Prompt, adapted_beta, summary
 from minillm.preferences import (
     MOST_RESPONSES,
     ChatModel,
@@ -94,13 +85,11 @@ from minillm.reward import (
     split_by_prompt,
     training_scores_of,
 )
-from minillm.rollout import Observers, Prompt, encode_prompts, held_out_figures, shuffled_prompts
 from minillm.run import (
     Run,
     Runtime,
     TrainingState,
     claim_folder,
-    read_metrics,
     start_runtime,
 )
 from minillm.tokenizer import Tokenizer
@@ -579,77 +568,79 @@ def demonstrations(
 def train_policy(options: Options, runtime: Runtime) -> None:
     """PPO or GRPO: one run, from the prompts to the finished folder."""
     run = Run("policy", options, runtime, command_of(options))
-    networks, observers = start_policy(options, runtime)
-    training, held_out = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
-    text = text_mixture(options, networks.policy, observers.tokenizer, runtime)
-    progress = Progress(shuffled_prompts(training, options.seed), text, options.beta, observers.fingerprint)
-    state = TrainingState(networks, policy_optimizers(networks, options), progress)
-    update = Update(run, options, networks, observers, progress)
-    advantages_of = ppo_experience if options.algorithm == "ppo" else grpo_experience
-    tenth = max(1, options.iterations // 10)
+    aligner = start_aligner(options, runtime)
+    training, held_out = policy_prompts(options, aligner)
+    check_shares(options, runtime)
+    aligner.stream = shuffled_prompts(training, options.seed)
+    aligner.text = text_mixture(options, aligner)
+    state = TrainingState(aligner.models, aligner.optimizers, aligner)
+    tenth, each = max(1, options.iterations // 10), options.ppo_epochs * options.minibatches
 
-    with run.training(state, options.iterations, lambda: None):  # validate() saves the best policy
-        check_best(run, progress)
+    with run.training(state, options.iterations, lambda: None):  # validate() saves the policy
+        check_kept(run, aligner)
         if run.already_finished():
             return
-        if progress.best is None:  # else it was before a stop
-            validate(run, options, networks, observers, progress, held_out)
+        if aligner.critic and options.critic_warmup >= options.iterations:
+            run.metrics.say(f"--critic-warmup {options.critic_warmup}: only the critic learns in this run")
+        if not aligner.kept:  # else it was before a stop
+            validate(run, options, aligner, held_out)
         while run.goes_on():
             began = time.perf_counter()
-            prompts = progress.prompts.next(options.batch_responses // options.samples)
-            rollouts, figures = roll_out(run, options, networks, observers, prompts)
-            if figures["kl"] > options.max_kl:
-                raise run.exploded(f"the policy is {figures['kl']:.0f} nats a response from the reference")
-            minibatches, foreseen = advantages_of(rollouts, options, progress, runtime)
-            figures |= foreseen | {"beta": progress.beta, "rollout_seconds": time.perf_counter() - began}
+            prompts = aligner.stream.next(options.rollout_batch // options.samples)
+            batches, metrics = aligner.rollout(prompts, state.step)
+            check_kl(run, options, metrics)
+            metrics["rollout_seconds"] = time.perf_counter() - began
 
-            update.begin()
-            for _ in range(options.inner_epochs):
-                for minibatch in minibatches:
-                    update.step(minibatch)
-                if update.moved() > options.stop_kl:
+            updates: list[dict[str, float]] = []
+            for _ in range(options.ppo_epochs):
+                for batch in batches:
+                    done = state.step * each + len(updates)
+                    rate = lr_schedule(done, options.iterations * each, options.warmup, options.decay)
+                    critic_only = aligner.critic is not None and state.step < options.critic_warmup
+                    updates.append(aligner.update(batch, rate, critic_only))
+                    run.check_finite(loss=updates[-1]["loss"], gradient_norm=updates[-1]["gradient_norm"])
+                if fmean(one.get("old_kl", 0.0) for one in updates[-len(batches) :]) > options.target_kl:
                     break
-            networks.follow(options.average)
-            if options.target_kl:
-                progress.beta = adapted_beta(progress.beta, figures["kl"], options.target_kl)
+            aligner.follow()
+            if options.adaptive_kl_target:
+                aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
 
-            tokens = round(figures["length"] * options.batch_responses)
-            run.log_step(tokens, **update.figures(), **figures)
-            run.metrics.show(state.step, score=f"score {figures['score']:.2f}", kl=f"KL {figures['kl']:.1f}")
+            run.log_step(round(metrics["length"] * options.rollout_batch), **summary(updates), **metrics)
+            run.metrics.show(state.step, score=f"score {metrics['score']:.2f}", kl=f"KL {metrics['kl']:.1f}")
             if run.due(options.val_every or tenth) or state.step == options.iterations:
-                validate(run, options, networks, observers, progress, held_out)
+                validate(run, options, aligner, held_out)
             if run.due(options.save_every or tenth):
                 run.save()
         run.end()
         if runtime.is_main:
-            finish_policy(run, options)
+            finish_policy(run, options, aligner)
 
 
 def train_dpo(options: Options, runtime: Runtime) -> None:
     """DPO: one run, from the rankings to the finished folder."""
     run = Run("policy", options, runtime, command_of(options))
-    networks, observers = start_policy(options, runtime)
-    policy, tokenizer = networks.policy, observers.tokenizer
-    _, prompts = policy_prompts(options, policy, tokenizer, runtime)
-    training, held_out = encoded_rankings(options, ChatTemplate(tokenizer), policy.config, runtime)
-    stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
-    progress = Progress(stream, None, options.beta, observers.fingerprint)
-    state = TrainingState(networks, policy_optimizers(networks, options), progress)
-    forward = runtime.wrap(policy)
-    rewards = rewards_of(forward, observers.ref, options.beta)
-    held_out_rewards = rewards_of(policy, observers.ref, options.beta)
+    aligner = start_aligner(options, runtime)
+    policy, ref_model = aligner.policy, aligner.ref_model
+    _, prompts = policy_prompts(options, aligner)
+    training, held_out = encoded_rankings(options, aligner.template, policy.config, runtime)
+    aligner.stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
+    state = TrainingState(aligner.models, aligner.optimizers, aligner)
+    rewards = rewards_of(aligner.wrapped_policy, ref_model, options.beta)
+    held_out_rewards = rewards_of(policy, ref_model, options.beta)
 
     def validate_rankings() -> None:
         val = held_out_rankings(held_out_rewards, held_out[: options.val_sets], options.micro_tokens, runtime)
-        validate(run, options, networks, observers, progress, prompts, **val)
+        validate(run, options, aligner, prompts, **val)
 
-    with run.training(state, steps, lambda: None):  # validate() saves the best policy
-        check_best(run, progress)
+    with run.training(state, steps, lambda: None):  # validate() saves the policy
+        check_kept(run, aligner)
         if run.already_finished():
             return
-        learn_rankings(run, stream, forward, rewards, validate_rankings, options)
+        if not aligner.kept:
+            validate_rankings()
+        learn_rankings(run, aligner.stream, aligner.wrapped_policy, rewards, validate_rankings, options)
         if runtime.is_main:
-            finish_policy(run, options)
+            finish_policy(run, options, aligner)
 
 
 def best_of_n(options: Options, runtime: Runtime) -> None:
@@ -660,84 +651,51 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     from minillm.tools.folder import start_run_folder
 
     claim_folder(options, runtime)
-    networks, observers = start_policy(options, runtime)
-    _, prompts = policy_prompts(options, networks.policy, observers.tokenizer, runtime)
+    aligner = start_aligner(options, runtime)
+    _, prompts = policy_prompts(options, aligner)
     n, began = options.samples, time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
-    responses = observers.sample(networks.policy, asked, seeds)
-    scores, texts = observers.scores(responses), responses.texts(observers.tokenizer.decode)
+    responses = aligner.sample(aligner.policy, asked, seeds)
+    scores = responses.scores.tolist()
     best = [max(range(i, i + n), key=lambda j: scores[j]) for i in range(0, len(asked), n)]
     records = [
-        {"messages": asked[j].question.messages, "kind": asked[j].question.kind, "response": texts[j],
+        {"messages": asked[j].messages, "kind": asked[j].kind, "response": responses.texts[j],
          "score": scores[j]}
         for j in best
     ]  # fmt: skip
     start_run_folder(options, "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
-    figures["seconds"] = time.perf_counter() - began
-    if observers.worth:
-        figures["rubric"] = fmean(observers.worth(asked[j].question.messages, texts[j]) or 0.0 for j in best)
+    figures |= {
+        "unended": fmean(not responses.ended[j] for j in best),
+        "seconds": time.perf_counter() - began,
+    }
+    if aligner.rubric:
+        given = [aligner.rubric(asked[j].messages, responses.texts[j]) or 0.0 for j in best]
+        figures["rubric"] = fmean(given)
     write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **figures} | provenance())
     print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
 
 
-def policy_prompts(
-    options: Options, policy: LanguageModel, tokenizer: Tokenizer, runtime: Runtime
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out: the little world has development prompts for that.
-
-    InputError where --data is left out though the responses in --out are to prompts of somebody's own.
-    """
-    sampled = Path(options.out) / "run.json"
-    earlier = read_json(sampled).get("options") if sampled.exists() and not options.data else None
-    if isinstance(earlier, dict) and (data := earlier.get("data")) and isinstance(data, list):
-        raise InputError(
-            f"{sampled}: the responses are to prompts of {' '.join(map(str, data))}; give --data here too"
-        )
-    questions = questions_of(options)
-    if options.data:
-        questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
-    else:
-        held_out = world_questions(options.seed, "dev", options.val_prompts)
-    longest = policy.config.max_position_embeddings - options.max_new_tokens
-    sides = []
-    for side in (questions, held_out[: options.val_prompts]):
-        prompts, left_out = encode_prompts(side, ChatTemplate(tokenizer), longest)
-        if left_out and runtime.is_main:
-            print(f"{left_out:,} prompts left out: too long for {options.max_new_tokens} tokens of response")
-        if len(prompts) < runtime.world_size:
-            raise InputError(
-                f"{len(prompts)} prompts of at most {longest} tokens to train or validate on; "
-                "give more or shorter ones, or less than --max-new-tokens"
-            )
-        sides.append(prompts[: len(prompts) // runtime.world_size * runtime.world_size])
-    return sides[0], sides[1]
+# -- its models, prompts and text
 
 
-def start_policy(options: Options, runtime: Runtime) -> tuple[Networks, Observers]:
+def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     """The assistant to move and its critic; the assistant as it was, the reward model and the rubric."""
     policy, tokenizer = load_assistant(options, runtime)
-    reward_folder = Path(options.reward or Path(options.out) / "reward")
-    needed = options.algorithm != "dpo" or options.reward
-    reward = (
-        load_reward_model(reward_folder, tokenizer, runtime) if needed or reward_folder.exists() else None
-    )
-    critic = average = None
+    folder = Path(options.reward or Path(options.out) / "reward")
+    reward_model = critic = None
+    if options.algorithm != "dpo" or options.reward or folder.exists():
+        reward_model = load_reward_model(folder, tokenizer, runtime)
     if options.algorithm == "ppo":
-        critic = deepcopy(reward)
+        critic = deepcopy(reward_model)
         if options.critic == "policy":
             generator = torch.Generator().manual_seed(options.seed)
             critic = scalar_from_language_model(deepcopy(policy), generator)
-    if options.average:
-        average = deepcopy(policy)
-    worth = None if options.data else World(options.seed).utility
-    observers = Observers(
-        deepcopy(policy), reward, tokenizer, options.sampling, options.unended_score, worth,
-        options.micro_tokens,
-    )  # fmt: skip
-    return Networks(policy, critic, average), observers
+    rubric = None if options.data else World(options.seed).utility
+    template = ChatTemplate(tokenizer)
+    return Aligner(options, options.sampling, runtime, template, policy, reward_model, critic, rubric)
 
 
 def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> ScalarModel:
@@ -750,78 +708,176 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> S
     return model
 
 
-def text_mixture(
-    options: Options, policy: LanguageModel, tokenizer: Tokenizer, runtime: Runtime
-) -> Mixture | None:
+def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those held out: the little world has development prompts for that."""
+    if not options.data:
+        check_world_is_meant(options, aligner.runtime.is_main)
+    questions = questions_of(options)
+    if options.data:
+        questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
+    else:
+        held_out = world_questions(options.seed, "dev", options.val_prompts)
+    return with_reply_room(questions, options, aligner), with_reply_room(
+        held_out[: options.val_prompts], options, aligner
+    )
+
+
+def check_world_is_meant(options: Options, main: bool) -> None:
+    """InputError where --data is left out, but what was sampled or ranked were prompts of somebody's own."""
+    from minillm.io.rankings import read_json_lines
+
+    out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
+    ranked = [reward.parent / "rankings.jsonl", *map(Path, stored(reward, "rankings"))]
+    if options.algorithm == "dpo":
+        ranked = [Path(path) for path in options.rankings] or [out / "rankings.jsonl"]
+    for path in (out / "responses.jsonl", *ranked):
+        kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
+        others = sum(kind not in KINDS for kind in kinds)
+        if others and others == len(kinds):
+            known = " ".join(stored(out, "data")) if path.name == "responses.jsonl" else ""
+            raise InputError(
+                f"{path}: holds prompts that are not the little world's; name the prompts to train on with "
+                f"--data{known and f', as in --data {known}'}"
+            )
+        if others and main:
+            print(
+                f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's, and the "
+                "policy trains on the little world's alone; see --data"
+            )
+
+
+def stored(folder: Path, option: str) -> list[str]:
+    """A list of files among the options of an earlier run."""
+    path = folder / "run.json"
+    found = read_json(path).get("options") if path.exists() else None
+    files = found.get(option) if isinstance(found, dict) else None
+    return [str(file) for file in files] if isinstance(files, list) else []
+
+
+def with_reply_room(questions: Sequence[Question], options: Options, aligner: Aligner) -> list[Prompt]:
+    """The prompts that leave the policy room for a response; as many for every process."""
+    runtime, length = aligner.runtime, options.max_new_tokens
+    longest = aligner.policy.config.max_position_embeddings - length
+    prompts = [Prompt(q.messages, aligner.template.prompt(q.messages), q.kind) for q in questions]
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= longest]
+    if len(kept) < len(prompts) and runtime.is_main:
+        print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
+    if len(kept) < runtime.world_size:
+        raise InputError(
+            f"{len(kept)} prompts of at most {longest} tokens to train or validate on; "
+            "give more or shorter ones, or less than --max-new-tokens"
+        )
+    needed = max(len(prompt.tokens) for prompt in kept) + length
+    reward_model = aligner.reward_model
+    if reward_model and reward_model.config.max_position_embeddings < needed:
+        raise InputError(
+            f"the reward model reads {reward_model.config.max_position_embeddings} tokens, a prompt with its "
+            f"response may have {needed}; give less than --max-new-tokens {length}, shorter prompts, or a "
+            "reward model trained from the same assistant"
+        )
+    return kept[: len(kept) // runtime.world_size * runtime.world_size]
+
+
+def check_shares(options: Options, runtime: Runtime) -> None:
+    """InputError unless every process has a prompt of every minibatch."""
+    prompts = options.rollout_batch // options.samples // options.minibatches
+    if prompts < runtime.world_size:
+        raise InputError(
+            f"--rollout-batch {options.rollout_batch}: its {options.minibatches} minibatches have {prompts} "
+            f"prompts each, too few for {runtime.world_size} processes; give at least "
+            f"{runtime.world_size * options.samples * options.minibatches}"
+        )
+
+
+def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
+    """The prompts without end."""
+    return Shuffled(prompts, "prompts", seed, digest([prompt.tokens for prompt in prompts]))
+
+
+def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
     """Raw text for ptx, as tokens on disk; None where it has no weight."""
     if not options.ptx:
         return None
     if not options.text and options.data:
         raise InputError(f"--ptx {options.ptx}: name the raw text with --text")
-    block_size = min(policy.config.max_position_embeddings, options.ptx_tokens)
-    with runtime.main_first():
+    block_size = min(aligner.policy.config.max_position_embeddings, options.ptx_tokens)
+    with aligner.runtime.main_first():
         sources = (
             open_sources(options.text, options.errors)
             if options.text
             else world_sources(World(options.seed), options.world_megabytes)
         )
+        tokenizer = aligner.template.tokenizer
         tokens = [tokenize(s, tokenizer, Path(options.cache), 0.05, 1) for s in sources]
     return Mixture(tokens, block_size, options.seed)
 
 
+# -- which policy is kept
+
+
 def validate(
-    run: Run,
-    options: Options,
-    networks: Networks,
-    observers: Observers,
-    progress: Progress,
-    prompts: Sequence[Prompt],
-    **figures: float,
+    run: Run, options: Options, aligner: Aligner, prompts: Sequence[Prompt], **rankings: float
 ) -> None:
-    """Figures of held-out prompts; the policy is written where its objective is the best so far.
+    """Metrics of held-out prompts; the policy is written where it is the best so far, or with --keep last.
 
-    The objective is what PPO maximises, score - β KL, with scores in units of their deviation at the start;
-    for DPO, which needs no scores, the loss of held-out rankings with its sign turned.
+    The best is that of the highest objective that is trained, at the β of now; for DPO, which needs no
+    scores, that of the lowest loss of held-out rankings.
     """
-    found = held_out_figures(observers, networks.kept, prompts, options.seed, run.runtime)
-    if progress.unit is None:
-        progress.unit = found.get("score_deviation") or 1.0
-    loss = figures.pop("loss", None)
-    if loss is None:
-        loss = options.beta * found["kl"] - found["score"] / progress.unit
-    if progress.best is None or -loss > progress.best:
-        progress.best = -loss
+    found = aligner.validate(prompts) | rankings
+    if run.state.step == 0 and found["unended"]:
+        run.metrics.say(cut_responses(options, found["unended"]))
+    check_kl(run, options, found)
+
+    def objective(metrics: Mapping[str, float | int]) -> float:
+        return -metrics["loss"] if rankings else aligner.objective(metrics)
+
+    found = {"loss": -objective(found)} | found
+    if options.keep == "last" or not aligner.kept or objective(found) > objective(aligner.kept):
+        aligner.kept = {"step": run.state.step} | found
         if run.runtime.is_main:
-            save_model(run.folder, networks.kept, observers.tokenizer)
-    figures |= {"loss": loss, "best": progress.best, **found}
+            save_model(run.folder, aligner.best, aligner.template.tokenizer)
     shown = ", ".join(f"{name} {found[name]:.2f}" for name in ("score", "rubric", "kl") if name in found)
-    run.log("val", f"val {shown}", **figures)
+    run.log("val", f"val {shown}", **found, kept_step=aligner.kept["step"])
 
 
-def check_best(run: Run, progress: Progress) -> None:
-    """InputError where the best policy so far, which the rest of the run may not write anew, is damaged."""
-    if run.resuming and progress.best is not None:
+def cut_responses(options: Options, share: float) -> str:
+    """A line about responses that did not end."""
+    price = "score as if they had ended there"
+    if options.missing_eos_score is not None:
+        price = f"score {options.missing_eos_score:g} deviations from the mean of all"
+    return (
+        f"{share:.0%} of the assistant's responses do not end within --max-new-tokens "
+        f"{options.max_new_tokens}: they are cut, and {price}"
+    )
+
+
+def check_kl(run: Run, options: Options, metrics: Mapping[str, float]) -> None:
+    """InputError where the policy has run away."""
+    if metrics["kl"] > options.max_kl:
+        raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
+
+
+def check_kept(run: Run, aligner: Aligner) -> None:
+    """InputError where the policy that is kept, which the rest of the run may not write anew, is damaged."""
+    if run.resuming and aligner.kept:
         load_model(run.folder, run.runtime.device, run.runtime.dtype)
 
 
-def finish_policy(run: Run, options: Options) -> None:
+def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
     """The plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss, plot_policy
 
-    state = run.state
-    run.metrics.figure("val", "loss")  # InputError where a damaged file has none
-    vals = [event for event in read_metrics(run.folder) if event["event"] == "val"]
-    best = min(vals, key=lambda event: event.get("loss", math.inf))
+    state, kept = run.state, dict(aligner.kept)
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
-    what = f"the policy of step {best['step']} is kept, the best on held-out prompts"
-    if best["step"] == 0:
+    step = kept.pop("step")
+    what = f"the policy of step {step} is kept, the best on held-out prompts"
+    if options.keep == "last":
+        what = f"the policy of step {step} is kept, the last"
+    elif step == 0:
         what = "no step was better on held-out prompts than the start, which is kept"
     run.metrics.say(f"{run.folder}: {what}")
-    kept = {name: value for name, value in best.items() if name not in ("event", "step")}
-    run.metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, kept_step=best["step"], **kept
-    )
+    run.metrics.log("final", state.step, seconds=state.seconds, tokens=state.tokens, kept_step=step, **kept)
 
 
 def command_of(options: Options) -> str:

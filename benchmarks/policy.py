@@ -45,9 +45,9 @@ VARIANTS: dict[str, list[str]] = {
     "β three times": [*SHORT, "--beta", "0.45"],
     "critic from the assistant": [*SHORT, "--critic", "policy"],
     "no whitening": [*SHORT, "--no-whiten"],
-    "no price of not ending": [*SHORT, "--unended-score", "None"],
+    "no price of not ending": [*SHORT, "--missing-eos-score", "None"],
     "ptx 0.5": [*SHORT, "--ptx", "0.5"],
-    "moving average 0.9": [*SHORT, "--average", "0.9"],
+    "moving average 0.9": [*SHORT, "--ema-decay", "0.9"],
     "grpo": ["--algorithm", "grpo", "--iterations", "90"],  # in the time of ppo's 60, without a critic
     "dpo": ["--algorithm", "dpo", "--policy-rate", "1e-4"],
 }

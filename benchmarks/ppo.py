@@ -35,13 +35,12 @@ from harness import in_turn, medians, parser, write
 import rlhf
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model
-from minillm.rollout import encode_prompts
 from minillm.run import Run, start_runtime
 
 RESPONSES = 64
 PRECISIONS = ("float32", "bfloat16")
 LENGTHS = {"fixed": 32, "ending": 64}
-WORK = {"iterations": 10**6, "minibatches": 2, "inner_epochs": 2, "beta": 0.1, "rate": 1e-7}
+WORK = {"iterations": 10**6, "minibatches": 2, "ppo_epochs": 2, "beta": 0.1, "rate": 1e-7}
 
 
 # ---- minillm's side, in a process of its own
@@ -64,11 +63,11 @@ class Turns(Run):
 
 
 def options_of(work: dict[str, Any]) -> rlhf.Options:
-    same = ("init", "reward", "out", "precision", "iterations", "minibatches", "inner_epochs", "beta")
+    same = ("init", "reward", "out", "precision", "iterations", "minibatches", "ppo_epochs", "beta")
     return rlhf.Options(
         stage="policy", **{name: work[name] for name in same}, device="cpu", policy_rate=work["rate"],
-        prompts=RESPONSES, batch_responses=RESPONSES, max_new_tokens=work["length"], critic_warmup=0,
-        unended_score=None, val_prompts=1, val_every=10**6, save_every=10**6,
+        prompts=RESPONSES, rollout_batch=RESPONSES, max_new_tokens=work["length"], critic_warmup=0,
+        missing_eos_score=None, val_prompts=1, val_every=10**6, save_every=10**6,
     )  # fmt: skip
 
 
@@ -115,10 +114,10 @@ def inputs_of(init: Path) -> tuple[list[list[int]], int]:
     template = ChatTemplate(with_chat_template(tokenizer))
     questions = rlhf.questions_of(rlhf.Options(stage="policy", prompts=RESPONSES))
     longest = model.config.max_position_embeddings - max(LENGTHS.values())
-    prompts, left_out = encode_prompts(questions, template, longest)
-    if left_out:
-        raise SystemExit(f"{left_out} prompts leave no room for a response; give a model with longer rows")
-    return [prompt.tokens for prompt in prompts], template.stop_ids[0]
+    prompts = [template.prompt(question.messages) for question in questions]
+    if max(map(len, prompts)) > longest:
+        raise SystemExit("some prompts leave no room for a response; give a model with longer rows")
+    return prompts, template.stop_ids[0]
 
 
 def compare(commands: dict[str, list], work: dict[str, Any], runs: int) -> dict[str, Any]:

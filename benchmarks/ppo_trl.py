@@ -60,7 +60,7 @@ def train(work: dict) -> None:
         output_dir=work["out"], total_episodes=count * work["iterations"], response_length=work["length"],
         # Gradient accumulation would make one update of several minibatches: a device batch is the rollout.
         per_device_train_batch_size=count, gradient_accumulation_steps=1,
-        num_mini_batches=work["minibatches"], num_ppo_epochs=work["inner_epochs"],
+        num_mini_batches=work["minibatches"], num_ppo_epochs=work["ppo_epochs"],
         local_rollout_forward_batch_size=count, stop_token_id=work["stop"], temperature=1.0,
         kl_coef=work["beta"], learning_rate=work["rate"], bf16=False, use_cpu=True,
         gradient_checkpointing=False, num_sample_generations=0, report_to=[], save_strategy="no",

@@ -35,12 +35,12 @@ def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[
     return pad(forward(batch.tokens, attend=batch.shared, of=index).logprobs, mask).sum(dim=1)
 
 
-def rewards_of(forward: Callable[..., Any], ref: LanguageModel, beta: float) -> Scores:
+def rewards_of(forward: Callable[..., Any], ref_model: LanguageModel, beta: float) -> Scores:
     """The implicit rewards of a batch's responses. `forward` is the policy, or what wraps it."""
 
     def rewards(batch: RankedBatch) -> Float[Tensor, " B"]:
         with torch.no_grad():
-            ref_logprobs = response_logprobs(ref, batch)
+            ref_logprobs = response_logprobs(ref_model, batch)
         return implicit_rewards(response_logprobs(forward, batch), ref_logprobs, beta)
 
     return rewards

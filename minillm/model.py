@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.logprob import kl as logits_kl
 from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
 from minillm.errors import InputError
 
@@ -412,8 +413,8 @@ class LanguageModel(nn.Module):
     ) -> TokenLogprobs:
         """Of one token behind each hidden state, under softmax(logits / temperature) over `allowed`.
 
-        `reference`: the hidden states of another model and its output matrix, for the KL to it, which is
-        over all tokens, allowed or not.
+        `reference`: the hidden states of another model and its output matrix, for the KL to it at the same
+        temperature. `allowed` restricts this model's tokens, not the other's.
         """
         weight, kl = self.lm_head.weight, None
         if allowed is None:
@@ -421,7 +422,10 @@ class LanguageModel(nn.Module):
         else:
             logits = self.logits(hidden).masked_fill(~allowed, -torch.inf)
             logprobs, entropy = token_logprobs(logits, tokens, temperature)
-        if reference:
+            if reference:
+                other = F.linear(reference[0], reference[1].to(reference[0].dtype)).float()
+                kl = logits_kl(logits / temperature, other / temperature)
+        if reference and allowed is None:
             kl = linear_kl(hidden / temperature, weight, reference[0] / temperature, reference[1])
         return TokenLogprobs(logprobs, entropy, kl)
 

@@ -132,30 +132,33 @@ class PolicyOptions(TrainingOptions):
     """What aligning a policy asks for; where only some algorithms read an option, they are named."""
 
     algorithm: Literal["ppo", "grpo", "dpo", "best-of-n"] = "ppo"
-    """How the policy learns. best-of-n learns nothing: of `group` responses the best-scored is given."""
+    """How the policy learns. best-of-n learns nothing: of `group_size` responses the best-scored is given."""
     reward: str | None = None
     """The reward model's folder. Default the one in --out."""
     iterations: int = 120
     """ppo, grpo: rollouts, each with its updates."""
-    batch_responses: int = 64
+    rollout_batch: int = 64
     """ppo, grpo: responses in a rollout, over all processes."""
-    group: int | None = None
+    group_size: int | None = None
     """ppo, grpo, best-of-n: responses to a prompt. Default 1 for ppo, else 8."""
     minibatches: int = 2
     """ppo, grpo: updates in one pass over a rollout."""
-    inner_epochs: int = 2
+    ppo_epochs: int = 2
     """ppo, grpo: passes over a rollout, at most."""
-    stop_kl: float = 0.05
+    target_kl: float = 0.05
     """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
     policy_rate: float = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
     beta: float = 0.15
-    """Price of a nat of KL to the reference; for dpo the same β, which sets how far it may go."""
-    target_kl: float | None = None
-    """ppo, grpo: nats a response that β is moved to meet. Default none: β stays."""
+    """Price of a nat of KL to the reference, between the distributions at the temperature sampled at, the
+    policy's after top-k and top-p; for dpo the same β, which sets how far it may go."""
+    adaptive_kl_target: float | None = None
+    """ppo, grpo: nats a response that β follows, by at most 2% an iteration. Default none: β stays."""
     max_kl: float = 200.0
-    """ppo, grpo: nats a response beyond which the run ends, with the best policy kept."""
-    ratio_clip: float = 0.2
+    """Nats a response beyond which the run ends, with the best policy so far kept."""
+    keep: Literal["best", "last"] = "best"
+    """The policy that is kept: that of the highest held-out score - β KL (dpo: lowest loss), or the last."""
+    clip_range: float = 0.2
     """ppo, grpo: how far a ratio counts."""
     kl_estimator: Literal["k2", "k3", "exact"] = "k3"
     """grpo: the KL in its loss; ppo's rewards hold k1."""
@@ -165,7 +168,7 @@ class PolicyOptions(TrainingOptions):
     """ppo: λ of the advantages, from 0 (one step, by the critic) to 1 (the rewards to come)."""
     value_clip: float = 0.2
     """ppo: how far a value may move from its old one in a rollout's updates."""
-    value_weight: float = 0.1
+    vf_coef: float = 0.1
     """ppo: factor of the value loss."""
     critic: Literal["reward", "policy"] = "reward"
     """ppo: what the critic starts as: the reward model, or the policy's trunk with a new head."""
@@ -174,9 +177,10 @@ class PolicyOptions(TrainingOptions):
     whiten: bool = True
     """ppo: shift and scale advantages to mean 0 and deviation 1."""
     scale_scores: bool = True
-    """ppo: divide scores by the deviation of all so far."""
-    unended_score: float | None = -1.0
-    """ppo, grpo, best-of-n: score of a response that did not end; None for what the reward model says."""
+    """Divide scores by the deviation of the assistant's own, on held-out prompts."""
+    missing_eos_score: float | None = -1.0
+    """Score of a response that was cut before its end, in deviations from the mean of the assistant's own;
+    None for what the reward model says of its text."""
     ptx: float = 0.0
     """ppo, grpo: factor of the loss on raw text, which is mixed in."""
     ptx_tokens: int = 1024
@@ -187,34 +191,38 @@ class PolicyOptions(TrainingOptions):
     """ppo, grpo: size of the little world's text, where that is used."""
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
-    average: float = 0.0
+    ema_decay: float = 0.0
     """ppo, grpo: share of the moving average kept in an iteration; 0 for no average."""
     val_prompts: int = 256
     """Held-out prompts of one validation, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("iterations", "batch_responses", "group", "minibatches", "inner_epochs")
+        self.require_counts("iterations", "rollout_batch", "group_size", "minibatches", "ppo_epochs")
         self.require_counts("ptx_tokens", "val_prompts")
         self.require_positive("world_megabytes")
-        self.require_positive("stop_kl", "policy_rate", "target_kl", "max_kl", "ratio_clip", "value_clip")
-        self.require_not_negative("beta", "gamma", "lam", "value_weight", "critic_warmup", "ptx", "average")
-        for name in ("gamma", "lam", "average"):
+        self.require_positive(
+            "target_kl", "policy_rate", "adaptive_kl_target", "max_kl", "clip_range", "value_clip"
+        )
+        self.require_not_negative("beta", "gamma", "lam", "vf_coef", "critic_warmup", "ptx", "ema_decay")
+        for name in ("gamma", "lam", "ema_decay"):
             self._require((name,), lambda value: value <= 1, "a number from 0 to 1")
-        self._require(("unended_score",), math.isfinite, "a number, or None")
+        self._require(("missing_eos_score",), math.isfinite, "a number, or None")
         dealt = self.samples * self.minibatches
-        if self.algorithm in ("ppo", "grpo") and self.batch_responses % dealt:
+        if self.algorithm in ("ppo", "grpo") and self.rollout_batch % dealt:
             raise InputError(
-                f"--batch-responses {self.batch_responses}: cannot be dealt to {self.minibatches} "
+                f"--rollout-batch {self.rollout_batch}: cannot be dealt to {self.minibatches} "
                 f"minibatches in groups of {self.samples}; give a multiple of {dealt}"
             )
         if self.algorithm in ("grpo", "best-of-n") and self.samples < 2:
-            raise InputError(f"--group {self.group}: {self.algorithm} compares responses; give at least 2")
+            raise InputError(
+                f"--group-size {self.group_size}: {self.algorithm} compares responses; give at least 2"
+            )
 
     @property
     def samples(self) -> int:
         """Responses to a prompt of a rollout."""
-        return self.group or (1 if self.algorithm in ("ppo", "dpo") else 8)
+        return self.group_size or (1 if self.algorithm in ("ppo", "dpo") else 8)
 
 
 GROWING = frozenset({"steps", "iterations"})

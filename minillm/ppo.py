@@ -1,10 +1,16 @@
-"""PPO with a KL penalty: its mathematics, as functions of tensors that know no model.
+"""PPO with a KL penalty, and GRPO: from prompts to an update of the policy.
 
-A response is an episode: its state is prompt and response so far, its action the next token. The responses
-of a rollout lie in grids [B, R], token r of response b at [b, r], with `mask` true where there is one; losses
-are of the tokens alone, flat [N].
+    prompts ──sample──► responses ──score──► scores [B]
+                            │
+                     policy, ref_model, critic ──► logprobs, ref_logprobs, kl, values [B, R]
+                            │
+           penalised_rewards ──► gae ──► advantages [B, R] ──update──► metrics
 
-    scores [B] ──penalised_rewards──► rewards [B, R] ──gae──► advantages [B, R] ──► losses of tokens [N]
+A response is an episode: its state is the prompt and the response so far, its action the next token. What is
+known of the tokens of a rollout's responses is in rows [B, R], token r of response b at [b, r], with `mask`
+true where there is one; losses are of the tokens alone, flat [N]. What belongs to a token is computed from
+the state before it, so a prompt's tokens have neither advantage nor loss. First come pure functions, then
+`Aligner`, which holds the models. The loop is in rlhf.py.
 
 What a run does, in the order in which it happens; the defaults are those of rlhf.py.
 
@@ -13,35 +19,63 @@ What a run does, in the order in which it happens; the defaults are those of rlh
      3  at first the critic learns alone, for critic_warmup iterations              (measured here)
      4  responses are sampled with kept keys and values and stop at the end token  generate.py
      5  log-probabilities are those of the distribution that was sampled from:
-        temperature, top-k and top-p included                                      rollout.py; Huang
-     6  a response that does not end scores -1, whatever it says                    Huang, after Ziegler
-     7  scores are divided by the deviation of all scores so far                    Engstrom, 3 (2)
-     8  a token is paid -β (log π - log π_ref), the last one the score as well       Ziegler, 2.2
-     9  γ 1, λ 0.95                                                                 InstructGPT, C.4; Huang
-    10  advantages are whitened over all tokens of a rollout, padding left out      Huang
-    11  ratios count up to 0.2 from 1, and values up to 0.2 from what they were    PPO, eq. 7; Engstrom, 3 (1)
-    12  the value loss weighs 0.1; both networks share one gradient norm           Huang
-    13  a rollout is seen inner_epochs times, in minibatches                       PPO, algorithm 1
-    14  no further pass once the policy has moved stop_kl from its own samples      (measured here)
-    15  Adam's ε is 1e-5; there is no dropout                                      Huang
-    16  learning rates fall linearly at the end of the run                         Engstrom, 3 (4)
-    17  a multiple of the pretraining loss may be added (ptx)                       InstructGPT, eq. 2
-    18  β is fixed, or follows a target KL                                         Ziegler, eq. 2 of 2.2
-    19  what is validated and kept may be a moving average of the policy            Ramé, 3
+        temperature, top-k and top-p included                                      Huang
+     6  the reward model reads the text of a response as it read those it was
+        trained on, with their end token, whatever token ended this one            (measured here)
+     7  a response that does not end scores missing_eos_score deviations from the
+        mean score of the assistant's own responses                                Huang, after Ziegler
+     8  scores are divided by the deviation of the assistant's own                 Engstrom, 3 (2)
+     9  a token is paid -β (log π - log π_ref), the last one the score as well      Ziegler, 2.2
+    10  γ 1, λ 0.95                                                                InstructGPT, C.4; Huang
+    11  advantages are whitened over all tokens of a rollout, padding left out     Huang
+    12  ratios count up to 0.2 from 1, and values up to 0.2 from what they were    PPO, eq. 7; Engstrom, 3 (1)
+    13  the value loss weighs 0.1; both networks share one gradient norm           Huang
+    14  a rollout is seen ppo_epochs times, in minibatches                         PPO, algorithm 1
+    15  no further pass once the policy has moved target_kl from its own samples   (measured here)
+    16  Adam's ε is 1e-5; there is no dropout                                      Huang
+    17  learning rates fall linearly at the end of the run                         Engstrom, 3 (4)
+    18  a multiple of the pretraining loss may be added (ptx)                       InstructGPT, eq. 2
+    19  β is fixed, or follows adaptive_kl_target                                  Ziegler, eq. 2 of 2.2
+    20  what is validated and kept may be a moving average of the policy           Ramé, 3
 
-Left out: one trunk for policy and critic, an entropy bonus, rewards of single tokens.
+GRPO is PPO without a critic (2, 3, 10 to 13): the advantage of all tokens of a response is how much better it
+scored than the others to its prompt, and the KL is a term of the loss instead of the reward.
+
+Left out: one trunk for policy and critic, an entropy bonus, rewards of single tokens. Of Dr. GRPO (Liu et al.
+2025, arXiv 2503.20783) one half is here, the mean over all tokens of a minibatch instead of over each
+response first; the other is not: advantages are divided by the deviation of their group.
 Sources: Schulman et al. 2017, "PPO" (arXiv 1707.06347); Schulman et al. 2016, "GAE" (arXiv 1506.02438),
 equation 16; Ziegler et al. 2019 (arXiv 1909.08593); Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155);
 Engstrom et al. 2020, "Implementation matters in deep policy gradients" (arXiv 2005.12729); Huang et al. 2024,
 "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031) and its forerunner of 2023; Ramé et al.
-2024, "WARP" (arXiv 2406.16768).
+2024, "WARP" (arXiv 2406.16768); GRPO: Shao et al. 2024, "DeepSeekMath" (arXiv 2402.03300), section 4.1,
+equations 3 and 4.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor, nn
+
+from minillm.chat import ChatTemplate
+from minillm.data import Mixture, Shuffled, epoch_generator
+from minillm.errors import InputError
+from minillm.files import digest
+from minillm.generate import SamplingOptions, filter_logits
+from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
+from minillm.loss import accumulate, backward
+from minillm.model import LanguageModel, ScalarModel
+from minillm.optim import LearningRates, Optimizers, build_optimizers, clip_gradients
+from minillm.options import PolicyOptions
+from minillm.preferences import Message, sample_responses, seed_of
+from minillm.reward import encode_response, score_rows
+from minillm.run import Runtime
 
 # ---- KL(π || π_ref) from samples of π
 
@@ -100,36 +134,26 @@ def gae(
     return torch.stack(advantages[::-1], dim=1)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, sum and sum of squares of numbers that lie in several places; they add up."""
+def group_advantages(scores: Float[Tensor, " B"], size: int, eps: float = 1e-4) -> Float[Tensor, " B"]:
+    """(score - mean of its group) / (deviation of its group + ε); each `size` scores in a row are a group.
 
-    count: float
-    total: float
-    squares: float
-
-    @property
-    def mean(self) -> float:
-        return self.total / max(1.0, self.count)
-
-    @property
-    def deviation(self) -> float:
-        """The root of the mean square distance from the mean."""
-        return max(0.0, self.squares / max(1.0, self.count) - self.mean**2) ** 0.5
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+    They sum to 0 in every group, and are 0 where all of it scored alike.
+    """
+    groups = scores.view(-1, size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (centred.square().mean(dim=1, keepdim=True).sqrt() + eps)).flatten()
 
 
-def moments(values: Float[Tensor, "..."]) -> Moments:
-    """Of all these values; in float64, for the deviation is a difference of large sums."""
+def moments(values: Float[Tensor, "..."], runtime: Runtime) -> tuple[float, float]:
+    """Mean and deviation (the root of the mean square distance from the mean) of the values of all processes.
+
+    In float64, for the deviation is a difference of large sums.
+    """
     values = values.double()
-    return Moments(float(values.numel()), values.sum().item(), values.square().sum().item())
-
-
-def whiten(values: Float[Tensor, "..."], of: Moments, eps: float = 1e-8) -> Float[Tensor, "..."]:
-    """The values shifted and scaled so that those that `of` was taken of have mean 0 and deviation 1."""
-    return (values - of.mean) / (of.deviation + eps)
+    sums = torch.stack((values.new_tensor(float(values.numel())), values.sum(), values.square().sum()))
+    count, total, squares = runtime.total(sums).tolist()
+    mean = total / max(1.0, count)
+    return mean, max(0.0, squares / max(1.0, count) - mean**2) ** 0.5
 
 
 # ---- Losses of tokens, and β
@@ -171,12 +195,425 @@ def clipped(
 def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> float:
     """β after an iteration whose KL was `kl`: up where that exceeds the target, down where it falls short.
 
-    β ← β (1 + rate · e), e = KL / target - 1 held within ±0.2 (Ziegler et al. 2019, equation 2).
+    β ← β (1 + rate · e), e = KL / target - 1 held within ±0.2 (Ziegler et al. 2019, equation 2): at most 2%
+    an iteration.
     """
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + rate * error)
 
 
-def explained_variance(errors: Moments, returns: Moments) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that says a constant."""
-    return 1 - (errors.deviation / returns.deviation) ** 2 if returns.deviation else 0.0
+# ---- Prompts, responses, rollouts
+
+Rubric = Callable[[Sequence[Message], str], float | None]
+"""What the little world's rubric gives a response to these messages."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a policy is asked, and the tokens after which it answers."""
+
+    messages: list[Message]
+    tokens: list[int]
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Some responses as they were sampled, in the order of their prompts."""
+
+    prompts: list[Prompt]
+    rows: list[list[int]]
+    """Prompt and response, the stop token included."""
+    ended: list[bool]
+    """False for a response that was cut at max_new_tokens."""
+    texts: list[str]
+    scores: Float[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Some responses and what every model says of them: one forward pass of each, and of an update."""
+
+    numbers: list[int]
+    """Which responses of the process these are."""
+    tokens: Int64[Tensor, "P T"]
+    """Prompts and responses, packed in P rows."""
+    start: Int32[Tensor, "P T"]
+    """Where the sequence of each position begins, before which it sees nothing."""
+    index: Int64[Tensor, " N"]
+    """Of the responses' tokens in `tokens`, its rows end to end."""
+    mask: Bool[Tensor, "B R"]
+    logprobs: Float[Tensor, "B R"]
+    """Of the policy that sampled, under the distribution it sampled from."""
+    ref_logprobs: Float[Tensor, "B R"]
+    """Of the reference at the same temperature, over all tokens: top-k and top-p are the policy's alone."""
+    kl: Float[Tensor, "B R"]
+    """KL(policy || reference) of these two, exact in each state: what k1 of the sampled tokens estimates."""
+    entropy: Float[Tensor, "B R"]
+    """Of the distribution sampled from."""
+    values: Float[Tensor, "B R"]
+    """The critic's, of the state in which each token is chosen; 0 without a critic."""
+    scores: Float[Tensor, " B"]
+    allowed: Bool[Tensor, "N V"] | None
+    """The tokens that top-k and top-p left to choose from; None for all."""
+    advantages: Float[Tensor, "B R"]
+    returns: Float[Tensor, "B R"]
+    """What the critic should have said."""
+
+
+def ppo_advantages(
+    rollouts: Sequence[Rollout], unit: float, beta: float, options: PolicyOptions, runtime: Runtime
+) -> tuple[list[Rollout], dict[str, float]]:
+    """The rollouts with advantages by GAE from penalised scores, whitened over all; and the share of the
+    variance of the returns that the critic explains: 1 for a perfect one, 0 for a constant."""
+    found = []
+    for one in rollouts:
+        rewards = penalised_rewards(one.scores / unit, k1(one.logprobs, one.ref_logprobs), one.mask, beta)
+        advantages = gae(rewards, one.values, one.mask, options.gamma, options.lam)
+        found.append(replace(one, advantages=advantages, returns=advantages + one.values))
+    mean, deviation = moments(torch.cat([one.advantages[one.mask] for one in found]), runtime)
+    _, spread = moments(torch.cat([one.returns[one.mask] for one in found]), runtime)
+    if options.whiten:
+        found = [replace(one, advantages=(one.advantages - mean) / (deviation + 1e-8)) for one in found]
+    return found, {"explained_variance": 1 - (deviation / spread) ** 2 if spread else 0.0}
+
+
+def grpo_advantages(rollouts: Sequence[Rollout], size: int) -> list[Rollout]:
+    """The rollouts with advantages by comparing each response with the others of its group of `size`."""
+    scores = torch.cat([one.scores for one in rollouts])
+    order = torch.tensor([number for one in rollouts for number in one.numbers]).argsort().to(scores.device)
+    advantages = torch.empty_like(scores)
+    advantages[order] = group_advantages(scores[order], size)
+    parts = advantages.split([len(one.numbers) for one in rollouts])
+    return [
+        replace(one, advantages=own[:, None] * one.mask) for one, own in zip(rollouts, parts, strict=True)
+    ]
+
+
+# ---- The models
+
+
+class Aligner:
+    """A policy in training, the models that it is held against, and what else moves with it."""
+
+    def __init__(
+        self,
+        options: PolicyOptions,
+        sampling: SamplingOptions,
+        runtime: Runtime,
+        template: ChatTemplate,
+        policy: LanguageModel,
+        reward_model: ScalarModel | None,
+        critic: ScalarModel | None,
+        rubric: Rubric | None,
+    ) -> None:
+        """`policy` is the assistant to start from. Without a reward model, which DPO needs not, every score
+        is 0 and none is told."""
+        self.options, self.runtime, self.template = options, runtime, template
+        self.sampling = replace(sampling, stop_ids=template.stop_ids)
+        self.policy, self.ref_model = policy, deepcopy(policy)
+        self.reward_model, self.critic, self.rubric = reward_model, critic, rubric
+        self.ema = deepcopy(policy) if options.ema_decay else None
+        named = {"policy": policy, "critic": critic, "ema": self.ema}
+        self.models = nn.ModuleDict({name: model for name, model in named.items() if model})
+        self.models.__dict__["config"] = policy.config  # whoever loads weights asks for it
+        self.optimizers = policy_optimizers(policy, critic, options)
+        self.wrapped_policy = runtime.wrap(policy)
+        self.wrapped_critic = runtime.wrap(critic) if critic else None
+        self.origin = fingerprint(self.ref_model, reward_model)
+        self.beta = options.beta
+        self.scale: tuple[float, float] | None = None
+        """Mean and deviation of the scores of the first responses that were scored, the assistant's own."""
+        self.kept: dict[str, float] = {}
+        """Step and metrics of the validation whose policy is kept."""
+        self.stream: Shuffled[Any] | None = None
+        self.text: Mixture | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart must bring back beside weights and optimizers."""
+        state = {name: getattr(self, name) for name in ("origin", "beta", "scale", "kept")}
+        streams = {"prompts": self.stream, "text": self.text}
+        return state | {name: stream and stream.state_dict() for name, stream in streams.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["origin"] != self.origin:
+            raise InputError("cannot resume: --init or --reward is not the run's any more; put it back")
+        needed = {"step", "loss", "kl", *(("score",) if self.reward_model else ())}
+        if state.keys() != self.state_dict().keys() or (state["kept"] and needed - state["kept"].keys()):
+            raise ValueError("not the state of an alignment")
+        self.beta = float(state["beta"])
+        self.kept = {name: (int if name == "step" else float)(value) for name, value in state["kept"].items()}
+        self.scale = state["scale"] and (float(state["scale"][0]), float(state["scale"][1]))
+        for name, stream in (("prompts", self.stream), ("text", self.text)):
+            if stream:
+                stream.load_state_dict(state[name])
+
+    @property
+    def best(self) -> LanguageModel:
+        """The model that is validated and kept: the moving average, or the policy itself."""
+        return self.ema or self.policy
+
+    # -- Prompts -> rollouts
+
+    def sample(self, model: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Responses:
+        """A scored response of the model to each prompt."""
+        found = sample_responses(model, [prompt.tokens for prompt in prompts], self.sampling, seeds)
+        texts = found.texts(self.template.tokenizer.decode)
+        scores = self.score(prompts, texts, found.ended)
+        return Responses(list(prompts), found.rows, found.ended, texts, scores)
+
+    def score(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
+    ) -> Float[Tensor, " B"]:
+        """The reward model's scores of these texts, each in the form in which it was trained on texts."""
+        if self.reward_model is None:
+            return torch.zeros(len(texts), device=self.runtime.device)
+        longest = self.reward_model.config.max_position_embeddings
+        rows = [encode_response(self.template, p.messages, t) for p, t in zip(prompts, texts, strict=True)]
+        rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
+        scores = torch.tensor(score_rows(self.reward_model, rows), device=self.runtime.device)
+        if self.scale is None:
+            mean, deviation = moments(scores, self.runtime)
+            self.scale = mean, deviation or 1.0
+        if self.options.missing_eos_score is None:
+            return scores
+        missing = self.scale[0] + self.options.missing_eos_score * self.scale[1]
+        return torch.where(torch.tensor(ended, device=scores.device), scores, missing)
+
+    @torch.no_grad()
+    def observe(
+        self, policy: LanguageModel, responses: Responses, numbers: Sequence[int], critic: ScalarModel | None
+    ) -> list[Rollout]:
+        """What the models say of the responses of these numbers, in as many forward passes as they need."""
+        return [
+            self._observe(policy, responses, rows, critic)
+            for rows in forward_passes(numbers, responses.rows, self.options.micro_tokens)
+        ]
+
+    def _observe(
+        self,
+        policy: LanguageModel,
+        responses: Responses,
+        rows: Sequence[Sequence[int]],
+        critic: ScalarModel | None,
+    ) -> Rollout:
+        numbers, device = list(chain(*rows)), self.runtime.device
+        tokens, start, begins = pack_rows(responses.rows, rows)
+        prompt_lengths = torch.tensor([len(responses.prompts[i].tokens) for i in numbers])
+        lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
+        mask, index = flat_index(begins + prompt_lengths, begins + lengths)
+        tokens, start, mask, index = (t.to(device) for t in (tokens, start, mask, index))
+        taken, T, allowed = tokens.flatten()[index], self.sampling.temperature, None
+        if self.sampling.top_k or self.sampling.top_p < 1:
+            logits = policy.logits(gather_previous(policy(tokens, start), index)) / T
+            allowed = allowed_tokens(logits, taken, self.sampling)
+        reference = self._reference(tokens, start, index)
+        ref_logprobs = self.ref_model.token_logprobs(reference[0], taken, T).logprobs
+        logprobs, entropy, kl = policy(
+            tokens, start, of=index, temperature=T, allowed=allowed, reference=reference
+        )
+        values = gather_previous(critic(tokens, start), index) if critic else torch.zeros_like(logprobs)
+        none = torch.zeros(mask.shape, device=device)
+        return Rollout(
+            numbers=numbers,
+            tokens=tokens,
+            start=start,
+            index=index,
+            mask=mask,
+            logprobs=pad(logprobs, mask),
+            ref_logprobs=pad(ref_logprobs, mask),
+            kl=pad(kl, mask),
+            entropy=pad(entropy, mask),
+            values=pad(values, mask),
+            scores=responses.scores[torch.tensor(numbers)],
+            allowed=allowed,
+            advantages=none,
+            returns=none,
+        )
+
+    def _reference(
+        self, tokens: Int64[Tensor, "P T"], start: Int32[Tensor, "P T"], index: Int64[Tensor, " N"]
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
+        """The reference's hidden states before these tokens, and its output matrix."""
+        with torch.no_grad():
+            return gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
+
+    def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[list[list[Rollout]], dict[str, float]]:
+        """This process's share of a step's rollout as minibatches of forward passes, with advantages; and
+        metrics of the whole.
+
+        Prompts are dealt to minibatches at random, all responses to one staying together.
+        """
+        options, runtime, size = self.options, self.runtime, self.options.samples
+        order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
+        shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
+        own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
+        asked = [(i, k) for i in own for k in range(size)]
+        seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]
+        responses = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
+        each = len(asked) // options.minibatches
+        parts = [range(first, first + each) for first in range(0, len(asked), each)]
+        batches = [self.observe(self.policy, responses, part, self.critic) for part in parts]
+        rollouts = list(chain(*batches))
+        metrics = self.metrics(responses, rollouts) | {"beta": self.beta}
+        if options.algorithm == "ppo":
+            rollouts, explained = ppo_advantages(rollouts, self.unit, self.beta, options, runtime)
+            metrics |= explained
+        else:
+            rollouts = grpo_advantages(rollouts, size)
+        left = iter(rollouts)
+        return [[next(left) for _ in batch] for batch in batches], metrics
+
+    def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Metrics of one response of the kept model to each prompt, with the same seeds every time."""
+        own = range(self.runtime.rank, len(prompts), self.runtime.world_size)
+        seeds = [seed_of(self.options.seed, i, 0, 1) for i in own]
+        responses = self.sample(self.best, [prompts[i] for i in own], seeds)
+        return self.metrics(responses, self.observe(self.best, responses, range(len(own)), None))
+
+    def metrics(self, responses: Responses, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Means over the responses of all processes."""
+        sums = {
+            "score": responses.scores.double().sum().item(),
+            "score_square": responses.scores.double().square().sum().item(),
+            "unended": float(responses.ended.count(False)),
+            "length": float(sum(int(one.mask.sum()) for one in rollouts)),
+            "kl": sum(float(one.kl.double().sum()) for one in rollouts),
+            "entropy": sum(float(one.entropy.double().sum()) for one in rollouts),
+        }
+        if self.rubric is not None:
+            said = zip(responses.prompts, responses.texts, strict=True)
+            sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in said)
+        totals = torch.tensor(
+            [*sums.values(), len(responses.rows)], dtype=torch.float64, device=self.runtime.device
+        )
+        *found, count = self.runtime.total(totals).tolist()
+        means = {name: total / count for name, total in zip(sums, found, strict=True)}
+        means["entropy"] /= means["length"]  # a token's
+        means["score_deviation"] = max(0.0, means.pop("score_square") - means["score"] ** 2) ** 0.5
+        if self.reward_model is None:
+            del means["score"], means["score_deviation"]
+        return means
+
+    @property
+    def unit(self) -> float:
+        """What scores are divided by."""
+        return self.scale[1] if self.scale and self.options.scale_scores else 1.0
+
+    def objective(self, metrics: Mapping[str, float | int]) -> float:
+        """What PPO and GRPO maximise, at the β of now: score - β KL, the score in its unit."""
+        return metrics["score"] / self.unit - self.beta * metrics["kl"]
+
+    # -- Rollouts -> updates
+
+    def update(
+        self, batch: Sequence[Rollout], learning_rate: float, critic_only: bool = False
+    ) -> dict[str, float]:
+        """One step of the optimizers on a minibatch, at this share of their base rates; its metrics.
+
+        No weight moves where the loss or the gradient is not finite.
+        """
+        options, runtime = self.options, self.runtime
+        count = torch.tensor(float(sum(len(one.index) for one in batch)), device=runtime.device)
+        tokens = round(runtime.total(count).item())
+        weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
+        losses: dict[str, float] = {}
+        moves: list[Tensor] = []
+        if not critic_only:
+            losses["policy_loss"] = accumulate(
+                self.wrapped_policy, lambda one: self._policy_loss(one, moves), batch, tokens, runtime
+            )
+            if self.text:
+                rows = runtime.rows_of_step(options.ptx_tokens, self.text.block_size)
+                losses["text_loss"] = backward(
+                    self.wrapped_policy, self.text.next_rows(rows), options.micro_tokens, runtime, options.ptx
+                )
+        if self.wrapped_critic:
+            losses["value_loss"] = accumulate(
+                self.wrapped_critic, self._value_loss, batch, tokens, runtime, options.vf_coef
+            )
+        loss = sum(weights[name] * part for name, part in losses.items())
+        norm = clip_gradients(self.optimizers.parameters(), options.clip)
+        if math.isfinite(loss + norm):
+            self.optimizers.step(learning_rate)
+        metrics = losses | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
+        return metrics | self._moved(torch.cat(moves, 1), tokens) if moves else metrics
+
+    def _policy_loss(self, one: Rollout, moves: list[Tensor]) -> Float[Tensor, ""]:
+        """Σ over the tokens; `moves` gets how far each of them has moved from where it was sampled."""
+        options, exact = self.options, None
+        if options.algorithm == "grpo" and options.kl_estimator == "exact":
+            exact = self._reference(one.tokens, one.start, one.index)
+        logprobs, _, kl = self.wrapped_policy(
+            one.tokens, one.start, of=one.index, temperature=self.sampling.temperature, allowed=one.allowed,
+            reference=exact,
+        )  # fmt: skip
+        old, advantages = one.logprobs[one.mask], one.advantages[one.mask]
+        losses = policy_losses(logprobs, old, advantages, options.clip_range)
+        if options.algorithm == "grpo":
+            if exact is None:
+                estimate = {"k2": k2, "k3": k3}[options.kl_estimator]
+                kl = estimate(logprobs, one.ref_logprobs[one.mask])
+            losses = losses + self.beta * kl
+        new = logprobs.detach()
+        outside = clipped(new, old, advantages, options.clip_range)
+        moves.append(torch.stack(((new - old).exp(), k3(old, new), outside.to(new.dtype))))
+        return losses.sum()
+
+    def _value_loss(self, one: Rollout) -> Float[Tensor, ""]:
+        assert self.wrapped_critic is not None
+        values = gather_previous(self.wrapped_critic(one.tokens, one.start), one.index)
+        old, returns = one.values[one.mask], one.returns[one.mask]
+        return value_losses(values, old, returns, self.options.value_clip).sum()
+
+    def _moved(self, moves: Float[Tensor, "3 N"], tokens: int) -> dict[str, float]:
+        """Of the ratios, KLs and clipped tokens of an update, over all processes."""
+        ratio, old_kl, outside = moves
+        most, least = self.runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
+        means = (self.runtime.total(torch.stack((old_kl.sum(), outside.sum()))) / tokens).tolist()
+        return {"ratio_max": most, "ratio_min": -least, "old_kl": means[0], "clip_share": means[1]}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Moves the average by (1 - ema_decay) of the way to the policy."""
+        if self.ema is not None:
+            for slow, fast in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
+                slow.lerp_(fast, 1 - self.options.ema_decay)
+
+
+def policy_optimizers(policy: nn.Module, critic: nn.Module | None, options: PolicyOptions) -> Optimizers:
+    """One AdamW for the policy and one for the critic: while that learns alone, the other has no state."""
+    # Embedding and output matrix at the rate of the rest: SFT brought new tokens, this brings none.
+    rate = options.policy_rate
+    rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
+    models = [policy, critic] if critic else [policy]
+    return Optimizers([o for m in models for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])
+
+
+def fingerprint(*models: nn.Module | None) -> str:
+    """Changes with any weight of the models."""
+    tensors = (tensor for model in filter(None, models) for tensor in model.state_dict().values())
+    return digest([digest(t.detach().cpu().contiguous().view(torch.uint8).numpy()) for t in tensors])
+
+
+def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The metrics of an iteration's updates: their means, and the largest and smallest ratio."""
+    means = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
+    extremes = {"ratio_max": max, "ratio_min": min}
+    for name in means.keys() & extremes.keys():
+        means[name] = extremes[name](one[name] for one in updates)
+    return means | {"updates": float(len(updates))}
+
+
+# ---- The distribution that was sampled from
+
+
+def allowed_tokens(
+    logits: Float[Tensor, "N V"], taken: Int64[Tensor, " N"], sampling: SamplingOptions
+) -> Bool[Tensor, "N V"]:
+    """What top-k and top-p left to choose from.
+
+    The token taken always belongs to it: at the edge of a nucleus another pass may round otherwise.
+    """
+    kept = filter_logits(logits, sampling.top_k, sampling.top_p) > -torch.inf
+    return kept.scatter(1, taken[:, None], True)

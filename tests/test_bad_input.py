@@ -26,7 +26,7 @@ import pytest
 from runs import ROOT, folder_bytes, killed_at_update, metrics_of, refusal
 from safetensors.torch import load_file
 
-import minillm.policy
+import minillm.ppo
 import rlhf
 import sft
 import train
@@ -86,7 +86,7 @@ def make_runs() -> None:
     with killed_at_update(rlhf, 3):
         rlhf.main(f"--stage reward --init sft --out rlhf --batch-sets 4 {EACH}".split())
     for algorithm, script, extra in (
-        ("ppo", minillm.policy, EVERYTHING), ("grpo", minillm.policy, ""), ("dpo", rlhf, ""),
+        ("ppo", minillm.ppo, EVERYTHING), ("grpo", minillm.ppo, ""), ("dpo", rlhf, ""),
     ):  # fmt: skip
         with killed_at_update(script, 3 if script is rlhf else 9):
             rlhf.main(f"{POLICY} --algorithm {algorithm} --out rlhf {extra}".split())
@@ -466,13 +466,15 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("ppo", "sft/tokenizer_config.json", field("pad_token", value=math.inf), "Infinity"),
     ("ppo --resume", "rlhf/ppo/model.safetensors", b"", "not a readable safetensors file"),
     ("dpo --resume", "rlhf/dpo/model.safetensors", GONE, "missing"),
-    ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "scores", value={"a": 1}), "not a restart point"),
+    ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "scale", value={"a": 1}), "not a restart point"),
+    ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "kept", "kl"), "not a restart point"),
+    ("dpo --resume", f"rlhf/dpo/{STATE}", state("data", "kept", "step", value="x"), "not a restart point"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "text", value=None), "not a restart point"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "prompts", "position", value=0.5), "restart point"),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(2, "score", value={"a": 1}), "line 3"),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(2, "kl", value=-1), ""),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(2, "kl"), ""),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(2, "loss"), ""),
+    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "score", value={"a": 1}), "line 4"),
+    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl", value=-1), ""),
+    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl"), ""),
+    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "loss"), ""),
     ("dpo --resume", "rlhf/dpo/tokenizer.json", FOLDER, "folder"),
     ("compare", "rlhf/ppo/metrics.jsonl", line(0, "kl", value=10**40), "line 1"),
     ("compare", "rlhf/ppo/run.json", field("options", value=5), ""),

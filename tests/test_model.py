@@ -186,10 +186,10 @@ def test_log_probabilities_entropy_and_kl_are_those_of_the_state_before_each_tok
     logits = all_logits(model, tokens).flatten(0, 1)[index - 1].double() / temperature
     reference = all_logits(other, tokens).flatten(0, 1)[index - 1].double() / temperature
     p, q, allowed = logits.log_softmax(1), reference.log_softmax(1), None
-    kl = (p.exp() * (p - q)).sum(1)
-    if restricted:
+    if restricted:  # this model's tokens, not the other's
         allowed = (torch.rand(logits.shape, generator=generator(seed)) < 0.5).scatter(1, taken[:, None], True)
         p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
+    kl = (p.exp() * (p.clamp(min=-1e9) - q)).sum(1)
     hidden = other(tokens).flatten(0, 1)[index - 1], other.lm_head.weight
     options = {"temperature": temperature, "allowed": allowed}
     found = model(tokens, of=index, reference=hidden, **options)

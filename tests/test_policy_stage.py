@@ -1,6 +1,7 @@
 """Whole runs of the policy stage through the command line: it learns, stops and goes on exactly, refuses."""
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -21,23 +22,32 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-import minillm.policy
+import minillm.ppo
 import rlhf
 from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
-from minillm.model import scalar_from_language_model
+from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
 ALGORITHMS = ("ppo", "grpo", "dpo")
 SHORT = {
-    "--iterations": "5", "--batch-responses": "16", "--prompts": "40", "--max-new-tokens": "8",
+    "--iterations": "5", "--rollout-batch": "16", "--prompts": "40", "--max-new-tokens": "8",
     "--val-prompts": "8", "--val-fraction": "0.3", "--val-every": "2", "--save-every": "1", "--warmup": "0",
     "--critic-warmup": "1", "--precision": "float32", "--batch-sets": "4", "--ptx-tokens": "80",
-    "--unended-score": "None",  # such a model never ends a response
+    "--missing-eos-score": "None",  # such a model never ends a response
 }  # fmt: skip
+
+
+def reward_model() -> ScalarModel:
+    """One whose blocks do something, those start at zero: else all rows that end alike would score alike."""
+    trunk, generator = tiny_model()[0], torch.Generator().manual_seed(0)
+    for name, weight in trunk.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    return scalar_from_language_model(trunk, generator)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("places")
     model, tokenizer = tiny_model()
     save_model(folder / "sft", model, with_chat_template(tokenizer))
-    reward = scalar_from_language_model(tiny_model()[0], torch.Generator().manual_seed(0))
-    save_scalar_model(folder / "reward", reward, with_chat_template(tokenizer))
+    save_scalar_model(folder / "reward", reward_model(), with_chat_template(tokenizer))
     asked = [[{"role": "user", "content": f"How many cats on day {i}?"}] for i in range(40)]
     reply = {"role": "assistant", "content": "No cats."}
     (folder / "asked.jsonl").write_text(
@@ -75,7 +84,18 @@ def everything(places: dict[str, str], algorithm: str) -> list[str]:
     if algorithm == "dpo":
         return []
     raw = str(Path(places["--data"]).parent / "raw.txt")
-    moving = ["--ptx", "0.5", "--text", raw, "--average", "0.8", "--target-kl", "0.01", "--group", "4"]
+    moving = [
+        "--ptx",
+        "0.5",
+        "--text",
+        raw,
+        "--ema-decay",
+        "0.8",
+        "--adaptive-kl-target",
+        "0.01",
+        "--group-size",
+        "4",
+    ]
     return [*moving, "--temperature", "0.9"]
 
 
@@ -93,14 +113,17 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
     algorithm, out = reference
     events = metrics_of(out)
     final, vals = events[-1], [event for event in events if event["event"] == "val"]
-    assert final["event"] == "final" and final["loss"] == min(val["loss"] for val in vals)
+    kept = next(val for val in vals if val["step"] == final["kept_step"])
+    assert final["event"] == "final" and final["loss"] == kept["loss"]
+    if algorithm == "dpo":  # β moves in the others: an earlier loss is not that of the β of now
+        assert kept["loss"] == min(val["loss"] for val in vals)
     assert {p.name for p in out.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json", "run.json", "metrics.jsonl", "loss.png", "curves.png", "resume",
     }  # fmt: skip
     assert {"score", "kl", "length", "unended", "entropy"} <= vals[0].keys()
+    assert vals[0]["step"] == 0 and vals[0]["kl"] == pytest.approx(0, abs=1e-6)
     if algorithm != "dpo":
-        assert vals[0]["step"] == 0 and vals[0]["kl"] == pytest.approx(0, abs=1e-6)
         trained = [event for event in events if event["event"] == "train"]
         assert {"ratio_max", "ratio_min", "clip_share", "beta", "text_loss"} <= trained[-1].keys()
         assert all(event["ratio_min"] <= 1 <= event["ratio_max"] for event in trained[1:])
@@ -123,7 +146,7 @@ def test_the_page_on_the_stages_explains_figures_that_a_run_has(reference):
 def test_a_killed_run_goes_on_to_the_same_curve_and_weights(reference, places, tmp_path, update):
     algorithm, expected = reference
     update = 1 + update // 3 if algorithm == "dpo" else update  # one update a step there
-    script = rlhf if algorithm == "dpo" else minillm.policy
+    script = rlhf if algorithm == "dpo" else minillm.ppo
     cache = ["--cache", str(tmp_path / "cache")]
     given = arguments(places, tmp_path / "out", *everything(places, algorithm), *cache, algorithm=algorithm)
     with killed_at_update(script, update):
@@ -157,9 +180,9 @@ def many(places, tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize(("algorithm", "group"), [("ppo", "1"), ("grpo", "4")])
 def test_the_policy_comes_to_score_higher_than_it_did(many, tmp_path, algorithm, group):
     options = (
-        "--iterations 30 --batch-responses 32 --beta 0 --policy-rate 1e-2 --val-every 30 --max-new-tokens 2"
+        "--iterations 30 --rollout-batch 32 --beta 0 --policy-rate 1e-2 --val-every 30 --max-new-tokens 2"
     )
-    rlhf.main(arguments(many, tmp_path / "out", *options.split(), "--group", group, algorithm=algorithm))
+    rlhf.main(arguments(many, tmp_path / "out", *options.split(), "--group-size", group, algorithm=algorithm))
     first, last = (e for e in metrics_of(tmp_path / "out" / algorithm) if e["event"] == "val")
     # It gains 1.2 to 2.7 deviations, by seed; chance moves a mean of 80 by a ninth of one.
     assert last["score"] > first["score"] + 0.7 * first["score_deviation"]
@@ -175,6 +198,92 @@ def test_a_policy_is_not_aligned_on_other_prompts_than_were_ranked_unless_they_a
     assert places["--data"] in refusal(rlhf, arguments(unnamed, tmp_path), capfd)
 
 
+def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_them_were_ranked(
+    places, tmp_path, capfd
+):
+    """Published rankings hold prompts of their own, whatever algorithm comes after."""
+    pairs = [{"instruction": f"Add {i} and 1.", "chosen": f"{i + 1}", "rejected": "0"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ["--stage", "rank", "--annotator", "file", "--data", str(tmp_path / "pairs.jsonl")]
+    rlhf.main([*words, "--out", str(tmp_path)])
+    (tmp_path / "reward").symlink_to(places["--reward"])
+    unnamed = {"--init": places["--init"]}
+    for algorithm in ("ppo", "grpo", "dpo", "best-of-n"):
+        capfd.readouterr()
+        line = refusal(rlhf, arguments(unnamed, tmp_path, algorithm=algorithm), capfd)
+        assert "rankings.jsonl" in line and "--data" in line
+    capfd.readouterr()
+    elsewhere = unnamed | {"--reward": str(tmp_path / "reward")}
+    assert "--data" in refusal(rlhf, arguments(elsewhere, tmp_path / "other"), capfd)
+
+
+def test_a_reward_model_that_reads_less_than_a_prompt_and_its_response_is_refused(places, tmp_path, capfd):
+    trunk, tokenizer = tiny_model(longest=16)
+    short = scalar_from_language_model(trunk, torch.Generator())
+    save_scalar_model(tmp_path / "reward", short, with_chat_template(tokenizer))
+    given = arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward"))
+    assert "reads 16 tokens" in refusal(rlhf, given, capfd)
+
+
+def test_a_process_without_prompts_is_refused_in_one_line(places, tmp_path):
+    given = arguments(places, tmp_path / "out", "--group-size", "8", "--minibatches", "2")
+    done = subprocess.run(
+        [*TORCHRUN, "rlhf.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and lines and all("--rollout-batch 16" in line for line in lines)
+    assert "range() arg" not in done.stderr and not (tmp_path / "out" / "ppo" / "run.json").exists()
+
+
+def test_the_last_policy_is_kept_if_asked_for(places, tmp_path):
+    options = "--iterations 4 --policy-rate 3e-3 --beta 1000 --critic-warmup 0 --val-every 2".split()
+    for keep, step in (("best", 0), ("last", 4)):
+        out = tmp_path / keep / "ppo"
+        rlhf.main(arguments(places, out.parent, *options, "--keep", keep))
+        assert final_of(out)["kept_step"] == step
+        kept, moved = load_file(out / "model.safetensors"), load_file(out / "resume" / "state.safetensors")
+        same = torch.equal(kept["lm_head.weight"], moved["model.policy.lm_head.weight"])
+        assert same == (keep == "last")
+
+
+def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(places, tmp_path):
+    """Where β falls, a policy that went farther for its score becomes the better one: at every validation the
+    one kept so far and the new one are held against each other at the β of now, scores in their unit."""
+    options = "--iterations 12 --policy-rate 5e-3 --beta 3 --critic-warmup 0 --val-every 2 --val-prompts 12"
+    for extra in ("--adaptive-kl-target 1000", "--adaptive-kl-target 1000 --no-scale-scores"):
+        out = tmp_path / extra[-5:] / "ppo"
+        rlhf.main(arguments(places, out.parent, *options.split(), *extra.split()))
+        events = metrics_of(out)
+        unit = 1.0 if "no-scale" in extra else first_val(out)["score_deviation"]
+        kept = None
+        for val in (event for event in events if event["event"] == "val"):
+            beta = 3 * 0.98 ** val["step"]
+            objective = val["score"] / unit - beta * val["kl"]
+            assert val["loss"] == pytest.approx(-objective, rel=1e-4, abs=1e-5)
+            if kept is None or objective > kept["score"] / unit - beta * kept["kl"]:
+                kept = val
+            assert val["kept_step"] == kept["step"]
+        assert final_of(out)["kept_step"] == kept["step"]
+
+
+def test_dpo_starts_from_a_validated_start_keeps_nothing_worse_and_stops_where_it_runs_away(
+    places, tmp_path, capfd
+):
+    lines = Path(places["--rankings"]).read_text().splitlines()
+    contradictory = [
+        json.dumps(json.loads(line) | {"ranking": [[0], [1], [2]] if i % 2 else [[2], [1], [0]]}) + "\n"
+        for i, line in enumerate(lines)
+    ]
+    (tmp_path / "random.jsonl").write_text("".join(contradictory))
+    options = ["--rankings", str(tmp_path / "random.jsonl"), "--epochs", "3", "--policy-rate", "1e-2"]
+    rlhf.main(arguments(places, tmp_path / "a", *options, algorithm="dpo"))
+    losses = [event["loss"] for event in metrics_of(tmp_path / "a" / "dpo") if event["event"] == "val"]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and max(losses) > 1.01 * losses[0]
+    assert final_of(tmp_path / "a" / "dpo")["loss"] == min(losses)
+    line = last_refusal(arguments(places, tmp_path / "b", *options, "--max-kl", "1", algorithm="dpo"), capfd)
+    assert "nats a response from the reference" in line
+
+
 def test_dpo_without_a_reward_model_tells_no_score(places, tmp_path):
     unscored = {name: value for name, value in places.items() if name != "--reward"}
     rlhf.main(arguments(unscored, tmp_path, algorithm="dpo"))
@@ -184,7 +293,7 @@ def test_dpo_without_a_reward_model_tells_no_score(places, tmp_path):
 
 def test_a_huge_penalty_keeps_the_policy_at_the_reference(places, tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
-    options = "--iterations 8 --batch-responses 32 --policy-rate 1e-3".split()
+    options = "--iterations 8 --rollout-batch 32 --policy-rate 3e-3".split()
     rlhf.main(arguments(places, far, *options, "--beta", "0"))
     rlhf.main(arguments(places, near, *options, "--beta", "100"))
     kl_far, kl_near = (metrics_of(out / "ppo")[-2]["kl"] for out in (far, near))
@@ -202,7 +311,7 @@ def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
     reports = {}
     for n in ("2", "6"):
         out = tmp_path / n
-        rlhf.main(arguments(places, out, "--group", n, algorithm="best-of-n"))
+        rlhf.main(arguments(places, out, "--group-size", n, algorithm="best-of-n"))
         reports[n] = json.loads((out / "best-of-n" / "report.json").read_text())
         records = [json.loads(line) for line in (out / "best-of-n" / "responses.jsonl").open()]
         assert len(records) == reports[n]["prompts"] == 8
@@ -235,7 +344,7 @@ def test_on_the_little_world_the_rubric_is_shown(places, tmp_path):
 
 def test_two_processes_roll_out_and_learn_as_one_does(places, tmp_path):
     # Without a bound on ratios: which token is clipped could hang on the last digit of a sum.
-    options = ["--ratio-clip", "1000", "--iterations", "3", "--critic-warmup", "1", "--group", "2"]
+    options = ["--clip-range", "1000", "--iterations", "3", "--critic-warmup", "1", "--group-size", "2"]
     one, two = (arguments(places, tmp_path / name, *options) for name in ("one", "two"))
     rlhf.main(one)
     done = subprocess.run([*TORCHRUN, "rlhf.py", *two], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -247,20 +356,37 @@ def test_two_processes_roll_out_and_learn_as_one_does(places, tmp_path):
         assert loss == pytest.approx(loss_two, abs=1e-4 if step < 2 else 0.05)
 
 
+def last_refusal(given: list[str], capfd: pytest.CaptureFixture) -> str:
+    """The line with which a run ends that has shown progress before."""
+    with pytest.raises(SystemExit) as stop:
+        rlhf.main(given)
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
 def final_of(out: Path) -> dict:
     return metrics_of(out)[-1]
 
 
-def test_every_pass_is_made_until_the_policy_has_moved_too_far_from_its_samples(places, tmp_path):
-    options = "--iterations 2 --critic-warmup 0 --inner-epochs 3 --policy-rate 1e-3 --stop-kl".split()
-    for stop_kl, updates in (("1e-9", [2, 2]), ("1e9", [6, 6])):
-        rlhf.main(arguments(places, tmp_path / stop_kl, *options, stop_kl))
-        events = metrics_of(tmp_path / stop_kl / "ppo")
-        assert [event["updates"] for event in events if event["event"] == "train"] == updates
+def test_passes_are_made_until_the_last_one_found_the_policy_too_far_from_its_samples(places, tmp_path):
+    options = "--iterations 1 --critic-warmup 0 --policy-rate 2e-3 --decay 0 --target-kl".split()
+
+    def trained(name: str, target: float, passes: int) -> dict:
+        out = tmp_path / name
+        rlhf.main(arguments(places, out, *options, str(target), "--ppo-epochs", str(passes)))
+        return next(event for event in metrics_of(out / "ppo") if event["event"] == "train")
+
+    first, both = (trained(str(passes), 0.99, passes) for passes in (1, 2))
+    assert (first["updates"], both["updates"]) == (2, 4)
+    second = 2 * both["old_kl"] - first["old_kl"]  # what the second pass found alone
+    assert 0 < first["old_kl"] < 0.9 * second
+    for name, target, updates in (("a", 0.95 * second, 4), ("b", 1.05 * second, 6), ("c", 1e-9, 2)):
+        assert trained(name, target, 3)["updates"] == updates
 
 
 def test_beta_follows_the_kl_where_a_target_is_given_and_stays_where_none_is(places, tmp_path):
-    for name, target in (("moving", ["--target-kl", "1000"]), ("fixed", [])):
+    for name, target in (("moving", ["--adaptive-kl-target", "1000"]), ("fixed", [])):
         rlhf.main(arguments(places, tmp_path / name, "--iterations", "3", *target))
     betas = {
         name: [event["beta"] for event in metrics_of(tmp_path / name / "ppo") if event["event"] == "train"]
@@ -273,7 +399,7 @@ def test_beta_follows_the_kl_where_a_target_is_given_and_stays_where_none_is(pla
 def test_what_is_kept_is_the_policy_of_the_best_validation_or_its_moving_average(places, tmp_path):
     """Without a penalty the best step is that of the highest score; with a prohibitive one, the start."""
     options = "--iterations 6 --policy-rate 3e-3 --critic-warmup 0 --val-every 1 --beta".split()
-    for beta, extra in (("0", []), ("0", ["--average", "0.9"]), ("1000", [])):
+    for beta, extra in (("0", []), ("0", ["--ema-decay", "0.9"]), ("1000", [])):
         out = tmp_path / (beta + "".join(extra)) / "ppo"
         rlhf.main(arguments(places, out.parent, *options, beta, *extra))
         vals = {event["step"]: event for event in metrics_of(out) if event["event"] == "val"}
@@ -283,30 +409,35 @@ def test_what_is_kept_is_the_policy_of_the_best_validation_or_its_moving_average
         kept, moved = load_file(out / "model.safetensors"), load_file(out / "resume" / "state.safetensors")
         name = "model.layers.0.self_attn.q_proj.weight"
         here = load_file(Path(places["--init"]) / "model.safetensors")[name]
-        at_end = {part: moved[f"model.{part}.{name}"] for part in ("policy", "average")[: 1 + len(extra)]}
+        at_end = {part: moved[f"model.{part}.{name}"] for part in ("policy", "ema")[: 1 + len(extra)]}
         assert torch.equal(kept[name], here) == (best == 0)
         if best == 6:
             assert [part for part in at_end if torch.equal(kept[name], at_end[part])] == (
-                ["average"] if extra else ["policy"]
+                ["ema"] if extra else ["policy"]
             )
         if extra:  # a tenth of the way in an iteration
-            far, near = ((at_end[part] - here).norm() for part in ("policy", "average"))
+            far, near = ((at_end[part] - here).norm() for part in ("policy", "ema"))
             assert 0 < near < 0.5 * far
 
 
-def test_responses_that_are_cut_score_what_the_option_says(places, tmp_path):
-    rlhf.main(arguments(places, tmp_path, "--unended-score", "-7.5", "--iterations", "1"))
-    first = next(event for event in metrics_of(tmp_path / "ppo") if event["event"] == "val")
-    assert first["unended"] > 0.5 and first["score"] == pytest.approx(-7.5 * first["unended"], abs=1)
+def first_val(out: Path) -> dict:
+    return next(event for event in metrics_of(out) if event["event"] == "val")
 
 
-def last_refusal(given: list[str], capfd: pytest.CaptureFixture) -> str:
-    """The line with which a run ends that has shown progress before."""
-    with pytest.raises(SystemExit) as stop:
-        rlhf.main(given)
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ")
-    return line
+def test_cut_responses_are_counted_and_said_and_score_by_deviations_from_the_mean(places, tmp_path, capsys):
+    vals = {}
+    for missing in ("None", "-2", "-10"):
+        out = tmp_path / missing
+        rlhf.main(arguments(places, out, "--missing-eos-score", missing, "--iterations", "2"))
+        vals[missing] = first_val(out / "ppo")
+        printed = capsys.readouterr().out
+        assert f"{vals[missing]['unended']:.0%} of the assistant's responses do not end" in printed
+        assert "--max-new-tokens 8" in printed
+    own, cut = vals["None"], vals["None"]["unended"]
+    assert cut > 0.5
+    # Each deviation takes the share of cut responses of one.
+    moved = vals["-2"]["score"] - vals["-10"]["score"]
+    assert moved == pytest.approx(8 * cut * own["score_deviation"], rel=1e-4)
 
 
 def test_a_policy_that_runs_away_ends_in_one_line_and_its_best_is_kept(places, tmp_path, capfd):
@@ -318,8 +449,8 @@ def test_a_policy_that_runs_away_ends_in_one_line_and_its_best_is_kept(places, t
 
 
 REFUSED = [
-    (["--batch-responses", "15"], "multiple of 2"),
-    (["--algorithm", "grpo", "--group", "1"], "at least 2"),
+    (["--rollout-batch", "15"], "multiple of 2"),
+    (["--algorithm", "grpo", "--group-size", "1"], "at least 2"),
     (["--lam", "1.5"], "from 0 to 1"),
     (["--policy-rate", "0"], "--policy-rate"),
     (["--reward", "nowhere"], "nowhere"),
@@ -328,8 +459,8 @@ REFUSED = [
     (["--max-new-tokens", "79"], "--max-new-tokens"),
     (["--algorithm", "dpo", "--rankings", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--algorithm", "best-of-n", "--resume"], "best-of-n"),
-    (["--inner-epochs", "0"], "--inner-epochs"),
-    (["--unended-score", "nan"], "--unended-score"),
+    (["--ppo-epochs", "0"], "--ppo-epochs"),
+    (["--missing-eos-score", "nan"], "--missing-eos-score"),
 ]
 
 
@@ -355,7 +486,7 @@ def test_a_run_does_not_go_on_with_another_reference(places, tmp_path, capfd):
     model, tokenizer = tiny_model()
     save_model(tmp_path / "sft", model, with_chat_template(tokenizer))
     given = arguments(places, tmp_path / "out", "--init", str(tmp_path / "sft"))
-    with killed_at_update(minillm.policy, 15):
+    with killed_at_update(minillm.ppo, 15):
         rlhf.main(given)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)

@@ -27,7 +27,7 @@ SMALL = {
     "sft": "--batch-tokens 512 --steps 3 --world-conversations 60 --world-megabytes 0.2 --eval-prompts 1",
     "rlhf sample": "--prompts 12 --max-new-tokens 8",
     "rlhf reward": "--batch-sets 2",
-    "rlhf policy": "--iterations 1 --batch-responses 16 --max-new-tokens 8 --val-prompts 4 --epochs 1",
+    "rlhf policy": "--iterations 1 --rollout-batch 16 --max-new-tokens 8 --val-prompts 4 --epochs 1",
     "minillm.compare": "--prompts 1 --pairs 1 --text-bytes 500 --max-new-tokens 16",
     "minillm.chat": "--prompt Who? --max-new-tokens 5",
 }
