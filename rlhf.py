@@ -868,6 +868,7 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
     from minillm.tools.plots import plot_loss, plot_policy
 
     state, kept = run.state, dict(aligner.kept)
+    run.metrics.figure("val", "loss")  # InputError where a damaged file has none
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
     step = kept.pop("step")
