@@ -18,7 +18,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain, islice, pairwise
@@ -167,6 +167,8 @@ class Vocabulary:
     """Tokens that are read in a text only when asked for."""
     pattern: str = PATTERN
     """How a text is cut into pieces; what lies between its matches is a piece too."""
+    post_processor: dict | None = field(default=None, repr=False, compare=False)
+    """What other programs put around a text, as tokenizer.json has it; only kept."""
 
     def __post_init__(self) -> None:
         if missing := sum(bytes([byte]) not in self.vocab for byte in range(256)):
@@ -224,7 +226,13 @@ class Vocabulary:
         )
 
     def __reduce__(self) -> tuple:
-        return Vocabulary, (self.vocab, self.merges, self.special_tokens, self.pattern)  # no caches
+        return Vocabulary, (
+            self.vocab,
+            self.merges,
+            self.special_tokens,
+            self.pattern,
+            self.post_processor,
+        )  # no caches
 
 
 class _WordCache(dict[str, tuple[int, ...]]):

@@ -25,7 +25,7 @@ from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, parameter_count
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import Tokenizer, Vocabulary
 
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""
@@ -89,7 +89,9 @@ def _for_others(tokenizer: Tokenizer) -> Tokenizer:
             "start_anchor": "<|assistant|>",
             "fields": {"content": {"close": ends, "content": "text"}},
         }
-    elif "chat_template" not in config and vocabulary.post_processor is None:
+    elif (
+        "chat_template" not in config and isinstance(vocabulary, Vocabulary) and not vocabulary.post_processor
+    ):
         vocabulary = replace(vocabulary, post_processor=_bos_in_front(tokenizer))
     return Tokenizer(vocabulary, config)
 
@@ -113,7 +115,7 @@ def _from_others(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, without what `_for_others` added, and with the stops that came beside it."""
     tokenizer = Tokenizer.load(folder)
     vocabulary, config = tokenizer.vocabulary, dict(tokenizer.config)
-    if vocabulary.post_processor == _bos_in_front(tokenizer):
+    if isinstance(vocabulary, Vocabulary) and vocabulary.post_processor == _bos_in_front(tokenizer):
         vocabulary = replace(vocabulary, post_processor=None)
     for name in ("model_input_names", "response_template"):
         config.pop(name, None)

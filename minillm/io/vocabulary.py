@@ -45,7 +45,7 @@ def to_json(vocabulary: "Vocabulary | LibraryVocabulary") -> str:
         {"id": i, "content": name, **dict.fromkeys(SWITCHES, False), "special": True}
         for name, i in sorted(vocabulary.special_tokens.items(), key=itemgetter(1))
     ]
-    form = _form(vocabulary.pattern)
+    form = _form(vocabulary.pattern) | {"post_processor": vocabulary.post_processor}
     form["model"] |= {
         "vocab": dict(sorted(spelled.items(), key=itemgetter(1))),
         "merges": [f"{spell(left)} {spell(right)}" for left, right in vocabulary.merges],
@@ -76,6 +76,7 @@ def _read_own(document: Mapping[str, Any]) -> Vocabulary | None:
         [(unspell(left), unspell(right)) for left, right in merges],
         names,
         pattern,
+        document.get("post_processor"),
     )
 
 
@@ -86,7 +87,6 @@ def _form(pattern: str) -> dict[str, Any]:
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
         "decoder": byte_level,
         "model": {"type": "BPE"},
     }

@@ -23,10 +23,10 @@ from minillm.options import parse_options
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
 FIRST_EDITION = PATTERN.replace(r"\p{L}[\p{L}\p{M}\u200c\u200d]*", r"\p{L}+")
-PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
-    (PATTERN,): "smaug-bpe",
-    (FIRST_EDITION,): "smaug-bpe",
-    (GPT2_PATTERN,): "gpt-2",
+PRE_TOKENIZERS: dict[str | None, str] = {
+    PATTERN: "smaug-bpe",
+    FIRST_EDITION: "smaug-bpe",
+    GPT2_PATTERN: "gpt-2",
 }
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
 bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are
@@ -53,7 +53,8 @@ def export(options: Options) -> None:
             f"{converter}: missing; git clone https://github.com/ggml-org/llama.cpp, "
             "and name it with --llama-cpp"
         )
-    name = PRE_TOKENIZERS.get(Tokenizer.load(options.run).vocabulary.patterns, "")
+    pattern = getattr(Tokenizer.load(options.run).vocabulary, "pattern", None)  # others: in the list
+    name = PRE_TOKENIZERS.get(pattern, "")
     command = [
         sys.executable,
         "-m",
