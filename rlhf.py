@@ -54,7 +54,6 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.io.text import open_sources, world_sources
 from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, parse_options
@@ -93,9 +92,6 @@ from minillm.run import (
     start_runtime,
 )
 from minillm.tokenizer import Tokenizer
-from minillm.tools.provenance import provenance
-from minillm.world import KINDS, World
-from minillm.world.rubric import Prompt as WorldPrompt
 
 DEMONSTRATIONS = 512  # that score 0 on average
 
@@ -267,9 +263,16 @@ def questions_of(options: Options) -> list[Question]:
     return questions[: options.prompts]
 
 
+def little_world(seed: int) -> Any:
+    """The world of a seed (minillm/world): its prompts, its conversations and its rubric."""
+    from minillm.world import World
+
+    return World(seed)
+
+
 def world_questions(seed: int, split: str, count: int) -> list[Question]:
     """Prompts of the little world of a seed."""
-    return [Question(p.messages, p.kind, seed) for p in World(seed).prompts(split, n=count)]
+    return [Question(p.messages, p.kind, seed) for p in little_world(seed).prompts(split, n=count)]
 
 
 def with_room(questions: Sequence[Question], models: Sequence[ChatModel], options: Options) -> list[Question]:
@@ -370,9 +373,9 @@ def rank_as_person(options: Options) -> None:
 
 def simulated(options: Options, sets: Sequence[ResponseSet]) -> list[Job]:
     """Each set to some of the simulated annotators."""
-    people, world = simulated_annotators(options.annotators), World(sets[0].world or 0)
+    people, world = simulated_annotators(options.annotators), little_world(sets[0].world or 0)
 
-    def make(person: Simulated, given: ResponseSet, prompt: WorldPrompt) -> Ranking:
+    def make(person: Simulated, given: ResponseSet, prompt: Any) -> Ranking:
         ranking = person.rank(partial(world.score, prompt), given, options.noise, options.seed)
         return new_ranking(given, ranking, person.name, options.seed)
 
@@ -533,10 +536,11 @@ def finish_reward_model(
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
     from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
+    from minillm.world import KINDS
 
     val_loss = run.metrics.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
-    world = World(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
+    world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
     run.save_model()
     judged = judge(model, held_out)
@@ -551,9 +555,7 @@ def finish_reward_model(
     )  # fmt: skip
 
 
-def demonstrations(
-    training: Sequence[EncodedSet], world: "World | None", template: ChatTemplate
-) -> list[list[int]]:
+def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTemplate) -> list[list[int]]:
     """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
     the best response of each set, by its first ranking."""
     if world is None:
@@ -649,6 +651,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
     from minillm.tools.folder import start_run_folder
+    from minillm.tools.provenance import provenance
 
     claim_folder(options, runtime)
     aligner = start_aligner(options, runtime)
@@ -693,7 +696,7 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
         if options.critic == "policy":
             generator = torch.Generator().manual_seed(options.seed)
             critic = scalar_from_language_model(deepcopy(policy), generator)
-    rubric = None if options.data else World(options.seed).utility
+    rubric = None if options.data else little_world(options.seed).utility
     template = ChatTemplate(tokenizer)
     return Aligner(options, options.sampling, runtime, template, policy, reward_model, critic, rubric)
 
@@ -725,6 +728,7 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
 def check_world_is_meant(options: Options, main: bool) -> None:
     """InputError where --data is left out, but what was sampled or ranked were prompts of somebody's own."""
     from minillm.io.rankings import read_json_lines
+    from minillm.world import KINDS
 
     out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
     ranked = [reward.parent / "rankings.jsonl", *map(Path, stored(reward, "rankings"))]
@@ -796,19 +800,20 @@ def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
 
 def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
     """Raw text for ptx, as tokens on disk; None where it has no weight."""
+    from minillm.io.text import open_sources, world_sources
+
     if not options.ptx:
         return None
     if not options.text and options.data:
         raise InputError(f"--ptx {options.ptx}: name the raw text with --text")
     block_size = min(aligner.policy.config.max_position_embeddings, options.ptx_tokens)
-    with aligner.runtime.main_first():
-        sources = (
-            open_sources(options.text, options.errors)
-            if options.text
-            else world_sources(World(options.seed), options.world_megabytes)
-        )
-        tokenizer = aligner.template.tokenizer
-        tokens = [tokenize(s, tokenizer, Path(options.cache), 0.05, 1) for s in sources]
+    sources = (
+        open_sources(options.text, options.errors)
+        if options.text
+        else world_sources(little_world(options.seed), options.world_megabytes)
+    )
+    tokenizer = aligner.template.tokenizer
+    tokens = [tokenize(s, tokenizer, Path(options.cache), 0.05, 1) for s in sources]
     return Mixture(tokens, block_size, options.seed)
 
 

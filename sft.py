@@ -107,17 +107,16 @@ class Options(DataOptions):
 def train(options: Options, runtime: Runtime) -> None:
     """One run, from the conversations to the finished folder."""
     run = Run("sft", options, runtime)
-    with runtime.main_first():
-        model, tokenizer = load_causal_model(
-            run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
-        )
-        tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
-        template = ChatTemplate(tokenizer)
-        conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
-                         for source in conversation_sources(options)]  # fmt: skip
-        if runtime.is_main:
-            say_what_was_read(conversations)
-        sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
+    model, tokenizer = load_causal_model(
+        run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
+    )
+    tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
+    template = ChatTemplate(tokenizer)
+    conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
+                     for source in conversation_sources(options)]  # fmt: skip
+    if runtime.is_main:
+        say_what_was_read(conversations)
+    sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
     rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)

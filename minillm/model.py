@@ -176,7 +176,7 @@ def rotate(
 
 @runtime_checkable
 class Attend(Protocol):
-    """How queries meet keys where not within their own rows: `KVCache`, layout.SharedPrompts."""
+    """How queries meet keys where not within their own rows: `KVCache`, fast.SharedPrompts."""
 
     def positions(self, T: int) -> Int[Tensor, "... T"]:
         """Of the next T tokens of each row, in their texts: [T], or [B, 1, T] where rows differ."""

@@ -38,7 +38,7 @@ from minillm.chat import ChatTemplate
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.files import digest
-from minillm.layout import SharedPrompts, flat_index, forward_passes, pack_rows, pack_sets, pad
+from minillm.layout import flat_index, forward_passes, pack_rows, pad
 from minillm.loss import accumulate
 from minillm.model import ScalarModel
 from minillm.preferences import Ranking
@@ -187,8 +187,8 @@ class RankedBatch:
     """The responses of some sets behind their prompts, and the pairs among them that are not tied."""
 
     tokens: Int64[Tensor, "1 T"]
-    shared: SharedPrompts
-    """A prompt is there once among the tokens, and attended to by each of its responses."""
+    shared: Any
+    """A prompt is there once among the tokens, and attended to by each of its responses (SharedPrompts)."""
     begins: Int64[Tensor, " B"]
     """The index of each response's first token."""
     ends: Int64[Tensor, " B"]
@@ -205,6 +205,8 @@ class RankedBatch:
 
 def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
     """Some sets as one batch: response b is the b-th of all."""
+    from minillm.fast.shared_prompts import pack_sets
+
     tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.common for one in encoded])
     starts: list[int] = []
     lengths: list[int] = []

@@ -90,15 +90,6 @@ class Runtime:
             )
         return rows
 
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Lets the main process go first, so that the others find what it wrote."""
-        if self.world_size > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.world_size > 1 and self.is_main:
-            dist.barrier()
-
     def sync_gradients(self, forward: Any, last: bool) -> contextlib.AbstractContextManager:
         """Averages gradients over processes with the last micro-batch only. `forward` is from `wrap`."""
         return contextlib.nullcontext() if self.world_size == 1 or last else forward.no_sync()

@@ -31,7 +31,6 @@ import regex
 
 from minillm.errors import InputError
 from minillm.files import digest, read_json, read_text, write_json, write_text
-from minillm.workers import map_in_processes
 
 ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (ENDOFTEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|mask|>")
@@ -370,6 +369,8 @@ class Tokenizer:
         megabytes for each of them (or its longest texts) are in memory. InputError if one dies.
         """
         if workers > 1:
+            from minillm.fast.workers import map_in_processes
+
             batches = _batches(texts)
             head = list(islice(batches, 2))
             if len(head) == 2:

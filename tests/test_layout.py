@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.fast.shared_prompts import pack_sets
 from minillm.layout import (
     flat_index,
     forward_passes,
     gather_previous,
     pack_rows,
-    pack_sets,
     pad,
 )
 

@@ -221,7 +221,7 @@ def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_i
 
 COMPILED = """
 import torch
-from minillm.layout import pack_sets
+from minillm.fast.shared_prompts import pack_sets
 from minillm.model import LanguageModel, ModelConfig
 torch.manual_seed(0)
 model = LanguageModel(ModelConfig(40, 12, 20, 2, 4, 2, 6, 64))

@@ -476,7 +476,7 @@ def test_a_stream_of_other_rankings_does_not_resume():
     one = EncodedSet([ranked([0, 1])], [[1], [2]])
     state = ranking_stream([one], 0).state_dict()
     other = replace(one, rankings=[ranked([1, 0])])
-    with pytest.raises(InputError, match="other"):
+    with pytest.raises(InputError, match="content of 'rankings'"):
         ranking_stream([other], 0).load_state_dict(state)
     with pytest.raises(ValueError, match="position"):
         ranking_stream([one], 0).load_state_dict(state | {"position": 7})

@@ -45,7 +45,9 @@ WORLD_OF = functools.cache(World)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(preferences, "ROWS", 12)  # four prompts of three responses
-    monkeypatch.setattr(rlhf, "World", WORLD_OF)  # slow to make under the shape checks, and never changed
+    monkeypatch.setattr(
+        rlhf, "little_world", WORLD_OF
+    )  # slow to make under the shape checks, and never changed
 
 
 def sample(model: Path, out: Path, *options: str) -> bytes:
@@ -58,7 +60,7 @@ def sampled(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "rlhf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preferences, "ROWS", 12)
-        patch.setattr(rlhf, "World", WORLD_OF)
+        patch.setattr(rlhf, "little_world", WORLD_OF)
         sample(model, out)
     return out
 

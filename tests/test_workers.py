@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minillm.errors import InputError
-from minillm.workers import map_in_processes
+from minillm.fast.workers import map_in_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def test_an_error_of_the_item_source_comes_through_and_ends_the_processes():
 def test_a_script_without_a_main_guard_is_run_once(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from minillm.workers import map_in_processes\n"
+        "from minillm.fast.workers import map_in_processes\n"
         "print('started', list(map_in_processes(abs, [-1, -2, -3], 2)))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

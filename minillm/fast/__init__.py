@@ -1,1 +1,1 @@
-"""What computes again, faster, what the core says plainly; the core does without."""
+"""What the core says plainly, computed faster: the core does without it."""

@@ -52,8 +52,8 @@ def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], worke
 
 
 def _start() -> subprocess.Popen:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.workers as w; w._serve()"
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1])]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.fast.workers as w; w._serve()"
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
     # A session of its own, so that Ctrl-C reaches the main process only.
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 

@@ -1,0 +1,113 @@
+"""The house stays small, its walls stand, a step is a few calls. Bounds only fall, or are argued for."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
+
+CORE_LINES, ALL_LINES = 9_000, 19_600
+STEPS = {"train.py": (59, 13), "sft.py": (58, 13), "PPO": (173, 27)}
+"""Of each stage: the functions that a step enters, and the files they are in."""
+SEAMS = {
+    "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py"},
+    "minillm/generate.py": {"minillm/fast/decode.py"},
+    "minillm/options.py": {"minillm/tools/commandline.py"},
+    "minillm/run.py": {"minillm/tools/device.py", "minillm/tools/folder.py", "minillm/tools/trackers.py"},
+    "minillm/tokenizer.py": {"minillm/fast/workers.py", "minillm/io/vocabulary.py"},
+    "minillm/reward.py": {"minillm/fast/shared_prompts.py"},
+    "rlhf.py": {
+        "minillm/io/comparisons.py",
+        "minillm/io/conversations.py",
+        "minillm/io/rankings.py",
+        "minillm/io/text.py",
+        "minillm/tools/agreement.py",
+        "minillm/tools/folder.py",
+        "minillm/tools/judge.py",
+        "minillm/tools/plots.py",
+        "minillm/tools/provenance.py",
+        "minillm/tools/ranking.py",
+        "minillm/tools/report.py",
+        "minillm/world/__init__.py",
+    },
+    "sft.py": {
+        "minillm/io/conversations.py",
+        "minillm/io/text.py",
+        "minillm/tools/evaluate.py",
+        "minillm/tools/plots.py",
+        "minillm/world/__init__.py",
+    },
+    "train.py": {
+        "minillm/io/text.py",
+        "minillm/tools/device.py",
+        "minillm/tools/plots.py",
+        "minillm/world/__init__.py",
+    },
+}
+"""Where the core opens the outer ring, only inside functions: a file of the core, and what it opens."""
+OPEN_DOOR = "minillm/io/huggingface.py"
+"""The one layout on disk: whoever saves or opens a model imports it openly."""
+SCRIPTS = ("train.py", "sft.py", "rlhf.py")
+
+
+def test_the_core_can_be_read_in_an_afternoon_and_the_whole_stays_small():
+    core = {file: lines(file) for file in files() if is_core(file)}
+    total = sum(lines(file) for file in files())
+    assert sum(core.values()) <= CORE_LINES, sorted(core.items(), key=lambda item: -item[1])
+    assert total <= ALL_LINES
+
+
+def test_no_code_hides_in_a_data_file():
+    tracked = subprocess.run(
+        ["git", "ls-files", "minillm", "kernels"], cwd=ROOT, capture_output=True, text=True
+    )
+    data = {file.rpartition(".")[2] for file in tracked.stdout.split() if not file.endswith(".py")}
+    assert data <= {"toml", "txt", "css", "j2"}
+
+
+def test_the_core_opens_the_outer_ring_only_inside_functions_and_at_named_seams():
+    found = {
+        (file, other, inside)
+        for file in files()
+        if is_core(file) and file not in ENTRANCES
+        for other, inside in imports(file)
+        if other.startswith(OUTER) and other != OPEN_DOOR
+    }
+    assert {(file, other) for file, other, inside in found if not inside} == set()
+    assert {(file, other) for file, other, _ in found} == {(f, other) for f in SEAMS for other in SEAMS[f]}
+
+
+def test_kernels_know_nothing_of_models_and_no_module_imports_a_script():
+    for file in files():
+        for other, _ in imports(file):
+            if file.startswith("kernels/") and is_core(file):
+                assert other.startswith("kernels/"), f"{file} imports {other}"
+            if not file.startswith("benchmarks/"):
+                assert other not in SCRIPTS, f"{file} imports {other}"
+
+
+def test_a_walk_through_the_files_finds_imports_of_every_form():
+    assert {("kernels/attention.py", False), ("minillm/world/__init__.py", False)} & set(
+        imports("minillm/model.py")
+    )
+    assert any(inside for file in files() for _, inside in imports(file))
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, list[list[str]]]:
+    """The functions that a step of each stage enters, from runs in a process without the tests' hooks."""
+    command = [sys.executable, str(ROOT / "tests" / "house.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_step_is_a_few_calls_in_a_few_files(steps, stage):
+    by_file = Counter(file for file, _ in steps[stage])
+    functions, in_files = STEPS[stage]
+    assert sum(by_file.values()) <= functions, by_file
+    assert len(by_file) <= in_files, by_file
+    assert len(by_file) > 3  # a trace that sees nothing would pass every bound
