@@ -23,8 +23,8 @@ import torch
 from harness import ROOT, in_turn, medians, parser, write
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import encode_source, packed_batches
-from minillm.io.conversations import open_conversations, split_conversations, world_conversations
+from minillm.data import encode_source, packed_batches, split_conversations
+from minillm.io.conversations import open_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
 from minillm.loss import held_out
 from minillm.run import Runtime

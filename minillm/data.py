@@ -413,41 +413,53 @@ class EncodedSource:
 def encode_source(source: Any, encode: Encode, block_size: int, val_fraction: float = 0.05) -> EncodedSource:
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
-    The side follows from a hash of the first user message: two answers to one question never land on two
-    sides. Where all begin alike, it is that of the whole conversation. A conversation longer than a row is
-    cut behind the last reply with which it fits. Where none does, where `encode` refuses it, or where no
-    token of it is the assistant's, it is left out; all is counted. Raises InputError where nothing is left
-    to train on, or, with a `val_fraction`, to validate on.
+    A longer one is cut behind the last reply with which it fits. Where none does, where `encode` refuses it,
+    or where no token of it is the assistant's, it is left out; all is counted. Raises InputError where
+    nothing is left to train on. There may be none to validate on.
     """
     skipped, first = Counter(source.skipped), source.first_skipped
     writers = {side: _Writer() for side in SIDES}
-    for key in (_first_question, json.dumps):
-        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
-        if len(set(hashes)) > 1:
-            break
-    sides = [SIDES[held] for held in _held_out(hashes, val_fraction)]
-    bar = tqdm(sides, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
-    for number, (side, conversation) in enumerate(zip(bar, source.conversations(), strict=True), start=1):
+    parts = split_conversations(source, val_fraction)
+    bar = tqdm(parts, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
+    for number, (side, conversation) in enumerate(bar, start=1):
         try:
             encoded, reason = _fitted(conversation, encode, block_size + 1)
         except InputError as error:
             encoded, reason = None, "conversations that the chat template refuses"
             first = first or f"conversation {number} of {source.name!r}: {error}"
+        if rewritten := getattr(encoded, "unlearned", 0):
+            skipped["replies not learned: the chat template writes them anew later"] += rewritten
         if reason:
             skipped[reason] += 1
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"
         if encoded is not None:
             writers[side].add(encoded)
     train, val = (writers[side].finish() for side in SIDES)
-    for purpose, part in (("train", train), ("validate", val if val_fraction else train)):
-        if not len(part.sizes):
-            raise InputError(
-                f"data source {source.name!r}: no conversation to {purpose} on ({first or 'too few'}); "
-                "give more, a larger block size or another validation fraction"
-            )
-    parts = [(side.offsets, side.tokens.astype(np.uint32), side.assistant) for side in (train, val)]
-    fingerprint = digest(*itertools.chain(*parts))
+    if not len(train.sizes):
+        raise InputError(
+            f"data source {source.name!r}: no conversation to train on ({first or 'too few'}); "
+            "give more, a larger block size or another validation fraction"
+        )
+    content = [(side.offsets, side.tokens.astype(np.uint32), side.assistant) for side in (train, val)]
+    fingerprint = digest(*itertools.chain(*content))
     return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(skipped), first)
+
+
+def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, list[dict[str, str]]]]:
+    """Every conversation of `source` and its side, about `val_fraction` of them held out.
+
+    The side follows from a hash of the first user message: two answers to one question never land on two
+    sides. Where all begin alike, it is that of the whole conversation. InputError for a fraction outside
+    [0, 1).
+    """
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"validation fraction {val_fraction}: give at least 0 and less than 1")
+    for key in (_first_question, json.dumps):
+        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
+        if len(set(hashes)) > 1:
+            break
+    for held, conversation in zip(_held_out(hashes, val_fraction), source.conversations(), strict=True):
+        yield SIDES[held], conversation
 
 
 def _first_question(conversation: list[dict[str, str]]) -> str:

@@ -212,7 +212,7 @@ class PolicyOptions(TrainingOptions):
         if self.algorithm in ("ppo", "grpo") and self.rollout_batch % dealt:
             raise InputError(
                 f"--rollout-batch {self.rollout_batch}: cannot be dealt to {self.minibatches} "
-                f"minibatches in groups of {self.samples}; give a multiple of {dealt}"
+                f"--minibatches in groups of {self.samples} (--group-size); give a multiple of {dealt}"
             )
         if self.algorithm in ("grpo", "best-of-n") and self.samples < 2:
             raise InputError(

@@ -33,7 +33,7 @@ import train
 from kernels.dev import bench, gate
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
-from minillm.io.rankings import RankingFile, read_responses
+from minillm.io.rankings import DECISIVE, RankingFile, read_responses
 from minillm.options import parse_options
 from minillm.preferences import new_ranking
 from minillm.tools import chat, plots
@@ -642,16 +642,16 @@ def test_a_run_whose_validations_are_lost_ends_in_one_line_when_its_end_is_to_be
 
 
 def test_a_policy_stopped_in_its_first_validation_logs_that_once(made, restored, monkeypatch):
-    figures, numbers = rlhf.held_out_figures, [signal.SIGINT, signal.SIGTERM]
+    validate, numbers = rlhf.Aligner.validate, [signal.SIGINT, signal.SIGTERM]
 
-    def figures_and_stop(*given):
+    def validate_and_stop(*given):
         if numbers:
             os.kill(os.getpid(), numbers.pop())
-        return figures(*given)
+        return validate(*given)
 
     line = f"{POLICY} --algorithm grpo --out new"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(rlhf, "held_out_figures", figures_and_stop)
+        patch.setattr(rlhf.Aligner, "validate", validate_and_stop)
         rlhf.main(line.split())
     rlhf.main([*line.split(), "--resume"])
     events = [(event["event"], event["step"]) for event in metrics_of(Path("new/grpo"))]
@@ -704,7 +704,7 @@ def shipped() -> Iterator[ast.AST]:
 def test_every_option_is_read_somewhere():
     read = {node.attr for node in shipped() if isinstance(node, ast.Attribute)}
     # The shape of train.py's model is read by names in a table; what is decisive for a ranking too.
-    by_name = {*train.SHAPE, *(name for names in rlhf.DECISIVE.values() for name in names)}
+    by_name = {*train.SHAPE, *(name for names in DECISIVE.values() for name in names)}
     for script, module in SCRIPTS.items():
         unread = {option.name for option in fields(module.Options)} - read - by_name
         assert not unread, f"{script}: nothing reads {sorted(unread)}"

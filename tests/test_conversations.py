@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from minillm.data import split_conversations
 from minillm.errors import InputError
 from minillm.io.conversations import (
     ConversationSource,
     conversations_of,
     open_conversations,
-    split_conversations,
     world_conversations,
 )
 from minillm.world import SHARES, World, assistant, user

@@ -165,7 +165,7 @@ def test_a_stream_holds_every_document_behind_bos_and_closes_the_last(tmp_path):
 def test_the_bytes_that_are_counted_are_those_of_the_text_and_not_its_tokens(tmp_path):
     merged = Tokenizer.train(["aaaa bbbb aaaa bbbb"], 270)
     found = tokenize(a_source(["aaaa bbbb"] * 3), merged, tmp_path, 0.0)
-    assert (found.train_bytes, found.val_bytes) == (27, 0) and len(found.train) < 27
+    assert [found.counts[side]["bytes"] for side in ("train", "val")] == [27, 0] and len(found.train) < 27
 
 
 def test_an_eos_of_its_own_ends_every_document(tmp_path):

@@ -72,11 +72,13 @@ def test_the_mean_lies_in_its_interval_and_moves_with_its_values(values):
 def test_intervals_worked_out_by_hand():
     """Wilson's of 8 in 10; 1.96 standard errors of a mean; of a ratio with residuals -.5, -1 and 1.5."""
     eight = share([True] * 8 + [False] * 2)
-    assert (eight.low, eight.high) == pytest.approx((0.4901625, 0.9433178), abs=1e-4)
+    assert (eight["low"], eight["high"]) == pytest.approx((0.4901625, 0.9433178), abs=1e-4)
     three = mean([1, 2, 3])
-    assert (three.value, three.high - three.value) == pytest.approx((2, 1.96 / 3**0.5))
+    assert (three["value"], three["high"] - three["value"]) == pytest.approx((2, 1.96 / 3**0.5))
     rate = ratio([1, 2, 6], [1, 2, 3])
-    assert (rate.value, rate.value - rate.low) == pytest.approx((1.5, 1.96 * (3 / 2 * 3.5) ** 0.5 / 6))
+    assert (rate["value"], rate["value"] - rate["low"]) == pytest.approx(
+        (1.5, 1.96 * (3 / 2 * 3.5) ** 0.5 / 6)
+    )
 
 
 @given(numbers, st.integers(2, 5))

@@ -366,4 +366,8 @@ def test_a_stored_value_is_of_its_field_s_kind_or_refused(tmp_path_factory, real
                 assert str(path) in str(error)
             else:
                 assert type(found) is kind or (name == "steps" and found is None)
-                assert list(found) == value if kind is tuple else found == value
+                assert (
+                    list(found) == value
+                    if kind is tuple
+                    else found == (float(value) if kind is float else value)
+                )

@@ -280,7 +280,9 @@ def test_dpo_starts_from_a_validated_start_keeps_nothing_worse_and_stops_where_i
     losses = [event["loss"] for event in metrics_of(tmp_path / "a" / "dpo") if event["event"] == "val"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and max(losses) > 1.01 * losses[0]
     assert final_of(tmp_path / "a" / "dpo")["loss"] == min(losses)
-    line = last_refusal(arguments(places, tmp_path / "b", *options, "--max-kl", "1", algorithm="dpo"), capfd)
+    line = last_refusal(
+        arguments(places, tmp_path / "b", *options, "--max-kl", "0.1", algorithm="dpo"), capfd
+    )
     assert "nats a response from the reference" in line
 
 

@@ -75,7 +75,7 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
         if command.startswith("torchrun"):
             subprocess.run([*TORCHRUN, str(ROOT / f"{name}.py"), *words], check=True, capture_output=True)
         else:
-            module = importlib.import_module(name)
+            module = importlib.import_module(name.replace("minillm.chat", "minillm.tools.chat"))
             (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main(words)
     assert ran == {"train", "sft", "rlhf", "minillm.chat", "minillm.compare", "minillm.tools.evaluate", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}

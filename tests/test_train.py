@@ -227,6 +227,16 @@ def test_a_run_says_first_what_it_trains_on_and_each_validation_in_a_line(text, 
     assert sum(line.startswith("step ") and "val" in line for line in lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "compiled"), [((), 0), (("--compile", "False"), 0), (("--compile", "True"), 1)]
+)
+def test_a_model_is_compiled_where_that_is_asked_for(text, tmp_path, monkeypatch, options, compiled):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: calls.append(model))
+    run_in_process(text, tmp_path / "run", "--device", "cpu", "--steps", "1", *options)
+    assert len(calls) == compiled
+
+
 def test_where_validation_rises_the_best_model_is_kept_and_sampled(text, tmp_path, monkeypatch, capsys):
     scores, real = iter([2.0, 1.0, 3.0]), train.held_out
     kept: list[float] = []

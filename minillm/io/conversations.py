@@ -17,7 +17,6 @@ from itertools import chain
 from typing import Any
 
 from minillm.chat import Conversation
-from minillm.data import Side, unit_hash
 from minillm.errors import InputError
 from minillm.io.formats import (
     FORMATS,
@@ -89,32 +88,6 @@ def world_conversations(world: World, split: str, n: int) -> ConversationSource:
     """`n` demonstrations of the little world. Its splits share no question."""
     messages = [conversation.messages for conversation in world.conversations(split, n)]
     return ConversationSource("conversations", 1.0, lambda: iter(messages), _fingerprint(messages))
-
-
-def split_conversations(
-    source: ConversationSource, val_fraction: float
-) -> Iterator[tuple[Side, Conversation]]:
-    """Give every conversation to train or validation, about `val_fraction` of them to validation.
-
-    The side follows from a hash of the first user message, read as a number in [0, 1): two answers to
-    one question never land on two sides. The smallest hash is always held out and the largest never,
-    so that neither side is empty. Where all begin alike, the hash is that of the whole conversation.
-    Raises InputError for a fraction outside [0, 1).
-    """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"validation fraction {val_fraction}: give at least 0 and less than 1")
-    for key in (_first_question, json.dumps):
-        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
-        if len(set(hashes)) > 1:
-            break
-    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
-    for value, conversation in zip(hashes, source.conversations(), strict=True):
-        held_out = val_fraction > 0 and (value < val_fraction or value == smallest) and value < largest
-        yield "val" if held_out else "train", conversation
-
-
-def _first_question(conversation: Conversation) -> str:
-    return next((message["content"] for message in conversation if message["role"] == "user"), "")
 
 
 def _fingerprint(conversations: Iterable[Conversation]) -> str:

@@ -23,15 +23,16 @@ from minillm.options import PolicyOptions
 
 GROUPS: dict[str, str] = {
     "changed first": "run runs stage algorithm annotator data out init models depth steps iterations prompt "
-    "system judge resume overwrite",
+    "prompt_file system judge resume overwrite",
     "the model": "width heads kv_heads qk_norm tie_embeddings vocab_size objective new_blocks",
     "learning": "block_size batch_tokens batch_sets micro_tokens epochs optimizer matrix_rate embedding_rate "
     "weight_decay warmup decay clip",
-    "data and validation": "text text_share text_bytes errors split val_fraction val_tokens val_sets "
-    "val_prompts eval_prompts world_megabytes world_conversations cache workers",
-    "sampling": "prompts responses distractors samples show pairs temperature top_k top_p max_new_tokens",
+    "data and validation": "val_data field encoding text text_share text_bytes errors split val_fraction "
+    "val_tokens val_sets val_prompts eval_prompts world_megabytes world_conversations cache workers",
+    "sampling": "prompts responses distractors samples show pairs thinking temperature top_k top_p "
+    "max_new_tokens",
     "rankings and verdicts": "rankings annotators opinions noise name judge_model principles",
-    "the run": "val_every save_every seed device precision tracker",
+    "the run": "val_every save_every seed device precision compile tracker",
 }
 """Titles and the options under them, in the order in which they are shown."""
 
