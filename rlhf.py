@@ -461,7 +461,7 @@ def learn_rankings(
     while run.goes_on():
         batch = stream.next(options.batch_sets)
         loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
-        gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+        gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
         run.check_finite(loss=loss, gradient_norm=gradient_norm)
         rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
         state.optimizers.step(rate)

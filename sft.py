@@ -45,9 +45,8 @@ from minillm.data import (
 )
 from minillm.errors import InputError, one_line_errors
 from minillm.io.huggingface import load_causal_model, load_model, save_model
-from minillm.loss import backward, held_out
 from minillm.model import LanguageModel
-from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
+from minillm.optim import LearningRates, backward, build_optimizers, clip_gradients, held_out, lr_schedule
 from minillm.options import DataOptions, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
@@ -134,7 +133,7 @@ def train(options: Options, runtime: Runtime) -> None:
         while run.goes_on():
             batch = mixture.next_rows(rows)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
             state.optimizers.step(rate)

@@ -43,9 +43,16 @@ from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
-from minillm.loss import backward, held_out, per_byte
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize, parameter_count
-from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
+from minillm.optim import (
+    LearningRates,
+    backward,
+    build_optimizers,
+    clip_gradients,
+    held_out,
+    lr_schedule,
+    per_byte,
+)
 from minillm.options import DataOptions, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
@@ -148,7 +155,7 @@ def train(options: Options, runtime: Runtime) -> None:
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            gradient_norm = clip_gradients(state.optimizers.parameters(), options.clip)
+            gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
             run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
@@ -362,7 +369,7 @@ def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options:
     samples = generate(model, [[bos]] * options.samples, sampling, seeds)
     texts = [
         tokenizer.decode(token for token in response if token != eos).strip()
-        for response in samples.responses()
+        for response in samples.responses
     ]
     content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
     write_text(run.folder / "samples.txt", content + "\n")

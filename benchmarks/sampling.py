@@ -60,7 +60,7 @@ def contestants(rows: int, temperature: float) -> dict[str, Callable[[], Tensor]
         )  # fmt: skip
 
     return {
-        "minillm": lambda: generate(ours, lists, options, range(rows)).tokens,
+        "minillm": lambda: generate(ours, lists, options, range(rows)).responses,
         "transformers": transformers_generate,
     }
 

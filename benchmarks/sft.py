@@ -26,7 +26,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import encode_source, packed_batches, split_conversations
 from minillm.io.conversations import open_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
-from minillm.loss import held_out
+from minillm.optim import held_out
 from minillm.run import Runtime
 from minillm.tools.device import choose_dtype
 from minillm.world import World

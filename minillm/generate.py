@@ -1,8 +1,9 @@
 """Sampling: prompts in, continuations with their log-probabilities out.
 
 Prompts of different lengths share a batch by right padding. One forward pass fills the key/value
-cache (model.KVCache); after it every step feeds one token a row. Rows that stop leave the batch once they
-are a quarter of it. Computation is in the model's `compute_dtype`; on a CPU float32 is the faster one.
+cache (model.KVCache, mostly in the faster form of fast/decode.py); after it every step feeds one token a row.
+Rows that stop leave the batch once they are a quarter of it. Computation is in the model's `compute_dtype`;
+on a CPU float32 is the faster one.
 
 A step turns logits into one token: divide by the temperature, forbid the stop tokens while the
 response is too short, keep the top-k, of these keep the nucleus (top-p), renormalise, and invert the
@@ -22,11 +23,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.errors import InputError
-from minillm.model import KVCache, LanguageModel
+from minillm.model import LanguageModel, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,15 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Samples:
-    """Prompts with their responses. Right padding is token 0; `lengths` says where it begins."""
+    """A response to each prompt."""
 
-    tokens: Int[Tensor, "B T"]
-    """Row b: prompt_lengths[b] tokens of the prompt, then the response up to lengths[b]."""
-    prompt_lengths: Int[Tensor, "B"]
-    lengths: Int[Tensor, "B"]
+    responses: list[list[int]]
+    """Token ids, the stop token included."""
     logprobs: Float[Tensor, "B N"]
     """Of response token n, in nats, under the distribution it was sampled from: after temperature,
     stop tokens held back, top-k and top-p. 0 behind the response's end, and for a greedy choice."""
-    stopped: Bool[Tensor, "B"]
+    stopped: list[bool]
     """Whether the response ended on a stop token rather than at max_new_tokens."""
-
-    def responses(self) -> list[list[int]]:
-        """The token ids behind each prompt, its stop token included."""
-        rows = zip(self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
-        return [row[start:end] for row, start, end in rows]
 
 
 def generate(
@@ -99,7 +93,12 @@ def generate(
     chosen = torch.zeros((len(prompts), len(steps)), dtype=torch.int64, device=rows.device)
     logprobs = torch.zeros(chosen.shape, device=rows.device)
     chosen[rows, step], logprobs[rows, step] = tokens, step_logprobs
-    return _assemble(prompts, chosen, logprobs, options.stop_ids)
+    stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=rows.device))
+    stopped = stops.any(dim=1)
+    counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, len(steps))
+    beyond = torch.arange(len(steps), device=rows.device) >= counts[:, None]
+    responses = [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
+    return Samples(responses, logprobs.masked_fill(beyond, 0), stopped.tolist())
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
@@ -114,12 +113,7 @@ def stream_text(decode_bytes: Callable[[list[int]], bytes], tokens: Iterable[int
     `decode_bytes` is the tokenizer's. The pieces join to the text of all tokens decoded at once,
     with U+FFFD for bytes that are not UTF-8.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if piece := decoder.decode(decode_bytes([token])):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+    return codecs.iterdecode((decode_bytes([token]) for token in tokens), "utf-8", errors="replace")
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) -> Float[Tensor, "B V"]:
@@ -173,10 +167,14 @@ def _steps(
 
     A row that stopped may stay for some steps: what follows its stop token is to be ignored.
     """
+    from minillm.fast.decode import cache_of
+
     device = model.lm_head.weight.device
-    tokens, lengths = (tensor.to(device) for tensor in _pad(prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padded = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    tokens = nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)
     # The last token chosen is never read, so a row is at most this long.
-    cache = _cache(model, len(prompts), tokens.shape[1] + options.max_new_tokens - 1, options.crop)
+    cache = cache_of(model, len(prompts), tokens.shape[1] + options.max_new_tokens - 1, options.crop)
     uniforms = _uniforms(seeds, options.max_new_tokens, device)
     stop_ids = torch.tensor(options.stop_ids, dtype=torch.int64, device=device)
     rows = torch.arange(len(prompts), device=device)
@@ -201,65 +199,6 @@ def _steps(
             return
 
 
-def _cache(model: LanguageModel, rows: int, size: int, crop: bool) -> "KVCache | CroppedContext":
-    """What reads the tokens, `size` of each row at most."""
-    if crop and size > model.config.max_position_embeddings:
-        return CroppedContext(model, rows, size)
-    unfolded = model.config.qkv_bias or model.config.rope_yarn is not None
-    if unfolded or model.lm_head.weight.device.type == "mps":  # which knows no complex numbers
-        return KVCache(model, rows, size)
-    from minillm.fast.decode import FoldedCache
-
-    return FoldedCache(model, rows, size)
-
-
-class CroppedContext:
-    """Stands for a KVCache where texts outgrow the model's positions: the model sees the last tokens of each.
-
-    A text that has lost its beginning has other positions and other hidden states throughout, so that no key
-    can be kept: from there on every step computes the whole context anew.
-    """
-
-    def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
-        self.model, self.positions = model, model.config.max_position_embeddings
-        self.cache = _cache(model, rows, self.positions, crop=False)
-        self.size = size
-
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """As KVCache's."""
-        self.lengths, self.longest = lengths, tokens.shape[1]
-        self.tokens = nn.functional.pad(tokens, (0, self.size - self.longest))
-        return self.cache.prefill(tokens, lengths) if self.longest <= self.positions else self._anew()
-
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """As KVCache's."""
-        self.tokens.scatter_(1, self.lengths[:, None], tokens[:, None])
-        self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self.cache.step(tokens) if self.longest <= self.positions else self._anew()
-
-    def keep(self, rows: Bool[Tensor, "B"]) -> None:
-        """As KVCache's."""
-        self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
-        if self.longest <= self.positions:
-            self.cache.keep(rows)
-
-    def _anew(self) -> Float[Tensor, "B V"]:
-        """The logits behind every row, from its last tokens."""
-        first = (self.lengths - self.positions).clamp(min=0)
-        window = first[:, None] + torch.arange(self.positions, device=first.device)
-        hidden = self.model.model(self.tokens.gather(1, window))
-        return self.model.logits(
-            hidden[torch.arange(len(first), device=first.device), self.lengths - first - 1]
-        )
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B"]]:
-    """Rows as one tensor with zeros behind their ends, and their lengths."""
-    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths
-
-
 def exact_dtype(device: torch.device) -> torch.dtype:
     """For sums of many small terms: float64, where the device has it (Apple's GPUs do not)."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -272,54 +211,36 @@ def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Float[T
     return uniforms.to(exact_dtype(device)).to(device)
 
 
-def _assemble(prompts, chosen, logprobs, stop_ids) -> Samples:
-    """Cuts every row behind its first stop token and puts it behind its prompt."""
-    prompt_tokens, prompt_lengths = (tensor.to(chosen.device) for tensor in _pad(prompts))
-    stops = torch.isin(chosen, torch.tensor(stop_ids, dtype=torch.int64, device=chosen.device))
-    stopped = stops.any(dim=1)
-    counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, chosen.shape[1])
-    index = torch.arange(chosen.shape[1], device=chosen.device)
-    beyond = index >= counts[:, None]
-    lengths = prompt_lengths + counts
-    tokens = nn.functional.pad(prompt_tokens, (0, chosen.shape[1]))
-    tokens.scatter_(1, prompt_lengths[:, None] + index, chosen.masked_fill(beyond, 0))
-    tokens = tokens[:, : int(lengths.max())]
-    return Samples(tokens, prompt_lengths, lengths, logprobs.masked_fill(beyond, 0), stopped)
-
-
 def _check(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
 ) -> None:
     """Refuses what cannot be sampled, in one line."""
-    config = model.config
-    if not config.causal:
-        raise InputError(
-            "sampling: this model was trained on masked tokens and cannot generate; "
-            "train one with --objective causal"
-        )
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one to each")
+    for objection in _objections(model.config, prompts, options):
+        raise InputError(f"sampling: {objection}")
+
+
+def _objections(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], options: SamplingOptions
+) -> Iterator[str]:
+    V, longest, new = config.vocab_size, config.max_position_embeddings, options.max_new_tokens
+    room = math.inf if options.crop else longest - new
+    if not config.causal:
+        yield "this model was trained on masked tokens and cannot generate; train one with --objective causal"
     if not prompts:
-        raise InputError("sampling: there are no prompts; give at least one")
-    if not all(0 <= token < config.vocab_size for token in options.stop_ids):
-        raise InputError(
-            f"sampling: stop_ids {options.stop_ids} are not all below the model's "
-            f"vocabulary of {config.vocab_size}; use its own tokenizer"
-        )
-    if options.min_new_tokens and len(set(options.stop_ids)) == config.vocab_size:
-        raise InputError("sampling: every token is a stop token; set min_new_tokens to 0")
-    room = math.inf if options.crop else config.max_position_embeddings - options.max_new_tokens
+        yield "there are no prompts; give at least one"
+    if not all(0 <= token < V for token in options.stop_ids):
+        yield f"stop_ids {options.stop_ids} are not all below the model's {V} tokens; use its tokenizer"
+    if options.min_new_tokens and len(set(options.stop_ids)) == V:
+        yield "every token is a stop token; set min_new_tokens to 0"
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"sampling: prompt {number} is empty; start it with the document token")
+            yield f"prompt {number} is empty; start it with the document token"
         if len(prompt) > room:
-            raise InputError(
-                f"sampling: prompt {number} has {len(prompt)} tokens; the model's "
-                f"{config.max_position_embeddings} less {options.max_new_tokens} new ones "
-                f"leave {max(room, 0)}; shorten it or max_new_tokens"
+            yield (
+                f"prompt {number} has {len(prompt)} tokens; the model's {longest} less {new} new ones leave "
+                f"{max(room, 0)}; shorten it or max_new_tokens"
             )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise InputError(
-                f"sampling: prompt {number} has a token outside the model's vocabulary "
-                f"of {config.vocab_size}; use its own tokenizer"
-            )
+        if min(prompt) < 0 or max(prompt) >= V:
+            yield f"prompt {number} has a token outside the model's vocabulary of {V}; use its own tokenizer"

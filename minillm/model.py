@@ -1,15 +1,15 @@
 """One decoder of the Llama family, and the two heads on top of it: a language model's and a scalar.
 
-    tokens [B, T] ─► embedding ─► L × (attention, SwiGLU) ─► norm ─► hidden [B, T, D]
+    tokens [B, T] ─► embedding ─► L × (attention, SwiGLU) ─► norm ─► hidden [B, T, D] ─┬► loss or logprobs
+                                                                                       └► scalars [B, T]
 
 Each block adds to the residual stream twice: x + attention(norm(x)), then x + mlp(norm(x)).
 With `qk_norm` the layout is Qwen3's, without it Llama's. The module names are the names Hugging Face
 gives the weights, so `state_dict()` is the file layout and nothing is ever renamed.
 
-The language model returns hidden states, not logits: the losses in kernels/ meet `hidden` and
-`lm_head.weight` directly, and only sampling asks for the logits of one position. The scalar model gives a
-number for every token: a reward at a response's last, a value for each. There is no dropout, and no bias
-but the scalar's.
+No logits but those of sampling: the losses in kernels/ meet `hidden` and `lm_head.weight` directly. The
+scalar model gives a number for every token: a reward at a response's last, a value for each. There is no
+dropout, and no bias but the scalar's and Qwen2's.
 
 Sources: RMSNorm, Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4; rotary positions, Su et al. 2021
 (arXiv 2104.09864), section 3.4; SwiGLU, Shazeer 2020 (arXiv 2002.05202), eq. 6; grouped-query
@@ -21,7 +21,7 @@ Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the scalar head and its firs
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -41,53 +41,29 @@ from minillm.errors import InputError
 class ModelConfig:
     """The shape of a model. Field names are those of Hugging Face's config.json."""
 
-    vocab_size: int
-    """V, the rows of the embedding and of the output matrix."""
-    hidden_size: int
-    """D, the width of the residual stream."""
-    intermediate_size: int
-    """The width inside the SwiGLU block."""
-    num_hidden_layers: int
-    """How many blocks."""
-    num_attention_heads: int
-    """H, the query heads."""
-    num_key_value_heads: int
-    """K, the key/value heads; each serves H / K query heads."""
-    head_dim: int
-    """C, the width of a head; even, because rotary positions turn pairs."""
-    max_position_embeddings: int
-    """The longest row the model was trained on, in tokens."""
-    rope_theta: float = 10_000.0
-    """The base of the rotary wavelengths."""
+    vocab_size: int  # V, the rows of the embedding and of the output matrix
+    hidden_size: int  # D, the width of the residual stream
+    intermediate_size: int  # inside the SwiGLU block
+    num_hidden_layers: int  # blocks
+    num_attention_heads: int  # H, the query heads
+    num_key_value_heads: int  # K; each serves H / K query heads
+    head_dim: int  # C, the width of a head; even, because rotary positions turn pairs
+    max_position_embeddings: int  # the longest row the model was trained on, in tokens
+    rope_theta: float = 10_000.0  # the base of the rotary wavelengths
     rope_llama3: tuple[float, float, float, int] | None = None
-    """Llama 3.1's stretching of long wavelengths: factor, low and high frequency factor, original
-    length. None for plain rotary positions."""
-    rope_linear: float = 1.0
-    """Divides every position."""
+    """Llama 3.1's stretching: factor, low and high frequency factor, original length."""
+    rope_linear: float = 1.0  # divides every position
     rope_yarn: tuple[float, float, float, float, int] | None = None
     """YaRN's stretching: factor, fast and slow turns, magnitude of queries and keys, original length."""
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square before the root."""
-    tie_word_embeddings: bool = False
-    """Whether the output matrix is the embedding."""
-    qk_norm: bool = True
-    """Whether queries and keys are normalised per head (the Qwen3 layout)."""
-    qkv_bias: bool = False
-    """Whether queries, keys and values have biases (the Qwen2 layout)."""
+    rms_norm_eps: float = 1e-6  # added to the mean square before the root
+    tie_word_embeddings: bool = False  # whether the output matrix is the embedding
+    qk_norm: bool = True  # whether queries and keys are normalised per head (the Qwen3 layout)
+    qkv_bias: bool = False  # whether queries, keys and values have biases (the Qwen2 layout)
     causal: bool = True
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in (field.name for field in fields(self) if field.type is int):
             if getattr(self, name) < 1:
                 raise InputError(f"model: {name} is {getattr(self, name)}; give at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -97,18 +73,20 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"model: head_dim is {self.head_dim}; rotary positions need an even one")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise InputError(f"model: rope_theta is {self.rope_theta}; give a number above 0")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise InputError(f"model: rms_norm_eps is {self.rms_norm_eps}; give 0 or more")
-        stretch = (self.rope_linear, *(self.rope_yarn or ()))
-        if not all(math.isfinite(number) and number > 0 for number in stretch) or self.rope_theta == 1:
-            raise InputError("model: a number of its rotary positions is out of range; give numbers above 0")
-        if self.rope_llama3 is not None:
-            factor, low, high, original_length = self.rope_llama3
-            if not (factor > 0 and 0 < low < high < math.inf and original_length > 0):
-                raise InputError(f"model: rope_llama3 is {self.rope_llama3}; give numbers above 0, "
-                                 "the low frequency factor below the high one")  # fmt: skip
+        llama3 = self.rope_llama3 or (1.0, 0.5, 1.0, 1)
+        numbers = (self.rope_theta, self.rope_linear, *llama3, *(self.rope_yarn or ()))
+        in_range = all(math.isfinite(number) and number > 0 for number in numbers)
+        if not in_range or self.rope_theta == 1 or llama3[1] >= llama3[2]:
+            given = {name: value for name, value in vars(self).items() if name.startswith("rope")}
+            raise InputError(
+                f"model: a number of its rotary positions is out of range: {given}; give numbers above 0, "
+                "the base not 1, the low frequency factor below the high one"
+            )
+
+
+# ---- The parts of a block
 
 
 class Linear(nn.Linear):
@@ -121,49 +99,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) · weight over the last axis, in the precision of its input."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-def rope_frequencies(config: ModelConfig) -> Float[Tensor, "half"]:
-    """Radians per position of each pair of channels: theta^(-2i/C), i = 0 … C/2 - 1.
-
-    Llama 3.1 slows the low frequencies down by a factor, with a smooth ramp between the two
-    corner wavelengths, so that positions beyond the original length stay within known angles.
-    """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    if config.rope_yarn is not None:
-        return _yarn(frequencies, config)
-    if config.rope_llama3 is None:
-        return frequencies / config.rope_linear
-    factor, low, high, original_length = config.rope_llama3
-    turns = original_length * frequencies / (2 * torch.pi)
-    ramp = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (ramp + (1 - ramp) / factor)
-
-
-def _yarn(frequencies: Float[Tensor, "half"], config: ModelConfig) -> Float[Tensor, "half"]:
-    """Pairs of few turns in the original length are slowed down by the factor, those of many are not.
-
-    Source: Peng et al. 2023 (arXiv 2309.00071), section 3.2.
-    """
-    factor, fast, slow, _, original_length = config.rope_yarn or (1.0, 0.0, 0.0, 1.0, 1)
-    turns_of_first = original_length / (2 * math.pi)
-    last = config.head_dim - 1
-    pair = [config.head_dim * math.log(turns_of_first / turns) / (2 * math.log(config.rope_theta))
-            for turns in (fast, slow)]  # fmt: skip
-    low, high = max(math.floor(pair[0]), 0), min(math.ceil(pair[1]), last)
-    slowed = ((torch.arange(len(frequencies)) - low) / ((high - low) or 0.001)).clamp(0, 1)
-    return frequencies * (slowed / factor + 1 - slowed)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotate(
@@ -172,89 +112,6 @@ def rotate(
     """Turns the channel pairs (i, i + C/2) of every position by that position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-@runtime_checkable
-class Attend(Protocol):
-    """How queries meet keys where not within their own rows: `KVCache`, fast.SharedPrompts."""
-
-    def positions(self, T: int) -> Int[Tensor, "... T"]:
-        """Of the next T tokens of each row, in their texts: [T], or [B, 1, T] where rows differ."""
-
-    def __call__(
-        self,
-        block: int,
-        q: Float[Tensor, "B H T C"],
-        k: Float[Tensor, "B K T C"],
-        v: Float[Tensor, "B K T C"],
-    ) -> Float[Tensor, "B H T C"]:
-        """What each query of the block gathers."""
-
-
-class KVCache:
-    """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
-
-    Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
-    the row's next tokens overwrite it. It calls the trunk, so that a compiled model is not compiled anew for
-    every length. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
-    """
-
-    lengths: Int[Tensor, "B"]
-    longest: int  # the largest of them, known without asking the device
-    ragged: bool  # whether they differ
-
-    def __init__(self, model: "LanguageModel", rows: int, size: int) -> None:
-        """Room for `rows` rows of at most `size` tokens. To be used under torch.inference_mode()."""
-        config, device = model.config, model.lm_head.weight.device
-        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
-        self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
-        self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
-
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
-        hidden = self.model.model(tokens, attend=self)
-        self.place(lengths, tokens.shape[1])
-        return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
-
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """Appends one token to every row; the logits behind it."""
-        hidden = self.model.model(tokens[:, None], attend=self)
-        self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self.model.logits(hidden[:, 0])
-
-    def keep(self, rows: Bool[Tensor, "B"]) -> None:
-        """Drops every row that is not marked in `rows`."""
-        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
-        self.place(lengths, int(lengths.max()))
-
-    def place(self, lengths: Int[Tensor, "B"], longest: int) -> None:
-        """Sets how many tokens each row holds."""
-        self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
-
-    def positions(self, T: int) -> Int[Tensor, "B 1 T"]:
-        """The next T of each row; sets where this forward pass keeps them and what they see."""
-        _, _, B, K, size, _ = self.kept.shape
-        positions = self.lengths[:, None, None] + torch.arange(T, device=self.lengths.device)
-        heads = torch.arange(B * K, device=self.lengths.device).view(B, K, 1)
-        self.slots = (heads * size + positions).flatten()
-        # In rows of equal lengths the queries are the last of all keys: that is what causal means.
-        self.end = positions[:, 0].int() + 1 if self.ragged else None
-        return positions
-
-    def __call__(
-        self,
-        block: int,
-        q: Float[Tensor, "B H T C"],
-        k: Float[Tensor, "B K T C"],
-        v: Float[Tensor, "B K T C"],
-    ) -> Float[Tensor, "B H T C"]:
-        """The attention of one block: keeps the new keys and values and looks at all that are kept."""
-        C, seen = q.shape[3], self.longest + q.shape[2]
-        keys, values = self.kept[0, block], self.kept[1, block]
-        keys.view(-1, C).index_copy_(0, self.slots, k.reshape(-1, C))
-        values.view(-1, C).index_copy_(0, self.slots, v.reshape(-1, C))
-        keys, values = keys[:, :, :seen], values[:, :, :seen]
-        return attention(q, keys, values, end=self.end, causal=self.end is None)
 
 
 class Attention(nn.Module):
@@ -272,6 +129,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]
     ) -> Float[Tensor, "B T D"]:
+        """`attend`: what queries [B, H, T, C] gather from keys and values [B, K, T, C]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
@@ -306,19 +164,40 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# ---- Tokens -> hidden states
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """How queries meet keys where not within their own rows: `KVCache`, fast.SharedPrompts."""
+
+    @property
+    def positions(self) -> Int[Tensor, "... T"]:
+        """Of each token in its text: [T], or [B, 1, T] where rows differ."""
+
+    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the queries of a block gather, of and in the shapes of `Attention.forward`."""
+
+
 class Decoder(nn.Module):
-    """Tokens to hidden states; the trunk that every head shares."""
+    """The trunk that every head shares."""
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = config
-        self.compute_dtype = torch.float32
+        self.config, self.compute_dtype = config, compute_dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        # Radians per position of each pair of channels: theta^(-2i/C), i = 0 … C/2 - 1.
+        half = config.head_dim // 2
+        frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+        if config.rope_llama3 or config.rope_yarn or config.rope_linear != 1:
+            from minillm.io.rope import stretched
+
+            frequencies = stretched(frequencies, config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self,
@@ -332,8 +211,7 @@ class Decoder(nn.Module):
         causal model up to itself; or what `attend` lets it see.
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
-        T = tokens.shape[1]
-        positions = torch.arange(T, device=tokens.device) if attend is None else attend.positions(T)
+        positions = attend.positions if attend else torch.arange(tokens.shape[1], device=tokens.device)
         # Angles in float32: bfloat16 cannot tell position 256 from 257.
         angles = positions[..., None] * self.frequencies
         size = self.config.rope_yarn[3] if self.config.rope_yarn else 1.0
@@ -341,7 +219,7 @@ class Decoder(nn.Module):
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)
         for number, block in enumerate(self.layers):
-            x = block(x, cos, sin, within if attend is None else partial(attend, number))
+            x = block(x, cos, sin, partial(attend, number) if attend else within)
         return self.norm(x)
 
 
@@ -352,6 +230,9 @@ def document_ends(start: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """
     start = start.contiguous()
     return torch.searchsorted(start, start, right=True).to(start.dtype)
+
+
+# ---- Hidden states -> loss, log-probabilities, logits
 
 
 class TokenLogprobs(NamedTuple):
@@ -375,8 +256,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.model.compute_dtype = compute_dtype
+        self.model = Decoder(config, compute_dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -419,19 +299,22 @@ class LanguageModel(nn.Module):
         weight, kl = self.lm_head.weight, None
         if allowed is None:
             logprobs, entropy = linear_token_logprobs(hidden, weight, tokens, temperature)
+            if reference:
+                kl = linear_kl(hidden / temperature, weight, reference[0] / temperature, reference[1])
         else:
             logits = self.logits(hidden).masked_fill(~allowed, -torch.inf)
             logprobs, entropy = token_logprobs(logits, tokens, temperature)
             if reference:
                 other = F.linear(reference[0], reference[1].to(reference[0].dtype)).float()
                 kl = logits_kl(logits / temperature, other / temperature)
-        if reference and allowed is None:
-            kl = linear_kl(hidden / temperature, weight, reference[0] / temperature, reference[1])
         return TokenLogprobs(logprobs, entropy, kl)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in float32, for sampling: ask for one position, not for a batch."""
         return self.lm_head(hidden).float()
+
+
+# ---- Hidden states -> scalars
 
 
 class ScalarModel(nn.Module):
@@ -445,8 +328,7 @@ class ScalarModel(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
-        self.model.compute_dtype = compute_dtype
+        self.model = Decoder(config, compute_dtype)
         self.score = Linear(config.hidden_size, 1)
         self.register_buffer("bias", torch.zeros(()), persistent=False)
 
@@ -482,6 +364,74 @@ def scalar_from_language_model(
     return scalar.to(model.lm_head.weight.device)
 
 
+# ---- One token after the other
+
+
+class KVCache:
+    """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
+
+    Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
+    the row's next tokens overwrite it. It calls the trunk, so that a compiled model is not compiled anew for
+    every length. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
+    """
+
+    positions: Int[Tensor, "B 1 T"]  # of the tokens being read
+    lengths: Int[Tensor, "B"]
+    longest: int  # the largest of them, known without asking the device
+    ragged: bool  # whether they differ
+
+    def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
+        """Room for `rows` rows of at most `size` tokens. To be used under torch.inference_mode()."""
+        config, device = model.config, model.lm_head.weight.device
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
+        self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
+        self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
+
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
+        hidden = self._read(tokens)
+        self.place(lengths, tokens.shape[1])
+        return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+
+    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        """Appends one token to every row; the logits behind it."""
+        hidden = self._read(tokens[:, None])
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        return self.model.logits(hidden[:, 0])
+
+    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+        """Drops every row that is not marked in `rows`."""
+        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
+        self.place(lengths, int(lengths.max()))
+
+    def place(self, lengths: Int[Tensor, "B"], longest: int) -> None:
+        """Sets how many tokens each row holds."""
+        self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
+
+    def _read(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """The hidden states of the next tokens of each row."""
+        _, _, B, K, size, _ = self.kept.shape
+        device = tokens.device
+        self.positions = self.lengths[:, None, None] + torch.arange(tokens.shape[1], device=device)
+        heads = torch.arange(B * K, device=device).view(B, K, 1)
+        self.slots = (heads * size + self.positions).flatten()
+        # In rows of equal lengths the queries are the last of all keys: that is what causal means.
+        self.end = self.positions[:, 0].int() + 1 if self.ragged else None
+        return self.model.model(tokens, attend=self)
+
+    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of one block: keeps the new keys and values and looks at all that are kept."""
+        C, seen = q.shape[3], self.longest + q.shape[2]
+        keys, values = self.kept[0, block], self.kept[1, block]
+        keys.view(-1, C).index_copy_(0, self.slots, k.reshape(-1, C))
+        values.view(-1, C).index_copy_(0, self.slots, v.reshape(-1, C))
+        keys, values = keys[:, :, :seen], values[:, :, :seen]
+        return attention(q, keys, values, end=self.end, causal=self.end is None)
+
+
+# ---- Shape and first weights
+
+
 def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, **overrides) -> ModelConfig:
     """The shape that follows from the one dial.
 
@@ -489,20 +439,16 @@ def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, *
     key/value head to each; the SwiGLU block is 8/3 as wide as the stream (as many weights as a plain
     block of 4), rounded up to a multiple of 64. `overrides` names what is wanted otherwise.
     """
-    width = overrides.pop("hidden_size", None) or 32 * depth
-    head = overrides.pop("head_dim", None) or (32 if width <= 256 else 64 if width <= 1024 else 128)
-    heads = overrides.pop("num_attention_heads", None) or max(1, width // head)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    width = given.get("hidden_size", 32 * depth)
+    head = given.get("head_dim", 32 if width <= 256 else 64 if width <= 1024 else 128)
+    heads = given.get("num_attention_heads", max(1, width // head))
     shape: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "intermediate_size": 64 * -(-8 * width // (3 * 64)),
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": head,
-        "max_position_embeddings": max_position_embeddings,
-    }
-    return ModelConfig(**shape | {name: value for name, value in overrides.items() if value is not None})
+        "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": 64 * -(-8 * width // (3 * 64)),
+        "num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "head_dim": head, "max_position_embeddings": max_position_embeddings,
+    }  # fmt: skip
+    return ModelConfig(**shape | given)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -523,13 +469,10 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     write into the residual stream: they start at zero, so that each block starts as the identity.
     """
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)
         elif parameter.ndim == 1:
             nn.init.ones_(parameter)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            nn.init.zeros_(parameter)
-        elif name.endswith("embed_tokens.weight"):
-            nn.init.normal_(parameter, std=1.0, generator=generator)
         else:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+            std = 1.0 if name.endswith("embed_tokens.weight") else parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,4 +1,8 @@
-"""Which optimizer moves which weights, and how far at each step.
+"""From a batch to an update: the loss and its gradient, and which optimizer moves which weights how far.
+
+A loss is summed over micro-batches and divided by the targets of the whole step, over all processes, so that
+the result is the same however the step is cut. Losses are in nats; divided by the bytes that the targets
+stand for they are comparable across tokenizers.
 
 The matrices inside the blocks go to Muon (torch.optim.Muon: momentum, then the nearest orthogonal
 matrix by five Newton-Schulz steps); the embedding, the output matrix and the norms go to AdamW.
@@ -10,12 +14,101 @@ Left out: per-layer rates, schedules other than linear. Sources: Muon, Jordan et
 (kellerjordan.github.io/posts/muon); AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+
+from minillm.data import IGNORED, Batch
+from minillm.model import LanguageModel
+from minillm.run import Runtime
+
+# ---- A batch -> its loss and gradient
+
+
+def accumulate(
+    forward: Any,
+    summed: Callable[[Any], Tensor],
+    micro_batches: Sequence[Any],
+    count: int,
+    runtime: Runtime,
+    weight: float = 1.0,
+) -> float:
+    """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
+
+    `micro_batches` are this process's share of a step and `count` is the whole step's. `summed` calls
+    `forward`, which is the model or what wraps it. DistributedDataParallel averages over processes, hence
+    the factor `world_size`, and does so with the last micro-batch only.
+    """
+    total = torch.zeros((), device=runtime.device)
+    for number, micro in enumerate(micro_batches, start=1):
+        alone = runtime.world_size == 1 or number == len(micro_batches)
+        with nullcontext() if alone else forward.no_sync():
+            loss = summed(micro)
+            (loss * (weight * runtime.world_size / count)).backward()
+        total += loss.detach()
+    return runtime.total(total).item() / count
+
+
+def backward(
+    forward: Callable[..., Tensor], batch: Batch, micro_tokens: int, runtime: Runtime, weight: float = 1.0
+) -> float:
+    """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats a target.
+
+    `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
+    most `micro_tokens`.
+    """
+    rows, row_tokens = batch.tokens.shape
+    begin, end = (rows * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
+    own, micro_rows = batch.rows(begin, end).to(runtime.device), max(1, micro_tokens // row_tokens)
+    micros = [own.rows(row, row + micro_rows) for row in range(0, end - begin, micro_rows)]
+    targets = max(1, int((batch.targets != IGNORED).sum()))
+    return accumulate(
+        forward, lambda micro: forward(micro.tokens, micro.start, targets=micro.targets),
+        micros, targets, runtime, weight,
+    )  # fmt: skip
+
+
+def per_byte(loss: float, batch: Batch, token_bytes: Int[Tensor, " V"]) -> float:
+    """A batch's loss in nats per target, as nats per byte of text; special tokens stand for no bytes."""
+    targets = batch.targets[batch.targets != IGNORED]
+    return loss * len(targets) / max(1, int(token_bytes[targets].sum()))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss over validation batches, in nats."""
+
+    per_target: float
+    per_byte: float
+    """Over the bytes of text that the targets stand for."""
+
+
+@torch.no_grad()
+def held_out(
+    model: LanguageModel, batches: Iterable[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
+) -> HeldOut:
+    """The loss over validation batches (on the CPU), shared out among the processes."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for i, batch in enumerate(batches):
+        if i % runtime.world_size == runtime.rank:
+            own, targets = batch.to(runtime.device), batch.targets[batch.targets != IGNORED]
+            nats = model(own.tokens, own.start, targets=own.targets).item()
+            totals += torch.tensor([nats, len(targets), int(token_bytes[targets].sum())], dtype=torch.float64)
+    nats, targets, size = runtime.total(totals).tolist()
+    return HeldOut(nats / max(1, targets), nats / max(1, size))
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
+    """Scales all gradients down to a common norm of at most `largest`; returns the norm before."""
+    return nn.utils.clip_grad_norm_(parameters, largest, foreach=True).item()
+
+
+# ---- A gradient -> an update
 
 
 @dataclass(frozen=True)
@@ -41,20 +134,16 @@ class Optimizers:
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.optimizers = list(optimizers)
-        for group in self.groups():
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
             group["base_rate"] = group["lr"]
-
-    def groups(self) -> Iterable[dict]:
-        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups() for parameter in group["params"]]
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     def step(self, multiplier: float) -> None:
         """One update at `multiplier` times the base rates; the gradients are cleared after it."""
-        for group in self.groups():
-            group["lr"] = multiplier * group["base_rate"]
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = multiplier * group["base_rate"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -73,27 +162,20 @@ class Optimizers:
 
     def load_state_tensors(self, tensors: dict[str, Tensor], moved: Sequence[int]) -> None:
         """Takes over what `state_tensors` gave; ValueError unless it is the state of all that had `moved`."""
-        shapes = self._state_shapes().items()
-        expected = {key: shape for key, shape in shapes if int(key.split(".")[0]) in moved}
+        expected, states = {}, []
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Any]] = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for j, parameter in enumerate(parameters if i in moved else ()):
+                names = {name: f"{i}.{j}.{name}" for name in STATE_NAMES[type(optimizer)]}
+                for name, key in names.items():
+                    expected[key] = torch.Size() if name == "step" else parameter.shape
+                state[j] = {name: tensors.get(key) for name, key in names.items()}
+            states.append({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if {key: value.shape for key, value in tensors.items()} != expected:
             raise ValueError("not the state of these optimizers")
-        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
-        for key, value in tensors.items():
-            i, j, name = key.split(".", 2)
-            states[int(i)].setdefault(int(j), {})[name] = value
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def _state_shapes(self) -> dict[str, torch.Size]:
-        """The names and shapes of all state, once the first step has made it."""
-        shapes = {}
-        for i, optimizer in enumerate(self.optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for j, parameter in enumerate(parameters):
-                for name in STATE_NAMES[type(optimizer)]:
-                    shapes[f"{i}.{j}.{name}"] = torch.Size() if name == "step" else parameter.shape
-        return shapes
+        for optimizer, loaded in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(loaded)
 
 
 def build_optimizers(
@@ -128,8 +210,3 @@ def lr_schedule(step: int, steps: int, warmup: int, decay: float) -> float:
     rise = min(1.0, (step + 1) / (warmup + 1))
     fall = min(1.0, (steps - step) / max(1.0, decay * steps))
     return rise * fall
-
-
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scales all gradients down to a common norm of at most `largest`; returns the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, largest, foreach=True).item()

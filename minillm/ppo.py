@@ -69,9 +69,15 @@ from minillm.errors import InputError
 from minillm.files import digest
 from minillm.generate import SamplingOptions, filter_logits
 from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
-from minillm.loss import accumulate, backward
 from minillm.model import LanguageModel, ScalarModel
-from minillm.optim import LearningRates, Optimizers, build_optimizers, clip_gradients
+from minillm.optim import (
+    LearningRates,
+    Optimizers,
+    accumulate,
+    backward,
+    build_optimizers,
+    clip_gradients,
+)
 from minillm.options import PolicyOptions
 from minillm.preferences import Message, sample_responses, seed_of
 from minillm.reward import encode_response, score_rows
@@ -533,7 +539,7 @@ class Aligner:
                 self.wrapped_critic, self._value_loss, batch, tokens, runtime, options.vf_coef
             )
         loss = sum(weights[name] * part for name, part in losses.items())
-        norm = clip_gradients(self.optimizers.parameters(), options.clip)
+        norm = clip_gradients(self.optimizers.parameters, options.clip)
         if math.isfinite(loss + norm):
             self.optimizers.step(learning_rate)
         metrics = losses | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}

@@ -162,10 +162,10 @@ def sample_responses(
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
         samples = generate(model, prompts[part], sampling, seeds[part])
-        rows = zip(samples.tokens.tolist(), samples.lengths.tolist(), strict=True)
-        responses.rows.extend(row[:end] for row, end in rows)
-        responses.prompt_lengths.extend(samples.prompt_lengths.tolist())
-        responses.ended.extend(samples.stopped.tolist())
+        texts = zip(prompts[part], samples.responses, strict=True)
+        responses.rows.extend([*prompt, *response] for prompt, response in texts)
+        responses.prompt_lengths.extend(map(len, prompts[part]))
+        responses.ended.extend(samples.stopped)
     return responses
 
 

@@ -39,8 +39,8 @@ from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.files import digest
 from minillm.layout import flat_index, forward_passes, pack_rows, pad
-from minillm.loss import accumulate
 from minillm.model import ScalarModel
+from minillm.optim import accumulate
 from minillm.preferences import Ranking
 from minillm.run import Runtime
 

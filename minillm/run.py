@@ -45,7 +45,6 @@ from tqdm import tqdm
 from minillm.errors import BAD_FILE, InputError, Interrupted, reading, signals, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
-from minillm.optim import Optimizers
 from minillm.options import TrainingOptions, options_json
 
 # ---- Where it computes
@@ -89,10 +88,6 @@ class Runtime:
                 f"give --batch-tokens a multiple of {self.world_size * block_size}"
             )
         return rows
-
-    def sync_gradients(self, forward: Any, last: bool) -> contextlib.AbstractContextManager:
-        """Averages gradients over processes with the last micro-batch only. `forward` is from `wrap`."""
-        return contextlib.nullcontext() if self.world_size == 1 or last else forward.no_sync()
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes. One alone leaves it where it is, in any precision."""
@@ -185,7 +180,8 @@ class TrainingState:
     """Everything that moves while a model trains, and therefore all that a restart must bring back."""
 
     model: nn.Module
-    optimizers: Optimizers
+    optimizers: Any
+    """An optim.Optimizers."""
     data: Stateful
     """The stream of batches."""
     step: int = 0

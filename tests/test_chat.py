@@ -227,7 +227,7 @@ def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, 
         prompt = chat.format.prompt([*chat.messages, message("user", text)])
         options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.format.stop_ids)
         samples = generate(MODEL, [prompt], options, [seed + number])
-        (response,), stopped = samples.responses(), bool(samples.stopped[0])
+        (response,), stopped = samples.responses, samples.stopped[0]
         reply = chat.hear(text)
         pieces = list(reply)
         assert "".join(pieces) == plain_tokenizer().decode(response[:-1] if stopped else response)
@@ -268,7 +268,7 @@ def test_a_base_model_goes_on_with_each_text_by_itself():
     for number, text in enumerate(["The cat", "sat <|end|>"]):
         prompt = [bos, *plain_tokenizer().encode(text)]
         options = SamplingOptions(20, 0.7, stop_ids=(bos,))
-        (response,) = generate(MODEL, [prompt], options, [5 + number]).responses()
+        (response,) = generate(MODEL, [prompt], options, [5 + number]).responses
         reply = chat.hear(text)
         expected = plain_tokenizer().decode(token for token in response if token != bos)
         assert "".join(reply) == expected
@@ -306,7 +306,7 @@ def test_samples_of_a_file_are_those_of_generate_past_the_context_too(tmp_path, 
     tokenizer = plain_tokenizer()
     prompt, eos = [tokenizer.bos_id, *tokenizer.encode(text)], tokenizer.eos_id
     sampling = SamplingOptions(50, 1.0, stop_ids=(eos,), crop=True)
-    responses = generate(model, [prompt] * 3, sampling, [3, 4, 5]).responses()
+    responses = generate(model, [prompt] * 3, sampling, [3, 4, 5]).responses
     texts = [printable(tokenizer.decode(token for token in r if token != eos)) for r in responses]
     expected = "".join(f"--- sample {i} ---\n{said}\n" for i, said in enumerate(texts))
     assert printed.out == expected and printed.err.count("past them") == 1

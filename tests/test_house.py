@@ -15,6 +15,7 @@ STEPS = {"train.py": (66, 12), "sft.py": (65, 11), "PPO": (165, 23)}
 SEAMS = {
     "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
+    "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/options.py": {"minillm/tools/commandline.py"},
     "minillm/run.py": {"minillm/tools/device.py", "minillm/tools/folder.py", "minillm/tools/trackers.py"},
     "minillm/tokenizer.py": {"minillm/fast/workers.py", "minillm/io/vocabulary.py"},

@@ -64,7 +64,7 @@ def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(d
     assert all(sequence in wholes for sequence, _ in sequences), "what a last token sees is its sequence"
     for place, at in enumerate(shared_prompts.back.tolist()):
         seen = wholes[at]
-        assert seen[-1] == flat[place] and len(seen) == shared_prompts.of_tokens[place] + 1
+        assert seen[-1] == flat[place] and len(seen) == shared_prompts.positions[place] + 1
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 
@@ -388,9 +389,6 @@ def test_training_learns_the_order_by_the_last_values_and_by_the_mean_ones(drawn
 class OneOf(Runtime):
     """A process among several, for once alone."""
 
-    def sync_gradients(self, forward, last):
-        return super().sync_gradients(forward, last=True)
-
     def total(self, value: Tensor) -> Tensor:
         return value
 
@@ -401,6 +399,7 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn,
     """What DistributedDataParallel averages, computed one rank after the other."""
     encoded = encoded_of(drawn)
     model, step = model_of(), encoded * world
+    model.no_sync = nullcontext  # as DistributedDataParallel has it
     whole = ranking_backward(model, scores_of(model), step, 100, HERE)
     expected = gradients(model)
     model.zero_grad()

@@ -85,6 +85,6 @@ def test_greedy_decoding_tells_the_story_of_the_reference_program(folder: Path):
     model = read_llama2c(folder / "stories260K.bin")
     pieces = read_pieces(folder / "tok512.bin", model.config.vocab_size)
     options = SamplingOptions(200, temperature=0, stop_ids=(BOS,))
-    (tokens,) = generate(model, [[BOS]], options, [0]).responses()
+    (tokens,) = generate(model, [[BOS]], options, [0]).responses
     expected = (folder / "expected_greedy_200.txt").read_bytes()
     assert text_of(tokens, pieces) == expected

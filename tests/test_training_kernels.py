@@ -6,9 +6,8 @@ import torch
 import kernels.attention
 import kernels.cross_entropy
 from minillm.data import Batch, document_starts
-from minillm.loss import backward
 from minillm.model import LanguageModel, ModelConfig, initialize
-from minillm.optim import LearningRates, build_optimizers
+from minillm.optim import LearningRates, backward, build_optimizers
 from minillm.run import Runtime
 
 SHAPE = ModelConfig(

@@ -18,7 +18,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minillm.model import Block, KVCache, LanguageModel, RMSNorm
@@ -47,7 +47,7 @@ class FoldedCache(KVCache):
         self.exact = torch.promote_types(self.dtype, torch.float32)
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
         self.blocks = [self._weights(cast(Block, block)) for block in trunk.layers]
-        self.output = self._behind(trunk.norm, model.lm_head.weight)
+        self.output = self._matrix(model.lm_head.weight, norm=trunk.norm)
         device = self.output.device
         widths = torch.tensor((config.hidden_size, config.head_dim), device=device, dtype=self.exact)
         self.floors = (widths * config.rms_norm_eps).sqrt().unbind()
@@ -56,12 +56,15 @@ class FoldedCache(KVCache):
         self.rotation = torch.polar(torch.ones_like(angles), angles).to(self.exact.to_complex())
         super().__init__(model, rows, size)
 
-    def _behind(self, norm: RMSNorm, *matrices: Float[Tensor, "_ D"]) -> Float[Tensor, "D outputs"]:
-        """The matrices that read the output of a norm, as one that reads what `_unit` gives."""
-        return self._turned(torch.cat(matrices) * (norm.weight * norm.weight.numel() ** 0.5))
-
-    def _turned(self, matrix: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "inputs outputs"]:
-        return matrix.to(self.dtype).T.contiguous()  # the faster layout where there is one row
+    def _matrix(
+        self, *matrices: Float[Tensor, "_ D"], norm: RMSNorm | None = None
+    ) -> Float[Tensor, "D outputs"]:
+        """Matrices of one input as one, in the faster layout where there is one row. Behind a norm it reads
+        what `_unit` gives."""
+        matrix = torch.cat(matrices)
+        if norm is not None:
+            matrix = matrix * (norm.weight * norm.weight.numel() ** 0.5)
+        return matrix.to(self.dtype).T.contiguous()
 
     def _weights(self, block: Block) -> Weights:
         attn, mlp, qk_norm, C = block.self_attn, block.mlp, None, block.self_attn.head_dim
@@ -74,11 +77,11 @@ class FoldedCache(KVCache):
         else:
             q = q * C**-0.5
         return Weights(
-            self._behind(block.input_layernorm, q, k, attn.v_proj.weight),
+            self._matrix(q, k, attn.v_proj.weight, norm=block.input_layernorm),
             qk_norm,
-            self._turned(attn.o_proj.weight),
-            self._behind(block.post_attention_layernorm, mlp.gate_proj.weight, mlp.up_proj.weight),
-            self._turned(mlp.down_proj.weight),
+            self._matrix(attn.o_proj.weight),
+            self._matrix(mlp.gate_proj.weight, mlp.up_proj.weight, norm=block.post_attention_layernorm),
+            self._matrix(mlp.down_proj.weight),
         )
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
@@ -128,6 +131,56 @@ class FoldedCache(KVCache):
             mask = torch.zeros(B, size, device=lengths.device, dtype=self.dtype)
             mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(K, dim=0)
             self.mask = mask[:, None]
+
+
+# ---- Which cache, and past the model's positions
+
+
+def cache_of(model: LanguageModel, rows: int, size: int, crop: bool = False) -> "KVCache | CroppedContext":
+    """What reads the tokens, at most `size` of each row, in the fastest way that there is for the model."""
+    if crop and size > model.config.max_position_embeddings:
+        return CroppedContext(model, rows, size)
+    unfolded = model.config.qkv_bias or model.config.rope_yarn is not None
+    on_mps = model.lm_head.weight.device.type == "mps"  # which knows no complex numbers
+    return (KVCache if unfolded or on_mps else FoldedCache)(model, rows, size)
+
+
+class CroppedContext:
+    """In the place of a KVCache where texts outgrow the model's positions: it sees the last tokens of each.
+
+    A text that has lost its beginning has other positions and other hidden states throughout, so that no key
+    can be kept: from there on every step computes the whole context anew.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
+        self.model, self.size, self.most = model, size, model.config.max_position_embeddings
+        self.cache = cache_of(model, rows, self.most)
+
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        self.lengths, self.longest = lengths, tokens.shape[1]
+        self.tokens = F.pad(tokens, (0, self.size - self.longest))
+        return self.cache.prefill(tokens, lengths) if self.longest <= self.most else self._anew()
+
+    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+        self.tokens.scatter_(1, self.lengths[:, None], tokens[:, None])
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
+        return self.cache.step(tokens) if self.longest <= self.most else self._anew()
+
+    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+        self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
+        if self.longest <= self.most:
+            self.cache.keep(rows)
+
+    def _anew(self) -> Float[Tensor, "B V"]:
+        """The logits behind every row, from its last tokens."""
+        first = (self.lengths - self.most).clamp(min=0)
+        index = torch.arange(self.most, device=first.device)
+        hidden = self.model.model(self.tokens.gather(1, first[:, None] + index))
+        rows = torch.arange(len(first), device=first.device)
+        return self.model.logits(hidden[rows, self.lengths - first - 1])
+
+
+# ---- What the fast form is made of
 
 
 def _paired(x: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:

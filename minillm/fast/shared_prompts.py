@@ -24,8 +24,8 @@ class SharedPrompts:
     [R, W]: the queries, keys and values of its tokens are gathered there, and the results gathered back.
     """
 
-    of_tokens: Int64[Tensor, " T"]
-    """The position of each token in its sequences."""
+    positions: Int64[Tensor, " T"]
+    """Of each token in its sequences."""
     rows: Int64[Tensor, "R W"]
     """Which token is at each position of the rows."""
     start: Int32[Tensor, "R W"]
@@ -37,16 +37,8 @@ class SharedPrompts:
         """The same on `device`."""
         return SharedPrompts(*(tensor.to(device) for tensor in vars(self).values()))
 
-    def positions(self, T: int) -> Int64[Tensor, " T"]:
-        return self.of_tokens
-
-    def __call__(
-        self,
-        block: int,
-        q: Float[Tensor, "1 H T C"],
-        k: Float[Tensor, "1 K T C"],
-        v: Float[Tensor, "1 K T C"],
-    ) -> Float[Tensor, "1 H T C"]:
+    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the queries [1, H, T, C] gather from keys and values [1, K, T, C]."""
         _, H, T, C = q.shape
         q, k, v = map(self._in_rows, (q, k, v))
         gathered = attention(q, k, v, start=self.start)

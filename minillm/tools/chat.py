@@ -190,7 +190,7 @@ class Chat:
         """Several replies to one text, and whether each came to its end; the first is what `hear` gives."""
         _, prompt, sampling = self.ask(text)
         seeds = range(self.options.seed, self.options.seed + count)
-        responses = generate(self.model, [prompt] * count, sampling, seeds).responses()
+        responses = generate(self.model, [prompt] * count, sampling, seeds).responses
         ended = [response[-1] in sampling.stop_ids for response in responses]
         texts = [self.tokenizer.decode(r[: len(r) - e]) for r, e in zip(responses, ended, strict=True)]
         return list(zip(texts, ended, strict=True))
