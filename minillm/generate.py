@@ -137,8 +137,8 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) 
 
 
 def _choose(
-    logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"], options: SamplingOptions
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
+    logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"], options: SamplingOptions
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
     """One token a row and its log-probability."""
     if options.temperature == 0:
         best, token = logits.max(dim=1)
@@ -162,7 +162,7 @@ def _choose(
 
 def _steps(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
-) -> Iterator[tuple[Int[Tensor, "b"], Int[Tensor, "b"], Float[Tensor, "b"]]]:
+) -> Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Float[Tensor, " b"]]]:
     """At each step the rows in the batch, the token that each is given and its log-probability.
 
     A row that stopped may stay for some steps: what follows its stop token is to be ignored.

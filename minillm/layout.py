@@ -71,7 +71,7 @@ def flat_index(
 
 def gather_previous(
     per_position: Float[Tensor, "P T *X"], index: Int64[Tensor, " N"]
-) -> Float[Tensor, "N *X"]:
+) -> Float[Tensor, " N *X"]:
     """What is at the position before each of these: its hidden state, or its value."""
     return per_position.flatten(0, 1)[index - 1]
 

@@ -376,7 +376,7 @@ class KVCache:
     """
 
     positions: Int[Tensor, "B 1 T"]  # of the tokens being read
-    lengths: Int[Tensor, "B"]
+    lengths: Int[Tensor, " B"]
     longest: int  # the largest of them, known without asking the device
     ragged: bool  # whether they differ
 
@@ -387,24 +387,24 @@ class KVCache:
         self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
         self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
 
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
         hidden = self._read(tokens)
         self.place(lengths, tokens.shape[1])
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Appends one token to every row; the logits behind it."""
         hidden = self._read(tokens[:, None])
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.model.logits(hidden[:, 0])
 
-    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+    def keep(self, rows: Bool[Tensor, " B"]) -> None:
         """Drops every row that is not marked in `rows`."""
         self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
         self.place(lengths, int(lengths.max()))
 
-    def place(self, lengths: Int[Tensor, "B"], longest: int) -> None:
+    def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
         """Sets how many tokens each row holds."""
         self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
 

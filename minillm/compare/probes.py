@@ -60,7 +60,7 @@ def said_hidden(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D
 
 
 @torch.no_grad()
-def in_batches(rows: Sequence[Row], score: Callable[[list[int]], Float[Tensor, "N"]]) -> PerToken:
+def in_batches(rows: Sequence[Row], score: Callable[[list[int]], Float[Tensor, " N"]]) -> PerToken:
     """Calls `score` with the numbers of rows of similar lengths, for little padding; back in their order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     found: dict[int, np.ndarray] = {}
@@ -74,7 +74,7 @@ def in_batches(rows: Sequence[Row], score: Callable[[list[int]], Float[Tensor, "
 def logprobs(model: LanguageModel, rows: Sequence[Row]) -> PerToken:
     """log p of each token said."""
 
-    def score(batch: list[int]) -> Float[Tensor, "N"]:
+    def score(batch: list[int]) -> Float[Tensor, " N"]:
         hidden = said_hidden(model, [rows[i] for i in batch])
         targets = torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64)
         return linear_token_logprobs(hidden, model.lm_head.weight, targets.to(hidden.device))[0]
@@ -90,7 +90,7 @@ def row_kl(
     The rows say the same tokens, each model's after a context of its own. The models have one vocabulary.
     """
 
-    def score(batch: list[int]) -> Float[Tensor, "N"]:
+    def score(batch: list[int]) -> Float[Tensor, " N"]:
         p = said_hidden(later, [later_rows[i] for i in batch])
         q = said_hidden(earlier, [earlier_rows[i] for i in batch])
         return linear_kl(p, later.lm_head.weight, q, earlier.lm_head.weight)

@@ -84,13 +84,13 @@ class FoldedCache(KVCache):
             self._matrix(mlp.down_proj.weight),
         )
 
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         logits = super().prefill(tokens, lengths)
         keys = self.kept[0, :, :, :, : self.longest]
         keys.copy_(_paired(keys, -1))
         return logits
 
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         (H, K), (floor, head_floor), exact = self.heads, self.floors, self.exact
         _, blocks, B, _, size, C = self.kept.shape
         seen, mask, cache, slots = self.longest + 1, self.mask, self.kept.view(-1, C), self.slots.unbind()
@@ -119,7 +119,7 @@ class FoldedCache(KVCache):
         self.lengths, self.longest, self.slots = self.lengths + 1, seen, self.slots + 1
         return torch.mm(_unit(x, floor), self.output).float()
 
-    def place(self, lengths: Int[Tensor, "B"], longest: int) -> None:
+    def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
         """Sets the lengths, and from them where each row writes next and what it may not see."""
         super().place(lengths, longest)
         _, blocks, B, K, size, _ = self.kept.shape
@@ -156,17 +156,17 @@ class CroppedContext:
         self.model, self.size, self.most = model, size, model.config.max_position_embeddings
         self.cache = cache_of(model, rows, self.most)
 
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         self.lengths, self.longest = lengths, tokens.shape[1]
         self.tokens = F.pad(tokens, (0, self.size - self.longest))
         return self.cache.prefill(tokens, lengths) if self.longest <= self.most else self._anew()
 
-    def step(self, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         self.tokens.scatter_(1, self.lengths[:, None], tokens[:, None])
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.cache.step(tokens) if self.longest <= self.most else self._anew()
 
-    def keep(self, rows: Bool[Tensor, "B"]) -> None:
+    def keep(self, rows: Bool[Tensor, " B"]) -> None:
         self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
         if self.longest <= self.most:
             self.cache.keep(rows)

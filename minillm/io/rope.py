@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.model import ModelConfig
 
 
-def stretched(frequencies: Float[Tensor, "half"], config: ModelConfig) -> Float[Tensor, "half"]:
+def stretched(frequencies: Float[Tensor, " half"], config: ModelConfig) -> Float[Tensor, " half"]:
     """The frequencies, in radians per position, as `config` stretches them."""
     if config.rope_llama3:
         factor, low, high, length = config.rope_llama3

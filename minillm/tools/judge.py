@@ -81,7 +81,7 @@ class Judge:
         return ranking_by(copeland(len(texts), pairs, wins)) if len(wins) == len(pairs) else None
 
     @torch.inference_mode()
-    def margins(self, questions: Sequence[Sequence[int]]) -> Float[Tensor, "N"]:
+    def margins(self, questions: Sequence[Sequence[int]]) -> Float[Tensor, " N"]:
         """log P(" A") - log P(" B") behind each question: the difference of two logits."""
         device = self.model.lm_head.weight.device
         lengths = torch.tensor([len(question) for question in questions], device=device)
@@ -91,7 +91,7 @@ class Judge:
         return (logits[:, self.letters[0]] - logits[:, self.letters[1]]).cpu()
 
 
-def verdicts(margins: Float[Tensor, "N"]) -> list[int]:
+def verdicts(margins: Float[Tensor, " N"]) -> list[int]:
     """From margins in both orders, (i, j) and (j, i) in turn: 1 where i wins, -1 where j does, 0 for a tie.
 
     In the second order i is B: it wins where the margin is negative.
