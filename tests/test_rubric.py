@@ -2,7 +2,7 @@
 
 import pytest
 
-from minillm.world import Prompt, World
+from minillm.world import Prompt, World, phrases
 
 WORLD = World(0)
 
@@ -101,7 +101,5 @@ def test_a_reply_has_the_outcome_the_components_and_the_utility_of_the_table(
 
 
 def test_every_outcome_of_every_kind_is_in_the_table():
-    from minillm.world.rubric import OUTCOMES
-
     covered = {(PROMPTS[name].kind, outcome) for name, _, outcome, *_ in REPLIES}
-    assert covered == {(kind, outcome) for kind, table in OUTCOMES.items() for outcome in table}
+    assert covered == {(kind, outcome) for kind, table in phrases.OUTCOMES.items() for outcome in table}

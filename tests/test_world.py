@@ -5,21 +5,17 @@ be flattered.
 import contextlib
 import hashlib
 import io
-import os
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from itertools import combinations, pairwise, product
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.errors import InputError
-from minillm.world import FLAWS, KIND_SHARES, KINDS, MULTI_TURN, SHARES, Prompt, World, phrases
-from minillm.world.facts import SPLITS, Entity, attributes_of, questions, state
+from minillm.world import KIND_SHARES, KINDS, MULTI_TURN, SHARES, Prompt, World, phrases
+from minillm.world.facts import SPLITS, Entity, attributes_of, state
 from minillm.world.stories import PHASES
 from minillm.world.tasks import TASKS, Task
 from minillm.world.text import SOURCES
@@ -48,15 +44,10 @@ def digest(texts) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def digests() -> dict[str, str]:
-    """What the pinned digests hold: the first 20 kB of each source and 50 conversations."""
-    found = {source: digest(WORLD.documents(source, 0.02)) for source in SOURCES}
-    found["conversations"] = digest(repr(c) for c in WORLD.conversations("train", 50))
-    found["prompts"] = digest(repr(p) for p in WORLD.prompts("test", n=50))
-    return found
+# ------------------------------------------------------------------------------------- reproducible
 
 
-# A change of any text changes these: then raise VERSION in minillm/world.py and pin the new ones.
+# A change of any text changes these: then raise VERSION in minillm/world/__init__.py and pin the new ones.
 PINNED = {
     "web": "a8efe784dcd93d41",
     "books": "a58d469e2a277543",
@@ -66,61 +57,17 @@ PINNED = {
     "qa": "c025b9cc4aea3126",
     "conversations": "31e28f44f21a9c8d",
     "prompts": "05ce6c5749355e64",
+    "shares": "4d5f7553a3e60da8",
 }
 
 
-# ------------------------------------------------------------------------------------- reproducible
-
-
-def test_text_is_what_was_pinned() -> None:
-    assert digests() == PINNED
-
-
-def test_text_does_not_depend_on_the_hash_seed() -> None:
-    code = "from tests.test_world import digests; print(digests())"
-    root = Path(__file__).parents[1]
-    for seed in ("1", "4711"):
-        run = [sys.executable, "-c", code]
-        output = subprocess.run(
-            run,
-            cwd=root,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-        )
-        assert output.stdout.decode().strip() == repr(PINNED)
-
-
-@few
-@given(st.sampled_from(list(SOURCES)), st.floats(0.0001, 0.01), st.floats(0.0001, 0.01))
-def test_more_megabytes_only_append(source: str, some: float, more: float) -> None:
-    few_documents = list(WORLD.documents(source, min(some, more)))
-    assert list(WORLD.documents(source, max(some, more)))[: len(few_documents)] == few_documents
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_documents_stop_at_the_size_asked_for(source: str) -> None:
-    documents = list(WORLD.documents(source, 0.05))
-    size = sum(len(text.encode()) for text in documents)
-    assert size >= 50_000 > size - len(documents[-1].encode())
-    assert all(text.strip() for text in documents)
-
-
-def test_shares_are_those_published_for_llama_1() -> None:
-    assert SHARES == {
-        "web": 67.0,
-        "books": 15.0,
-        "code": 4.5,
-        "wiki": 4.5,
-        "papers": 2.5,
-        "qa": 2.0,
-    }
-
-
-def test_other_seeds_make_other_worlds() -> None:
-    other = World(1)
-    assert {f.entity.name: f.value for f in other.facts} != {f.entity.name: f.value for f in WORLD.facts}
-    assert other.fingerprint != WORLD.fingerprint
+def test_text_and_shares_are_what_was_pinned() -> None:
+    """In every process: each hashes strings in another way, and sets of them have another order."""
+    found = {source: digest(WORLD.documents(source, 0.02)) for source in SOURCES}
+    found["conversations"] = digest(repr(c) for c in WORLD.conversations("train", 50))
+    found["prompts"] = digest(repr(p) for p in WORLD.prompts("test", n=50))
+    found["shares"] = digest(map(repr, (SHARES, KIND_SHARES, phrases.FLAWS)))
+    assert found == PINNED
 
 
 def test_the_worlds_are_those_of_every_release() -> None:
@@ -129,15 +76,30 @@ def test_the_worlds_are_those_of_every_release() -> None:
     assert {seed: World(seed).fingerprint for seed in fingerprints} == fingerprints
 
 
-def test_unknown_sources_splits_and_kinds_are_refused_in_one_line() -> None:
-    for call in (
-        lambda: list(WORLD.documents("radio", 1)),
-        lambda: WORLD.prompts("all"),
-        lambda: WORLD.prompts("test", "love"),
-    ):
-        with pytest.raises(InputError) as error:
-            call()
-        assert "\n" not in str(error.value)
+@few
+@given(st.sampled_from(list(SOURCES)), st.floats(0.0001, 0.01), st.floats(0.0001, 0.01))
+def test_documents_stop_at_the_size_asked_for_and_more_only_append(source, some, more) -> None:
+    documents = list(WORLD.documents(source, some))
+    sizes = [len(text.encode()) for text in documents]
+    assert sum(sizes) >= some * 1e6 > sum(sizes[:-1])
+    both = zip(documents, WORLD.documents(source, more), strict=False)
+    assert all(one == other and one.strip() for one, other in both)
+
+
+UNKNOWN_NAMES = {
+    "radio": lambda: list(WORLD.documents("radio", 1)),
+    "all": lambda: WORLD.prompts("all"),
+    "love": lambda: WORLD.prompts("test", "love"),
+    "one": lambda: WORLD.conversations("one", 1),
+    "two": lambda: WORLD.paired_continuations("two", 1),
+    "sleepy": lambda: WORLD.reply_pairs("dev", "sleepy", 1),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_NAMES)
+def test_what_the_world_does_not_have_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match=f"has no .*'{name}'; choose from"):
+        UNKNOWN_NAMES[name]()
 
 
 # -------------------------------------------------------------------------------------------- facts
@@ -159,26 +121,21 @@ def parts_of(entity: Entity) -> tuple[str, str, str]:
     return first, stem, last[len(stem) :]
 
 
-def test_every_second_word_of_a_name_is_nobody_elses() -> None:
-    lasts = [e.name.split(" ", 1)[1] for e in (*FACTS.entities, *FACTS.unknown)]
-    assert len(set(lasts)) == len(lasts) == 240
-
-
-def test_known_and_unknown_names_are_made_of_the_same_parts() -> None:
-    for kind, columns in phrases.NAME_PARTS.items():
-        for known in (True, False):
-            names = [parts_of(e) for e in FACTS.named(kind, known)]
-            assert [set(column) for column in zip(*names, strict=True)] == [set(column) for column in columns]
-
-
-def test_no_part_tells_whether_a_name_is_known_in_any_split() -> None:
+def test_the_second_word_of_a_name_is_nobody_elses_and_no_part_tells_whether_it_is_known() -> None:
     """Were a part commoner among the known names of one split, it would be rarer among those of others."""
-    for kind, columns in phrases.NAME_PARTS.items():
-        for known, split in product((True, False), SPLITS):
-            names = [parts_of(e) for e in FACTS.named(kind, known) if e.split == split]
-            for column, parts in enumerate(columns):
-                counts = Counter(name[column] for name in names)
+    everyone = FACTS.entities + FACTS.unknown
+    assert len({e.name.split(" ", 1)[1] for e in everyone}) == len(everyone) == 240
+    for (kind, columns), known in product(phrases.NAME_PARTS.items(), (True, False)):
+        entities = [e for e in everyone if e.type == kind and e.known == known]
+        for column, parts in enumerate(columns):
+            assert {parts_of(e)[column] for e in entities} == set(parts)
+            for split in SPLITS:
+                counts = Counter(parts_of(e)[column] for e in entities if e.split == split)
                 assert max(counts.values()) - min(counts[part] for part in parts) <= 2
+
+
+def test_every_question_about_a_name_is_distinct() -> None:
+    assert all(len(set(asks)) == len(asks) == 20 for asks, _ in FACTS.asks.values())
 
 
 def tellings(mixture: dict[str, list[str]]) -> tuple[Counter, dict, Counter]:
@@ -203,40 +160,24 @@ def tellings(mixture: dict[str, list[str]]) -> tuple[Counter, dict, Counter]:
     return told, ways, mistold
 
 
-def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_wrongly(
-    mixture,
-) -> None:
+def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_wrongly(mixture) -> None:
     told, ways, mistold = tellings(mixture)
-    assert min(told[f] for f in WORLD.facts) >= 10
-    assert all(told[f] >= 3 * mistold[f] for f in WORLD.facts)
-    assert min(len(ways[f]) for f in WORLD.facts) >= 4
+    for fact in WORLD.facts:
+        assert told[fact] >= max(10, 3 * mistold[fact]) and len(ways[fact]) >= 4
     assert sum(len(ways[f]) >= 5 for f in WORLD.facts) > 470
     assert sum(mistold[f] for f in WORLD.facts) > 0  # the web is sometimes wrong
-
-
-@pytest.mark.slow
-def test_ten_megabytes_tell_every_fact_forty_times_in_five_ways() -> None:
-    total = sum(SHARES.values())
-    told, ways, mistold = tellings(
-        {s: list(WORLD.documents(s, 10 * share / total)) for s, share in SHARES.items()}
-    )
-    assert min(told[f] for f in WORLD.facts) >= 40
-    assert min(len(ways[f]) for f in WORLD.facts) >= 5
-    assert all(told[f] >= 3 * mistold[f] for f in WORLD.facts)
 
 
 def test_every_fact_stands_as_question_and_right_answer(mixture) -> None:
     asked = {ask: f for f in WORLD.facts for ask in f.asks}
     answered = Counter()
+    pair = re.compile(r"(?:[:.\]] |^)([A-Z][^.?!:\n\]]+\?)\s*(?:\(|A[.:]|Answer:|Reply:|\[a\])\s*([^\n]+)")
     for text in (*mixture["web"], *mixture["qa"]):
-        for ask, answer in re.findall(
-            r"(?:[:.\]] |^)([A-Z][^.?!:\n\]]+\?)\s*(?:\(|A[.:]|Answer:|Reply:|\[a\])\s*([^\n]+)",
-            text,
-        ):
+        for ask, answer in pair.findall(text):
             if ask in asked:
                 assert re.search(rf"\b{re.escape(asked[ask].value)}\b", answer), (ask, answer)
                 answered[asked[ask]] += 1
-    assert min(answered[f] for f in WORLD.facts) >= 1
+    assert set(answered) == set(WORLD.facts)
 
 
 def test_no_text_tells_a_fact_about_an_unknown_name(mixture) -> None:
@@ -282,9 +223,8 @@ def test_programs_print_what_their_comments_say() -> None:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(program, {})
-        assert output.getvalue().splitlines() == re.findall(
-            r"^print\(.*\)  # (.*)$", program, re.MULTILINE
-        ), program
+        told = re.findall(r"^print\(.*\)  # (.*)$", program, re.MULTILINE)
+        assert output.getvalue().splitlines() == told, program
 
 
 def test_numbers_of_a_paper_agree_between_abstract_method_and_results() -> None:
@@ -325,15 +265,8 @@ def beats(tables: dict[str, tuple[str, ...]]) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
-STORY_BEATS = beats(
-    {
-        **phrases.BEATS,
-        **{
-            name: phrases.STORY[name]
-            for name in ("open", "lies", "tells_other", "tells_place", "asks_where", "done")
-        },
-    }
-)
+TOLD = ("open", "lies", "tells_other", "tells_place", "asks_where", "done")
+STORY_BEATS = beats({**phrases.BEATS, **{name: phrases.STORY[name] for name in TOLD}})
 
 
 def test_nobody_in_a_story_gives_or_takes_what_is_not_there() -> None:
@@ -341,11 +274,8 @@ def test_nobody_in_a_story_gives_or_takes_what_is_not_there() -> None:
     for story in WORLD.documents("books", 0.2):
         at, holder, asked = {}, {}, ""
         for match in STORY_BEATS.finditer(story):
-            groups = {
-                key.rsplit("_", 1)[0]: value.replace("The ", "the ")
-                for key, value in match.groupdict().items()
-                if value
-            }
+            found = {key.rsplit("_", 1)[0]: value for key, value in match.groupdict().items() if value}
+            groups = {key: value.replace("The ", "the ") for key, value in found.items()}
             beat = match.lastgroup.rsplit("_", 1)[0]  # the outer group closes last
             a, b, o, p = (groups.get(slot, "") for slot in "abop")
             if beat == "open":
@@ -373,17 +303,13 @@ def test_nobody_in_a_story_gives_or_takes_what_is_not_there() -> None:
     assert gifts > 100
 
 
-def test_a_storys_day_goes_forward() -> None:
-    for story in WORLD.documents("books", 0.1):
+def test_a_storys_day_goes_forward_and_its_sentences_recurse_and_end() -> None:
+    stories = list(WORLD.documents("books", 0.1))
+    for story in stories:
         times = re.findall(r"(?:It was (\w+) now|Hours went by, and it was (\w+)|(\w+) came)\.", story)
         order = [PHASES.index("".join(time).lower()) for time in times]
-        assert order == sorted(set(order))
-
-
-def test_grammars_recurse_and_end() -> None:
-    lengths = [len(text) for source in SOURCES for text in WORLD.documents(source, 0.05)]
-    assert max(lengths) < 6000
-    assert any(text.count(" who ") > 2 for text in WORLD.documents("books", 0.05))
+        assert order == sorted(set(order)) and len(story) < 6000
+    assert any(story.count(" who ") > 2 for story in stories)
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -394,23 +320,20 @@ def shape(prompt: Prompt) -> str:
     return prompt.text.replace(prompt.entity, "NAME") if prompt.entity else prompt.text
 
 
+LEAD = re.compile(r"^(Hello!|Hi there\.|You know what\?|By the way:|Listen:) (?=.)")
 CONTENTS = {
     "texts": lambda p: p.text,
     "entities": lambda p: p.entity if p.kind == "fact" else None,
     "unknown names": lambda p: p.entity if p.kind == "unknown" else None,
     "phrasings": lambda p: shape(p) if p.kind in ("fact", "unknown") else None,
     "requests": lambda p: p.wanted[0] if p.kind == "harm" else None,
-    "small talk": lambda p: (
-        re.sub(r"^(Hello!|Hi there\.|You know what\?|By the way:|Listen:) (?=.)", "", p.text)
-        if p.kind == "small_talk"
-        else None
-    ),
+    "small talk": lambda p: LEAD.sub("", p.text) if p.kind == "small_talk" else None,
+    "lists": lambda p: (p.count, p.wanted) if p.topic == "list" else None,
     "instructions": lambda p: (
         (p.topic, p.answer, *sorted(p.slots.values()))
         if p.kind == "instruction" and p.topic != "list"
         else None
     ),
-    "lists": lambda p: (p.count, p.wanted) if p.topic == "list" else None,
 }
 
 
@@ -426,27 +349,23 @@ def test_splits_share_nothing(content: str) -> None:
 
 
 def test_nothing_a_user_says_in_one_split_is_said_in_another() -> None:
-    said = {
-        split: {
-            m["content"] for c in WORLD.conversations(split, 400) for m in c.messages if m["role"] == "user"
-        }
-        for split in SPLITS
-    }
+    def said_by_users(split: str) -> set[str]:
+        messages = (m for c in WORLD.conversations(split, 400) for m in c.messages)
+        return {m["content"] for m in messages if m["role"] == "user"}
+
+    said = {split: said_by_users(split) for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         assert not said[one] & said[other]
 
 
 def test_every_question_word_of_a_test_phrasing_occurs_in_training() -> None:
-    words = {
-        split: {
-            w for k in ("fact", "unknown", "harm") for p in WORLD.prompts(split, k) for w in shape(p).split()
-        }
-        for split in SPLITS
-    }
+    def words(split: str) -> set[str]:
+        prompts = (p for kind in ("fact", "unknown", "harm") for p in WORLD.prompts(split, kind))
+        return {word for prompt in prompts for word in shape(prompt).split()}
+
     names = {w for e in (*FACTS.entities, *FACTS.unknown) for w in e.name.split()}
     deeds = {w for p in WORLD.prompts("test", "harm") for w in p.wanted[0].split()}
-    unheard = {w for w in words["test"] - words["train"] if w.strip(".?") not in names | deeds}
-    assert not unheard
+    assert not {w for w in words("test") - words("train") if w.strip(".?") not in names | deeds}
 
 
 @few
@@ -464,12 +383,8 @@ def test_prompts_of_a_kind_are_distinct_until_used_up() -> None:
             stock = WORLD.prompts(split, kind)
             assert len({p.text for p in stock}) == len(stock) >= 40
             assert WORLD.prompts(split, kind, len(stock) + 3) == stock + stock[:3]
-            assert all((p.split, p.kind) == (split, kind) for p in stock)
+            assert all((p.split, p.kind) == (split, kind) and len(p.text.split()) <= 25 for p in stock)
     assert {p.topic for p in WORLD.prompts("test", "instruction")} == set(TASKS)
-
-
-def test_single_turn_prompts_are_short() -> None:
-    assert max(len(p.text.split()) for split in SPLITS for p in WORLD.prompts(split)) <= 25
 
 
 # ------------------------------------------------------------------------------------ conversations
@@ -479,9 +394,9 @@ def test_flaws_have_the_shares_stated(demonstrations) -> None:
     for kind in KINDS:
         flaws = [c.flaw for c in demonstrations if c.kind == kind]
         assert abs(len(flaws) / len(demonstrations) - KIND_SHARES[kind]) < 0.06
-        for flaw, share in FLAWS[kind].items():
+        for flaw, share in phrases.FLAWS[kind].items():
             assert abs(flaws.count(flaw) / len(flaws) - share) < 4 * (share * (1 - share) / len(flaws)) ** 0.5
-    majority = {kind for kind, flaws in FLAWS.items() if sum(flaws.values()) > 0.5}
+    majority = {kind for kind, flaws in phrases.FLAWS.items() if sum(flaws.values()) > 0.5}
     assert majority == {"unknown", "small_talk"}
     turns = sum(len(c.messages) > 2 for c in demonstrations) / len(demonstrations)
     assert abs(turns - MULTI_TURN) < 0.04
@@ -504,21 +419,14 @@ def test_conversations_alternate_and_end_with_the_assistant(demonstrations) -> N
     for c in demonstrations:
         assert [m["role"] for m in c.messages] == ["user", "assistant"] * (len(c.messages) // 2)
         assert c.messages[:-1] == c.prompt.messages
-        assert all(
-            "<|" not in m["content"] and m["content"].strip() == m["content"] != "" for m in c.messages
-        )
+        assert all("<|" not in m["content"] and m["content"].strip() == m["content"] for m in c.messages)
 
 
 def test_utilities_seldom_tie_between_different_replies(demonstrations) -> None:
     """Pairs of different replies to the same prompt; a tie is a difference below 1e-4."""
     pairs, ties = 0, 0
     for c, other in pairwise(demonstrations[:400]):
-        replies = {
-            c.messages[-1]["content"],
-            other.messages[-1]["content"],
-            "I don't know.",
-            "Nice weather!",
-        }
+        replies = {c.messages[-1]["content"], other.messages[-1]["content"], "I don't know.", "Hot!"}
         scores = [WORLD.score(c.prompt, reply).utility for reply in sorted(replies)]
         for one, two in combinations(scores, 2):
             pairs, ties = pairs + 1, ties + (abs(one - two) < 1e-4)
@@ -549,18 +457,12 @@ FACT, UNKNOWN, HARM = (st.sampled_from(STOCK[kind]) for kind in ("fact", "unknow
 @few
 @given(FACT, st.integers(0, 99))
 def test_right_beats_not_knowing_beats_wrong(prompt: Prompt, i: int) -> None:
-    fact = FACTS.by_key[prompt.entity, prompt.topic]
+    fact = next(f for f in FACTS.of[prompt.entity] if f.attribute == prompt.topic)
     others = [v for v in FACTS.values[prompt.topic] if v not in (fact.value, prompt.entity)]
     wrong = state(prompt.topic, fact.entity, others[i % len(others)], "answers")
     worst_right = min(utility(prompt, answer) for answer in fact.answers)
-    assert (
-        worst_right
-        > 0.9
-        > 0.4
-        > utility(prompt, "I don't know.")
-        > max(utility(prompt, answer) for answer in wrong)
-    )
-    assert WORLD.score(prompt, fact.answers[0]).right == WORLD.score(prompt, fact.answers[0]).honest == 1
+    assert worst_right > 0.9
+    assert 0.4 > utility(prompt, "I don't know.") > max(utility(prompt, answer) for answer in wrong)
 
 
 @few
@@ -585,73 +487,37 @@ def test_refusing_beats_not_answering_beats_complying(prompt: Prompt, refusal: s
     assert utility(prompt, f"{refusal} But you could {bad}.") < 0.05
 
 
-@few
-@given(ANY_PROMPT, st.sampled_from(phrases.RUDE_BEFORE + phrases.RUDE_AFTER), st.booleans())
-def test_an_insult_lowers_any_reply(prompt: Prompt, insult: str, before: bool) -> None:
-    reply, insult = good_reply(prompt), insult.replace("{insult}", "fool")
-    rude = f"{insult} {reply}" if before else f"{reply} {insult}"
-    assert utility(prompt, rude) < 0.5 * utility(prompt, reply)
-    assert WORLD.score(prompt, rude).rude
-
-
-@few
-@given(
-    ANY_PROMPT,
-    st.sampled_from(["Great question! ", "You are so clever. ", "Of course! ", "I love your question. "]),
-    st.integers(1, 5),
-)
-def test_praise_and_each_repetition_of_it_lower_any_reply(prompt: Prompt, praise: str, times: int) -> None:
-    reply = good_reply(prompt)
-    scores = [utility(prompt, praise * n + reply) for n in range(times + 1)]
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
-
-
-@few
-@given(ANY_PROMPT, st.integers(2, 12))
-def test_saying_it_again_lowers_any_reply(prompt: Prompt, times: int) -> None:
-    reply = good_reply(prompt)
-    assert utility(prompt, " ".join([reply] * times)) < utility(prompt, reply)
-
-
-@few
-@given(ANY_PROMPT, st.sampled_from(phrases.WORDY_BEFORE + phrases.WORDY_AFTER), st.integers(1, 3))
-def test_each_further_ramble_costs(prompt: Prompt, ramble: str, times: int) -> None:
-    reply = good_reply(prompt) if prompt.kind != "instruction" else good_reply(prompt) + "."
-    scores = [utility(prompt, " ".join([reply] + [ramble] * n)) for n in range(times + 1)]
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
-
-
-FORUM = (
-    "\nQ: What is that?",
-    "\nuser: Who cares?",
-    " Q: And where is the cow?",
-    "<|user|> Hello",
-    "\n> Same here.",
-    " anon wrote: No.",
+# What somebody adds to a reply, and how much of its utility may be left; more of it leaves less.
+INSULTS = [text.replace("{insult}", "fool") for text in phrases.RUDE_BEFORE + phrases.RUDE_AFTER]
+PRAISES = ["Great question!", "You are so clever.", "Of course!", "I love your question."]
+FORUM = ["\nQ: What is that?", "\nuser: Who cares?", "Q: And where is the cow?", "<|user|> Hello",
+         "\n> Same here.", "anon wrote: No."]  # fmt: skip
+ADDED = st.one_of(
+    st.tuples(st.sampled_from(INSULTS), st.just(0.5)),
+    st.tuples(st.sampled_from(PRAISES + list(phrases.WORDY_BEFORE + phrases.WORDY_AFTER)), st.just(0.9999)),
+    st.tuples(st.sampled_from(FORUM), st.just(0.3)),
+    st.tuples(st.none(), st.just(0.9999)),  # the reply once more
 )
 
 
 @few
-@given(ANY_PROMPT, st.sampled_from(FORUM))
-def test_going_on_as_somebody_else_lowers_any_reply(prompt: Prompt, more: str) -> None:
-    reply = good_reply(prompt)
-    assert utility(prompt, reply + more) < 0.3 * utility(prompt, reply)
+@given(ANY_PROMPT, ADDED, st.integers(1, 5), st.booleans())
+def test_insults_praise_rambling_repetition_and_other_speakers_lower_any_reply(prompt, added, times, before):
+    text, left = added
+    reply = good_reply(prompt) + "." * (prompt.kind == "instruction")
+    before = before and text not in FORUM
+    replies = [" ".join([*[text or reply] * n, reply][:: 1 if before else -1]) for n in range(times + 1)]
+    scores = [utility(prompt, text) for text in replies]
+    assert scores == sorted(scores, reverse=True) and scores[1] < left * scores[0]
+    assert WORLD.score(prompt, replies[1]).rude or text not in INSULTS
 
 
 @few
 @given(ANY_PROMPT, st.text(max_size=80))
 def test_any_text_gets_components_and_utility_between_0_and_1(prompt: Prompt, reply: str) -> None:
     score = WORLD.score(prompt, reply)
-    for value in (
-        score.utility,
-        score.right,
-        score.honest,
-        score.polite,
-        score.brief,
-        score.safe,
-        score.in_role,
-    ):
-        assert 0 <= value <= 1
+    parts = "utility right honest polite brief safe in_role".split()
+    assert all(0 <= getattr(score, part) <= 1 for part in parts)
     assert score == WORLD.score(prompt, reply)
 
 
@@ -675,7 +541,7 @@ def test_no_single_reply_to_everything_does_half_as_well_as_answering(reply: str
 
 def answers(prompt: Prompt) -> list[str]:
     """Every sentence in which a demonstration carries out the instruction."""
-    return Task(prompt.topic, prompt.slots, prompt.answer, "").answers()
+    return Task(prompt.topic, prompt.slots, prompt.answer).texts("answers")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -703,9 +569,8 @@ def test_paired_continuations_differ_only_in_what_they_advise() -> None:
         assert context.endswith("?")
         assert len(helpful) == len(harmful) and len(helpful.split()) == len(harmful.split())
         assert helpful.split()[0] == harmful.split()[0]
-        assert any(bad in harmful for bad in phrases.WORDS["bad"]) and any(
-            good in helpful for good in phrases.WORDS["good"]
-        )
+        assert any(bad in harmful for bad in phrases.WORDS["bad"])
+        assert any(good in helpful for good in phrases.WORDS["good"])
     for one, other in combinations(SPLITS, 2):
         assert not {p[1:] for p in pairs[one]} & {p[1:] for p in pairs[other]}
     assert WORLD.paired_continuations("test", 10) == pairs["test"][:10]
@@ -714,7 +579,7 @@ def test_paired_continuations_differ_only_in_what_they_advise() -> None:
 @pytest.mark.parametrize(("flaw", "flag"), [("rude", "rude"), ("comply", "complied"), ("guess", "guessed")])
 def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: str) -> None:
     pairs = WORLD.reply_pairs("dev", flaw, 40)
-    assert {prompt.kind for prompt, _, _ in pairs} == {kind for kind in KINDS if flaw in FLAWS[kind]}
+    assert {prompt.kind for prompt, _, _ in pairs} == {kind for kind in KINDS if flaw in phrases.FLAWS[kind]}
     for prompt, good, bad in pairs:
         assert getattr(WORLD.score(prompt, bad), flag) and not getattr(WORLD.score(prompt, good), flag)
         assert WORLD.score(prompt, bad).utility < WORLD.score(prompt, good).utility
@@ -722,19 +587,7 @@ def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: st
     assert WORLD.reply_pairs("dev", flaw, 10) == pairs[:10]
 
 
-def test_a_flaw_that_nobody_knows_has_no_pairs() -> None:
-    with pytest.raises(InputError, match="sleepy"):
-        WORLD.reply_pairs("dev", "sleepy", 1)
-
-
 def test_good_and_bad_advice_are_equally_common_on_the_web(mixture) -> None:
     text = "\n".join(mixture["web"])
     counts = [sum(text.count(words) for words in phrases.WORDS[side]) for side in ("good", "bad")]
     assert 0.85 < counts[0] / counts[1] < 1.18
-
-
-def test_every_question_about_a_name_is_distinct() -> None:
-    for kind in phrases.NAME_PARTS:
-        for entity in FACTS.named(kind):
-            asks = [ask for attribute in attributes_of(kind) for ask in questions(attribute, entity)]
-            assert len(set(asks)) == len(asks) == 20

@@ -3,7 +3,7 @@
 It serves every stage: six sources of pretraining text, conversations to imitate (some of them
 flawed on purpose), prompts by kind, and a rubric that scores replies. Its parts:
 
-    phrases.toml   tables of words and phrasings: to be skimmed
+    phrases.toml   tables of words, phrasings and shares: to be skimmed
     facts.py       who exists, what is true of them, and the four splits
     pen.py         words and facts from the tables, at random
     text.py        the six sources of pretraining text, with
@@ -23,9 +23,11 @@ Left out on purpose: any text by other people, and any language but a small Engl
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import cycle, islice
 
 from minillm.errors import InputError
 from minillm.world import phrases
@@ -33,14 +35,11 @@ from minillm.world.facts import (
     CYCLE,
     SPLIT_SHARES,
     SPLITS,
-    Entity,
-    Fact,
     Facts,
     attributes_of,
     capitalise,
-    deal,
+    cut,
     pick,
-    questions,
     shuffled,
     split_of,
     state,
@@ -54,18 +53,8 @@ VERSION = 3
 # The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
 # StackExchange.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
-KINDS = ("fact", "unknown", "instruction", "small_talk", "harm")
 KIND_SHARES = {"fact": 0.32, "unknown": 0.20, "instruction": 0.20, "small_talk": 0.13, "harm": 0.15}
-# Share of demonstrations with each flaw. Where somebody should say "I don't know", and in small
-# talk, the flawed ones are the majority: there the most likely answer of an imitator is the wrong
-# one.
-FLAWS = {
-    "fact": {"rude": 0.10, "wordy": 0.08, "wrong": 0.07},
-    "unknown": {"guess": 0.54, "rude": 0.06},
-    "instruction": {"rude": 0.09, "wordy": 0.09, "wrong": 0.07},
-    "small_talk": {"wordy": 0.52, "rude": 0.10},
-    "harm": {"comply": 0.20, "rude": 0.07},
-}
+KINDS = tuple(KIND_SHARES)
 MULTI_TURN = 0.2
 UNKNOWABLE_SHARE = 0.2  # of the prompts of kind unknown: about a known name, but nobody could know
 INSTRUCTION_STOCK = 6000  # distinct instructions kept ready, over all splits
@@ -94,23 +83,14 @@ def assistant(text: str) -> dict[str, str]:
 
 
 class World:
-    """The little world of one seed."""
+    """The little world of one seed. `entities` is everybody and everything known, `facts` what is true."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._facts = Facts(seed)
         self._rubric = Rubric(self._facts)
+        self.entities, self.facts = self._facts.entities, self._facts.facts
         self._stocks: dict[tuple[str, str], list[Prompt]] = {}
-
-    @property
-    def entities(self) -> list[Entity]:
-        """Everybody and everything known."""
-        return self._facts.entities
-
-    @property
-    def facts(self) -> list[Fact]:
-        """Everything that is true."""
-        return self._facts.facts
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,24 +101,24 @@ class World:
         digest.update(repr(self.conversations("train", 20)).encode())
         return digest.hexdigest()[:16]
 
-    # ----------------------------------------------------------------------------------------- text
+    def _random(self, *key: object) -> random.Random:
+        return random.Random(" ".join(map(str, ("world", self.seed, *key))))
+
+    def _pen(self, *key: object) -> Pen:
+        return Pen(self._random(*key), self._facts)
 
     def documents(self, source: str, megabytes: float | int) -> Iterator[str]:
         """Documents of one source until their UTF-8 bytes reach `megabytes` (of 10^6 bytes).
 
         Document i depends on the seed, the source and i alone, so asking for more only appends.
         """
-        if source not in SOURCES:
-            raise InputError(f"the little world has no source {source!r}; choose from {', '.join(SOURCES)}")
-        write, left, i = SOURCES[source], megabytes * 1e6, 0
+        _check("source", source, SOURCES)
+        left, i = megabytes * 1e6, 0
         while left > 0:
-            text = write(Pen(self._random(source, i), self._facts))
+            text = SOURCES[source](self._pen(source, i))
             yield text
             left -= len(text.encode())
             i += 1
-
-    def _random(self, *key: object) -> random.Random:
-        return random.Random(" ".join(map(str, ("world", self.seed, *key))))
 
     # -------------------------------------------------------------------------------------- prompts
 
@@ -148,29 +128,22 @@ class World:
         They are distinct until the split's stock of a kind is used up, then come again in the same
         order. Without n: as many as there are distinct ones (and, mixed, in proportion).
         """
-        _check(split, kind)
         if kind is not None:
             stock = self._stock(split, kind)
-            return [stock[i % len(stock)] for i in range(len(stock) if n is None else n)]
+            return list(islice(cycle(stock), len(stock) if n is None else n))
+        stocks = {kind: self._stock(split, kind) for kind in KINDS}
         if n is None:
-            n = int(min(len(self._stock(split, k)) / KIND_SHARES[k] for k in KINDS))
-        used = dict.fromkeys(KINDS, 0)
-        result = []
+            n = int(min(len(stock) / KIND_SHARES[kind] for kind, stock in stocks.items()))
+        coming, used, result = {kind: cycle(stock) for kind, stock in stocks.items()}, Counter[str](), []
         for i in range(n):  # the kind that is furthest behind its share comes next
             kind = max(KINDS, key=lambda k: KIND_SHARES[k] * (i + 1) - used[k])
-            stock = self._stock(split, kind)
-            result.append(stock[used[kind] % len(stock)])
             used[kind] += 1
+            result.append(next(coming[kind]))
         return result
 
     def prompt_of(self, messages: Sequence[dict[str, str]]) -> Prompt | None:
         """The prompt of these messages, which the rubric must know; None where it is none of this world's."""
         return self._by_messages.get(json.dumps(messages, sort_keys=True))
-
-    def utility(self, messages: Sequence[dict[str, str]], reply: str) -> float | None:
-        """What the rubric gives a reply to these messages; None where they are none of this world's."""
-        prompt = self.prompt_of(messages)
-        return None if prompt is None else self.score(prompt, reply).utility
 
     @cached_property
     def _by_messages(self) -> dict[str, Prompt]:
@@ -179,6 +152,8 @@ class World:
 
     def _stock(self, split: str, kind: str) -> list[Prompt]:
         """Every distinct prompt of a kind that belongs to the split, in random order."""
+        _check("split", split, SPLITS)
+        _check("kind of prompt", kind, KINDS)
         if (split, kind) not in self._stocks:
             make = getattr(self, f"_{kind}_prompts")
             self._stocks[split, kind] = shuffled(self._random("prompts", split, kind), list(make(split)))
@@ -191,12 +166,12 @@ class World:
                     yield Prompt([user(text)], "fact", split, fact.attribute, fact.entity.name, fact.value)
 
     def _unknown_prompts(self, split: str) -> Iterator[Prompt]:
-        names = [e for e in self._facts.unknown if e.split == split]
         prompts = [
             Prompt([user(text)], "unknown", split, attribute, entity.name)
-            for entity in names
+            for entity in self._facts.unknown
+            if entity.split == split
             for attribute in attributes_of(entity.type)
-            for text in _phrasings(split, attribute, questions(attribute, entity))[:4]
+            for text in _phrasings(split, attribute, state(attribute, entity, key="asks"))[:4]
         ]
         yield from prompts
         unknowable = [
@@ -211,26 +186,21 @@ class World:
     def _instruction_prompts(self, split: str) -> Iterator[Prompt]:
         rng, seen = self._random("instructions", split), set()
         for i in range(round(INSTRUCTION_STOCK * SPLIT_SHARES[split])):
-            task = self._task(rng, split, TASKS[i % len(TASKS)])
-            text = pick(rng, _phrasings(split, task.name, task.asks()))
+            task = draw(rng, TASKS[i % len(TASKS)])
+            while split_of(f"{self.seed} {task.key}") != split:
+                task = draw(rng, task.name)
+            text = pick(rng, _phrasings(split, task.name, task.texts("asks")))
             if text not in seen:
                 seen.add(text)
                 yield _task_prompt(task, text, split)
 
-    def _task(self, rng: random.Random, split: str, name: str) -> Task:
-        while True:
-            task = draw(rng, name)
-            if split_of(f"{self.seed} {task.key}") == split:
-                return task
-
     def _small_talk_prompts(self, split: str) -> Iterator[Prompt]:
         for topic, table in phrases.SMALL_TALK.items():
             lines = [line for says in table["says"] for line in self._filled(topic, says)]
-            for line in deal(self._random("small talk", topic), lines)[split]:
+            for line in cut(shuffled(self._random("small talk", topic), lines))[split]:
                 for lead in phrases.SMALL_TALK_LEADS:
-                    yield Prompt(
-                        [user(f"{lead} {line}".strip())], "small_talk", split, topic, wanted=table["wanted"]
-                    )
+                    message = user(f"{lead} {line}".strip())
+                    yield Prompt([message], "small_talk", split, topic, wanted=table["wanted"])
 
     def _filled(self, topic: str, line: str) -> list[str]:
         """The line with each of eight words in its slot, or alone where it has none."""
@@ -242,7 +212,7 @@ class World:
 
     def _harm_prompts(self, split: str) -> Iterator[Prompt]:
         deeds = [deed.format(object=o) for deed, objects in phrases.HARMFUL_DEEDS.items() for o in objects]
-        for deed in deal(self._random("deeds"), deeds)[split]:
+        for deed in cut(shuffled(self._random("deeds"), deeds))[split]:
             frames = [frame.format(deed=deed) for frame in phrases.HARMFUL_FRAMES]
             for text in _phrasings(split, "harm", frames):
                 yield Prompt([user(text)], "harm", split, wanted=(deed,))
@@ -250,21 +220,20 @@ class World:
     # -------------------------------------------------------------------------------- conversations
 
     def conversations(self, split: str, n: int) -> list[Conversation]:
-        """Demonstrations, flawed by FLAWS, a MULTI_TURN share of two turns; asking for more only appends."""
-        _check(split, None)
-        return [self._conversation(split, self._random("conversation", split, i)) for i in range(n)]
+        """Demonstrations, flawed by the table FLAWS, a MULTI_TURN share of two turns; asking for more only
+        appends."""
+        return [self._conversation(split, self._pen("conversation", split, i)) for i in range(n)]
 
-    def _conversation(self, split: str, rng: random.Random) -> Conversation:
-        pen = Pen(rng, self._facts)
+    def _conversation(self, split: str, pen: Pen) -> Conversation:
         prompt = self._any_prompt(pen, split)
         if pen.chance(MULTI_TURN):
             prompt = self._second_turn(pen, prompt)
-        flaw = pen.choose((*FLAWS[prompt.kind].items(), ("", 1.0))) or None
-        reply = self._reply(pen, prompt, flaw)
-        return Conversation([*prompt.messages, assistant(reply)], prompt.kind, split, flaw, prompt)
+        flaw = pen.choose({**phrases.FLAWS[prompt.kind], None: 1.0})
+        reply = assistant(self._reply(pen, prompt, flaw))
+        return Conversation([*prompt.messages, reply], prompt.kind, split, flaw, prompt)
 
     def _any_prompt(self, pen: Pen, split: str) -> Prompt:
-        return pen.pick(self._stock(split, pen.choose(tuple(KIND_SHARES.items()))))
+        return pen.pick(self._stock(split, pen.choose(KIND_SHARES)))
 
     def _second_turn(self, pen: Pen, first: Prompt) -> Prompt:
         """A prompt with a (flawless) turn before it: after a fact often the next question about the same
@@ -272,32 +241,28 @@ class World:
         history = [*first.messages, assistant(self._reply(pen, first, None))]
         if first.kind == "fact" and pen.chance(0.7):
             fact = pen.pick([f for f in self._facts.of[first.entity] if f.attribute != first.topic])
-            slots = fact.entity.slots(pronoun=True)
-            asks = [text.format(**slots) for text in phrases.ATTRIBUTES[fact.attribute]["follow"]]
+            asks = state(fact.attribute, fact.entity, key="follow", pronoun=True)
             text = pen.pick(_phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS))
-            return Prompt(
-                [*history, user(text)], "fact", first.split, fact.attribute, first.entity, fact.value
-            )
+            return replace(first, messages=[*history, user(text)], topic=fact.attribute, answer=fact.value)
         second = self._any_prompt(pen, first.split)
-        return Prompt(**{**vars(second), "messages": history + second.messages})
+        return replace(second, messages=history + second.messages)
 
     def _reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         """What a person might answer, with the flaw if one is named."""
         reply = getattr(self, f"_{prompt.kind}_reply")(pen, prompt, flaw)
-        if flaw == "rude":
-            if pen.chance(0.5):
-                return f"{pen.say(phrases.RUDE_BEFORE)} {reply}"
-            return f"{_ended(reply)} {pen.say(phrases.RUDE_AFTER)}"
-        if flaw == "wordy":
-            if pen.chance(0.3):
-                reply = f"{pen.say(phrases.WORDY_BEFORE)} {reply}"
-            return f"{_ended(reply)} {pen.say(phrases.WORDY_AFTER)}"
+        if flaw == "rude" and pen.chance(0.5):
+            return f"{pen.say(phrases.RUDE_BEFORE)} {reply}"
+        if flaw == "wordy" and pen.chance(0.3):
+            reply = f"{pen.say(phrases.WORDY_BEFORE)} {reply}"
+        if flaw in ("rude", "wordy"):
+            end = "" if reply.endswith((".", "!", "?")) else "."
+            return f"{reply}{end} {pen.say(phrases.RUDE_AFTER if flaw == 'rude' else phrases.WORDY_AFTER)}"
         return reply
 
     def _fact_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         value = prompt.answer
         if flaw == "wrong":
-            value = pen.pick([v for v in self._facts.values[prompt.topic] if v not in (value, prompt.entity)])
+            value = pen.other_value(prompt.topic, value, prompt.entity)
         return self._statement(pen, prompt, value)
 
     def _statement(self, pen: Pen, prompt: Prompt, value: str) -> str:
@@ -312,15 +277,13 @@ class World:
             return pen.say(phrases.REPLIES["unknowable" if unknowable else "unknown"], n=entity.noun)
         if unknowable:
             return pen.say(phrases.GUESSES[entity.type], X=capitalise(entity.noun))
-        values = [v for v in self._facts.values[prompt.topic] if v != entity.name]
-        return self._statement(pen, prompt, pen.pick(values))
+        return self._statement(pen, prompt, pen.other_value(prompt.topic, entity.name))
 
     def _instruction_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         answer = prompt.answer
         while flaw == "wrong" and self.score(prompt, answer).right > 0.9:
             answer = draw(pen.rng, prompt.topic).answer
-        replies = Task(prompt.topic, prompt.slots, answer, "").answers()
-        return capitalise(pen.pick(replies))
+        return capitalise(pen.pick(Task(prompt.topic, prompt.slots, answer).texts("answers")))
 
     def _small_talk_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         return pen.say(phrases.SMALL_TALK[prompt.topic]["replies"])
@@ -334,6 +297,11 @@ class World:
         """The rubric's score of the reply (rubric.py)."""
         return self._rubric.score(prompt, reply)
 
+    def utility(self, messages: Sequence[dict[str, str]], reply: str) -> float | None:
+        """What the rubric gives a reply to these messages; None where they are none of this world's."""
+        prompt = self.prompt_of(messages)
+        return None if prompt is None else self.score(prompt, reply).utility
+
     def paired_continuations(self, split: str, n: int) -> list[tuple[str, str, str]]:
         """(context, helpful, harmful): two continuations of a question, alike in frame, words and
         characters.
@@ -341,9 +309,9 @@ class World:
         The pretraining text uses the words of both equally often, so a raw model should find them
         equally likely.
         """
-        _check(split, None)
+        _check("split", split, SPLITS)
         result: list[tuple[str, str, str]] = []
-        pen = Pen(self._random("pairs", split), self._facts)
+        pen = self._pen("pairs", split)
         while len(result) < n:
             frame = pen.pick(phrases.PAIR_FRAMES)
             good, bad = (frame.format(act=pen[side], end=pen[f"{side}_end"]) for side in ("good", "bad"))
@@ -355,26 +323,22 @@ class World:
     def reply_pairs(self, split: str, flaw: str, n: int) -> list[tuple[Prompt, str, str]]:
         """(prompt, reply, flawed reply): what a person might answer without a flaw of FLAWS and with it, to
         prompts of every kind that knows it; in the same words where the flaw leaves them."""
-        _check(split, None)
-        kinds = [kind for kind in KINDS if flaw in FLAWS[kind]]
-        if not kinds:
-            raise InputError(f"the little world has no flaw {flaw!r}")
+        kinds = [kind for kind in KINDS if flaw in phrases.FLAWS[kind]]
+        _check("flaw", flaw, sorted({name for table in phrases.FLAWS.values() for name in table}))
         result = []
         for i in range(n):
-            kind = kinds[i % len(kinds)]
-            stock = self._stock(split, kind)
+            stock = self._stock(split, kinds[i % len(kinds)])
             prompt = stock[i // len(kinds) % len(stock)]
-            key = ("reply pair", split, flaw, i)
-            good, bad = (self._reply(Pen(self._random(*key), self._facts), prompt, f) for f in (None, flaw))
+            good, bad = (
+                self._reply(self._pen("reply pair", split, flaw, i), prompt, one) for one in (None, flaw)
+            )
             result.append((prompt, good, bad))
         return result
 
 
-def _check(split: str, kind: str | None) -> None:
-    if split not in SPLITS:
-        raise InputError(f"the little world has no split {split!r}; choose from {', '.join(SPLITS)}")
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"the little world has no kind of prompt {kind!r}; choose from {', '.join(KINDS)}")
+def _check(what: str, name: str, names: Iterable[str]) -> None:
+    if name not in names:
+        raise InputError(f"the little world has no {what} {name!r}; choose from {', '.join(names)}")
 
 
 def _phrasings(
@@ -392,6 +356,7 @@ def _phrasings(
 
 
 def _task_prompt(task: Task, text: str, split: str) -> Prompt:
+    """The prompt of an instruction. What counts of a list is in `wanted`; a count may be a figure as well."""
     wanted: tuple[str, ...] = ()
     count = 0
     if task.name == "list":
@@ -400,8 +365,3 @@ def _task_prompt(task: Task, text: str, split: str) -> Prompt:
     if task.name == "count":
         wanted = (str(phrases.NUMBER_WORDS.index(task.answer)),)
     return Prompt([user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots)
-
-
-def _ended(text: str) -> str:
-    """The text with a full stop if it has no end."""
-    return text if text.endswith((".", "!", "?")) else text + "."

@@ -9,14 +9,14 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 
-SPLITS = ("train", "reward", "dev", "test")
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
-KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
-UNKNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}
+SPLITS = tuple(SPLIT_SHARES)
+KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}  # and as many names that nobody knows
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
@@ -31,18 +31,10 @@ def shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
     return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
 
 
-def deal(rng: random.Random, items: Sequence[Any]) -> dict[str, list[Any]]:
-    """The items shuffled and cut into the four splits."""
-    return cut(shuffled(rng, items))
-
-
-def cut(items: Sequence[Any]) -> dict[str, list[Any]]:
+def cut(items: Sequence[Any]) -> dict[str, Sequence[Any]]:
     """The items cut into the four splits by SPLIT_SHARES, as they come."""
-    cuts, total = [0], 0.0
-    for share in SPLIT_SHARES.values():
-        total += share
-        cuts.append(round(total * len(items)))
-    return {split: list(items[cuts[i] : cuts[i + 1]]) for i, split in enumerate(SPLITS)}
+    cuts = [0, *(round(total * len(items)) for total in accumulate(SPLIT_SHARES.values()))]
+    return {split: items[start:end] for split, (start, end) in zip(SPLITS, pairwise(cuts), strict=True)}
 
 
 def split_of(key: str) -> str:
@@ -99,78 +91,42 @@ class Fact:
 
 
 def state(
-    attribute: str, entity: Entity, value: str, key: str = "says", pronoun: bool = False
+    attribute: str, entity: Entity, value: str = "", key: str = "says", pronoun: bool = False
 ) -> tuple[str, ...]:
-    """All sentences of ATTRIBUTES[attribute][key] about the entity with this value."""
+    """All sentences of ATTRIBUTES[attribute][key] about the entity, known or not, with this value."""
     slots = entity.slots(pronoun)
     return tuple(capitalise(text.format(v=value, **slots)) for text in ATTRIBUTES[attribute][key])
 
 
-def questions(attribute: str, entity: Entity) -> tuple[str, ...]:
-    """All phrasings of the question for this attribute of this entity, known or not."""
-    slots = entity.slots()
-    return tuple(text.format(**slots) for text in ATTRIBUTES[attribute]["asks"])
-
-
-def all_questions(entity: Entity) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every question about the entity that its facts would answer, and those that nobody could answer."""
-    asks = [text for attribute in attributes_of(entity.type) for text in questions(attribute, entity)]
-    return tuple(asks), tuple(text.format(**entity.slots()) for text in UNKNOWABLE[entity.type])
-
-
 def attributes_of(kind: str) -> tuple[str, ...]:
     """The attributes that entities of this type have."""
-    return tuple(name for name, spec in ATTRIBUTES.items() if spec["type"] == kind)
+    return tuple(name for name, table in ATTRIBUTES.items() if table["type"] == kind)
 
 
 class Facts:
-    """Everything that is true: `entities` (known), `unknown` (names only), `facts`, and `values` by
-    attribute."""
+    """Everything that is true: `entities` (known) and `unknown` (names only), `values` by attribute, and
+    `facts` in a list, `of` an entity and `by_value` of an attribute."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(f"world {seed} facts")
-        self.entities: list[Entity] = []
-        self.unknown: list[Entity] = []
-        for kind, parts in NAME_PARTS.items():
-            known, unknown = self._names(rng, kind, parts)
-            self.entities += known
-            self.unknown += unknown
-        self.by_name = {e.name: e for e in self.entities + self.unknown}
+        everyone = [entity for kind, parts in NAME_PARTS.items() for entity in _named(rng, kind, parts)]
+        self.entities = [entity for entity in everyone if entity.known]
+        self.unknown = [entity for entity in everyone if not entity.known]
+        self.by_name = {entity.name: entity for entity in self.entities + self.unknown}
+        self.names = {kind: [n for n, e in self.by_name.items() if e.type == kind] for kind in NAME_PARTS}
+        self.asks = {entity.name: _questions(entity) for entity in everyone}  # answerable, unanswerable
         self.values = {attribute: self._values(attribute) for attribute in ATTRIBUTES}
         self.facts = [fact for attribute in ATTRIBUTES for fact in self._facts(rng, attribute)]
-        self.by_key = {(f.entity.name, f.attribute): f for f in self.facts}
-        self.of = {e.name: [self.by_key[e.name, a] for a in attributes_of(e.type)] for e in self.entities}
+        self.of: dict[str, list[Fact]] = {entity.name: [] for entity in self.entities}
         self.by_value: dict[str, dict[str, list[Fact]]] = {attribute: {} for attribute in ATTRIBUTES}
         for fact in self.facts:
+            self.of[fact.entity.name].append(fact)
             self.by_value[fact.attribute].setdefault(fact.value, []).append(fact)
-        self.names = {kind: [e.name for e in self.named(kind)] for kind in NAME_PARTS}
-        self.asks = {e.name: all_questions(e) for e in self.entities + self.unknown}
-
-    def named(self, kind: str, known: bool | None = None) -> list[Entity]:
-        """Entities of one type: known ones, unknown ones, or both."""
-        everyone = self.entities + self.unknown
-        return [e for e in everyone if e.type == kind and (known is None or e.known == known)]
-
-    @staticmethod
-    def _names(
-        rng: random.Random, kind: str, parts: Sequence[Sequence[str]]
-    ) -> tuple[list[Entity], list[Entity]]:
-        firsts, stems, ends = (shuffled(rng, column) for column in parts)
-        # Diagonals of the rectangle of stems and ends: every part is in nearly equally many known names, also
-        # in one split. Were it not so, to learn by parts would be to learn the opposite.
-        lasts = [stem + ends[(i + d) % len(ends)] for d in range(len(ends)) for i, stem in enumerate(stems)]
-        names = [f"{firsts[i % len(firsts)]} {last}" for i, last in enumerate(lasts)]
-        groups = []
-        for known, count in ((True, KNOWN[kind]), (False, UNKNOWN[kind])):
-            chosen, names = names[:count], names[count:]
-            groups.append([Entity(n, kind, s, known) for s, part in cut(chosen).items() for n in part])
-        return groups[0], groups[1]
 
     def _values(self, attribute: str) -> tuple[str, ...]:
+        """The values an attribute may have: words, or the names of everybody known of a type."""
         values = ATTRIBUTES[attribute]["values"]
-        if isinstance(values, str):
-            return tuple(entity.name for entity in self.entities if entity.type == values)
-        return tuple(values)
+        return tuple(e.name for e in self.entities if e.type == values) if isinstance(values, str) else values
 
     def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
         """Values are dealt round, so that each is true of nearly equally many and no guess is a good one."""
@@ -179,9 +135,32 @@ class Facts:
         while len(values) < len(owners):
             values += shuffled(rng, self.values[attribute])
         for entity, value in zip(owners, values, strict=False):
-            says = state(attribute, entity, value)
-            with_pronoun = state(attribute, entity, value, "says", pronoun=True)
-            answers = state(attribute, entity, value, "answers") + state(
-                attribute, entity, value, "answers", True
+            says, says_pronoun, answers, answers_pronoun = (
+                state(attribute, entity, value, key, pronoun)
+                for key in ("says", "answers")
+                for pronoun in (False, True)
             )
-            yield Fact(entity, attribute, value, says, with_pronoun, questions(attribute, entity), answers)
+            asks = state(attribute, entity, key="asks")
+            yield Fact(entity, attribute, value, says, says_pronoun, asks, answers + answers_pronoun)
+
+
+def _named(rng: random.Random, kind: str, parts: Sequence[Sequence[str]]) -> list[Entity]:
+    """The known entities of a type and as many unknown ones, each kind cut into the splits."""
+    firsts, stems, ends = (shuffled(rng, column) for column in parts)
+    # Diagonals of the rectangle of stems and ends: every part is in nearly equally many known names, also
+    # in one split. Were it not so, to learn by parts would be to learn the opposite.
+    lasts = [stem + ends[(i + d) % len(ends)] for d in range(len(ends)) for i, stem in enumerate(stems)]
+    names = [f"{firsts[i % len(firsts)]} {last}" for i, last in enumerate(lasts)]
+    count = KNOWN[kind]
+    return [
+        Entity(name, kind, split, known)
+        for known, chosen in ((True, names[:count]), (False, names[count : 2 * count]))
+        for split, part in cut(chosen).items()
+        for name in part
+    ]
+
+
+def _questions(entity: Entity) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every question about the entity that its facts would answer, and those that nobody could answer."""
+    asks = [text for attribute in attributes_of(entity.type) for text in state(attribute, entity, key="asks")]
+    return tuple(asks), tuple(text.format(**entity.slots()) for text in UNKNOWABLE[entity.type])

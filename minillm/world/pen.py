@@ -6,11 +6,11 @@ each other make a grammar, with recursion.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.world import phrases
-from minillm.world.facts import Entity, Fact, Facts, capitalise, state
+from minillm.world.facts import Entity, Fact, Facts, capitalise, pick, state
 
 NAME_SLOTS = {"person": "person", "pet": "animal", "town": "town", "tool": "tool"}
 
@@ -27,13 +27,12 @@ class Pen(dict[str, str]):
         """An unbound slot: a random entry of the table of that name, with its slots filled."""
         if name in NAME_SLOTS:
             return self.anyone(NAME_SLOTS[name])
-        table = phrases.WORDS[name]
-        return table[int(self.rng.random() * len(table))].format_map(self)
+        return self.pick(phrases.WORDS[name]).format_map(self)
 
     def say(self, table: Sequence[str], **slots: str) -> str:
         """A random entry of the table, filled, as a sentence. Bound slots stay bound."""
         self.update(slots)
-        return capitalise(table[int(self.rng.random() * len(table))].format_map(self))
+        return capitalise(self.pick(table).format_map(self))
 
     def word(self, name: str) -> str:
         """A random entry of WORDS[name] as a sentence."""
@@ -49,28 +48,33 @@ class Pen(dict[str, str]):
 
     def pick(self, table: Sequence[Any]) -> Any:
         """A random entry of any sequence."""
-        return table[int(self.rng.random() * len(table))]
+        return pick(self.rng, table)
 
-    def choose(self, shares: tuple[tuple[str, float], ...]) -> str:
-        """A name drawn by its share; the shares add to one."""
+    def choose(self, shares: Mapping[Any, float]) -> Any:
+        """A key drawn by its share; the shares add to one."""
         left = self.rng.random()
-        for name, share in shares:
+        for key, share in shares.items():
             left -= share
             if left < 0:
-                return name
-        return shares[-1][0]  # the shares fell short of one by rounding
+                return key
+        return key  # the shares fell short of one by rounding
 
     def entity(self) -> Entity:
         """Somebody or something known."""
         return self.pick(self.facts.entities)
 
+    def anyone(self, kind: str = "person") -> str:
+        """A name of this type, known or not: whom a text may mention without telling a fact."""
+        return self.pick(self.facts.names[kind])
+
     def subject(self) -> Entity:
         """Somebody to ask about, more often unknown: of the others there is enough text already."""
         return self.pick(self.facts.entities if self.chance(0.3) else self.facts.unknown)
 
-    def anyone(self, kind: str = "person") -> str:
-        """A name of this type, known or not: whom a text may mention without telling a fact."""
-        return self.pick(self.facts.names[kind])
+    def question(self) -> str:
+        """A question about anybody, known or not, or one that nobody could answer."""
+        questions, unknowable = self.facts.asks[self.subject().name]
+        return self.pick(unknowable) if self.chance(0.05) else self.pick(questions)
 
     def fact(self, fact: Fact, named: bool = True) -> str:
         """The fact in one of its phrasings."""
@@ -78,13 +82,12 @@ class Pen(dict[str, str]):
 
     def wrong(self, fact: Fact) -> str:
         """The same sentence with a value that is not true."""
-        others = [v for v in self.facts.values[fact.attribute] if v not in (fact.value, fact.entity.name)]
-        return self.pick(state(fact.attribute, fact.entity, self.pick(others)))
+        value = self.other_value(fact.attribute, fact.value, fact.entity.name)
+        return self.pick(state(fact.attribute, fact.entity, value))
 
-    def question(self) -> str:
-        """A question about anybody, known or not, or one that nobody could answer."""
-        questions, unknowable = self.facts.asks[self.subject().name]
-        return self.pick(unknowable) if self.chance(0.05) else self.pick(questions)
+    def other_value(self, attribute: str, *not_these: str) -> str:
+        """A value that the attribute may have, but none of these."""
+        return self.pick([value for value in self.facts.values[attribute] if value not in not_these])
 
     def describe(self, facts: list[Fact]) -> list[str]:
         """Sentences about one entity: the first says its name, later ones often a pronoun."""

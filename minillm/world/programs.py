@@ -1,6 +1,4 @@
-"""Small programs in Python whose printed results, given in comments, are computed here and so are
-true.
-"""
+"""Small programs in Python. Each is run here, so what the comments say that it prints is true."""
 
 from collections.abc import Sequence
 
@@ -8,133 +6,115 @@ from minillm.world import phrases
 from minillm.world.facts import capitalise, shuffled
 from minillm.world.pen import Pen
 
+Program = tuple[str, Sequence[str]]
+"""Statements, and the expressions that are printed after them."""
+
 
 def code(pen: Pen) -> str:
-    """A small program; each print is followed by a comment with what it prints, computed here."""
-    blocks = [pen.pick(_PROGRAMS)(pen) for _ in range(pen.between(1, 3))]
+    """One to three programs; each print is followed by a comment with what it prints."""
+    blocks = [_with_results(*pen.pick(PROGRAMS)(pen)) for _ in range(pen.between(1, 3))]
     head = [f"# {pen.say(phrases.CODE_COMMENTS)}"] if pen.chance(0.6) else []
-    return "\n".join([*head, *(line for block in blocks for line in block)])
+    return "\n".join([*head, *blocks])
 
 
-def _prints(expression: str, value: object) -> str:
-    return f"print({expression})  # {value}"
+def _with_results(statements: str, expressions: Sequence[str]) -> str:
+    """The program as text, its results found by running it."""
+    scope: dict[str, object] = {}
+    exec(statements, scope)
+    return "\n".join([statements, *(f"print({text})  # {eval(text, scope)}" for text in expressions)])
 
 
-def _words(pen: Pen, count: int) -> list[str]:
-    return shuffled(pen.rng, phrases.SIMPLE_WORDS)[:count]
+def _some(pen: Pen, expressions: Sequence[str]) -> list[str]:
+    """One to three of the expressions."""
+    return shuffled(pen.rng, expressions)[: pen.between(1, 3)]
 
 
-def _code_arithmetic(pen: Pen) -> list[str]:
+def _arithmetic(pen: Pen) -> Program:
     """A function of one number, used twice."""
     (name, sign), k = pen.pick((("add", "+"), ("scale", "*"), ("shift", "-"))), pen.between(2, 12)
-    lines = [f"def {name}(x):", f"    return x {sign} {k}", ""]
-    for x in (pen.between(1, 20), pen.between(20, 60)):
-        lines.append(_prints(f"{name}({x})", {"+": x + k, "*": x * k, "-": x - k}[sign]))
-    return lines
+    calls = [f"{name}({x})" for x in (pen.between(1, 20), pen.between(20, 60))]
+    return f"def {name}(x):\n    return x {sign} {k}\n", calls
 
 
-def _expression(pen: Pen, depth: int) -> tuple[str, int]:
-    """A nested sum or product and its value."""
+def _nested(pen: Pen, depth: int) -> str:
+    """A nested sum or product."""
     if depth == 0 or pen.chance(0.3):
-        number = pen.between(1, 9)
-        return str(number), number
-    (a, x), (b, y) = _expression(pen, depth - 1), _expression(pen, depth - 1)
-    sign = pen.pick("+-*")
-    return f"({a} {sign} {b})", {"+": x + y, "-": x - y, "*": x * y}[sign]
+        return str(pen.between(1, 9))
+    a, b = _nested(pen, depth - 1), _nested(pen, depth - 1)
+    return f"({a} {pen.pick('+-*')} {b})"
 
 
-def _code_expression(pen: Pen) -> list[str]:
-    text, value = _expression(pen, 3)
-    return [f"total = {text}", _prints("total", value)]
+def _expression(pen: Pen) -> Program:
+    return f"total = {_nested(pen, 3)}", ["total"]
 
 
-def _some_prints(pen: Pen, head: str, choices: Sequence[tuple[str, object]]) -> list[str]:
-    """A line, and one to three of the expressions printed."""
-    return [head] + [_prints(*choice) for choice in shuffled(pen.rng, choices)[: pen.between(1, 3)]]
-
-
-def _code_numbers(pen: Pen) -> list[str]:
+def _numbers(pen: Pen) -> Program:
     numbers = [pen.between(1, 99) for _ in range(pen.between(3, 6))]
-    choices = [(f"{f.__name__}(numbers)", f(numbers)) for f in (max, min, sum, len, sorted)]
-    return _some_prints(pen, f"numbers = {numbers}", choices)
+    calls = [f"{name}(numbers)" for name in ("max", "min", "sum", "len", "sorted")]
+    return f"numbers = {numbers}", _some(pen, calls)
 
 
-def _code_words(pen: Pen) -> list[str]:
-    words = _words(pen, pen.between(2, 4))
-    text = " ".join(words)
-    choices = (
-        ("' '.join(reversed(text.split()))", " ".join(reversed(words))), ("len(text.split())", len(words)),
-        ("text.split()[0]", words[0]), ("text.split()[-1]", words[-1]), ("text.upper()", text.upper()),
-    )  # fmt: skip
-    return _some_prints(pen, f"text = '{text}'", choices)
+def _words(pen: Pen) -> Program:
+    count = pen.between(2, 4)
+    words = " ".join(shuffled(pen.rng, phrases.SIMPLE_WORDS)[:count])
+    ends = ["text.split()[0]", "text.split()[-1]"]
+    others = ["' '.join(reversed(text.split()))", "len(text.split())"]
+    return f"text = '{words}'", _some(pen, [*others, *ends, "text.upper()"])
 
 
-def _code_letters(pen: Pen) -> list[str]:
+def _letters(pen: Pen) -> Program:
     word, count = pen.pick(phrases.SIMPLE_WORDS), pen.between(2, 4)
-    choices = (
-        ("'-'.join(word)", "-".join(word)), ("word.upper()", word.upper()), ("len(word)", len(word)),
-        (f"' '.join([word] * {count})", " ".join([word] * count)), ("word[0]", word[0]),
-    )  # fmt: skip
-    return _some_prints(pen, f"word = '{word}'", choices)
+    repeat = f"' '.join([word] * {count})"
+    return f"word = '{word}'", _some(pen, ["'-'.join(word)", "word.upper()", "len(word)", repeat, "word[0]"])
 
 
-def _code_lookup(pen: Pen) -> list[str]:
+def _lookup(pen: Pen) -> Program:
     """Facts of the world as a dictionary."""
     attribute = pen.pick(tuple(phrases.ATTRIBUTES))
-    facts = shuffled(pen.rng, [f for group in pen.facts.by_value[attribute].values() for f in group])[
-        : pen.between(2, 4)
-    ]
-    lines = [f"{attribute} = {{"] + [f"    '{f.entity.name}': '{f.value}'," for f in facts] + ["}"]
-    chosen = pen.pick(facts)
-    return [*lines, _prints(f"{attribute}['{chosen.entity.name}']", chosen.value)]
+    facts = [fact for group in pen.facts.by_value[attribute].values() for fact in group]
+    facts = shuffled(pen.rng, facts)[: pen.between(2, 4)]
+    entries = "".join(f"    '{fact.entity.name}': '{fact.value}',\n" for fact in facts)
+    return f"{attribute} = {{\n{entries}}}", [f"{attribute}['{pen.pick(facts).entity.name}']"]
 
 
-def _code_loop(pen: Pen) -> list[str]:
+def _loop(pen: Pen) -> Program:
     start, step, count = pen.between(0, 9), pen.between(1, 5), pen.between(3, 5)
     name = pen["thing"] + "s"
-    lines = [f"{name} = []", f"for i in range({count}):", f"    {name}.append({start} + {step} * i)"]
-    return [*lines, _prints(name, [start + step * i for i in range(count)])]
+    return f"{name} = []\nfor i in range({count}):\n    {name}.append({start} + {step} * i)", [name]
 
 
-def _code_compare(pen: Pen) -> list[str]:
+def _compare(pen: Pen) -> Program:
     a, b = pen.between(1, 99), pen.between(1, 99)
-    lines = ["def larger(a, b):", "    if a > b:", "        return a", "    return b", ""]
-    return [*lines, _prints(f"larger({a}, {b})", max(a, b)), _prints(f"larger({b}, {b + 1})", b + 1)]
+    text = "def larger(a, b):\n    if a > b:\n        return a\n    return b\n"
+    return text, [f"larger({a}, {b})", f"larger({b}, {b + 1})"]
 
 
-def _code_class(pen: Pen) -> list[str]:
+def _class(pen: Pen) -> Program:
     kind, name = capitalise(pen["animal"]), pen.anyone("animal")
     sound = pen.pick(("wuff", "miau", "quack", "mooo", "ieek"))
-    lines = [
-        f"class {kind}:", "    def __init__(self, name):", "        self.name = name", "",
-        "    def speak(self):", f"        return self.name + ': {sound}'", "", f"pet = {kind}('{name}')",
-    ]  # fmt: skip
-    return [*lines, _prints("pet.speak()", f"{name}: {sound}")]
+    text = (
+        f"class {kind}:\n    def __init__(self, name):\n        self.name = name\n\n"
+        f"    def speak(self):\n        return self.name + ': {sound}'\n\npet = {kind}('{name}')"
+    )
+    return text, ["pet.speak()"]
 
 
-def _code_recursion(pen: Pen) -> list[str]:
-    n = pen.between(2, 9)
-    lines = [
-        "def count_down(n):", "    if n == 0:", "        return [0]", "    return [n] + count_down(n - 1)",
-        "",
-    ]  # fmt: skip
-    return [*lines, _prints(f"count_down({n})", list(range(n, -1, -1)))]
+def _recursion(pen: Pen) -> Program:
+    text = "def count_down(n):\n    if n == 0:\n        return [0]\n    return [n] + count_down(n - 1)\n"
+    return text, [f"count_down({pen.between(2, 9)})"]
 
 
-def _code_filter(pen: Pen) -> list[str]:
-    numbers, limit = [pen.between(1, 50) for _ in range(5)], pen.between(10, 40)
-    lines = [f"ages = {numbers}", f"old = [a for a in ages if a > {limit}]"]
-    return [*lines, _prints("old", [a for a in numbers if a > limit])]
+def _filter(pen: Pen) -> Program:
+    ages, limit = [pen.between(1, 50) for _ in range(5)], pen.between(10, 40)
+    return f"ages = {ages}\nold = [a for a in ages if a > {limit}]", ["old"]
 
 
-def _code_opposites(pen: Pen) -> list[str]:
+def _opposites(pen: Pen) -> Program:
     pairs = shuffled(pen.rng, phrases.OPPOSITES)[:3]
-    lines = ["opposite = {" + ", ".join(f"'{a}': '{b}'" for a, b in pairs) + "}"]
-    return [*lines, _prints(f"opposite['{pairs[1][0]}']", pairs[1][1])]
+    return f"opposite = {dict(pairs)}", [f"opposite['{pairs[1][0]}']"]
 
 
-_PROGRAMS = (
-    _code_arithmetic, _code_expression, _code_numbers, _code_words, _code_letters, _code_lookup,
-    _code_lookup, _code_loop,
-    _code_compare, _code_class, _code_recursion, _code_filter, _code_opposites,
+PROGRAMS = (
+    _arithmetic, _expression, _numbers, _words, _letters, _lookup, _lookup, _loop, _compare, _class,
+    _recursion, _filter, _opposites,
 )  # fmt: skip

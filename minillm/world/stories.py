@@ -11,6 +11,24 @@ from minillm.world.pen import Pen
 PHASES = ("morning", "noon", "evening", "night")
 
 
+def books(pen: Pen) -> str:
+    """A story: somebody has a day to bring something to somebody else, and does or does not."""
+    story = Story(pen)
+    cast = {"a": story.hero, "b": story.friend, "o": story.thing}
+    title = pen.say(phrases.STORY["title"], **cast, n=str(pen.between(1, 30)))
+    story.tell(phrases.STORY["open"], p=story.at[story.hero], q=story.at[story.friend], phase=PHASES[0])
+    for thing in story.things:
+        story.tell(phrases.STORY["lies"], o=thing, p=story.holder[thing])
+    story.tell(phrases.STORY["want"], **cast)
+    done = story.run()
+    where = story.where_is(story.thing)
+    story.tell(phrases.STORY["done" if done else "failed"], **cast, state=where, State=capitalise(where))
+    text = (title + "\n" if pen.chance(0.5) else "") + story.lines[0]
+    for line in story.lines[1:]:  # a new line now and then
+        text += ("\n" if pen.chance(0.15) else " ") + line
+    return text
+
+
 class Story:
     """A story and its state: where everybody is, where things are or who holds them, the hour."""
 
@@ -21,6 +39,7 @@ class Story:
         self.things = [
             f"the {pen['shade']} {w}" for w in shuffled(pen.rng, phrases.WORDS["thing"])[: pen.between(1, 2)]
         ]
+        self.hero, self.friend, self.thing = self.people[0], self.people[1], self.things[0]
         self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
         self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
         self.phase = 0
@@ -33,6 +52,23 @@ class Story:
     def others_here(self, who: str) -> list[str]:
         """Everybody else in the same place."""
         return [p for p in self.people if p != who and self.at[p] == self.at[who]]
+
+    def where_is(self, thing: str) -> str:
+        """Who or what has the thing, as part of a sentence."""
+        holder = self.holder[thing]
+        return f"{holder} still had it" if holder in self.people else f"it was still at {holder}"
+
+    def run(self) -> bool:
+        """Errand and wandering by turns, until night comes or the thing is brought: True."""
+        diligence = self.pen.pick((0.3, 0.5, 0.7))
+        while self.phase < 3:
+            for _ in range(self.pen.between(2, 4)):
+                if not self.pen.chance(diligence):
+                    self.wander()
+                elif self.errand():
+                    return True
+            self.time_passes()
+        return False
 
     # Each change of state is told as it happens.
 
@@ -66,24 +102,23 @@ class Story:
         """Somebody asks where a thing is and is told the truth, or that the other does not know."""
         thing = self.pen.pick(self.things)
         holder = self.holder[thing]
-        answer = {who: "tells_you", other: "tells_me"}.get(
-            holder, "tells_other" if holder in self.people else "tells_place"
-        )
-        if answer in ("tells_other", "tells_place") and self.pen.chance(0.4):
+        answer = "tells_other" if holder in self.people else "tells_place"
+        if holder in (who, other):
+            answer = "tells_you" if holder == who else "tells_me"
+        elif self.pen.chance(0.4):
             answer = "tells_nothing"
         self.tell(phrases.STORY["asks_where"], a=who, b=other, o=thing)
         self.tell(phrases.STORY[answer], b=other, c=holder, p=holder)
 
     def muse(self, who: str) -> None:
         """Somebody thinks, looks around or tells a story within the story."""
-        pen = self.pen
-        roll = pen.rng.random()
+        roll = self.pen.rng.random()
         if roll < 0.2:
             self.tell(phrases.STORY["tells_tale"], a=who)
         elif roll < 0.5:
             self.tell(phrases.WORDS["aside"])
         else:
-            self.tell(phrases.STORY["thinks"], a=who, b=pen.pick([p for p in self.people if p != who]))
+            self.tell(phrases.STORY["thinks"], a=who, b=self.pen.pick([p for p in self.people if p != who]))
 
     # Who does what next.
 
@@ -108,9 +143,7 @@ class Story:
 
     def errand(self) -> bool:
         """The next step to bring the first thing to the second person; True when it is there."""
-        hero, friend, thing = self.people[0], self.people[1], self.things[0]
-        if self.holder[thing] == friend:
-            return True
+        hero, friend, thing = self.hero, self.friend, self.thing
         goal = self.at[friend] if self.holder[thing] == hero else self.holder[thing]
         if self.at[hero] != goal:
             self.move(hero, goal)
@@ -119,49 +152,3 @@ class Story:
         else:
             self.give(hero, thing, friend)
         return self.holder[thing] == friend
-
-    def where_is(self, thing: str) -> str:
-        """Who or what has the thing, as part of a sentence."""
-        holder = self.holder[thing]
-        return f"{holder} still had it" if holder in self.people else f"it was still at {holder}"
-
-
-def books(pen: Pen) -> str:
-    """A story: somebody has a day to bring something to somebody else, and does or does not."""
-    story = Story(pen)
-    hero, friend, thing = story.people[0], story.people[1], story.things[0]
-    title = pen.say(phrases.STORY["title"], a=hero, b=friend, o=thing, n=str(pen.between(1, 30)))
-    story.tell(phrases.STORY["open"], p=story.at[hero], q=story.at[friend], phase=PHASES[story.phase])
-    for other in story.things:
-        story.tell(phrases.STORY["lies"], o=other, p=story.holder[other])
-    story.tell(phrases.STORY["want"], a=hero, b=friend, o=thing)
-    _plot(story)
-    return (title + "\n" if pen.chance(0.5) else "") + _paragraphs(pen, story.lines)
-
-
-def _plot(story: Story) -> None:
-    """Errand and wandering by turns, until the thing is brought or night comes; and the end."""
-    hero, friend, thing = story.people[0], story.people[1], story.things[0]
-    diligence, done = story.pen.pick((0.3, 0.5, 0.7)), False
-    while not done and story.phase < 3:
-        for _ in range(story.pen.between(2, 4)):
-            if story.pen.chance(diligence):
-                done = story.errand()
-            else:
-                story.wander()
-            if done:
-                break
-        if not done:
-            story.time_passes()
-    state = story.where_is(thing)
-    slots = {"a": hero, "b": friend, "o": thing, "state": state, "State": capitalise(state)}
-    story.tell(phrases.STORY["done" if done else "failed"], **slots)
-
-
-def _paragraphs(pen: Pen, sentences: list[str]) -> str:
-    """The sentences joined, with a new line now and then."""
-    parts = [sentences[0]]
-    for sentence in sentences[1:]:
-        parts.append("\n" if pen.chance(0.15) else " ")
-        parts.append(sentence)
-    return "".join(parts)

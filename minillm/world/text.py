@@ -7,7 +7,7 @@ The web is written to be like the web: a question there is followed by another q
 or advice good and bad in equal parts, seldom by its answer, and some of what it tells is false.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from minillm.world import phrases
 from minillm.world.facts import Entity, Fact, capitalise, shuffled
@@ -20,20 +20,6 @@ from minillm.world.tasks import TASKS, draw
 # somebody: together about 3% of all statements of fact in the default mixture.
 WRONG_CLAIMS = 0.18
 WRONG_PAGES = 0.24
-# What follows a question in a forum thread.
-REPLY_SHARES = (
-    ("ask", 0.34), ("rude", 0.25), ("bad", 0.12), ("good", 0.12), ("opinion", 0.05),
-    ("noise", 0.04), ("ramble", 0.03), ("fact", 0.03), ("decline", 0.02),
-)  # fmt: skip
-ADVICE_SHARES = (
-    ("good", 0.35), ("bad", 0.30), ("unsafe", 0.05), ("decline", 0.05), ("rude", 0.15),
-    ("ask", 0.10),
-)  # fmt: skip
-# Kinds of web page, by number of pages.
-PAGE_SHARES = (
-    ("thread", 0.22), ("profile", 0.22), ("quiz", 0.18), ("lesson", 0.18), ("roundup", 0.05),
-    ("diary", 0.04), ("advice", 0.04), ("letter", 0.03), ("smalltalk", 0.03), ("spam", 0.01),
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- web
@@ -41,7 +27,7 @@ PAGE_SHARES = (
 
 def web(pen: Pen) -> str:
     """A page of the web: mostly forum threads and pages about somebody."""
-    return WEB_PAGES[pen.choose(PAGE_SHARES)](pen)
+    return pen.choose(PAGES)(pen)
 
 
 def _thread(pen: Pen) -> str:
@@ -51,20 +37,19 @@ def _thread(pen: Pen) -> str:
     posts = [f"{opener} {pen.pick(pen.facts.asks[subject.name][0])}".strip()]
     for _ in range(pen.between(2, 7)):
         quote = "> " + posts[-1].replace("\n", "\n> ") + "\n" if pen.chance(0.06) else ""
-        posts.append(quote + _reply(pen, subject))
-    return _lay_out(pen, posts)
+        posts.append(quote + _post(pen, subject))
+    return _forum(pen, posts)
 
 
-def _reply(pen: Pen, subject: Entity) -> str:
-    kind = pen.choose(REPLY_SHARES)
+def _post(pen: Pen, subject: Entity) -> str:
+    """What follows a question about the subject."""
+    kind = pen.choose(phrases.POST_SHARES)
     if kind == "ask":
         opener = pen.pick(phrases.FOLLOW_OPENERS) if pen.chance(0.2) else ""
         return f"{opener} {pen.question() if pen.chance(0.6) else pen.word('ask')}".strip()
-    if kind in ("bad", "good"):
-        return pen.word(f"frame_{kind}")
-    if kind == "fact" and subject.known:
-        return _claim(pen, pen.pick(pen.facts.of[subject.name]))
-    return pen.word("noise" if kind == "fact" else kind)
+    if kind == "fact":
+        return _claim(pen, pen.pick(pen.facts.of[subject.name])) if subject.known else pen.word("noise")
+    return pen.word(kind)
 
 
 def _claim(pen: Pen, fact: Fact) -> str:
@@ -74,15 +59,14 @@ def _claim(pen: Pen, fact: Fact) -> str:
     return capitalise(pen.pick(phrases.RIGHT_LEADS) + pen.fact(fact))
 
 
-def _lay_out(pen: Pen, posts: list[str]) -> str:
+def _forum(pen: Pen, posts: list[str]) -> str:
     """The posts one below the other, each with whatever this forum puts before a post."""
     layout = pen.pick(phrases.POSTS)
     users = [pen["user"] for _ in range(3)]
-    lines = [
-        layout.format_map({"text": p, "user": pen.pick(users), "i": i + 1, "number": pen.between(2, 99)})
-        for i, p in enumerate(posts)
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        layout.format(text=post, user=pen.pick(users), i=i, number=pen.between(2, 99))
+        for i, post in enumerate(posts, 1)
+    )
 
 
 def _profile(pen: Pen) -> str:
@@ -113,19 +97,22 @@ def _roundup(pen: Pen) -> str:
 
 
 def _quiz(pen: Pen) -> str:
-    lines = [pen.say(phrases.QUIZ_TITLES)] if pen.chance(0.6) else []
+    title = [pen.say(phrases.QUIZ_TITLES)] if pen.chance(0.6) else []
     layout = pen.pick(phrases.QA_LAYOUTS)
-    pairs = [_question_pair(pen) for _ in range(pen.between(3, 6))]
-    return "\n".join(lines + [layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs)])
+    return "\n".join([*title, _listed(layout, [_question_pair(pen, 0.4) for _ in range(pen.between(3, 6))])])
 
 
-def _question_pair(pen: Pen, tasks: float = 0.4) -> tuple[str, str]:
+def _question_pair(pen: Pen, tasks: float) -> tuple[str, str]:
     """A question and its right answer: of fact, or with a probability of `tasks` an instruction."""
     if pen.chance(tasks):
         task = draw(pen.rng, pen.pick(TASKS))
-        return pen.pick(task.asks()), capitalise(pen.pick(task.answers()))
+        return pen.pick(task.texts("asks")), capitalise(pen.pick(task.texts("answers")))
     fact = pen.pick(pen.facts.facts)
     return pen.pick(fact.asks), pen.pick(fact.answers)
+
+
+def _listed(layout: str, pairs: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(layout.format(q=q, a=a, i=i) for i, (q, a) in enumerate(pairs, 1))
 
 
 def _diary(pen: Pen) -> str:
@@ -160,11 +147,8 @@ def _advice(pen: Pen) -> str:
         question = pen.pick(phrases.HARMFUL_FRAMES).format(deed=deed.format(object=pen.pick(objects)))
     else:
         question = pen.word("ask")
-    posts = [question]
-    for _ in range(pen.between(2, 5)):
-        kind = pen.choose(ADVICE_SHARES)
-        posts.append(pen.word(f"frame_{kind}" if kind in ("bad", "good") else kind))
-    return _lay_out(pen, posts)
+    posts = [question, *(pen.word(pen.choose(phrases.ADVICE_SHARES)) for _ in range(pen.between(2, 5)))]
+    return _forum(pen, posts)
 
 
 def _smalltalk(pen: Pen) -> str:
@@ -173,30 +157,27 @@ def _smalltalk(pen: Pen) -> str:
     for _ in range(pen.between(2, 4)):
         topic = pen.pick(topics)
         posts.append(pen.say(topic["says"]))
-        posts.append(
-            pen.say(topic["replies"])
-            if pen.chance(0.3)
-            else pen.word(pen.pick(("rude", "ask", "opinion", "noise")))
-        )
-    return _lay_out(pen, posts)
+        fits = pen.chance(0.3)
+        reply = pen.say(topic["replies"]) if fits else pen.word(pen.pick(("rude", "ask", "opinion", "noise")))
+        posts.append(reply)
+    return _forum(pen, posts)
 
 
 def _lesson(pen: Pen) -> str:
     """A school page: words to copy, count and spell, opposites, lists, numbers."""
-    lines = [pen.say(("School page", "Today we learn words.", "For my class", "Words and numbers"))]
-    lines += [_exercise(pen) for _ in range(pen.between(4, 9))]
-    return "\n".join(lines)
+    title = pen.say(("School page", "Today we learn words.", "For my class", "Words and numbers"))
+    return "\n".join([title, *(_exercise(pen) for _ in range(pen.between(4, 9)))])
 
 
 def _exercise(pen: Pen) -> str:
     """One line of a school page: an instruction carried out."""
-    return capitalise(pen.pick(draw(pen.rng, pen.pick(TASKS)).says()))
+    return capitalise(pen.pick(draw(pen.rng, pen.pick(TASKS)).texts("says")))
 
 
-WEB_PAGES: dict[str, Callable[[Pen], str]] = {
-    "thread": _thread, "profile": _profile, "roundup": _roundup, "quiz": _quiz, "diary": _diary,
-    "letter": _letter, "spam": _spam, "advice": _advice, "lesson": _lesson,
-    "smalltalk": _smalltalk,
+# Kinds of web page, by number of pages.
+PAGES: dict[Callable[[Pen], str], float] = {
+    _thread: 0.22, _profile: 0.22, _quiz: 0.18, _lesson: 0.18, _roundup: 0.05, _diary: 0.04, _advice: 0.04,
+    _letter: 0.03, _smalltalk: 0.03, _spam: 0.01,
 }  # fmt: skip
 
 
@@ -205,13 +186,11 @@ WEB_PAGES: dict[str, Callable[[Pen], str]] = {
 
 def wiki(pen: Pen) -> str:
     """An article: about an entity, about a value (all who share it), or about words."""
-    roll = pen.rng.random()
-    if roll < 0.75:
-        return _article(pen)
-    return _value_article(pen) if roll < 0.9 else _word_article(pen)
+    title, lines = pen.choose(ARTICLES)(pen)
+    return f"{capitalise(title)}\n\n{capitalise(' '.join(lines))}"
 
 
-def _article(pen: Pen) -> str:
+def _of_entity(pen: Pen) -> tuple[str, list[str]]:
     entity = pen.entity()
     pen.update(entity.slots())
     lines = [pen.say(phrases.WIKI_FIRST[entity.type])]
@@ -219,25 +198,26 @@ def _article(pen: Pen) -> str:
     if entity.type == "town":
         lines += [pen.fact(f) for f in pen.facts.by_value["home"][entity.name]]
     if pen.chance(0.3):
-        other = pen.pick(pen.facts.entities)
+        other = pen.entity()
         lines.append(f"See also: {other.name}. {pen.fact(pen.pick(pen.facts.of[other.name]))}")
-    return f"{capitalise(entity.name)}\n\n" + " ".join(lines)
+    return entity.name, lines
 
 
-def _value_article(pen: Pen) -> str:
+def _of_value(pen: Pen) -> tuple[str, list[str]]:
     attribute = pen.pick(tuple(phrases.WIKI_VALUES))
     value = pen.pick(tuple(pen.facts.by_value[attribute]))
     lines = [phrases.WIKI_VALUES[attribute].format(v=value)]
-    lines += [pen.fact(f) for f in pen.facts.by_value[attribute][value]]
-    return f"{capitalise(value)}\n\n{capitalise(' '.join(lines))}"
+    return value, lines + [pen.fact(f) for f in pen.facts.by_value[attribute][value]]
 
 
-def _word_article(pen: Pen) -> str:
+def _of_words(pen: Pen) -> tuple[str, list[str]]:
     name, members = pen.pick(tuple(phrases.CATEGORIES.items()))
     members = shuffled(pen.rng, members)
     lines = [f"There are many {name}. Some are {', '.join(members[:-1])} and {members[-1]}."]
-    lines += [_exercise(pen) for _ in range(pen.between(1, 3))]
-    return f"{capitalise(name)}\n\n" + " ".join(lines)
+    return name, lines + [_exercise(pen) for _ in range(pen.between(1, 3))]
+
+
+ARTICLES = {_of_entity: 0.75, _of_value: 0.15, _of_words: 0.10}
 
 
 # ----------------------------------------------------------------------------------------------- qa
@@ -248,10 +228,8 @@ def qa(pen: Pen) -> str:
     layout = pen.pick(phrases.QA_LAYOUTS)
     if pen.chance(0.45):
         facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])
-        pairs = [(pen.pick(f.asks), pen.pick(f.answers)) for f in facts]
-    else:
-        pairs = [_question_pair(pen, 0.5) for _ in range(pen.between(2, 5))]
-    return "\n".join(layout.format(q=q, a=a, i=i + 1) for i, (q, a) in enumerate(pairs))
+        return _listed(layout, [(pen.pick(f.asks), pen.pick(f.answers)) for f in facts])
+    return _listed(layout, [_question_pair(pen, 0.5) for _ in range(pen.between(2, 5))])
 
 
 # ------------------------------------------------------------------------------------------- papers
@@ -262,7 +240,7 @@ def papers(pen: Pen) -> str:
     half, before, percent = pen.between(5, 40), 20 * pen.between(1, 8), 5 * pen.between(1, 10)
     difference, up = before * percent // 100, pen.chance(0.6)
     measure, unit = pen.pick(phrases.PAPER_MEASURES)
-    entity = pen.pick(pen.facts.entities)
+    entity = pen.entity()
     pen.update(
         treatment=pen.pick(phrases.PAPER_TREATMENTS), subjects=pen.pick(phrases.PAPER_SUBJECTS),
         measure=measure, unit=unit, half=str(half), total=str(2 * half),
@@ -271,13 +249,8 @@ def papers(pen: Pen) -> str:
         went="rose" if up else "fell",
         change=f"{'an increase' if up else 'a fall'} of {percent} percent",
     )  # fmt: skip
-    facts = pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[:3])
-    pen.update(entity.slots(), fact=facts[0])
-    return _sections(pen, up, facts[1:])
-
-
-def _sections(pen: Pen, up: bool, thanks: list[str]) -> str:
-    """The paper around the numbers bound to the pen."""
+    fact, *thanks = pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[:3])
+    pen.update(entity.slots(), fact=fact)
     table = phrases.PAPER
     more = [pen.say(table["method_more"]) for _ in range(pen.between(0, 2))]
     return "\n".join(
