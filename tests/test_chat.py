@@ -26,7 +26,7 @@ from minillm.io.huggingface import save_model
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools import chat as chat_module
-from minillm.tools.chat import HELP, Chat, Options, drop_oldest, main, read_entry, run_command, take_turn
+from minillm.tools.chat import HELP, Chat, Options, main, read_entry, run_command, take_turn
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(deadline=None, max_examples=25)
@@ -92,50 +92,26 @@ def conversation(system: str | None, pairs: list[tuple[str, str]], last: str) ->
 # --- what no longer fits
 
 
-@given(st.none() | texts, exchanges, texts, st.integers(0, 80))
-@example(None, [], "x", 0)
-def test_the_oldest_exchanges_go_first_no_more_than_must_and_the_system_message_stays(
-    system, pairs, last, room
-):
-    messages = conversation(system, pairs, last)
-
-    def fits(some):
-        return sum(len(m["content"]) for m in some) <= room
-
-    kept = drop_oldest(messages, fits)
-    head = messages[: 0 if system is None else 1]
-    candidates = [head + messages[i:] for i, m in enumerate(messages) if m["role"] == "user"]
-    assert kept == next(filter(fits, candidates), None)
-
-
 @LAW
-@given(st.booleans(), st.lists(st.text("cat é", min_size=1, max_size=12), min_size=1, max_size=10))
-@example(True, ["cat", "a" * 12, "é" * 12, "c", "t" * 12, "é" * 12])
-def test_every_prompt_leaves_room_for_the_reply_and_what_was_dropped_is_told(with_system, said):
-    chat = new_chat(random_model(64), max_new_tokens=6, system="It is." if with_system else None)
-    for text in said:
-        before = chat.messages
-        reply = chat.hear(text)
-        assert chat.messages == before, "nothing changes before the reply is kept"
-        assert len(chat.format.prompt(reply.asked)) + 6 <= 64
-        assert reply.dropped == len(before) + 1 - len(reply.asked)
-        head = before[:with_system]
-        assert reply.asked == (*head, *before[len(head) + reply.dropped :], message("user", text))
-        said_back = "".join(reply)
-        chat.keep(reply)
-        if said_back:
-            assert chat.messages[:-1] == reply.asked and chat.messages[-1]["content"] == said_back
-
-
-def test_a_message_too_long_for_the_model_is_refused_and_changes_nothing():
-    chat = new_chat(random_model(64))
-    list(first := chat.hear("the cat"))
-    chat.keep(first)
-    before = chat.messages
-    with pytest.raises(InputError, match="too long"):
-        chat.hear("x0" * 60)
-    assert chat.messages == before
-    list(chat.hear("the mat"))  # and the conversation goes on
+@given(st.none() | texts, exchanges, texts, st.integers(4, 150))
+@example(None, [], "x", 8)
+@example("It is.", [("cat", "a" * 9), ("é" * 9, "c"), ("t" * 9, "x")], "é" * 9, 60)
+def test_the_oldest_exchanges_go_first_no_more_than_must_and_are_told(system, pairs, last, room):
+    """What is asked is the system message and as many exchanges as leave room for the reply."""
+    chat, notes = new_chat(random_model(room + 6), max_new_tokens=6), []
+    *chat.messages, said = messages = conversation(system, pairs, last)
+    head = messages[: system is not None]
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    kept = [head + messages[i:] for i in users if len(chat.prompt(head + messages[i:])) <= room]
+    if not kept:
+        with pytest.raises(InputError, match="too long"):
+            chat.ask(last, notes.append)
+        assert chat.messages == list(messages[:-1]) and not notes
+        return
+    asked, prompt, _ = chat.ask(last, notes.append)
+    assert asked == kept[0] and asked[-1] == said and prompt == chat.prompt(asked)
+    dropped = len(messages) - len(asked)
+    assert notes == [f"(no room for the {dropped} oldest messages: dropped)"] * bool(dropped)
 
 
 # --- commands
@@ -151,10 +127,7 @@ def test_the_conversation_is_what_was_said_and_not_taken_back(actions):
     chat, system, turns = new_chat(max_new_tokens=2), "", []
     for action, text in actions:
         if action == "say":
-            reply = chat.hear(text or "cat")
-            said = "".join(reply)
-            chat.keep(reply)
-            turns.append((text or "cat", said))
+            turns.append((text or "cat", "".join(chat.reply(text or "cat"))))
         elif action == "/system":
             system = text.strip()
             assert run_command(chat, f"/system {text}") == f"system message {'set' if system else 'removed'}"
@@ -184,11 +157,7 @@ def test_every_command_that_help_names_is_run_and_others_are_not():
 
 @pytest.mark.parametrize(
     ("typed", "entry"),
-    [
-        ("Hello\n", "Hello"),
-        ("one\\\ntwo\\\n\nthree\n", "one\ntwo\n"),
-        ("ends here\\\n", "ends here\n"),
-    ],
+    [("Hello\n", "Hello"), ("one\\\ntwo\\\n\nthree\n", "one\ntwo\n"), ("ends here\\\n", "ends here\n")],
 )
 def test_a_line_that_ends_in_a_backslash_goes_on(typed, entry, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -228,38 +197,27 @@ def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, 
         options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.format.stop_ids)
         samples = generate(MODEL, [prompt], options, [seed + number])
         (response,), stopped = samples.responses, samples.stopped[0]
-        reply = chat.hear(text)
-        pieces = list(reply)
-        assert "".join(pieces) == plain_tokenizer().decode(response[:-1] if stopped else response)
-        assert reply.cut == (not stopped)
-        chat.keep(reply)
+        assert "".join(chat.reply(text)) == plain_tokenizer().decode(response[:-1] if stopped else response)
+        assert chat.cut == (not stopped)
 
 
 @LAW
 @given(st.integers(1, 8), st.integers(0, 100))
 def test_a_reply_that_is_stopped_leaves_what_was_said_marked_as_cut(count, seed):
-    chat = new_chat(max_new_tokens=12, seed=seed, top_k=20)
-    reply, shown = chat.hear("Where is the cat?"), []
-    for piece in reply:
+    chat, shown = new_chat(max_new_tokens=12, seed=seed, top_k=20), []
+    for piece in chat.reply("Where is the cat?", stopped=lambda: len(shown) == count - 1):
+        assert chat.messages == (), "nothing changes before the reply is whole"
         shown.append(piece)
-        if len(shown) == count:
-            break
-    chat.keep(reply)
-    assert chat.messages[-1] == {"role": "assistant", "content": "".join(shown), "cut": True}
-    list(chat.hear("And the mat?"))  # which can go on from it
-
-
-def test_a_reply_stopped_before_its_first_word_leaves_nothing():
-    chat = new_chat()
-    chat.keep(chat.hear("Where is the cat?"))
-    assert chat.messages == ()
+    said = {"role": "assistant", "content": "".join(shown), "cut": True}
+    assert chat.messages == (message("user", "Where is the cat?"), said)
+    list(chat.reply("And the mat?"))  # which can go on from it
 
 
 @pytest.mark.parametrize("longest", [20, 512])
 def test_without_a_length_a_reply_takes_what_the_context_leaves_up_to_a_limit(longest, monkeypatch):
     monkeypatch.setattr(chat_module, "LONGEST_REPLY", longest)
-    reply = new_chat(random_model(64), top_k=20).hear("a")
-    assert len(list(reply.tokens)) == min(longest, 64 - 5)  # bos <|user|> a <|end|> <|assistant|>
+    _, prompt, sampling = new_chat(random_model(64), top_k=20).ask("a")
+    assert len(prompt) == 5 and sampling.max_new_tokens == min(longest, 64 - 5)
 
 
 def test_a_base_model_goes_on_with_each_text_by_itself():
@@ -269,11 +227,8 @@ def test_a_base_model_goes_on_with_each_text_by_itself():
         prompt = [bos, *plain_tokenizer().encode(text)]
         options = SamplingOptions(20, 0.7, stop_ids=(bos,))
         (response,) = generate(MODEL, [prompt], options, [5 + number]).responses
-        reply = chat.hear(text)
         expected = plain_tokenizer().decode(token for token in response if token != bos)
-        assert "".join(reply) == expected
-        chat.keep(reply)
-        assert chat.messages == ()
+        assert "".join(chat.reply(text)) == expected and chat.messages == ()
     with pytest.raises(InputError, match="base model"):
         run_command(chat, "/system Be kind.")
 
@@ -286,9 +241,8 @@ def test_prompt_prints_the_answer_alone(kind, runs, capfdbinary):
     main([str(runs[kind]), "--prompt", "Where is the cat?", "--max-new-tokens", "30", "--top-k", "20",
           "--seed", "3", "--device", "cpu"])  # fmt: skip
     printed = capfdbinary.readouterr()
-    expected = "".join(
-        new_chat(base=kind == "base", max_new_tokens=30, top_k=20, seed=3).hear("Where is the cat?")
-    )
+    chat = new_chat(base=kind == "base", max_new_tokens=30, top_k=20, seed=3)
+    expected = "".join(chat.reply("Where is the cat?"))
     assert printed.out == printable(expected).encode() + b"\n"
     assert (b"is a base model" in printed.err) == (kind == "base")
     assert b"[cut]" in printed.err
@@ -366,13 +320,15 @@ def test_ctrl_c_stops_a_reply_where_it_is_and_keeps_what_was_said(monkeypatch, c
     assert chat.messages[-1] == {"role": "assistant", "content": "abc", "cut": True}
 
 
-def test_a_reply_commands_no_terminal_whether_streamed_or_alone(monkeypatch, capsys):
+@pytest.mark.parametrize("words", [["--prompt", "Hello"], ["--prompt", "Hello", "--samples", "2"], []])
+def test_a_reply_commands_no_terminal_streamed_alone_or_among_several(words, runs, monkeypatch, capsys):
     said = "\x1b[2J\x07a\rb\u202ec"
     monkeypatch.setattr(chat_module, "stream", lambda *_: iter(plain_tokenizer().encode(said)))
-    for ask in (take_turn, chat_module.answer):
-        ask(new_chat(), "Hello")
-        printed = capsys.readouterr().out
-        assert printable(printed) == printed and "a" in printed and "c" in printed
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: said)  # of several
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    main([str(runs["sft"]), *words, "--max-new-tokens", "9"])
+    printed = capsys.readouterr().out
+    assert printable(printed) == printed and "a" in printed and "c" in printed
 
 
 @pytest.mark.parametrize(

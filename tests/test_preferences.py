@@ -31,7 +31,7 @@ from minillm.preferences import (
 )
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
-from minillm.tools.ranking import LETTERS, format_ranking, parse_ranking
+from minillm.tools.ranking import LETTERS, parse_ranking
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
 
@@ -61,6 +61,10 @@ def ranking_of(order, annotator="Ada", question="Who?", texts=None) -> Ranking:
 
 
 # ---- As typed
+
+
+def format_ranking(order: list[list[int]]) -> str:
+    return " > ".join(" = ".join(LETTERS[index] for index in tied) for tied in order)
 
 
 @given(orders(), st.data())

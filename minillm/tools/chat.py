@@ -7,14 +7,15 @@
     python -m minillm.chat out/base --prompt-file tale.txt --samples 5    in five ways
 
 First the conversation, which knows no terminal: `Chat` holds the messages, drops the oldest when they
-no longer fit, and gives replies piece by piece. Behind it the terminal: lines in, pieces out, Ctrl-C.
+no longer fit, and gives replies piece by piece. After it the terminal: lines in, pieces out, Ctrl-C.
 """
 
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ import torch
 import tyro
 
 from minillm.chat import ChatTemplate, chat_format
-from minillm.errors import InputError, one_line_errors, printable
+from minillm.errors import InputError, one_line_errors
 from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
@@ -34,7 +35,6 @@ from minillm.tools.device import choose_device, choose_dtype
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""
 
-HINT = "/help lists the commands."
 HELP = """\
 /system TEXT   set the system message; without TEXT, remove it
 /undo          take the last exchange back
@@ -90,44 +90,17 @@ class Options:
         if self.seed < 0:
             raise InputError(f"--seed {self.seed}: give 0 or more")
         longest = 1 if self.max_new_tokens is None else self.max_new_tokens
-        SamplingOptions(longest, self.temperature, self.top_k, self.top_p)  # refuses before a model is loaded
+        self.sampling(longest)  # refuses before a model is loaded
+
+    def sampling(self, max_new_tokens: int, **more: Any) -> SamplingOptions:
+        """How a reply of at most so many tokens is sampled."""
+        return SamplingOptions(max_new_tokens, self.temperature, self.top_k, self.top_p, **more)
 
 
 # --- the conversation -----------------------------------------------------------------------------
 
 Message = dict[str, Any]
 """role, content and, in a reply that did not come to its end, cut = True."""
-
-
-@dataclass
-class Reply:
-    """A reply under way. Iterating gives its text piece by piece, and may stop at any of them."""
-
-    asked: tuple[Message, ...]
-    """The messages it replies to."""
-    dropped: int
-    """How many earlier messages there was no more room for."""
-    tokens: Iterator[int]
-    tokenizer: Tokenizer
-    stop_ids: Sequence[int]
-    cropped: bool = False
-    """Whether it may go on past the model's positions."""
-    text: str = ""
-    """What was said so far."""
-    cut: bool = True
-    """Whether it has not, or not yet, come to its end token."""
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in stream_text(self.tokenizer.decode_bytes, self._until_end()):
-            self.text += piece
-            yield piece
-
-    def _until_end(self) -> Iterator[int]:
-        for token in self.tokens:
-            if token in self.stop_ids:
-                self.cut = False
-                return
-            yield token
 
 
 class Chat:
@@ -142,104 +115,82 @@ class Chat:
         self.format = chat_format(tokenizer)
         self.is_base = not isinstance(self.format, ChatTemplate)
         self.positions = model.config.max_position_embeddings
-        reserved = options.max_new_tokens
-        if reserved is None:
-            reserved = max(1, min(LONGEST_REPLY, self.positions // 4))
-        self.sampling = SamplingOptions(
-            reserved, options.temperature, options.top_k, options.top_p, stop_ids=self.format.stop_ids,
-            crop=self.is_base,
-        )  # fmt: skip
-        self.room = self.positions - reserved
-        """The longest prompt, in tokens."""
-        if self.room < 1 and not self.is_base:
+        self.reserved = options.max_new_tokens or max(1, min(LONGEST_REPLY, self.positions // 4))
+        """Tokens of the context that a prompt leaves to the reply."""
+        if self.reserved >= self.positions and not self.is_base:
             raise InputError(
-                f"--max-new-tokens {reserved}: the model has {self.positions} positions; give less"
+                f"--max-new-tokens {self.reserved}: the model has {self.positions} positions; give less"
             )
         self.messages: tuple[Message, ...] = ()
-        self.replies, self.cropping_said = 0, False
+        self.replies, self.cut, self.cropping_said = 0, False, False
         self.set_system(options.system or "")
 
-    def ask(self, text: str) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
-        """The messages with a text of the user's, the oldest dropped; their tokens; and how to reply."""
+    def ask(
+        self, text: str, note: Callable[[str], None] = print
+    ) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
+        """The messages with a text of the user's, the oldest exchanges dropped; their tokens; how to reply.
+
+        What there is to say about that goes to `note`.
+        """
         said = (*self.messages, {"role": "user", "content": text})
-        asked: tuple[Message, ...] | None = said
-        if not self.is_base:
-            asked = drop_oldest(said, lambda messages: len(self.prompt(messages)) <= self.room)
-        if asked is None:
+        system = said[: said[0]["role"] == "system"]
+        for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
+            prompt = self.prompt(asked)
+            if self.is_base or len(prompt) + self.reserved <= self.positions:
+                break
+        else:
             raise InputError(
-                f"too long: of the model's {self.positions} tokens {self.positions - self.room} are kept for "
+                f"too long: of the model's {self.positions} tokens {self.reserved} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        prompt = self.prompt(asked)
-        sampling = self.sampling
-        if self.options.max_new_tokens is None:
-            left = max(self.positions - len(prompt), sampling.max_new_tokens)
-            sampling = replace(sampling, max_new_tokens=min(LONGEST_REPLY, left))
-        return asked, prompt, sampling
-
-    def hear(self, text: str) -> Reply:
-        """Begins a reply to a text of the user's. The conversation changes only when it is kept."""
-        asked, prompt, sampling = self.ask(text)
-        tokens = stream(self.model, prompt, sampling, self.options.seed + self.replies)
-        self.replies += 1
-        dropped = len(self.messages) + 1 - len(asked)
-        cropped = len(prompt) + sampling.max_new_tokens > self.positions
-        return Reply(asked, dropped, tokens, self.tokenizer, sampling.stop_ids, cropped)
-
-    def samples(self, text: str, count: int) -> list[tuple[str, bool]]:
-        """Several replies to one text, and whether each came to its end; the first is what `hear` gives."""
-        _, prompt, sampling = self.ask(text)
-        seeds = range(self.options.seed, self.options.seed + count)
-        responses = generate(self.model, [prompt] * count, sampling, seeds).responses
-        ended = [response[-1] in sampling.stop_ids for response in responses]
-        texts = [self.tokenizer.decode(r[: len(r) - e]) for r, e in zip(responses, ended, strict=True)]
-        return list(zip(texts, ended, strict=True))
+        longest = self.options.max_new_tokens
+        if longest is None:
+            longest = min(LONGEST_REPLY, max(self.positions - len(prompt), self.reserved))
+        if dropped := len(said) - len(asked):
+            note(f"(no room for the {dropped} oldest messages: dropped)")
+        if len(prompt) + longest > self.positions and not self.cropping_said:
+            self.cropping_said = True
+            note(f"(trained on {self.positions} tokens: past them, each follows the last {self.positions})")
+        return asked, prompt, self.options.sampling(longest, stop_ids=self.format.stop_ids, crop=self.is_base)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens behind which the model is to reply."""
+        """The tokens after which the model is to reply."""
         return self.format.prompt(messages, self.options.thinking)
 
-    def keep(self, reply: Reply) -> None:
-        """Makes a reply part of the conversation, unless it was cut before its first word."""
-        if not self.is_base and not (reply.cut and not reply.text):
-            mark = {"cut": True} if reply.cut else {}
-            self.messages = (*reply.asked, {"role": "assistant", "content": reply.text, **mark})
+    def reply(
+        self, text: str, note: Callable[[str], None] = print, stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[str]:
+        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped.
+
+        After the last piece it becomes part of the conversation. `cut` says whether its end is missing.
+        """
+        asked, prompt, sampling = self.ask(text, note)
+        tokens = stream(self.model, prompt, sampling, self.options.seed + self.replies)
+        self.replies, self.cut, said = self.replies + 1, True, ""
+        for piece in stream_text(self.tokenizer.decode_bytes, self._until_end(tokens)):
+            said += piece
+            yield piece
+            if stopped():
+                break
+        if not self.is_base and (said or not self.cut):
+            mark = {"cut": True} if self.cut else {}
+            self.messages = (*asked, {"role": "assistant", "content": said, **mark})
+
+    def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
+        for token in tokens:
+            if token in self.format.stop_ids:
+                self.cut = False
+                return
+            yield token
 
     def set_system(self, text: str) -> None:
         """Sets, or with an empty text removes, the system message."""
-        turns = tuple(message for message in self.messages if message["role"] != "system")
         if text and self.is_base:
             raise InputError("a base model takes no system message; it only goes on with a text")
         system = ({"role": "system", "content": text},) if text else ()
         if system:  # some templates have no place for it
-            self.format.prompt([*system, {"role": "user", "content": "Hello"}])
-        self.messages = system + turns
-
-    def undo(self) -> int:
-        """Takes the last message of the user's back with what follows it. Returns how many went."""
-        users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        kept = self.messages[: users[-1]] if users else self.messages
-        self.messages, gone = kept, len(self.messages) - len(kept)
-        return gone
-
-    def reset(self) -> None:
-        """Forgets everything but the system message."""
-        self.messages = tuple(message for message in self.messages if message["role"] == "system")
-
-
-def drop_oldest(
-    messages: tuple[Message, ...], fits: Callable[[tuple[Message, ...]], bool]
-) -> tuple[Message, ...] | None:
-    """The system message and as many of the last exchanges as fit; None if not even the last one does.
-
-    An exchange begins with a message of the user's.
-    """
-    first = int(messages[0]["role"] == "system")
-    for start, message in enumerate(messages):
-        kept = messages[:first] + messages[start:]
-        if message["role"] == "user" and fits(kept):
-            return kept
-    return None
+            self.prompt([*system, {"role": "user", "content": "Hello"}])
+        self.messages = system + tuple(message for message in self.messages if message["role"] != "system")
 
 
 def run_command(chat: Chat, command: str) -> str | None:
@@ -253,9 +204,11 @@ def run_command(chat: Chat, command: str) -> str | None:
             chat.set_system(text)
             return "system message set" if text else "system message removed"
         case "/undo":
-            return "last exchange taken back" if chat.undo() else "nothing to take back"
+            users = [i for i, message in enumerate(chat.messages) if message["role"] == "user"]
+            chat.messages = chat.messages[: users[-1]] if users else chat.messages
+            return "last exchange taken back" if users else "nothing to take back"
         case "/reset":
-            chat.reset()
+            chat.messages = tuple(message for message in chat.messages if message["role"] == "system")
             return "conversation forgotten"
         case "/quit":
             return None
@@ -286,9 +239,10 @@ def converse(chat: Chat) -> None:
 
 
 def greeting(chat: Chat) -> str:
+    what = f", {chat.positions} tokens of memory"
     if chat.is_base:
-        return f"{chat.options.run} is a base model (no chat template): it goes on with your text. {HINT}"
-    return f"{chat.options.run}, {chat.positions} tokens of memory. {HINT}"
+        what = " is a base model (no chat template): it goes on with your text"
+    return f"{chat.options.run}{what}. /help lists the commands."
 
 
 def read_entry() -> str:
@@ -304,73 +258,43 @@ def read_entry() -> str:
 def take_turn(chat: Chat, entry: str) -> bool:
     """One command or message. False to end."""
     if entry.startswith("/") and not entry.startswith("//"):
-        answer = run_command(chat, entry)
-        if answer is not None:
-            print(answer)
-        return answer is not None
+        said = run_command(chat, entry)
+        if said is not None:
+            print(said)
+        return said is not None
     if entry.strip():
-        reply = chat.hear(entry.removeprefix("/"))
-        if reply.dropped:
-            print(f"(no room for the {reply.dropped} oldest messages: dropped)")
-        if reply.cropped and not chat.cropping_said:
-            print(cropping_note(chat))
-        with interrupts() as interrupted:
-            show(reply, interrupted)
-        print(" [cut]" if reply.cut else "")
-        chat.keep(reply)
+        # During a reply Ctrl-C asks instead of raising, which could strike in the middle of any operation.
+        interrupts: list[int] = []
+        previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        try:
+            for piece in chat.reply(entry.removeprefix("/"), stopped=lambda: bool(interrupts)):
+                print(piece, end="", flush=True)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        print(" [cut]" if chat.cut else "")
     return True
 
 
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Lets Ctrl-C ask instead of raise, which could strike in the middle of any operation."""
-    asked: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def show(reply: Reply, interrupted: Callable[[], bool] = lambda: False) -> None:
-    for piece in reply:
-        print(printable(piece), end="", flush=True)
-        if interrupted():
-            return
-
-
 def answer(chat: Chat, text: str) -> None:
-    """The reply alone on standard output; what there is to say about it on standard error."""
+    """The reply alone, or several; what there is to say about them goes to standard error."""
+    note = partial(print, file=sys.stderr)
     if chat.is_base:
-        print(printable(greeting(chat)), file=sys.stderr)
-    reply = chat.hear(text)
-    if reply.cropped:
-        print(cropping_note(chat), file=sys.stderr)
-    if chat.options.samples == 1:
-        show(reply)
+        note(greeting(chat))
+    count = chat.options.samples
+    if count == 1:
+        for piece in chat.reply(text, note):
+            print(piece, end="", flush=True)
         print()
-        if reply.cut:
-            print("[cut]", file=sys.stderr)
+        if chat.cut:
+            note("[cut]")
         return
-    for number, (sample, ended) in enumerate(chat.samples(text, chat.options.samples)):
-        print(f"--- sample {number} ---\n{printable(sample)}")
+    _, prompt, sampling = chat.ask(text, note)
+    seeds = range(chat.options.seed, chat.options.seed + count)
+    for number, response in enumerate(generate(chat.model, [prompt] * count, sampling, seeds).responses):
+        ended = response[-1] in sampling.stop_ids
+        print(f"--- sample {number} ---\n{chat.tokenizer.decode(response[: len(response) - ended])}")
         if not ended:
-            print(f"[sample {number} cut]", file=sys.stderr)
-
-
-def cropping_note(chat: Chat) -> str:
-    """What is to be said, once, of replies that go on past the model's positions."""
-    chat.cropping_said = True
-    return f"(trained on {chat.positions} tokens: past them, each one follows the last {chat.positions})"
-
-
-def open_chat(options: Options) -> Chat:
-    """Loads the model of a run folder."""
-    device = choose_device(options.device, 0)
-    dtype = getattr(torch, options.precision, None)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else choose_dtype(device)
-    return Chat(*load_causal_model(Path(options.run), device, dtype), options)
+            note(f"[sample {number} cut]")
 
 
 def main(arguments: list[str]) -> None:
@@ -381,7 +305,11 @@ def main(arguments: list[str]) -> None:
             text = read_text(Path(options.prompt_file))
             if not text:
                 raise InputError(f"--prompt-file {options.prompt_file}: is empty; write a text in it")
-        chat = open_chat(options)
+        device = choose_device(options.device, 0)
+        dtype = getattr(torch, options.precision, None)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else choose_dtype(device)
+        chat = Chat(*load_causal_model(Path(options.run), device, dtype), options)
         if text is None:
             converse(chat)
         else:

@@ -1,8 +1,7 @@
-"""A person ranks at a screen.
+"""A person ranks in the terminal: responses in a random order, without a word about their origin.
 
-A `RankingSession` knows no terminal: it has the responses at hand, in a random order and without a word
-about their origin, takes a ranking as it is typed, and puts it on the disk before it shows the next. `screen`
-and `run_command` are text in and out; `rank_in_terminal` holds them against a terminal.
+A `RankingSession` knows no terminal. `screen` and `run_command` are text out and in; `rank_in_terminal` holds
+them against a terminal. Each ranking is on the disk before the next set shows.
 """
 
 import random
@@ -15,9 +14,7 @@ from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_rankin
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
 """Names for the responses while they are ranked."""
-
-
-# ---- As typed: "B > A = D > C"
+HELP = "Rank all, best first, ties with =, as in B > A = D > C.   s skip   u undo   q quit"
 
 
 def parse_ranking(text: str, count: int) -> list[list[int]]:
@@ -39,14 +36,6 @@ def parse_ranking(text: str, count: int) -> list[list[int]]:
     return [sorted(letters.index(name) for name in tied) for tied in groups]
 
 
-def format_ranking(ranking: Sequence[Sequence[int]]) -> str:
-    """[[1], [0, 3], [2]] → "B > A = D > C"."""
-    return " > ".join(" = ".join(LETTERS[index] for index in tied) for tied in ranking)
-
-
-# ---- At a screen
-
-
 class RankingSession:
     """Where one person ranks set after set. What was ranked in earlier sittings does not come again."""
 
@@ -60,58 +49,39 @@ class RankingSession:
         self.skipped: set[str] = set()
         """Keys of the sets put off to another sitting."""
 
+    def ranked(self) -> set[str]:
+        """Keys of all that this person has ranked."""
+        return {ranking.key for ranking in self.file.rankings if ranking.annotator == self.annotator}
+
     @property
     def current(self) -> ResponseSet | None:
         """The first set that is neither ranked nor skipped."""
-        ranked = self._ranked()
-        return next((s for s in self.sets if s.key not in ranked and s.key not in self.skipped), None)
+        settled = self.ranked() | self.skipped
+        return next((given for given in self.sets if given.key not in settled), None)
 
     @property
     def done(self) -> int:
         """How many of the sets this person has ranked."""
-        ranked = self._ranked()
+        ranked = self.ranked()
         return sum(given.key in ranked for given in self.sets)
 
-    def shown(self) -> list[str]:
-        """The responses at hand in their blind order: the first is called A."""
-        given = self.current
-        return [given.responses[index] for index in self._order(given)] if given else []
+    def blind_order(self, given: ResponseSet) -> list[int]:
+        """Another for each set and person, and the same for both at each sitting: the first is called A."""
+        order = list(range(len(given.responses)))
+        random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
+        return order
 
     def rank(self, typed: str) -> Ranking:
         """Puts a ranking of the letters on the disk. InputError, and nothing written, if it is none."""
         given = self.current
         if given is None:
             raise InputError("there is nothing left to rank")
-        order = self._order(given)
+        order = self.blind_order(given)
         places = parse_ranking(typed, len(order))
         ranking = [[order[place] for place in tied] for tied in places]
         made = new_ranking(given, ranking, self.annotator, self.seed)
         self.file.append([made])
         return made
-
-    def skip(self) -> None:
-        """Puts the set at hand off to another sitting."""
-        if given := self.current:
-            self.skipped.add(given.key)
-
-    def undo(self) -> Ranking | None:
-        """Takes this person's last ranking back; its set is to be ranked again."""
-        undone = self.file.withdraw(self.annotator)
-        if undone:
-            self.skipped.discard(undone.key)
-        return undone
-
-    def _ranked(self) -> set[str]:
-        return {ranking.key for ranking in self.file.rankings if ranking.annotator == self.annotator}
-
-    def _order(self, given: ResponseSet) -> list[int]:
-        """Another for each set and person, and the same for both at each sitting."""
-        order = list(range(len(given.responses)))
-        random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
-        return order
-
-
-HELP = "Rank all, best first, ties with =, as in B > A = D > C.   s skip   u undo   q quit"
 
 
 def screen(session: RankingSession) -> str:
@@ -121,8 +91,8 @@ def screen(session: RankingSession) -> str:
     if given is None:
         return "\n".join([*lines, "Nothing is left to rank.   u undo   q quit"])
     lines += [f"{message['role']}: {message['content']}" for message in given.messages]
-    for letter, text in zip(LETTERS, session.shown(), strict=False):
-        lines += ["", f"  {letter}   " + text.replace("\n", "\n      ")]
+    for letter, index in zip(LETTERS, session.blind_order(given), strict=False):
+        lines += ["", f"  {letter}   " + given.responses[index].replace("\n", "\n      ")]
     return printable("\n".join([*lines, "", HELP]))
 
 
@@ -132,18 +102,19 @@ def run_command(session: RankingSession, typed: str) -> str | None:
         case "q":
             return None
         case "s":
-            session.skip()
+            if given := session.current:
+                session.skipped.add(given.key)
             return "skipped: it comes again at the next sitting"
         case "u":
-            undone = session.undo()
+            undone = session.file.withdraw(session.annotator)
             if undone is None:
                 return "nothing to take back"
+            session.skipped.discard(undone.key)
             return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
     try:
-        made = session.rank(typed)
+        return f"kept: {len(session.rank(typed).pairs())} comparisons"
     except InputError as error:
         return f"not a ranking: {error}"
-    return f"kept: {len(made.pairs())} comparisons"
 
 
 def rank_in_terminal(session: RankingSession) -> None:
