@@ -84,13 +84,7 @@ from minillm.reward import (
     split_by_prompt,
     training_scores_of,
 )
-from minillm.run import (
-    Run,
-    Runtime,
-    TrainingState,
-    claim_folder,
-    start_runtime,
-)
+from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
 DEMONSTRATIONS = 512  # that score 0 on average
@@ -209,7 +203,7 @@ class Options(PolicyOptions):
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
     from minillm.io.rankings import JsonLines, check_origin, read_json_lines
-    from minillm.tools.folder import start_run_folder
+    from minillm.tools.folder import claim_folder, start_run_folder
 
     sampling = options.sampling
     claim_folder(options, runtime)
@@ -462,7 +456,6 @@ def learn_rankings(
         batch = stream.next(options.batch_sets)
         loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
         gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
-        run.check_finite(loss=loss, gradient_norm=gradient_norm)
         rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
         state.optimizers.step(rate)
 
@@ -538,7 +531,7 @@ def finish_reward_model(
     from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
     from minillm.world import KINDS
 
-    val_loss = run.metrics.figure("val", "loss")
+    val_loss = run.figure("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
@@ -547,12 +540,8 @@ def finish_reward_model(
     card = report_card(model, template, judged, rankings, world.utility if world else unknown_score)
     write_report(run.folder, card, judged)
     plot_loss(run.folder, "loss", "nats per ranking")
-    run.metrics.say(report_text(card))
-    run.metrics.log(
-        "final", run.state.step, seconds=run.state.seconds, tokens=run.state.tokens,
-        val_loss=val_loss, accuracy=card["accuracy"]["value"],
-        bias=model.bias.item(),
-    )  # fmt: skip
+    run.say(report_text(card))
+    run.finish(val_loss=val_loss, accuracy=card["accuracy"]["value"], bias=model.bias.item())
 
 
 def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTemplate) -> list[list[int]]:
@@ -583,7 +572,7 @@ def train_policy(options: Options, runtime: Runtime) -> None:
         if run.already_finished():
             return
         if aligner.critic and options.critic_warmup >= options.iterations:
-            run.metrics.say(f"--critic-warmup {options.critic_warmup}: only the critic learns in this run")
+            run.say(f"--critic-warmup {options.critic_warmup}: only the critic learns in this run")
         if not aligner.kept:  # else it was before a stop
             validate(run, options, aligner, held_out)
         while run.goes_on():
@@ -600,15 +589,15 @@ def train_policy(options: Options, runtime: Runtime) -> None:
                     rate = lr_schedule(done, options.iterations * each, options.warmup, options.decay)
                     critic_only = aligner.critic is not None and state.step < options.critic_warmup
                     updates.append(aligner.update(batch, rate, critic_only))
-                    run.check_finite(loss=updates[-1]["loss"], gradient_norm=updates[-1]["gradient_norm"])
                 if fmean(one.get("old_kl", 0.0) for one in updates[-len(batches) :]) > options.target_kl:
                     break
             aligner.follow()
             if options.adaptive_kl_target:
                 aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
 
-            run.log_step(round(metrics["length"] * options.rollout_batch), **summary(updates), **metrics)
-            run.metrics.show(state.step, score=f"score {metrics['score']:.2f}", kl=f"KL {metrics['kl']:.1f}")
+            shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
+            tokens = round(metrics["length"] * options.rollout_batch)
+            run.log_step(tokens, **summary(updates), **metrics, shown=shown)
             if run.due(options.val_every or tenth) or state.step == options.iterations:
                 validate(run, options, aligner, held_out)
             if run.due(options.save_every or tenth):
@@ -650,7 +639,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
-    from minillm.tools.folder import start_run_folder
+    from minillm.tools.folder import claim_folder, start_run_folder
     from minillm.tools.provenance import provenance
 
     claim_folder(options, runtime)
@@ -830,7 +819,7 @@ def validate(
     """
     found = aligner.validate(prompts) | rankings
     if run.state.step == 0 and found["unended"]:
-        run.metrics.say(cut_responses(options, found["unended"]))
+        run.say(cut_responses(options, found["unended"]))
     check_kl(run, options, found)
 
     def objective(metrics: Mapping[str, float | int]) -> float:
@@ -872,8 +861,8 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
     """The plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss, plot_policy
 
-    state, kept = run.state, dict(aligner.kept)
-    run.metrics.figure("val", "loss")  # InputError where a damaged file has none
+    kept = dict(aligner.kept)
+    run.figure("val", "loss")  # InputError where a damaged file has none
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
     step = kept.pop("step")
@@ -882,8 +871,8 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
         what = f"the policy of step {step} is kept, the last"
     elif step == 0:
         what = "no step was better on held-out prompts than the start, which is kept"
-    run.metrics.say(f"{run.folder}: {what}")
-    run.metrics.log("final", state.step, seconds=state.seconds, tokens=state.tokens, kept_step=step, **kept)
+    run.say(f"{run.folder}: {what}")
+    run.finish(kept_step=step, **kept)
 
 
 def command_of(options: Options) -> str:

@@ -134,7 +134,6 @@ def train(options: Options, runtime: Runtime) -> None:
             batch = mixture.next_rows(rows)
             loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
-            run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
@@ -233,22 +232,19 @@ def finish(
     from minillm.tools.plots import plot_loss
     from minillm.world import World
 
-    state, metrics, figures = run.state, run.metrics, {}
-    val_loss, perplexity = (
-        metrics.figure("val", name) if validated else None for name in ("loss", "perplexity")
-    )
+    figures = {}
+    val_loss, perplexity = (run.figure("val", name) if validated else None for name in ("loss", "perplexity"))
     if options.on_world and options.eval_prompts:
         before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
         models = {options.init: before, str(run.folder): (model, tokenizer)}
         figures = world_metrics(models, World(options.seed), options.eval_prompts)
-        metrics.say(metrics_table(figures))
+        run.say(metrics_table(figures))
     sources = mixture.report()
     for source in sources:
-        metrics.say(source_line(source))
+        run.say(source_line(source))
     plot_loss(run.folder, "loss", "nats per target")
-    metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, sources=sources,
-        val_loss=val_loss, val_perplexity=perplexity,
+    run.finish(
+        sources=sources, val_loss=val_loss, val_perplexity=perplexity,
         figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
     )  # fmt: skip
 

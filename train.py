@@ -150,13 +150,12 @@ def train(options: Options, runtime: Runtime) -> None:
     with run.training(state, plan.steps, save):
         if run.already_finished():
             return
-        best = min((e["nats_per_byte"] for e in run.metrics.kept if e["event"] == "val"), default=best)
-        run.metrics.say(beginning(model, tokenizer, streams, val_streams, plan, options))
+        best = min((e["nats_per_byte"] for e in run.logged if e["event"] == "val"), default=best)
+        run.say(beginning(model, tokenizer, streams, val_streams, plan, options))
         while run.goes_on():
             batch = next_batch(mixture, state.step, plan, options, tokenizer)
             loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
-            run.check_finite(loss=loss, gradient_norm=gradient_norm)
             rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             state.optimizers.step(rate)
 
@@ -167,7 +166,7 @@ def train(options: Options, runtime: Runtime) -> None:
             if run.due(plan.val_every) or state.step == plan.steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
-                run.metrics.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
+                run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
                 if val <= best:
                     best = val
                     if runtime.is_main:
@@ -346,19 +345,15 @@ def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
     """The plot, samples of the model that was kept, and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
 
-    state, metrics = run.state, run.metrics
     sources = mixture.report()
     for source in sources:
-        metrics.say(source_line(source))
-    if best < metrics.figure("val", "nats_per_byte"):
-        metrics.say(f"validation rose behind its lowest, {best:.4f} nats/byte: the model kept is that one")
+        run.say(source_line(source))
+    if best < run.figure("val", "nats_per_byte"):
+        run.say(f"validation rose behind its lowest, {best:.4f} nats/byte: the model kept is that one")
     plot_loss(run.folder, "nats_per_byte", "nats per byte")
     if options.objective == "causal" and options.samples:
         write_samples(run, *load_model(run.folder, run.runtime.device, run.runtime.dtype), options)
-    metrics.log(
-        "final", state.step, seconds=state.seconds, tokens=state.tokens, val_nats_per_byte=best,
-        sources=sources,
-    )  # fmt: skip
+    run.finish(val_nats_per_byte=best, sources=sources)
 
 
 def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
@@ -373,7 +368,7 @@ def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options:
     ]
     content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
     write_text(run.folder / "samples.txt", content + "\n")
-    run.metrics.say(content)
+    run.say(content)
 
 
 def main(arguments: list[str]) -> None:

@@ -55,8 +55,8 @@ class Turns(Run):
         self.began_at, self.cpu_began = time.perf_counter(), time.process_time()
         return super().goes_on()
 
-    def log_step(self, tokens: int, loss: float, **figures: float) -> None:
-        super().log_step(tokens, loss, **figures)
+    def log_step(self, tokens: int, **figures: Any) -> None:
+        super().log_step(tokens, **figures)
         seconds, cpu = time.perf_counter() - self.began_at, time.process_time() - self.cpu_began
         line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **figures}
         print(json.dumps(line), file=sys.__stdout__, flush=True)

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillm.errors import InputError, writing
-from minillm.files import digest, one_at_a_time, write_json
+from minillm.files import digest, hold, write_json
 from minillm.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -215,7 +215,7 @@ def tokenize(
     bos, _ = document_marks(tokenizer)
     key = digest(FORMAT_VERSION, source.fingerprint, source.size, tokenizer.fingerprint, val_fraction)
     cache, vocab_size = folder / key, tokenizer.vocab_size
-    with writing(cache, "free some space or give another --cache"), one_at_a_time(cache):
+    with writing(cache, "free some space or give another --cache"), hold(cache, wait=True):
         if (found := _open_cache(cache, vocab_size)) is None:
             try:
                 _write_cache(cache, source, tokenizer, val_fraction, workers)

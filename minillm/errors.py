@@ -8,6 +8,7 @@ and keeps its traceback.
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,34 +33,25 @@ class Interrupted(KeyboardInterrupt):
 # What reading a file of somebody else can raise: the system, gzip, text that is no UTF-8 or no JSON, and
 # content of another form than expected.
 BAD_FILE = (
-    OSError,
-    EOFError,
-    zlib.error,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
+    OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
     RecursionError,
-)
+)  # fmt: skip
 
 
 @contextmanager
-def reading(path: Path | str, hint: str) -> Iterator[None]:
-    """The edge where files come in: whatever is wrong with `path` becomes one line that ends in `hint`."""
+def reading(
+    path: Path | str, hint: str, what: str = "read", errors: tuple[type[Exception], ...] = BAD_FILE
+) -> Iterator[None]:
+    """Where files come in: whatever is wrong with `path` becomes one line that ends in `hint`."""
     try:
         yield
-    except BAD_FILE as error:
-        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {hint}") from error
+    except errors as error:
+        raise InputError(f"{path}: cannot be {what} ({reason_of(error)}); {hint}") from error
 
 
-@contextmanager
-def writing(path: Path | str, hint: str) -> Iterator[None]:
-    """The edge where files go out: what the system refuses becomes one line that ends in `hint`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason_of(error)}); {hint}") from error
+def writing(path: Path | str, hint: str) -> Any:
+    """Where files go out: what the system refuses, and nothing else, becomes such a line."""
+    return reading(path, hint, "written", (OSError,))
 
 
 def reason_of(error: BaseException) -> str:
@@ -69,21 +61,26 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def printable(text: str) -> str:
+def printable(text: str, kept: str = "\n\t") -> str:
     """Without control characters: text of others must command neither a terminal nor a page."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class PrintableStream:
     """A stream on which names, messages and a model's output are made printable, whoever prints them."""
 
-    def __init__(self, stream: Any, kept: str = "") -> None:
-        """`kept` are control characters that pass: the carriage return where a bar is drawn."""
-        self.stream, self.kept = stream, kept
+    def __init__(self, stream: Any, kept: str = "\n\t", ignored: tuple[type[Exception], ...] = ()) -> None:
+        """`kept` are control characters that pass, `ignored` the failures of a stream that end no script."""
+        self.stream, self.kept, self.ignored = stream, kept, ignored
 
     def write(self, text: str) -> int:
-        """Writes all of a text but its control characters."""
-        return self.stream.write("".join(c if c in self.kept else printable(c) for c in text))
+        with suppress(*self.ignored):
+            self.stream.write(printable(text, self.kept))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(*self.ignored):
+            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -96,11 +93,10 @@ class PrintableStream:
 def one_line_errors() -> Iterator[None]:
     """What `main` runs in: errors in one line with exit code 2, interrupts without a traceback."""
     open_streams()
-    with (
-        signals(_interrupt),
-        redirect_stdout(PrintableStream(sys.stdout)),  # type: ignore[type-var]
-        redirect_stderr(PrintableStream(sys.stderr, kept="\r")),  # type: ignore[type-var]
-    ):
+    stdout: Any = PrintableStream(sys.stdout)
+    # A bar is drawn with carriage returns; none that a closed or full stream refuses is worth a run.
+    stderr: Any = PrintableStream(sys.stderr, "\n\t\r", (OSError, ValueError))
+    with signals(_interrupt), redirect_stdout(stdout), redirect_stderr(stderr):
         try:
             try:
                 yield
@@ -108,19 +104,39 @@ def one_line_errors() -> Iterator[None]:
                 sys.stdout.flush()
                 raise
             sys.stdout.flush()
-        except InputError as error:
-            _end(f"error: {' '.join(str(error).split())}", 2)
-        except BrokenPipeError:  # whoever read the output has gone, as head does
-            _end("", 141)
-        except OSError as error:
-            place = error.filename if isinstance(error.filename, str | Path) else "a file or the output"
-            _end(f"error: {place}: {reason_of(error)}; check its permissions and the space there", 2)
-        except KeyboardInterrupt as stop:
-            _end("interrupted", 128 + (stop.args[0] if stop.args else signal.SIGINT))
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except BaseException as error:
+            if (last := last_words(error)) is None:
                 raise
-            _end(f"error: not enough memory ({str(error)[:200]}); give smaller numbers", 2)
+            line, code = last
+            if line:
+                print(line, file=sys.stderr)
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python must not try once more at its end
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(code)
+
+
+def last_words(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code with which a script ends at an exception; None for a bug of ours."""
+    match error:
+        case InputError():
+            return f"error: {' '.join(str(error).split())}", 2
+        case BrokenPipeError():  # whoever read the output has gone, as head does
+            return "", 141
+        case OSError():
+            place = error.filename if isinstance(error.filename, str | Path) else "a file or the output"
+            return f"error: {place}: {reason_of(error)}; check its permissions and the space there", 2
+        case KeyboardInterrupt():
+            return "interrupted", 128 + (error.args[0] if error.args else signal.SIGINT)
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            return f"error: not enough memory ({str(error)[:200]}); give smaller numbers", 2
+    return None
+
+
+NO_MEMORY = re.compile("allocate memory|out of memory|Storage size calculation overflowed")
+"""What torch says in its RuntimeErrors."""
 
 
 def open_streams() -> None:
@@ -156,12 +172,12 @@ def end_at_interrupts() -> None:
 
 def _handle_signals(handler: Handler) -> dict[int, Any]:
     """Sets the handler of all three; returns those there were. Only the main thread can."""
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    if len(numbers) and signal.getsignal(numbers[2] or signal.SIGINT) is signal.SIG_IGN:
-        numbers.pop()
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in numbers if number}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -172,20 +188,3 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise Interrupted(number)
-
-
-def _end(line: str, code: int) -> NoReturn:
-    with suppress(OSError):
-        if line:
-            print(line, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python must not try once more at its end
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = ("allocate memory", "out of memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

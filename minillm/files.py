@@ -4,21 +4,17 @@ A file is written in a folder `.NAME.tmp` beside its place, synced and renamed o
 reader, or a machine that stops in between, finds the old file or the new one and never half of either.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from minillm.errors import InputError, reading, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -94,12 +90,11 @@ def sync_file(file: IO[Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(*parts: Any) -> str:
@@ -114,19 +109,31 @@ def digest(*parts: Any) -> str:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it: another process that asks for it waits until this one is done with it."""
+def hold(folder: Path, wait: bool) -> Iterator[None]:
+    """Makes `folder` and holds it: another process that asks for it waits, or meets a BlockingIOError.
+
+    The lock is the system's. It leaves no file, and goes with the process, however that ends.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            yield
-            return
         handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(folder)):  # nobody has removed it meanwhile
-                    yield
-                    return
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
+            if _is_at(handle, folder):
+                yield
+                return
         finally:
             os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name: another process may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False

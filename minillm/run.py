@@ -22,6 +22,7 @@ on how many there are. No pickle anywhere. Left out: sharded weights, several no
 """
 
 import contextlib
+import errno
 import gc
 import importlib.util
 import json
@@ -34,7 +35,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reading, signals, writing
+from minillm.errors import BAD_FILE, InputError, Interrupted, reading, reason_of, signals, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
@@ -130,49 +132,9 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-class StopRequest:
-    """Ctrl-C, SIGTERM or SIGHUP: ends a loop after the step under way. A second one ends at once."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.since = runtime, math.inf
-
-    def ask(self, number: int, frame: object) -> None:
-        """The signals' handler. One Ctrl-C under torchrun arrives twice: from the terminal and from it."""
-        if time.monotonic() > self.since + 1:
-            raise Interrupted(number)
-        self.since = min(self.since, time.monotonic())
-
-    def asked(self) -> bool:
-        """Whether any process was told to stop: all of them then stop at the same step."""
-        told = math.isfinite(self.since)
-        if self.runtime.world_size == 1:
-            return told
-        return self.runtime.total(torch.tensor(float(told), device=self.runtime.device)).item() > 0
-
-
-# ---- Its folder
-
-RESUME_FILE = Path("resume") / "state.safetensors"
-
-
-def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
-    """Keeps other runs out of the folder until this process is done. InputError where one is in it."""
-    from minillm.tools.folder import claimed
-
-    if runtime.is_main:
-        runtime.closing.enter_context(claimed(options))
-
-
 # ---- What an exact restart needs
 
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A stream that can be stopped at any batch and continued: its state is JSON."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+RESUME_FILE = Path("resume") / "state.safetensors"
 
 
 @dataclass
@@ -182,8 +144,8 @@ class TrainingState:
     model: nn.Module
     optimizers: Any
     """An optim.Optimizers."""
-    data: Stateful
-    """The stream of batches."""
+    data: Any
+    """The stream of batches: its state_dict() is JSON, and load_state_dict() continues from there."""
     step: int = 0
     """Updates done."""
     tokens: int = 0
@@ -240,69 +202,225 @@ def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-# ---- What it tells
+# ---- The run
+
+NO_SCREEN = contextlib.suppress(OSError, ValueError)
+"""A bar that cannot be drawn, for the stream is closed or full, ends no run."""
 
 
-class Metrics:
-    """The bar, metrics.jsonl and the tracker of a run; in any but the main process it only remembers.
+class Run:
+    """One stage's run in its folder, from the first check to the last line.
 
-    metrics.jsonl holds one JSON object a line, each with its "event" and "step". A resumed run drops the
-    lines beyond its restart point, and the "final" one where more steps are to come, so the file reads as if
-    the run had never stopped.
+    `options` is the script's dataclass. `command` is what runs this stage, where it is not the script of its
+    name. metrics.jsonl holds one JSON object a line, each with its "event" and "step". A resumed run drops
+    the lines beyond its restart point, and the "final" one where more steps are to come, so the file reads
+    as if the run had never stopped. Only the main process writes.
     """
 
-    def __init__(self, folder: Path, steps: int, resume_step: int, runtime: Runtime) -> None:
-        self.path, self.writes = folder / "metrics.jsonl", runtime.is_main
+    def __init__(
+        self, stage: str, options: TrainingOptions, runtime: Runtime, command: str | None = None
+    ) -> None:
+        from minillm.tools.folder import claim_folder
+
+        self.stage, self.options, self.runtime = stage, options, runtime
+        self.command = command or f"{stage}.py"
+        self.folder, self.began = options.folder, time.perf_counter()
+        self.path = self.folder / "metrics.jsonl"
+        claim_folder(options, runtime)
+        self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
+        self.logged = read_metrics(self.folder) if options.resume else []
+        """The events of earlier sittings."""
+        if not self.resuming:
+            if any(event["event"] == "final" for event in self.logged):
+                raise InputError(
+                    f"{self.folder}: is finished, and has no {RESUME_FILE} any more; leave it as it is, or "
+                    "--overwrite to begin anew"
+                )
+            self.logged = []
+        self.file: Any = None
         self.tracker: Any = None
-        over = resume_step == steps
-        self.kept = [
-            event for event in read_metrics(folder)
-            if event["step"] <= resume_step and (over or event["event"] != "final")
-        ]  # fmt: skip
-        self.latest = {event["event"]: event for event in self.kept}
+        if options.tracker != "none" and runtime.is_main:
+            from minillm.tools.trackers import Tracker
+
+            self.tracker = Tracker(options.tracker)
+
+    @contextlib.contextmanager
+    def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
+        """The time between the first step and the last: `state` goes on from its restart point or
+        starts anew, and `save_model` writes what others open."""
+        self.state, self.steps, self.save_model = state, steps, save_model
+        if self.options.warmup > max(steps, TrainingOptions.warmup):
+            raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
+        if self.resuming:
+            self._restore()
+        self.saved_step, self.earlier = state.step if self.resuming else None, state.seconds
+        self.latest = {event["event"]: event for event in self.logged}
         self.shown: dict[str, str] = {}
-        self.bar = tqdm(
-            total=steps, initial=resume_step, unit="step", dynamic_ncols=True, disable=not self.writes,
-            file=Screen(),
+        self.told_to_stop = math.inf
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(signals(self._stop))
+            if self.runtime.is_main:
+                self._begin()
+                write_text(self.path, "".join(json.dumps(event) + "\n" for event in self.logged))
+                # Unbuffered: a line is on its way to the disk when written, and none is left to close().
+                self.file = stack.enter_context(open(self.path, "ab", buffering=0))
+                if self.tracker and "final" not in self.latest:
+                    self.tracker.open(self.folder, read_json(self.folder / "run.json"), state.step)
+                    stack.callback(self.tracker.close)
+            self.bar = tqdm(disable=True)
+            with NO_SCREEN:
+                # On the stream itself: figures of ours need not be made printable.
+                self.bar = tqdm(
+                    total=steps, initial=state.step, unit="step", dynamic_ncols=True, file=sys.__stderr__,
+                    disable=not self.runtime.is_main,
+                )  # fmt: skip
+            self.step_began = time.perf_counter()
+            try:
+                yield
+            finally:
+                with NO_SCREEN:
+                    self.bar.close()
+
+    def _restore(self) -> None:
+        """Goes back to the restart point, and keeps of what was logged the lines up to there.
+
+        They are on the disk before their restart point: no crash can have lost one.
+        """
+        self.state.restore(self.folder)
+        step = self.state.step
+        if step and all(event["step"] != step for event in self.logged):
+            raise InputError(
+                f"{self.path}: holds no step {step}, where the run goes on; restore it or --overwrite"
+            )
+        if step > self.steps:
+            raise InputError(f"{self.folder}: has done {step:,} steps already; ask for no fewer")
+        ends = "final" if step < self.steps else None
+        self.logged = [e for e in self.logged if e["step"] <= step and e["event"] != ends]
+
+    def _begin(self) -> None:
+        """Writes what run.json says of a new run, or of the options that a continued one has changed."""
+        from minillm.tools.folder import start_run_folder, starts_from
+
+        if not self.resuming:
+            start_run_folder(self.options, self.stage)
+            if starts_from(self.options) == self.folder.resolve():
+                # The first model that is written replaces the one of --init: from now on it is here.
+                self.state.save(self.folder)
+            return
+        path, options = self.folder / "run.json", options_json(self.options)
+        run = read_json(path)
+        sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
+        if run["options"] != options | sitting:
+            write_json(path, run | {"options": options | sitting})
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C, SIGTERM or SIGHUP ends the loop after the step under way; a second one ends at once.
+
+        One Ctrl-C under torchrun arrives twice: from the terminal and from it.
+        """
+        if time.monotonic() > self.told_to_stop + 1:
+            raise Interrupted(number)
+        self.told_to_stop = min(self.told_to_stop, time.monotonic())
+
+    # -- In the loop
+
+    def already_finished(self) -> bool:
+        """Whether this run had come to its end before; says so."""
+        if "final" in self.latest:
+            self.say(f"{self.folder}: already finished; nothing to do")
+        return "final" in self.latest
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to take: none is left at the end, or once any process was told to
+        stop."""
+        self.step_began = time.perf_counter()
+        told = self.runtime.total(torch.tensor(float(math.isfinite(self.told_to_stop))))
+        return self.state.step < self.steps and not told.item()
+
+    def log_step(
+        self, tokens: int, *, loss: float, gradient_norm: float, shown: str = "", **figures: float
+    ) -> None:
+        """Counts an update of `tokens` tokens and logs its figures; ends the run where one is no number."""
+        if not math.isfinite(loss + gradient_norm):
+            found = f"loss {loss}, gradient norm {gradient_norm}"
+            raise self.exploded(f"a figure is no longer finite ({found})")
+        self.state.step += 1
+        self.state.tokens += tokens
+        speed = tokens / (time.perf_counter() - self.step_began)
+        self.log(
+            "train", f"loss {loss:.3f}, {speed:,.0f} tokens/s{shown}", loss=loss, gradient_norm=gradient_norm,
+            **figures, tokens_per_second=speed,
         )  # fmt: skip
 
-    def __enter__(self) -> "Metrics":
-        if self.writes:
-            write_text(self.path, "".join(json.dumps(event) + "\n" for event in self.kept))
-            # Unbuffered: a line is on its way to the disk when written, and none is left to close().
-            self.file = open(self.path, "ab", buffering=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.writes:
-            self.file.close()
-        if self.tracker:
-            self.tracker.close()
-
-    def log(self, event: str, step: int, **values: Any) -> None:
-        """Appends one line; numbers also go to the tracker."""
-        record = {"event": event, "step": step, **values}
+    def log(self, event: str, shown: str = "", **figures: Any) -> None:
+        """Appends a line to metrics.jsonl; the bar shows `shown` until the next of its kind."""
+        record = {"event": event, "step": self.state.step, **figures}
         self.latest[event] = record
-        if not self.writes:
+        if self.file is None:
             return
         line = f"{json.dumps(record)}\n".encode()
-        with writing(self.path, "free some space and --resume"):
-            if self.file.write(line) != len(line):
-                raise OSError("only a part was written: the disk is full")
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "only a part was written: the disk is full")
+        except OSError as error:
+            hint = "free some space and --resume"
+            raise InputError(f"{self.path}: cannot be written ({reason_of(error)}); {hint}") from error
         if self.tracker:
-            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self.tracker.log(numbers, step)
+            self.tracker.log(record)
+        self.shown[event] = shown
+        with NO_SCREEN:
+            self.bar.set_postfix_str(", ".join(filter(None, self.shown.values())), refresh=False)
+            self.bar.update(self.state.step - self.bar.n)
 
-    def show(self, step: int, **shown: str) -> None:
-        """Moves the bar to a step, with the latest of each figure at its end."""
-        self.shown |= shown
-        self.bar.set_postfix_str(", ".join(self.shown.values()), refresh=False)
-        self.bar.update(step - self.bar.n)
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.file:
+            with NO_SCREEN:
+                self.bar.clear()
+            print(text)
+            with NO_SCREEN:
+                self.bar.refresh()
 
-    def last(self, event: str) -> dict[str, Any] | None:
-        """The latest record of a kind."""
-        return self.latest.get(event)
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps happens now."""
+        return self.state.step % every == 0
+
+    def save(self) -> None:
+        """The model as others open it, and the restart point; refused where a weight is no number."""
+        if not self.state.is_finite():
+            raise self.exploded("some weights are no longer finite")
+        self.state.seconds = self.earlier + time.perf_counter() - self.began
+        if self.file:
+            with writing(self.path, "free some space and --resume"):
+                os.fsync(self.file.fileno())  # before a restart point counts on what was logged
+            self.save_model()
+            self.state.save(self.folder)
+        self.saved_step = self.state.step
+
+    def exploded(self, what: str) -> InputError:
+        """The end of a run that has gone wrong beyond repair."""
+        kept = "nothing was saved yet"
+        if self.saved_step is not None:
+            kept = f"a restart point is kept, of step {self.saved_step}, and would end the same way"
+        rates = "--policy-rate" if self.stage == "policy" else "--matrix-rate or --embedding-rate"
+        return InputError(
+            f"{self.folder}: {what} at step {self.state.step}; {kept}: begin anew with --overwrite and "
+            f"a lower {rates}"
+        )
+
+    # -- After it
+
+    def end(self) -> None:
+        """Saves and says where; after an early stop says how to go on, and exits."""
+        self.save()
+        if self.state.step == self.steps:
+            self.say(f"{self.folder}: all {self.steps:,} steps done, in {self.state.seconds:.0f} s")
+        else:
+            self.say(
+                f"stopped at step {self.state.step}; go on with: "
+                f"python {self.command} --resume --out {shlex.quote(self.options.out)}"
+            )
+            sys.exit(130)
 
     def figure(self, event: str, name: str) -> float:
         """A figure of the latest record of a kind. InputError where a damaged file has none."""
@@ -311,31 +429,12 @@ class Metrics:
             raise InputError(f"{self.path}: no {event} with its {name}; restore it or --overwrite")
         return found
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self.writes:
-            self.bar.clear()
-            print(text)
-            self.bar.refresh()
-
-    def sync(self) -> None:
-        """Makes sure that what was logged is on the disk, before a checkpoint counts on it."""
-        os.fsync(self.file.fileno())
+    def finish(self, **figures: Any) -> None:
+        """The last line of metrics.jsonl, once all that a finished run leaves is there."""
+        self.log("final", seconds=self.state.seconds, tokens=self.state.tokens, **figures)
 
 
-class Screen:
-    """Standard error for the bar, whose failures end no run."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+# ---- What it told
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -364,155 +463,3 @@ def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
 def _is_number(value: object) -> bool:
     """Whether a value can be plotted."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-# ---- The run
-
-
-class Run:
-    """One stage's run in its folder, from the first check to the last line.
-
-    `options` is the script's dataclass. `command` is what runs this stage, where it is not the script of its
-    name.
-    """
-
-    def __init__(
-        self, stage: str, options: TrainingOptions, runtime: Runtime, command: str | None = None
-    ) -> None:
-        self.stage, self.options, self.runtime = stage, options, runtime
-        self.command = command or f"{stage}.py"
-        self.rate_options = "--policy-rate" if stage == "policy" else "--matrix-rate or --embedding-rate"
-        self.folder, self.began = options.folder, time.perf_counter()
-        claim_folder(options, runtime)
-        self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
-        if options.resume and not self.resuming:
-            self._check_unfinished()
-        self.open_tracker = None
-        if options.tracker != "none" and runtime.is_main:
-            from minillm.tools.trackers import find_tracker
-
-            self.open_tracker = find_tracker(options.tracker)
-
-    @contextlib.contextmanager
-    def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
-        """The time between the first step and the last: `state` goes on from its restart point or
-        starts anew, and `save_model` writes what others open."""
-        self.state, self.steps, self.save_model = state, steps, save_model
-        if self.options.warmup > max(steps, TrainingOptions.warmup):
-            raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
-        if self.resuming:
-            state.restore(self.folder)
-            self._check_metrics()
-        if self.runtime.is_main:
-            self._begin()
-        self.saved_step, self.earlier = state.step if self.resuming else None, state.seconds
-        self.stop = StopRequest(self.runtime)
-        with Metrics(self.folder, steps, state.step, self.runtime) as self.metrics, signals(self.stop.ask):
-            if self.open_tracker and not self.metrics.last("final"):
-                run = read_json(self.folder / "run.json")
-                self.metrics.tracker = self.open_tracker(self.folder, run, state.step)
-            self.step_began = time.perf_counter()
-            yield
-
-    def _check_unfinished(self) -> None:
-        """Without a restart point a run begins anew, which would destroy one that has come to its end."""
-        if any(event["event"] == "final" for event in read_metrics(self.folder)):
-            raise InputError(
-                f"{self.folder}: is finished, and has no {RESUME_FILE} any more; leave it as it is, or "
-                "--overwrite to begin anew"
-            )
-
-    def _check_metrics(self) -> None:
-        """What was logged is on the disk before its restart point: a crash cannot have lost it."""
-        step = self.state.step
-        if step and all(event["step"] != step for event in read_metrics(self.folder)):
-            raise InputError(
-                f"{self.folder / 'metrics.jsonl'}: holds no step {step}, where the run goes on; restore it "
-                "or --overwrite"
-            )
-        if step > self.steps:
-            raise InputError(f"{self.folder}: has done {step:,} steps already; ask for no fewer")
-
-    def _begin(self) -> None:
-        """Writes what run.json says of a new run, or of the options that a continued one has changed."""
-        path, options = self.folder / "run.json", options_json(self.options)
-        if not self.resuming:
-            from minillm.tools.folder import start_run_folder, starts_from
-
-            start_run_folder(self.options, self.stage)
-            if starts_from(self.options) == self.folder.resolve():
-                # The first model that is written replaces the one of --init: from now on it is here.
-                self.state.save(self.folder)
-            return
-        run = read_json(path)
-        sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
-        if run["options"] != options | sitting:
-            write_json(path, run | {"options": options | sitting})
-
-    def already_finished(self) -> bool:
-        """Whether this run had come to its end before; says so."""
-        if self.metrics.last("final"):
-            self.metrics.say(f"{self.folder}: already finished; nothing to do")
-            return True
-        return False
-
-    def goes_on(self) -> bool:
-        """Whether there is another step to take: none is left at the end, or after Ctrl-C."""
-        self.step_began = time.perf_counter()
-        return self.state.step < self.steps and not self.stop.asked()
-
-    def check_finite(self, **figures: float) -> None:
-        """Ends the run, before the weights move, where a figure of this step is no number."""
-        if not all(map(math.isfinite, figures.values())):
-            values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
-            raise self.exploded(f"a figure is no longer finite ({values})")
-
-    def log_step(self, tokens: int, loss: float, **figures: float) -> None:
-        """Counts an update of `tokens` tokens, logs its figures and moves the bar."""
-        self.state.step += 1
-        self.state.tokens += tokens
-        speed = tokens / (time.perf_counter() - self.step_began)
-        self.metrics.log("train", self.state.step, loss=loss, **figures, tokens_per_second=speed)
-        self.metrics.show(self.state.step, loss=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
-
-    def log(self, event: str, shown: str, **figures: Any) -> None:
-        """Logs figures that are not of every step; the bar goes on showing `shown`."""
-        self.metrics.log(event, self.state.step, **figures)
-        self.metrics.show(self.state.step, **{event: shown})
-
-    def due(self, every: int) -> bool:
-        """Whether what happens every so many steps happens now."""
-        return self.state.step % every == 0
-
-    def save(self) -> None:
-        """The model as others open it, and the restart point; refused where a weight is no number."""
-        if not self.state.is_finite():
-            raise self.exploded("some weights are no longer finite")
-        self.state.seconds = self.earlier + time.perf_counter() - self.began
-        if self.runtime.is_main:
-            self.metrics.sync()
-            self.save_model()
-            self.state.save(self.folder)
-        self.saved_step = self.state.step
-
-    def end(self) -> None:
-        """Saves and says where; after an early stop says how to go on, and exits."""
-        self.save()
-        if self.state.step == self.steps:
-            self.metrics.say(f"{self.folder}: all {self.steps:,} steps done, in {self.state.seconds:.0f} s")
-        else:
-            self.metrics.say(
-                f"stopped at step {self.state.step}; go on with: "
-                f"python {self.command} --resume --out {shlex.quote(self.options.out)}"
-            )
-            sys.exit(130)
-
-    def exploded(self, what: str) -> InputError:
-        """The end of a run that has gone wrong beyond repair."""
-        kept = "nothing was saved yet"
-        if self.saved_step is not None:
-            kept = f"a restart point is kept, of step {self.saved_step}, and would end the same way"
-        return InputError(
-            f"{self.folder}: {what} at step {self.state.step}; {kept}: begin anew with --overwrite and "
-            f"a lower {self.rate_options}"
-        )

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,10 +18,13 @@ from safetensors.torch import load_file
 from minillm.data import TokenizedSource
 from minillm.io.huggingface import read_tensors
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.run import RESUME_FILE
+from minillm.optim import LearningRates, build_optimizers
+from minillm.options import TrainingOptions
+from minillm.run import RESUME_FILE, Run, Runtime, TrainingState
 from minillm.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+HERE = Runtime(torch.device("cpu"), torch.float32)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -31,6 +35,32 @@ def tiny_model(causal: bool = True, longest: int = 80) -> tuple[LanguageModel, T
     model = LanguageModel(ModelConfig(**vars(shape) | {"causal": causal}))
     initialize(model, torch.Generator().manual_seed(0))
     return model, tokenizer
+
+
+class Position:
+    """A stream of batches that is nothing but its position."""
+
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def fresh_state(config: ModelConfig | None = None, kind: str = "muon") -> TrainingState:
+    """All that moves in a run, before its first step."""
+    model = LanguageModel(config or config_of_depth(1, 260, 8))
+    initialize(model, torch.Generator().manual_seed(0))
+    rates = LearningRates(matrix=0.1, embedding=0.1, norm=0.1, weight_decay=0.0)
+    return TrainingState(model, build_optimizers(model, rates, kind), Position())
+
+
+def open_run(folder: Path, runtime: Runtime = HERE, **options) -> Run:
+    """A run as of a process of its own."""
+    return Run("train", TrainingOptions(str(folder), **options), replace(runtime, closing=ExitStack()))
 
 
 def a_stream(

@@ -1,121 +1,101 @@
 """What a run tells: a metrics file that reads as if the run had never stopped, the plot, the trackers."""
 
 import json
+import os
+import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import HERE, fresh_state, open_run
 
 from minillm.errors import InputError
-from minillm.run import Metrics, Runtime, read_metrics
+from minillm.run import Run, Runtime, read_metrics
 from minillm.tools.plots import plot_loss
-from minillm.tools.trackers import find_tracker
+from minillm.tools.trackers import Tracker
 
-MAIN = Runtime(torch.device("cpu"), torch.float32)
 LAW = settings(deadline=None, max_examples=25)
-TRAIN = {"loss": 2.5, "nats_per_byte": 1.25, "tokens_per_second": 1000.0}
+STEP = {"loss": 2.5, "gradient_norm": 1.25}
+FULL = Path("/dev/full")
 
 
 @contextmanager
-def metrics_of(folder: Path, resume_step: int = 0, steps: int = 100, runtime: Runtime = MAIN):
-    with Metrics(folder, steps, resume_step, runtime) as metrics:
-        yield metrics
+def running(folder: Path, at: int | None = None, steps: int = 100, runtime: Runtime = HERE, **options):
+    """A run in its loop, new or gone on with from the restart point of step `at`."""
+    state = fresh_state()
+    if at is not None:
+        state.step = at
+        state.save(folder)
+    run = open_run(folder, runtime, resume=at is not None, **options)
+    with run.runtime.closing, run.training(state, steps, lambda: None):
+        yield run
 
 
-def refusal(action, *arguments) -> str:
-    """The one line with which an action is refused."""
-    with pytest.raises(InputError) as caught:
-        action(*arguments)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+def log(run: Run, events) -> None:
+    for event, step, values in events:
+        run.state.step = step
+        run.log(event, **values)
 
 
 # ---- metrics.jsonl
 
-NUMBERS = st.floats(allow_nan=False) | st.integers() | st.text(max_size=5) | st.none() | st.booleans()
+VALUES = st.floats(allow_nan=False) | st.integers() | st.text(max_size=5) | st.none() | st.booleans()
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["sample", "note"]), st.integers(0, 9), st.dictionaries(st.just("x"), NUMBERS)),
+    st.tuples(st.sampled_from(["note", "final"]), st.integers(0, 9), st.dictionaries(st.just("x"), VALUES)),
     max_size=12,
 )
 
 
-def write(folder: Path, events, resume_step: int = 0) -> None:
-    with metrics_of(folder, resume_step) as metrics:
-        for name, step, values in events:
-            metrics.log(name, step, nats_per_byte=1.0, **values)
-
-
-@given(EVENTS, st.integers(0, 9))
+@given(EVENTS, st.integers(0, 9), st.booleans(), st.data())
 @LAW
-def test_resuming_keeps_the_lines_up_to_its_step_byte_for_byte_and_drops_the_rest(
-    tmp_path_factory, events, step
+def test_a_file_cut_anywhere_goes_on_with_its_whole_lines_up_to_the_restart_point(
+    tmp_path_factory, events, step, over, data
 ):
+    """And without the end that was logged, where more steps are to come."""
     folder = tmp_path_factory.mktemp("run")
-    write(folder, events)
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    write(folder, [], resume_step=step)
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    assert (folder / "metrics.jsonl").read_bytes() == b"".join(kept)
-    assert read_metrics(folder) == [json.loads(line) for line in kept]
-
-
-@given(EVENTS, st.data())
-@LAW
-def test_a_file_cut_anywhere_gives_its_whole_lines(tmp_path_factory, events, data):
-    folder = tmp_path_factory.mktemp("run")
-    write(folder, events)
     path = folder / "metrics.jsonl"
-    content = path.read_bytes()
-    cut = content[: data.draw(st.integers(0, len(content)))]
-    path.write_bytes(cut)
-    whole = cut[: cut.rfind(b"\n") + 1]
-    assert read_metrics(folder) == [json.loads(line) for line in whole.splitlines()]
-    write(folder, [("val", 9, {})], resume_step=9)
-    assert path.read_bytes().startswith(whole)
-    assert read_metrics(folder)[-1] == {"event": "val", "step": 9, "nats_per_byte": 1.0}
+    with running(folder) as run:
+        log(run, [("note", step, {}), *events])
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    content = b"".join(rest)
+    content = first + content[: data.draw(st.integers(0, len(content)))]
+    path.write_bytes(content)
+    whole = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    assert read_metrics(folder) == [json.loads(line) for line in whole]
+    with running(folder, at=step, steps=step if over else 100) as run:
+        log(run, [("val", step, {"loss": 1.0})])
+    read = [(line, json.loads(line)) for line in whole]
+    kept = [line for line, e in read if e["step"] <= step and (over or e["event"] != "final")]
+    last = {"event": "val", "step": step, "loss": 1.0}
+    assert path.read_bytes() == b"".join(kept) + f"{json.dumps(last)}\n".encode()
 
 
-def test_a_stopped_and_resumed_run_leaves_the_file_of_an_unbroken_one(tmp_path):
-    events = [("train", step, TRAIN) for step in range(1, 9)]
-    for folder, parts in (("whole", [(0, events)]), ("broken", [(0, events[:6]), (4, events[4:])])):
-        for resume_step, part in parts:
-            with metrics_of(tmp_path / folder, resume_step) as metrics:
-                for name, step, values in part:
-                    metrics.log(name, step, **values)
-    whole, broken = ((tmp_path / folder / "metrics.jsonl").read_bytes() for folder in ("whole", "broken"))
-    assert whole == broken
+def test_a_line_is_on_its_way_to_the_disk_as_soon_as_it_is_logged_and_the_latest_of_a_kind_is_at_hand(
+    tmp_path,
+):
+    with running(tmp_path) as run:
+        for step in (1, 2):
+            run.log_step(10, **STEP, extra=2.0)
+            logged = read_metrics(tmp_path)[-1]
+            assert logged.pop("tokens_per_second") > 0
+            assert logged == {"event": "train", "step": step, **STEP, "extra": 2.0}
+        log(run, [("val", 2, {"loss": 3.0}), ("val", 3, {"loss": 2.0})])
+        assert run.figure("val", "loss") == 2.0
+        with pytest.raises(InputError, match=r"metrics.jsonl.*no val with its kl"):
+            run.figure("val", "kl")
+    with running(tmp_path, at=2) as run:
+        assert run.figure("val", "loss") == 3.0
 
 
-def test_every_line_is_on_its_way_to_the_disk_as_soon_as_it_is_logged(tmp_path):
-    with metrics_of(tmp_path) as metrics:
-        for step in (1, 2, 3):
-            metrics.log("train", step, **TRAIN)
-            assert read_metrics(tmp_path)[-1] == {"event": "train", "step": step, **TRAIN}
-            metrics.sync()
-
-
-def test_the_latest_of_each_kind_is_remembered_and_survives_a_restart(tmp_path):
-    with metrics_of(tmp_path) as metrics:
-        metrics.log("val", 1, nats_per_byte=3.0)
-        metrics.log("val", 2, nats_per_byte=2.0)
-        assert metrics.last("val")["nats_per_byte"] == 2.0
-        assert metrics.last("final") is None
-    with metrics_of(tmp_path, resume_step=1) as metrics:
-        assert metrics.last("val")["nats_per_byte"] == 3.0
-
-
-def test_the_other_processes_write_nothing(tmp_path):
-    with metrics_of(tmp_path, runtime=Runtime(MAIN.device, MAIN.dtype, rank=1, world_size=2)) as metrics:
-        metrics.log("val", 1, nats_per_byte=3.0)
-        metrics.say("nothing")
-        assert metrics.last("val")["step"] == 1
-    assert not list(tmp_path.iterdir())
+def test_the_other_processes_write_and_say_nothing(tmp_path, capsys):
+    with running(tmp_path, runtime=Runtime(HERE.device, HERE.dtype, rank=1, world_size=1)) as run:
+        run.log("val", "shown", loss=3.0)
+        run.say("nothing")
+        assert run.figure("val", "loss") == 3.0
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -123,21 +103,38 @@ def test_the_other_processes_write_nothing(tmp_path):
     ["{", "5", "[1]", "null", '{"event": "val"}', '{"step": 1}', '{"event": "val", "step": "1"}', "\udcff"],
 )
 def test_a_damaged_line_is_refused_by_its_file(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
     content = '{"event": "val", "step": 1}\n' + line + '\n{"event": "val", "step": 2}\n'
-    path.write_text(content, encoding="utf-8", errors="surrogateescape")
-    assert str(path) in refusal(Metrics, tmp_path, 10, 5, MAIN)
-    assert str(path) in refusal(plot_loss, tmp_path, "loss", "nats")
+    (tmp_path / "metrics.jsonl").write_text(content, encoding="utf-8", errors="surrogateescape")
+    for read in (lambda: running(tmp_path, at=1).__enter__(), lambda: plot_loss(tmp_path, "loss", "nats")):
+        with pytest.raises(InputError, match=r"metrics.jsonl: line 2"):
+            read()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_in_one_line(tmp_path):
-    metrics = Metrics(tmp_path, 10, 0, MAIN).__enter__()
-    metrics.file.close()
-    metrics.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (metrics closes it)
-    message = refusal(lambda: metrics.log("train", 1, **TRAIN))
-    metrics.__exit__()
-    assert "metrics.jsonl" in message and "space" in message
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_a_disk_that_takes_only_a_part_of_a_line_is_told_in_one_line_and_the_run_goes_on_from_before(
+    tmp_path, room
+):
+    with running(tmp_path) as run:
+        run.log_step(10, **STEP)
+        run.save()
+        before = run.path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+        try:
+            with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written .*free some space"):
+                run.log_step(10, **STEP)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert run.path.stat().st_size == len(before) + room
+    with running(tmp_path, at=1) as run:
+        assert run.path.read_bytes() == before
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+def test_a_disk_that_takes_nothing_is_told_in_one_line(tmp_path):
+    refused = pytest.raises(InputError, match=r"metrics.jsonl: cannot be written .No space left")
+    with running(tmp_path) as run, open(FULL, "ab", buffering=0) as run.file, refused:
+        run.log_step(1, **STEP)
 
 
 # ---- The plot
@@ -145,66 +142,101 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_the_plot_is_a_png_whatever_was_logged(tmp_path, steps, recwarn):
-    with metrics_of(tmp_path) as metrics:
-        for step in range(1, steps + 1):
-            metrics.log("train", step, **TRAIN)
-            metrics.log("val", step, nats_per_byte=1.0)
-    plot_loss(tmp_path, "nats_per_byte", "nats per byte")
+    with running(tmp_path) as run:
+        for _ in range(steps):
+            run.log_step(1, **STEP)
+            run.log("val", loss=1.0)
+    plot_loss(tmp_path, "loss", "nats")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not [warning for warning in recwarn if "legend" in str(warning.message)]
 
 
 # ---- Trackers
 
+NAMES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}
 
-class Recorder:
-    """Stands for a run of wandb and for a writer of tensorboard: remembers every call."""
 
-    def __init__(self, *arguments, **options) -> None:
-        self.opened, self.calls, self.closed = (arguments, options), [], False
+class Library:
+    """Stands for either library: remembers what was opened, and every number."""
 
-    def log(self, values, step):
-        self.calls += [(name, value, step) for name, value in values.items()]
+    def __init__(self) -> None:
+        self.opened, self.told, self.closed, self.failing = [], [], 0, False
 
-    def add_scalar(self, name, value, step):
-        self.calls.append((name, value, step))
+    def init(self, **how):
+        self.opened.append(how)
+        return self
+
+    def SummaryWriter(self, place, purge_step=None):
+        Path(place).mkdir(exist_ok=True)
+        Path(place, f"events.out.tfevents.{len(self.opened)}").write_text("steps")
+        return self.init(purge_step=purge_step)
 
     def add_text(self, name, text):
-        self.text = text
+        self.opened[-1]["config"] = json.loads(text)
 
-    def finish(self):
-        self.closed = True
+    def log(self, values, step):
+        for name, value in values.items():
+            self.add_scalar(name, value, step)
 
-    close = finish
+    def add_scalar(self, name, value, step):
+        if self.failing:
+            raise ConnectionError("no network\nat all")
+        self.told.append((name, value, step))
 
+    def close(self):
+        self.closed += 1
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_receives_every_number_under_its_event(tmp_path, monkeypatch, name):
-    made = []
-
-    def make(*arguments, **options):
-        made.append(Recorder(*arguments, **options))
-        return made[-1]
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=make))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=make))
-    tracker = find_tracker(name)(tmp_path, {"id": "abc", "options": {"depth": 4}}, 0)
-    with metrics_of(tmp_path) as metrics:
-        metrics.tracker = tracker
-        metrics.log("train", 1, **TRAIN)
-        metrics.log("val", 2, nats_per_byte=1.0, note="words are no number")
-    assert made[0].calls == [
-        ("train/loss", 2.5, 1),
-        ("train/nats_per_byte", 1.25, 1),
-        ("train/tokens_per_second", 1000.0, 1),
-        ("val/nats_per_byte", 1.0, 2),
-    ]
-    assert made[0].closed
-    assert "depth" in f"{made[0].opened} {getattr(made[0], 'text', '')}"
+    finish = close
 
 
-@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_tracker_that_is_not_installed_is_refused_in_one_line(tmp_path, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    message = refusal(find_tracker, name)
-    assert name in message and "pip install" in message
+@pytest.fixture
+def library(monkeypatch) -> Library:
+    made = Library()
+    for module in NAMES.values():
+        monkeypatch.setitem(sys.modules, module, made)
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracker_is_told_every_number_once_and_sees_one_run_whatever_happens_to_it(tmp_path, library, name):
+    with running(tmp_path, tracker=name) as run:
+        log(run, [("train", 1, STEP), ("note", 1, {"x": 1.0, "y": "no number"})])
+    assert library.closed == 1 and library.opened[0]["config"]["tracker"] == name
+    assert library.told == [
+        ("train/loss", 2.5, 1), ("train/gradient_norm", 1.25, 1), ("note/x", 1.0, 1),
+    ]  # fmt: skip
+    with running(tmp_path, at=1, tracker=name) as run:
+        run.finish()
+    with running(tmp_path, at=1, steps=1, tracker=name):
+        pass
+    assert len(library.opened) == 2, "a finished run has nothing to tell"
+    with running(tmp_path, tracker=name, overwrite=True):
+        pass
+    first, second, third = library.opened
+    if name == "wandb":
+        assert first["id"] == second["id"] != third["id"] and second["resume"] == "allow"
+    else:
+        assert [how["purge_step"] for how in library.opened] == [None, 2, None]
+        assert os.listdir(tmp_path / "tensorboard") == ["events.out.tfevents.2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracker_that_fails_ends_no_run_and_says_so_once(tmp_path, library, name, capsys):
+    with running(tmp_path, tracker=name) as run:
+        library.failing = True
+        log(run, [("train", 1, STEP), ("train", 2, STEP)])
+    assert len(read_metrics(tmp_path)) == 2
+    assert capsys.readouterr().err.count("no network") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracker_that_cannot_be_opened_is_refused_in_one_line_and_costs_no_run(tmp_path, monkeypatch, name):
+    with running(tmp_path) as run:
+        run.log_step(1, **STEP)
+    before = run.path.read_bytes()
+    monkeypatch.setitem(sys.modules, NAMES[name], None)
+    with pytest.raises(InputError, match=f"--tracker {name}.*pip install {name}"):
+        running(tmp_path, tracker=name, overwrite=True).__enter__()
+    assert run.path.read_bytes() == before
+    with pytest.raises(KeyError):
+        Tracker("another")

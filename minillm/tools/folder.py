@@ -1,78 +1,60 @@
 """Whose a run folder is: one run's at a time, never two mixed, and nothing half-written from a killed one."""
 
-import contextlib
+import errno
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from minillm.errors import InputError, writing
-from minillm.files import remove_scratch, scratch_of, write_json
+from minillm.files import hold, remove_scratch, scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
+from minillm.run import RESUME_FILE, Runtime
 from minillm.tools.provenance import provenance
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MODEL_FILES = (
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
 )  # fmt: skip
 RUN_FILES = (
-    Path("resume", "state.safetensors"), "metrics.jsonl", "loss.png", "samples.txt", "report.json",
-    "report.png", "curves.png",
+    str(RESUME_FILE), "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
     "responses.jsonl", *MODEL_FILES, "run.json",
 )  # fmt: skip
 SCRATCH = {scratch_of(Path(name)).name for name in RUN_FILES}
 
 
-@contextlib.contextmanager
-def claimed(options: TrainingOptions) -> Iterator[None]:
-    """The folder of a run for this process alone. Refuses to mix two runs, before anything is computed."""
+def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
+    """Makes the folder of a run and keeps others out until this process is done; removes what a killed one
+    left half-written. InputError, before anything is computed, where two runs would mix."""
+    if not runtime.is_main:
+        return
     folder = options.folder
-    with contextlib.ExitStack() as stack:
-        with writing(folder, "give another --out"):
-            nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-            if not nearest.is_dir():
-                raise InputError(f"{nearest}: is a file; give --out a folder")
-            stack.enter_context(locked(folder))
-            check_run_folder(folder, options.resume, options.overwrite)
-            for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
-                # Scratch of files.py, and what safetensors leaves where it is killed.
-                if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
-                    remove_scratch(path)
-        yield
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs out of it until the end of this process, however it ends.
-
-    The lock is the system's and leaves no file. OSError where the folder cannot be written.
-    """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    handle = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, "give another --out"):
+        places = [folder, *folder.parents]
+        made = list(itertools.takewhile(lambda place: not os.path.lexists(place), places))
+        if not places[len(made)].is_dir():
+            raise InputError(f"{places[len(made)]}: is a file; give --out a folder")
+        runtime.closing.callback(_remove_empty, made)
+        try:
+            runtime.closing.enter_context(hold(folder, wait=False))
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another run is writing there; wait for its end, or give another --out"
+            ) from None
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "its permissions forbid it", str(folder))
-        handle = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError, AttributeError):  # a file system or Python without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{folder}: another run is writing there; wait for its end, or give another --out"
-                ) from None
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-        for place in made:
-            with contextlib.suppress(OSError):  # only what stayed empty goes
-                place.rmdir()
+            raise PermissionError(errno.EACCES, "its permissions forbid it")
+        check_run_folder(folder, options.resume, options.overwrite)
+        for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
+            # Scratch of files.py, and what safetensors leaves where it is killed.
+            if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
+                remove_scratch(path)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # what holds something stays
+            folder.rmdir()
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:

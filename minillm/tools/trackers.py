@@ -1,79 +1,74 @@
 """Metrics for tensorboard and wandb, beside metrics.jsonl; a resumed run goes on in the same place.
 
-A tracker has `log(values, step)` and `close()`. What it is told is told once: after a kill a run repeats
-the steps since its restart point, and those that the tracker has already are hidden or passed over.
+What a tracker is told is told once: after a kill a run repeats the steps since its restart point, and those
+that the tracker has already are hidden or passed over. One that fails ends no run.
 """
 
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from minillm.errors import InputError, printable, reason_of
 
-
-@runtime_checkable
-class Tracker(Protocol):
-    def log(self, values: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
+Opened = tuple[Callable[..., Any], Callable[..., Any]]
+"""What takes the numbers of a step, as (values by name, step), and what is called at the end."""
 
 
-Opener = Callable[[Path, dict[str, Any], int], Tracker]
-"""(run folder, what run.json holds, the step after which it logs) → tracker."""
+def open_tensorboard(library: Any, folder: Path, run: dict[str, Any], step: int) -> Opened:
+    """Event files in the run folder; what an earlier one holds of later steps is hidden."""
+    writer = library.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    writer.add_text("options", json.dumps(run["options"]))
 
-
-def find_tracker(name: str) -> Opener:
-    """The tracker of a name, "tensorboard" or "wandb". InputError where it is not installed."""
-    opener: Any = {"tensorboard": TensorBoard, "wandb": Wandb}[name]
-    try:
-        library = importlib.import_module(opener.module)
-    except ImportError as error:
-        raise InputError(f"--tracker {name}: {error}; pip install {name}, or leave it out") from error
-
-    def open_tracker(folder: Path, run: dict[str, Any], step: int) -> Tracker:
-        try:
-            return opener(library, folder, run, step)
-        except Exception as error:  # no network, no login, no space: theirs, whatever it is
-            raise InputError(f"--tracker {name}: {reason_of(error)}; mend that, or leave it out") from error
-
-    return open_tracker
-
-
-class TensorBoard:
-    """Event files in the run folder."""
-
-    module = "torch.utils.tensorboard"
-
-    def __init__(self, library: Any, folder: Path, run: dict[str, Any], step: int) -> None:
-        # What an earlier file holds of later steps is hidden.
-        self.writer = library.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step + 1 if step else None
-        )
-        self.writer.add_text("options", json.dumps(run["options"]))
-
-    def log(self, values: dict[str, float], step: int) -> None:
+    def send(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
+    return send, writer.close
 
 
-class Wandb:
+def open_wandb(library: Any, folder: Path, run: dict[str, Any], step: int) -> Opened:
     """A run on the server, under the id of the run folder; it takes no step twice."""
+    opened = library.init(
+        project="minillm", name=printable(folder.name), config=run["options"], id=run.get("id"),
+        resume="allow",
+    )  # fmt: skip
+    return lambda values, step: opened.log(values, step=step), opened.finish
 
-    module = "wandb"
 
-    def __init__(self, library: Any, folder: Path, run: dict[str, Any], step: int) -> None:
-        self.run = library.init(
-            project="minillm", name=printable(folder.name), config=run["options"], id=run.get("id"),
-            resume="allow",
-        )  # fmt: skip
+class Tracker:
+    """One of them, by its name. InputError where it is not installed."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+    def __init__(self, name: str) -> None:
+        modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+        self.name, self.begin = name, {"tensorboard": open_tensorboard, "wandb": open_wandb}[name]
+        try:
+            self.library = importlib.import_module(modules[name])
+        except ImportError as error:
+            raise InputError(f"--tracker {name}: {error}; pip install {name}, or leave it out") from error
+
+    def open(self, folder: Path, run: dict[str, Any], step: int) -> None:
+        """Before `log`: the run folder, what run.json holds, and the step that is done."""
+        try:
+            self.send, self.end = self.begin(self.library, folder, run, step)
+        except Exception as error:  # no network, no login, no space: theirs, whatever it is
+            hint = "mend that, or leave it out"
+            raise InputError(f"--tracker {self.name}: {reason_of(error)}; {hint}") from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The numbers of a line of metrics.jsonl, under the name of its event."""
+        values = {f"{record['event']}/{name}": value for name, value in record.items()
+                  if name != "step" and isinstance(value, int | float)}  # fmt: skip
+        self._tell(self.send, values, record["step"])
 
     def close(self) -> None:
-        self.run.finish()
+        self._tell(self.end)
+
+    def _tell(self, call: Callable[..., Any], *what: Any) -> None:
+        try:
+            call(*what)
+        except Exception as error:
+            print(f"--tracker {self.name}: {reason_of(error)}; the run goes on without it", file=sys.stderr)
+            self.send = self.end = lambda *_: None
