@@ -54,14 +54,14 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.model import LanguageModel, ModelConfig, ScalarModel, scalar_from_language_model
+from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
 from minillm.options import PolicyOptions, parse_options
-from minillm.ppo import Aligner, Prompt, adapted_beta, summary
+from minillm.ppo import Aligner, adapted_beta, summary
 from minillm.preferences import (
     MOST_RESPONSES,
     ChatModel,
-    Question,
+    Prompt,
     Ranking,
     ResponseSet,
     Simulated,
@@ -180,6 +180,13 @@ class Options(PolicyOptions):
             raise InputError(f"--resume: --stage {self.stage} needs none; it goes on by itself")
         if self.stage == "policy" and self.algorithm == "best-of-n" and self.resume:
             raise InputError("--resume: best-of-n takes a minute; --overwrite to do it again")
+        read = {"sample": self.models, "reward": (self.init,), "policy": (self.init, self.reward)}
+        for name in filter(None, read.get(self.stage, ())):
+            if Path(name).resolve() == self.folder.resolve():
+                raise InputError(
+                    f"{name}: is where this stage writes, and is needed as it is to the end; copy it, or "
+                    "give another --out"
+                )
 
     @property
     def folder(self) -> Path:
@@ -205,13 +212,14 @@ def sample(options: Options, runtime: Runtime) -> None:
     from minillm.io.rankings import JsonLines, check_origin, read_json_lines
     from minillm.tools.folder import claim_folder, start_run_folder
 
-    sampling = options.sampling
+    sampling = options.sampling  # InputError where it cannot be done
     claim_folder(options, runtime)
     models = [ChatModel(name, *load_causal_model(Path(name), runtime.device, runtime.dtype))
               for name in options.models]  # fmt: skip
-    questions = with_room(questions_of(options), models, options)
+    needed = 2 if options.distractors else 1  # a distractor answers another prompt
+    prompts = with_room(prompts_of(options, runtime), models, options, runtime, needed)
     path, run = options.folder / "responses.jsonl", options.folder / "run.json"
-    origin = {"prompts": digest(*(json.dumps(q.messages) for q in questions))}
+    origin = {"prompts": digest(*(json.dumps(prompt.messages) for prompt in prompts))}
     origin |= {f"weights of {model.name}": model.fingerprint for model in models}
     if options.resume:
         check_origin(run, origin)
@@ -224,37 +232,37 @@ def sample(options: Options, runtime: Runtime) -> None:
             print(file.mended)
         answered = [record.get("messages") for _, record in read_json_lines(path, "")]
         done = len(answered)
-        if answered != [question.messages for question in questions[:done]]:
+        if answered != [prompt.messages for prompt in prompts[:done]]:
             raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
-        with tqdm(total=len(questions), initial=done, unit="prompt", dynamic_ncols=True) as bar:
-            for lines in sample_sets(
-                models, questions, options.responses, options.distractors, sampling, options.seed, done
-            ):
+        counts = options.responses, options.distractors
+        with tqdm(total=len(prompts), initial=done, unit="prompt", dynamic_ncols=True) as bar:
+            for lines in sample_sets(models, prompts, *counts, sampling, options.seed, done):
                 file.append(lines)
                 bar.update(len(lines))
     written = [record for _, record in read_json_lines(path, "")]
     cut = sum(not draw["ended"] for record in written for draw in record["draws"])
-    print(f"{path}: {len(questions):,} prompts with {options.responses} responses each")
+    print(f"{path}: {len(prompts):,} prompts with {options.responses} responses each")
     print(f"{sum('note' in record for record in written):,} of them hold a response that repeats another")
     print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
 
-def questions_of(options: Options) -> list[Question]:
+def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
     from minillm.io.conversations import open_prompts
 
     if not options.data:
-        return world_questions(options.seed, "reward", options.prompts)
-    questions: list[Question] = []
+        return world_prompts(options.seed, "reward", options.prompts)
+    prompts: list[Prompt] = []
     for source in open_prompts(options.data, options.errors):
         if source.weight != 1:
             raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
-        before = len(questions)
-        questions += [Question(messages) for messages in source.conversations()]
-        report(source.name, len(questions) - before, "prompts", source.skipped, source.first_skipped)
-    if len(questions) > options.prompts:
-        print(f"the first {options.prompts:,} of {len(questions):,} prompts are used; see --prompts")
-    return questions[: options.prompts]
+        own = [Prompt(messages) for messages in source.conversations()]
+        prompts += own
+        if runtime.is_main:
+            report(source.name, len(own), "prompts", source.skipped, source.first_skipped)
+    if len(prompts) > options.prompts and runtime.is_main:
+        print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
+    return prompts[: options.prompts]
 
 
 def little_world(seed: int) -> Any:
@@ -264,24 +272,27 @@ def little_world(seed: int) -> Any:
     return World(seed)
 
 
-def world_questions(seed: int, split: str, count: int) -> list[Question]:
+def world_prompts(seed: int, split: str, count: int) -> list[Prompt]:
     """Prompts of the little world of a seed."""
-    return [Question(p.messages, p.kind, seed) for p in little_world(seed).prompts(split, n=count)]
+    return [Prompt(p.messages, p.kind, seed) for p in little_world(seed).prompts(split, n=count)]
 
 
-def with_room(questions: Sequence[Question], models: Sequence[ChatModel], options: Options) -> list[Question]:
-    """The prompts that leave room for a response in each model's context; says how many do not."""
+def with_room(
+    prompts: Sequence[Prompt], models: Sequence[ChatModel], options: Options, runtime: Runtime, needed: int
+) -> list[Prompt]:
+    """The prompts that leave room for a response in each model's context; says how many do not.
+
+    InputError where fewer are left than needed.
+    """
     length = options.max_new_tokens
-    kept = [q for q in questions if all(model.has_room(q.messages, length) for model in models)]
-    if len(kept) < len(questions):
-        print(f"{len(questions) - len(kept):,} prompts left out: too long for {length} tokens of response")
-    if not kept:
+    kept = [p for p in prompts if all(model.has_room(p.messages, length) for model in models)]
+    if len(kept) < len(prompts) and runtime.is_main:
+        print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
+    if len(kept) < needed:
         raise InputError(
-            "no prompt leaves a model room for its response; "
-            f"give less than --max-new-tokens {length}, or shorter prompts"
+            f"{len(kept)} of {len(prompts)} prompts leave room for a response, and {needed} are needed; give "
+            f"more or shorter ones, or less than --max-new-tokens {length}"
         )
-    if options.distractors and len(kept) < 2:
-        raise InputError(f"--distractors {options.distractors}: needs a second prompt; give more --prompts")
     return kept
 
 
@@ -419,9 +430,14 @@ def agreement(options: Options, runtime: Runtime) -> None:
 def train_reward_model(options: Options, runtime: Runtime) -> None:
     """One run, from the rankings to the report."""
     run = Run("reward", options, runtime, "rlhf.py --stage reward")
-    model, tokenizer = start_reward_model(run, options)
-    template = ChatTemplate(tokenizer)
-    training, held_out = encoded_rankings(options, template, model.config, runtime)
+    if run.resuming:
+        model, tokenizer = load_scalar_model(run.folder, runtime.device, runtime.dtype)
+    else:
+        assistant, tokenizer = load_assistant(options, runtime)
+        generator = torch.Generator().manual_seed(options.seed)
+        model = scalar_from_language_model(assistant, generator, options.new_blocks)
+    template, longest = ChatTemplate(tokenizer), model.config.max_position_embeddings
+    training, held_out = encoded_rankings(options, template, longest, runtime)
     stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
     rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
@@ -437,13 +453,14 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
         if run.already_finished():
             return
         learn_rankings(run, stream, forward, training_scores_of(forward), validate, options)
+        run.end()
         if runtime.is_main:
             finish_reward_model(run, model, template, training, held_out, options)
 
 
 def learn_rankings(
     run: Run,
-    stream: Shuffled[EncodedSet],
+    stream: Shuffled[Any],
     forward: Callable[..., Any],
     scores: Scores,
     validate: Callable[[], None],
@@ -465,11 +482,10 @@ def learn_rankings(
             validate()
         if run.due(options.save_every or tenth):
             run.save()
-    run.end()
 
 
 def encoded_rankings(
-    options: Options, template: ChatTemplate, config: ModelConfig, runtime: Runtime
+    options: Options, template: ChatTemplate, longest: int, runtime: Runtime
 ) -> tuple[list[EncodedSet], list[EncodedSet]]:
     """All rankings given, those to train on and those held out; says what is left out.
 
@@ -482,7 +498,7 @@ def encoded_rankings(
     if not any(ranking.pairs() for ranking in rankings):
         what = "every response is tied with all others" if rankings else "no ranking"
         raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")
-    encoded, skipped = encode_rankings(rankings, template, config.max_position_embeddings)
+    encoded, skipped = encode_rankings(rankings, template, longest)
     if not encoded:
         raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
     if runtime.is_main:
@@ -491,15 +507,6 @@ def encoded_rankings(
         if cut := sum(len(one.rankings[0].cut) for one in encoded):
             print(f"{cut:,} of all responses are cut: their rows have no end token")
     return split_by_prompt(encoded, options.val_fraction)
-
-
-def start_reward_model(run: Run, options: Options) -> tuple[ScalarModel, Tokenizer]:
-    """The run's own model, or a new head on the assistant's trunk."""
-    if run.resuming:
-        return load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
-    model, tokenizer = load_assistant(options, run.runtime)
-    generator = torch.Generator().manual_seed(options.seed)
-    return scalar_from_language_model(model, generator, options.new_blocks), tokenizer
 
 
 def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
@@ -556,82 +563,79 @@ def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTem
 # ---- policy: prompts → a policy that scores higher and stays near
 
 
-def train_policy(options: Options, runtime: Runtime) -> None:
-    """PPO or GRPO: one run, from the prompts to the finished folder."""
-    run = Run("policy", options, runtime, command_of(options))
+def align(options: Options, runtime: Runtime) -> None:
+    """PPO, GRPO or DPO: one run, from the prompts to the finished folder."""
+    if options.algorithm == "best-of-n":
+        best_of_n(options, runtime)
+        return
+    run = Run("policy", options, runtime, f"rlhf.py --stage policy --algorithm {options.algorithm}")
     aligner = start_aligner(options, runtime)
-    training, held_out = policy_prompts(options, aligner)
-    check_shares(options, runtime)
-    aligner.stream = shuffled_prompts(training, options.seed)
-    aligner.text = text_mixture(options, aligner)
+    training, prompts = policy_prompts(options, aligner)
+    held_out: list[EncodedSet] = []
+    if options.algorithm == "dpo":
+        longest = aligner.policy.config.max_position_embeddings
+        ranked, held_out = encoded_rankings(options, aligner.template, longest, runtime)
+        aligner.stream, steps = ranking_stream(ranked, options.seed), steps_of(ranked, options, runtime)
+    else:
+        check_shares(options, runtime)
+        aligner.stream = shuffled_prompts(training, aligner.template, options.seed)
+        aligner.text, steps = text_mixture(options, aligner), options.iterations
     state = TrainingState(aligner.models, aligner.optimizers, aligner)
-    tenth, each = max(1, options.iterations // 10), options.ppo_epochs * options.minibatches
 
-    with run.training(state, options.iterations, lambda: None):  # validate() saves the policy
-        check_kept(run, aligner)
+    def validate_all() -> None:
+        validate(run, options, aligner, prompts, held_out[: options.val_sets])
+
+    with run.training(state, steps, lambda: None):  # validate() saves the policy
+        if run.resuming and aligner.kept:  # InputError where what may not be written anew is damaged
+            load_model(run.folder, runtime.device, runtime.dtype)
         if run.already_finished():
             return
-        if aligner.critic and options.critic_warmup >= options.iterations:
+        if aligner.critic and options.critic_warmup >= steps:
             run.say(f"--critic-warmup {options.critic_warmup}: only the critic learns in this run")
         if not aligner.kept:  # else it was before a stop
-            validate(run, options, aligner, held_out)
-        while run.goes_on():
-            began = time.perf_counter()
-            prompts = aligner.stream.next(options.rollout_batch // options.samples)
-            batches, metrics = aligner.rollout(prompts, state.step)
-            check_kl(run, options, metrics)
-            metrics["rollout_seconds"] = time.perf_counter() - began
-
-            updates: list[dict[str, float]] = []
-            for _ in range(options.ppo_epochs):
-                for batch in batches:
-                    done = state.step * each + len(updates)
-                    rate = lr_schedule(done, options.iterations * each, options.warmup, options.decay)
-                    critic_only = aligner.critic is not None and state.step < options.critic_warmup
-                    updates.append(aligner.update(batch, rate, critic_only))
-                if fmean(one.get("old_kl", 0.0) for one in updates[-len(batches) :]) > options.target_kl:
-                    break
-            aligner.follow()
-            if options.adaptive_kl_target:
-                aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
-
-            shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
-            tokens = round(metrics["length"] * options.rollout_batch)
-            run.log_step(tokens, **summary(updates), **metrics, shown=shown)
-            if run.due(options.val_every or tenth) or state.step == options.iterations:
-                validate(run, options, aligner, held_out)
-            if run.due(options.save_every or tenth):
-                run.save()
+            validate_all()
+        if options.algorithm == "dpo":
+            forward = aligner.wrapped_policy
+            rewards = rewards_of(forward, aligner.ref_model, options.beta)
+            learn_rankings(run, aligner.stream, forward, rewards, validate_all, options)
+        else:
+            learn_from_rollouts(run, aligner, validate_all, options)
         run.end()
         if runtime.is_main:
             finish_policy(run, options, aligner)
 
 
-def train_dpo(options: Options, runtime: Runtime) -> None:
-    """DPO: one run, from the rankings to the finished folder."""
-    run = Run("policy", options, runtime, command_of(options))
-    aligner = start_aligner(options, runtime)
-    policy, ref_model = aligner.policy, aligner.ref_model
-    _, prompts = policy_prompts(options, aligner)
-    training, held_out = encoded_rankings(options, aligner.template, policy.config, runtime)
-    aligner.stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
-    state = TrainingState(aligner.models, aligner.optimizers, aligner)
-    rewards = rewards_of(aligner.wrapped_policy, ref_model, options.beta)
-    held_out_rewards = rewards_of(policy, ref_model, options.beta)
+def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
+    """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates on it."""
+    state, tenth, asked = run.state, max(1, run.steps // 10), options.rollout_batch // options.samples
+    each = options.ppo_epochs * options.minibatches
+    while run.goes_on():
+        began = time.perf_counter()
+        rollout, minibatches, metrics = aligner.rollout(aligner.stream.next(asked), state.step)
+        check_kl(run, options, metrics)
+        metrics["rollout_seconds"] = time.perf_counter() - began
 
-    def validate_rankings() -> None:
-        val = held_out_rankings(held_out_rewards, held_out[: options.val_sets], options.micro_tokens, runtime)
-        validate(run, options, aligner, prompts, **val)
+        updates: list[dict[str, float]] = []
+        for _ in range(options.ppo_epochs):
+            for numbers in minibatches:
+                done = state.step * each + len(updates)
+                rate = lr_schedule(done, run.steps * each, options.warmup, options.decay)
+                critic_only = aligner.critic is not None and state.step < options.critic_warmup
+                updates.append(aligner.update(rollout, numbers, rate, critic_only))
+            moved = [one.get("old_kl", 0.0) for one in updates[-options.minibatches :]]
+            if fmean(moved) > options.target_kl:
+                break
+        aligner.follow()
+        if options.adaptive_kl_target:
+            aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
 
-    with run.training(state, steps, lambda: None):  # validate() saves the policy
-        check_kept(run, aligner)
-        if run.already_finished():
-            return
-        if not aligner.kept:
-            validate_rankings()
-        learn_rankings(run, aligner.stream, aligner.wrapped_policy, rewards, validate_rankings, options)
-        if runtime.is_main:
-            finish_policy(run, options, aligner)
+        shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
+        tokens = round(metrics["length"] * options.rollout_batch)
+        run.log_step(tokens, **summary(updates), **metrics, shown=shown)
+        if run.due(options.val_every or tenth) or state.step == run.steps:
+            validate()
+        if run.due(options.save_every or tenth):
+            run.save()
 
 
 def best_of_n(options: Options, runtime: Runtime) -> None:
@@ -643,29 +647,25 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     from minillm.tools.provenance import provenance
 
     claim_folder(options, runtime)
-    aligner = start_aligner(options, runtime)
+    aligner, n, began = start_aligner(options, runtime), options.samples, time.perf_counter()
     _, prompts = policy_prompts(options, aligner)
-    n, began = options.samples, time.perf_counter()
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
-    responses = aligner.sample(aligner.policy, asked, seeds)
-    scores = responses.scores.tolist()
+    found, scored = aligner.sample(aligner.policy, asked, seeds)
+    scores = scored.tolist()
     best = [max(range(i, i + n), key=lambda j: scores[j]) for i in range(0, len(asked), n)]
     records = [
-        {"messages": asked[j].messages, "kind": asked[j].kind, "response": responses.texts[j],
-         "score": scores[j]}
+        {"messages": asked[j].messages, "kind": asked[j].kind, "response": found.texts[j], "score": scores[j]}
         for j in best
-    ]  # fmt: skip
+    ]
     start_run_folder(options, "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    figures = {"score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n}
-    figures |= {
-        "unended": fmean(not responses.ended[j] for j in best),
-        "seconds": time.perf_counter() - began,
-    }
+    figures = {
+        "score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n,
+        "unended": fmean(not found.ended[j] for j in best), "seconds": time.perf_counter() - began,
+    }  # fmt: skip
     if aligner.rubric:
-        given = [aligner.rubric(asked[j].messages, responses.texts[j]) or 0.0 for j in best]
-        figures["rubric"] = fmean(given)
+        figures["rubric"] = fmean(aligner.rubric(r["messages"], r["response"]) or 0.0 for r in records)
     write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **figures} | provenance())
     print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
 
@@ -701,17 +701,33 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> S
 
 
 def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out: the little world has development prompts for that."""
-    if not options.data:
-        check_world_is_meant(options, aligner.runtime.is_main)
-    questions = questions_of(options)
+    """The prompts to train on and those held out, for which the little world has a split of its own; as many
+    for each process. InputError where a prompt with its response may outgrow the reward model."""
+    runtime, length = aligner.runtime, options.max_new_tokens
     if options.data:
-        questions, held_out = split_by_hash(questions, lambda q: json.dumps(q.messages), options.val_fraction)
+        prompts = prompts_of(options, runtime)
+        training, held_out = split_by_hash(prompts, lambda p: json.dumps(p.messages), options.val_fraction)
     else:
-        held_out = world_questions(options.seed, "dev", options.val_prompts)
-    return with_reply_room(questions, options, aligner), with_reply_room(
-        held_out[: options.val_prompts], options, aligner
-    )
+        check_world_is_meant(options, runtime.is_main)
+        training = prompts_of(options, runtime)
+        held_out = world_prompts(options.seed, "dev", options.val_prompts)
+    asked = ChatModel(options.init, aligner.policy, aligner.template.tokenizer)
+
+    def shared_out(some: Sequence[Prompt]) -> list[Prompt]:
+        kept = with_room(some, [asked], options, runtime, needed=runtime.world_size)
+        return kept[: len(kept) // runtime.world_size * runtime.world_size]
+
+    training, held_out = shared_out(training), shared_out(held_out[: options.val_prompts])
+    if aligner.reward_model:
+        longest = aligner.reward_model.config.max_position_embeddings
+        needed = max(len(asked.prompt(prompt.messages)) for prompt in (*training, *held_out)) + length
+        if longest < needed:
+            raise InputError(
+                f"the reward model reads {longest} tokens, a prompt with its response may have {needed}; "
+                f"give less than --max-new-tokens {length}, shorter prompts, or a reward model trained from "
+                "the same assistant"
+            )
+    return training, held_out
 
 
 def check_world_is_meant(options: Options, main: bool) -> None:
@@ -747,30 +763,6 @@ def stored(folder: Path, option: str) -> list[str]:
     return [str(file) for file in files] if isinstance(files, list) else []
 
 
-def with_reply_room(questions: Sequence[Question], options: Options, aligner: Aligner) -> list[Prompt]:
-    """The prompts that leave the policy room for a response; as many for every process."""
-    runtime, length = aligner.runtime, options.max_new_tokens
-    longest = aligner.policy.config.max_position_embeddings - length
-    prompts = [Prompt(q.messages, aligner.template.prompt(q.messages), q.kind) for q in questions]
-    kept = [prompt for prompt in prompts if len(prompt.tokens) <= longest]
-    if len(kept) < len(prompts) and runtime.is_main:
-        print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
-    if len(kept) < runtime.world_size:
-        raise InputError(
-            f"{len(kept)} prompts of at most {longest} tokens to train or validate on; "
-            "give more or shorter ones, or less than --max-new-tokens"
-        )
-    needed = max(len(prompt.tokens) for prompt in kept) + length
-    reward_model = aligner.reward_model
-    if reward_model and reward_model.config.max_position_embeddings < needed:
-        raise InputError(
-            f"the reward model reads {reward_model.config.max_position_embeddings} tokens, a prompt with its "
-            f"response may have {needed}; give less than --max-new-tokens {length}, shorter prompts, or a "
-            "reward model trained from the same assistant"
-        )
-    return kept[: len(kept) // runtime.world_size * runtime.world_size]
-
-
 def check_shares(options: Options, runtime: Runtime) -> None:
     """InputError unless every process has a prompt of every minibatch."""
     prompts = options.rollout_batch // options.samples // options.minibatches
@@ -782,9 +774,10 @@ def check_shares(options: Options, runtime: Runtime) -> None:
         )
 
 
-def shuffled_prompts(prompts: Sequence[Prompt], seed: int) -> Shuffled[Prompt]:
+def shuffled_prompts(prompts: Sequence[Prompt], template: ChatTemplate, seed: int) -> Shuffled[Prompt]:
     """The prompts without end."""
-    return Shuffled(prompts, "prompts", seed, digest([prompt.tokens for prompt in prompts]))
+    tokens = [template.prompt(prompt.messages) for prompt in prompts]
+    return Shuffled(prompts, "prompts", seed, digest(tokens))
 
 
 def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
@@ -810,20 +803,29 @@ def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
 
 
 def validate(
-    run: Run, options: Options, aligner: Aligner, prompts: Sequence[Prompt], **rankings: float
+    run: Run, options: Options, aligner: Aligner, prompts: Sequence[Prompt], held_out: Sequence[EncodedSet]
 ) -> None:
     """Metrics of held-out prompts; the policy is written where it is the best so far, or with --keep last.
 
     The best is that of the highest objective that is trained, at the β of now; for DPO, which needs no
     scores, that of the lowest loss of held-out rankings.
     """
-    found = aligner.validate(prompts) | rankings
+    found = aligner.validate(prompts)
+    if held_out:
+        rewards = rewards_of(aligner.policy, aligner.ref_model, options.beta)
+        found |= held_out_rankings(rewards, held_out, options.micro_tokens, run.runtime)
     if run.state.step == 0 and found["unended"]:
-        run.say(cut_responses(options, found["unended"]))
+        price = "score as if they had ended there"
+        if options.missing_eos_score is not None:
+            price = f"score {options.missing_eos_score:g} deviations from the mean of all"
+        run.say(
+            f"{found['unended']:.0%} of the assistant's responses do not end within --max-new-tokens "
+            f"{options.max_new_tokens}: they are cut, and {price}"
+        )
     check_kl(run, options, found)
 
     def objective(metrics: Mapping[str, float | int]) -> float:
-        return -metrics["loss"] if rankings else aligner.objective(metrics)
+        return -metrics["loss"] if held_out else aligner.objective(metrics)
 
     found = {"loss": -objective(found)} | found
     if options.keep == "last" or not aligner.kept or objective(found) > objective(aligner.kept):
@@ -834,27 +836,10 @@ def validate(
     run.log("val", f"val {shown}", **found, kept_step=aligner.kept["step"])
 
 
-def cut_responses(options: Options, share: float) -> str:
-    """A line about responses that did not end."""
-    price = "score as if they had ended there"
-    if options.missing_eos_score is not None:
-        price = f"score {options.missing_eos_score:g} deviations from the mean of all"
-    return (
-        f"{share:.0%} of the assistant's responses do not end within --max-new-tokens "
-        f"{options.max_new_tokens}: they are cut, and {price}"
-    )
-
-
 def check_kl(run: Run, options: Options, metrics: Mapping[str, float]) -> None:
     """InputError where the policy has run away."""
     if metrics["kl"] > options.max_kl:
         raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
-
-
-def check_kept(run: Run, aligner: Aligner) -> None:
-    """InputError where the policy that is kept, which the rest of the run may not write anew, is damaged."""
-    if run.resuming and aligner.kept:
-        load_model(run.folder, run.runtime.device, run.runtime.dtype)
 
 
 def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
@@ -873,16 +858,6 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
         what = "no step was better on held-out prompts than the start, which is kept"
     run.say(f"{run.folder}: {what}")
     run.finish(kept_step=step, **kept)
-
-
-def command_of(options: Options) -> str:
-    return f"rlhf.py --stage policy --algorithm {options.algorithm}"
-
-
-def align(options: Options, runtime: Runtime) -> None:
-    """The stage "policy", by any of its algorithms."""
-    algorithms = {"ppo": train_policy, "grpo": train_policy, "dpo": train_dpo, "best-of-n": best_of_n}
-    algorithms[options.algorithm](options, runtime)
 
 
 # ---- The command

@@ -80,7 +80,7 @@ def minillm_process(work: dict[str, Any]) -> None:
         patch.object(rlhf, "Run", Turns),
         start_runtime("cpu", work["precision"]) as runtime,
     ):
-        rlhf.train_policy(options, runtime)
+        rlhf.align(options, runtime)
 
 
 # ---- The two in turn
@@ -112,7 +112,7 @@ def inputs_of(init: Path) -> tuple[list[list[int]], int]:
     """The prompts that rlhf.py takes, as tokens, and the token that ends a response."""
     model, tokenizer = load_model(init, torch.device("cpu"), torch.float32)
     template = ChatTemplate(with_chat_template(tokenizer))
-    questions = rlhf.questions_of(rlhf.Options(stage="policy", prompts=RESPONSES))
+    questions = rlhf.world_prompts(0, "reward", RESPONSES)
     longest = model.config.max_position_embeddings - max(LENGTHS.values())
     prompts = [template.prompt(question.messages) for question in questions]
     if max(map(len, prompts)) > longest:

@@ -10,7 +10,7 @@ A response is an episode: its state is the prompt and the response so far, its a
 known of the tokens of a rollout's responses is in rows [B, R], token r of response b at [b, r], with `mask`
 true where there is one; losses are of the tokens alone, flat [N]. What belongs to a token is computed from
 the state before it, so a prompt's tokens have neither advantage nor loss. First come pure functions, then
-`Aligner`, which holds the models. The loop is in rlhf.py.
+`Rollout`, then `Aligner`, which holds the models. The loop is in rlhf.py.
 
 What a run does, in the order in which it happens; the defaults are those of rlhf.py.
 
@@ -66,9 +66,8 @@ from torch import Tensor, nn
 from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
-from minillm.files import digest
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows, pad
+from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import (
     LearningRates,
@@ -79,7 +78,7 @@ from minillm.optim import (
     clip_gradients,
 )
 from minillm.options import PolicyOptions
-from minillm.preferences import Message, sample_responses, seed_of
+from minillm.preferences import Message, Prompt, Responses, fingerprint, sample_responses, seed_of
 from minillm.reward import encode_response, score_rows
 from minillm.run import Runtime
 
@@ -170,13 +169,12 @@ def policy_losses(
     old_logprobs: Float[Tensor, " N"],
     advantages: Float[Tensor, " N"],
     clip: float,
-) -> Float[Tensor, " N"]:
-    """-min(ρ A, clamp(ρ, 1 - clip, 1 + clip) A) with ρ = π / π_old, equation 7 of PPO with its sign turned.
-
-    Where the minimum is the clamped one, a token has no gradient: it has moved far enough.
-    """
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """-min(ρ A, clamp(ρ, 1 - clip, 1 + clip) A) with ρ = π / π_old, equation 7 of PPO with its sign turned;
+    and where the minimum is the clamped one. Such a token has no gradient: it has moved far enough."""
     ratio = (logprobs - old_logprobs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    free, clamped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    return -torch.minimum(free, clamped), clamped < free
 
 
 def value_losses(
@@ -185,17 +183,6 @@ def value_losses(
     """½ max((V - returns)², (V held within clip of the old V - returns)²)."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
-
-
-def clipped(
-    logprobs: Float[Tensor, " N"],
-    old_logprobs: Float[Tensor, " N"],
-    advantages: Float[Tensor, " N"],
-    clip: float,
-) -> Bool[Tensor, " N"]:
-    """Which tokens have no gradient because the ratio has left the clip on the side of the advantage."""
-    ratio = (logprobs - old_logprobs).exp()
-    return ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
 
 
 def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> float:
@@ -208,46 +195,15 @@ def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> fl
     return beta * (1 + rate * error)
 
 
-# ---- Prompts, responses, rollouts
-
-Rubric = Callable[[Sequence[Message], str], float | None]
-"""What the little world's rubric gives a response to these messages."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a policy is asked, and the tokens after which it answers."""
-
-    messages: list[Message]
-    tokens: list[int]
-    kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Some responses as they were sampled, in the order of their prompts."""
-
-    prompts: list[Prompt]
-    rows: list[list[int]]
-    """Prompt and response, the stop token included."""
-    ended: list[bool]
-    """False for a response that was cut at max_new_tokens."""
-    texts: list[str]
-    scores: Float[Tensor, " B"]
+# ---- Rollouts
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Some responses and what every model says of them: one forward pass of each, and of an update."""
+    """Responses to some prompts, and what every model says of their tokens."""
 
-    numbers: list[int]
-    """Which responses of the process these are."""
-    tokens: Int64[Tensor, "P T"]
-    """Prompts and responses, packed in P rows."""
-    start: Int32[Tensor, "P T"]
-    """Where the sequence of each position begins, before which it sees nothing."""
-    index: Int64[Tensor, " N"]
-    """Of the responses' tokens in `tokens`, its rows end to end."""
+    responses: Responses
+    scores: Float[Tensor, " B"]
     mask: Bool[Tensor, "B R"]
     logprobs: Float[Tensor, "B R"]
     """Of the policy that sampled, under the distribution it sampled from."""
@@ -259,44 +215,51 @@ class Rollout:
     """Of the distribution sampled from."""
     values: Float[Tensor, "B R"]
     """The critic's, of the state in which each token is chosen; 0 without a critic."""
-    scores: Float[Tensor, " B"]
-    allowed: Bool[Tensor, "N V"] | None
-    """The tokens that top-k and top-p left to choose from; None for all."""
+    allowed: dict[int, Bool[Tensor, "r V"]]
+    """By response, the tokens that top-k and top-p left to choose from; empty where those are all."""
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
     """What the critic should have said."""
 
 
-def ppo_advantages(
-    rollouts: Sequence[Rollout], unit: float, beta: float, options: PolicyOptions, runtime: Runtime
-) -> tuple[list[Rollout], dict[str, float]]:
-    """The rollouts with advantages by GAE from penalised scores, whitened over all; and the share of the
-    variance of the returns that the critic explains: 1 for a perfect one, 0 for a constant."""
-    found = []
-    for one in rollouts:
-        rewards = penalised_rewards(one.scores / unit, k1(one.logprobs, one.ref_logprobs), one.mask, beta)
-        advantages = gae(rewards, one.values, one.mask, options.gamma, options.lam)
-        found.append(replace(one, advantages=advantages, returns=advantages + one.values))
-    mean, deviation = moments(torch.cat([one.advantages[one.mask] for one in found]), runtime)
-    _, spread = moments(torch.cat([one.returns[one.mask] for one in found]), runtime)
+def pack_responses(
+    responses: Responses, rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[list[int], Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " N"]]:
+    """A forward pass over these rows of responses (layout.forward_passes): their numbers; the tokens; the
+    start of the sequence at each position; and the index of the responses' tokens, one after another."""
+    numbers = list(chain(*rows))
+    tokens, start, begins = pack_rows(responses.rows, rows)
+    lengths = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
+    _, index = flat_index(begins + lengths[:, 0], begins + lengths[:, 1])
+    return numbers, tokens.to(device), start.to(device), index.to(device)
+
+
+def with_advantages(
+    rollout: Rollout, unit: float, beta: float, options: PolicyOptions, runtime: Runtime
+) -> tuple[Rollout, dict[str, float]]:
+    """The rollout with PPO's advantages, by GAE from penalised scores and whitened over all tokens, or with
+    GRPO's, by comparing the responses to each prompt; and, for PPO, the share of the variance of the returns
+    that the critic explains: 1 for a perfect one, 0 for a constant."""
+    mask = rollout.mask
+    if options.algorithm == "grpo":
+        advantages = group_advantages(rollout.scores, options.samples)
+        return replace(rollout, advantages=advantages[:, None] * mask), {}
+    kl = k1(rollout.logprobs, rollout.ref_logprobs)
+    rewards = penalised_rewards(rollout.scores / unit, kl, mask, beta)
+    advantages = gae(rewards, rollout.values, mask, options.gamma, options.lam)
+    returns = advantages + rollout.values
+    mean, deviation = moments(advantages[mask], runtime)
+    _, spread = moments(returns[mask], runtime)
     if options.whiten:
-        found = [replace(one, advantages=(one.advantages - mean) / (deviation + 1e-8)) for one in found]
-    return found, {"explained_variance": 1 - (deviation / spread) ** 2 if spread else 0.0}
-
-
-def grpo_advantages(rollouts: Sequence[Rollout], size: int) -> list[Rollout]:
-    """The rollouts with advantages by comparing each response with the others of its group of `size`."""
-    scores = torch.cat([one.scores for one in rollouts])
-    order = torch.tensor([number for one in rollouts for number in one.numbers]).argsort().to(scores.device)
-    advantages = torch.empty_like(scores)
-    advantages[order] = group_advantages(scores[order], size)
-    parts = advantages.split([len(one.numbers) for one in rollouts])
-    return [
-        replace(one, advantages=own[:, None] * one.mask) for one, own in zip(rollouts, parts, strict=True)
-    ]
+        advantages = (advantages - mean) / (deviation + 1e-8)
+    explained = 1 - (deviation / spread) ** 2 if spread else 0.0
+    return replace(rollout, advantages=advantages, returns=returns), {"explained_variance": explained}
 
 
 # ---- The models
+
+Rubric = Callable[[Sequence[Message], str], float | None]
+"""What the little world's rubric gives a response to these messages."""
 
 
 class Aligner:
@@ -317,9 +280,11 @@ class Aligner:
         is 0 and none is told."""
         self.options, self.runtime, self.template = options, runtime, template
         self.sampling = replace(sampling, stop_ids=template.stop_ids)
-        self.policy, self.ref_model = policy, deepcopy(policy)
+        self.policy, self.ref_model = policy, deepcopy(policy).requires_grad_(False)
         self.reward_model, self.critic, self.rubric = reward_model, critic, rubric
         self.ema = deepcopy(policy) if options.ema_decay else None
+        self.best = self.ema or policy
+        """The model that is validated and kept: the moving average, or the policy itself."""
         named = {"policy": policy, "critic": critic, "ema": self.ema}
         self.models = nn.ModuleDict({name: model for name, model in named.items() if model})
         self.models.__dict__["config"] = policy.config  # whoever loads weights asks for it
@@ -332,7 +297,7 @@ class Aligner:
         """Mean and deviation of the scores of the first responses that were scored, the assistant's own."""
         self.kept: dict[str, float] = {}
         """Step and metrics of the validation whose policy is kept."""
-        self.stream: Shuffled[Any] | None = None
+        self.stream: Shuffled[Any]
         self.text: Mixture | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,19 +319,15 @@ class Aligner:
             if stream:
                 stream.load_state_dict(state[name])
 
-    @property
-    def best(self) -> LanguageModel:
-        """The model that is validated and kept: the moving average, or the policy itself."""
-        return self.ema or self.policy
-
     # -- Prompts -> rollouts
 
-    def sample(self, model: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Responses:
-        """A scored response of the model to each prompt."""
-        found = sample_responses(model, [prompt.tokens for prompt in prompts], self.sampling, seeds)
-        texts = found.texts(self.template.tokenizer.decode)
-        scores = self.score(prompts, texts, found.ended)
-        return Responses(list(prompts), found.rows, found.ended, texts, scores)
+    def sample(
+        self, model: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]
+    ) -> tuple[Responses, Float[Tensor, " B"]]:
+        """A response of the model to each prompt, and its score."""
+        asked = [self.template.prompt(prompt.messages) for prompt in prompts]
+        found = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
+        return found, self.score(prompts, found.texts, found.ended)
 
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
@@ -388,65 +349,45 @@ class Aligner:
 
     @torch.no_grad()
     def observe(
-        self, policy: LanguageModel, responses: Responses, numbers: Sequence[int], critic: ScalarModel | None
-    ) -> list[Rollout]:
-        """What the models say of the responses of these numbers, in as many forward passes as they need."""
-        return [
-            self._observe(policy, responses, rows, critic)
-            for rows in forward_passes(numbers, responses.rows, self.options.micro_tokens)
-        ]
-
-    def _observe(
         self,
         policy: LanguageModel,
         responses: Responses,
-        rows: Sequence[Sequence[int]],
-        critic: ScalarModel | None,
+        scores: Float[Tensor, " B"],
+        parts: Sequence[Sequence[int]],
+        critic: ScalarModel | None = None,
     ) -> Rollout:
-        numbers, device = list(chain(*rows)), self.runtime.device
-        tokens, start, begins = pack_rows(responses.rows, rows)
-        prompt_lengths = torch.tensor([len(responses.prompts[i].tokens) for i in numbers])
-        lengths = torch.tensor([len(responses.rows[i]) for i in numbers])
-        mask, index = flat_index(begins + prompt_lengths, begins + lengths)
-        tokens, start, mask, index = (t.to(device) for t in (tokens, start, mask, index))
-        taken, T, allowed = tokens.flatten()[index], self.sampling.temperature, None
-        if self.sampling.top_k or self.sampling.top_p < 1:
-            logits = policy.logits(gather_previous(policy(tokens, start), index)) / T
-            allowed = allowed_tokens(logits, taken, self.sampling)
-        reference = self._reference(tokens, start, index)
-        ref_logprobs = self.ref_model.token_logprobs(reference[0], taken, T).logprobs
-        logprobs, entropy, kl = policy(
-            tokens, start, of=index, temperature=T, allowed=allowed, reference=reference
-        )
-        values = gather_previous(critic(tokens, start), index) if critic else torch.zeros_like(logprobs)
+        """What the models say of the responses, those of a part in the forward passes that an update of it
+        makes, so that the first ratios are exactly 1."""
+        device, T, allowed = self.runtime.device, self.sampling.temperature, dict[int, Tensor]()
+        own = zip(responses.rows, responses.prompt_lengths, strict=True)
+        sizes = torch.tensor([len(row) - start for row, start in own], device=device)
+        mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
+        seen = torch.zeros(5, *mask.shape, device=device)
+        passes = (forward_passes(part, responses.rows, self.options.micro_tokens) for part in parts)
+        for rows in chain(*passes):
+            numbers, tokens, start, index = pack_responses(responses, rows, device)
+            taken, left = tokens.flatten()[index], None
+            if self.sampling.top_k or self.sampling.top_p < 1:
+                logits = policy.logits(gather_previous(policy(tokens, start), index)) / T
+                left = allowed_tokens(logits, taken, self.sampling)
+                allowed |= zip(numbers, left.split(sizes[numbers].tolist()), strict=True)
+            reference = gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
+            ref_logprobs = self.ref_model.token_logprobs(reference[0], taken, T).logprobs
+            logprobs, entropy, kl = policy(
+                tokens, start, of=index, temperature=T, allowed=left, reference=reference
+            )
+            values = gather_previous(critic(tokens, start), index) if critic else torch.zeros_like(logprobs)
+            padded = torch.zeros(5, *mask[numbers].shape, device=device)
+            padded[:, mask[numbers]] = torch.stack((logprobs, ref_logprobs, kl, entropy, values))
+            seen[:, numbers] = padded
         none = torch.zeros(mask.shape, device=device)
-        return Rollout(
-            numbers=numbers,
-            tokens=tokens,
-            start=start,
-            index=index,
-            mask=mask,
-            logprobs=pad(logprobs, mask),
-            ref_logprobs=pad(ref_logprobs, mask),
-            kl=pad(kl, mask),
-            entropy=pad(entropy, mask),
-            values=pad(values, mask),
-            scores=responses.scores[torch.tensor(numbers)],
-            allowed=allowed,
-            advantages=none,
-            returns=none,
-        )
+        names = ("logprobs", "ref_logprobs", "kl", "entropy", "values")
+        found = dict(zip(names, seen, strict=True))
+        return Rollout(responses, scores, mask, **found, allowed=allowed, advantages=none, returns=none)
 
-    def _reference(
-        self, tokens: Int64[Tensor, "P T"], start: Int32[Tensor, "P T"], index: Int64[Tensor, " N"]
-    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
-        """The reference's hidden states before these tokens, and its output matrix."""
-        with torch.no_grad():
-            return gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
-
-    def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[list[list[Rollout]], dict[str, float]]:
-        """This process's share of a step's rollout as minibatches of forward passes, with advantages; and
-        metrics of the whole.
+    def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, list[range], dict[str, float]]:
+        """This process's share of a step's rollout, with advantages; its minibatches, as numbers of
+        responses; and metrics of the whole.
 
         Prompts are dealt to minibatches at random, all responses to one staying together.
         """
@@ -456,42 +397,36 @@ class Aligner:
         own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
         asked = [(i, k) for i in own for k in range(size)]
         seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]
-        responses = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
+        responses, scores = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
         each = len(asked) // options.minibatches
         parts = [range(first, first + each) for first in range(0, len(asked), each)]
-        batches = [self.observe(self.policy, responses, part, self.critic) for part in parts]
-        rollouts = list(chain(*batches))
-        metrics = self.metrics(responses, rollouts) | {"beta": self.beta}
-        if options.algorithm == "ppo":
-            rollouts, explained = ppo_advantages(rollouts, self.unit, self.beta, options, runtime)
-            metrics |= explained
-        else:
-            rollouts = grpo_advantages(rollouts, size)
-        left = iter(rollouts)
-        return [[next(left) for _ in batch] for batch in batches], metrics
+        rollout = self.observe(self.policy, responses, scores, parts, self.critic)
+        rollout, explained = with_advantages(rollout, self.unit, self.beta, options, runtime)
+        return rollout, parts, self.metrics(rollout) | {"beta": self.beta} | explained
 
     def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Metrics of one response of the kept model to each prompt, with the same seeds every time."""
         own = range(self.runtime.rank, len(prompts), self.runtime.world_size)
-        seeds = [seed_of(self.options.seed, i, 0, 1) for i in own]
-        responses = self.sample(self.best, [prompts[i] for i in own], seeds)
-        return self.metrics(responses, self.observe(self.best, responses, range(len(own)), None))
+        asked, seeds = [prompts[i] for i in own], [seed_of(self.options.seed, i, 0, 1) for i in own]
+        responses, scores = self.sample(self.best, asked, seeds)
+        rollout = self.observe(self.best, responses, scores, [range(len(own))])
+        if self.rubric is None:
+            return self.metrics(rollout)
+        said = zip(asked, responses.texts, strict=True)
+        return self.metrics(rollout, rubric=sum(self.rubric(p.messages, text) or 0.0 for p, text in said))
 
-    def metrics(self, responses: Responses, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Means over the responses of all processes."""
+    def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
+        """Means over the responses of all processes, also of what else was summed over this one's."""
         sums = {
-            "score": responses.scores.double().sum().item(),
-            "score_square": responses.scores.double().square().sum().item(),
-            "unended": float(responses.ended.count(False)),
-            "length": float(sum(int(one.mask.sum()) for one in rollouts)),
-            "kl": sum(float(one.kl.double().sum()) for one in rollouts),
-            "entropy": sum(float(one.entropy.double().sum()) for one in rollouts),
-        }
-        if self.rubric is not None:
-            said = zip(responses.prompts, responses.texts, strict=True)
-            sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in said)
+            "score": rollout.scores.double().sum().item(),
+            "score_square": rollout.scores.double().square().sum().item(),
+            "unended": float(rollout.responses.ended.count(False)),
+            "length": float(rollout.mask.sum()),
+            "kl": float(rollout.kl.double().sum()),
+            "entropy": float(rollout.entropy.double().sum()),
+        } | sums
         totals = torch.tensor(
-            [*sums.values(), len(responses.rows)], dtype=torch.float64, device=self.runtime.device
+            [*sums.values(), len(rollout.mask)], dtype=torch.float64, device=self.runtime.device
         )
         *found, count = self.runtime.total(totals).tolist()
         means = {name: total / count for name, total in zip(sums, found, strict=True)}
@@ -513,21 +448,26 @@ class Aligner:
     # -- Rollouts -> updates
 
     def update(
-        self, batch: Sequence[Rollout], learning_rate: float, critic_only: bool = False
+        self, rollout: Rollout, part: range, learning_rate: float, critic_only: bool = False
     ) -> dict[str, float]:
         """One step of the optimizers on a minibatch, at this share of their base rates; its metrics.
 
         No weight moves where the loss or the gradient is not finite.
         """
         options, runtime = self.options, self.runtime
-        count = torch.tensor(float(sum(len(one.index) for one in batch)), device=runtime.device)
+        passes = forward_passes(part, rollout.responses.rows, options.micro_tokens)
+        count = rollout.mask[part.start : part.stop].sum().float()
         tokens = round(runtime.total(count).item())
         weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
         losses: dict[str, float] = {}
         moves: list[Tensor] = []
         if not critic_only:
             losses["policy_loss"] = accumulate(
-                self.wrapped_policy, lambda one: self._policy_loss(one, moves), batch, tokens, runtime
+                self.wrapped_policy,
+                lambda rows: self._policy_loss(rollout, rows, moves),
+                passes,
+                tokens,
+                runtime,
             )
             if self.text:
                 rows = runtime.rows_of_step(options.ptx_tokens, self.text.block_size)
@@ -536,48 +476,54 @@ class Aligner:
                 )
         if self.wrapped_critic:
             losses["value_loss"] = accumulate(
-                self.wrapped_critic, self._value_loss, batch, tokens, runtime, options.vf_coef
-            )
-        loss = sum(weights[name] * part for name, part in losses.items())
+                self.wrapped_critic, lambda rows: self._value_loss(rollout, rows), passes, tokens, runtime,
+                options.vf_coef,
+            )  # fmt: skip
+        loss = sum(weights[name] * one for name, one in losses.items())
         norm = clip_gradients(self.optimizers.parameters, options.clip)
         if math.isfinite(loss + norm):
             self.optimizers.step(learning_rate)
         metrics = losses | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
-        return metrics | self._moved(torch.cat(moves, 1), tokens) if moves else metrics
+        if moves:
+            ratio, old_kl, clipped = torch.cat(moves, 1)
+            most, least = runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
+            means = (runtime.total(torch.stack((old_kl.sum(), clipped.sum()))) / tokens).tolist()
+            metrics |= {"ratio_max": most, "ratio_min": -least, "old_kl": means[0], "clip_share": means[1]}
+        return metrics
 
-    def _policy_loss(self, one: Rollout, moves: list[Tensor]) -> Float[Tensor, ""]:
-        """Σ over the tokens; `moves` gets how far each of them has moved from where it was sampled."""
-        options, exact = self.options, None
+    def _policy_loss(
+        self, rollout: Rollout, rows: Sequence[Sequence[int]], moves: list[Tensor]
+    ) -> Float[Tensor, ""]:
+        """Σ over the tokens of these rows; `moves` gets of each its ratio and KL since it was sampled, and
+        whether it is clipped."""
+        options, exact, allowed = self.options, None, None
+        numbers, tokens, start, index = pack_responses(rollout.responses, rows, self.runtime.device)
         if options.algorithm == "grpo" and options.kl_estimator == "exact":
-            exact = self._reference(one.tokens, one.start, one.index)
+            exact = gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
+        if rollout.allowed:
+            allowed = torch.cat([rollout.allowed[i] for i in numbers])
         logprobs, _, kl = self.wrapped_policy(
-            one.tokens, one.start, of=one.index, temperature=self.sampling.temperature, allowed=one.allowed,
-            reference=exact,
-        )  # fmt: skip
-        old, advantages = one.logprobs[one.mask], one.advantages[one.mask]
-        losses = policy_losses(logprobs, old, advantages, options.clip_range)
+            tokens, start, of=index, temperature=self.sampling.temperature, allowed=allowed, reference=exact
+        )
+        mask = rollout.mask[numbers]
+        old, advantages = rollout.logprobs[numbers][mask], rollout.advantages[numbers][mask]
+        losses, clipped = policy_losses(logprobs, old, advantages, options.clip_range)
         if options.algorithm == "grpo":
             if exact is None:
                 estimate = {"k2": k2, "k3": k3}[options.kl_estimator]
-                kl = estimate(logprobs, one.ref_logprobs[one.mask])
+                kl = estimate(logprobs, rollout.ref_logprobs[numbers][mask])
             losses = losses + self.beta * kl
         new = logprobs.detach()
-        outside = clipped(new, old, advantages, options.clip_range)
-        moves.append(torch.stack(((new - old).exp(), k3(old, new), outside.to(new.dtype))))
+        moves.append(torch.stack(((new - old).exp(), k3(old, new), clipped.to(new.dtype))))
         return losses.sum()
 
-    def _value_loss(self, one: Rollout) -> Float[Tensor, ""]:
+    def _value_loss(self, rollout: Rollout, rows: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
+        """Σ over the tokens of these rows."""
         assert self.wrapped_critic is not None
-        values = gather_previous(self.wrapped_critic(one.tokens, one.start), one.index)
-        old, returns = one.values[one.mask], one.returns[one.mask]
+        numbers, tokens, start, index = pack_responses(rollout.responses, rows, self.runtime.device)
+        values, mask = gather_previous(self.wrapped_critic(tokens, start), index), rollout.mask[numbers]
+        old, returns = rollout.values[numbers][mask], rollout.returns[numbers][mask]
         return value_losses(values, old, returns, self.options.value_clip).sum()
-
-    def _moved(self, moves: Float[Tensor, "3 N"], tokens: int) -> dict[str, float]:
-        """Of the ratios, KLs and clipped tokens of an update, over all processes."""
-        ratio, old_kl, outside = moves
-        most, least = self.runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
-        means = (self.runtime.total(torch.stack((old_kl.sum(), outside.sum()))) / tokens).tolist()
-        return {"ratio_max": most, "ratio_min": -least, "old_kl": means[0], "clip_share": means[1]}
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -594,12 +540,6 @@ def policy_optimizers(policy: nn.Module, critic: nn.Module | None, options: Poli
     rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
     models = [policy, critic] if critic else [policy]
     return Optimizers([o for m in models for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])
-
-
-def fingerprint(*models: nn.Module | None) -> str:
-    """Changes with any weight of the models."""
-    tensors = (tensor for model in filter(None, models) for tensor in model.state_dict().values())
-    return digest([digest(t.detach().cpu().contiguous().view(torch.uint8).numpy()) for t in tensors])
 
 
 def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from itertools import combinations, cycle
 from typing import Any
 
 import torch
+from torch import nn
 
 from minillm.chat import ChatTemplate, Completion, chat_format
 from minillm.files import digest
@@ -48,7 +49,7 @@ ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
-class Question:
+class Prompt:
     """Messages that wait for a reply."""
 
     messages: list[Message]
@@ -60,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ResponseSet:
-    """A prompt and the responses to be ranked."""
+    """A prompt, field by field, and the responses to be ranked."""
 
     messages: list[Message]
     responses: list[str]
@@ -147,31 +148,41 @@ class Responses:
     prompt_lengths: list[int]
     ended: list[bool]
     """Whether the response ended, or was cut at the longest length."""
-
-    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
-        """The responses without their end tokens."""
-        rows = zip(self.rows, self.prompt_lengths, self.ended, strict=True)
-        return [decode(row[start : len(row) - ended]) for row, start, ended in rows]
+    texts: list[str]
+    """Without their end tokens."""
 
 
 def sample_responses(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, seeds: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingOptions,
+    seeds: Sequence[int],
+    decode: Callable[[list[int]], str],
 ) -> Responses:
     """One response to each prompt, the i-th with seeds[i], ROWS of them at a time."""
-    responses = Responses([], [], [])
+    found = Responses([], [], [], [])
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
         samples = generate(model, prompts[part], sampling, seeds[part])
-        texts = zip(prompts[part], samples.responses, strict=True)
-        responses.rows.extend([*prompt, *response] for prompt, response in texts)
-        responses.prompt_lengths.extend(map(len, prompts[part]))
-        responses.ended.extend(samples.stopped)
-    return responses
+        for prompt, said, ended in zip(prompts[part], samples.responses, samples.stopped, strict=True):
+            found.rows.append([*prompt, *said])
+            found.prompt_lengths.append(len(prompt))
+            found.ended.append(ended)
+            found.texts.append(decode(said[: len(said) - ended]))
+    return found
 
 
 def seed_of(seed: int, prompt: int, response: int, attempt: int) -> int:
     """A seed for one response, the same whatever else is sampled."""
     return int.from_bytes(blake2b(f"{seed} {prompt} {response} {attempt}".encode(), digest_size=7).digest())
+
+
+def fingerprint(*models: nn.Module | None) -> str:
+    """Changes with any weight of the models."""
+    weights = blake2b(digest_size=16)
+    for tensor in (tensor for model in models if model for tensor in model.state_dict().values()):
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return weights.hexdigest()
 
 
 class ChatModel:
@@ -184,11 +195,8 @@ class ChatModel:
     @property
     def fingerprint(self) -> str:
         """Changes with any weight, with the vocabulary and with the chat template."""
-        weights = blake2b(digest_size=16)
-        for tensor in self.model.state_dict().values():
-            weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         config = json.dumps(self.tokenizer.config, sort_keys=True, default=str)
-        return digest(weights.hexdigest(), self.tokenizer.fingerprint, config)
+        return digest(fingerprint(self.model), self.tokenizer.fingerprint, config)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which it is to reply; a base model gets the question as a line of text."""
@@ -206,13 +214,13 @@ class ChatModel:
         """The text of a reply to each, and whether it ended."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
-        responses = sample_responses(self.model, asked, sampling, seeds)
-        yield from zip(responses.texts(self.tokenizer.decode), responses.ended, strict=True)
+        found = sample_responses(self.model, asked, sampling, seeds, self.tokenizer.decode)
+        yield from zip(found.texts, found.ended, strict=True)
 
 
 def sample_sets(
     models: Sequence[ChatModel],
-    prompts: Sequence[Question],
+    prompts: Sequence[Prompt],
     count: int,
     distractors: int,
     sampling: SamplingOptions,
@@ -262,7 +270,7 @@ def sample_sets(
         yield lines[max(0, done - first) :]
 
 
-def _line(prompt: Question, draws: Sequence[Record], repeated: int) -> Record:
+def _line(prompt: Prompt, draws: Sequence[Record], repeated: int) -> Record:
     line = {name: value for name, value in vars(prompt).items() if value is not None}
     line["responses"] = [draw.pop("text") for draw in draws]
     line["draws"] = list(draws)

@@ -19,20 +19,17 @@ from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (
     Aligner,
-    Prompt,
-    Responses,
     Rollout,
     gae,
-    grpo_advantages,
     k1,
     k2,
     k3,
     penalised_rewards,
     policy_losses,
-    ppo_advantages,
     summary,
+    with_advantages,
 )
-from minillm.preferences import Ranking, ranking_by, sample_responses
+from minillm.preferences import Prompt, Ranking, Responses, ranking_by
 from minillm.reward import collate, encode_rankings, encode_response, score_rows
 from minillm.run import Runtime
 
@@ -59,7 +56,8 @@ def moving_model(seed: int = 0) -> LanguageModel:
 POLICY, REF, TOKENIZER = moving_model(0), moving_model(1), with_chat_template(tiny_model()[1])
 TEMPLATE = ChatTemplate(TOKENIZER)
 REWARD: ScalarModel = scalar_from_language_model(moving_model(2), torch.Generator().manual_seed(2))
-PROMPTS = [Prompt(messages, TEMPLATE.prompt(messages)) for messages in ASKED]
+PROMPTS = [Prompt(messages) for messages in ASKED]
+TOKENS = [TEMPLATE.prompt(messages) for messages in ASKED]
 
 
 # ---- Advantages, from a rollout made by hand
@@ -72,20 +70,17 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
     logprobs, ref_logprobs, values = (
         spread * torch.randn(mask.shape, generator=generator) * mask for _ in range(3)
     )
-    count = int(mask.sum())
+    rows = [[0] * (2 + i) for i in range(len(scores))]
     return Rollout(
-        numbers=list(range(len(scores))),
-        tokens=torch.zeros(1, count + 1, dtype=torch.int64),
-        start=torch.zeros(1, count + 1, dtype=torch.int32),
-        index=torch.arange(1, count + 1),
+        responses=Responses(rows, [1] * len(scores), [True] * len(scores), [""] * len(scores)),
+        scores=torch.tensor(scores),
         mask=mask,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         kl=torch.zeros(mask.shape),
         entropy=torch.zeros(mask.shape),
         values=values,
-        scores=torch.tensor(scores),
-        allowed=None,
+        allowed={},
         advantages=torch.zeros(mask.shape),
         returns=torch.zeros(mask.shape),
     )
@@ -93,8 +88,7 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
 
 def learned(rollout: Rollout, unit: float = 1.0, **given) -> Rollout:
     """The rollout with what PPO makes of it at β .3."""
-    (found,), _ = ppo_advantages([rollout], unit, 0.3, options_with(**given), CPU)
-    return found
+    return with_advantages(rollout, unit, 0.3, options_with(**given), CPU)[0]
 
 
 SCORES = (1.0, -2.0, 0.5, 3.0)
@@ -119,31 +113,22 @@ def test_advantages_are_whitened_over_the_rollout_if_asked_and_returns_never():
     torch.testing.assert_close(white.returns, plain.returns, rtol=0, atol=0)
 
 
-def test_whitening_is_over_all_forward_passes_together():
-    one, other = by_hand(SCORES), by_hand([9.0, 7.0, 8.0, 9.0], seed=1)
-    found, _ = ppo_advantages([one, other], 1.0, 0.3, options_with(), CPU)
-    whole = torch.cat([rollout.advantages[rollout.mask] for rollout in found])
-    assert whole.mean().abs() < 1e-5 and whole.std(correction=0) == pytest.approx(1, abs=1e-4)
-    assert found[0].advantages[one.mask].mean().abs() > 0.1
-
-
 def test_explained_variance_is_of_the_returns_that_the_critic_should_have_said():
     rollout = by_hand(SCORES)
     options = options_with(lam=1.0, whiten=False)
     truth = learned(replace(rollout, values=torch.zeros_like(rollout.values)), lam=1.0, whiten=False).returns
     for share, expected in ((1.0, 1.0), (0.5, 0.75), (0.0, 0.0)):
         halfway = replace(rollout, values=share * truth)
-        metrics = ppo_advantages([halfway], 1.0, 0.3, options, CPU)[1]
+        metrics = with_advantages(halfway, 1.0, 0.3, options, CPU)[1]
         assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_grpos_advantages_compare_the_responses_of_one_prompt_however_they_are_dealt():
-    one, other = by_hand([1.0, 3.0, 5.0, 5.0]), by_hand([9.0, 7.0, 2.0, 2.0])
-    dealt = [replace(one, numbers=[0, 1, 4, 5]), replace(other, numbers=[3, 2, 7, 6])]
-    found = grpo_advantages(dealt, 2)
-    for rollout, expected in zip(found, ([-1.0, 1.0, 0.0, 0.0], [1.0, -1.0, 0.0, 0.0]), strict=True):
-        each = torch.tensor(expected)[:, None] * rollout.mask  # each token of a response has the response's
-        torch.testing.assert_close(rollout.advantages, each, rtol=0, atol=1e-3)
+def test_grpos_advantages_compare_the_responses_of_one_prompt():
+    rollout = by_hand([1.0, 3.0, 9.0, 7.0, 5.0, 5.0])
+    found, none = with_advantages(rollout, 1.0, 0.3, options_with(algorithm="grpo", group_size=2), CPU)
+    expected = torch.tensor([-1.0, 1.0, 1.0, -1.0, 0.0, 0.0])  # each token of a response has the response's
+    torch.testing.assert_close(found.advantages, expected[:, None] * rollout.mask, rtol=0, atol=1e-3)
+    assert not none
 
 
 # ---- Rollouts
@@ -166,54 +151,38 @@ def aligner_of(
 
 def rolled_out(
     step: int = 0, sampling: SamplingOptions = PLAIN, **given
-) -> tuple[list[list[Rollout]], dict[str, float]]:
+) -> tuple[Rollout, list[range], dict[str, float]]:
     aligner = aligner_of(sampling, **given)
     return aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], step)
 
 
-def rows_of(rollout: Rollout) -> dict[int, tuple[int, ...]]:
-    """The tokens of each response, by its number."""
-    own = rollout.tokens.flatten()[rollout.index].split(rollout.mask.sum(1).tolist())
-    return {number: tuple(row.tolist()) for number, row in zip(rollout.numbers, own, strict=True)}
-
-
 def test_the_responses_of_a_group_differ_and_so_do_those_of_two_steps():
-    found = [rolled_out(step, group_size=4)[0] for step in (0, 1)]
-    rows = [{k: v for minibatch in some for r in minibatch for k, v in rows_of(r).items()} for some in found]
-    for prompt in range(4):
-        assert len({rows[0][prompt * 4 + k] for k in range(4)}) == 4
-    assert all(rows[0][number] != rows[1][number] for number in rows[0])
-
-
-def prompts_in(minibatch: Sequence[Rollout]) -> list[int]:
-    """Which prompts are answered in it, once for each response."""
-    rows = [row for rollout in minibatch for row in rollout.tokens.tolist()]
-    asked = [(i, prompt.tokens) for i, prompt in enumerate(PROMPTS)]
-    return [i for row in rows for at in range(len(row)) for i, own in asked if row[at : at + len(own)] == own]
+    found = [rolled_out(step, group_size=4)[0].responses for step in (0, 1)]
+    rows = [[tuple(row) for row in one.rows] for one in found]
+    for first in range(0, 16, 4):
+        assert len(set(rows[0][first : first + 4])) == 4
+    assert not set(rows[0]) & set(rows[1])
 
 
 def test_a_rollout_is_dealt_whole_to_its_minibatches_with_groups_together_and_anew_at_each_step():
     dealt = []
     for step in range(3):
-        minibatches, figures = rolled_out(step, group_size=2, minibatches=4)
-        dealt.append([sorted(prompts_in(minibatch)) for minibatch in minibatches])
+        rollout, parts, metrics = rolled_out(step, group_size=2, minibatches=4)
+        own = zip(rollout.responses.rows, rollout.responses.prompt_lengths, strict=True)
+        asked = [TOKENS.index(row[:start]) for row, start in own]
+        dealt.append([[asked[number] for number in part] for part in parts])
         assert sorted(chain(*dealt[-1])) == sorted([*range(8), *range(8)])
         assert all(len(own) == 4 and own[::2] == own[1::2] for own in dealt[-1])
-        tokens = sum(int(rollout.mask.sum()) for minibatch in minibatches for rollout in minibatch)
-        assert figures["length"] == pytest.approx(tokens / 16)
+        assert metrics["length"] == pytest.approx(rollout.mask.sum().item() / 16)
     assert dealt[0] != dealt[1] != dealt[2]
 
 
 def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens():
-    minibatches, figures = rolled_out(rollout_batch=8)
-    flat = [rollout for some in minibatches for rollout in some]
-    scores = torch.cat([rollout.scores for rollout in flat])
-    kl = torch.cat([rollout.kl.sum(1) for rollout in flat])
-    entropy = torch.cat([rollout.entropy[rollout.mask] for rollout in flat])
-    assert figures["score"] == pytest.approx(scores.mean().item(), abs=1e-5)
-    assert figures["score_deviation"] == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
-    assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert figures["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    rollout, _, figures = rolled_out(rollout_batch=8)
+    assert figures["score"] == pytest.approx(rollout.scores.mean().item(), abs=1e-5)
+    assert figures["score_deviation"] == pytest.approx(rollout.scores.std(correction=0).item(), abs=1e-5)
+    assert figures["kl"] == pytest.approx(rollout.kl.sum(1).mean().item(), rel=1e-4)
+    assert figures["entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item(), rel=1e-4)
 
 
 TEXTS = ["No cats.", "7 cats.", "a fine day", "1 cat, 7 cats and it"]
@@ -257,19 +226,22 @@ def test_a_text_has_one_score_whatever_token_ended_it_and_it_is_that_of_the_form
     for stop in TEMPLATE.stop_ids:
         with pytest.MonkeyPatch.context() as patch:
             spelled = [[*text.encode(), stop] for text in TEXTS]  # byte by byte
-            rows = [[*p.tokens, *own] for p, own in zip(PROMPTS, spelled, strict=False)]
-            sampled = sample_responses(POLICY, [p.tokens for p in PROMPTS[:4]], PLAIN, [0] * 4)
-            sampled = replace(sampled, rows=rows, ended=[True] * 4)
-            patch.setattr(ppo, "sample_responses", lambda *_: sampled)  # noqa: B023
-            aligner = aligner_of()
-            found = aligner.sample(POLICY, PROMPTS[:4], [0] * 4)
+            rows = [[*prompt, *own] for prompt, own in zip(TOKENS, spelled, strict=False)]
+
+            def sampled(model, asked, sampling, seeds, decode, rows=rows):
+                starts = list(map(len, asked))
+                texts = [decode(row[start:-1]) for row, start in zip(rows, starts, strict=True)]
+                return Responses(rows, starts, [True] * 4, texts)
+
+            patch.setattr(ppo, "sample_responses", sampled)
+            found, scores = aligner_of().sample(POLICY, PROMPTS[:4], [0] * 4)
         assert found.texts == TEXTS
-        assert found.scores.tolist() == pytest.approx(expected, abs=1e-4)
+        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_text_that_outgrows_the_reward_model_is_read_up_to_its_end_token():
     short = deepcopy(REWARD)
-    longest = len(PROMPTS[0].tokens) + 9
+    longest = len(TOKENS[0]) + 9
     short.config = replace(short.config, max_position_embeddings=longest)
     aligner = aligner_of(reward_model=short, missing_eos_score=None)
     found = aligner.score(PROMPTS[:1], ["\ufffd" * 40], [False])
@@ -283,7 +255,7 @@ def test_a_response_may_end_with_each_of_the_formats_stop_tokens():
         model = deepcopy(POLICY)
         with torch.no_grad():
             model.lm_head.weight[stop] = 40 * model.lm_head.weight[65].sign()
-        found = aligner_of().sample(model, PROMPTS[:4], [1, 2, 3, 4])
+        found, _ = aligner_of().sample(model, PROMPTS[:4], [1, 2, 3, 4])
         seen |= {row[-1] for row, ended in zip(found.rows, found.ended, strict=True) if ended}
     assert seen == set(TEMPLATE.stop_ids)
 
@@ -298,7 +270,9 @@ class Learner:
         self.aligner = aligner_of(sampling, **given)
         options = self.aligner.options
         self.policy, self.models = self.aligner.policy, self.aligner.models
-        self.batches, _ = self.aligner.rollout(PROMPTS[: options.rollout_batch // options.samples], 0)
+        self.rollout, self.parts, _ = self.aligner.rollout(
+            PROMPTS[: options.rollout_batch // options.samples], 0
+        )
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
             for weight in self.policy.parameters():
@@ -307,7 +281,7 @@ class Learner:
 
     def learn(self, critic_only: bool = False) -> dict[str, float]:
         """The metrics of one pass over the rollout."""
-        return summary([self.aligner.update(batch, 1.0, critic_only) for batch in self.batches])
+        return summary([self.aligner.update(self.rollout, part, 1.0, critic_only) for part in self.parts])
 
     def moved_parts(self) -> set[str]:
         """Which networks have other weights than at the start."""
@@ -315,17 +289,26 @@ class Learner:
         return {name.split(".")[0] for name, value in self.start.items() if not torch.equal(value, now[name])}
 
     def now(self, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the only minibatch the log-probabilities now, the old ones, by plain log_softmax; advantages."""
-        (batch,) = self.batches
-        new = torch.cat([plain(self.policy, one, temperature) for one in batch])
-        old = torch.cat([one.logprobs[one.mask] for one in batch])
-        return new, old, torch.cat([one.advantages[one.mask] for one in batch])
+        """Log-probabilities now, by plain log_softmax; the old ones; and advantages."""
+        one = self.rollout
+        new = plain(self.policy, one, temperature)
+        return new, one.logprobs[one.mask], one.advantages[one.mask]
+
+
+def read(model: LanguageModel, responses: Responses, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log π over the vocabulary in the state before each token of the responses, row by row; the tokens."""
+    states, taken = [], []
+    for row, start in zip(responses.rows, responses.prompt_lengths, strict=True):
+        logits = model.logits(model(torch.tensor([row])))[0, start - 1 : -1] / temperature
+        states.append(logits.log_softmax(-1))
+        taken += row[start:]
+    return torch.cat(states), torch.tensor(taken)
 
 
 def plain(model: LanguageModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """log π of the tokens taken."""
-    logits = model.logits(model(rollout.tokens, rollout.start)) / temperature
-    return logits.log_softmax(-1).flatten(0, 1)[rollout.index - 1, rollout.tokens.flatten()[rollout.index]]
+    states, taken = read(model, rollout.responses, temperature)
+    return states[range(len(taken)), taken]
 
 
 @torch.no_grad()
@@ -342,7 +325,7 @@ def test_an_update_tells_the_loss_ratios_clipping_and_kl_of_its_tokens():
     assert figures["old_kl"] == pytest.approx(k3(old, new).mean().item(), rel=1e-3)
     outside = ((ratio > 1.1) & (advantages > 0)) | ((ratio < 0.9) & (advantages < 0))
     assert figures["clip_share"] == pytest.approx(outside.float().mean().item(), abs=1e-6)
-    loss = policy_losses(new, old, advantages, 0.1).mean().item()
+    loss = policy_losses(new, old, advantages, 0.1)[0].mean().item()
     assert figures["policy_loss"] == pytest.approx(loss, abs=1e-4)
     assert figures["updates"] == 1
 
@@ -368,8 +351,8 @@ def test_the_critic_can_learn_alone():
 
 def test_an_update_that_is_not_finite_moves_nothing():
     learner = Learner()
-    broken = [replace(one, advantages=one.advantages * float("nan")) for one in learner.batches[0]]
-    assert not math.isfinite(learner.aligner.update(broken, 1.0)["loss"])
+    broken = replace(learner.rollout, advantages=learner.rollout.advantages * float("nan"))
+    assert not math.isfinite(learner.aligner.update(broken, learner.parts[0], 1.0)["loss"])
     assert not learner.moved_parts()
 
 
@@ -380,41 +363,27 @@ def test_grpos_loss_adds_beta_times_the_kl_of_the_estimator_asked_for(estimator,
     learner = Learner(
         algorithm="grpo", group_size=2, minibatches=1, kl_estimator=estimator, sampling=sampling, moved=0.02
     )
-    rollouts = learner.batches[0]
     with torch.no_grad():
         new, old, advantages = learner.now(temperature=temperature)
-        ref = torch.cat([plain(REF, rollout, temperature) for rollout in rollouts])
-        exact = torch.cat([exact_kl(learner.policy, rollout, temperature) for rollout in rollouts])
+        ref = plain(REF, learner.rollout, temperature)
+        p, q = (read(model, learner.rollout.responses, temperature)[0] for model in (learner.policy, REF))
+        exact = (p.exp() * (p - q)).sum(-1)
     kl = {"k2": k2(new, ref), "k3": k3(new, ref), "exact": exact}[estimator]
-    expected = policy_losses(new, old, advantages, 0.2).mean() + 0.3 * kl.mean()
+    expected = policy_losses(new, old, advantages, 0.2)[0].mean() + 0.3 * kl.mean()
     assert learner.learn()["policy_loss"] == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
-
-
-def exact_kl(model: LanguageModel, rollout: Rollout, temperature: float) -> Tensor:
-    p, q = (
-        (m.logits(m(rollout.tokens, rollout.start)) / temperature).log_softmax(-1).flatten(0, 1)
-        for m in (model, REF)
-    )
-    return (p.exp() * (p - q)).sum(-1)[rollout.index - 1]
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7, "temperature": 0.8}])
 def test_the_kl_that_is_shown_is_the_mean_of_the_kl_that_is_paid(how):
     """In each state: k1 over the tokens that may be taken, each by its probability, is the exact KL."""
     aligner = aligner_of(replace(PLAIN, **how))
-    responses = aligner.sample(POLICY, PROMPTS[:4], [1, 2, 3, 4])
-    (rollout,) = aligner.observe(POLICY, responses, range(4), None)
-    T = how.get("temperature", 1.0)
-    logits, ref_logits = (
-        (m.logits(m(rollout.tokens, rollout.start)) / T).flatten(0, 1)[rollout.index - 1]
-        for m in (POLICY, REF)
-    )
-    if rollout.allowed is not None:
-        logits = logits.masked_fill(~rollout.allowed, -torch.inf)
-    p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    responses, scores = aligner.sample(POLICY, PROMPTS[:4], [1, 2, 3, 4])
+    rollout = aligner.observe(POLICY, responses, scores, [range(4)])
+    (p, taken), (q, _) = (read(model, responses, how.get("temperature", 1.0)) for model in (POLICY, REF))
+    if rollout.allowed:
+        p = p.masked_fill(~torch.cat([rollout.allowed[i] for i in range(4)]), -torch.inf).log_softmax(-1)
     shown = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
     torch.testing.assert_close(rollout.kl[rollout.mask], shown, rtol=1e-3, atol=1e-4)
-    taken = rollout.tokens.flatten()[rollout.index]
     paid = k1(rollout.logprobs, rollout.ref_logprobs)[rollout.mask]
     torch.testing.assert_close(paid, (p - q)[range(len(taken)), taken], rtol=1e-3, atol=1e-4)
 
@@ -489,15 +458,15 @@ def test_dpo_gives_the_reference_no_gradient():
 
 
 def test_a_rollout_carries_no_gradient():
-    rollout = rolled_out()[0][0][0]
-    seen = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages")
+    rollout, _, _ = rolled_out()
+    seen = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
     assert not any(getattr(rollout, name).requires_grad for name in seen)
 
 
 def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
     """Scoring may round a token out of the nucleus that sampling took it from."""
     aligner = aligner_of(replace(PLAIN, top_k=1))
-    row = [*PROMPTS[0].tokens, 66, 67, 68]  # nothing that top-k 1 would have taken
-    responses = Responses(PROMPTS[:1], [row], [False], ["BCD"], torch.zeros(1))
-    (rollout,) = aligner.observe(POLICY, responses, [0], None)
+    row = [*TOKENS[0], 66, 67, 68]  # nothing that top-k 1 would have taken
+    responses = Responses([row], [len(TOKENS[0])], [False], ["BCD"])
+    rollout = aligner.observe(POLICY, responses, torch.zeros(1), [range(1)])
     assert rollout.logprobs.isfinite().all() and rollout.ref_logprobs.isfinite().all()

@@ -476,6 +476,19 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(places, tmp
     assert not out.exists()
 
 
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "best-of-n"])
+def test_a_run_that_would_write_over_its_own_reference_is_refused(places, tmp_path, capfd, algorithm):
+    """Behind a better policy in its place the reference would be gone, and no resuming possible."""
+    model, tokenizer = tiny_model()
+    save_model(tmp_path / "out" / algorithm, model, with_chat_template(tokenizer))
+    (tmp_path / "link").symlink_to(tmp_path / "out" / algorithm)
+    for init in (tmp_path / "out" / algorithm, tmp_path / "link"):
+        options = ["--init", str(init), "--overwrite"]
+        before = folder_bytes(tmp_path)
+        line = refusal(rlhf, arguments(places, tmp_path / "out", *options, algorithm=algorithm), capfd)
+        assert "is where this stage writes" in line and folder_bytes(tmp_path) == before
+
+
 def test_a_reward_model_of_another_tokenizer_is_refused(places, tmp_path, capfd):
     tokenizer = with_chat_template(Tokenizer.train(["Dogs and birds and other beasts, all day."], 280))
     model = scalar_from_language_model(tiny_model()[0], torch.Generator())

@@ -21,7 +21,7 @@ from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     ATTEMPTS,
     ChatModel,
-    Question,
+    Prompt,
     Ranking,
     ResponseSet,
     new_ranking,
@@ -274,7 +274,7 @@ def model() -> ChatModel:
     return ChatModel("tiny", model, tokenizer)
 
 
-QUESTIONS = [Question([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
+QUESTIONS = [Prompt([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
 PLAN = {"count": 3, "distractors": 0, "sampling": SamplingOptions(6), "seed": 0}
 
 

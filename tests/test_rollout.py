@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.generate import SamplingOptions, generate
-from minillm.layout import gather_previous
+from minillm.layout import forward_passes, gather_previous
 from minillm.model import (
     LanguageModel,
     ScalarModel,
@@ -19,8 +18,8 @@ from minillm.model import (
     scalar_from_language_model,
 )
 from minillm.options import PolicyOptions
-from minillm.ppo import Aligner, Prompt, Responses, Rollout
-from minillm.preferences import sample_responses
+from minillm.ppo import Aligner, Rollout, pack_responses
+from minillm.preferences import Responses, sample_responses
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
@@ -66,16 +65,20 @@ def aligner_of(sampling: SamplingOptions = PLAIN, ref_model: LanguageModel = REF
 
 
 def sampled(sampling: SamplingOptions, seed: int = 0) -> Responses:
-    found = sample_responses(POLICY, PROMPTS, sampling, [seed * 100 + i for i in range(len(PROMPTS))])
-    prompts = [Prompt([], tokens) for tokens in PROMPTS]
-    scores = 0.5 * torch.arange(len(PROMPTS))
-    return Responses(prompts, found.rows, found.ended, [""] * len(PROMPTS), scores)
+    seeds = [seed * 100 + i for i in range(len(PROMPTS))]
+    return sample_responses(POLICY, PROMPTS, sampling, seeds, lambda tokens: "")
 
 
-def observed(
-    responses: Responses, numbers: list[int], sampling: SamplingOptions = PLAIN, each: int = 100
-) -> list[Rollout]:
-    return aligner_of(sampling, each=each).observe(POLICY, responses, numbers, CRITIC)
+def chosen(responses: Responses, numbers: list[int]) -> Responses:
+    """Some of the responses alone."""
+    return Responses(*([values[i] for i in numbers] for values in vars(responses).values()))
+
+
+def observed(responses: Responses, sampling: SamplingOptions = PLAIN, each: int = 100, parts=None) -> Rollout:
+    numbers = range(len(responses.rows))
+    return aligner_of(sampling, each=each).observe(
+        POLICY, responses, 0.5 * torch.arange(len(numbers)), parts or [numbers], CRITIC
+    )
 
 
 ALL = list(range(len(PROMPTS)))
@@ -85,9 +88,9 @@ ALL = list(range(len(PROMPTS)))
 @pytest.mark.parametrize("seed", [0, 1])
 def test_log_probabilities_of_scoring_are_those_of_sampling(kind, seed):
     sampling = KINDS_OF_SAMPLING[kind]
-    (rollout,) = observed(sampled(sampling, seed), ALL, sampling)
+    rollout = observed(sampled(sampling, seed), sampling)
     samples = generate(POLICY, PROMPTS, sampling, [seed * 100 + i for i in ALL])
-    for number, row, mask in zip(rollout.numbers, rollout.logprobs, rollout.mask, strict=True):
+    for number, (row, mask) in enumerate(zip(rollout.logprobs, rollout.mask, strict=True)):
         torch.testing.assert_close(row[mask], samples.logprobs[number, : int(mask.sum())], **ROUNDED)
 
 
@@ -95,76 +98,81 @@ def test_log_probabilities_of_scoring_are_those_of_sampling(kind, seed):
 def test_the_ratio_is_exactly_one_before_the_first_update(kind):
     """The update's forward pass is the rollout's, gradients or not: the same sums in the same order."""
     sampling = KINDS_OF_SAMPLING[kind]
-    for rollout in observed(sampled(sampling), [3, 1, 4], sampling, each=2):
-        hidden = gather_previous(POLICY(rollout.tokens, rollout.start), rollout.index)
-        taken = rollout.tokens.flatten()[rollout.index]
-        logprobs = POLICY.token_logprobs(hidden, taken, sampling.temperature, rollout.allowed).logprobs
+    responses, parts = sampled(sampling), [range(2), range(2, 5)]
+    rollout = observed(responses, sampling, each=2, parts=parts)
+    for rows in (rows for part in parts for rows in forward_passes(part, responses.rows, 2 * 16)):
+        numbers, tokens, start, index = pack_responses(responses, rows, torch.device("cpu"))
+        hidden, taken = gather_previous(POLICY(tokens, start), index), tokens.flatten()[index]
+        allowed = torch.cat([rollout.allowed[i] for i in numbers]) if rollout.allowed else None
+        logprobs = POLICY.token_logprobs(hidden, taken, sampling.temperature, allowed).logprobs
         assert logprobs.requires_grad
-        assert (logprobs - rollout.logprobs[rollout.mask]).exp().eq(1).all()
+        assert (logprobs - rollout.logprobs[numbers][rollout.mask[numbers]]).exp().eq(1).all()
 
 
 @given(st.permutations(ALL), st.integers(1, len(PROMPTS)), st.integers(1, 5), st.integers(0, 3))
 @LAW
 def test_order_company_padding_and_packing_change_nothing(order, count, each, seed):
     responses = sampled(PLAIN, seed)
-    found = {}
-    for rollout in observed(responses, order[:count], each=each):
-        for place, number in enumerate(rollout.numbers):
-            found[number] = (rollout, place, rollout.mask[place])
-    assert sorted(found) == sorted(order[:count])
-    for number, (part, place, mask) in found.items():
-        (alone,) = observed(responses, [number])
+    together = observed(chosen(responses, order[:count]), each=each)
+    for place, number in enumerate(order[:count]):
+        alone, mask = observed(chosen(responses, [number])), together.mask[place]
         assert mask.sum() == alone.mask.sum()
         for name in ("logprobs", "ref_logprobs", "kl", "entropy", "values"):
-            one, other = getattr(part, name)[place][mask], getattr(alone, name)[alone.mask]
+            one, other = getattr(together, name)[place][mask], getattr(alone, name)[alone.mask]
             torch.testing.assert_close(one, other, **ROUNDED)
-        assert part.scores[place] == 0.5 * number
+        assert together.scores[place] == 0.5 * place
 
 
 def test_kl_to_the_reference_is_zero_at_the_start_and_never_negative_elsewhere():
     responses = sampled(PLAIN)
-    (start,) = aligner_of(ref_model=POLICY, each=100).observe(POLICY, responses, ALL, None)
+    start = aligner_of(ref_model=POLICY, each=100).observe(POLICY, responses, torch.zeros(5), [range(5)])
     assert start.kl.abs().max() < 1e-6
     torch.testing.assert_close(start.logprobs, start.ref_logprobs, rtol=0, atol=0)
-    assert observed(responses, ALL)[0].kl[start.mask].min() > 0
+    assert observed(responses).kl[start.mask].min() > 0
 
 
 def test_entropy_is_that_of_the_distribution_sampled_from():
     sampling = replace(PLAIN, temperature=0.6)
-    (rollout,) = observed(sampled(sampling), [2], sampling)
-    p = POLICY.logits(POLICY(rollout.tokens))[0, rollout.index - 1].div(0.6).log_softmax(1)
+    responses = chosen(sampled(sampling), [2])
+    rollout, (row,), (begin,) = observed(responses, sampling), responses.rows, responses.prompt_lengths
+    p = POLICY.logits(POLICY(torch.tensor([row])))[0, begin - 1 : -1].div(0.6).log_softmax(1)
     torch.testing.assert_close(rollout.entropy[0], -(p.exp() * p).sum(1), **ROUNDED)
 
 
 def test_the_critic_speaks_of_the_state_before_each_token_and_equals_its_model_everywhere():
-    (rollout,) = observed(sampled(PLAIN), [0, 2])
-    everywhere = CRITIC(rollout.tokens, rollout.start).flatten()
-    torch.testing.assert_close(rollout.values[rollout.mask], everywhere[rollout.index - 1], rtol=0, atol=0)
+    responses = chosen(sampled(PLAIN), [0, 2])
+    rollout = observed(responses)
+    for i, row in enumerate(responses.rows):
+        alone = CRITIC(torch.tensor([row]))[0, responses.prompt_lengths[i] - 1 : -1]
+        torch.testing.assert_close(rollout.values[i][rollout.mask[i]], alone, **ROUNDED)
     assert rollout.values[~rollout.mask].eq(0).all()
 
 
 def test_without_a_critic_every_value_is_zero():
-    assert aligner_of().observe(POLICY, sampled(PLAIN), [0, 1], None)[0].values.eq(0).all()
+    responses = sampled(PLAIN)
+    assert aligner_of().observe(POLICY, responses, torch.zeros(5), [range(5)]).values.eq(0).all()
 
 
 def test_no_prompt_token_gets_a_gradient_from_the_loss_of_a_response():
     """The embedding of a token that stands only behind a response's last state has none; of a prompt's logits
     none is asked for."""
-    (rollout,) = observed(sampled(PLAIN), [2])
-    hidden = POLICY(rollout.tokens, rollout.start).detach().requires_grad_()
-    before = gather_previous(hidden, rollout.index)
-    taken = rollout.tokens.flatten()[rollout.index]
-    POLICY.token_logprobs(before, taken).logprobs.sum().backward()
+    responses = sampled(PLAIN)
+    _, tokens, start, index = pack_responses(responses, [[2]], torch.device("cpu"))
+    hidden = POLICY(tokens, start).detach().requires_grad_()
+    POLICY.token_logprobs(gather_previous(hidden, index), tokens.flatten()[index]).logprobs.sum().backward()
     touched = hidden.grad[0].ne(0).any(dim=1)
-    assert touched.nonzero()[:, 0].tolist() == (rollout.index - 1).tolist()
+    states = range(responses.prompt_lengths[2] - 1, len(responses.rows[2]) - 1)
+    assert touched.nonzero()[:, 0].tolist() == list(states)
 
 
 def test_top_k_leaves_k_tokens_to_choose_from_and_the_one_taken_is_among_them():
     sampling = replace(PLAIN, top_k=5)
-    (rollout,) = observed(sampled(sampling), [0, 1, 2], sampling)
-    allowed: Tensor | None = rollout.allowed
-    assert allowed is not None and allowed.sum(1).eq(5).all()
-    assert allowed.gather(1, rollout.tokens.flatten()[rollout.index][:, None]).all()
+    responses = sampled(sampling)
+    rollout = observed(responses, sampling)
+    for i, allowed in rollout.allowed.items():
+        taken = torch.tensor(responses.rows[i][responses.prompt_lengths[i] :])
+        assert allowed.sum(1).eq(5).all() and allowed.gather(1, taken[:, None]).all()
+    assert sorted(rollout.allowed) == ALL
     assert rollout.logprobs[rollout.mask].isfinite().all()
     assert rollout.ref_logprobs[rollout.mask].isfinite().all()
-    assert observed(sampled(PLAIN), [0])[0].allowed is None
+    assert not observed(responses).allowed

@@ -91,9 +91,9 @@ def sample_replies(
     chat = ChatModel("", model, tokenizer)
     options = SamplingOptions(max_new_tokens, temperature, stop_ids=chat.form.stop_ids)
     prompts = [chat.prompt(messages) for messages in conversations]
-    said = sample_responses(model, prompts, options, range(seed, seed + len(prompts)))
-    texts = said.texts(tokenizer.decode)
-    for text, ended, row, start in zip(texts, said.ended, said.rows, said.prompt_lengths, strict=True):
+    seeds = range(seed, seed + len(prompts))
+    said = sample_responses(model, prompts, options, seeds, tokenizer.decode)
+    for text, ended, row, start in zip(said.texts, said.ended, said.rows, said.prompt_lengths, strict=True):
         yield Reply(text, ended, tuple(row[start:]))
 
 
