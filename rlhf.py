@@ -100,7 +100,7 @@ class Options(PolicyOptions):
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
     """sample, policy: prompts, or conversations, of which all before the last reply is one. Nothing: the
-    little world's. rank --annotator file: rankings that others published (minillm/io/comparisons.py)."""
+    little world's. rank --annotator file: rankings that others published (minillm/io/conversations.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
 
@@ -399,7 +399,7 @@ def simulated(options: Options, sets: Sequence[ResponseSet]) -> list[Job]:
 
 def published(options: Options) -> list[Job]:
     """The rankings of other people's files, under the names of the files."""
-    from minillm.io.comparisons import open_comparisons
+    from minillm.io.conversations import open_comparisons
 
     if not options.data:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
@@ -491,7 +491,7 @@ def encoded_rankings(
 
     InputError where there are none, none fits, or none prefers anything.
     """
-    from minillm.io.comparisons import rankings_of_file
+    from minillm.io.conversations import rankings_of_file
 
     files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
     rankings = [ranking for file in files for ranking in rankings_of_file(file)]

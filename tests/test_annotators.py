@@ -1,7 +1,6 @@
 """Annotators: the person's screen apart from the terminal, simulated people, a judge, published files."""
 
 import functools
-import json
 import random
 import re
 from collections import Counter
@@ -14,12 +13,10 @@ from hypothesis import strategies as st
 
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
-from minillm.io.comparisons import comparisons_of, open_comparisons
 from minillm.io.rankings import RankingFile, read_rankings
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     MARGIN,
-    Ranking,
     ResponseSet,
     assign_annotators,
     new_ranking,
@@ -318,87 +315,3 @@ def test_the_principles_are_a_text_of_ones_own(tmp_path):
         read_principles(tmp_path / "mine.txt")
     (tmp_path / "mine.txt").write_text("Shorter is better.\n")
     assert read_principles(tmp_path / "mine.txt") == "Shorter is better."
-
-
-# ---- Published rankings
-
-HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: Yes",
-      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: No"}  # fmt: skip
-
-
-def node(text, role="assistant", rank=None, replies=()):
-    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
-
-
-def test_a_pair_of_transcripts_is_two_responses_to_what_they_have_in_common():
-    (ranking,) = comparisons_of(HH, "hh")
-    assert [message["content"] for message in ranking.messages] == ["Hi", "Hello", "And?"]
-    assert (ranking.responses, ranking.ranking, ranking.annotator) == (["Yes", "No"], [[0], [1]], "hh")
-
-
-def test_instructions_and_labelled_pairs_are_read():
-    record = {"instruction": "Add.", "input": "1 1", "output": "x", "chosen": "2", "rejected": "3"}
-    (ranking,) = comparisons_of(record, "a")
-    assert ranking.messages == [{"role": "user", "content": "Add.\n\n1 1"}]
-    assert ranking.pairs() == [(0, 1)] and ranking.responses == ["2", "3"]
-    for label, pairs in ((1, [(0, 1)]), ("2", [(1, 0)])):
-        record = {"input": "Who?", "output_1": "I", "output_2": "You", "label": label}
-        (ranking,) = comparisons_of(record, "a")
-        assert ranking.pairs() == pairs and ranking.messages[0]["content"] == "Who?"
-
-
-def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_rank():
-    deep = [node("d1", rank=1), node("d0", rank=0), node("d none")]
-    follow = node("And then?", "prompter", replies=deep)
-    tree = {"prompt": node("Why?", "prompter", replies=[
-        node("b", rank=2, replies=[follow]), node("a", rank=0), node("c", rank=2)])}  # fmt: skip
-    first, second = comparisons_of(tree, "trees")
-    assert (first.responses, first.ranking) == (["b", "a", "c"], [[1], [0, 2]])
-    assert [m["content"] for m in second.messages] == ["Why?", "b", "And then?"]
-    assert (second.responses, second.ranking) == (["d1", "d0"], [[1], [0]])
-
-
-REFUSED = {
-    "records in no known format": {"title": "x"},
-    "comparisons of replies to different prompts": {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
-    "comparisons of replies to nothing": {"chosen": "Assistant: Yes", "rejected": "Assistant: No"},
-    "comparisons of equal responses": {**HH, "rejected": HH["chosen"]},
-    "comparisons of conversations with an empty message": {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "},
-    "records without a reply of the assistant's to rank": {"prompt": "text"},
-    "records whose fields hold something else than their format has": {"prompt": {"text": "x", "replies": 3}},
-    "records with no two ranked responses": {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])},
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_no_ranking_is_left_out_with_its_reason(reason):
-    assert list(comparisons_of(REFUSED[reason], "x")) == [reason]
-
-
-def test_what_is_left_out_is_counted_and_the_first_is_shown(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(
-        "".join(json.dumps(r) + "\n" for r in (HH, {"title": 1}, {**HH, "rejected": HH["chosen"]}))
-    )
-    (source,) = open_comparisons([f"friends={path}"])
-    assert len(source.rankings) == 1 and source.rankings[0].annotator == "friends"
-    assert source.skipped == {"records in no known format": 1, "comparisons of equal responses": 1}
-    assert source.first_skipped.startswith("line 2 of ")
-
-
-@pytest.mark.parametrize(
-    ("name", "read", "left_out"),
-    [
-        ("preferences/hh_rlhf_harmless_test.jsonl.gz", 2308, 4),
-        ("preferences/llmbar_Natural.json", 100, 0),
-        ("preferences/llmbar_Adversarial_Manual.json", 46, 0),
-        ("preferences/llmbar_Adversarial_Neighbor.json", 134, 0),
-        ("instructions/instruction-data-with-preference.json", 1094, 6),
-        ("rankings/oasst_en_100_tree.jsonl", 212, 0),
-    ],
-)
-def test_published_files_are_read_whole(shared_data, name, read, left_out):
-    (source,) = open_comparisons([str(shared_data / name)])
-    assert (len(source.rankings), sum(source.skipped.values())) == (read, left_out)
-    assert all(isinstance(r, Ranking) and r.messages[-1]["role"] == "user" for r in source.rankings)
-    assert all(2 <= len(r.responses) <= 9 and r.pairs() for r in source.rankings)

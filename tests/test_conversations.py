@@ -1,4 +1,4 @@
-"""Reading conversations: every format to the same messages, and one line for what is wrong."""
+"""Files of conversations, prompts and rankings: the same however they are held, or one line why not."""
 
 import gzip
 import json
@@ -13,14 +13,19 @@ from minillm.data import split_conversations
 from minillm.errors import InputError
 from minillm.io.conversations import (
     ConversationSource,
-    conversations_of,
+    open_comparisons,
     open_conversations,
+    open_prompts,
+    rankings_of_file,
     world_conversations,
 )
+from minillm.io.formats import read_record
+from minillm.preferences import Ranking
 from minillm.world import SHARES, World, assistant, user
 
 ASKED = [user("Why?"), assistant("Because.")]
 GOOD = {"messages": ASKED}
+PAIR = {"prompt": "Why?", "chosen": "b", "rejected": "a"}
 
 
 def write(path: Path, content: object) -> Path:
@@ -40,175 +45,12 @@ def open_one(spec: object, **options) -> ConversationSource:
     return source
 
 
-def refusal(spec: object, **options) -> str:
+def refusal(spec: object, opener=open_conversations) -> str:
     with pytest.raises(InputError) as caught:
-        open_one(spec, **options)
+        opener([str(spec)])
     message = str(caught.value)
     assert message and "\n" not in message
     return message
-
-
-# ---- Formats
-
-
-def tree(role: str, text: str, *replies: dict, **fields) -> dict:
-    return {"role": role, "text": text, "replies": list(replies), **fields}
-
-
-# One of each kind; the rest of the formats is test_formats.py's.
-RECORDS = {
-    "messages": {"messages": ASKED, "prompt": "Why?"},
-    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
-    "Alpaca": {"instruction": "Why?", "input": "", "output": "Because."},
-    "Alpaca and a pair": {"instruction": "Why?", "output": "x", "chosen": "Because.", "rejected": "x"},
-    "Self-Instruct": {"instruction": "Why?", "instances": [{"input": "", "output": "Because."}]},
-    "prompt/completion": {"prompt": "Why?", "completion": " Because."},
-    "question/answer": {"question": "Why?", "answer": "Because."},
-    "context/answer": {"context": "Why?", "chain_of_thought": "hm", "answer": "Because."},
-    "labelled pair": {"input": "Why?", "output_1": "No.", "output_2": "Because.", "label": 2},
-    "chosen transcript": {"chosen": "\n\nHuman: Why?\n\nAssistant: Because."},
-    "transcript": {"transcript": "Human: Why?\n\nAssistant: Because."},
-    "transcript as text": {"text": "\n\nHuman: Why?\n\nAssistant:Because."},
-    "OpenAssistant tree": {"prompt": tree("prompter", "Why?", tree("assistant", "Because.", rank=0))},
-}
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_every_format_says_the_same(name):
-    assert conversations_of(RECORDS[name]) == [ASKED]
-
-
-def test_a_task_of_several_instances_is_as_many_conversations_each_with_its_input():
-    instances = [{"input": "1", "output": "a"}, {"input": "", "output": "b"}, {"output": "c"}]
-    found = conversations_of({"instruction": "Do", "instances": instances})
-    assert found == [
-        [user("Do\n\n1"), assistant("a")],
-        [user("Do"), assistant("b")],
-        [user("Do"), assistant("c")],
-    ]
-
-
-def test_a_question_about_a_context_carries_it():
-    record = {"context": "A cat sat.", "question": "Who sat?", "answer": "A cat."}
-    assert conversations_of(record) == [[user("A cat sat.\n\nWho sat?"), assistant("A cat.")]]
-
-
-texts = st.text("ab :\nHA", min_size=1, max_size=8).map(str.strip).filter(bool)
-
-
-@given(st.lists(texts, min_size=1, max_size=6), st.sampled_from(["\n\n", "", "\n"]))
-@example(["Human: a", "Assistant: b"], "\n\n")  # a name inside a message opens none
-def test_a_transcript_gives_back_its_messages(contents, before):
-    messages = [(user, assistant)[i % 2](text) for i, text in enumerate(contents)]
-    names = {"user": "Human", "assistant": "Assistant"}
-    text = "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in messages)
-    expected = messages if len(messages) % 2 == 0 else messages[:-1]
-    found = conversations_of({"chosen": before + text})
-    assert found == ([expected] if expected else ["conversations without a message of the assistant's"])
-
-
-def test_a_speaker_who_goes_on_says_one_message():
-    text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: e"
-    assert conversations_of({"chosen": text}) == [[user("a"), assistant("b\n\nc"), user("d"), assistant("e")]]
-
-
-def test_a_text_that_only_mentions_speakers_is_no_transcript():
-    for text in ("A play.\n\nHuman: Why?\n\nAssistant: Because.", "", "Humans: x"):
-        assert conversations_of({"text": text}) == ["records without a conversation"]
-
-
-nodes = st.recursive(
-    st.just([]),
-    lambda deeper: st.lists(st.tuples(st.none() | st.integers(0, 3), deeper), max_size=4),
-    max_leaves=12,
-)
-
-
-def grow(children: list, depth: int = 0, name: str = "0") -> dict:
-    role = ("prompter", "assistant")[depth % 2]
-    replies = [
-        {**grow(below, depth + 1, f"{name}.{i}"), **({} if rank is None else {"rank": rank})}
-        for i, (rank, below) in enumerate(children)
-    ]
-    return tree(role, name, *replies)
-
-
-@given(nodes)
-@example([(None, []), (1, []), (0, [(None, [])]), (0, [])])
-def test_of_a_tree_every_reply_on_the_path_is_the_best_ranked_then_the_first(children):
-    path, level = ["0"], children
-    while level:
-        ranks = [99 if rank is None else rank for rank, _ in level]
-        best = ranks.index(min(ranks))
-        path.append(f"{path[-1]}.{best}")
-        level = level[best][1]
-    path = path[: len(path) // 2 * 2]  # ends with an assistant
-    (found,) = conversations_of({"prompt": grow(children)})
-    if path:
-        assert [message["content"] for message in found] == path
-        assert found[-1]["role"] == "assistant"
-    else:
-        assert isinstance(found, str)
-
-
-# ---- What is left out
-
-
-def said(*pairs: tuple[str, object]) -> dict:
-    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
-
-
-UNUSABLE = [
-    (5, "in no known format"),
-    ({}, "in no known format"),
-    ({"foo": 1, "instruction": "x"}, "without a message of the assistant's"),
-    ({"messages": []}, "without a message of the assistant's"),
-    ({"messages": [3]}, "something else"),
-    ({"messages": [{"role": "user"}]}, "something else"),
-    ({"messages": 3}, "something else"),
-    ({"prompt": "a string and no reply"}, "without a message of the assistant's"),
-    ({"instruction": 3, "input": "x", "output": "y"}, "something else"),
-    ({"instruction": "a", "instances": []}, "without a conversation"),
-    ({"input": "a", "output_1": "b", "output_2": "c", "label": 3}, "verdict"),
-    (said(("user", "a")), "without a message of the assistant's"),
-    (said(("user", "a"), ("assistant", " ")), "empty message"),
-    (said(("user", ""), ("assistant", "a")), "empty message"),
-    (said(("user", "a"), ("assistant", 3)), "not text"),
-    (said(("user", [{"type": "image_url"}]), ("assistant", "a")), "not text"),
-    (said(("user", "a"), ("narrator", "b"), ("assistant", "c")), "role"),
-    (said(("user", "\ud800"), ("assistant", "a")), "surrogate"),
-    ({"instruction": "a", "input": "", "output": ""}, "empty message"),
-]
-
-
-@pytest.mark.parametrize(("record", "reason"), UNUSABLE)
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_an_unusable_record_is_counted_by_reason_and_the_first_is_shown(tmp_path, record, reason, suffix):
-    source = open_one(write(tmp_path / f"a{suffix}", [GOOD, record, record, GOOD]))
-    for _ in range(2):  # the count is that of one pass
-        assert list(source.conversations()) == [ASKED, ASKED]
-        (named,) = source.skipped
-        assert reason in named and source.skipped[named] == 2
-    shown = source.first_skipped
-    assert named in shown and "a.json" in shown
-    assert ("record 2" if suffix == ".json" else "line 2") in shown
-    assert all(field in shown for field in (record if isinstance(record, dict) else ()))
-    assert reason in refusal(write(tmp_path / f"none{suffix}", [record]))
-
-
-def test_of_several_files_the_first_unusable_record_is_shown(tmp_path):
-    for name in ("b", "a", "c"):
-        write(tmp_path / f"{name}.json", [GOOD, {name: 1}])
-    source = open_one(tmp_path)
-    assert source.skipped == {"records in no known format": 3}
-    assert "a.json" in source.first_skipped and "its fields: a" in source.first_skipped
-
-
-def test_what_cannot_be_learned_is_left_away_and_a_system_message_of_nothing_too():
-    messages = [{"role": "system", "content": ""}, *ASKED, user("Thanks."), user("Bye.")]
-    assert conversations_of({"messages": messages}) == [ASKED]
-    system = {"role": "system", "content": "Be kind."}
-    assert conversations_of({"messages": [system, *ASKED]}) == [[system, *ASKED]]
 
 
 # ---- Files
@@ -216,17 +58,38 @@ def test_what_cannot_be_learned_is_left_away_and_a_system_message_of_nothing_too
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a.JSONL", "noname"])
 def test_arrays_and_lines_packed_or_not_hold_the_same_conversations(tmp_path, name):
-    records = list(RECORDS.values())
+    records = [GOOD, {"instruction": "Why?", "input": "", "output": "Because."}]
     source = open_one(write(tmp_path / name, records))
-    assert list(source.conversations()) == [ASKED] * len(records)
+    assert list(source.conversations()) == [ASKED] * 2
     assert source.fingerprint == open_one(write(tmp_path / "other" / "b.jsonl", records)).fingerprint
     assert (source.name, source.weight) == (name, 1)
 
 
-def test_whether_a_file_is_an_array_is_read_from_it_and_not_from_its_name(tmp_path):
-    lines, array = json.dumps(GOOD) + "\n" + json.dumps(GOOD), json.dumps([GOOD, GOOD], indent=2)
-    for name, content in (("a.json", lines), ("a.jsonl", array), ("b.json", "\ufeff \n" + array)):
-        assert len(list(open_one(write(tmp_path / name, content)).conversations())) == 2
+QA = {"prompt": "Why?", "completion": "Because."}
+HELD = [
+    ("a.json", json.dumps(ASKED) + "\n" + json.dumps(ASKED), 2),
+    ("a.json", json.dumps(ASKED), 1),
+    ("a.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), 2),
+    ("a.jsonl", json.dumps([GOOD, GOOD], indent=2), 2),
+    ("a.json", "\ufeff \n" + json.dumps([GOOD, GOOD], indent=2), 2),
+    ("a.json", json.dumps([GOOD]) + "\n" + json.dumps([GOOD] * 2), 3),
+    ("a.json", json.dumps({"version": 1, "data": [QA] * 2}, indent=2), 2),
+    ("a.json", json.dumps({"rows": [GOOD] * 2}), 2),
+    ("a.json", json.dumps(GOOD, indent=1) + "\n" + json.dumps(GOOD, indent=1), 2),
+    ("noname", json.dumps(ASKED) + "\n" + json.dumps(ASKED), 2),
+    ("noname", json.dumps([GOOD, GOOD], indent=2), 2),
+    ("a.ndjson", json.dumps(QA), 1),
+    ("a.csv", "\ufeffid,instruction,output\r\n1,Why?,Because.\r\n2,Why?,Because.\r\n", 2),
+    ("a.tsv", "question\tanswer\nWhy?\tBecause.\n", 1),
+    ("a.jsonl", json.dumps({"id": "x" * 70_000, **GOOD}) + "\n" + json.dumps(GOOD), 2),
+    ("a.json", json.dumps({"rows": [{"id": "x" * 70_000, **GOOD}, GOOD]}), 2),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "count"), HELD)
+def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, count):
+    source = open_one(write(tmp_path / name, content))
+    assert list(source.conversations()) == [ASKED] * count and not source.skipped
 
 
 def test_specs_folders_and_globs_are_those_of_text(tmp_path):
@@ -241,14 +104,6 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         open_conversations([f"{tmp_path}/x", f"x={tmp_path}/x"])
 
 
-def test_a_bad_line_is_refused_by_number_or_skipped_and_counted(tmp_path):
-    file = write(tmp_path / "a.jsonl", f"{json.dumps(GOOD)}\n\n{{\n{json.dumps(GOOD)}\n")
-    assert "line 3" in refusal(file)
-    source = open_one(file, errors="replace")
-    assert len(list(source.conversations())) == 2
-    assert source.skipped == {"lines that do not parse": 1}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
@@ -258,22 +113,43 @@ def test_a_bad_line_is_refused_by_number_or_skipped_and_counted(tmp_path):
         ("a.jsonl", "\n \n", "no record"),
         ("a.jsonl", '{"text": "only text"}\n', "its fields: text"),
         ("a.jsonl", "[1]\nrest", "line 2"),
+        ("a.jsonl", json.dumps(GOOD) + "\n\n{\n", "line 3"),
         ("a.jsonl", "5\n", "no JSON object"),
         ("a.json", b"[\xff]", "byte 1"),
         ("a.json", "", "empty files: 1"),
         ("a.json", b"\0\1\2", "binary"),
         ("a.json", b"PAR1 and so on", "Parquet"),
+        ("a.json", b"PK\3\4 and so on", "zip"),
+        ("a.txt", "Why? Because.", "not valid JSON"),
     ],
 )
 def test_a_file_without_a_conversation_is_refused_by_name(tmp_path, name, content, named):
     message = refusal(write(tmp_path / name, content))
     assert name in message and named in message
+    write(tmp_path / "b.json", [GOOD])
+    if content and name != "a.txt":
+        assert named in refusal(tmp_path), "among good ones, too"
 
 
-def test_one_file_without_a_conversation_is_refused_among_good_ones(tmp_path):
-    write(tmp_path / "a.json", [GOOD])
-    write(tmp_path / "b.json", [{"other": 1}])
-    assert "b.json" in refusal(tmp_path)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_what_is_left_out_is_counted_by_reason_and_the_first_is_shown(tmp_path, suffix):
+    unusable = {"title": 1, "text": "x"}
+    source = open_one(write(tmp_path / f"a{suffix}", [GOOD, unusable, unusable, {"messages": []}, GOOD]))
+    for _ in range(2):  # the count is that of one pass
+        assert list(source.conversations()) == [ASKED, ASKED]
+        assert list(source.skipped.values()) == [2, 1]
+    place, fields = "record 2" if suffix == ".json" else "line 2", "its fields: title, text"
+    for words in (place, f"a{suffix}", fields, *source.skipped):
+        assert words in source.first_skipped or words.startswith("conversations")
+    write(tmp_path / f"0{suffix}", [GOOD, {"other": 1}])
+    both = open_one(tmp_path)
+    assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.first_skipped
+
+
+def test_a_line_that_does_not_parse_is_skipped_and_counted_where_asked_for(tmp_path):
+    file = write(tmp_path / "a.jsonl", f"{json.dumps(GOOD)}\n\n{{\n{json.dumps(GOOD)}\n")
+    source = open_one(file, errors="replace")
+    assert len(list(source.conversations())) == 2 and source.skipped == {"lines that do not parse": 1}
 
 
 def test_lines_are_read_one_at_a_time(tmp_path):
@@ -290,30 +166,73 @@ def test_lines_are_read_one_at_a_time(tmp_path):
 def test_a_fingerprint_follows_the_conversations_and_their_order(tmp_path):
     other = {"question": "Who?", "answer": "I."}
     contents = [[GOOD], [other], [GOOD, other], [other, GOOD], [GOOD, GOOD]]
-    files = [write(tmp_path / f"{i}.json", content) for i, content in enumerate(contents)]
-    assert len({open_one(file).fingerprint for file in files}) == len(contents)
-    assert (
-        open_one(write(tmp_path / "more.json", [{"no": 1}, GOOD])).fingerprint
-        == open_one(files[0]).fingerprint
-    )
+    prints = [open_one(write(tmp_path / f"{i}.json", held)).fingerprint for i, held in enumerate(contents)]
+    assert len(set(prints)) == len(contents)
+    assert open_one(write(tmp_path / "more.json", [{"no": 1}, GOOD])).fingerprint == prints[0]
+
+
+@pytest.mark.parametrize(
+    ("opener", "record", "words"),
+    [
+        (open_conversations, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
+        (open_conversations, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
+        (
+            open_comparisons,
+            {"prompt": "x", "chosen": "y"},
+            ("prompt, chosen", "lacks rejected"),
+        ),
+        (open_comparisons, {**QA, "label": True}, ("judged one by one", "known formats")),
+        (open_prompts, {"name": "x"}, ("name", "messages", "conversations")),
+    ],
+)
+def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(tmp_path, opener, record, words):
+    message = refusal(write(tmp_path / "x.jsonl", [record]), opener)
+    assert all(word in message for word in words), message
+
+
+# ---- Prompts and rankings
+
+
+def test_prompts_and_rankings_are_opened_as_such(tmp_path):
+    records = [PAIR, {**QA, "label": True}, {**QA, "label": False, "completion": "No."}, {"id": 1}]
+    path = str(write(tmp_path / "p.jsonl", records))
+    (source,) = open_prompts([path])
+    assert list(source.conversations()) == [ASKED[:1]] * 3
+    (rankings,) = open_comparisons([f"friends={path}"])
+    assert [ranking.responses for ranking in rankings.rankings] == [["b", "a"], ["Because.", "No."]]
+    assert [ranking.annotator for ranking in rankings.rankings] == ["friends"] * 2
+    assert source.skipped == rankings.skipped == {"records in no known format": 1}
+    assert rankings.first_skipped.startswith("line 4 of ")
+    with pytest.raises(InputError, match="no weight"):
+        open_comparisons([f"{path}:2"])
+
+
+def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
+    theirs = rankings_of_file(str(write(tmp_path / "pairs.jsonl", [PAIR, {"id": 1}])))
+    assert [ranking.responses for ranking in theirs] == [["b", "a"]]
+    assert "1 rankings" in capsys.readouterr().out
+    ours = rankings_of_file(str(write(tmp_path / "rankings.jsonl", [vars(theirs[0])])))
+    assert [ranking.key for ranking in ours] == [theirs[0].key]
+    with pytest.raises(InputError, match=r"missing\.jsonl"):
+        rankings_of_file(str(tmp_path / "missing.jsonl"))
 
 
 # ---- Real data and the little world
 
-REAL = {
+REAL = {  # conversations and what is left out of them; the same of rankings, where the file holds some
     "instructions/bigbench_qa_wikidata.jsonl": (20_321, 0),
-    "instructions/instruction-data-with-preference.json": (1_100, 0),
+    "instructions/instruction-data-with-preference.json": (1_100, 0, 1_094, 6),
     "instructions/instruction-data.json": (1_100, 0),
     "instructions/seed_tasks.jsonl": (175, 0),
     "instructions/simple_arithmetic_withspaces.jsonl": (1_000, 0),
     "instructions/svamp.jsonl": (300, 0),
     "instructions/user_oriented_instructions.jsonl": (252, 0),
     # Four end with an assistant who says nothing; one of them had said something before.
-    "preferences/hh_rlhf_harmless_test.jsonl.gz": (2_309, 4),
-    "preferences/llmbar_Adversarial_Manual.json": (46, 0),
-    "preferences/llmbar_Adversarial_Neighbor.json": (134, 0),
-    "preferences/llmbar_Natural.json": (100, 0),
-    "rankings/oasst_en_100_tree.jsonl": (100, 0),
+    "preferences/hh_rlhf_harmless_test.jsonl.gz": (2_309, 4, 2_308, 4),
+    "preferences/llmbar_Adversarial_Manual.json": (46, 0, 46, 0),
+    "preferences/llmbar_Adversarial_Neighbor.json": (134, 0, 134, 0),
+    "preferences/llmbar_Natural.json": (100, 0, 100, 0),
+    "rankings/oasst_en_100_tree.jsonl": (100, 0, 212, 0),
 }
 
 
@@ -321,25 +240,27 @@ REAL = {
 def test_published_data_is_read_in_full(shared_data, file):
     source = open_one(shared_data / file)
     conversations = list(source.conversations())
-    assert (len(conversations), source.skipped.total()) == REAL[file]
+    found = [len(conversations), source.skipped.total()]
     assert all(conversation[-1]["role"] == "assistant" for conversation in conversations)
     roles = {message["role"] for conversation in conversations for message in conversation}
     assert roles == {"user", "assistant"}
+    if len(REAL[file]) > 2:
+        (rankings,) = open_comparisons([str(shared_data / file)])
+        found += [len(rankings.rankings), rankings.skipped.total()]
+        for ranking in rankings.rankings:
+            assert isinstance(ranking, Ranking) and ranking.messages[-1]["role"] == "user"
+            assert 2 <= len(ranking.responses) <= 9 and ranking.pairs()
+    assert tuple(found) == REAL[file]
 
 
 def test_the_little_world_speaks_in_the_same_form():
     world = World(0)
     source = world_conversations(world, "train", 50)
     conversations = list(source.conversations())
-    assert (
-        conversations
-        == [c.messages for c in world.conversations("train", 50)]
-        == list(source.conversations())
-    )
+    expected = [conversation.messages for conversation in world.conversations("train", 50)]
+    assert conversations == expected == list(source.conversations())
     assert source.name not in SHARES  # so that it can be mixed with the world's text
-    assert [conversations_of({"messages": messages}) for messages in conversations] == [
-        [messages] for messages in conversations
-    ]
+    assert [next(read_record({"messages": said}, "conversation")) for said in conversations] == conversations
     others = [world_conversations(world, "dev", 50), world_conversations(World(1), "train", 50)]
     assert source.fingerprint not in {other.fingerprint for other in others}
 

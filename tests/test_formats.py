@@ -1,24 +1,33 @@
 """Other people's records: read whole, or left out with a reason that names what was not understood."""
 
 import json
-from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from minillm.errors import InputError
-from minillm.io.comparisons import comparisons_of, open_comparisons, rankings_of_file
-from minillm.io.conversations import conversations_of, open_conversations, open_prompts
-from minillm.preferences import Ranking
+from minillm.io.formats import Example, compared, read_record
 
-USER, BOT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+
+def chat(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+ASKED, EARLIER = chat("Why?", "Because."), chat("Hi", "Hello")
+USER, BOT = ASKED
 SYSTEM = {"role": "system", "content": "Be kind."}
-ASKED, EARLIER = [USER, BOT], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 TOOL = {"role": "tool", "content": "42"}
+HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: Yes",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: No"}  # fmt: skip
 
 
 def turns(*pairs: tuple[str, object], **fields: object) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in pairs], **fields}
+
+
+def node(text, role="assistant", rank=None, replies=()) -> dict:
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
 
 
 CONVERSATIONS = [
@@ -26,85 +35,81 @@ CONVERSATIONS = [
     (turns(("developer", "Be kind."), ("user", "Why?"), ("model", "Because.")), [SYSTEM, *ASKED]),
     (turns(("user", [{"type": "text", "text": "Why?"}]), ("assistant", ["Because."])), ASKED),
     ({"messages": [{"from": "human", "value": "Why?"}, {"from": "chatgpt", "value": "Because."}]}, ASKED),
+    ({"contents": [{"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": "Because."}],
+      "systemInstruction": {"parts": [{"text": "Be kind."}]}}, [SYSTEM, *ASKED]),
     ({"conversations": ASKED}, ASKED),
     ({"conversation": [{"input": "Why?", "output": "Because."}]}, ASKED),
+    ({"conversation": [{"human": "Why?", "assistant": "Because."}]}, ASKED),
     (ASKED, ASKED),
     ({"id": 1, "data": ["Why?", "Because."]}, ASKED),
     ({"conversations": ["Why?", "Because."], "source": "lima"}, ASKED),
     ({"messages": [USER, {**BOT, "weight": 1, "tool_calls": None}]}, ASKED),
     ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "Because."}]}, ASKED),
     ({"messages": [USER, {**BOT, "reasoning_content": "hm"}]},
-     [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nBecause."}]),
-    ({"messages": [{**EARLIER[0]}, {**EARLIER[1], "weight": 0}, *ASKED]},
+     chat("Why?", "<think>\nhm\n</think>\n\nBecause.")),
+    ({"messages": [EARLIER[0], {**EARLIER[1], "weight": 0}, *ASKED]},
      [EARLIER[0], {**EARLIER[1], "train": False}, *ASKED]),
     ({"messages": ASKED, "prompt": "Why?", "prompt_id": "7"}, ASKED),
     ({"messages": [USER], "answer": "Because."}, ASKED),
     # what stands beside the turns
     ({"system": "Be kind.", "messages": ASKED}, [SYSTEM, *ASKED]),
     ({"system": None, "tools": [], "messages": ASKED}, ASKED),
+    ({"messages": [{"role": "system", "content": ""}, *ASKED]}, ASKED),
     ({"system_prompt": "Be kind.", "question": "Why?", "response": "Because."}, [SYSTEM, *ASKED]),
     ({"instruction": "Why?", "output": "Because.", "system": "Be kind.", "history": [["Hi", "Hello"]]},
      [SYSTEM, *EARLIER, *ASKED]),
     # a question and an answer
-    *(({q: "Why?", a: "Because."}, ASKED) for q, a in (
+    *(({question: "Why?", answer: "Because."}, ASKED) for question, answer in (
         ("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("query", "response"),
         ("input", "output"), ("question", "answer"), ("inputs", "targets"), ("problem", "solution"),
         ("Question", "Answer"), ("context", "continuation"), ("instruction", "output"))),
     ({"problem": "Why?", "solution": "Because.", "answer": "cause"}, ASKED),
     ({"instruction": "Why?", "context": "", "response": "Because.", "category": "open_qa"}, ASKED),
+    ({"context": "Why?", "chain_of_thought": "hm", "answer": "Because."}, ASKED),
+    ({"context": "A cat sat.", "question": "Who?", "answer": "It."}, chat("A cat sat.\n\nWho?", "It.")),
+    ({"instruction": "Add.", "input": "1 1", "output": "2"}, chat("Add.\n\n1 1", "2")),
     ({"prompt": [USER], "completion": [BOT]}, ASKED),
     ({"prompt": [USER], "completion": [BOT], "label": True}, ASKED),
+    ({"prompt": "Why?", "completion": "Because.", "label": "True"}, ASKED),
+    # the white space of a completion is kept, but for the one space that joins it
+    ({"prompt": "Why?", "completion": " Because."}, ASKED),
+    *(({question: "def f(x):\n", answer: text}, chat("def f(x):\n", text))
+      for question, answer in (("prompt", "completion"), ("instruction", "output"))
+      for text in ("    y = x\n    return y\n", "\n\nx", "x \n")),
+    # transcripts
     ({"text": "### Human: Why?### Assistant: Because."}, ASKED),
+    ({"text": "\n\nHuman: Why?\n\nAssistant:Because."}, ASKED),
+    ({"transcript": "Human: Why?\n\nAssistant: Because."}, ASKED),
+    ({"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "system": "Be kind."}, [SYSTEM, *ASKED]),
     ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "response": " Because."}, ASKED),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: e"},
+     chat("a", "b\n\nc", "d", "e")),  # a speaker who goes on
     # of a preference, what is preferred
     ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, ASKED),
+    ({"instruction": "Why?", "output": "x", "chosen": "Because.", "rejected": "x"}, ASKED),
+    ({"prompt": "", "chosen": ASKED, "rejected": chat("Why?", "No.")}, ASKED),
     ({"conversations": [*EARLIER, USER], "chosen": {"from": "gpt", "value": "Because."}, "rejected": BOT},
      [*EARLIER, *ASKED]),
+    ({"input": "Why?", "output_1": "No.", "output_2": "Because.", "label": 2}, ASKED),
     ({"prompt": "Why?", "completions": [{"text": "No", "rating": 1}, {"text": "Because.", "rating": 5}]},
      ASKED),
+    ({"prompt": node("Why?", "prompter", replies=[node("No"), node("Because.", rank=0)])}, ASKED),
     # what cannot be learned
-    ({"messages": [*ASKED, {"role": "user", "content": "So?"}, {"role": "assistant", "content": ""}]}, ASKED),
+    ({"messages": [*ASKED, *chat("Thanks.")]}, ASKED),
+    ({"messages": [*ASKED, *chat("So?", "")]}, ASKED),
     ({"messages": [*ASKED, USER, CALL, TOOL, BOT]}, ASKED),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("record", "expected"), CONVERSATIONS)
 def test_a_record_is_the_conversation_it_says(record, expected):
-    assert conversations_of(record)[0] == expected
+    assert next(read_record(record, "conversation")) == expected
 
 
-@pytest.mark.parametrize("text", ["    y = x\n    return y\n", "\n\nx", "x \n"])
-def test_the_white_space_of_a_completion_is_kept(text):
-    for question, answer in (("prompt", "completion"), ("instruction", "output")):
-        assert conversations_of({question: "def f(x):\n", answer: text})[0][1]["content"] == text
-
-
-LEFT_OUT = [
-    ({"messages": ASKED, "tools": [{"name": "search"}]}, "'tools'"),
-    ({"messages": ASKED, "prompt": "Who?"}, "'prompt'"),
-    ({"messages": ASKED, "images": ["a.png"]}, "'images'"),
-    ({"messages": [SYSTEM, *ASKED], "system": "Be rude."}, "two system messages"),
-    ({"prompt": "Why?", "completion": "Because.", "label": False}, "judged bad"),
-    ({"prompt": "Why?", "response": "Because.", "helpfulness": 0, "verbosity": 2}, "judged bad"),
-    ({"prompt": "Why?", "response": "Because.", "label": "spam"}, "'label'"),
-    ({"messages": [USER, {**BOT, "weight": 0}]}, "weight 0"),
-    ({"messages": [USER, {**BOT, "weight": 0.5}]}, "weight"),
-    ({"messages": [USER, CALL, TOOL, BOT]}, "tool call"),
-    ({"instruction": "What is it?\n<image>", "output": "A cat."}, "image"),
-    ({"prompt": "Why?", "response": "Because.", "output": "No."}, "'response'"),
-    ({"prompt": "Why?", "chosen": "Because.", "rejected": "No.", "chosen_rating": 1, "rejected_rating": 2},
-     "contradict"),
-    ({"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
-    ({"prompt": "Why?", "completion": "Because.", "weight": 0.5}, "'weight'"),
-    ({"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "rated|something else"),
-    ({"prompt": "Who?", "chosen": ASKED, "rejected": [USER, {**BOT, "content": "No."}]}, "another prompt"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("record", "reason"), LEFT_OUT)
-def test_a_field_that_changes_what_a_record_says_is_obeyed_or_the_record_is_left_out(record, reason):
-    (why,) = conversations_of(record)
-    assert isinstance(why, str) and any(word in why for word in reason.split("|")), why
+def test_a_task_of_several_instances_is_as_many_conversations_each_with_its_input():
+    instances = [{"input": "1", "output": "a"}, {"input": "", "output": "b"}, {"output": "c"}]
+    found = list(read_record({"instruction": "Do", "instances": instances}, "conversation"))
+    assert found == [chat("Do\n\n1", "a"), chat("Do", "b"), chat("Do", "c")]
 
 
 PROMPTS = [
@@ -121,30 +126,30 @@ PROMPTS = [
 
 @pytest.mark.parametrize(("record", "expected"), PROMPTS)
 def test_a_prompt_is_all_that_is_asked_and_no_earlier_question(record, expected):
-    assert conversations_of(record, "prompt") == [expected]
+    assert list(read_record(record, "prompt")) == [expected]
 
 
-def chat(reply: str) -> list[dict]:
-    return [USER, {"role": "assistant", "content": reply}]
-
-
+PAIR, TWO = {"prompt": "Why?", "chosen": "b", "rejected": "a"}, {"response_a": "a", "response_b": "b"}
 RANKINGS = [
-    ({"prompt": "Why?", "chosen": "b", "rejected": "a"}, "b > a"),
-    ({"chosen": chat("b"), "rejected": chat("a")}, "b > a"),
-    ({"prompt": "Why?", "chosen": chat("b"), "rejected": chat("a"), "messages": chat("b"), "score_chosen": 9.0,  # noqa: E501
-      "score_rejected": 2.0}, "b > a"),
-    ({"prompt": [USER], "chosen": chat("b")[1:], "rejected": chat("a")[1:]}, "b > a"),
-    ({"input": {"messages": [USER]}, "preferred_output": chat("b")[1:], "non_preferred_output": chat("a")[1:]},  # noqa: E501
-     "b > a"),
-    ({"prompt": "Why?", "chosen": "b", "rejected": "a", "chosen_score": 3, "rejected_score": 3}, "b = a"),
+    (PAIR, "b > a"),
+    ({"chosen": chat("Why?", "b"), "rejected": chat("Why?", "a")}, "b > a"),
+    ({"prompt": "Why?", "chosen": chat("Why?", "b"), "rejected": chat("Why?", "a"), "score_rejected": 2.0,
+      "messages": chat("Why?", "b"), "score_chosen": 9.0}, "b > a"),
+    ({"prompt": [USER], "chosen": chat("", "b")[1:], "rejected": chat("", "a")[1:]}, "b > a"),
+    ({"input": {"messages": [USER], "tools": []}, "preferred_output": chat("", "b")[1:],
+      "non_preferred_output": chat("", "a")[1:]}, "b > a"),
+    ({**PAIR, "chosen-rating": 3, "rejected-rating": 3}, "b = a"),
+    ({"instruction": "Add.", "input": "1", "output": "x", "chosen": "b", "rejected": "a"}, "b > a"),
     ({"instruction": "Why?", "input": "", "output_1": "a", "output_2": "b", "preference": 2}, "b > a"),
-    ({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "B"}, "b > a"),
-    ({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "tie"}, "a = b"),
-    ({"conversation_a": chat("a"), "conversation_b": chat("b"), "winner": "model_b"}, "b > a"),
+    ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
+    ({"prompt": "Why?", **TWO, "winner": "B"}, "b > a"),
+    ({"prompt": "Why?", **TWO, "winner": "tie"}, "a = b"),
+    ({"conversation_a": chat("Why?", "a"), "conversation_b": chat("Why?", "b"), "winner": "model_b"},
+     "b > a"),
     ({"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 1}, "b > a"),
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 3}, "b > a"),
     ({"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": -2}, "a > b"),
-    ({"question": "Why?", "answer_0": "a", "answer_1": "b", "score_0": -0.5, "score_1": 0.5}, "b > a"),
+    ({"question": "Why?", "answer_0": "a", "answer_1": "b", "score_0": -0.5, "score_1": "0.5"}, "b > a"),
     ({"post": "Why?", "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "b > a"),
     ({"prompt": "Why?", "responses": ["a", "b", "c"], "scores": [1, 2.5, 1]}, "b > a = c"),
     ({"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "b > c > a"),
@@ -152,121 +157,167 @@ RANKINGS = [
     ({"instruction": "Why?", "models": ["x"], "completions": [
         {"response": "a", "overall_score": 4}, {"response": "b", "overall_score": 7.5},
         {"response": "c", "overall_score": 4}]}, "b > a = c"),
-    ({"prompt": "\n\nHuman: Why?\n\nAssistant: ", "answers": [
-        {"answer": "a", "rank": 2}, {"answer": "b", "rank": 1}]},
-     "b > a"),
+    ({"instruction": "Why?", "completions": [{"response": text, "annotations": {
+        "truth": {"Rating": rating}, "help": {"Rating": "3"}}} for text, rating in (("a", "N/A"), ("b", "5"))
+      ]}, "b > a"),
+    ({"prompt": "\n\nHuman: Why?\n\nAssistant: ", "turns": 2, "answers": [
+        {"answer": "a", "rank": 2}, {"answer": "b", "rank": 1}]}, "b > a"),
+    (HH, "Yes > No"),
+    ({"prompt": node("Why?", "prompter", replies=[node("b", rank=2), node("a", rank=0), node("c", rank=2)])},
+     "a > b = c"),
 ]  # fmt: skip
 
 
-def spelled(ranking: Ranking) -> str:
-    return " > ".join(" = ".join(ranking.responses[i] for i in tied) for tied in ranking.ranking)
+def spelled(ranking: tuple) -> str:
+    _, responses, places = ranking
+    return " > ".join(" = ".join(responses[i] for i in tied) for tied in places)
 
 
 @pytest.mark.parametrize(("record", "expected"), RANKINGS)
 def test_a_record_is_the_ranking_it_says(record, expected):
-    (ranking,) = comparisons_of(record, "x")
+    (ranking,) = read_record(record, "ranking")
     assert not isinstance(ranking, str), ranking
-    assert spelled(ranking) == expected and ranking.messages == [USER]
+    asked = {"Add.": chat("Add.\n\n1")}.get(record.get("instruction"), [USER])
+    assert spelled(ranking) == expected and ranking[0] == (
+        [*EARLIER, *chat("And?")] if record is HH else asked
+    )
 
 
-NO_RANKINGS = [
-    ({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "c"}, "verdict"),
-    ({"prompt": "Why?", "response_a": "a", "response_b": "b", "label": 1}, "verdict"),
-    ({"prompt": "Why?", "response_a": "a", "response_b": "b"}, "no verdict"),
-    ({"prompt": "Why?", "responses": ["a", "b"]}, "no two rated"),
-    ({"prompt": "Why?", "completion": "a"}, "nothing that compares"),
-    ({"prompt": "Why?", "completion": "a", "label": True}, "judged one by one"),
-    ({"prompt": "Why?"}, "without a reply"),
-]
+def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_rank():
+    deep = [node("d1", rank=1), node("d0", rank=0), node("d none")]
+    follow = node("And then?", "prompter", replies=deep)
+    tree = node("Why?", "prompter", replies=[node("b", rank=2, replies=[follow]), node("a", rank=0)])
+    first, second = read_record({"prompt": tree}, "ranking")
+    assert (spelled(first), spelled(second)) == ("a > b", "d0 > d1")
+    assert second[0] == [*chat("Why?", "b"), *chat("And then?")]
 
 
-@pytest.mark.parametrize(("record", "reason"), NO_RANKINGS)
-def test_what_ranks_nothing_is_left_out_for_what_it_is(record, reason):
-    (why,) = comparisons_of(record, "x")
-    assert isinstance(why, str) and reason in why
+def test_replies_rated_one_by_one_are_compared_where_their_prompts_repeat():
+    rows = [("Why?", "a", False), ("Who?", "x", True), ("Why?", "b", True), ("Why?", "c", False)]
+    records = [{"prompt": question, "completion": reply, "label": label} for question, reply, label in rows]
+    alone = [result for record in records for result in read_record(record, "ranking")]
+    assert all(isinstance(result, Example) for result in alone)
+    ranking, reason = compared(alone)
+    assert spelled(ranking) == "b > a = c" and "each alone with its prompt" in reason
 
 
-def lines(path: Path, *records: object) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
+KTO = {"prompt": "Why?", "completion": "Because."}
+LEFT_OUT = [
+    ("conversation", {"messages": ASKED, "tools": [{"name": "search"}]}, "'tools'"),
+    ("conversation", {"messages": ASKED, "prompt": "Who?"}, "'prompt'"),
+    ("conversation", {"messages": ASKED, "images": ["a.png"]}, "'images'"),
+    ("conversation", {"messages": ASKED, "documents": ["a"]}, "'documents'"),
+    ("conversation", {"messages": [SYSTEM, *ASKED], "system": "Be rude."}, "two system messages"),
+    ("conversation", {**KTO, "label": False}, "judged bad"),
+    ("conversation", {**KTO, "label": "false"}, "judged bad"),
+    ("conversation", {**KTO, "is_safe": False}, "judged bad"),
+    ("conversation", {**KTO, "helpfulness": 0, "verbosity": 2}, "judged bad"),
+    ("conversation", {**KTO, "label": "spam"}, "'label' that is no truth"),
+    ("conversation", {**KTO, "weight": 0.5}, "'weight'"),
+    ("conversation", {"messages": [USER, {**BOT, "weight": 0}]}, "weight 0"),
+    ("conversation", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight other"),
+    ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),
+    ("conversation", {"instruction": "What is it?\n<image>", "output": "A cat."}, "image"),
+    ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
+    ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
+    ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
+    ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no verdict"),
+    ("conversation", {"prompt": "Who?", "chosen": ASKED, "rejected": chat("Why?", "No.")}, "another prompt"),
+    ("conversation", {"prompt": node("Why?", replies=[BOT]), "system": "Be kind."}, "'system'"),
+    ("conversation", {"chosen": "Because.", "rejected": "No."}, "replies to nothing"),
+    ("conversation", 5, "in no known format"),
+    ("conversation", {}, "in no known format"),
+    ("conversation", {"foo": 1, "instruction": "x"}, "without a message of the assistant's"),
+    ("conversation", {"messages": []}, "without a message of the assistant's"),
+    ("conversation", {"messages": [USER]}, "without a message of the assistant's"),
+    ("conversation", {"messages": [3]}, "something else"),
+    ("conversation", {"messages": [{"role": "user"}]}, "something else"),
+    ("conversation", {"messages": 3}, "something else"),
+    ("conversation", {"instruction": 3, "input": "x", "output": "y"}, "something else"),
+    ("conversation", {"prompt": {"text": "x", "replies": 3}}, "something else"),
+    ("conversation", {"instruction": "a", "instances": []}, "without a conversation"),
+    *(("conversation", {"text": text}, "without a conversation")
+      for text in ("A play.\n\nHuman: Why?\n\nAssistant: Because.", "", "Humans: x")),
+    ("conversation", turns(("user", "a"), ("assistant", " ")), "empty message"),
+    ("conversation", turns(("user", ""), ("assistant", "a")), "empty message"),
+    ("conversation", turns(("user", "a"), ("assistant", 3)), "not text"),
+    ("conversation", turns(("user", [{"type": "image_url"}]), ("assistant", "a")), "not text"),
+    ("conversation", turns(("user", "a"), ("narrator", "b"), ("assistant", "c")), "a role other"),
+    ("conversation", turns(("user", "\ud800"), ("assistant", "a")), "surrogate"),
+    ("prompt", {"system": "Be kind.", "messages": [BOT]}, "replies to nothing"),
+    ("ranking", {"prompt": "Why?", **TWO, "winner": "c"}, "verdict that names none"),
+    ("ranking", {"prompt": "Why?", **TWO, "label": 1}, "verdict that names none"),
+    ("ranking", {"prompt": "Why?", **TWO}, "no verdict"),
+    ("ranking", {"prompt": "Why?", "responses": ["a", "b"]}, "no verdict"),
+    ("ranking", KTO, "one reply and nothing that compares it"),
+    ("ranking", {"prompt": "Why?"}, "without a reply"),
+    ("ranking", {"input": {"messages": [USER], "tools": [1]}, "preferred_output": [BOT],
+                 "non_preferred_output": [BOT]}, "'tools'"),
+    ("ranking", {**HH, "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, "replies to different prompts"),
+    ("ranking", {"chosen": "Assistant: Yes", "rejected": "Assistant: No"}, "replies to nothing"),
+    ("ranking", {**HH, "rejected": HH["chosen"]}, "equal responses"),
+    ("ranking", {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "}, "empty message"),
+    ("ranking", {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])}, "no two ranked responses"),
+]  # fmt: skip
 
 
-def judged(question: str, reply: str, label: object) -> dict:
-    return {"prompt": question, "completion": reply, "label": label}
+@pytest.mark.parametrize(("purpose", "record", "words"), LEFT_OUT)
+def test_what_would_change_a_records_meaning_is_obeyed_or_the_record_is_left_out(purpose, record, words):
+    (why,) = read_record(record, purpose)
+    assert isinstance(why, str) and words in why, why
 
 
-def test_replies_judged_one_by_one_are_compared_where_their_prompts_repeat(tmp_path):
-    rows = [
-        judged("Why?", "a", False),
-        judged("Who?", "x", True),
-        judged("Why?", "b", True),
-        judged("Why?", "c", False),
-    ]
-    (source,) = open_comparisons([lines(tmp_path / "kto.jsonl", *rows)])
-    assert [spelled(ranking) for ranking in source.rankings] == ["b > a = c"]
-    assert source.skipped.total() == 1 and "each alone" in source.first_skipped
-    with pytest.raises(InputError, match="judged one by one"):
-        open_comparisons([lines(tmp_path / "none.jsonl", rows[0], rows[1])])
-    (source,) = open_conversations([lines(tmp_path / "good.jsonl", *rows)])
-    assert len(list(source.conversations())) == 2 and source.skipped.total() == 2
+# ---- Laws
+
+texts = st.text("ab :\nHA", min_size=1, max_size=8).map(str.strip).filter(bool)
 
 
-@pytest.mark.parametrize(
-    ("content", "count"),
-    [
-        (json.dumps(ASKED) + "\n" + json.dumps(ASKED), 2),
-        (json.dumps(ASKED), 1),
-        (json.dumps([{"messages": ASKED}] * 3), 3),
-        (json.dumps([{"messages": ASKED}]) + "\n" + json.dumps([{"messages": ASKED}] * 2), 3),
-        (json.dumps({"version": 1, "data": [{"prompt": "Why?", "completion": "Because."}] * 2}, indent=2), 2),
-        (json.dumps({"rows": [{"messages": ASKED}] * 2}), 2),
-        (json.dumps({"messages": ASKED}, indent=1) + "\n" + json.dumps({"messages": ASKED}, indent=1), 2),
-    ],
+@given(st.lists(texts, min_size=1, max_size=6), st.sampled_from(["\n\n", "", "\n"]))
+@example(["Human: a", "Assistant: b"], "\n\n")  # a name inside a message opens none
+def test_a_transcript_gives_back_its_messages(contents, before):
+    names = {"user": "Human", "assistant": "Assistant"}
+    text = "\n\n".join(f"{names[message['role']]}: {message['content']}" for message in chat(*contents))
+    (found,) = read_record({"chosen": before + text}, "conversation")
+    assert found == (chat(*contents[: len(contents) // 2 * 2]) or "conversations without a message of the "
+                     "assistant's")  # fmt: skip
+
+
+nodes = st.recursive(
+    st.just([]),
+    lambda deeper: st.lists(st.tuples(st.none() | st.integers(0, 3), deeper), max_size=4),
+    max_leaves=12,
 )
-def test_records_are_found_however_a_file_holds_them(tmp_path, content, count):
-    path = tmp_path / "a.json"
-    path.write_text(content)
-    (source,) = open_conversations([str(path)])
-    assert list(source.conversations()) == [ASKED] * count and not source.skipped
 
 
-def test_prompts_are_opened_as_such(tmp_path):
-    path = lines(tmp_path / "p.jsonl", *(record for record, _ in PROMPTS), {"id": 1})
-    (source,) = open_prompts([path])
-    assert list(source.conversations()) == [expected for _, expected in PROMPTS]
-    assert source.skipped == {"records in no known format": 1}
+def grow(children: list, depth: int = 0, name: str = "0", rank: int | None = None) -> dict:
+    replies = [grow(below, depth + 1, f"{name}.{i}", rank) for i, (rank, below) in enumerate(children)]
+    return node(name, ("prompter", "assistant")[depth % 2], rank, replies)
 
 
-@pytest.mark.parametrize(
-    ("open_them", "record", "words"),
-    [
-        (
-            open_conversations,
-            {"instruction": "x", "id": 1},
-            ("instruction, id", "a question and an answer", "output"),
-        ),
-        (open_conversations, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
-        (
-            open_comparisons,
-            {"prompt": "x", "chosen": "y"},
-            ("prompt, chosen", "chosen and rejected", "rejected"),
-        ),
-        (open_prompts, {"name": "x"}, ("name", "messages", "conversations")),
-    ],
-)
-def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(
-    tmp_path, open_them, record, words
-):
-    with pytest.raises(InputError) as caught:
-        open_them([lines(tmp_path / "x.jsonl", record)])
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+@given(nodes)
+@example([(None, []), (1, []), (0, [(None, [])]), (0, [])])
+def test_of_a_tree_every_reply_on_the_path_is_the_best_ranked_then_the_first(children):
+    path, level = ["0"], children
+    while level:
+        ranks = [99 if rank is None else rank for rank, _ in level]
+        best = ranks.index(min(ranks))
+        path.append(f"{path[-1]}.{best}")
+        level = level[best][1]
+    (found,) = read_record({"prompt": grow(children)}, "conversation")
+    if len(path) > 1:
+        assert found == chat(*path[: len(path) // 2 * 2])  # ends with an assistant
+    else:
+        assert isinstance(found, str)
 
 
-def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
-    theirs = rankings_of_file(lines(tmp_path / "pairs.jsonl", RANKINGS[0][0], {"id": 1}))
-    assert [spelled(ranking) for ranking in theirs] == ["b > a"]
-    assert "1 rankings" in capsys.readouterr().out
-    ours = rankings_of_file(lines(tmp_path / "rankings.jsonl", vars(theirs[0])))
-    assert [ranking.key for ranking in ours] == [theirs[0].key]
-    with pytest.raises(InputError, match=r"missing\.jsonl"):
-        rankings_of_file(str(tmp_path / "missing.jsonl"))
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "user", "Why?", "1"]),
+    lambda deeper: st.lists(deeper, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "from", "content", "value", "text", "messages", "prompt", "input", "chosen",
+                         "rejected", "completions", "label", "rank", "replies", "instances", "instruction",
+                         "history", "system", "output_1", "output_2", "annotations", "ranking"]),
+        deeper, max_size=4)),
+    st.sampled_from(["conversation", "prompt", "ranking"]))  # fmt: skip
+def test_no_record_whatever_its_fields_hold_is_more_than_left_out(record, purpose):
+    for result in read_record(record, purpose):
+        assert isinstance(result, str | Example) or json.dumps(result)

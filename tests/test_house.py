@@ -21,7 +21,6 @@ SEAMS = {
     "minillm/tokenizer.py": {"minillm/fast/workers.py", "minillm/io/vocabulary.py"},
     "minillm/reward.py": {"minillm/fast/shared_prompts.py"},
     "rlhf.py": {
-        "minillm/io/comparisons.py",
         "minillm/io/conversations.py",
         "minillm/io/rankings.py",
         "minillm/io/text.py",

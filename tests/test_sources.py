@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from minillm.data import Source
 from minillm.errors import InputError
-from minillm.io import text as text_module
-from minillm.io.text import EXTENSIONS, list_files, open_sources, text_pieces, world_sources
+from minillm.io import files as files_module
+from minillm.io.files import Reading, text_pieces
+from minillm.io.text import EXTENSIONS, open_sources, world_sources
 from minillm.world import SHARES, World
 
 law = settings(deadline=None)  # a busy machine is no defect
@@ -227,7 +228,7 @@ def test_pieces_of_a_file_join_to_its_text_within_the_limit_and_end_at_newlines(
     tmp_path_factory, text, limit, encoding
 ):
     file = write(tmp_path_factory.getbasetemp() / "pieces.txt", text.encode(encoding))
-    pieces = list(text_pieces(str(file), limit=limit, encoding=encoding))
+    pieces = list(text_pieces(str(file), Reading(encoding=encoding), limit))
     assert "".join(pieces) == text
     for piece in pieces[:-1]:
         assert 0 < len(piece) <= limit
@@ -238,7 +239,7 @@ def test_a_file_longer_than_memory_allows_is_read_in_pieces(tmp_path):
     limit = 2**20
     file = write(tmp_path / "a.txt", b"a line of text\n" * (20 * limit // 15))
     tracemalloc.start()
-    pieces = sum(1 for _ in text_pieces(str(file), limit=limit))
+    pieces = sum(1 for _ in text_pieces(str(file), Reading(), limit))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert pieces >= 20 and peak < 8 * limit
@@ -286,7 +287,7 @@ def test_invalid_utf8_is_refused_with_its_offset_or_replaced(tmp_path, name):
 def test_the_offset_of_invalid_utf8_counts_from_the_beginning_of_the_file(tmp_path):
     file = write(tmp_path / "a.txt", b"ab\n" * 50 + b"\xff\n")
     with pytest.raises(InputError, match="byte 150;"):
-        list(text_pieces(str(file), limit=16))
+        list(text_pieces(str(file), Reading(), 16))
 
 
 RECORDS = [{"text": "one"}, {"text": "", "content": "two"}, {"id": 3, "content": "three"}]
@@ -334,7 +335,7 @@ def test_endoftext_parts_documents_unless_somebody_writes_about_it(tmp_path, mon
     code = 'END = "<|endoftext|>"\n'
     assert texts(write(tmp_path / "b.py", code)) == [code]
     long = write(tmp_path / "c.txt", stories * 400)
-    monkeypatch.setattr(text_module, "BLOCK", 64)
+    monkeypatch.setattr(files_module, "BLOCK", 64)
     assert texts(long) == expected * 400
 
 
@@ -368,7 +369,7 @@ def test_one_nul_is_text_and_a_binary_file_leaves_the_rest_of_a_folder_alone(tmp
 
 
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "LINE_LIMIT", 2**16)
+    monkeypatch.setattr(files_module, "LINE_LIMIT", 2**16)
     bomb = b'{"text": "' + b"x" * 2**24 + b'"}\n'
     file = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' + bomb + b'{"text": "b"}\n'))
     assert "line 2" in (message := refusal(file)) and "longer than" in message
@@ -377,11 +378,6 @@ def test_a_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**23
-
-
-def test_the_readers_of_conversations_list_files_in_the_same_way(tmp_path):
-    write(tmp_path / "a.json", "[]")
-    assert list_files("x", str(tmp_path), (".json",)) == ([str(tmp_path / "a.json")], {})
 
 
 def test_a_binary_file_is_refused(tmp_path):

@@ -1,10 +1,10 @@
-"""Where conversations and prompts come from: other people's files, and the little world.
+"""Other people's conversations, prompts and rankings, and the little world's conversations.
 
-    files ──► records ──► formats.py ──► ConversationSource(name, weight, conversations)
+    files ──► records (files.py) ──► formats.py ──► ConversationSource, or ComparisonSource
 
 A conversation is a list of messages {"role", "content"}, the roles being system, user and assistant; it
-ends with the assistant. A reply with "train": False is not learned. A record is an element of a JSON array
-or a line of JSON. What cannot be used is left out and counted by reason, and the first such record is shown.
+ends with the assistant. A reply with "train": False is not learned. What cannot be used is left out and
+counted by reason, and the first such record is shown.
 """
 
 import json
@@ -13,25 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from minillm.chat import Conversation
 from minillm.errors import InputError
-from minillm.io.formats import (
-    FORMATS,
-    LeftOutError,
-    Purpose,
-    demonstration,
-    examples_of,
-    known,
-    nearest,
-    prompt,
-)
-from minillm.io.text import Errors, decode, json_lines, list_files, parse_json, parse_specs, unpacked
+from minillm.io.files import RECORDS, Errors, Reading, kind_of, list_files, parse_specs, records
+from minillm.io.formats import FORMATS, Example, Purpose, compared, known, nearest, read_record
+from minillm.io.rankings import read_rankings
+from minillm.preferences import Ranking, ResponseSet, new_ranking
 from minillm.world import World
 
-EXTENSIONS = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
+"""What is read of a folder. A file given by name or glob may have any name."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +45,27 @@ class ConversationSource:
     first_skipped: str | None = None
 
 
-def open_conversations(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
-    """Open conversations given as files, folders or globs of .json and .jsonl, each also as .gz.
+@dataclass(frozen=True)
+class ComparisonSource:
+    """The rankings of a file, folder or glob, and what was left out of it."""
+
+    name: str
+    rankings: list[Ranking]
+    skipped: Counter[str]
+    first_skipped: str | None
+
+
+def open_conversations(
+    specs: Sequence[str], errors: Errors = "strict", purpose: Purpose = "conversation"
+) -> list[ConversationSource]:
+    """Open conversations given as files, folders or globs of JSON, tables or Parquet.
 
     A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means
     the same. Every file is read whole once here, so that what is wrong shows before anything is
-    trained. A JSON array is held in memory; lines are read one at a time.
+    trained.
 
     Raises InputError for specs and files that are wrong, and for a file that holds no conversation.
     """
-    return _open(specs, errors, "conversation")
-
-
-def open_prompts(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
-    """As `open_conversations`, but what is read is what the model is asked: all messages before the last
-    reply, or all where nobody has replied."""
-    return _open(specs, errors, "prompt")
-
-
-def _open(specs: Sequence[str], errors: Errors, purpose: Purpose) -> list[ConversationSource]:
     sources = []
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, path, EXTENSIONS)
@@ -80,8 +76,10 @@ def _open(specs: Sequence[str], errors: Errors, purpose: Purpose) -> list[Conver
     return sources
 
 
-def _again(files: Sequence[str], errors: Errors, purpose: Purpose) -> Iterator[Conversation]:
-    return _read(files, errors, purpose, Skipped(Counter()))
+def open_prompts(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
+    """As `open_conversations`, but what is read is what the model is asked: all messages before the last
+    reply, or all where nobody has replied."""
+    return open_conversations(specs, errors, "prompt")
 
 
 def world_conversations(world: World, split: str, n: int) -> ConversationSource:
@@ -97,114 +95,103 @@ def _fingerprint(conversations: Iterable[Conversation]) -> str:
     return digest.hexdigest()
 
 
-# ---- Files -> conversations
+# ---- Rankings
+
+
+def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[ComparisonSource]:
+    """Opens rankings as `open_conversations` opens conversations; a spec is [NAME=]PATH, the name being the
+    annotator's. Replies that were judged one by one are compared with those to the same prompt."""
+    sources = []
+    for name, path, weight in parse_specs(specs):
+        if weight != 1:
+            raise InputError(f"data source {name!r}: rankings have no weight; leave the {weight:g} out")
+        files, unread = list_files(name, path, EXTENSIONS)
+        skipped = Skipped(unread)
+        results = list(_read(files, errors, "ranking", skipped))
+        found = [result for result in results if not isinstance(result, Example)]
+        for result in compared(result for result in results if isinstance(result, Example)):
+            if isinstance(result, str):
+                skipped.add(result, f"one in {path!r} is among the {result}")
+            else:
+                found.append(result)
+        if not found:
+            raise _nothing_found(path, "ranking", skipped.first)
+        rankings = [
+            new_ranking(ResponseSet(asked, replies), ranking, name, 0) for asked, replies, ranking in found
+        ]
+        sources.append(ComparisonSource(name, rankings, skipped.counts, skipped.first))
+    return sources
+
+
+def rankings_of_file(file: str) -> list[Ranking]:
+    """The rankings in a rankings.jsonl of ours, or in anybody's file of preferences, saying what was read."""
+    if not Path(file).is_file():
+        return read_rankings(Path(file))
+    _, first = next(_records(file, "replace", Counter()), ("", None))
+    if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
+        return read_rankings(Path(file))
+    (source,) = open_comparisons([file])
+    print(f"{file}: {len(source.rankings):,} rankings")
+    for reason, count in sorted(source.skipped.items()):
+        print(f"  left out: {count:,} {reason}")
+    return source.rankings
+
+
+# ---- Files → what their records hold
 
 
 @dataclass
 class Skipped:
-    """What is left out: how often for which reason, and a line about the first record."""
+    """What is left out: how often for which reason, and a line about the first of it."""
 
     counts: Counter[str]
     first: str | None = None
 
-    def add(self, reason: str, file: str, place: str, record: object, purpose: Purpose) -> None:
+    def add(self, reason: str, line: str) -> None:
         self.counts[reason] += 1
-        if self.first is None:
-            fields = f"its fields: {', '.join(map(str, record)) or 'none'}" if isinstance(record, dict) else (
-                "it is a list" if isinstance(record, list) else "it is no JSON object")  # fmt: skip
-            advice = nearest(record, purpose)
-            self.first = f"{place} of {file!r} is among the {reason}; {fields}; {advice}"
+        self.first = self.first or line
 
 
-def conversations_of(record: object, purpose: Purpose = "conversation") -> list[Conversation | str]:
-    """The conversations or prompts in a record, and the reasons why some or all of it is left out."""
-    results: list[Conversation | str] = []
-    try:
-        for example in examples_of(record, purpose):
-            results += demonstration(example) if purpose == "conversation" else [prompt(example)]
-    except LeftOutError as reason:
-        results.append(str(reason))
-    return results
+def _again(files: Sequence[str], errors: Errors, purpose: Purpose) -> Iterator[Conversation]:
+    return _read(files, errors, purpose, Skipped(Counter()))
 
 
-def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Conversation]:
-    """One pass over the conversations of `files`; puts into `skipped` what it leaves out."""
+def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
+    """One pass over what the records of `files` give for a purpose; puts into `skipped` what is left out."""
     for file in files:
         found, own = False, Skipped(skipped.counts)
-        for place, record in records(file, errors, skipped.counts):
-            for result in conversations_of(record, purpose):
+        for place, record in _records(file, errors, skipped.counts):
+            for result in read_record(record, purpose):
                 if isinstance(result, str):
-                    own.add(result, file, place, record, purpose)
+                    advice = f"{_fields_of(record)}; {nearest(record, purpose)}"
+                    own.add(result, f"{place} of {file!r} is among the {result}; {advice}")
                 else:
                     found = True
                     yield result
         skipped.first = skipped.first or own.first
         if not found:
-            raise nothing_found(file, purpose, own.first)
+            raise _nothing_found(file, purpose, own.first)
 
 
-def nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
-    """The error for a file that holds nothing usable."""
+def _fields_of(record: object) -> str:
+    if isinstance(record, dict):
+        return f"its fields: {', '.join(map(str, record)) or 'none'}"
+    return "it is a list" if isinstance(record, list) else "it is no JSON object"
+
+
+def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
     names = "; ".join(form.name for form in FORMATS if purpose in form.gives)
     return InputError(f"{file!r} holds no {purpose}: {first or 'it has no record'}; known formats: {names}")
 
 
-# ---- Files -> records
-
-SIGNATURES = {
-    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a zip archive",
-    b"SQLite": "a database", b"\x28\xb5\x2f\xfd": "packed by zstd", b"\x1f\x8b": "packed by gzip",
-}  # fmt: skip
-
-
-def records(path: str, errors: Errors, skipped: Counter[str]) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place in it."""
-    if _has_lines(path):
-        for number, record in json_lines(path, errors, skipped, parse_json):
-            yield from ((f"line {number}", held) for held in _unwrapped(record))
-    else:
-        whole = chain.from_iterable(map(_unwrapped, _documents(path, errors)))
-        yield from ((f"record {number}", record) for number, record in enumerate(whole, start=1))
-
-
-def _has_lines(path: str) -> bool:
-    """Whether a file is a record a line, and not an array or objects over many lines."""
-    with unpacked(path) as file:
-        start = file.read(8192)
-        kind = next((kind for sign, kind in SIGNATURES.items() if start.startswith(sign)), None)
-        if kind or b"\0" in start:
-            raise InputError(f"{path!r}: {kind or 'binary'}, not JSON text; convert it to lines of JSON")
-        file.seek(0)
-        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
-        first = next((line for line in lines if line), b"")
-        if _is_json(first):
-            return any(lines)
-    if first.startswith(b"["):
-        return False
-    lines_by_name = path.lower().endswith((".jsonl", ".jsonl.gz"))
-    return first != b"{" if lines_by_name else not first.endswith((b"{", b"[", b","))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        parse_json(line.decode("utf-8", "replace"))
-    except ValueError:
-        return False
-    return True
-
-
-def _documents(path: str, errors: Errors) -> Iterator[Any]:
-    """The JSON texts that a file holds one behind the other, each perhaps over many lines."""
-    with unpacked(path) as file:
-        text = decode(file.read(), path, 0, errors).removeprefix("\ufeff").strip()
-    decoder, at = json.JSONDecoder(), 0
-    while at < len(text):
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path!r}: not valid JSON behind character {at}; is it whole?") from error
-        yield record
-        at += len(text[at : at + 64]) - len(text[at : at + 64].lstrip())
+def _records(path: str, errors: Errors, dropped: Counter[str]) -> Iterator[tuple[str, Any]]:
+    """Every record of a file and its place in it; InputError where it is of no kind that has any."""
+    read = Reading(errors)
+    kind = kind_of(path, read)
+    kind = "objects" if kind == "text" else kind
+    if kind not in RECORDS:
+        raise InputError(f"{path!r}: {kind}; convert it to lines of JSON")
+    return records(path, kind, read, dropped, _unwrapped)
 
 
 def _unwrapped(record: Any) -> Iterator[Any]:

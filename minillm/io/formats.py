@@ -1,6 +1,6 @@
 """One table of the formats in which people publish conversations, prompts and preferences.
 
-    a record ──► the first row of FORMATS whose fields it has ──► Example ──► conversation, prompt or ranking
+    a record ──► the first row of FORMATS whose fields it has ──► what is asked, and the replies ──► Example
 
 A row names the fields by which its format is known and those that it obeys. A record with another field
 that would change what it says (MEANING: a system message, tools, a label, an image, …) is left out and
@@ -16,7 +16,7 @@ images, and roles beside system, user and assistant.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -25,6 +25,10 @@ from minillm.chat import Conversation, Message
 
 Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
+Judged = tuple[Sequence[Any], Sequence[int]]
+"""The replies in a record, and the rank of each: the lowest is the best, equal ones tie."""
+Comparison = tuple[Conversation, list[str], list[list[int]]]
+"""What is asked, the replies, and their ranking: the numbers of those in each place, best first."""
 
 
 class LeftOutError(Exception):
@@ -53,13 +57,22 @@ class Format:
     obeys: tuple[str, ...]
     """Further fields that change what a record says, and are understood."""
     gives: tuple[Purpose, ...]
-    read: Callable[[Record], list[Example]]
-    rank: Callable[[Record], list[Example]] | None = None
-    """What reads rankings, where that is something else."""
+    replies: Callable[[Record], Judged] | None = None
+    """The replies to what is asked."""
+    parts: Callable[[Record, Purpose], list[Record]] | None = None
+    """The records of other rows that a record holds in place of replies of its own."""
 
 
-def examples_of(record: object, purpose: Purpose) -> list[Example]:
-    """What a record holds. LeftOutError says why nothing can be used."""
+def read_record(record: object, purpose: Purpose) -> Iterator[Any]:
+    """What a record gives for a purpose and, as texts, the reasons why some or all of it is left out."""
+    try:
+        for example in _examples(record, purpose):
+            yield from USES[purpose](example)
+    except LeftOutError as reason:
+        yield str(reason)
+
+
+def _examples(record: object, purpose: Purpose) -> list[Example]:
     form, fields = known(record)
     if form is None:
         raise LeftOutError("records in no known format")
@@ -68,8 +81,10 @@ def examples_of(record: object, purpose: Purpose) -> list[Example]:
         if name in MEANING and name not in understood and not _is_empty(value):
             raise LeftOutError(f"records with {name!r}, which changes what they say and is not understood")
     try:
-        read = (form.rank if purpose == "ranking" else None) or form.read
-        return read(fields)
+        if form.parts:
+            return [example for part in form.parts(fields, purpose) for example in _examples(part, purpose)]
+        replies, ranks = form.replies(fields) if form.replies else ((), ())
+        return [_example(fields, replies, ranks)]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise LeftOutError("records whose fields hold something else than their format has") from error
 
@@ -80,8 +95,14 @@ def known(record: object) -> tuple[Format | None, Record]:
         record = {"messages": record}
     if not isinstance(record, dict):
         return None, {}
-    fields = {str(name).lower(): value for name, value in record.items()}
+    fields = {re.sub("[- ]", "_", str(name).lower()): value for name, value in record.items()}
+    if isinstance(fields.get("turns"), int):
+        del fields["turns"]  # how many there are
+    if isinstance(fields.get("input"), dict):
+        fields |= fields.pop("input")  # as OpenAI has preferences
     fields |= _numbered(fields)
+    if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
+        fields["tree"] = fields["prompt"]
     has = {name for name, value in fields.items() if value is not None}
     return next((form for form in FORMATS if all(has & set(group) for group in form.known_by)), None), fields
 
@@ -96,24 +117,28 @@ def nearest(record: object, purpose: Purpose) -> str:
     forms = [form for form in FORMATS if purpose in form.gives]
     form = min(forms, key=lambda form: (len(lacking(form)) / len(form.known_by), form.name != "messages"))
     wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form)) or "other content in its fields"
-    wanted = wanted.replace("numbered", "response_a and response_b")
+    for name, fields_of_it in (("numbered", "response_a and response_b"), ("tree", "a prompt with replies")):
+        wanted = wanted.replace(name, fields_of_it)
     return f"the nearest format is {form.name}, for which it lacks {wanted}"
 
 
 # ---- Fields
 
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "data")
-QUESTIONS = ("instruction", "prompt", "query", "question", "problem", "inputs", "user", "post")
+TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "contents", "trajectory",
+         "data")  # fmt: skip
+QUESTIONS = ("instruction", "prompt", "query", "question", "problem", "inputs", "user", "human", "post",
+             "user_input")  # fmt: skip
 ABOUT = ("input", "context")
 """What a question is about; the question itself where there is no other."""
 ANSWERS = (
     "completion", "response", "output", "answer", "reply", "targets", "target", "solution", "assistant",
-    "continuation",
+    "continuation", "bot",
 )  # fmt: skip
 REPLIES = (
     "completions", "responses", "answers", "candidates", "outputs", "replies", "summaries", "generations",
+    "responses_and_scores",
 )  # fmt: skip
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
 HISTORY = ("history",)
 THOUGHT = ("reasoning_content", "reasoning", "thinking")
 CHOSEN = ("chosen", "preferred_output", "chosen_response")
@@ -121,42 +146,32 @@ REJECTED = ("rejected", "non_preferred_output", "rejected_response")
 VERDICTS = ("label", "preference", "choice", "winner", "better", "better_response_id")
 SIGNED = ("overall_preference", "preference_strength")
 """Verdicts on two replies below 0 for the first, above for the second."""
-RATING = (
-    "label",
-    "kto_tag",
-    "desirable",
-    "helpfulness",
-    "overall_score",
-    "score",
-    "rating",
-    "pm_score",
-    "reward",
-)
+RATING = ("label", "kto_tag", "desirable", "helpfulness", "overall_score", "score", "rating", "pm_score",
+          "reward", "is_safe")  # fmt: skip
 RATINGS = ("ratings", "scores", "rewards", "ranks", "ranking", *VERDICTS)
-PAIR_SCORES = (
-    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"),
-)  # fmt: skip
+SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "score{}")
+"""Of a reply that has a name of its own."""
+PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
 ASKED = (*QUESTIONS, *ABOUT, *SYSTEM, *HISTORY)
 MEANING = {
     *TURNS, *QUESTIONS, *ABOUT, *ANSWERS, *REPLIES, *SYSTEM, *HISTORY, *THOUGHT, *CHOSEN, *REJECTED,
-    *VERDICTS, *SIGNED, *RATING, *RATINGS, *(name for pair in PAIR_SCORES for name in pair), "numbered",
-    "tools", "functions", "tool_calls", "weight", "train", "loss", "transcript", "instances",
-    "image", "images", "video", "videos", "audio", "audios",
-}  # fmt: skip
-NOT_MEANING = {"data", "user"}  # too common as the name of an origin
-MEANING -= NOT_MEANING
+    *VERDICTS, *SIGNED, *RATING, *RATINGS, *MEDIA, *PAIR_SCORES,
+    "numbered", "tools", "functions", "tool_calls", "weight", "train", "loss", "transcript", "instances",
+    "documents",
+} - {"data", "user", "human", "bot"}  # fmt: skip
+"""All but what is too common as the name of an origin."""
 
 
 def _is_empty(value: object) -> bool:
     return value is None or value in ("", [], {}, "[]")
 
 
-def _first(fields: Record, names: Sequence[str]) -> Any:
-    """The first of these fields. KeyError where there is none."""
-    return fields[next((name for name in names if name in fields), names[0])]
+def _first(fields: Record, names: Iterable[str]) -> Any:
+    """The first of these fields that holds something, else None."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def _one(fields: Record, names: Sequence[str]) -> Any:
@@ -166,12 +181,10 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
     """
     found = {name: fields[name] for name in names if not _is_empty(fields.get(name))}
     if not found:
-        return next((fields[name] for name in names if fields.get(name) is not None), None)
+        return _first(fields, names)
     longest = max(found.values(), key=lambda value: len(str(value)))
     for name, value in found.items():
-        if value != longest and not (
-            isinstance(longest, str) and isinstance(value, str) and value in longest
-        ):
+        if str(value) not in str(longest):
             raise LeftOutError(f"records with {name!r} and {' and '.join(n for n in found if n != name)!r}")
     return longest
 
@@ -181,8 +194,8 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "ai": "assistant", "bard": "assistant", "bing": "assistant", "claude": "assistant",
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "ai", "bard", "bing", "claude"),
+                    "assistant"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response", "function_response",
                      "tool_call", "function_call"), "tool"),
 }  # fmt: skip
@@ -197,8 +210,8 @@ def _text(content: Any) -> str:
     """The text of a content, which may be a list of parts."""
     if isinstance(content, list):
         return "\n".join(map(_text, content))
-    if isinstance(content, dict) and content.get("type") in ("text", "input_text", "output_text"):
-        content = content["text"]
+    if isinstance(content, dict) and content.get("type", "text") in ("text", "input_text", "output_text"):
+        return _text(content["text"] if "text" in content else content["parts"])
     if not isinstance(content, str | None):
         raise LeftOutError("conversations with a message that is not text")
     return content or ""
@@ -209,10 +222,11 @@ def _turn(turn: Record) -> list[Message]:
     role: Any = turn.get("role") or turn.get("from")
     if role is None and (turn.keys() & set(QUESTIONS + ABOUT)) and turn.keys() & set(ANSWERS):
         return [_message("user", _one(turn, QUESTIONS + ABOUT)), _message("assistant", _one(turn, ANSWERS))]
-    if any(not _is_empty(turn.get(name)) for name in ("image", "images", "audio", "video", "videos")):
+    if any(not _is_empty(turn.get(name)) for name in MEDIA):
         raise LeftOutError("conversations with a message that is not text")
-    content = _first(turn, ("content", "value", "text"))
-    message = _message(role, content if content is not None else turn.get("refusal"))
+    if not turn.keys() & {"content", "value", "text", "parts"}:
+        raise KeyError("content")
+    message = _message(role, _first(turn, ("content", "value", "text", "parts", "refusal")))
     if message["role"] == "assistant":
         message["content"] = _thought_of(turn) + message["content"]
         if any(not _is_empty(turn.get(name)) for name in ("tool_calls", "function_call")):
@@ -225,7 +239,7 @@ def _turn(turn: Record) -> list[Message]:
     return [message]
 
 
-def _thought_of(fields: Mapping[str, Any]) -> str:
+def _thought_of(fields: Record) -> str:
     """What was thought before a reply, as models that think write it."""
     thought = next((_text(fields[name]) for name in THOUGHT if not _is_empty(fields.get(name))), "")
     return f"<think>\n{thought}\n</think>\n\n" if thought else ""
@@ -243,10 +257,6 @@ def _as_messages(said: Any, role: str, may_be_transcript: bool = False) -> Conve
     """A text as a message of `role`, or as the transcript that it may be; a list of messages as it is."""
     if isinstance(said, str):
         return (_parse_transcript(said) if may_be_transcript else []) or [_message(role, said)]
-    if isinstance(said, dict) and "messages" in said:
-        if not _is_empty(said.get("tools")):
-            raise LeftOutError("records with 'tools', which changes what they say and is not understood")
-        said = said["messages"]
     if not isinstance(said, list | dict):
         raise TypeError(said)
     return _turns(said)
@@ -280,9 +290,33 @@ def _paragraphs(*parts: str | None) -> str:
 # ---- What is asked, and what is replied
 
 
+def _example(fields: Record, replies: Sequence[Any], ranks: Sequence[int]) -> Example:
+    """What a record asks, before each of its replies."""
+    asked = _asked(fields)
+    if len(replies) > 1 and any(asked[-1:] == _as_messages(said, "assistant")[-1:] for said in replies):
+        asked = asked[:-1]  # turns that hold a reply already
+    candidates = [_reply(asked, said) for said in replies] or [asked]
+    # Some data says by a system message of nothing that there is none.
+    said = [[m for m in messages if m["role"] != "system" or m["content"]] for messages in candidates]
+    return Example(said, ranks or (0,), _rating(fields) if len(said) == 1 else None)
+
+
 def _asked(fields: Record) -> Conversation:
     """All that stands before a reply: the system message, earlier turns, the question."""
-    return _with_system(fields, _history(fields) + _question(fields))
+    history = fields.get("history") or []
+    if isinstance(history, str):
+        history = []
+    elif all(isinstance(turn, list) for turn in history):
+        history = [text for turn in history for text in turn]
+    messages, system = _turns(history) + _question(fields), _one(fields, SYSTEM)
+    if _is_empty(system):
+        return messages
+    first = _message("system", system)
+    if messages and messages[0]["role"] == "system":
+        if messages[0] != first:
+            raise LeftOutError("records with two system messages")
+        return messages
+    return [first, *messages]
 
 
 def _question(fields: Record) -> Conversation:
@@ -292,49 +326,29 @@ def _question(fields: Record) -> Conversation:
         messages = _turns(turns)
         said = "\n".join(message["content"] for message in messages)
         for name in QUESTIONS + ABOUT:
-            beside = fields.get(name)
-            if isinstance(beside, str) and beside not in said:
+            if isinstance(beside := fields.get(name), str) and beside not in said:
                 raise LeftOutError(f"records with a {name!r} that is not among their turns")
         return messages
-    question, about = _one(fields, QUESTIONS), [fields.get(name) for name in ABOUT]
+    question, (task, context) = _one(fields, QUESTIONS), [fields.get(name) for name in ABOUT]
     if question is None and isinstance(fields.get("history"), str):
         question = fields["history"]
     if question is None:
-        context, question = about[::-1] if about[0] is not None else (None, about[1])
-        return _as_messages(_paragraphs(context, question) if context else question, "user")
-    if any(about):
-        task, context = about
-        question = (_paragraphs(question, task, context) if "instruction" in fields
-                    else _paragraphs(task, context, question))  # fmt: skip
+        question = _paragraphs(context, task) if task is not None and context else task or context
+    elif task or context:
+        question = _paragraphs(*((question, task, context) if "instruction" in fields
+                                 else (task, context, question)))  # fmt: skip
+    if not question:
+        return []
     messages = _as_messages(question, "user", may_be_transcript=True)
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         return messages[:-1]  # a transcript that ends with the name of who is to speak
     return messages if not isinstance(question, str) else [_message("user", question)]
 
 
-def _history(fields: Record) -> Conversation:
-    history = fields.get("history") or []
-    if isinstance(history, str):
-        return []
-    pairs = all(isinstance(turn, list) for turn in history)
-    return _turns([text for turn in history for text in turn] if pairs else history)
-
-
-def _with_system(fields: Record, messages: Conversation) -> Conversation:
-    text = _one(fields, SYSTEM)
-    if _is_empty(text):
-        return messages
-    system = _message("system", text)
-    if messages and messages[0]["role"] == "system":
-        if messages[0] != system:
-            raise LeftOutError("records with two system messages")
-        return messages
-    return [system, *messages]
-
-
 def _reply(asked: Conversation, said: Any) -> Conversation:
     """The conversation that a reply makes of what was asked; the reply may hold that, too."""
-    messages = _as_messages(said, "assistant", may_be_transcript=not asked)
+    nothing_asked = all(message["role"] == "system" for message in asked)
+    messages = _as_messages(said, "assistant", may_be_transcript=nothing_asked)
     if not messages or messages[0]["role"] in ("assistant", "tool"):
         if asked and asked[-1]["role"] == "assistant":
             raise LeftOutError("records with two replies in a row")
@@ -349,73 +363,41 @@ def _reply(asked: Conversation, said: Any) -> Conversation:
     return whole
 
 
-# ---- A record -> examples
+# ---- The replies in a record, by its format
 
 
-def _conversation(fields: Record) -> list[Example]:
-    messages, rating = _asked(fields), _rating(fields)
-    answer = _one(fields, ANSWERS) if messages and messages[-1]["role"] == "user" else None
-    return [Example([messages if answer is None else _reply(messages, answer)], rating=rating)]
+def _answer(fields: Record) -> Judged:
+    """The one answer, if it is not among the turns already."""
+    answer, thought, turns = _one(fields, ANSWERS), _thought_of(fields), _first(fields, TURNS)
+    if answer is None or (turns and _turns(turns)[-1]["role"] != "user"):
+        return (), ()
+    return (thought + answer if thought else answer,), (0,)
 
 
-def _answered(fields: Record) -> list[Example]:
-    answer, thought = _one(fields, ANSWERS), _thought_of(fields)
-    return [
-        Example([_reply(_asked(fields), thought + answer if thought else answer)], rating=_rating(fields))
-    ]
-
-
-def _rating(fields: Mapping[str, Any]) -> float | None:
-    """What a reply is rated: a truth, or a number."""
-    name = next((name for name in RATING if fields.get(name) is not None), None)
-    if name is None:
-        return None
-    if not isinstance(fields[name], bool | int | float):
-        raise LeftOutError(f"records with a {name!r} that is no truth and no number")
-    return float(fields[name])
-
-
-def _asks(fields: Record) -> list[Example]:
-    return [Example([_asked(fields)])]
-
-
-def _self_instruct(fields: Record) -> list[Example]:
-    tasks = [{"instruction": fields["instruction"], **instance} for instance in fields["instances"]]
-    if not tasks:
+def _transcript(fields: Record) -> Judged:
+    text = _first(fields, ("transcript", "chosen", "text"))
+    if isinstance(text, str) and not _parse_transcript(text):
         raise LeftOutError("records without a conversation")
-    return [example for task in tasks for example in _answered(task)]
+    return (text,), (0,)
 
 
-def _transcript(fields: Record) -> list[Example]:
-    text = next(fields[name] for name in ("transcript", "chosen", "text") if fields.get(name) is not None)
-    messages = _parse_transcript(text) if isinstance(text, str) else _turns(text)
-    if not messages:
-        raise LeftOutError("records without a conversation")
-    return [Example([_with_system(fields, messages)])]
-
-
-def _pair(fields: Record) -> list[Example]:
-    chosen, rejected = _one(fields, CHOSEN), _one(fields, REJECTED)
-    asked = _asked(fields) if any(not _is_empty(fields.get(name)) for name in (*TURNS, *ASKED)) else []
-    whole = _as_messages(chosen, "assistant", may_be_transcript=not asked)
-    if asked and asked[-1]["role"] == "assistant" and asked[-len(whole) :] == whole:
-        asked = asked[:-1]  # turns that hold the chosen reply already
-    ranks = [0, 1]
-    for names in PAIR_SCORES:
-        scores: list[Any] = [fields.get(name) for name in names]
-        if None not in scores:
-            ranks = places([-float(score) for score in scores])
+def _chosen_and_rejected(fields: Record) -> Judged:
+    costs = [_cost_beside(fields, name) for name in ("chosen", "rejected")]
+    ranks = [0, 1] if None in costs else places(costs)
     if ranks == [1, 0]:
         raise LeftOutError("pairs whose scores contradict their order")
-    return [Example([_reply(asked, said) for said in (chosen, rejected)], ranks)]
+    return (_one(fields, CHOSEN), _one(fields, REJECTED)), ranks
 
 
-def places(costs: Sequence[float]) -> list[int]:
-    """The place of each: 0 for the lowest cost, equal ones together."""
-    return [sorted(set(costs)).index(cost) for cost in costs]
+def _cost_beside(fields: Record, *names: str) -> Any:
+    """Less for a better reply, by the score that the record has for a reply of one of these names."""
+    score = _first(fields, [form.format(name) for name in names for form in SCORES])
+    return None if score is None else -float(score)
 
 
-NUMBERED = re.compile(r"(output|response|answer|completion|reply|conversation|summary|human_ref)_?(\d|[a-i])")
+NUMBERED = re.compile(
+    r"(output|response|answer|completion|reply|conversation|summary|human_ref|generation)_?(\d|[a-i])"
+)
 
 
 def _numbered(fields: Record) -> Record:
@@ -428,28 +410,36 @@ def _numbered(fields: Record) -> Record:
     return {"numbered": replies} if len(replies[1]) > 1 else {}
 
 
-def _numbered_replies(fields: Record) -> list[Example]:
-    stem, replies = fields["numbered"]
-    marks = sorted(replies)
-    forms = ("score_{}", "rating_{}", "score{}", f"{stem}_{{}}_score", f"{stem}_{{}}_rating")
-    ratings: list[list[Any]] = [[fields.get(form.format(mark)) for mark in marks] for form in forms]
-    rated = next((values for values in ratings if None not in values), None)
-    names = [{mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}"} for mark in marks]
-    ranks = _verdict(fields, names) or (rated and places([-float(rating) for rating in rated]))
-    if not ranks:
-        raise LeftOutError("records with replies and no verdict on them")
-    asked = _asked(fields) if any(not _is_empty(fields.get(name)) for name in (*TURNS, *ASKED)) else []
-    return [Example([_reply(asked, replies[mark]) for mark in marks], ranks)]
+def _numbered_replies(fields: Record) -> Judged:
+    (stem, replies), found = fields["numbered"], []
+    for mark, said in sorted(replies.items()):
+        names = (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
+        found.append((said, _cost_beside(fields, *names), set(names)))
+    return _judged(fields, found)
+
+
+def _listed_replies(fields: Record) -> Judged:
+    texts = ("text", "response", "answer", "completion", "content", "output", "value")
+    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _first(fields, REPLIES)]
+    found = [(_first(reply, texts), _cost(reply), {str(i)}) for i, reply in enumerate(replies)]
+    return _judged(fields, found)
+
+
+def _judged(fields: Record, replies: Sequence[tuple[Any, float | None, set[str]]]) -> Judged:
+    """Replies with their own costs and names, ranked by what the record says of them, else by their costs."""
+    said, own, names = zip(*replies, strict=True)
+    costs = _verdict(fields, names) or _costs_beside(fields, len(replies)) or own
+    rated = [(text, float(cost)) for text, cost in zip(said, costs, strict=True) if cost is not None]
+    if len(rated) < 2:
+        raise LeftOutError("records with no verdict on two replies")
+    return [text for text, _ in rated], places([cost for _, cost in rated])
 
 
 def _verdict(fields: Record, names: Sequence[set[str]]) -> list[int] | None:
     """The ranks by a field that names the best of some replies, or a tie; None where there is none."""
-    verdict = next((fields[name] for name in VERDICTS if fields.get(name) is not None), None)
-    signed = next((fields[name] for name in SIGNED if fields.get(name) is not None), None)
-    if verdict is None and signed is not None and len(names) == 2:
-        return places([float(signed), 0.0])
+    verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
     if verdict is None:
-        return None
+        return places([float(signed), 0.0]) if signed is not None and len(names) == 2 else None
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     word = str(verdict).strip().lower()
@@ -459,21 +449,6 @@ def _verdict(fields: Record, names: Sequence[set[str]]) -> list[int] | None:
     if sum(best) != 1:
         raise LeftOutError("records with a verdict that names none of their replies")
     return [int(not is_best) for is_best in best]
-
-
-def _listed_replies(fields: Record) -> list[Example]:
-    name = next(name for name in REPLIES if fields.get(name) is not None)
-    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in fields[name]]
-    ranks = _verdict(fields, [{str(i)} for i in range(len(replies))])
-    costs: Sequence[float | int | None] = (
-        ranks or _costs_beside(fields, len(replies)) or [_cost(reply) for reply in replies]
-    )
-    rated = [(reply, cost) for reply, cost in zip(replies, costs, strict=True) if cost is not None]
-    if len(rated) < 2:
-        raise LeftOutError("records with no two rated replies")
-    asked, texts = _asked(fields), ("text", "response", "answer", "completion", "content", "output", "value")
-    said = [_first(reply, texts) for reply, _ in rated]
-    return [Example([_reply(asked, text) for text in said], places([float(cost) for _, cost in rated]))]
 
 
 def _costs_beside(fields: Record, count: int) -> list[Any] | None:
@@ -497,67 +472,76 @@ def _cost(reply: Record) -> float | None:
     return -fmean(found) if found else None
 
 
-def _best_path(fields: Record) -> list[Example]:
-    """From the prompt of a tree along the replies ranked best: unranked ones last, ties to the first."""
-    path, nodes = [], [fields["prompt"]]
-    while nodes:
-        node = min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0))
-        path.append(node)
-        nodes = node.get("replies") or []
-    return [Example([_turns(path)])]
+def _rating(fields: Record) -> float | None:
+    """What a reply is rated: a truth, or a number."""
+    name = next((name for name in RATING if fields.get(name) is not None), None)
+    if name is None:
+        return None
+    truths = {"true": 1, "false": 0}  # as tables spell them
+    value: Any = truths.get(str(fields[name]).lower(), fields[name])
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
 
 
-def _ranked_replies(fields: Record) -> list[Example]:
-    """The replies to each message of a tree that bear a rank, where there are two or more."""
-    examples, paths = [], [[fields["prompt"]]]
+def places(costs: Sequence[float]) -> list[int]:
+    """The place of each: 0 for the lowest cost, equal ones together."""
+    return [sorted(set(costs)).index(cost) for cost in costs]
+
+
+# ---- The records in a record
+
+
+def _instances(fields: Record, purpose: Purpose) -> list[Record]:
+    if not fields["instances"]:
+        raise LeftOutError("records without a conversation")
+    return [{"instruction": fields["instruction"], **instance} for instance in fields["instances"]]
+
+
+def _branches(fields: Record, purpose: Purpose) -> list[Record]:
+    """Of a tree, the path along the replies ranked best (unranked ones last, ties to the first); or, to rank,
+    the replies to each message that bear a rank, where there are two or more."""
+    if purpose != "ranking":
+        path, nodes = [], [fields["tree"]]
+        while nodes:
+            path.append(min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0)))
+            nodes = path[-1].get("replies") or []
+        return [{"messages": path}]
+    records, paths = [], [[fields["tree"]]]
     while paths:
         path = paths.pop()
         replies = path[-1].get("replies") or []
         paths += [[*path, reply] for reply in reversed(replies)]
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len(ranked) >= 2 and all(reply["role"] == "assistant" for reply in ranked):
-            examples.append(
-                Example([_turns([*path, reply]) for reply in ranked], [r["rank"] for r in ranked])
-            )
-    if not examples:
+            records.append({"messages": path, "replies": ranked})
+    if not records:
         raise LeftOutError("records with no two ranked responses")
-    return examples
-
-
-def _prompt_or_tree(fields: Record) -> list[Example]:
-    return _best_path(fields) if _is_tree(fields) else _asks(fields)
-
-
-def _prompt_or_ranks(fields: Record) -> list[Example]:
-    return _ranked_replies(fields) if _is_tree(fields) else _asks(fields)
-
-
-def _is_tree(fields: Record) -> bool:
-    return isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]
+    return records
 
 
 ANYTHING: tuple[Purpose, ...] = ("conversation", "prompt", "ranking")
+TEACHES: tuple[Purpose, ...] = ("conversation", "prompt")
 FORMATS = (
     Format("chosen and rejected replies", (CHOSEN, REJECTED),
            (*TURNS, *ASKED, *ANSWERS, *REPLIES, "rating", "ratings", "score", "scores",
-            *(name for pair in PAIR_SCORES for name in pair)), ANYTHING, _pair),
+            *PAIR_SCORES), ANYTHING, _chosen_and_rejected),
     Format("numbered replies with a verdict", (("numbered",),),
            (*TURNS, *ASKED, *VERDICTS, *SIGNED), ANYTHING, _numbered_replies),
+    Format("OpenAssistant's tree of replies", (("tree",),), ("prompt",), ANYTHING, parts=_branches),
     Format("rated replies", ((*TURNS, *QUESTIONS, *ABOUT), REPLIES),
            (*ASKED, *RATINGS), ANYTHING, _listed_replies),
-    Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING), ANYTHING, _conversation),
-    Format("Self-Instruct", (("instruction",), ("instances",)), ABOUT, ("conversation", "prompt"),
-           _self_instruct),
+    Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING), ANYTHING, _answer),
+    Format("Self-Instruct", (("instruction",), ("instances",)), ABOUT, TEACHES, parts=_instances),
     Format("a question and an answer", ((*QUESTIONS, *ABOUT), ANSWERS),
-           (*SYSTEM, *HISTORY, *THOUGHT, *RATING), ANYTHING, _answered),
-    Format("a transcript", (("transcript", "text", "chosen"),), SYSTEM, ("conversation", "prompt"),
-           _transcript),
-    Format("a prompt, or OpenAssistant's tree of replies", ((*QUESTIONS, *ABOUT),), (*SYSTEM, *HISTORY),
-           ("prompt",), _prompt_or_tree, _prompt_or_ranks),
+           (*SYSTEM, *HISTORY, *THOUGHT, *RATING), ANYTHING, _answer),
+    Format("a transcript", (("transcript", "text", "chosen"),), SYSTEM, TEACHES, _transcript),
+    Format("a prompt", ((*QUESTIONS, *ABOUT),), (*SYSTEM, *HISTORY), ("prompt",)),
 )  # fmt: skip
 """The first row that fits counts."""
 
-# ---- An example -> a conversation or a prompt
+# ---- An example → a conversation, a prompt or a comparison
 
 
 def demonstration(example: Example) -> Iterator[Conversation | str]:
@@ -568,7 +552,7 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     best = min(range(len(example.candidates)), key=lambda i: example.ranks[i])
     if example.rating is not None and example.rating <= 0:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
-    messages = said(example.candidates[best])
+    messages = example.candidates[best]
     calls = next((i for i, m in enumerate(messages) if m["role"] == "tool"), len(messages))
     kept, empty = messages[:calls], False
     while kept and (kept[-1]["role"] != "assistant" or not kept[-1]["content"].strip()):
@@ -579,6 +563,8 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     if not kept:
         what = "with an empty message" if empty else "without a message of the assistant's"
         raise LeftOutError(f"conversations {what}")
+    if not any(m["role"] == "user" for m in kept):
+        raise LeftOutError("replies to nothing")
     if not any(m.get("train", True) for m in kept if m["role"] == "assistant"):
         raise LeftOutError("conversations whose replies all have weight 0")
     yield checked(kept)
@@ -588,32 +574,72 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
         yield "empty last replies"
 
 
-def prompt(example: Example) -> Conversation:
+def prompt(example: Example) -> Iterator[Conversation | str]:
     """What is asked: all before the last reply, or all where nobody has replied."""
-    messages = said(example.candidates[0])
+    messages = example.candidates[0]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not messages:
+    if not any(message["role"] == "user" for message in messages):
         raise LeftOutError("replies to nothing")
-    return checked([{"role": message["role"], "content": message["content"]} for message in messages])
-
-
-def said(messages: Conversation) -> Conversation:
-    """Without a system message of nothing, which is how some data says that there is none."""
-    return [m for m in messages if m["role"] != "system" or m["content"]]
+    yield checked([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
 def checked(messages: Conversation) -> Conversation:
     """The messages, if our roles can have said them. LeftOutError says what is wrong with them."""
-    contents = [message["content"] for message in messages]
-    if any(message["role"] == "tool" for message in messages):
-        raise LeftOutError("conversations with a tool call")
-    if not all(message["role"] in ("system", "user", "assistant") for message in messages):
-        raise LeftOutError("conversations with a role other than system, user and assistant")
-    if not all(content.strip() for content in contents):
-        raise LeftOutError("conversations with an empty message")
-    if any(SURROGATE.search(content) for content in contents):
-        raise LeftOutError("conversations with half a surrogate pair")
-    if any(PLACEHOLDER.search(content) for content in contents):
-        raise LeftOutError("conversations about an image, a video or a sound")
+    roles, contents = ([message[name] for message in messages] for name in ("role", "content"))
+    wrong = {
+        "with a tool call": "tool" in roles,
+        "with a role other than system, user and assistant": set(roles) - {"system", "user", "assistant"},
+        "with an empty message": not all(content.strip() for content in contents),
+        "with half a surrogate pair": any(map(SURROGATE.search, contents)),
+        "about an image, a video or a sound": any(map(PLACEHOLDER.search, contents)),
+    }
+    if reason := next((reason for reason, found in wrong.items() if found), None):
+        raise LeftOutError(f"conversations {reason}")
     return messages
+
+
+def comparison(example: Example) -> Iterator[Any]:
+    """What is asked, the different replies and their ranking; a rated reply alone waits for others."""
+    if not all(messages and messages[-1]["role"] == "assistant" for messages in example.candidates):
+        raise LeftOutError("records without a reply of the assistant's to rank")
+    candidates = [checked(messages) for messages in example.candidates]
+    asked, ranks = candidates[0][:-1], dict[str, int]()
+    if any(messages[:-1] != asked for messages in candidates):
+        raise LeftOutError("comparisons of replies to different prompts")
+    if not asked:
+        raise LeftOutError("comparisons of replies to nothing")
+    if len(candidates) < 2:
+        if example.rating is None:
+            raise LeftOutError("records with one reply and nothing that compares it")
+        yield Example(candidates, rating=example.rating)
+        return
+    for messages, rank in zip(candidates, example.ranks, strict=True):
+        if ranks.setdefault(messages[-1]["content"], rank) != rank:
+            raise LeftOutError("comparisons of equal responses")
+    if len(ranks) < 2:
+        raise LeftOutError("comparisons of equal responses")
+    places = sorted(set(ranks.values()))
+    yield asked, list(ranks), [[i for i, rank in enumerate(ranks.values()) if rank == p] for p in places]
+
+
+def compared(alone: Iterable[Example]) -> Iterator[Comparison | str]:
+    """Replies that were rated one by one, those to one prompt together, or why they compare nothing."""
+    by_prompt: dict[str, list[Example]] = {}
+    for example in alone:
+        by_prompt.setdefault(repr(example.candidates[0][:-1]), []).append(example)
+    for same in by_prompt.values():
+        costs = [-(example.rating or 0.0) for example in same]
+        if len(same) < 2 or len(set(costs)) < 2:
+            how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
+            yield f"replies judged one by one, {how}"
+        else:
+            try:
+                yield from comparison(Example([example.candidates[0] for example in same], places(costs)))
+            except LeftOutError as reason:
+                yield str(reason)
+
+
+USES: dict[Purpose, Callable[[Example], Iterator[Any]]] = {
+    "conversation": demonstration, "prompt": prompt, "ranking": comparison,
+}  # fmt: skip

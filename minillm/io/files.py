@@ -1,0 +1,398 @@
+"""Other people's files: what the user wrote → files → what each of them is → its text or its records.
+
+    data/*.jsonl:0.5 ──► parse_specs, list_files ──► kind_of ──► text_pieces, or records
+
+What a file is, its content says: text; JSON, a record a line, in one array, or in objects over many lines;
+a table (.csv, .tsv) or a Parquet file, a record a row. All may be packed by gzip or zstd. Lines, rows and
+text are read as streams; a JSON array is held in memory. Left out: other formats, downloads.
+"""
+
+import codecs
+import csv
+import fnmatch
+import glob
+import importlib
+import io
+import json
+import math
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from gzip import BadGzipFile, GzipFile
+from itertools import chain
+from typing import IO, Any, Literal
+
+from minillm.data import check_names
+from minillm.errors import InputError
+
+PACKED = (".gz", ".zst")
+LINE_LIMIT = 256 * 2**20  # characters of one record
+WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is held in memory
+HEAD = 2**16  # bytes from which a file's kind is told
+BLOCK = 2**20
+
+Errors = Literal["strict", "replace"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read."""
+
+    errors: Errors = "strict"
+    """Stop at bytes that are not of the encoding and at records that do not parse, or replace and skip them,
+    counting."""
+    encoding: str = "utf-8"
+    field: str | None = None
+    """Where the text is in a record; None for "text" or "content"."""
+
+    def __post_init__(self) -> None:
+        try:
+            codecs.getincrementaldecoder(self.encoding)
+        except LookupError:
+            raise InputError(
+                f"--encoding {self.encoding}: no such encoding; give utf-8, utf-16, gb18030 …"
+            ) from None
+
+
+# ---- What the user wrote → name, path, weight
+
+
+def parse_specs(specs: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The name, path and weight of each spec, [NAME=]PATH[:WEIGHT]. Raises InputError for wrong ones.
+
+    The weight is 1 unless given; the name is the path's last component. A path may itself hold '=' and ':':
+    of all readings the most literal one that exists on disk is taken.
+    """
+    if not specs:
+        raise InputError("no data given: name a file or folder, as in books=../books:0.15")
+    parsed = [_parse(spec) for spec in specs]
+    check_names(name for name, _, _ in parsed)
+    return parsed
+
+
+def _parse(spec: str) -> tuple[str, str, float]:
+    name, _, path = spec.partition("=")
+    named = [(name, path)] if name and path and "/" not in name else []
+    whole = [(name, path, "1") for name, path in [("", spec), *named]]
+    weighted = [(name, *path.rpartition(":")[::2]) for name, path, _ in whole if ":" in path]
+    readings = [(name, os.path.expanduser(path), weight) for name, path, weight in whole + weighted]
+    for name, path, weight in readings:
+        if os.path.exists(path) or _matches(path):
+            return name or os.path.basename(os.path.abspath(path)) or path, path, _weight(weight, spec)
+    path = min((path for _, path, _ in readings), key=len)
+    what = "no file matches" if glob.has_magic(path) else "no such file or folder:"
+    raise InputError(f"data source {spec!r}: {what} {path!r}; check the path")
+
+
+def _weight(text: str, spec: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise InputError(f"data source {spec!r}: weight {text!r} is not a positive number, as in books:0.15")
+    return weight
+
+
+# ---- A path → the files to read
+
+
+def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The files to read under `path`, sorted, each once, and a count of those left out, by reason.
+
+    A file that is named, or that a glob matches, is read whatever it ends in; of a folder only those with one
+    of `extensions`, packed or not. Raises InputError, for the source `name`, where there are none.
+    """
+    endings = tuple(extension + packed for extension in extensions for packed in ("", *PACKED))
+    tops = [path] if os.path.exists(path) else _matches(path)
+    asked = {top for top in tops if not os.path.isdir(top)}
+    every = {os.path.realpath(file): file for top in reversed(tops) for file in reversed(list(_walk(top)))}
+    # A pipe or device would block, or differ at the second reading.
+    wanted = [f for f in every.values() if (f in asked or f.lower().endswith(endings)) and os.path.isfile(f)]
+    found = sorted(wanted, key=lambda file: file.split(os.sep))
+    files = [file for file in found if os.path.getsize(file)]
+    kinds = Counter(extension_of(file) or "without an extension" for file in {*every.values()} - {*found})
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    skipped = Counter(
+        {f"files of another kind ({shown})": kinds.total(), "empty files": len(found) - len(files)}
+    )
+    if not files:
+        why = ", ".join(f"{what}: {count}" for what, count in (+skipped).items()) or "an empty folder"
+        raise InputError(
+            f"data source {name!r}: nothing to read in {path!r} ({why}); give {', '.join(extensions)} files, "
+            "or name others by a glob in quotes, as in 'src/**/*.c'"
+        )
+    return files, +skipped
+
+
+def extension_of(path: str) -> str:
+    """As in .txt or .jsonl.gz, in small letters."""
+    stem = _unpacked_name(path)
+    return os.path.splitext(stem)[1] + path.lower()[len(stem) :]
+
+
+def _unpacked_name(path: str) -> str:
+    return path.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Every file under `top` that is not hidden, each folder once however it is linked; `top` where it is
+    none."""
+    if not os.path.isdir(top):
+        yield top
+        return
+    seen = set()
+    for folder, folders, files in os.walk(top, onerror=_refuse, followlinks=True):
+        status = os.stat(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (os.path.join(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"cannot read {error.filename!r}: {error.strerror}; check its permissions") from error
+
+
+def _matches(path: str) -> list[str]:
+    """What a glob matches. Its ** are matched here: those of Python follow links round in circles."""
+    parts = os.path.normpath(path).split(os.sep)
+    if "**" not in parts:
+        return sorted(glob.glob(path)) if glob.has_magic(path) else []
+    first = parts.index("**")
+    tops = glob.glob(os.sep.join(parts[:first]) or (os.sep if path.startswith(os.sep) else os.curdir))
+    return [
+        file
+        for top in sorted(tops)
+        for file in _walk(top)
+        if _matches_parts(os.path.relpath(file, top).split(os.sep), parts[first:])
+    ]
+
+
+def _matches_parts(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return _matches_parts(parts, patterns[1:] or ["*"]) or (
+            len(parts) > 1 and _matches_parts(parts[1:], patterns)
+        )
+    return (
+        bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
+    )
+
+
+# ---- A file → bytes, and what they are
+
+
+@contextmanager
+def unpacked(path: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked if it is of gzip or zstd; what goes wrong becomes an InputError."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            if magic == b"\x28\xb5\x2f\xfd":
+                zstd = _library("zstandard", path, "packed by zstd", "unpack it by zstd -d")
+                yield io.BufferedReader(zstd.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+            elif magic[:2] == b"\x1f\x8b" or path.lower().endswith(".gz"):
+                yield io.BufferedReader(GzipFile(fileobj=file))
+            else:
+                yield file
+    except (EOFError, BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path!r}: truncated or corrupt gzip; fetch or pack it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path!r}: {error.strerror or error}; check its permissions") from error
+
+
+def _library(package: str, path: str, what: str, instead: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        top = package.partition(".")[0]
+        raise InputError(
+            f"{path!r}: is {what}, which needs {top} (pip install {top}); install it or {instead}"
+        ) from None
+
+
+SIGNATURES = {
+    b"PAR1": "parquet", b"ARROW1": "an Arrow file, not text", b"PK\x03\x04": "a zip archive, not text",
+    b"SQLite": "a database, not text",
+}  # fmt: skip
+
+
+def kind_of(path: str, read: Reading) -> str:
+    """What a file is: "text", a key of RECORDS, or else a few words for why it cannot be read."""
+    name = _unpacked_name(path)
+    with unpacked(path) as file:
+        head = file.read(HEAD)
+    if kind := next((kind for sign, kind in SIGNATURES.items() if head.startswith(sign)), None):
+        return kind
+    if head.count(0) * 256 > len(head) and read.encoding.lower()[:6] not in ("utf-16", "utf-32"):
+        return "binary, not text; leave it out, or give --encoding utf-16 if it is that"
+    if name.endswith((".csv", ".tsv")):
+        return name[-3:]
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    line, newline, rest = start.partition(b"\n")
+    record, named = _json_or_none(line), name.endswith((".json", ".jsonl", ".ndjson"))
+    is_array = start[:1] == b"[" and (named or start[1:].lstrip()[:1] == b"{")
+    begins_a_line = start[:1] == b"{" and not newline and len(head) == HEAD
+    if isinstance(record, dict) or begins_a_line or (is_array and record is not None and rest.strip()):
+        return "lines"
+    if is_array:
+        return "array"
+    if name.endswith((".jsonl", ".ndjson")) and line.strip() != b"{":
+        return "lines"
+    return "objects" if named else "text"
+
+
+def _json_or_none(line: bytes) -> Any:
+    with suppress(ValueError):
+        return parse_json(line)
+
+
+# ---- A file → text
+
+
+@contextmanager
+def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
+    """A file's text without its byte order mark, its line ends as they are.
+
+    InputError with the offset of bytes that are not of the encoding.
+    """
+    encoding = "utf-8-sig" if codecs.lookup(read.encoding).name == "utf-8" else read.encoding
+    try:
+        with unpacked(path) as file:
+            yield io.TextIOWrapper(file, encoding, read.errors, newline="\n")
+    except UnicodeError as error:
+        raise InputError(
+            f"{path!r}: invalid {read.encoding.upper()} at byte {_wrong_byte(path, read.encoding)}; convert "
+            "it, give its --encoding, or use --errors replace"
+        ) from error
+
+
+def _wrong_byte(path: str, encoding: str) -> int:
+    """The offset of the first byte that is not of the encoding."""
+    decoder, offset = codecs.getincrementaldecoder(encoding)(), 0
+    with unpacked(path) as file:
+        while True:
+            raw = file.read(BLOCK)
+            try:
+                decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:  # it may begin before `raw`, in a character cut in two
+                return offset + len(raw) - len(error.object) + error.start
+            except UnicodeError:
+                return offset
+            offset += len(raw)
+
+
+def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:
+    """The text of a file in pieces of at most `limit` characters, cut after a newline if any."""
+    rest = ""
+    with open_text(path, read) as file:
+        while text := file.read(BLOCK):
+            rest += text
+            while len(rest) > limit:
+                cut = rest.rfind("\n", 0, limit) + 1 or limit
+                yield rest[:cut]
+                rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+# ---- A file → records
+
+
+def records(
+    path: str, kind: str, read: Reading, dropped: Counter[str], unwrap: Callable[[Any], Iterable[Any]]
+) -> Iterator[tuple[str, Any]]:
+    """Every record of a file and its place, as in "line 3"; `unwrap` gives those in a line or a JSON text.
+
+    A line that is no JSON, or longer than LINE_LIMIT, raises InputError or is counted in `dropped`.
+    """
+    if kind == "lines":
+        for number, record in _lines(path, read, dropped):
+            yield from ((f"line {number}", held) for held in unwrap(record))
+    else:
+        held = chain.from_iterable(map(unwrap, RECORDS[kind](path, read)))
+        yield from ((f"record {number}", record) for number, record in enumerate(held, start=1))
+
+
+def _lines(path: str, read: Reading, dropped: Counter[str]) -> Iterator[tuple[int, Any]]:
+    number = 0
+    with open_text(path, read) as file:
+        while line := file.readline(LINE_LIMIT):
+            number += 1
+            with counting(read.errors, dropped, f"{path!r}, line {number}"):
+                if len(line) == LINE_LIMIT and not line.endswith("\n"):
+                    while line and not line.endswith("\n"):
+                        line = file.readline(BLOCK)
+                    raise ValueError(f"longer than {LINE_LIMIT >> 20} million characters")
+                if line.strip():
+                    yield number, parse_json(line)
+
+
+@contextmanager
+def counting(errors: Errors, dropped: Counter[str], place: str) -> Iterator[None]:
+    """Turns a ValueError into an InputError that begins with the place, or into a count."""
+    try:
+        yield
+    except ValueError as error:
+        if errors == "strict":
+            raise InputError(f"{place}: {error}; mend it or use --errors replace") from error
+        dropped["lines that do not parse"] += 1
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. ValueError where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not valid JSON") from error
+
+
+def _whole(path: str, read: Reading) -> Iterator[Any]:
+    """The JSON texts that a file holds one behind the other, each perhaps over many lines."""
+    with open_text(path, read) as file:
+        text, decoder, at = file.read(WHOLE_LIMIT + 1).strip(), json.JSONDecoder(), 0
+    if len(text) > WHOLE_LIMIT:
+        raise InputError(
+            f"{path!r}: JSON of over {WHOLE_LIMIT >> 20} million characters; make a record a line of it, "
+            "as by jq -c '.[]'"
+        )
+    while at < len(text):
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path!r}: not valid JSON behind character {at}; is it whole?") from error
+        yield record
+        while text[at : at + 1].isspace():
+            at += 1
+
+
+def _table(path: str, read: Reading) -> Iterator[Any]:
+    csv.field_size_limit(LINE_LIMIT)
+    with open_text(path, read) as file:
+        try:
+            yield from csv.DictReader(file, delimiter="\t" if _unpacked_name(path).endswith("tsv") else ",")
+        except csv.Error as error:
+            raise InputError(f"{path!r}: no table ({error}); make .jsonl of it") from error
+
+
+def _parquet(path: str, read: Reading) -> Iterator[Any]:
+    parquet = _library("pyarrow.parquet", path, "Parquet", "make .jsonl of it")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path!r}: no Parquet that can be read ({error}); fetch it again") from error
+
+
+RECORDS: dict[str, Callable[[str, Reading], Iterator[Any]]] = {
+    "lines": _whole, "array": _whole, "objects": _whole, "csv": _table, "tsv": _table, "parquet": _parquet,
+}  # fmt: skip
+"""What gives the records of a file, by its kind."""
