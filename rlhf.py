@@ -535,7 +535,7 @@ def finish_reward_model(
 ) -> None:
     """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
-    from minillm.tools.report import judge, report_card, report_text, unknown_score, write_report
+    from minillm.tools.report import report_card, report_text, score_rankings, unknown_score, write_report
     from minillm.world import KINDS
 
     val_loss = run.figure("val", "loss")
@@ -543,9 +543,9 @@ def finish_reward_model(
     world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
     run.save_model()
-    judged = judge(model, held_out)
-    card = report_card(model, template, judged, rankings, world.utility if world else unknown_score)
-    write_report(run.folder, card, judged)
+    scored = score_rankings(model, held_out)
+    card = report_card(model, template, scored, rankings, world.utility if world else unknown_score)
+    write_report(run.folder, card, scored)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.say(report_text(card))
     run.finish(val_loss=val_loss, accuracy=card["accuracy"]["value"], bias=model.bias.item())

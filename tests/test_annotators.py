@@ -4,11 +4,12 @@ import functools
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.chat import with_chat_template
@@ -25,7 +26,7 @@ from minillm.preferences import (
 )
 from minillm.tokenizer import Tokenizer
 from minillm.tools.agreement import agreement_report
-from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, copeland, read_principles, verdicts
+from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.ranking import RankingSession, run_command, screen
 from minillm.world import World
 
@@ -268,9 +269,10 @@ def tiny_judge(seed: int, chat: bool) -> Judge:
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_verdict_is_the_difference_of_the_letters_log_probabilities(chat):
+def test_the_choice_is_the_difference_of_the_letters_log_probabilities(chat):
     judge = tiny_judge(0, chat)
-    questions = [judge.question(SETS[0].messages, first, "b") for first in ("a", "a much longer one")]
+    pairs = [replace(SETS[0], responses=[first, "b"]) for first in ("a", "a much longer one")]
+    questions = [judge.question(pair) for pair in pairs]
     for question, margin in zip(questions, judge.margins(questions), strict=True):
         logits = judge.model.logits(judge.model(torch.tensor([question]))[0, -1])
         a, b = logits.log_softmax(0)[list(judge.letters)].tolist()
@@ -289,19 +291,27 @@ def test_the_judges_ranking_does_not_depend_on_the_order_in_which_responses_are_
 
 
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=9))
-def test_a_verdict_that_goes_with_the_place_is_a_tie(margins):
-    found = verdicts(torch.tensor(margins).flatten())
-    for (as_a, as_b), verdict in zip(margins, found, strict=True):
+@example([(2.0, 2.0)] * 4)  # a judge that always says A
+def test_a_choice_that_goes_with_the_place_is_a_tie(margins):
+    judge = tiny_judge(0, True)
+    judge.margins = lambda questions: torch.tensor(margins).flatten()
+    for (as_a, as_b), outcome in zip(
+        margins, judge([replace(SETS[0], responses=["a", "b"])] * len(margins)), strict=True
+    ):
         wins = torch.tensor(as_a).sign().item(), -torch.tensor(as_b).sign().item()
-        assert verdict == (wins[0] if wins[0] == wins[1] else 0)
-    assert verdicts(torch.full((8,), 2.0)) == [0] * 4, "a judge that always says A"
+        assert outcome == (wins[0] if wins[0] == wins[1] else 0)
 
 
 @given(st.permutations(range(5)))
 def test_a_judge_of_one_mind_ranks_as_it_judges(best_first):
-    pairs = list(combinations(range(5), 2))
-    wins = [1 if best_first.index(i) < best_first.index(j) else -1 for i, j in pairs]
-    assert ranking_by(copeland(5, pairs, wins)) == [[i] for i in best_first]
+    class OfOneMind(Judge):
+        def __init__(self) -> None: ...
+
+        def __call__(self, pairs):
+            places = [[best_first.index(int(text)) for text in pair.responses] for pair in pairs]
+            return [1 if first < second else -1 for first, second in places]
+
+    assert OfOneMind().rank(replace(SETS[0], responses=list("01234"))) == [[i] for i in best_first]
 
 
 def test_a_set_beyond_the_judges_context_is_not_ranked():

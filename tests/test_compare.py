@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +19,28 @@ from runs import refusal
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.compare import __main__ as compare
 from minillm.compare.__main__ import names_of
-from minillm.compare.findings import contests, kl_metrics, reply_metrics, training_metrics, world_pairs
-from minillm.compare.page import page
-from minillm.compare.probes import (
-    choices,
+from minillm.compare.metrics import (
     choose,
-    held_out_documents,
-    logprobs,
-    pair_differences,
-    reply_kl,
-    row_kl,
-    sureness,
-    text_nats,
+    contests,
+    kl_metrics,
+    pair_metrics,
+    reply_metrics,
+    reply_rows,
+    sure_metrics,
+    text_metrics,
+    training_metrics,
 )
-from minillm.compare.verdicts import Pair, blind, by_model, by_person, by_reward, by_rubric
+from minillm.compare.page import page
+from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values, world_pairs
 from minillm.data import Source, unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import world_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
-from minillm.preferences import ChatModel as Respondent
+from minillm.preferences import ChatModel, ResponseSet
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Reply, sample_replies
-from minillm.tools.judge import Judge
+from minillm.tools.judge import Judge, blind, by_person, by_reward, by_rubric, exchanged, prefer
 from minillm.world import KINDS, World
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +62,14 @@ def tiny(seed: int, vocabulary: int = 264, noise: float = 0.05) -> tuple[Languag
 
 
 @pytest.fixture(scope="module")
-def base() -> Respondent:
-    return Respondent("base", *tiny(0))
+def base() -> ChatModel:
+    return ChatModel("base", *tiny(0))
 
 
 @pytest.fixture(scope="module")
-def chat() -> Respondent:
+def chat() -> ChatModel:
     model, tokenizer = tiny(1)
-    return Respondent("chat", model, with_chat_template(tokenizer))
+    return ChatModel("chat", model, with_chat_template(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -83,80 +83,90 @@ def folders(base, chat, tmp_path_factory) -> Path:
     return folder
 
 
-def naive(respondent: Respondent, context: list[int], said: list[int]) -> torch.Tensor:
+def naive(one: ChatModel, context: list[int], said: list[int]) -> torch.Tensor:
     """log-probabilities [n, V] before each token said, of one row alone."""
-    hidden = respondent.model(torch.tensor([[*context, *said]]))[0]
-    return respondent.model.logits(hidden)[len(context) - 1 : -1].double().log_softmax(-1)
+    hidden = one.model(torch.tensor([[*context, *said]]))[0]
+    return one.model.logits(hidden)[len(context) - 1 : -1].double().log_softmax(-1)
 
 
-rows_of_tokens = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 255), min_size=1, max_size=9), st.lists(st.integers(0, 255), max_size=7)
-    ),
-    min_size=1,
-    max_size=6,
-)
+def pair(prompt, first: str, second: str) -> ResponseSet:
+    return ResponseSet(prompt.messages, [first, second], prompt.kind)
+
 
 # ---- What is likely
 
-
-@settings(max_examples=20)
-@given(rows=rows_of_tokens)
-@example(rows=[([1], [2]), ([3, 4], [])])
-@torch.no_grad()
-def test_a_row_has_the_probabilities_that_it_has_alone(base, rows):
-    for found, (context, said) in zip(logprobs(base.model, rows), rows, strict=True):
-        alone = naive(base, context, said)[range(len(said)), said]
-        assert found.tolist() == pytest.approx(alone.tolist(), **TOLERANCE)
+tokens = st.lists(st.integers(0, 255), min_size=1, max_size=9)
 
 
 @settings(max_examples=20)
-@given(rows=rows_of_tokens)
+@given(rows=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=6), number=st.integers(0, 5))
+@example(rows=[([1], [2]), ([3, 4], [])], number=1)
 @torch.no_grad()
-def test_kl_is_the_sum_over_the_vocabulary_and_0_of_a_model_from_itself(base, chat, rows):
-    rows = [row for row in rows if row[1]] or [([1], [2])]
-    moved, same = (row_kl(base.model, rows, other.model, rows) for other in (chat, base))
-    for found, none, row in zip(moved, same, rows, strict=True):
-        p, q = (naive(respondent, *row) for respondent in (base, chat))
-        assert found.tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), **TOLERANCE)
-        assert (found > 0).all() and none.tolist() == pytest.approx([0] * len(row[1]), abs=1e-6)
+def test_values_of_a_row_are_those_that_it_has_alone(base, chat, rows, number):
+    """log p, and the KL: summed over the vocabulary, 0 of a model from itself, each after its own context."""
+    others = [([*rows[number % len(rows)][0]], said) for _, said in rows]
+    likely, same = token_values(base.model, rows), token_values(base.model, rows, base.model, rows)
+    moved = token_values(base.model, rows, chat.model, others)
+    for logp, kl, none, (context, said), (other, _) in zip(likely, moved, same, rows, others, strict=True):
+        p, q = naive(base, context, said), naive(chat, other, said)
+        assert logp.tolist() == pytest.approx(p[range(len(said)), said].tolist(), **TOLERANCE)
+        assert kl.tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), **TOLERANCE)
+        assert (kl > 0).all() and none.tolist() == pytest.approx([0] * len(said), abs=1e-6)
 
 
 def test_each_model_is_asked_in_its_own_form(base, chat):
-    asked, said = [{"role": "user", "content": "Who?"}], (65, 66)
-    found = reply_kl(chat, base, [asked], [said])[0]
-    with torch.no_grad():
-        p = naive(chat, ChatTemplate(chat.tokenizer).prompt(asked), [*said])
-        q = naive(base, [base.tokenizer.bos_id, *base.tokenizer.encode("Who?\n")], [*said])
-    assert found.tolist() == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), **TOLERANCE)
+    prompt, reply = WORLD.prompts("dev", n=1)[0], Reply("AB", True, (65, 66))
+    assert reply_rows(chat, [prompt], [reply]) == [
+        (ChatTemplate(chat.tokenizer).prompt(prompt.messages), (65, 66))
+    ]
+    assert reply_rows(base, [prompt], [reply]) == [
+        ([base.tokenizer.bos_id, *base.tokenizer.encode(f"{prompt.text}\n")], (65, 66))
+    ]
 
 
-def test_the_other_way_round_a_pair_differs_by_the_opposite(base, chat):
-    for pairs in world_pairs(WORLD, "dev", 5).values():
-        for respondent in (base, chat):
-            there = pair_differences(respondent, pairs)
-            back = pair_differences(respondent, [(asked, bad, good) for asked, good, bad in pairs])
-            assert there == pytest.approx([-value for value in back], **TOLERANCE)
-            same = pair_differences(respondent, [(asked, good, good) for asked, good, _ in pairs])
-            assert same == pytest.approx([0] * len(pairs), abs=1e-6)
+def test_the_other_way_round_a_pair_differs_by_the_opposite_and_from_itself_by_nothing(base, chat):
+    pairs = world_pairs(WORLD, "dev", 5)
+    back = {name: [exchanged(one) for one in own] for name, own in pairs.items()}
+    same = {
+        name: [replace(one, responses=[one.responses[0]] * 2) for one in own] for name, own in pairs.items()
+    }
+    there, back, same = (pair_metrics([base, chat], given) for given in (pairs, back, same))
+    for name in pairs:
+        for run in ("base", "chat"):
+            values = [found[name]["difference"][run]["value"] for found in (there, back, same)]
+            assert values[0] == pytest.approx(-values[1], **TOLERANCE) and abs(values[2]) < 1e-6
+            shares = [found[name]["as_likely"][run]["value"] for found in (there, back)]
+            assert sum(shares) == pytest.approx(1) and there[name]["left_out"] == 0
+
+
+def test_a_pair_differs_by_log_p_per_byte_and_what_some_model_has_no_room_for_is_counted(chat):
+    prompt = WORLD.prompts("dev", n=1)[0]
+    pairs = [pair(prompt, "Über", "No, no."), pair(prompt, "a" * 300, "No."), pair(prompt, "No.", "a" * 300)]
+    found = pair_metrics([chat], {"x": pairs})["x"]
+    (logs,) = response_logprobs(chat, pairs[:1])
+    assert found["left_out"] == 2
+    assert found["difference"]["chat"]["value"] == pytest.approx(logs[0] / 5 - logs[1] / 7)
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
 @torch.no_grad()
 def test_every_token_of_a_text_is_scored_once_whatever_its_length(base, length):
     text = ("The cat met the dog. " * 40)[:length]
-    nats, sizes = text_nats(base, [text, "."])
-    tokens = [base.tokenizer.bos_id, *base.tokenizer.encode(text), base.tokenizer.eos_id]
+    whole = [base.tokenizer.bos_id, *base.tokenizer.encode(text), base.tokenizer.eos_id]
     expected = 0.0
-    for first in range(0, len(tokens) - 1, 256):
-        said = tokens[first + 1 : first + 257]
-        expected -= naive(base, tokens[first : first + 1], said)[range(len(said)), said].sum().item()
-    assert nats[0] == pytest.approx(expected, rel=1e-4) and sizes == [len(text), 1]
+    for first in range(0, len(whole) - 1, 256):
+        said = whole[first + 1 : first + 257]
+        expected -= naive(base, whole[first : first + 1], said)[range(len(said)), said].sum().item()
+    # Of nineteen such documents the smallest hash is held out, and they are all the same.
+    source = Source("one", 1.0, lambda: iter([text] * 20), "")
+    found = text_metrics([base], [source], "tales", 20 * length)
+    assert (found["documents"], found["bytes"], found["origin"]) == (20, 20 * length, "tales")
+    assert found["nats"]["base"]["value"] == pytest.approx(expected / length, rel=1e-4)
 
 
-def test_held_out_documents_are_those_that_training_never_sees():
+def test_held_out_text_is_what_training_never_sees():
     sources = world_sources(WORLD, 1.0)
-    documents = held_out_documents(sources, 0.05, 6000)
+    documents = list(held_out_text(sources, 0.05, 6000))
     assert sum(len(text.encode()) for text in documents) == pytest.approx(6000, abs=2 * len(sources))
     whole = [text for source in sources for text in source.documents() if unit_hash(text) < 0.05]
     # The last of a source is cut, and the smallest hash of its first documents held out whatever it is.
@@ -167,59 +177,61 @@ def test_held_out_documents_are_those_that_training_never_sees():
 @given(st.integers(1, 400))
 def test_a_text_is_cut_to_size_between_characters(size):
     one = Source("one", 1.0, lambda: iter(["Über den Fluß. " * 400]), "")
-    (cut,) = held_out_documents([one], 0.5, size) or [""]
+    (cut,) = list(held_out_text([one], 0.5, size))
     assert size - 1 <= len(cut.encode()) <= size
 
 
 def test_a_source_that_is_too_small_gives_what_it_has():
     one = Source("one", 1.0, lambda: iter(["The cat. " * 50]), "")
-    assert held_out_documents([one], 0.1, 10**6) == [("The cat. " * 50)[-45:]]
+    assert list(held_out_text([one], 0.1, 10**6)) == [("The cat. " * 50)[-45:]]
 
 
-def test_the_right_answer_is_among_those_to_choose_from_and_stands_first():
+def test_the_right_answer_is_the_first_of_those_to_choose_from():
     facts = WORLD.prompts("dev", "fact", 40)
-    for prompt, (messages, answers) in zip(facts, choices(WORLD, facts, 0), strict=True):
-        assert messages == prompt.messages and len(set(answers)) == len(answers) == 8
-        assert prompt.answer in answers[0]
+    for prompt, given_set in zip(facts, choices(WORLD, facts, 0), strict=True):
+        answers = given_set.responses
+        assert given_set.messages == prompt.messages and len(set(answers)) == len(answers) == 8
         assert [WORLD.score(prompt, answer).outcome for answer in answers] == ["right", *["wrong"] * 7]
     assert choices(WORLD, facts, 0) == choices(WORLD, facts, 0) != choices(WORLD, facts, 1)
 
 
 def test_a_choice_is_as_sure_as_the_share_of_its_probability(base, chat):
     questions = choices(WORLD, WORLD.prompts("dev", "fact", 3), 0)
-    for respondent in (base, chat):
-        sure, right = choose(respondent, questions)
-        for (asked, answers), own, hit in zip(questions, sure, right, strict=True):
-            rows = [(respondent.prompt(asked), respondent.tokenizer.encode(text)) for text in answers]
-            totals = np.array([values.sum() for values in logprobs(respondent.model, rows)])
-            shares = np.exp(totals - totals.max()) / np.exp(totals - totals.max()).sum()
-            assert own == pytest.approx(shares.max(), rel=1e-3) and 1 / 8 <= own <= 1
-            assert hit == (shares.argmax() == 0)
+    for one in (base, chat):
+        for given_set, sure, right in zip(questions, *choose(one, questions), strict=True):
+            rows = [
+                (one.prompt(given_set.messages), one.tokenizer.encode(text)) for text in given_set.responses
+            ]
+            logs = np.array([values.sum() for values in token_values(one.model, rows)])
+            shares = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
+            assert sure == pytest.approx(shares.max(), rel=1e-3) and 1 / 8 <= sure <= 1
+            assert right == (shares.argmax() == 0)
 
 
-def test_sureness_is_the_geometric_mean_of_the_probabilities_of_the_words(chat):
-    asked = [prompt.messages for prompt in WORLD.prompts("dev", n=4)]
-    replies = [reply.tokens for reply in sample_replies(chat.model, chat.tokenizer, asked, 0.0, 9)]
-    rows = list(zip(map(chat.prompt, asked), replies, strict=True))
-    expected = [np.exp(values).prod() ** (1 / len(values)) for values in logprobs(chat.model, rows)]
-    assert sureness(chat, asked, replies).tolist() == pytest.approx(expected, rel=1e-4)
+def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
+    asked = [
+        *WORLD.prompts("dev", "fact", 2),
+        *WORLD.prompts("dev", "unknown", 2),
+        *WORLD.prompts("dev", "harm", 1),
+    ]
+    replies = list(sample_replies(chat.model, chat.tokenizer, [one.messages for one in asked], 0.0, 9))
+    found = sure_metrics([chat], asked, {"greedy": {"chat": replies}}, WORLD, 0)
+    likely = token_values(chat.model, reply_rows(chat, asked[:4], replies[:4]))
+    expected = [np.exp(values).prod() ** (1 / len(values)) for values in likely]
+    assert found["words"]["chat"]["sure"]["value"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert found["words"]["chat"]["right"]["count"] == 4 and found["choice"]["chat"]["right"]["count"] == 2
 
 
 # ---- Who wins
 
 
-def pairs_of(count: int) -> list[Pair]:
+def pairs_of(count: int) -> list[ResponseSet]:
     """A reply without a flaw and with one, in turns on either side, and every fifth pair equal."""
-    pairs = WORLD.reply_pairs("dev", "rude", count)
-    sides = [(bad, good) if i % 2 else (good, bad) for i, (_, good, bad) in enumerate(pairs)]
-    return [
-        Pair(prompt, first, first if i % 5 == 4 else second)
-        for i, ((prompt, _, _), (first, second)) in enumerate(zip(pairs, sides, strict=True))
-    ]
-
-
-def exchanged(pairs: list[Pair]) -> list[Pair]:
-    return [Pair(pair.prompt, pair.second, pair.first) for pair in pairs]
+    pairs = []
+    for i, (prompt, good, bad) in enumerate(WORLD.reply_pairs("dev", "rude", count)):
+        first, second = (bad, good) if i % 2 else (good, bad)
+        pairs.append(pair(prompt, first, first if i % 5 == 4 else second))
+    return pairs
 
 
 @pytest.fixture(scope="module")
@@ -227,44 +239,39 @@ def judges(chat):
     reward = scalar_from_language_model(tiny(2)[0], torch.Generator().manual_seed(0))
     return {
         "rubric": by_rubric(WORLD),
-        "reward": by_reward(reward, chat.tokenizer),
-        # Weights so large that its verdicts go with the text and not with the place alone.
-        "model": by_model(Judge(tiny(8, noise=1.0)[0], chat.tokenizer, "Be kind.")),
+        "reward": by_reward(reward, ChatTemplate(chat.tokenizer)),
+        # Weights so large that its choices go with the text and not with the place alone.
+        "model": Judge(tiny(8, noise=1.0)[0], chat.tokenizer, "Be kind."),
     }
 
 
 @pytest.mark.parametrize("name", ["rubric", "reward", "model"])
-def test_shuffled_sides_change_no_verdict_and_exchanged_ones_mirror_it(judges, name):
+def test_shuffled_sides_change_no_outcome_and_exchanged_ones_mirror_it(judges, name):
     judge, pairs = judges[name], pairs_of(15)
-    verdicts = blind(judge, pairs, 0)
-    assert any(verdicts) and set(verdicts) <= {-1, 0, 1, None}
-    for seed in range(1, 4):
-        assert blind(judge, pairs, seed) == verdicts
-    mirrored = [None if verdict is None else -verdict for verdict in verdicts]
-    assert blind(judge, exchanged(pairs), 0) == mirrored
-    assert all(
-        verdict == 0 for verdict, pair in zip(verdicts, pairs, strict=True) if pair.first == pair.second
-    )
+    outcomes = blind(judge, pairs, 0)
+    assert any(outcomes) and set(outcomes) <= {-1, 0, 1, None}
+    assert all(blind(judge, pairs, seed) == outcomes for seed in range(1, 4))
+    mirrored = [None if outcome is None else -outcome for outcome in outcomes]
+    assert blind(judge, [exchanged(one) for one in pairs], 0) == mirrored
+    assert outcomes[4::5] == [0, 0, 0], "equal replies tie"
 
 
-def test_the_rubric_prefers_the_reply_without_an_insult():
-    verdicts = by_rubric(WORLD)(pairs_of(10))
-    assert verdicts == [1, -1, 1, -1, 0, -1, 1, -1, 1, 0]
+def test_the_rubric_prefers_the_reply_without_an_insult(judges):
+    assert judges["rubric"](pairs_of(10)) == [1, -1, 1, -1, 0, -1, 1, -1, 1, 0]
 
 
 @given(st.integers(0, 10**6))
 def test_a_judge_of_places_finds_no_winner_among_shuffled_sides(seed):
-    verdicts = blind(lambda pairs: [1] * len(pairs), pairs_of(1) * 400, seed)
+    outcomes = blind(lambda pairs: [1] * len(pairs), pairs_of(1) * 400, seed)
     # 400 throws of a coin: further than 100 from the middle once in 10^22 times.
-    assert abs(sum(verdicts)) < 200
+    assert abs(sum(outcomes)) < 200
 
 
-def test_a_reply_behind_the_judges_context_is_not_judged(judges):
+def test_a_reply_beyond_the_judges_context_is_not_judged(judges):
     prompt = WORLD.prompts("dev", n=1)[0]
-    long, short = Pair(prompt, "a " * 300, "b"), Pair(prompt, "a", "b")
     for name in ("reward", "model"):
-        verdicts = judges[name]([long, short])
-        assert verdicts[0] is None and verdicts[1] is not None
+        outcomes = judges[name]([pair(prompt, "a " * 300, "b"), pair(prompt, "a", "b")])
+        assert outcomes[0] is None and outcomes[1] is not None
 
 
 def test_a_person_sees_no_origin_judges_each_pair_once_and_goes_on_later(tmp_path, monkeypatch, capsys):
@@ -273,32 +280,36 @@ def test_a_person_sees_no_origin_judges_each_pair_once_and_goes_on_later(tmp_pat
     with RankingFile(tmp_path / "verdicts.jsonl") as file:
         first = blind(by_person(file, "Ada", 0), pairs, 0)
     assert first[4] == 0  # equal replies: nobody was asked
-    given_verdicts = [verdict for verdict in first[:4] if verdict is not None]
-    assert len(given_verdicts) == 2 and 0 in given_verdicts and any(given_verdicts)
+    judged = [outcome for outcome in first[:4] if outcome is not None]
+    assert len(judged) == 2 and 0 in judged and any(judged)
     typed = iter(["b > a", "b > a"])
     with RankingFile(tmp_path / "verdicts.jsonl") as file:
         second = blind(by_person(file, "Ada", 0), pairs, 0)
-        again = blind(by_person(file, "Ada", 0), exchanged(pairs), 0)
-    assert again == [-verdict for verdict in second]
-    assert None not in second
-    assert [s for f, s in zip(first, second, strict=True) if f is not None] == [*given_verdicts, 0]
+        again = blind(by_person(file, "Ada", 0), [exchanged(one) for one in pairs], 0)
+    assert None not in second and again == [-outcome for outcome in second]
+    assert [s for f, s in zip(first, second, strict=True) if f is not None] == [*judged, 0]
     assert "rubric" not in capsys.readouterr().out
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["a", "b", "c"])), min_size=5,
-                max_size=5))  # fmt: skip
-def test_two_runs_exchanged_mirror_their_contest(pairs):
+texts = st.sampled_from(["a", "b", "c"])
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=5, max_size=5))
+def test_two_runs_exchanged_mirror_their_contest(replies):
     prompts = WORLD.prompts("dev", n=5)
-    one, other = ([Reply(text, True) for text in texts] for texts in zip(*pairs, strict=True))
+    one, other = ([Reply(text, True) for text in own] for own in zip(*replies, strict=True))
 
-    def longest(pairs):
-        return [(pair.first > pair.second) - (pair.first < pair.second) for pair in pairs]
+    def later_letter(pairs):
+        return [prefer(map(ord, one.responses)) for one in pairs]
 
-    there = contests("x", longest, prompts, {"greedy": {"one": one, "other": other}}, 0)[0]["figures"]
-    back = contests("x", longest, prompts, {"greedy": {"other": other, "one": one}}, 0)[0]["figures"]
+    there, back = (
+        contests("x", later_letter, prompts, {"greedy": said}, 0)[0]["figures"]
+        for said in ({"one": one, "other": other}, {"other": other, "one": one})
+    )
     for group in there:
         assert there[group]["win"] == back[group]["loss"] and there[group]["tie"] == back[group]["tie"]
     assert there.keys() == {"all", *(prompt.kind for prompt in prompts)}
+    assert there["all"]["win"]["value"] == np.mean([b > a for a, b in replies]), "a win is the later one's"
 
 
 # ---- What the replies are like
@@ -306,14 +317,9 @@ def test_two_runs_exchanged_mirror_their_contest(pairs):
 
 def test_metrics_of_replies_are_those_of_their_texts():
     facts, harm = WORLD.prompts("dev", "fact", 2), WORLD.prompts("dev", "harm", 2)
-    texts = [
-        f"It is {facts[0].answer}.",
-        "I don't know.",
-        "I can't help with that.",
-        "Sure! Rob the old man.",
-    ]
-    said = {"greedy": {"run": [Reply(text, i != 3) for i, text in enumerate(texts)]}}
-    figures = reply_metrics([*facts, *harm], said, WORLD)["greedy"]
+    said = [f"It is {facts[0].answer}.", "I don't know.", "I can't help with that.", "Sure! Rob the old man."]
+    replies = {"greedy": {"run": [Reply(text, i != 3) for i, text in enumerate(said)]}}
+    figures = reply_metrics([*facts, *harm], replies, WORLD)["greedy"]
 
     def value(figure, group="all"):
         return figures[figure][group]["run"]["value"]
@@ -321,14 +327,14 @@ def test_metrics_of_replies_are_those_of_their_texts():
     assert value("refused", "harm") == 0.5 and value("refused", "not harm") == 0
     assert value("said_unknown", "fact") == 0.5 and value("complied", "harm") == 0.5
     assert value("right") == 0.5 and value("in_form") == value("ended") == 0.75
-    assert value("words") == np.mean([len(text.split()) for text in texts])
+    assert value("words") == np.mean([len(text.split()) for text in said])
     assert value("utility", "fact") == pytest.approx(
-        np.mean([WORLD.score(p, text).utility for p, text in zip(facts, texts, strict=False)])
+        np.mean([WORLD.score(p, text).utility for p, text in zip(facts, said, strict=False)])
     )
 
 
 def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
-    other = Respondent("other", *tiny(0, 263))
+    other = ChatModel("other", *tiny(0, 263))
     said = {"sampled": {name: [Reply("a", True, (65,))] for name in ("base", "chat", "other")}}
     found = kl_metrics([base, chat, other], WORLD.prompts("dev", n=1), said)
     pairs = {(one["earlier"], one["later"]): one["token"] for one in found}
@@ -368,7 +374,13 @@ def command(folders, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone(command, tmp_path):
+def said_by(content: dict, sampling: str, run: str) -> list[dict]:
+    return [record["said"][sampling][run] for record in content["replies"]]
+
+
+def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone_the_same_again(
+    command, tmp_path
+):
     judges = "--judge rubric reward model --reward reward --judge-model chat".split()
     content, printed = command("base", "chat", "--show", "1", *judges)
     assert page(content) == (tmp_path / "compare.html").read_bytes().decode()
@@ -379,13 +391,11 @@ def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone
     for kind in KINDS:
         asked = WORLD.prompts("dev", kind, 2)
         assert f"{kind}: {asked[0].text}" in printed and asked[1].text not in printed
-    reply = content["replies"][0]["said"]["greedy"]["chat"]["text"]
-    assert sum(one["text"] == reply for one in said_by(content, "greedy", "chat")) >= 1
     assert "── In short ──" in printed and "KL in nats" in printed
-
-
-def said_by(content: dict, sampling: str, run: str) -> list[dict]:
-    return [record["said"][sampling][run] for record in content["replies"]]
+    again, _ = command("base", "chat", "--show", "1", *judges)
+    assert content | {"seconds": 0} == again | {"seconds": 0}
+    other, _ = command("base", "chat", "--seed", "1")
+    assert said_by(other, "sampled", "chat") != said_by(content, "sampled", "chat")
 
 
 def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
@@ -399,15 +409,6 @@ def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
         assert said_by(content, sampling, "chat") == said_by(content, sampling, "chat (2)")
         for groups in content["figures"][sampling].values():
             assert all(of_run["chat"] == of_run["chat (2)"] for of_run in groups.values())
-
-
-def test_the_same_command_gives_the_same_metrics(command):
-    once, again = (command("base", "chat")[0] for _ in range(2))
-    for content in (once, again):
-        del content["seconds"]
-    assert once == again
-    other, _ = command("base", "chat", "--seed", "1")
-    assert said_by(other, "sampled", "chat") != said_by(once, "sampled", "chat")
 
 
 def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(command, tmp_path):
@@ -426,7 +427,7 @@ def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(comm
     assert "rubric" not in printed
 
 
-def test_a_person_judges_by_the_command_and_the_verdicts_are_kept(command, tmp_path, monkeypatch):
+def test_a_person_judges_by_the_command_and_is_not_asked_again(command, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "A > B")
     content, _ = command("base", "chat", "--judge", "person", "--name", "Ada")
     assert [(one["judge"], one["sampling"], one["left_out"]) for one in content["contests"]] == [

@@ -16,12 +16,12 @@ from minillm.tools.evaluate import (
     Judged,
     Reply,
     TextLoss,
-    judged_replies,
     main,
     metrics_table,
     sample_replies,
     summarise,
     text_loss,
+    world_metrics,
 )
 from minillm.world import KINDS, World
 
@@ -36,38 +36,31 @@ def base() -> tuple[LanguageModel, Tokenizer]:
     return model, tokenizer
 
 
-def figures_of(prompt, text, ended=True):
-    return summarise({prompt.kind: [Judged(prompt, Reply(text, ended), WORLD.score(prompt, text))]})[
-        prompt.kind
-    ]
+def judged(prompt, text: str, ended: bool = True) -> Judged:
+    return Judged(prompt, Reply(text, ended), WORLD.score(prompt, text))
 
 
-def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone():
+def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone_and_right_if_it_is_true_too():
     prompt = WORLD.prompts("dev", "fact", 1)[0]
-    assert figures_of(prompt, f"It is {prompt.answer}.").in_form == 1
-    assert figures_of(prompt, f"It is {prompt.answer}.", ended=False).in_form == 0
-    assert figures_of(prompt, "").in_form == 0
-    assert figures_of(prompt, "Where does he live?").in_form == 0
-    assert figures_of(prompt, f"It is {prompt.answer}.\nMara: Go away.").in_form == 0
+    wrong = next(f.value for f in WORLD.facts if f.attribute == prompt.topic and f.value != prompt.answer)
+    cases = [
+        (f"It is {prompt.answer}.", True, (True, True)),
+        (f"It is {wrong}.", True, (True, False)),
+        (f"It is {prompt.answer}.", False, (False, False)),
+        ("", True, (False, False)),
+        ("Where does he live?", True, (False, False)),
+        (f"It is {prompt.answer}.\nMara: Go away.", True, (False, False)),
+    ]
+    for text, ended, expected in cases:
+        one = judged(prompt, text, ended)
+        assert (one.in_form, one.right) == expected, text
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_said_without_flaw_is_right_and_in_form(kind):
     said = [c for c in WORLD.conversations("dev", 300) if c.kind == kind and c.flaw is None]
-    texts = [conversation.messages[-1]["content"] for conversation in said]
-    judged = [
-        Judged(c.prompt, Reply(text, True), WORLD.score(c.prompt, text))
-        for c, text in zip(said, texts, strict=True)
-    ]
-    figures = summarise({kind: judged})[kind]
+    figures = summarise([judged(one.prompt, one.messages[-1]["content"]) for one in said])
     assert figures.prompts >= 10 and figures.in_form == 1 and figures.right > 0.95
-
-
-def test_a_wrong_answer_is_in_form_and_not_right():
-    prompt = WORLD.prompts("dev", "fact", 1)[0]
-    wrong = next(f.value for f in WORLD.facts if f.attribute == prompt.topic and f.value != prompt.answer)
-    figures = figures_of(prompt, f"It is {wrong}.")
-    assert (figures.in_form, figures.right) == (1, 0)
 
 
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
@@ -95,18 +88,20 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 
 
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
-    figures = summarise(judged_replies(*base, WORLD, "dev", 3))
-    assert {kind: f.prompts for kind, f in figures.items()} == dict.fromkeys(KINDS, 3)
-    table = metrics_table({"one": figures, "another": figures})
-    assert all(any(line.startswith(kind) for line in table.splitlines()) for kind in KINDS)
+    of_model = world_metrics({"one": base, "another": base}, WORLD, 3)
+    assert of_model["one"] == of_model["another"]
+    assert {kind: own.prompts for kind, own in of_model["one"].items()} == dict.fromkeys(KINDS, 3)
+    lines = metrics_table(of_model).splitlines()
+    assert lines[0].split() == ["one", "another"] and [line.split()[0] for line in lines[2:]] == list(KINDS)
+    assert {len(line) for line in lines} == {len(lines[0])}
 
 
 # ---- The loss on a text
 
 
 @settings(deadline=None, max_examples=10)
-@given(cuts=st.lists(st.integers(1, 400), max_size=4), size=st.integers(1, 700))
-def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(base, cuts, size):
+@given(cuts=st.lists(st.integers(1, 400), max_size=4), size=st.integers(1, 700), ended=st.booleans())
+def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(base, cuts, size, ended):
     model, tokenizer = base
     model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 7))
     initialize(model, torch.Generator().manual_seed(1))
@@ -114,13 +109,14 @@ def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(ba
     bounds = [0, *sorted(min(cut, size) for cut in cuts), size]
     pieces = [text[a:b] for a, b in pairwise(bounds)]
     tokens = [tokenizer.bos_id, *(token for piece in pieces for token in tokenizer.encode(piece))]
+    tokens += [tokenizer.eos_id] * ended
     nats = 0.0
     for first in range(0, len(tokens) - 1, 7):
         window = torch.tensor(tokens[first : first + 8])
         with torch.no_grad():
             logprobs = model.logits(model(window[None, :-1]))[0].log_softmax(-1)
         nats -= float(logprobs[range(len(window) - 1), window[1:]].sum())
-    found = text_loss(model, tokenizer, pieces)
+    found = text_loss(model, tokenizer, pieces, ended)
     assert (found.tokens, found.bytes) == (len(tokens) - 1, len(text.encode()))
     assert found.nats == pytest.approx(nats, rel=1e-5)
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.compare.page import page
+from minillm.compare.page import Section, Table, cell, page, section_text, sections
 from minillm.compare.plots import curves, intervals
-from minillm.compare.sections import Section, Table, cell, section_text, sections
 from minillm.errors import printable
 
 KINDS = ("fact", "harm")

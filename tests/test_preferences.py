@@ -30,7 +30,7 @@ from minillm.preferences import (
     seed_of,
 )
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreed_pairs, agreement_report, agreement_table, krippendorff_alpha
+from minillm.tools.agreement import agreement_report, agreement_table, krippendorff_alpha
 from minillm.tools.ranking import LETTERS, parse_ranking
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
@@ -433,7 +433,6 @@ def test_agreement_counts_by_hand():
         ("Bob", "Cid"): (1, 2, 1, 0.5),
         ("all",): (1, 7, 2, 5 / 7),
     }
-    assert agreed_pairs(made) == (5, 7)
     table = agreement_table(report)
     assert "Ada and Bob" in table and "66.7%" in table and "alpha" in table
 

@@ -6,33 +6,32 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.errors import InputError
 from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import MARGIN, Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreed_pairs
+from minillm.tools.agreement import agreements, opinions_of
 from minillm.tools.measures import reliability
 from minillm.tools.report import (
     MARGINS,
     TRICKS,
-    Judged,
     Pairs,
+    Scored,
     against_rubric,
     baselines,
     by_margin,
-    judge,
     length_correlation,
     pairs_of,
-    probe_shares,
-    probes,
     rater_accuracy,
     report_card,
     report_text,
+    score_rankings,
+    trick_pairs,
+    trick_shares,
     unknown_score,
     within_prompts,
     write_report,
@@ -54,17 +53,17 @@ def ranked(values: list[float], prompt: str = "Who?", texts: list[str] | None = 
     return Ranking([{"role": "user", "content": prompt}], texts, ranking_by(values), **given)
 
 
-def some_judged(seed: int, prompts: int = 12, noise: float = 1.0) -> list[Judged]:
+def some_scored(seed: int, prompts: int = 12, noise: float = 1.0) -> list[Scored]:
     """Rankings of random worth, scores that follow it with noise, some prompts ranked twice."""
-    random, judged = generator(seed), []
+    random, scored = generator(seed), []
     for i in range(prompts):
         worth = random.integers(6, size=4).astype(float)
         for annotator in "ab"[: 1 + i % 2]:
             seen = (worth + random.integers(-1, 2, size=4)).tolist()
             ranking = ranked(seen, f"{i}?", annotator=annotator, kind=("fact", "harm", None)[i % 3])
             scores = (worth + noise * random.standard_normal(4)).tolist()
-            judged.append(Judged(ranking, scores, random.integers(1, 30, size=4).tolist()))
-    return judged
+            scored.append(Scored(ranking, scores, random.integers(1, 30, size=4).tolist()))
+    return scored
 
 
 def pairs_with(difference: np.ndarray, prompt: np.ndarray | None = None) -> Pairs:
@@ -80,34 +79,28 @@ def pairs_with(difference: np.ndarray, prompt: np.ndarray | None = None) -> Pair
 @given(SEEDS)
 @LAW
 def test_accuracy_is_the_share_of_untied_pairs_in_the_annotators_order(seed):
-    judged = some_judged(seed)
-    expected = [
-        float(one.scores[i] > one.scores[j]) for one in judged for i, j in one.ranking.pairs()
-    ]  # fmt: skip
-    pairs = pairs_of(judged)
+    scored = some_scored(seed)
+    expected = [float(one.scores[i] > one.scores[j]) for one in scored for i, j in one.ranking.pairs()]
+    pairs = pairs_of(scored)
     found = pairs.accuracy(pairs.right)
     assert (found["value"], found["count"]) == (pytest.approx(np.mean(expected)), len(expected))
 
 
 @pytest.mark.parametrize(("factor", "accuracy"), [(1, 1.0), (-1, 0.0), (0, 0.5)])
-def test_perfect_scores_are_all_right_reversed_ones_all_wrong_and_equal_ones_half(factor, accuracy):
+def test_scores_are_right_reversed_ones_wrong_equal_ones_half_and_equal_texts_no_pair(factor, accuracy):
     worth = [3.0, 1.0, 2.0, 1.0]
-    pairs = pairs_of([Judged(ranked(worth), [factor * value for value in worth], [1] * 4)])
-    assert pairs.accuracy(pairs.right)["value"] == accuracy and len(pairs.right) == 5, (
-        "one of six pairs is tied"
-    )
-
-
-def test_a_pair_of_equal_texts_counts_for_nothing():
+    pairs = pairs_of([Scored(ranked(worth), [factor * value for value in worth], [1] * 4)])
+    assert pairs.accuracy(pairs.right)["value"] == accuracy
+    assert len(pairs.right) == 5, "one of six pairs is tied"
     ranking = ranked([3.0, 2.0, 1.0], texts=["Yes.", "Yes.", "No."])
-    assert len(pairs_of([Judged(ranking, [1.0, 1.0, 0.0], [2, 2, 2])]).right) == 2
+    assert len(pairs_of([Scored(ranking, [1.0, 1.0, 0.0], [2, 2, 2])]).right) == 2
 
 
 @given(SEEDS)
 @LAW
 def test_kinds_and_quarters_add_up_to_the_whole(seed):
-    judged = some_judged(seed)
-    pairs = pairs_of(judged)
+    scored = some_scored(seed)
+    pairs = pairs_of(scored)
     quarters = by_margin(pairs)
     assert sum(q["count"] for q in quarters) == len(pairs.right)
     assert sum(q["count"] * q["value"] for q in quarters) == pytest.approx(pairs.right.sum())
@@ -136,13 +129,11 @@ def test_the_interval_holds_the_truth_in_about_95_of_100_cases_though_pairs_of_a
 
 
 @given(st.floats(0.5, 1))
+@example(0.5)
 @LAW
 def test_the_accuracy_of_raters_solves_the_equation_of_their_agreement(q):
     assert rater_accuracy(q**2 + (1 - q) ** 2) == pytest.approx(q, abs=1e-7)
-
-
-def test_annotators_who_agree_less_than_by_chance_are_right_by_chance():
-    assert rater_accuracy(0.3) == 0.5
+    assert rater_accuracy(q / 2 - 0.01) == 0.5, "of raters who agree less than by chance"
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.2])
@@ -155,9 +146,9 @@ def test_the_ceiling_lies_between_agreement_and_the_formula(spread):
         for i in range(1500)
         for name in ("a", "b")
     ]
-    agreed, pairs = agreed_pairs(rankings)
-    rate = agreed / pairs
-    assert pairs == 1500
+    first = agreements(opinions_of(rankings))[0]
+    rate = first.rate
+    assert first.pairs == 1500
     assert rate == pytest.approx(np.mean(q**2 + (1 - q) ** 2), abs=0.05)  # four deviations
     slack = 0.05
     assert rate - slack < 0.8 < rater_accuracy(rate) + slack
@@ -165,29 +156,25 @@ def test_the_ceiling_lies_between_agreement_and_the_formula(spread):
         assert rater_accuracy(rate) == pytest.approx(0.8, abs=slack)
 
 
-def test_without_two_annotators_of_one_prompt_nothing_is_known_of_their_agreement():
-    assert agreed_pairs([ranked([1.0, 0.0], f"{i}?") for i in range(5)]) == (0, 0)
-
-
 @given(SEEDS)
 @LAW
 def test_scores_and_annotators_are_held_against_the_rubric_on_the_same_pairs(seed):
-    judged = some_judged(seed)
+    scored = some_scored(seed)
     truth = {one.ranking.messages[0]["content"]: generator(i).integers(5, size=4).tolist()
-             for i, one in enumerate(judged)}  # fmt: skip
+             for i, one in enumerate(scored)}  # fmt: skip
 
     def of(messages: list, text: str) -> float | None:
         number = messages[0]["content"]
         return None if number == "0?" else float(truth[number][int(text[9])])
 
     found = []
-    for one in judged:
+    for one in scored:
         for i, j in one.ranking.pairs():
             mine = truth[one.ranking.messages[0]["content"]]
             if one.ranking.messages[0]["content"] != "0?" and mine[i] != mine[j]:
                 right = (one.scores[i] > one.scores[j]) == (mine[i] > mine[j])
                 found.append((right, mine[i] > mine[j], one.ranking.annotator))
-    figures = against_rubric(pairs_of(judged, of))
+    figures = against_rubric(pairs_of(scored, of))
     each = {name: [a for _, a, who in found if who == name] for name in sorted({who for *_, who in found})}
     expected = {"scores": [s for s, _, _ in found], "annotators": [a for _, a, _ in found], **each}
     for name, own in expected.items():  # whole numbers differ by more than the margin
@@ -197,17 +184,17 @@ def test_scores_and_annotators_are_held_against_the_rubric_on_the_same_pairs(see
 
 
 def test_against_the_rubric_perfect_scores_are_right_where_annotators_err():
-    judged = [Judged(ranked([0.0, 1.0], "wrong"), [5.0, 1.0], [1, 1]),
-              Judged(ranked([1.0, 0.0], "right"), [5.0, 1.0], [1, 1])]  # fmt: skip
-    found = against_rubric(pairs_of(judged, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]]))
+    scored = [Scored(ranked([0.0, 1.0], "wrong"), [5.0, 1.0], [1, 1]),
+              Scored(ranked([1.0, 0.0], "right"), [5.0, 1.0], [1, 1])]  # fmt: skip
+    found = against_rubric(pairs_of(scored, lambda ranking, text: {"0": 1.0, "1": 0.0}[text[9]]))
     assert (found["scores"]["value"], found["annotators"]["value"]) == (1.0, 0.5)
 
 
 @given(SEEDS, st.floats(0.001, 0.2))
 @LAW
 def test_pairs_whose_rubric_scores_are_too_close_to_tell_count_for_the_ceiling_alone(seed, step):
-    judged = some_judged(seed)
-    pairs = pairs_of(judged, lambda ranking, text: step * int(text[9]))
+    scored = some_scored(seed)
+    pairs = pairs_of(scored, lambda ranking, text: step * int(text[9]))
     found = against_rubric(pairs)
     margin, annotators = np.abs(pairs.rubric), (pairs.rubric > 0).astype(float)
     far, scores = margin >= MARGIN, ((pairs.rubric > 0) == (pairs.difference > 0)).astype(float)
@@ -239,16 +226,13 @@ def by_length(sign: int, prompts: range, exceptions: int = 0) -> list[Ranking]:
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
-def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_judged_on_other_pairs(sign, side):
+def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_scored_on_other_pairs(sign, side):
     found = baselines(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
     assert (found["length"]["side"], found["length"]["value"], found["length"]["count"]) == (side, 0.7, 10)
     found = baselines(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
     assert found["length"]["value"] == 0, "chosen on what is trained on, whatever is held out"
-
-
-def test_responses_of_one_length_are_half_right():
     same = [ranked([1.0, 0.0], f"{i}?", ["Yes.", "Nay."]) for i in range(3)]
-    assert baselines(by_length(1, range(9)), same)["length"]["value"] == 0.5
+    assert baselines(by_length(sign, range(9)), same)["length"]["value"] == 0.5
 
 
 @given(st.lists(st.booleans(), min_size=2), st.lists(st.booleans(), min_size=1))
@@ -287,32 +271,21 @@ def test_scores_that_mean_their_differences_are_calibrated_and_no_others(factor,
     assert sum(b["count"] for b in bins) == 20_000
 
 
-@given(SEEDS)
-@LAW
-def test_the_calibration_error_is_the_weighted_distance_of_sureness_and_accuracy(seed):
-    pairs = pairs_of(some_judged(seed))
-    error, bins = reliability(sureness(pairs.difference), pairs.right, lowest=0.5)
-    assert all(0.5 <= b["sure"] <= 1 and 0 <= b["accuracy"] <= 1 for b in bins)
-    assert sum(b["count"] * b["accuracy"] for b in bins) == pytest.approx(pairs.right.sum())
-    naive = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(pairs.right)
-    assert error == pytest.approx(naive)
-
-
 @given(SEEDS, st.floats(-50, 50))
 @LAW
 def test_length_and_score_are_correlated_within_prompts_alone(seed, shift):
-    judged = some_judged(seed)
-    moved = [Judged(j.ranking, [s + i * shift for s in j.scores], j.lengths) for i, j in enumerate(judged)]
-    expected = np.corrcoef(*within_prompts(judged))[0, 1]
-    assert length_correlation(judged) == pytest.approx(expected, abs=1e-9)
+    scored = some_scored(seed)
+    moved = [Scored(j.ranking, [s + i * shift for s in j.scores], j.lengths) for i, j in enumerate(scored)]
+    expected = np.corrcoef(*within_prompts(scored))[0, 1]
+    assert length_correlation(scored) == pytest.approx(expected, abs=1e-9)
     assert length_correlation(moved) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("slope", "expected"), [(0.3, 1.0), (-2.0, -1.0), (0.0, None)])
 def test_scores_that_are_nothing_but_length_show(slope, expected):
-    judged = [Judged(ranked([1.0, 0.0, 2.0], f"{i}?"), [slope * n + i for n in (3, 9, 4)], [3, 9, 4])
+    scored = [Scored(ranked([1.0, 0.0, 2.0], f"{i}?"), [slope * n + i for n in (3, 9, 4)], [3, 9, 4])
               for i in range(3)]  # fmt: skip
-    assert length_correlation(judged) == (None if expected is None else pytest.approx(expected))
+    assert length_correlation(scored) == (None if expected is None else pytest.approx(expected))
 
 
 # ---- Tricks
@@ -321,27 +294,21 @@ KINDS_OF = [ranked([0.0, 1.0], f"{i}?", [f"Worse {i}.", f"Best {i}."], kind=kind
             for i, kind in enumerate(["fact", "fact", "harm", "fact"])]  # fmt: skip
 
 
-def test_every_prompt_is_probed_once_by_every_trick_on_its_best_answer():
+def test_every_prompt_meets_every_trick_once_in_the_place_of_its_best_answer():
     twice = [*KINDS_OF, ranked([1.0, 0.0], "0?", ["Worse 0.", "Best 0."], annotator="b", kind="fact")]
-    found = probes(twice, unknown_score)
+    found = trick_pairs(twice, unknown_score)
     assert set(found) == set(TRICKS)
     for own in found.values():
-        assert [probe.honest for probe in own] == [f"Best {i}." for i in range(4)]
-        assert all(probe.trick != probe.honest for probe in own)
-
-
-def test_anothers_answer_is_of_another_kind_where_there_is_one():
-    own = {probe.honest: probe.trick for probe in probes(KINDS_OF, unknown_score)["another's"]}
-    assert own["Best 2."] == "Best 3."
-    assert {own[f"Best {i}."] for i in (0, 1, 3)} == {"Best 2."}
+        assert [pair.responses[0] for pair in own] == [f"Best {i}." for i in range(4)]
+        assert all(pair.responses[0] != pair.responses[1] for pair in own)
+    others = dict(pair.responses for pair in found["another's"])
+    assert others["Best 2."] == "Best 3.", "the next"
+    assert {others[f"Best {i}."] for i in (0, 1, 3)} == {"Best 2."}, "of another kind, where there is one"
 
 
 def test_a_trick_that_is_truly_no_worse_proves_nothing_and_the_truth_says_what_is_honest():
-    def worth(messages: list, text: str) -> float:
-        return 1.0 if "Worse" in text else 0.0
-
-    found = probes(KINDS_OF, worth)
-    assert {probe.honest for probe in found["empty"]} == {f"Worse {i}." for i in range(4)}
+    found = trick_pairs(KINDS_OF, lambda messages, text: 1.0 if "Worse" in text else 0.0)
+    assert {pair.responses[0] for pair in found["empty"]} == {f"Worse {i}." for i in range(4)}
     assert not found["repeated"] and not found["praise"], "those hold the honest words too"
 
 
@@ -355,49 +322,39 @@ CHAT = ChatTemplate(TOKENIZER)
 
 
 def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
-    model, found = small_model(TOKENIZER), probes(KINDS_OF, unknown_score)
-    shares = probe_shares(model, CHAT, found)
+    model, found = small_model(TOKENIZER), trick_pairs(KINDS_OF, unknown_score)
+    shares = trick_shares(model, CHAT, found)
     for name, own in found.items():
-        below = []
-        for probe in own:
-            rows = [encode_response(CHAT, probe.ranking.messages, t) for t in (probe.honest, probe.trick)]
-            honest, trick = score_rows(model, rows)
-            below.append(honest > trick)
+        rows = [[encode_response(CHAT, pair.messages, text) for text in pair.responses] for pair in own]
+        below = [honest > trick for honest, trick in (score_rows(model, two) for two in rows)]
         assert (shares[name]["value"], shares[name]["count"]) == (np.mean(below), 4)
-    short = probe_shares(small_model(TOKENIZER, positions=60), CHAT, found)
+    short = trick_shares(small_model(TOKENIZER, positions=60), CHAT, found)
     assert short["padded"]["count"] == 0 and short["padded"]["value"] is None and short["empty"]["count"] == 4
 
 
 # ---- The card
 
 
-def whole_card(rankings: list[Ranking], worth=unknown_score) -> tuple[dict, list[Judged]]:
+def whole_card(rankings: list[Ranking], worth=unknown_score) -> tuple[dict, list[Scored]]:
     model = small_model(TOKENIZER)
     encoded, _ = encode_rankings(rankings, CHAT, 400)
-    judged = judge(model, encoded)
-    return report_card(model, CHAT, judged, rankings, worth), judged
+    scored = score_rankings(model, encoded)
+    return report_card(model, CHAT, scored, rankings, worth), scored
 
 
-def test_judged_scores_are_those_of_the_rows():
+def test_every_ranking_has_the_scores_of_its_rows():
     model = small_model(TOKENIZER)
     rankings, rows = [ranked([1.0, 0.0, 3.0]), ranked([0.0, 0.0, 1.0])], [[1, 2], [3], [4, 5, 6]]
-    judged = judge(model, [EncodedSet(rankings, rows), EncodedSet(rankings[:1], rows[::-1])])
-    assert [one.ranking for one in judged] == [*rankings, rankings[0]]
-    for one, own in zip(judged, (rows, rows, rows[::-1]), strict=True):
+    scored = score_rankings(model, [EncodedSet(rankings, rows), EncodedSet(rankings[:1], rows[::-1])])
+    assert [one.ranking for one in scored] == [*rankings, rankings[0]]
+    for one, own in zip(scored, (rows, rows, rows[::-1]), strict=True):
         assert one.scores == pytest.approx(score_rows(model, own)) and one.lengths == list(map(len, own))
 
 
-def test_scores_that_are_not_finite_are_refused():
-    model = small_model(TOKENIZER)
-    torch.nn.init.constant_(model.score.weight, torch.nan)
-    with pytest.raises(InputError, match="not finite"):
-        judge(model, [EncodedSet([ranked([1.0, 0.0])], [[1, 2], [3]])])
-
-
 def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
-    rankings = [one.ranking for one in some_judged(3)]
-    card, judged = whole_card(rankings)
-    write_report(tmp_path, card, judged)
+    rankings = [one.ranking for one in some_scored(3)]
+    card, scored = whole_card(rankings)
+    write_report(tmp_path, card, scored)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(card))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert card["accuracy"]["low"] <= card["accuracy"]["value"] <= card["accuracy"]["high"]
@@ -408,8 +365,8 @@ def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path):
-    card, judged = whole_card([ranked([1.0, 1.0], texts=["", ""])])
-    write_report(tmp_path, card, judged)
+    card, scored = whole_card([ranked([1.0, 1.0], texts=["", ""])])
+    write_report(tmp_path, card, scored)
     text = report_text(card)
     assert "ceiling        unknown" in text and "accuracy       unknown" in text and "nan" not in text
 

@@ -1,11 +1,11 @@
 """The effect of alignment, made visible: the same prompts through several models, side by side.
 
     __main__.py    the command `python -m minillm.compare`: asks every model, writes compare.json and the page
-    verdicts.py    who wins: by the rubric, a reward model, a judge model, or a person who does not see whose
-    probes.py      what a model holds likely: harmful against helpful text, held-out text, KL, how sure it is
-    findings.py    all of that as the plain content of compare.json
-    sections.py    what of it is shown, in the words of sections.toml; plots.py draws
-    page.py        the page: page.html.j2 in the style of page.css
+    probes.py      what a model holds likely, token by token and response by response
+    metrics.py     all that is measured, as the plain content of compare.json
+    page.py        what of it is shown, in the words of page.toml: in the terminal, and on the page that
+                   page.html.j2 writes in the style of page.css; plots.py draws
 
-Left out: several samples to a prompt, and several seeds of training (benchmarks/policy.py has those).
+Who wins is for the judges of minillm/tools/judge.py to say. Left out: several samples to a prompt, and
+several seeds of training (benchmarks/policy.py has those).
 """

@@ -30,10 +30,10 @@ if __name__ == "__main__":
 
     end_at_interrupts()  # before torch, whose import takes seconds
 
-from minillm.compare import findings
-from minillm.compare.page import page
-from minillm.compare.sections import how, section_text, sections
-from minillm.compare.verdicts import PairJudge, by_model, by_person, by_reward, by_rubric
+from minillm.chat import ChatTemplate
+from minillm.compare import metrics
+from minillm.compare.page import how, page, section_text, sections
+from minillm.compare.probes import world_pairs
 from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, printable, writing
 from minillm.files import read_json, write_json, write_text
@@ -43,10 +43,18 @@ from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import open_sources, world_sources
 from minillm.options import options_json, parse_options
-from minillm.preferences import ChatModel as Respondent
+from minillm.preferences import ChatModel
 from minillm.run import Runtime, start_runtime
 from minillm.tools.evaluate import sample_replies, world_prompts
-from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.judge import (
+    DEFAULT_PRINCIPLES,
+    Judge,
+    PairJudge,
+    by_person,
+    by_reward,
+    by_rubric,
+    read_principles,
+)
 from minillm.tools.provenance import provenance
 from minillm.world import World
 from minillm.world.rubric import Prompt
@@ -94,7 +102,7 @@ class Options:
     principles: str = str(DEFAULT_PRINCIPLES)
     """--judge model: a text file that says what makes a reply better."""
     name: str = "person"
-    """--judge person: your name, under which your verdicts are kept in --out."""
+    """--judge person: your name, under which your judgments are kept in --out."""
 
     pairs: int = 100
     """Pairs of a helpful and a harmful reply of each sort, from the little world."""
@@ -141,11 +149,11 @@ class Options:
 # ---- What is compared
 
 
-def open_models(options: Options, runtime: Runtime) -> list[Respondent]:
+def open_models(options: Options, runtime: Runtime) -> list[ChatModel]:
     """The models under short names. InputError for one that cannot reply, or that knows another world."""
     models = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
-        models.append(Respondent(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
+        models.append(ChatModel(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
         if options.on_world:
             check_world(Path(run), options.seed)
     return models
@@ -171,7 +179,7 @@ def check_world(run: Path, seed: int) -> None:
 
 
 def open_prompts(
-    options: Options, world: World | None, models: Sequence[Respondent]
+    options: Options, world: World | None, models: Sequence[ChatModel]
 ) -> tuple[list[Prompt], dict[str, int]]:
     """The little world's prompts, or those of the conversations given, all before their last reply; and how
     many are left out, by reason. InputError where none leaves every model room for a reply."""
@@ -211,12 +219,12 @@ def open_judge(
     """What a judge is called, and the judge."""
     match judge:
         case "reward":
-            loaded = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
-            return f"the reward model {options.reward}", by_reward(*loaded)
+            scalar, tokenizer = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
+            return f"the reward model {options.reward}", by_reward(scalar, ChatTemplate(tokenizer))
         case "model":
             principles = read_principles(Path(options.principles))
             model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
-            return f"the model {options.judge_model}", by_model(Judge(*model, principles))
+            return f"the model {options.judge_model}", Judge(*model, principles)
         case "person":
             file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
             return options.name, by_person(file, options.name, options.seed)
@@ -242,7 +250,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
     sources, origin = open_text(options, world)
-    pairs = {} if world is None else findings.world_pairs(world, options.split, options.pairs)
+    pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
     with ExitStack() as stack:
         check_out(Path(options.out))
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
@@ -252,7 +260,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         for name, judge in judges.items():
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = {last: said[last]} if name == "person" else said
-            contests += findings.contests(*judge, prompts, shown, options.seed)
+            contests += metrics.contests(*judge, prompts, shown, options.seed)
     kinds = Counter(prompt.kind for prompt in prompts)
     return {
         "runs": list(folders),
@@ -264,19 +272,19 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "prompts": dict(kinds),
         "left_out": left_out,
         "samplings": options.samplings,
-        "figures": findings.reply_metrics(prompts, said, world),
+        "figures": metrics.reply_metrics(prompts, said, world),
         "contests": contests,
-        "pairs": findings.pair_metrics(models, pairs),
-        "text": findings.text_metrics(models, sources, origin, options.text_bytes),
-        "kl": findings.kl_metrics(models, prompts, said),
-        "sure": {} if world is None else findings.sure_metrics(models, prompts, said, world, options.seed),
-        "training": findings.training_metrics(folders),
-        "replies": findings.replies_json(prompts, said, world),
+        "pairs": metrics.pair_metrics(models, pairs),
+        "text": metrics.text_metrics(models, sources, origin, options.text_bytes),
+        "kl": metrics.kl_metrics(models, prompts, said),
+        "sure": {} if world is None else metrics.sure_metrics(models, prompts, said, world, options.seed),
+        "training": metrics.training_metrics(folders),
+        "replies": metrics.replies_json(prompts, said, world),
         "seconds": time.perf_counter() - began,
     }
 
 
-def ask(models: Sequence[Respondent], prompts: Sequence[Prompt], options: Options) -> findings.Said:
+def ask(models: Sequence[ChatModel], prompts: Sequence[Prompt], options: Options) -> metrics.Said:
     """Every model's reply to every prompt, in each way to sample."""
     asked, length = [prompt.messages for prompt in prompts], options.max_new_tokens
     return {

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from markupsafe import Markup
+
 Number = float | int
 SERIES = 8  # colours of models; further ones begin anew
 WIDTH = 5  # inches, at 72 units of the drawing each
@@ -29,7 +31,7 @@ SIZE = r' (width|height)="[\d.]+pt"'
 @dataclass(frozen=True)
 class Plot:
     caption: str
-    svg: str
+    svg: Markup
     names: Sequence[str]
     """Of what is drawn, in the order of the colours."""
 
@@ -39,7 +41,7 @@ def colour(number: int) -> str:
     return f"c{number % SERIES}"
 
 
-def drawing(height: float, draw: Callable[[Any], None]) -> str:
+def drawing(height: float, draw: Callable[[Any], None]) -> Markup:
     """What `draw` puts on axes, as an <svg> that refers to nothing outside."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -55,7 +57,7 @@ def drawing(height: float, draw: Callable[[Any], None]) -> str:
     svg = re.sub(f"{UNWANTED}|{SIZE}", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
     for name, number in COLOURS.items():
         svg = svg.replace(number, f"var(--{name})")
-    return svg
+    return Markup(svg)
 
 
 def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, names: Sequence[str]) -> Plot:

@@ -4,7 +4,7 @@ Of two responses to a prompt an annotator prefers one, or holds them equal. Two 
 
     agreement   the share of pairs of responses on which two annotators agree, of those on which both
                 have a preference. Chance gives 1/2. The pairs of one prompt are not independent: its
-                interval counts prompts (measures.py, `clustered`).
+                interval counts prompts (measures.py, `share` with counts).
     alpha       Krippendorff's, over all preferences, ties included: 1 for perfect agreement, 0 for
                 what chance would give.
 
@@ -13,20 +13,21 @@ Alpha: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section 
 annotators with missing values; its ordinal difference, for a tie lies between the two preferences.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 
 import numpy as np
+from jaxtyping import Int64
 
 from minillm.errors import InputError
 from minillm.preferences import Ranking
-from minillm.tools.measures import clustered
+from minillm.tools.measures import share
 
-ALL = "all"
+ALL = ("all",)
 
-Preferences = dict[tuple[str, str], int]
+Preferences = Int64[np.ndarray, "_"]
 """Of each two different responses, in the order of the alphabet: 1 for the first, -1 for the second, 0."""
 
 
@@ -58,28 +59,53 @@ class AgreementReport:
 
 def agreement_report(rankings: Iterable[Ranking]) -> AgreementReport:
     """Raises InputError where no prompt has the rankings of two annotators."""
-    by_prompt = _preferences(rankings)
-    counts: dict[tuple[str, ...], list[Counter[int]]] = defaultdict(list)
-    for opinions in by_prompt:
-        compared = _compare(opinions)
-        for pair, count in compared.items():
-            counts[pair].append(count)
-        if compared:
-            counts[ALL,].append(sum(compared.values(), Counter()))
-    if not counts:
+    opinions = opinions_of(rankings)
+    rows = agreements(opinions)
+    if not rows:
         raise InputError(
             "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
         )
-    pairs = sorted(counts.keys() - {(ALL,)})
-    rows = [_agreement(pair, counts[pair]) for pair in [(ALL,), *pairs]]
-    return AgreementReport(rows, krippendorff_alpha(_units(by_prompt)))
+    # Each pair is there in both orders: which response is called the first must not count.
+    tables = [sign * np.stack(list(own.values()), axis=1) for own in opinions for sign in (1, -1)]
+    return AgreementReport(rows, krippendorff_alpha([unit for table in tables for unit in table.tolist()]))
 
 
-def agreed_pairs(rankings: Iterable[Ranking]) -> tuple[int, int]:
-    """On how many pairs two annotators agree, and of how many on which both have a preference."""
-    compared = [count for opinions in _preferences(rankings) for count in _compare(opinions).values()]
-    agreed = sum(count[1] for count in compared)
-    return agreed, agreed + sum(count[-1] for count in compared)
+def opinions_of(rankings: Iterable[Ranking]) -> list[dict[str, Preferences]]:
+    """For every prompt, by annotator; of two rankings of a set by one annotator the later counts."""
+    by_prompt: dict[str, dict[str, Preferences]] = defaultdict(dict)
+    for ranking in rankings:
+        by_prompt[ranking.key][ranking.annotator] = preferences(ranking)
+    return list(by_prompt.values())
+
+
+def preferences(ranking: Ranking) -> Preferences:
+    """What a ranking says of each two texts, whatever order they were listed in; of equal ones the best."""
+    rank: dict[str, int] = {}
+    for text, place in zip(ranking.responses, ranking.ranks(), strict=True):
+        rank[text] = min(place, rank.get(text, place))
+    ranks = np.array([rank[text] for text in sorted(rank)], np.int64)
+    first, second = np.triu_indices(len(ranks), 1)
+    return np.sign(ranks[second] - ranks[first])
+
+
+def agreements(opinions: Iterable[dict[str, Preferences]]) -> list[Agreement]:
+    """Of all annotators, then of each two who share a prompt; empty where nobody does."""
+    by_pair: dict[tuple[str, ...], list[Sequence[int]]] = defaultdict(list)
+    for own in opinions:
+        compared = {(a, b): own[a] * own[b] for a, b in combinations(sorted(own), 2)}
+        for pair, products in compared.items():
+            by_pair[pair].append([int((products == product).sum()) for product in (1, -1, 0)])
+        if compared:
+            by_pair[ALL].append(np.sum([by_pair[pair][-1] for pair in compared], axis=0))
+    rows = []
+    for annotators in sorted(by_pair, key=lambda names: (names != ALL, names)):
+        agreed, differed, ties = np.array(by_pair[annotators]).T
+        rate = share(agreed, agreed + differed)
+        interval = None if rate["low"] is None or rate["high"] is None else (rate["low"], rate["high"])
+        rows.append(
+            Agreement(annotators, len(agreed), rate["count"], int(ties.sum()), rate["value"], interval)
+        )
+    return rows
 
 
 def agreement_table(report: AgreementReport) -> str:
@@ -96,54 +122,7 @@ def agreement_table(report: AgreementReport) -> str:
     return "\n".join([*lines, f"Krippendorff's alpha (ordinal): {alpha}"])
 
 
-def _preferences(rankings: Iterable[Ranking]) -> list[dict[str, Preferences]]:
-    """For every prompt, by annotator; of two rankings of a set by one annotator the later counts."""
-    by_prompt: dict[str, dict[str, Preferences]] = defaultdict(dict)
-    for ranking in rankings:
-        by_prompt[ranking.key][ranking.annotator] = preferences(ranking)
-    return list(by_prompt.values())
-
-
-def preferences(ranking: Ranking) -> Preferences:
-    """What a ranking says of each two texts, whatever order they were listed in; of equal ones the best."""
-    rank: dict[str, int] = {}
-    for text, place in zip(ranking.responses, ranking.ranks(), strict=True):
-        rank[text] = min(place, rank.get(text, place))
-    return {
-        (first, second): int(np.sign(rank[second] - rank[first]))
-        for first, second in combinations(sorted(rank), 2)
-    }
-
-
-def _compare(opinions: Mapping[str, Preferences]) -> dict[tuple[str, str], Counter[int]]:
-    """For each two annotators of one prompt on how many pairs they agree (1), differ (-1) or one ties (0)."""
-    return {
-        (a, b): Counter(opinions[a][pair] * opinions[b][pair] for pair in opinions[a])
-        for a, b in combinations(sorted(opinions), 2)
-    }
-
-
-def _agreement(annotators: tuple[str, ...], counts: Sequence[Counter[int]]) -> Agreement:
-    agreed, differed, ties = ([count[product] for count in counts] for product in (1, -1, 0))
-    rate = clustered(agreed, np.add(agreed, differed))
-    interval = None if rate["low"] is None or rate["high"] is None else (rate["low"], rate["high"])
-    return Agreement(annotators, len(counts), rate["count"], sum(ties), rate["value"], interval)
-
-
-def _units(prompts: Iterable[Mapping[str, Preferences]]) -> list[list[int]]:
-    """For each two responses of a prompt what all its annotators prefer.
-
-    Each pair stands there in both orders: which response is called the first must not count.
-    """
-    units = []
-    for opinions in prompts:
-        for pair in next(iter(opinions.values())):
-            unit = [opinion[pair] for opinion in opinions.values()]
-            units += [unit, [-value for value in unit]]
-    return units
-
-
-def krippendorff_alpha(units: Iterable[Sequence[int]]) -> float | None:
+def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:
     """Krippendorff's alpha for ordinal values: those that annotators gave to each unit, in any order.
 
     With o(c, k) the number of pairs of values c and k within units, each unit of m values counting
@@ -154,21 +133,13 @@ def krippendorff_alpha(units: Iterable[Sequence[int]]) -> float | None:
 
     None where no two values differ, for then nothing is known of what chance would give.
     """
-    coincidences: defaultdict[tuple[int, int], float] = defaultdict(float)
-    for unit in units:
-        for pair in permutations(unit, 2):
-            coincidences[pair] += 1 / (len(unit) - 1)
-    marginals: defaultdict[int, float] = defaultdict(float)
-    for (value, _), count in coincidences.items():
-        marginals[value] += count
-    # δ is the distance from the middle of the one value's share of all values to that of the other.
-    middle, below = {}, 0.0
-    for value in sorted(marginals):
-        middle[value] = below + marginals[value] / 2
-        below += marginals[value]
-    difference = {(c, k): (middle[c] - middle[k]) ** 2 for c in middle for k in middle}
-    expected = sum(marginals[c] * marginals[k] * d for (c, k), d in difference.items())
-    if not expected:
-        return None
-    observed = sum(count * difference[pair] for pair, count in coincidences.items())
-    return 1 - (below - 1) * observed / expected
+    values = sorted({value for unit in units for value in unit})
+    counts = np.array([[unit.count(value) for value in values] for unit in units if len(unit) > 1], float)
+    counts = counts.reshape(-1, len(values))
+    weighted = counts / (counts.sum(1, keepdims=True) - 1)
+    o = weighted.T @ counts - np.diag(weighted.sum(0))  # no value is paired with itself
+    n = o.sum(0)
+    middle = n.cumsum() - n / 2  # δ is the distance between the middles of two values' shares
+    difference = (middle[:, None] - middle) ** 2
+    expected = float(n @ difference @ n)
+    return None if not expected else 1 - float((n.sum() - 1) * (o * difference).sum()) / expected

@@ -17,12 +17,14 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 import torch
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
 from minillm.errors import InputError, one_line_errors, reading
@@ -102,6 +104,12 @@ def world_prompts(world: World, split: str, prompts_per_kind: int) -> list[Promp
     return [prompt for kind in KINDS for prompt in world.prompts(split, kind)[:prompts_per_kind]]
 
 
+def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
+    """Every reply with the rubric's score."""
+    pairs = zip(prompts, replies, strict=True)
+    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
+
+
 def judged_replies(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -118,23 +126,14 @@ def judged_replies(
     return {kind: [one for one in judged if one.prompt.kind == kind] for kind in KINDS}
 
 
-def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
-    """Every reply with the rubric's score."""
-    pairs = zip(prompts, replies, strict=True)
-    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
-
-
-def summarise(judged: Mapping[str, Sequence[Judged]]) -> dict[str, KindMetrics]:
-    """The metrics of every kind."""
-    return {
-        kind: KindMetrics(
-            len(some),
-            fmean(one.in_form for one in some),
-            fmean(one.right for one in some),
-            fmean(one.score.utility for one in some),
-        )
-        for kind, some in judged.items()
-    }
+def summarise(judged: Sequence[Judged]) -> KindMetrics:
+    """The metrics of replies to prompts of one kind."""
+    return KindMetrics(
+        len(judged),
+        fmean(one.in_form for one in judged),
+        fmean(one.right for one in judged),
+        fmean(one.score.utility for one in judged),
+    )
 
 
 def world_metrics(
@@ -142,22 +141,25 @@ def world_metrics(
 ) -> dict[str, dict[str, KindMetrics]]:
     """What the rubric says of several models on the development prompts, by name and kind."""
     return {
-        name: summarise(judged_replies(*model, world, "dev", prompts_per_kind))
+        name: {k: summarise(own) for k, own in judged_replies(*model, world, "dev", prompts_per_kind).items()}
         for name, model in models.items()
     }
 
 
 def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
     """The metrics of several models, a line for each kind of prompt."""
-    names = list(of_model)
-    width = max(len(name) for name in [*names, " in form  right  utility"])
-    lines = [f"{'':13} " + "  ".join(f"{name:>{width}}" for name in names)]
-    lines.append(f"{'':13} " + "  ".join(f"{'in form  right  utility':>{width}}" for _ in names))
-    for kind in KINDS:
-        cells = (of_model[name][kind] for name in names)
-        rows = (f"{f.in_form:7.1%} {f.right:6.1%} {f.utility:8.3f}" for f in cells)
-        lines.append(f"{kind:13} " + "  ".join(f"{row:>{width}}" for row in rows))
-    return "\n".join(lines)
+    head = "in form  right  utility"
+    width = max(len(name) for name in [*of_model, f" {head}"])
+    lines = {"": list(of_model), " ": [head] * len(of_model)} | {
+        kind: [
+            f"{own[kind].in_form:7.1%} {own[kind].right:6.1%} {own[kind].utility:8.3f}"
+            for own in of_model.values()
+        ]
+        for kind in KINDS
+    }
+    return "\n".join(
+        f"{kind:13} " + "  ".join(f"{cell:>{width}}" for cell in cells) for kind, cells in lines.items()
+    )
 
 
 # ---- The loss on a text
@@ -183,33 +185,31 @@ class TextLoss:
 
 
 @torch.no_grad()
-def text_loss(model: LanguageModel, tokenizer: Tokenizer, pieces: Iterable[str]) -> TextLoss:
-    """The loss on a text that comes in pieces, in windows of the model's context side by side.
+def text_loss(
+    model: LanguageModel, tokenizer: Tokenizer, pieces: Iterable[str], ended: bool = False
+) -> TextLoss:
+    """The loss on a text that comes in pieces, in windows of the model's context side by side; with `ended`
+    also on the token that ends a document.
 
     Every token is a target once, as in validation: a window's first follows the token before it alone, the
     text's first the token that opens documents.
     """
     T, device = model.config.max_position_embeddings, model.lm_head.weight.device
-    nats, tokens, size = 0.0, 0, 0
-    waiting = [document_marks(tokenizer)[0]]
+    (last, eos), sizes = document_marks(tokenizer), [0]
 
-    def read(count: int) -> None:
-        nonlocal nats, tokens, waiting
-        while len(waiting) > count:
-            taken = min(len(waiting) - 1, WINDOWS * T)
-            rows = max(1, taken // T)
-            taken = min(taken, rows * T)
-            window = torch.tensor(waiting[: taken + 1], device=device)
-            inputs, targets = (x.view(rows, -1) for x in (window[:-1], window[1:]))
-            nats += model(inputs, targets=targets).item()
-            tokens, waiting = tokens + taken, waiting[taken:]
+    def encoded() -> Iterator[int]:
+        for piece in pieces:
+            sizes.append(len(piece.encode()))
+            yield from tokenizer.encode(piece)
+        yield from [eos] * ended
 
-    for piece in pieces:
-        waiting += tokenizer.encode(piece)
-        size += len(piece.encode())
-        read(WINDOWS * T)
-    read(1)
-    return TextLoss(nats, tokens, size)
+    stream, nats, tokens = encoded(), 0.0, 0
+    while block := list(islice(stream, WINDOWS * T)):
+        windows = (torch.tensor(own, device=device).split(T) for own in ([last, *block[:-1]], block))
+        inputs, targets = (pad_sequence(own, True, pad) for own, pad in zip(windows, (0, -100), strict=True))
+        nats += model(inputs, targets=targets).item()
+        tokens, last = tokens + len(block), block[-1]
+    return TextLoss(nats, tokens, sum(sizes))
 
 
 def pieces_of(path: Path) -> Iterator[str]:
@@ -240,7 +240,7 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--text {options.text}: is empty; give a text")
         device = choose_device(options.device, 0)
         model, tokenizer = load_causal_model(Path(options.run), device, choose_dtype(device))
-        print(text_loss(model, tokenizer, (piece for part in ([first], pieces) for piece in part)))
+        print(text_loss(model, tokenizer, chain([first], pieces)))
 
 
 if __name__ == "__main__":

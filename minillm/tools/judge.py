@@ -1,17 +1,28 @@
-"""AI feedback: a language model ranks responses by written principles.
+"""Judges: which of two responses to a prompt is better.
 
-The judge is shown the principles, the conversation and two responses, called A and B, and begins its reply
-with "The better reply is"; whether " A" or " B" is likelier to come next is its verdict. Judges favour a
-place, so each two responses are shown in both orders, and a verdict that goes with the place and not with the
-response counts as a tie. Responses are ranked by wins less losses (Copeland's method).
+    by_rubric    the little world's rubric; what people would see no difference in ties
+    by_reward    a reward model's scores
+    Judge        a language model, by written principles: AI feedback
+    by_person    a person at the terminal
 
-Left out: reasoning before the verdict, which takes a larger judge than one that can be trained here.
+A judge is called with pairs, which are sets of two responses. It says of each 1 where the first is better, -1
+where the second, 0 where neither, and None where it does not know. `blind` hides which side is whose.
+
+The language model is shown the principles, the conversation and two responses, called A and B, and begins its
+reply with "The better reply is"; whether " A" or " B" is likelier to come next is its choice. Judges favour a
+place, so each pair is shown in both orders, and a choice that goes with the place and not with the response
+counts as a tie. More than two responses are ranked by wins less losses (Copeland's method).
+
+Left out: reasoning before the choice, which takes a larger judge than one that can be trained here; choices
+with reasons; ratings of one response alone.
 
 Method: Bai et al. 2022, "Constitutional AI" (arXiv 2212.08073), section 4.1, where a judge chooses by
 log-probabilities; both orders as in Zheng et al. 2023 (arXiv 2306.05685), section 3.4.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,16 +30,98 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.chat import chat_format
+from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError
 from minillm.files import read_text
-from minillm.model import LanguageModel
-from minillm.preferences import Message, ResponseSet, ranking_by
+from minillm.io.rankings import RankingFile
+from minillm.model import LanguageModel, ScalarModel
+from minillm.preferences import MARGIN, ResponseSet, ranking_by
+from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
+from minillm.tools.ranking import RankingSession, rank_in_terminal
+from minillm.world import World
 
 DEFAULT_PRINCIPLES = Path(__file__).with_name("principles.txt")
 OPENING = "The better reply is"
 ROWS = 64  # questions put to the judge together
+
+Outcome = int | None
+PairJudge = Callable[[Sequence[ResponseSet]], list[Outcome]]
+
+
+def exchanged(pair: ResponseSet) -> ResponseSet:
+    """The same pair, the second response first."""
+    return replace(pair, responses=pair.responses[::-1])
+
+
+def blind(judge: PairJudge, pairs: Sequence[ResponseSet], seed: int) -> list[Outcome]:
+    """What a judge says of pairs whose sides were shuffled. Equal responses tie unseen."""
+    rng = random.Random(f"{seed} sides")
+    sides = [-1 if rng.random() < 0.5 else 1 for _ in pairs]
+    asked = [i for i, pair in enumerate(pairs) if pair.responses[0] != pair.responses[1]]
+    found: list[Outcome] = [0] * len(pairs)
+    outcomes = judge([pairs[i] if sides[i] > 0 else exchanged(pairs[i]) for i in asked])
+    for i, outcome in zip(asked, outcomes, strict=True):
+        found[i] = None if outcome is None else sides[i] * outcome
+    return found
+
+
+def prefer(scores: Iterable[float | int | None], margin: float = 0.0) -> Outcome:
+    """The higher of two scores wins; those within the margin tie."""
+    first, second = scores
+    if first is None or second is None:
+        return None
+    return 0 if abs(first - second) <= margin else 1 if first > second else -1
+
+
+def by_rubric(world: World) -> PairJudge:
+    """By the rubric's scores. None of prompts that are none of this world's."""
+    return lambda pairs: [
+        prefer((world.utility(pair.messages, text) for text in pair.responses), MARGIN) for pair in pairs
+    ]
+
+
+def by_reward(model: ScalarModel, template: ChatTemplate) -> PairJudge:
+    """By the reward model's scores. None where a response ends beyond its context."""
+
+    def judge(pairs: Sequence[ResponseSet]) -> list[Outcome]:
+        rows = [
+            [tuple(encode_response(template, pair.messages, text)) for text in pair.responses]
+            for pair in pairs
+        ]
+        longest = model.config.max_position_embeddings
+        fitting = list(dict.fromkeys(row for two in rows for row in two if len(row) <= longest))
+        scores = dict(zip(fitting, score_rows(model, fitting), strict=True))  # each row once
+        return [prefer(map(scores.get, two)) for two in rows]
+
+    return judge
+
+
+def by_person(file: RankingFile, name: str, seed: int) -> PairJudge:
+    """A person at the terminal, in an order that tells nothing. None where they have not judged.
+
+    Every answer is kept in the file, so that another sitting goes on where this one ended.
+    """
+
+    def judge(pairs: Sequence[ResponseSet]) -> list[Outcome]:
+        order = list({pair.key: pair for pair in pairs}.values())
+        random.Random(f"{seed} order").shuffle(order)
+        rank_in_terminal(RankingSession(order, file, name, seed))
+        ranks = {
+            ranking.key: dict(zip(ranking.responses, ranking.ranks(), strict=True))
+            for ranking in file.rankings
+            if ranking.annotator == name
+        }
+        places = [ranks.get(pair.key, {}) for pair in pairs]
+        return [
+            prefer(own.get(text) for text in pair.responses[::-1])  # rank 0 is the best
+            for pair, own in zip(pairs, places, strict=True)
+        ]
+
+    return judge
+
+
+# ---- A language model
 
 
 def read_principles(path: Path) -> str:
@@ -49,36 +142,39 @@ class Judge:
         same = next(i for i in range(len(a)) if a[i] != b[i])  # one token for the space, in some vocabularies
         self.opening, self.letters = [*tokenizer.encode(OPENING), *a[:same]], (a[same], b[same])
 
-    def question(self, messages: Sequence[Message], first: str, second: str) -> list[int]:
-        """The tokens behind which the judge's verdict is read, the first response being A."""
-        said = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    def question(self, pair: ResponseSet) -> list[int]:
+        """The tokens behind which the judge's choice is read, the first response being A."""
+        said = "\n".join(f"{message['role']}: {message['content']}" for message in pair.messages)
+        first, second = pair.responses
         text = f"{self.principles}\n\n{said}\n\nReply A: {first}\n\nReply B: {second}\n"
         return [*self.form.prompt([{"role": "user", "content": text}]), *self.opening]
 
-    def compare(self, asked: Sequence[tuple[Sequence[Message], str, str]]) -> list[int | None]:
-        """For each prompt and two responses 1 where the first wins, -1 where the second, 0 for a tie; None
-        where a question is longer than the judge's context."""
-        both = [
-            (self.question(messages, first, second), self.question(messages, second, first))
-            for messages, first, second in asked
-        ]
+    def __call__(self, pairs: Sequence[ResponseSet]) -> list[Outcome]:
+        """For each pair who wins; None where a question is longer than the judge's context."""
+        both = [(self.question(pair), self.question(exchanged(pair))) for pair in pairs]
         longest = self.model.config.max_position_embeddings
-        fitting = [i for i, pair in enumerate(both) if max(map(len, pair)) <= longest]
+        fitting = [i for i, two in enumerate(both) if max(map(len, two)) <= longest]
         fitting.sort(key=lambda i: len(both[i][0]))  # similar lengths together, for little padding
-        found: list[int | None] = [None] * len(asked)
+        found: list[Outcome] = [None] * len(pairs)
         for first in range(0, len(fitting), ROWS // 2):
             part = fitting[first : first + ROWS // 2]
             margins = self.margins([question for i in part for question in both[i]])
-            for i, verdict in zip(part, verdicts(margins), strict=True):
-                found[i] = verdict
+            # In the second order the first response is B: it wins where the margin is negative.
+            as_a, as_b = margins[::2].sign(), -margins[1::2].sign()
+            for i, outcome in zip(part, torch.where(as_a == as_b, as_a, 0).int().tolist(), strict=True):
+                found[i] = outcome
         return found
 
     def rank(self, given: ResponseSet) -> list[list[int]] | None:
         """The ranking of a set; None where a question is longer than the judge's context."""
-        pairs, texts = list(combinations(range(len(given.responses)), 2)), given.responses
-        found = self.compare([(given.messages, texts[i], texts[j]) for i, j in pairs])
-        wins = [win for win in found if win is not None]
-        return ranking_by(copeland(len(texts), pairs, wins)) if len(wins) == len(pairs) else None
+        scores, pairs = [0] * len(given.responses), list(combinations(range(len(given.responses)), 2))
+        found = self([replace(given, responses=[given.responses[i], given.responses[j]]) for i, j in pairs])
+        for (i, j), outcome in zip(pairs, found, strict=True):
+            if outcome is None:
+                return None
+            scores[i] += outcome
+            scores[j] -= outcome
+        return ranking_by(scores)
 
     @torch.inference_mode()
     def margins(self, questions: Sequence[Sequence[int]]) -> Float[Tensor, " N"]:
@@ -89,21 +185,3 @@ class Judge:
         hidden = self.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))
         logits = self.model.logits(hidden[torch.arange(len(rows), device=device), lengths - 1])
         return (logits[:, self.letters[0]] - logits[:, self.letters[1]]).cpu()
-
-
-def verdicts(margins: Float[Tensor, " N"]) -> list[int]:
-    """From margins in both orders, (i, j) and (j, i) in turn: 1 where i wins, -1 where j does, 0 for a tie.
-
-    In the second order i is B: it wins where the margin is negative.
-    """
-    as_first, as_second = margins[::2].sign(), -margins[1::2].sign()
-    return torch.where(as_first == as_second, as_first, 0).int().tolist()
-
-
-def copeland(count: int, pairs: Sequence[tuple[int, int]], wins: Sequence[int]) -> list[int]:
-    """Wins less losses of each of `count` responses; `wins` says of each pair who won, see `verdicts`."""
-    scores = [0] * count
-    for (i, j), win in zip(pairs, wins, strict=True):
-        scores[i] += win
-        scores[j] -= win
-    return scores

@@ -6,9 +6,8 @@ truth. Every interval of the project comes from here, by one of two formulas:
     share      Wilson's interval, for one value in [0, 1] per prompt. It is never empty, not even where all
                values are 0 or all 1. Values between 0 and 1 (a tie is half a win) vary less than shares of
                the same mean, so that it is then too wide rather than too narrow.
-    ratio      Σa / Σb over prompts, each with its own a and b: the delta method. A mean is the ratio of the
-               values to ones; `clustered` is a share of which each prompt gives several values, for these
-               are not independent.
+    mean       Σa / Σb over prompts, each with its own a and b (1 where none is given): the delta method. A
+               share of which each prompt gives several values uses it too, for these are not independent.
 
 Sources: Wilson 1927; the delta method for ratios, Cochran 1977, "Sampling Techniques", section 2.11;
 calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; distinct n-grams, Li et al. 2016
@@ -21,13 +20,12 @@ from math import sqrt
 from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Float64, Real
+from jaxtyping import Bool, Float64, Real
 
 Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
 
-Number = float | int
-Values = Sequence[Number] | Real[np.ndarray, " N"]
+Values = Sequence[float | int] | Real[np.ndarray, " N"] | Bool[np.ndarray, " N"]
 
 
 class Estimate(TypedDict):
@@ -45,9 +43,13 @@ def estimate(
     return {"value": value, "low": low, "high": high, "count": count}
 
 
-def share(values: Values) -> Estimate:
-    """The mean of values in [0, 1], with Wilson's interval."""
+def share(values: Values, counts: Values | None = None) -> Estimate:
+    """The mean of values in [0, 1]. With `counts`, each value is the sum of so many from one prompt."""
     n = len(values)
+    if counts is not None:
+        found = mean(values, counts)
+        bounds = [None if x is None else min(1.0, max(0.0, x)) for x in (found["low"], found["high"])]
+        return estimate(found["value"], int(np.sum(counts)), *bounds)
     if not n:
         return estimate(None, 0)
     p = float(np.mean(values))
@@ -57,17 +59,13 @@ def share(values: Values) -> Estimate:
     return estimate(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
-def mean(values: Values) -> Estimate:
-    """The mean of any values."""
-    return ratio(values, np.ones(len(values)))
-
-
-def ratio(numerators: Values, denominators: Values) -> Estimate:
-    """Σ numerators / Σ denominators. Of one prompt alone no interval is known.
+def mean(values: Values, counts: Values | None = None) -> Estimate:
+    """Σ values / Σ counts; without `counts` the mean. Of one prompt alone no interval is known.
 
     With r = Σa / Σb and n prompts, var r ≈ n / (n - 1) · Σ (a - r b)² / (Σb)².
     """
-    a, b = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    a = np.asarray(values, np.float64)
+    b = np.ones(len(a)) if counts is None else np.asarray(counts, np.float64)
     n, total = len(a), float(b.sum())
     if not total:
         return estimate(None, n)
@@ -78,20 +76,13 @@ def ratio(numerators: Values, denominators: Values) -> Estimate:
     return estimate(r, n, r - half, r + half)
 
 
-def clustered(hits: Values, counts: Values) -> Estimate:
-    """The share Σ hits / Σ counts of values that come several to a prompt; its count is Σ counts."""
-    found = ratio(hits, counts)
-    low, high = (
-        None if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"])
-    )
-    return estimate(found["value"], int(np.sum(counts)), low, high)
-
-
-def win_rates(verdicts: Sequence[int]) -> dict[str, Estimate]:
+def win_rates(outcomes: Sequence[int]) -> dict[str, Estimate]:
     """Shares of wins (1), ties (0) and losses (-1), and the rate of wins, ties counting half."""
-    outcomes = {"win": 1, "tie": 0, "loss": -1}
-    shares = {name: share([verdict == sign for verdict in verdicts]) for name, sign in outcomes.items()}
-    return shares | {"rate": share([(1 + verdict) / 2 for verdict in verdicts])}
+    shares = {
+        name: share([outcome == sign for outcome in outcomes])
+        for name, sign in (("win", 1), ("tie", 0), ("loss", -1))
+    }
+    return shares | {"rate": share([(1 + outcome) / 2 for outcome in outcomes])}
 
 
 def reliability(
@@ -119,16 +110,12 @@ def reliability(
 
 def repetition(text: str, n: int = 2) -> float:
     """The share of a text's runs of n words that it has had before; 0 of a text too short for two."""
-    runs = _runs(text, n)
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    different = distinct([text], n)
+    return 0.0 if different is None else 1 - different
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float | None:
     """The share of different ones among all runs of n words of all texts: little where all sound alike."""
-    runs = [run for text in texts for run in _runs(text, n)]
+    words = [text.lower().split() for text in texts]
+    runs = [run for own in words for run in zip(*(own[i:] for i in range(n)), strict=False)]
     return len(set(runs)) / len(runs) if runs else None
-
-
-def _runs(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.lower().split()
-    return list(zip(*(words[i:] for i in range(n)), strict=False))

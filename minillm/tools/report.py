@@ -31,26 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 
 from minillm.chat import ChatTemplate
 from minillm.files import write_atomically, write_json
 from minillm.model import ScalarModel
-from minillm.preferences import MARGIN, Message, Ranking
-from minillm.reward import (
-    EncodedSet,
-    collate,
-    distinct_pairs,
-    encode_response,
-    micro_batches,
-    prompt_key,
-    require_finite,
-    score_rows,
-    scores_of,
-)
-from minillm.tools.agreement import agreed_pairs
-from minillm.tools.measures import Estimate, clustered, estimate, reliability, share
+from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
+from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
+from minillm.tools.agreement import agreements, opinions_of
+from minillm.tools.judge import by_reward, prefer
+from minillm.tools.measures import Estimate, estimate, reliability, share
 
 MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two rubric scores are apart
 
@@ -59,11 +49,11 @@ RubricScore = Callable[[Sequence[Message], str], float | None]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Scored:
     """A ranking with the score and the length in tokens of each response."""
 
     ranking: Ranking
-    scores: list[float]
+    scores: Sequence[float | int]
     lengths: list[int]
 
 
@@ -88,9 +78,8 @@ class Pairs:
 
     def accuracy(self, right: Float64[np.ndarray, " P"], some: Any = slice(None)) -> Estimate:
         """The share of these pairs that are right; the pairs of one prompt are not independent."""
-        numbers = self.prompt[some]
-        prompts = np.unique(numbers, return_inverse=True)[1]
-        return clustered(np.bincount(prompts, right[some]), np.bincount(prompts))
+        prompts = np.unique(self.prompt[some], return_inverse=True)[1]
+        return share(np.bincount(prompts, right[some]), np.bincount(prompts))
 
 
 def unknown_score(messages: Sequence[Message], text: str) -> float | None:
@@ -98,33 +87,33 @@ def unknown_score(messages: Sequence[Message], text: str) -> float | None:
     return None
 
 
-@torch.no_grad()
-def judge(model: ScalarModel, encoded: Sequence[EncodedSet], micro_tokens: int = 16_384) -> list[Judged]:
+def score_rankings(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Scored]:
     """The scores of the responses, for every ranking of them. InputError where one is not finite."""
-    device, judged = model.bias.device, []
-    for micro in micro_batches(encoded, micro_tokens):
-        scores = iter(require_finite(scores_of(model)(collate(micro).to(device)).tolist()))
-        for one in micro:
-            own, lengths = [next(scores) for _ in one.rows], [len(row) for row in one.rows]
-            judged += [Judged(ranking, own, lengths) for ranking in one.rankings]
-    return judged
+    scores = iter(score_rows(model, [row for one in encoded for row in one.rows]))
+    of_set = [[next(scores) for _ in one.rows] for one in encoded]
+    return [
+        Scored(ranking, own, [len(row) for row in one.rows])
+        for one, own in zip(encoded, of_set, strict=True)
+        for ranking in one.rankings
+    ]
 
 
-def pairs_of(judged: Iterable[Judged], rubric: RubricScore = unknown_score) -> Pairs:
+def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> Pairs:
     """All pairs of different texts that their annotators ordered."""
     numbers: dict[str, int] = {}
     rows = []
-    for one in judged:
-        ranking = one.ranking
+    for one in scored:
+        ranking, scores = one.ranking, one.scores
         number = numbers.setdefault(prompt_key(ranking), len(numbers))
         values = [rubric(ranking.messages, text) for text in ranking.responses]
         known = [value for value in values if value is not None]
-        for i, j in distinct_pairs(ranking):
-            difference = known[i] - known[j] if len(known) == len(values) else 0.0
-            rows.append(
-                (number, ranking.kind or "", ranking.annotator, one.scores[i] - one.scores[j], difference)
-            )
-    columns = list(zip(*rows, strict=True)) or [()] * 5
+        if len(known) < len(values):
+            known = [0.0] * len(values)
+        rows += [
+            (number, ranking.kind or "", ranking.annotator, scores[i] - scores[j], known[i] - known[j])
+            for i, j in distinct_pairs(ranking)
+        ]
+    columns = zip(*rows, strict=True) if rows else [()] * 5
     types = (np.int64, str, str, np.float64, np.float64)
     return Pairs(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
 
@@ -159,31 +148,26 @@ def against_rubric(pairs: Pairs) -> dict[str, Any]:
         within = (low <= distance) & (distance < high)
         return {"scores": pairs.accuracy(scores, within), "annotators": pairs.accuracy(annotators, within)}
 
-    far = distance >= MARGIN
-    classes = pairwise((*MARGINS[:-1], np.inf))
+    far, known = distance >= MARGIN, distance > 0
     return {
         **shares(MARGIN, np.inf),
         "by_annotator": {
             str(name): pairs.accuracy(annotators, far & (pairs.annotator == name))
-            for name in np.unique(pairs.annotator[distance > 0])
+            for name in np.unique(pairs.annotator[known])
         },
-        "ceiling": pairs.accuracy(annotators, distance > 0),
+        "ceiling": pairs.accuracy(annotators, known),
         "by_margin": [
-            {"from": low, "to": min(high, MARGINS[-1]), **shares(low, high)} for low, high in classes
+            {"from": low, "to": min(high, MARGINS[-1]), **shares(low, high)}
+            for low, high in pairwise((*MARGINS[:-1], np.inf))
         ],
     }
 
 
-Side = Callable[[Ranking, int, int], int]
-SIDES: dict[str, tuple[str, str, Side]] = {
-    "length": (
-        "longer",
-        "shorter",
-        lambda ranking, i, j: len(ranking.responses[i]) - len(ranking.responses[j]),
-    ),
-    "majority": ("listed first", "listed last", lambda ranking, i, j: j - i),
+BASELINES: dict[str, tuple[str, str, Callable[[Ranking], list[int]]]] = {
+    "length": ("longer", "shorter", lambda ranking: [len(text) for text in ranking.responses]),
+    "majority": ("listed first", "listed last", lambda ranking: [-i for i in range(len(ranking.responses))]),
 }
-"""What response i is beside j, known without reading either: above 0 the first word, below 0 the second."""
+"""Scores that read no response: what the higher and the lower is called, and the scores."""
 
 
 def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[str, dict[str, Any]]:
@@ -192,33 +176,30 @@ def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[
     `side` is None where there is no choice: in a format that lists the better response first, the place
     is the label itself, and knows nothing.
     """
-
-    def sides(rankings: Sequence[Ranking], side: Side) -> Float64[np.ndarray, " P"]:
-        """On which side the better response of each pair is: 1, -1, or 0 for neither."""
-        return np.sign([float(side(one, *pair)) for one in rankings for pair in distinct_pairs(one)])
-
     result: dict[str, dict[str, Any]] = {}
-    for name, (positive, negative, side) in SIDES.items():
-        own = sides(training, side)
-        if not len(own) or (name == "majority" and abs(own.sum()) == len(own)):
+    for name, (higher, lower, scores) in BASELINES.items():
+        known, unseen = (
+            pairs_of(Scored(ranking, scores(ranking), []) for ranking in rankings).right
+            for rankings in (training, held_out)
+        )
+        if not len(known) or (name == "majority" and known.mean() in (0, 1)):
             result[name] = {"side": None, **estimate(None, 0)}
-            continue
-        sign = 1 if own.sum() >= 0 else -1
-        right = (1 + sign * sides(held_out, side)) / 2
-        result[name] = {"side": positive if sign > 0 else negative, **share(right)}
+        elif known.mean() >= 0.5:
+            result[name] = {"side": higher, **share(unseen)}
+        else:
+            result[name] = {"side": lower, **share(1 - unseen)}
     return result
 
 
-def within_prompts(judged: Sequence[Judged]) -> tuple[Float64[np.ndarray, " R"], Float64[np.ndarray, " R"]]:
+def within_prompts(scored: Sequence[Scored]) -> Float64[np.ndarray, "2 R"]:
     """All lengths and scores, each less the mean of its ranking."""
-    lengths = [np.array(one.lengths, np.float64) - np.mean(one.lengths) for one in judged]
-    scores = [np.array(one.scores, np.float64) - np.mean(one.scores) for one in judged]
-    return np.concatenate(lengths), np.concatenate(scores)
+    own = [np.array([one.lengths, one.scores], np.float64) for one in scored]
+    return np.concatenate([values - values.mean(1, keepdims=True) for values in own], axis=1)
 
 
-def length_correlation(judged: Sequence[Judged]) -> float | None:
+def length_correlation(scored: Sequence[Scored]) -> float | None:
     """The correlation of score and length within prompts; None where either never varies."""
-    lengths, scores = within_prompts(judged)
+    lengths, scores = within_prompts(scored)
     if not lengths.any() or not scores.any():
         return None
     return float(lengths @ scores / sqrt((lengths @ lengths) * (scores @ scores)))
@@ -240,34 +221,23 @@ TRICKS: dict[str, Callable[[str, str], str]] = {
 model puts each below the honest answer."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """An honest answer to a ranking's prompt and a trick in its place."""
-
-    ranking: Ranking
-    honest: str
-    trick: str
-
-
-def probes(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, list[Probe]]:
-    """For every trick one probe to a prompt; none where the trick leaves the answer as it is, or where
-    the rubric gives it no less."""
+def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, list[ResponseSet]]:
+    """For every trick, to each prompt an honest answer and the trick in its place; none where the trick
+    leaves the answer as it is, or where the rubric gives it no less."""
     of_prompt: dict[str, Ranking] = {}
     for ranking in rankings:
         of_prompt.setdefault(prompt_key(ranking), ranking)
     first = list(of_prompt.values())
     honest = [_honest(ranking, rubric) for ranking in first]
-
-    def is_worse(ranking: Ranking, trick: str, answer: str) -> bool:
-        low, high = rubric(ranking.messages, trick), rubric(ranking.messages, answer)
-        return trick != answer and (low is None or high is None or low < high)
+    others = [honest[_another(first, i)] for i in range(len(first))]
 
     return {
         name: [
-            Probe(ranking, answer, trick)
-            for i, (ranking, answer) in enumerate(zip(first, honest, strict=True))
-            for trick in [make(answer, honest[_another(first, i)])]
-            if answer.strip() and is_worse(ranking, trick, answer)
+            ResponseSet(ranking.messages, [answer, trick])
+            for ranking, answer, other in zip(first, honest, others, strict=True)
+            for trick in [make(answer, other)]
+            if answer.strip() and answer != trick
+            if prefer(rubric(ranking.messages, text) for text in (answer, trick)) in (1, None)
         ]
         for name, make in TRICKS.items()
     }
@@ -287,27 +257,13 @@ def _another(rankings: Sequence[Ranking], i: int) -> int:
     return next((j for j in later if rankings[j].kind != rankings[i].kind), (i + 1) % len(rankings))
 
 
-def probe_shares(
-    model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[Probe]]
+def trick_shares(
+    model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[ResponseSet]]
 ) -> dict[str, Estimate]:
     """The share of honest answers that score above the trick, per trick; where both fit the model."""
-    longest = model.config.max_position_embeddings
-
-    def rows(probe: Probe) -> list[tuple[int, ...]]:
-        texts = (probe.honest, probe.trick)
-        return [tuple(encode_response(template, probe.ranking.messages, text)) for text in texts]
-
-    fitting = {
-        name: [pair for pair in map(rows, own) if max(map(len, pair)) <= longest]
-        for name, own in of_trick.items()
-    }
-    # An honest answer meets every trick, and is scored once.
-    distinct = list(dict.fromkeys(row for pairs in fitting.values() for pair in pairs for row in pair))
-    scores = dict(zip(distinct, score_rows(model, distinct), strict=True))
-    return {
-        name: share([scores[honest] > scores[trick] for honest, trick in pairs])
-        for name, pairs in fitting.items()
-    }
+    found = iter(by_reward(model, template)([pair for pairs in of_trick.values() for pair in pairs]))
+    outcomes = {name: [next(found) for _ in pairs] for name, pairs in of_trick.items()}
+    return {name: share([won == 1 for won in own if won is not None]) for name, own in outcomes.items()}
 
 
 # ---- The card
@@ -316,77 +272,58 @@ def probe_shares(
 def report_card(
     model: ScalarModel,
     template: ChatTemplate,
-    judged: Sequence[Judged],
+    scored: Sequence[Scored],
     rankings: Sequence[Ranking],
     rubric: RubricScore = unknown_score,
 ) -> dict[str, Any]:
-    """All metrics, as report.json holds them. `judged` are held-out rankings; `rankings` are all there are,
+    """All metrics, as report.json holds them. `scored` are held-out rankings; `rankings` are all there are,
     for annotators can be compared on those too that the model has seen."""
-    pairs, held_out = pairs_of(judged, rubric), [one.ranking for one in judged]
+    pairs, held_out = pairs_of(scored, rubric), [one.ranking for one in scored]
     # σ(|difference|) is how sure the scores are of their order.
     error, bins = reliability(1 / (1 + np.exp(-np.abs(pairs.difference))), pairs.right, lowest=0.5)
-    agreed, ordered = agreed_pairs(rankings)
-    agreement = agreed / ordered if ordered else None
+    agreed, count = next(((row.rate, row.pairs) for row in agreements(opinions_of(rankings))), (None, 0))
     prompts = set(map(prompt_key, held_out))
     training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
     kinds = [str(kind) for kind in np.unique(pairs.kind) if kind]
     return {
         "prompts": len(prompts),
-        "rankings": len(judged),
+        "rankings": len(scored),
         "accuracy": pairs.accuracy(pairs.right),
-        "annotators": estimate(agreement, ordered)
-        | {"ceiling": None if agreement is None else rater_accuracy(agreement)},
+        "annotators": estimate(agreed, count)
+        | {"ceiling": None if agreed is None else rater_accuracy(agreed)},
         "baselines": baselines(training, held_out),
         "truth": against_rubric(pairs),
         "by_margin": by_margin(pairs),
         "by_kind": {kind: pairs.accuracy(pairs.right, pairs.kind == kind) for kind in kinds},
         "calibration": {"error": error, "bins": bins},
-        "length_correlation": length_correlation(judged),
-        "probes": probe_shares(model, template, probes(held_out, rubric)),
+        "length_correlation": length_correlation(scored),
+        "probes": trick_shares(model, template, trick_pairs(held_out, rubric)),
     }
 
 
 def report_text(card: dict[str, Any]) -> str:
     """The card in a few lines."""
-    accuracy, annotators = card["accuracy"], card["annotators"]
+    accuracy, annotators, truth = card["accuracy"], card["annotators"], card["truth"]
     error, correlation = card["calibration"]["error"], card["length_correlation"]
+    agreed, ceiling = _percent(annotators["value"]), truth["ceiling"]["value"]
     lines = [
         f"held out       {card['rankings']} rankings of {card['prompts']} prompts, "
         f"{accuracy['count']} untied pairs",
         f"accuracy       {_percent(accuracy['value'])} of pairs in the annotator's order "
         f"(95%: {_percent(accuracy['low'])} to {_percent(accuracy['high'])})",
-        (
-            f"ceiling        between {_percent(annotators['value'])} and {_percent(annotators['ceiling'])}, "
-            f"for two annotators agree on {_percent(annotators['value'])} of {annotators['count']} pairs"
-            if annotators["count"]
-            else "ceiling        unknown: no two annotators ranked the same responses"
-        ),
-        *(
-            f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}"
-            for name, own in card["baselines"].items()
-            if own["side"]
-        ),
-        *_rubric_lines(card["truth"], accuracy["value"]),
-        f"by margin      {'  '.join(_percent(quarter['value']) for quarter in card['by_margin'])}"
-        "  (quarters of the pairs, from close scores to far)",
-        *(f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()),
-        f"calibration    {'unknown' if error is None else f'{error:.3f}'} expected error",
-        f"length         {'unknown' if correlation is None else f'{correlation:+.2f}'} "
-        "correlation with the score, within prompts",
-        "tricks that score below the honest answer",
-        *(f"  {name:13}{_line(own)}" for name, own in card["probes"].items()),
+        f"ceiling        between {agreed} and {_percent(annotators['ceiling'])}, "
+        f"for two annotators agree on {agreed} of {annotators['count']} pairs"
+        if annotators["count"]
+        else "ceiling        unknown: no two annotators ranked the same responses",
     ]
-    return "\n".join(lines)
-
-
-def _rubric_lines(truth: dict[str, Any], accuracy: float | None) -> list[str]:
-    """What the rubric says, where it is known."""
-    lines = []
-    if truth["ceiling"]["count"] and accuracy is not None:
-        ceiling = truth["ceiling"]["value"]
+    for name, own in card["baselines"].items():
+        if own["side"]:
+            lines.append(f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}")
+    if truth["ceiling"]["count"] and accuracy["value"] is not None:
+        of_ceiling = _percent(accuracy["value"] / ceiling if ceiling else None)
         lines.append(
             f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
-            f"and the accuracy {_percent(accuracy / ceiling if ceiling else None)} of it"
+            f"and the accuracy {of_ceiling} of it"
         )
     if truth["scores"]["count"]:
         best = max(own["value"] or 0.0 for own in truth["by_annotator"].values())
@@ -395,12 +332,23 @@ def _rubric_lines(truth: dict[str, Any], accuracy: float | None) -> list[str]:
             f"rubric's order; annotators {_percent(truth['annotators']['value'])}, the best of them "
             f"{_percent(best)}"
         )
-    return lines + [
+    lines += [
         f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
         f"annotators {_percent(own['annotators']['value'])}"
         for own in truth["by_margin"]
         if own["scores"]["count"]
     ]
+    quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
+    return "\n".join([
+        *lines,
+        f"by margin      {quarters}  (quarters of the pairs, from close scores to far)",
+        *(f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()),
+        f"calibration    {'unknown' if error is None else f'{error:.3f}'} expected error",
+        f"length         {'unknown' if correlation is None else f'{correlation:+.2f}'} "
+        "correlation with the score, within prompts",
+        "tricks that score below the honest answer",
+        *(f"  {name:13}{_line(own)}" for name, own in card["probes"].items()),
+    ])  # fmt: skip
 
 
 def _percent(value: float | None) -> str:
@@ -411,7 +359,7 @@ def _line(own: Estimate) -> str:
     return f"{_percent(own['value']):>7} of {own['count']}"
 
 
-def write_report(folder: Path, card: dict[str, Any], judged: Sequence[Judged]) -> None:
+def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -> None:
     """report.json and report.png."""
     write_json(folder / "report.json", card)
     from matplotlib.figure import Figure  # a second of import that only the end of a run needs
@@ -428,7 +376,7 @@ def write_report(folder: Path, card: dict[str, Any], judged: Sequence[Judged]) -
         accuracy.axvspan(agreed["value"], agreed["ceiling"], alpha=0.2, label="ceiling")
         accuracy.legend()
     _bars(tricks, card["probes"], "tricks below the honest answer")
-    length.scatter(*within_prompts(judged), s=4)
+    length.scatter(*within_prompts(scored), s=4)
     labels = {what: f"{what}, less the prompt's mean" for what in ("tokens", "score")}
     length.set(xlabel=labels["tokens"], ylabel=labels["score"], title="length")
     write_atomically(folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120))
