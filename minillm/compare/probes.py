@@ -50,7 +50,7 @@ def token_values(
     rows: Sequence[Row],
     earlier: LanguageModel | None = None,
     earlier_rows: Sequence[Row] = (),
-) -> list[Float64[np.ndarray, "_"]]:
+) -> list[Float64[np.ndarray, " _"]]:
     """For every row, of each token said: log p, or with an earlier model KL(model ‖ earlier) in nats.
 
     The earlier model's rows say the same tokens, after contexts of its own; the two have one vocabulary.
@@ -71,7 +71,7 @@ def token_values(
     return [found[i] for i in range(len(rows))]
 
 
-def response_logprobs(one: ChatModel, sets: Sequence[ResponseSet]) -> list[Float64[np.ndarray, "_"]]:
+def response_logprobs(one: ChatModel, sets: Sequence[ResponseSet]) -> list[Float64[np.ndarray, " _"]]:
     """log p of every response of each set, without the tokens that would end it."""
     rows = [
         (context, one.tokenizer.encode(text))

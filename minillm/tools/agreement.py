@@ -27,7 +27,7 @@ from minillm.tools.measures import share
 
 ALL = ("all",)
 
-Preferences = Int64[np.ndarray, "_"]
+Preferences = Int64[np.ndarray, " _"]
 """Of each two different responses, in the order of the alphabet: 1 for the first, -1 for the second, 0."""
 
 
