@@ -8,29 +8,24 @@ with their default options; what exists already is used. Each variant starts fro
 little world's rubric, on test prompts that no stage has seen: sampled at temperature 1, and greedy.
 """
 
-import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import parser, script, write
 
 from minillm.chat import ChatTemplate
-from minillm.files import read_json, write_json
+from minillm.files import read_json
 from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
-from minillm.tools.evaluate import Judged, Reply, judged_replies, sample_replies, world_prompts
-from minillm.tools.provenance import provenance
+from minillm.tools.evaluate import Judged, judge_all, judged_replies, sample_replies, world_prompts
 from minillm.world import KINDS, World
 
-ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
+CPU = torch.device("cpu")
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
 FLAWS = {"rude": KINDS, "wordy": KINDS, "guessed": ("unknown",), "complied": ("harm",)}
 """What the rubric hears that it should not, and in which kinds of prompts it can."""
@@ -51,146 +46,107 @@ VARIANTS: dict[str, list[str]] = {
     "grpo": ["--algorithm", "grpo", "--iterations", "90"],  # in the time of ppo's 60, without a critic
     "dpo": ["--algorithm", "dpo", "--policy-rate", "1e-4"],
 }
-BEST_OF, SECOND = 8, "second round of rankings"
+SECOND, BEST_OF_N, N = "second round of rankings", "best of n", 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, required=True, help="where all runs are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="*", default=[*VARIANTS, SECOND, "best of n"])
-    parser.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    results: dict[str, dict[str, dict]] = {"sft": {}, **{name: {} for name in options.variants}}
-    for seed in options.seeds:
-        place = options.folder / str(seed)
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, help="where all runs are kept")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--variants", nargs="*", default=[*VARIANTS, SECOND, BEST_OF_N])
+    options.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
+    arguments = options.parse_args()
+    names, results = arguments.variants, {"sft": {}, **{name: {} for name in arguments.variants}}
+    for seed in arguments.seeds:
+        place = arguments.folder / str(seed)
         prepare(place, seed)
-        before = judge(place / "sft", seed, options.prompts)
-        results["sft"][str(seed)] = figures(before, before) | {"reward": report(place)}
-        for name in options.variants:
-            run = aligned(place, seed, name)
-            after = judge(
-                place / "sft" if run is None else run, seed, options.prompts, place if run is None else None
-            )
-            results[name][str(seed)] = figures(after, before) | kept(run)
-            print(line(name, [results[name][str(seed)]], f"seed {seed}"), flush=True)
+        before = judge(place / "sft", seed, arguments.prompts)
+        card = read_json(place / "rlhf" / "reward" / "report.json")  # the reward model bounds what follows
+        reward = {name: card[name] for name in ("accuracy", "truth") if name in card}
+        results["sft"][str(seed)] = figures(before, before) | {"reward": reward}
+        for name in names:
+            if name == BEST_OF_N:
+                found = figures(judge_best(place, seed, arguments.prompts), before)
+            else:
+                run = aligned(place, seed, name)
+                final = next(event for event in read_metrics(run) if event["event"] == "final")
+                kept = {key: final[key] for key in ("kl", "score", "seconds", "kept_step") if key in final}
+                found = figures(judge(run, seed, arguments.prompts), before) | kept
+            results[name][str(seed)] = found
+            print(line(name, [found], f"seed {seed}"), flush=True)
     for name, seeds in results.items():
         print(line(name, list(seeds.values()), f"{len(seeds)} seeds"))
-    if options.json:
-        shown = {name: VARIANTS.get(name, []) for name in options.variants}
-        write_json(
-            options.json, {"variants": shown, "prompts": options.prompts, "results": results} | provenance()
-        )
+    variants = {name: VARIANTS.get(name, []) for name in names}
+    write(arguments.json, {"variants": variants, "prompts": arguments.prompts, "results": results})
 
 
 # ---- Runs
 
 
-def script(*words: str | Path | int) -> None:
-    """A script to its end, or on to it where an earlier sitting left it."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}: {done.stderr.splitlines()[-1]}")
-
-
-def finished(run: Path) -> bool:
-    return any(event["event"] == "final" for event in read_metrics(run))
+def unless_finished(run: Path, *words: object) -> None:
+    """Runs a script anew unless it has come to its end."""
+    if not any(event["event"] == "final" for event in read_metrics(run)):
+        script(*words, "--overwrite")
 
 
 def prepare(place: Path, seed: int) -> None:
     """Everything up to the reward model."""
-    base, sft, rlhf = place / "base", place / "sft", place / "rlhf"
-    common = ["--seed", seed]
-    for run, words in {
-        base: ["train.py", "--out", base],
-        sft: ["sft.py", "--init", base, "--out", sft],
-    }.items():
-        if not finished(run):
-            script(*words, *common, "--overwrite")
-    if not finished(rlhf / "reward"):
-        stages = ["--out", rlhf, "--init", sft, *common]
-        script("rlhf.py", "--stage", "sample", "--models", sft, *stages, "--overwrite")
-        script("rlhf.py", "--stage", "rank", *stages, "--overwrite")
-        script("rlhf.py", "--stage", "reward", *stages, "--overwrite")
+    base, sft = place / "base", place / "sft"
+    unless_finished(base, "train.py", "--out", base, "--seed", seed)
+    unless_finished(sft, "sft.py", "--init", base, "--out", sft, "--seed", seed)
+    ranked(place / "rlhf", place, seed, sft)
 
 
-def second_round(place: Path, seed: int) -> Path:
-    """Rankings of what the first policy says too, a reward model of both rounds, and a policy from that."""
-    first, out = aligned(place, seed, "ppo"), place / "second"
-    common = ["--out", out, "--init", place / "sft", "--seed", seed, "--overwrite"]
-    if not finished(out / "reward"):
-        script("rlhf.py", "--stage", "sample", "--models", first, *common)
-        script("rlhf.py", "--stage", "rank", *common)
-        files = [folder / "rankings.jsonl" for folder in (place / "rlhf", out)]
-        script("rlhf.py", "--stage", "reward", "--rankings", *files, *common)
-    if not finished(out / "ppo"):
-        script("rlhf.py", "--stage", "policy", *common)
-    return out / "ppo"
+def ranked(out: Path, place: Path, seed: int, asked: Path, *earlier: Path) -> list[object]:
+    """Responses of the run `asked`, their rankings, and a reward model of those and `earlier` ones; the
+    options that all stages in `out` share."""
+    common = ["--out", out, "--init", place / "sft", "--seed", seed]
+    if not any(event["event"] == "final" for event in read_metrics(out / "reward")):
+        script("rlhf.py", "--stage", "sample", "--models", asked, *common, "--overwrite")
+        script("rlhf.py", "--stage", "rank", *common, "--overwrite")
+        files = ["--rankings", *earlier, out / "rankings.jsonl"] if earlier else []
+        script("rlhf.py", "--stage", "reward", *files, *common, "--overwrite")
+    return common
 
 
-def aligned(place: Path, seed: int, name: str) -> Path | None:
-    """The folder of a variant's policy; None for the assistant itself, best of n."""
-    if name == SECOND:
-        return second_round(place, seed)
-    if name not in VARIANTS:
-        return None
-    options = VARIANTS[name]
-    algorithm = options[1] if options[:1] == ["--algorithm"] else "ppo"
-    out = place / "variants" / name.replace(" ", "-")
-    rlhf = place / "rlhf"
-    if not finished(out / algorithm):
-        script(
-            "rlhf.py", "--stage", "policy", "--out", out, "--init", place / "sft", "--seed", seed,
-            "--overwrite",
-            "--reward", rlhf / "reward", "--rankings", rlhf / "rankings.jsonl", *options,
-        )  # fmt: skip
-    return out / algorithm
-
-
-def kept(run: Path | None) -> dict[str, float]:
-    """What a run's last line says of the policy it kept."""
-    if run is None:
-        return {}
-    final = next(event for event in read_metrics(run) if event["event"] == "final")
-    return {name: final[name] for name in ("kl", "score", "seconds", "kept_step") if name in final}
-
-
-def report(place: Path) -> dict:
-    """The reward model's accuracy, for it bounds what follows."""
-    card = read_json(place / "rlhf" / "reward" / "report.json")
-    return {name: card[name] for name in ("accuracy", "truth") if name in card}
+def aligned(place: Path, seed: int, name: str) -> Path:
+    """The folder of a variant's policy."""
+    if name == SECOND:  # rankings of what the first policy says too, and a reward model of both rounds
+        out, rlhf, options = place / "second", place / "rlhf", []
+        common = ranked(out, place, seed, aligned(place, seed, "ppo"), rlhf / "rankings.jsonl")
+    else:
+        out, rlhf, options = place / "variants" / name.replace(" ", "-"), place / "rlhf", VARIANTS[name]
+        common = ["--out", out, "--init", place / "sft", "--seed", seed, "--reward", rlhf / "reward",
+                  "--rankings", rlhf / "rankings.jsonl"]  # fmt: skip
+    run = out / (options[1] if options[:1] == ["--algorithm"] else "ppo")
+    unless_finished(run, "rlhf.py", "--stage", "policy", *common, *options)
+    return run
 
 
 # ---- Judgement
 
 
-def judge(run: Path, seed: int, prompts: int, place: Path | None = None) -> dict[str, list[Judged]]:
-    """By temperature, the replies to test prompts, judged; with a `place`, of several the one that its reward
-    model likes best."""
-    model, tokenizer = load_model(run, CPU, torch.float32)
-    world = World(seed)
-    if place is None:
-        return {
-            name: list(chain(*judged_replies(model, tokenizer, world, "test", prompts, T, seed).values()))
-            for name, T in TEMPERATURES.items()
-        }
-    reward, template = (
-        load_scalar_model(place / "rlhf" / "reward", CPU, torch.float32)[0],
-        ChatTemplate(tokenizer),
-    )
+def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
+    """By temperature, the replies to test prompts, judged."""
+    model = load_model(run, CPU, torch.float32)
+    return {
+        name: list(chain(*judged_replies(*model, World(seed), "test", prompts, T, seed).values()))
+        for name, T in TEMPERATURES.items()
+    }
+
+
+def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
+    """Of N replies of the assistant to each test prompt the one that the reward model likes best, judged."""
+    model, tokenizer = load_model(place / "sft", CPU, torch.float32)
+    reward_model, _ = load_scalar_model(place / "rlhf" / "reward", CPU, torch.float32)
+    world, template = World(seed), ChatTemplate(tokenizer)
     asked = world_prompts(world, "test", prompts)
-    repeated = [prompt.messages for prompt in asked for _ in range(BEST_OF)]
+    repeated = [prompt.messages for prompt in asked for _ in range(N)]
     replies = list(sample_replies(model, tokenizer, repeated, 1.0, seed=seed))
     rows = [encode_response(template, m, r.text) for m, r in zip(repeated, replies, strict=True)]
-    scores = score_rows(reward, rows)
-    best: list[Reply] = []
-    for first in range(0, len(replies), BEST_OF):
-        best.append(replies[max(range(first, first + BEST_OF), key=lambda i: scores[i])])
-    judged = [Judged(p, r, world.score(p, r.text)) for p, r in zip(asked, best, strict=True)]
-    return {"sampled": judged}
+    scores = score_rows(reward_model, rows)
+    best = [max(range(i, i + N), key=scores.__getitem__) for i in range(0, len(replies), N)]
+    return {"sampled": judge_all(world, asked, [replies[i] for i in best])}
 
 
 def figures(after: dict[str, list[Judged]], before: dict[str, list[Judged]]) -> dict:
@@ -200,17 +156,16 @@ def figures(after: dict[str, list[Judged]], before: dict[str, list[Judged]]) -> 
     for name, replies in after.items():
         gains = [a.score.utility - b.score.utility for a, b in zip(replies, before[name], strict=True)]
         won, lost = sum(gain > MARGIN for gain in gains), sum(gain < -MARGIN for gain in gains)
+        of_kind = {kind: [one for one in replies if one.prompt.kind == kind] for kind in KINDS}
         found[name] = {
             "rubric": fmean(one.score.utility for one in replies),
-            "by_kind": {
-                k: fmean(one.score.utility for one in replies if one.prompt.kind == k) for k in KINDS
-            },
-            "right": {k: fmean(one.right for one in replies if one.prompt.kind == k) for k in KINDS},
+            "by_kind": {kind: fmean(one.score.utility for one in some) for kind, some in of_kind.items()},
+            "right": {kind: fmean(one.right for one in some) for kind, some in of_kind.items()},
             "preferred": won / (won + lost) if won + lost else None,
             "decided": won + lost,
             "pairs": len(gains),
             "flaws": {
-                flaw: fmean(getattr(one.score, flaw) for one in replies if one.prompt.kind in kinds)
+                flaw: fmean(getattr(one.score, flaw) for kind in kinds for one in of_kind[kind])
                 for flaw, kinds in FLAWS.items()
             },
         }
@@ -225,11 +180,9 @@ def line(name: str, of_seeds: Sequence[dict], what: str) -> str:
         for one in of_seeds:
             for key in keys:
                 one = one.get(key) if one else None
-            if one is not None:
-                values.append(one)
-        if not values:
-            return "-"
-        return f"{fmean(values):.3f}" + (f"±{stdev(values):.3f}" if len(values) > 1 else "")
+            values += [] if one is None else [one]
+        spread = f"±{stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{fmean(values):.3f}{spread}" if values else "-"
 
     cells = [f"{name:26} {what:8} KL {shown('kl')} score {shown('score')} s {shown('seconds')}"]
     for T in TEMPERATURES:

@@ -5,8 +5,9 @@
 
 An iteration is 64 responses to the same 64 prompts, scored by the reference, the reward model and the critic,
 and then two passes of two updates each of policy and critic. On our side it is the loop of rlhf.py, on theirs
-that of `PPOTrainer.train`. Both make one iteration in turn, each in a process of its own; the first of each
-is not counted; medians. What counts is tokens of responses a second, padding not counted. Twice:
+that of `PPOTrainer.train` (ppo_trl.py). Both make one iteration in turn, each in a process of its own;
+the first of each is not counted; medians. What counts is tokens of responses a second, padding not counted.
+Twice:
 
     fixed     every response has 32 tokens
     ending    as both are used: a response ends at its end token, or after 64
@@ -38,9 +39,9 @@ from minillm.io.huggingface import load_model
 from minillm.run import Run, start_runtime
 
 RESPONSES = 64
-PRECISIONS = ("float32", "bfloat16")
 LENGTHS = {"fixed": 32, "ending": 64}
 WORK = {"iterations": 10**6, "minibatches": 2, "ppo_epochs": 2, "beta": 0.1, "rate": 1e-7}
+GET_TRL = "python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.12.0"
 
 
 # ---- minillm's side, in a process of its own
@@ -55,31 +56,24 @@ class Turns(Run):
         self.began_at, self.cpu_began = time.perf_counter(), time.process_time()
         return super().goes_on()
 
-    def log_step(self, tokens: int, **figures: Any) -> None:
-        super().log_step(tokens, **figures)
+    def log_step(self, tokens: int, loss: float, **figures: float) -> None:
+        super().log_step(tokens, loss, **figures)
         seconds, cpu = time.perf_counter() - self.began_at, time.process_time() - self.cpu_began
         line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **figures}
         print(json.dumps(line), file=sys.__stdout__, flush=True)
 
 
-def options_of(work: dict[str, Any]) -> rlhf.Options:
+def minillm_process(work: dict[str, Any]) -> None:
+    torch.set_num_threads(work["threads"])
     same = ("init", "reward", "out", "precision", "iterations", "minibatches", "ppo_epochs", "beta")
-    return rlhf.Options(
+    options = rlhf.Options(
         stage="policy", **{name: work[name] for name in same}, device="cpu", policy_rate=work["rate"],
         prompts=RESPONSES, rollout_batch=RESPONSES, max_new_tokens=work["length"], critic_warmup=0,
         missing_eos_score=None, val_prompts=1, val_every=10**6, save_every=10**6,
     )  # fmt: skip
-
-
-def minillm_process(work: dict[str, Any]) -> None:
-    torch.set_num_threads(work["threads"])
-    options = options_of(work)
     stops = () if work["stop"] is None else (work["stop"],)
-    with (
-        patch.object(ChatTemplate, "stop_ids", stops),
-        patch.object(rlhf, "Run", Turns),
-        start_runtime("cpu", work["precision"]) as runtime,
-    ):
+    stopping, turns = patch.object(ChatTemplate, "stop_ids", stops), patch.object(rlhf, "Run", Turns)
+    with stopping, turns, start_runtime("cpu", work["precision"]) as runtime:
         rlhf.align(options, runtime)
 
 
@@ -108,18 +102,6 @@ class Side:
         return json.loads(line)
 
 
-def inputs_of(init: Path) -> tuple[list[list[int]], int]:
-    """The prompts that rlhf.py takes, as tokens, and the token that ends a response."""
-    model, tokenizer = load_model(init, torch.device("cpu"), torch.float32)
-    template = ChatTemplate(with_chat_template(tokenizer))
-    questions = rlhf.world_prompts(0, "reward", RESPONSES)
-    longest = model.config.max_position_embeddings - max(LENGTHS.values())
-    prompts = [template.prompt(question.messages) for question in questions]
-    if max(map(len, prompts)) > longest:
-        raise SystemExit("some prompts leave no room for a response; give a model with longer rows")
-    return prompts, template.stop_ids[0]
-
-
 def compare(commands: dict[str, list], work: dict[str, Any], runs: int) -> dict[str, Any]:
     """Medians over the counted iterations, in tokens of responses a second."""
     with tempfile.TemporaryDirectory() as folder:
@@ -137,11 +119,25 @@ def compare(commands: dict[str, list], work: dict[str, Any], runs: int) -> dict[
     return {"tokens_per_second": rates, "ratio": rates["minillm"] / rates["TRL"], "iterations": iterations}
 
 
+def inputs_of(init: Path) -> tuple[list[list[int]], int]:
+    """The prompts that rlhf.py takes, as tokens, and the token that ends a response."""
+    model, tokenizer = load_model(init, torch.device("cpu"), torch.float32)
+    template = ChatTemplate(with_chat_template(tokenizer))
+    questions = rlhf.world_prompts(0, "reward", RESPONSES)
+    prompts = [template.prompt(question.messages) for question in questions]
+    if max(map(len, prompts)) > model.config.max_position_embeddings - max(LENGTHS.values()):
+        raise SystemExit("some prompts leave no room for a response; give a model with longer rows")
+    return prompts, template.stop_ids[0]
+
+
 def peer_versions(python: str) -> dict[str, str]:
     """What runs on the other side."""
     names = ("trl", "transformers", "torch", "accelerate")
-    script = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
-    return json.loads(subprocess.run([python, "-c", script], check=True, capture_output=True).stdout)
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    try:
+        return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        raise SystemExit(f"--peer-python {python}: has no TRL: {GET_TRL}") from None
 
 
 def main() -> None:
@@ -151,7 +147,7 @@ def main() -> None:
     options.add_argument("--reward", type=Path, default=Path("out/rlhf/reward"))
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = options.parse_args()
-    prompts, end = inputs_of(arguments.init)
+    peer, (prompts, end) = peer_versions(arguments.peer_python), inputs_of(arguments.init)
     commands = {
         "minillm": [sys.executable, __file__, "--minillm"],
         "TRL": [arguments.peer_python, Path(__file__).with_name("ppo_trl.py")],
@@ -160,14 +156,12 @@ def main() -> None:
     results = []
     print(f"{arguments.threads} threads\nlengths  precision  minillm tok/s  TRL tok/s  ratio")
     for kind, length in LENGTHS.items():
-        for precision in PRECISIONS:
+        for precision in ("float32", "bfloat16"):
             setting = {"precision": precision, "length": length, "stop": end if kind == "ending" else None}
             found = compare(commands, work | setting | {"prompts": prompts}, arguments.runs)
-            result = {"lengths": kind, **setting, **found}
-            ours, theirs = result["tokens_per_second"].values()
-            print(f"{kind:7}  {precision:9}  {ours:13.0f}  {theirs:9.0f}  {result['ratio']:5.2f}", flush=True)
-            results.append(result)
-    peer = peer_versions(arguments.peer_python)
+            ours, theirs = found["tokens_per_second"].values()
+            print(f"{kind:7}  {precision:9}  {ours:13.0f}  {theirs:9.0f}  {found['ratio']:5.2f}", flush=True)
+            results.append({"lengths": kind, **setting, **found})
     write(arguments.json, {"peer": peer, "responses": RESPONSES, **work, "results": results})
 
 

@@ -1,5 +1,6 @@
 """Pretraining on tinyshakespeare beside nanoGPT: how low, how soon.
 
+    git clone https://github.com/karpathy/nanoGPT       (needs requests and tiktoken)
     python benchmarks/pretraining.py --text tinyshakespeare.txt --nanogpt path/to/nanoGPT [--json FILE]
 
 nanoGPT runs its README's command for a CPU. minillm runs twice: `short`, to nanoGPT's loss in a tenth
@@ -15,10 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
-from harness import ROOT, in_turn, medians, parser, write
+from harness import in_turn, medians, parser, script, write
 
 SHORT = (
     "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
@@ -31,32 +31,25 @@ NANOGPT = (
     "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
     "--lr_decay_iters=2000 --dropout=0.0"
 ).split()
+JUDGED = "--val-fraction 0.1 --val-tokens 1000000 --overwrite --samples 0".split()
 
 
-def run(command: list[str], folder: Path) -> tuple[float, str]:
-    """Seconds of wall time, and what was printed."""
-    began = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    return time.perf_counter() - began, done.stdout
-
-
-def run_nanogpt(checkout: Path, text: Path, scratch: Path, round_: int) -> tuple[float, float]:
-    """Seconds, and nats a byte; the round does not change its seed."""
+def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> tuple[float, float]:
+    """Seconds, and nats a byte."""
     data = checkout / "data" / "shakespeare_char"
     shutil.copy(text, data / "input.txt")
-    run([sys.executable, str(data / "prepare.py")], checkout)  # not timed: ours tokenizes in its time
-    out = f"--out_dir={scratch / 'nanogpt'}"
-    seconds, printed = run([sys.executable, *NANOGPT, out], checkout)
-    return seconds, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
+    script(data / "prepare.py")  # not timed: ours tokenizes in its time
+    began, command = time.perf_counter(), [sys.executable, *NANOGPT, f"--out_dir={scratch / 'nanogpt'}"]
+    printed = subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True).stdout
+    return time.perf_counter() - began, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
 
 
 def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> tuple[float, float]:
     """Seconds, and nats a byte."""
-    out = scratch / "minillm"
-    fresh = ["--out", str(out), "--cache", tempfile.mkdtemp(dir=scratch), "--overwrite", "--samples", "0"]
-    fresh += ["--seed", str(seed)]
-    judged = ["--data", str(text), "--val-fraction", "0.1", "--val-tokens", "1000000"]
-    seconds, _ = run([sys.executable, "train.py", *judged, *fresh, *options], ROOT)
+    out, cache = scratch / "minillm", tempfile.mkdtemp(dir=scratch)
+    seconds = script(
+        "train.py", "--data", text, "--out", out, "--cache", cache, "--seed", seed, *JUDGED, *options
+    )
     final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return seconds, final["val_nats_per_byte"]
 
@@ -67,12 +60,14 @@ def main() -> None:
     options.add_argument("--nanogpt", type=Path, required=True)
     arguments = options.parse_args()
     text, checkout = arguments.text.resolve(), arguments.nanogpt.resolve()
+    if not (checkout / "data" / "shakespeare_char" / "prepare.py").exists():
+        raise SystemExit(f"{checkout} is no nanoGPT: git clone https://github.com/karpathy/nanoGPT")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         sides = {
-            "minillm short": partial(run_minillm, text, SHORT, scratch),
-            "nanoGPT": partial(run_nanogpt, checkout, text, scratch),
-            "minillm long": partial(run_minillm, text, LONG, scratch),
+            "minillm short": lambda seed: run_minillm(text, SHORT, scratch, seed),
+            "nanoGPT": lambda _: run_nanogpt(checkout, text, scratch),  # the run does not change its seed
+            "minillm long": lambda seed: run_minillm(text, LONG, scratch, seed),
         }
         results = in_turn(sides, arguments.runs)
     seconds = medians({name: [second for second, _ in runs] for name, runs in results.items()})

@@ -12,52 +12,40 @@ time on both sides. transformers runs with its default cache.
 from collections.abc import Callable
 
 import torch
-import transformers
-from harness import in_turn, medians, parser, timed, write
-from torch import Tensor
+from harness import in_turn, medians, parser, peer, timed, write
 
 from minillm.generate import SamplingOptions, generate
-from minillm.model import LanguageModel, ModelConfig
+from minillm.io.config import SAME_NAME
+from minillm.model import LanguageModel, config_of_depth
 
 PROMPT, NEW = 32, 128
-SHAPE = ModelConfig(
-    vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=32, max_position_embeddings=PROMPT + NEW,
-)  # fmt: skip
+CONFIG = config_of_depth(4, 1024, PROMPT + NEW)
 
 
-def random_models() -> tuple[LanguageModel, transformers.Qwen3ForCausalLM]:
-    """The same weights in both programs."""
-    ours, generator = LanguageModel(SHAPE), torch.Generator().manual_seed(0)
+def sides(rows: int, temperature: float) -> dict[str, Callable[[], list[list[int]]]]:
+    """Each gives the responses to the same prompts, by the same weights."""
+    transformers = peer("transformers", "pip install transformers")
+    transformers.logging.set_verbosity_error()
+    ours, generator = LanguageModel(CONFIG), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
-             "rope_theta", "tie_word_embeddings")  # fmt: skip
-    config = transformers.Qwen3Config(
-        **{name: getattr(SHAPE, name) for name in names},
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    shape = {name: getattr(CONFIG, name) for name in (*SAME_NAME, "rope_theta")}
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, **no_tokens)).eval()
     theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def contestants(rows: int, temperature: float) -> dict[str, Callable[[], Tensor]]:
-    """Each gives the tokens of prompts and responses, [rows, PROMPT + NEW]."""
-    ours, theirs = random_models()
-    prompts = torch.randint(SHAPE.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
+    prompts = torch.randint(CONFIG.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
     options, lists = SamplingOptions(NEW, temperature), prompts.tolist()
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    choice = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
 
     @torch.inference_mode()
-    def transformers_generate() -> Tensor:
-        return theirs.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=NEW,
-            **(choice if temperature else {"do_sample": False}),
-        )  # fmt: skip
+    def transformers_generate() -> list[list[int]]:
+        mask = torch.ones_like(prompts)
+        found = theirs.generate(
+            prompts, attention_mask=mask, max_new_tokens=NEW, do_sample=temperature > 0, **choice
+        )
+        return found[:, PROMPT:].tolist()
 
     return {
         "minillm": lambda: generate(ours, lists, options, range(rows)).responses,
@@ -67,33 +55,26 @@ def contestants(rows: int, temperature: float) -> dict[str, Callable[[], Tensor]
 
 def measure(rows: int, temperature: float, runs: int) -> dict:
     """Tokens a second; greedy tokens must agree first."""
-    sides = contestants(rows, temperature)
-    outputs = [run() for run in sides.values()]  # also the warm-up
-    if not temperature and not torch.equal(*outputs):
+    both = sides(rows, temperature)
+    ours, theirs = (run() for run in both.values())  # also the warm-up
+    if not temperature and ours != theirs:
         raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
-    seconds = in_turn({name: timed(run) for name, run in sides.items()}, runs)
+    seconds = in_turn({name: timed(run) for name, run in both.items()}, runs)
     rates = {name: rows * NEW / value for name, value in medians(seconds).items()}
-    return {
-        "batch": rows,
-        "temperature": temperature,
-        "tokens_per_second": rates,
-        "ratio": rates["minillm"] / rates["transformers"],
-        "seconds": seconds,
-    }
+    ratio = rates["minillm"] / rates["transformers"]
+    print(
+        f"{rows:5}  {temperature:11}  {rates['minillm']:13.0f}  {rates['transformers']:18.0f}  {ratio:5.2f}"
+    )
+    return {"batch": rows, "temperature": temperature, "tokens_per_second": rates, "ratio": ratio,
+            "seconds": seconds}  # fmt: skip
 
 
 def main() -> None:
     arguments = parser(__doc__, runs=7).parse_args()
-    transformers.logging.set_verbosity_error()
-    results = []
-    print(f"{torch.get_num_threads()} threads\nbatch  temperature  minillm tok/s  transformers tok/s  ratio")
-    for rows in (1, 64):
-        for temperature in (0.0, 1.0):
-            result = measure(rows, temperature, arguments.runs)
-            ours, theirs = result["tokens_per_second"].values()
-            print(f"{rows:5}  {temperature:11}  {ours:13.0f}  {theirs:18.0f}  {result['ratio']:5.2f}")
-            results.append(result)
-    write(arguments.json, {"threads": torch.get_num_threads(), "results": results})
+    threads = torch.get_num_threads()
+    print(f"{threads} threads\nbatch  temperature  minillm tok/s  transformers tok/s  ratio")
+    results = [measure(rows, T, arguments.runs) for rows in (1, 64) for T in (0.0, 1.0)]
+    write(arguments.json, {"threads": threads, "results": results})
 
 
 if __name__ == "__main__":

@@ -11,30 +11,28 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from harness import ROOT, in_turn, medians, parser, timed, write
-
-os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from harness import ROOT, in_turn, medians, parser, peer, timed, write
 
 from minillm.tokenizer import ENDOFTEXT, PATTERN, Tokenizer
 
+os.environ |= {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}  # read at the import of tokenizers
 
-def train_theirs(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
-    peer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    peer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[ENDOFTEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+
+def train_theirs(tokenizers: Any, texts: list[str], vocab_size: int) -> Any:
+    pre, trained = tokenizers.pre_tokenizers, tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = pre.Split(tokenizers.Regex(PATTERN), "isolated")
+    trained.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[ENDOFTEXT], initial_alphabet=pre.ByteLevel.alphabet(),
         show_progress=False,
-    )
-    peer.train_from_iterator(texts, trainer)
-    return peer
+    )  # fmt: skip
+    trained.train_from_iterator(texts, trainer)
+    return trained
 
 
 def compare(name: str, ours: Callable, theirs: Callable, runs: int) -> dict:
@@ -47,19 +45,19 @@ def compare(name: str, ours: Callable, theirs: Callable, runs: int) -> dict:
 
 
 def main() -> None:
-    books = ROOT.parent / "shared" / "data" / "text" / "books"
     options = parser(__doc__, runs=5)
+    books = ROOT.parent / "shared" / "data" / "text" / "books"
     options.add_argument("files", nargs="*", type=Path, default=sorted(books.glob("*.txt")))
     options.add_argument("--vocab-size", type=int, default=4096, help="entries (default 4096)")
     arguments = options.parse_args()
     if not arguments.files:
         options.error("no files given, and no books beside the repository")
+    tokenizers = peer("tokenizers", "pip install tokenizers")
     texts = [file.read_bytes().decode("utf-8", errors="replace") for file in arguments.files]
     vocab_size, runs = arguments.vocab_size, arguments.runs
-
     # Trained once; a fresh tokenizer of the same vocabulary has an empty cache.
     vocabulary = Tokenizer.train(texts, vocab_size, [ENDOFTEXT]).vocabulary
-    serialized = train_theirs(texts, vocab_size).to_str()
+    serialized = train_theirs(tokenizers, texts, vocab_size).to_str()
     ours = iter([Tokenizer(vocabulary) for _ in range(runs)])
     theirs = iter([tokenizers.Tokenizer.from_str(serialized) for _ in range(runs)])
 
@@ -69,7 +67,7 @@ def main() -> None:
     training = compare(
         "training",
         lambda: Tokenizer.train(texts, vocab_size, [ENDOFTEXT]),
-        lambda: train_theirs(texts, vocab_size),
+        lambda: train_theirs(tokenizers, texts, vocab_size),
         runs,
     )
     encoding = compare(
