@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import subprocess
+from configparser import ConfigParser
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from runs import ROOT, TORCHRUN
 import rlhf
 import sft
 import train
+from minillm.tools import chat, evaluate, export
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     line.split("  #")[0].strip() for line in README.splitlines() if re.match(r"    (python|torchrun) ", line)
 ]
@@ -79,61 +82,52 @@ def test_every_command_of_the_readme_runs_in_its_order(here, monkeypatch, capsys
             (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main(words)
     assert ran == {"train", "sft", "rlhf", "minillm.chat", "minillm.compare", "minillm.tools.evaluate", *SLOW}
     made = {path.name for path in (here / "out").iterdir()}
-    assert made >= {
-        "base",
-        "again",
-        "mine",
-        "notes",
-        "masked",
-        "two",
-        "sft",
-        "helper",
-        "both",
-        "rlhf",
-        "ours",
-    }
+    assert made >= set("base again mine notes masked two sft helper both rlhf ours".split())
     aligned = {path.name for path in (here / "out" / "rlhf").iterdir()}
     assert aligned >= {"reward", "ppo", "grpo", "dpo", "best-of-n"}
 
 
-def test_every_make_target_of_the_readme_exists():
-    targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+def test_what_else_the_readme_asks_to_type_is_there_and_run_by_ci_or_a_test():
+    typed = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("    ")]
+    ci, makefile = (ROOT / ".ci" / "run").read_text(), (ROOT / "Makefile").read_text()
+    targets = [words[1] for words in typed if words[0] == "make"]
     assert targets == ["demo", "test"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in targets)
+    for target in targets:
+        assert f"\nmake {target}" in ci and f"\n{target}: .venv/installed\n" in makefile
+    for name in (name for words in typed if words[0] == "pytest" for name in words[1:]):
+        assert (ROOT / name).exists(), name
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    for extra in re.findall(r"pip install '\.\[(\w+)\]'", README):
+        assert extra in setup["options.extras_require"], extra
+    assert re.findall(r"`python -m ([\w.]+)", README) == ["minillm.export"]  # test_export.py runs it
 
 
-def files_of_the_map() -> list[str]:
-    """The files that the README's map of the core names, as paths from the root."""
-    table = README.split("## The code, in reading order")[1].split("Around it")[0]
+def test_every_file_of_the_core_and_every_room_around_it_stands_in_the_map_once():
+    core, _, ring = README.split("## The code, in reading order")[1].partition("Around it")
     named, folder = [], ""
-    for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+    for row in re.findall(r"^\| (`.*?) \|", core, re.MULTILINE):
         for name in re.findall(r"`([\w./]+)`", row):
             folder = name.rpartition("/")[0] if "/" in name or row.startswith(f"`{name}`") else folder
             named.append(name if "/" in name or not folder else f"{folder}/{name}")
-    return named
-
-
-def test_every_file_of_the_core_stands_in_the_map_once():
-    core = [file for file in house.files() if house.is_core(file)]
-    read = [file for file in core if not file.endswith("__init__.py") and file not in house.ENTRANCES]
-    assert sorted(files_of_the_map()) == sorted(read)
-
-
-def test_every_room_of_the_outer_ring_stands_in_the_map():
-    rooms = re.findall(r"^\| `([\w/]+)` \|", README.split("Around it")[1].split("##")[0], re.MULTILINE)
+    files = [file for file in house.files() if house.is_core(file) and file not in house.ENTRANCES]
+    assert sorted(named) == sorted(file for file in files if not file.endswith("__init__.py"))
+    rooms = re.findall(r"^- `([\w/]+)`:", ring, re.MULTILINE)
     assert sorted(f"{room}/" for room in rooms) == sorted(house.OUTER)
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_every_page_that_a_page_links_to_exists():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_option_that_a_page_names_exists(page):
-    text = (ROOT / "docs" / page).read_text()
+    text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`([\w/]+\.py)`", text):
-        assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), name
-    options = {field.name for kind in (train.Options, sft.Options, rlhf.Options) for field in fields(kind)}
+        assert any((ROOT / folder / name).exists() for folder in ("", "kernels", "minillm")), name
+    scripts = (train, sft, rlhf, chat, evaluate, export)
+    options = {"help"} | {field.name for script in scripts for field in fields(script.Options)}
     for option in re.findall(r"`--([\w-]+)", text):
         assert option.replace("-", "_") in options, option
-
-
-def test_nothing_in_the_readme_waits_to_be_filled_in():
-    assert not re.findall(r"^@[A-Z]+@|@[A-Z]{3,}@", README, re.MULTILINE)
