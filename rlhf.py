@@ -26,8 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -62,14 +61,8 @@ from minillm.preferences import (
     MOST_RESPONSES,
     ChatModel,
     Prompt,
-    Ranking,
-    ResponseSet,
-    Simulated,
-    assign_annotators,
-    new_ranking,
     sample_sets,
     seed_of,
-    simulated_annotators,
 )
 from minillm.reward import (
     EncodedSet,
@@ -82,7 +75,6 @@ from minillm.reward import (
     ranking_stream,
     scores_of,
     split_by_prompt,
-    training_scores_of,
 )
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
@@ -248,7 +240,7 @@ def sample(options: Options, runtime: Runtime) -> None:
 
 def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
-    from minillm.io.conversations import open_prompts
+    from minillm.io.conversations import open_prompts, print_counts
 
     if not options.data:
         return world_prompts(options.seed, "reward", options.prompts)
@@ -259,7 +251,7 @@ def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
         own = [Prompt(messages) for messages in source.conversations()]
         prompts += own
         if runtime.is_main:
-            report(source.name, len(own), "prompts", source.skipped, source.first_skipped)
+            print_counts(source.name, len(own), "prompts", source.skipped, source.first_skipped)
     if len(prompts) > options.prompts and runtime.is_main:
         print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
     return prompts[: options.prompts]
@@ -298,14 +290,11 @@ def with_room(
 
 # ---- rank: responses → rankings
 
-Job = tuple[str, str, Callable[[], Ranking | None]]
-"""Whose ranking of which set is to be made (annotator and key), and how; None comes of a set that cannot be
-ranked."""
-
 
 def rank(options: Options, runtime: Runtime) -> None:
     """Adds to rankings.jsonl what the chosen annotators have not ranked yet."""
     from minillm.io.rankings import open_rankings, record_ranking
+    from minillm.tools.annotators import jobs_of, rank_as_person
 
     if options.annotator == "person":
         rank_as_person(options)
@@ -339,75 +328,6 @@ def rank(options: Options, runtime: Runtime) -> None:
         )
     if len(made) < len(left):
         print(f"{len(left) - len(made):,} sets left out: too long for the judge")
-
-
-def jobs_of(options: Options, runtime: Runtime) -> tuple[list[Job], dict[str, str]]:
-    """What there is to rank, and fingerprints of what the rankings hang on."""
-    from minillm.io.rankings import read_responses
-    from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
-
-    if options.annotator == "file":
-        return published(options), {}
-    sets = read_responses(options.folder / "responses.jsonl")
-    if options.annotator == "simulated":
-        return simulated(options, sets), {}
-    if options.judge is None:
-        raise InputError("--annotator model: name a --judge, as in out/sft")
-    principles = read_principles(Path(options.principles or DEFAULT_PRINCIPLES))
-    loaded = load_causal_model(Path(options.judge), runtime.device, runtime.dtype)
-    model, judge = ChatModel(f"model-{options.judge}", *loaded), Judge(*loaded, principles)
-
-    def make(given: ResponseSet) -> Ranking | None:
-        ranking = judge.rank(given)
-        return None if ranking is None else new_ranking(given, ranking, model.name, options.seed)
-
-    origin = {"weights of --judge": model.fingerprint, "--principles": digest(principles)}
-    return [(model.name, given.key, partial(make, given)) for given in sets], origin
-
-
-def rank_as_person(options: Options) -> None:
-    """At the terminal."""
-    from minillm.io.rankings import open_rankings, read_responses, record_ranking
-    from minillm.tools.ranking import RankingSession, rank_in_terminal
-
-    sets = read_responses(options.folder / "responses.jsonl")
-    with open_rankings(options, {}) as file:
-        record_ranking(options, {})
-        rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
-
-
-def simulated(options: Options, sets: Sequence[ResponseSet]) -> list[Job]:
-    """Each set to some of the simulated annotators."""
-    people, world = simulated_annotators(options.annotators), little_world(sets[0].world or 0)
-
-    def make(person: Simulated, given: ResponseSet, prompt: Any) -> Ranking:
-        ranking = person.rank(partial(world.score, prompt), given, options.noise, options.seed)
-        return new_ranking(given, ranking, person.name, options.seed)
-
-    jobs: list[Job] = []
-    for number, given in enumerate(sets, start=1):
-        prompt = world.prompt_of(given.messages)
-        if prompt is None or given.world != world.seed:
-            raise InputError(
-                f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "
-                "know; give --annotator person or model"
-            )
-        who = assign_annotators(given.key, len(people), options.opinions, options.seed)
-        jobs += [(people[i].name, given.key, partial(make, people[i], given, prompt)) for i in who]
-    return jobs
-
-
-def published(options: Options) -> list[Job]:
-    """The rankings of other people's files, under the names of the files."""
-    from minillm.io.conversations import open_comparisons
-
-    if not options.data:
-        raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
-    jobs: list[Job] = []
-    for source in open_comparisons(options.data, options.errors):
-        report(source.name, len(source.rankings), "rankings", source.skipped, source.first_skipped)
-        jobs += [(source.name, ranking.key, partial(replace, ranking)) for ranking in source.rankings]
-    return jobs
 
 
 # ---- agreement: rankings → how far annotators agree
@@ -452,7 +372,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     with run.training(state, steps, lambda: save_scalar_model(run.folder, model, tokenizer)):
         if run.already_finished():
             return
-        learn_rankings(run, stream, forward, training_scores_of(forward), validate, options)
+        learn_rankings(run, stream, forward, scores_of(forward, means=True), validate, options)
         run.end()
         if runtime.is_main:
             finish_reward_model(run, model, template, training, held_out, options)
@@ -703,6 +623,8 @@ def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> S
 def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and those held out, for which the little world has a split of its own; as many
     for each process. InputError where a prompt with its response may outgrow the reward model."""
+    from minillm.io.rankings import check_world_is_meant
+
     runtime, length = aligner.runtime, options.max_new_tokens
     if options.data:
         prompts = prompts_of(options, runtime)
@@ -728,39 +650,6 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
                 "the same assistant"
             )
     return training, held_out
-
-
-def check_world_is_meant(options: Options, main: bool) -> None:
-    """InputError where --data is left out, but what was sampled or ranked were prompts of somebody's own."""
-    from minillm.io.rankings import read_json_lines
-    from minillm.world import KINDS
-
-    out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
-    ranked = [reward.parent / "rankings.jsonl", *map(Path, stored(reward, "rankings"))]
-    if options.algorithm == "dpo":
-        ranked = [Path(path) for path in options.rankings] or [out / "rankings.jsonl"]
-    for path in (out / "responses.jsonl", *ranked):
-        kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
-        others = sum(kind not in KINDS for kind in kinds)
-        if others and others == len(kinds):
-            known = " ".join(stored(out, "data")) if path.name == "responses.jsonl" else ""
-            raise InputError(
-                f"{path}: holds prompts that are not the little world's; name the prompts to train on with "
-                f"--data{known and f', as in --data {known}'}"
-            )
-        if others and main:
-            print(
-                f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's, and the "
-                "policy trains on the little world's alone; see --data"
-            )
-
-
-def stored(folder: Path, option: str) -> list[str]:
-    """A list of files among the options of an earlier run."""
-    path = folder / "run.json"
-    found = read_json(path).get("options") if path.exists() else None
-    files = found.get(option) if isinstance(found, dict) else None
-    return [str(file) for file in files] if isinstance(files, list) else []
 
 
 def check_shares(options: Options, runtime: Runtime) -> None:
@@ -861,15 +750,6 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
 
 
 # ---- The command
-
-
-def report(name: str, count: int, what: str, skipped: Mapping[str, int], first: str | None) -> None:
-    """Says how much a source gave and what was left out of it."""
-    print(f"{name}: {count:,} {what}")
-    for reason, number in sorted(skipped.items()):
-        print(f"  left out: {number:,} {reason}")
-    if first:
-        print(f"  the first: {first}")
 
 
 def main(arguments: list[str]) -> None:

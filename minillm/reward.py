@@ -208,25 +208,16 @@ def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
     from minillm.fast.shared_prompts import pack_sets
 
     tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.common for one in encoded])
-    starts: list[int] = []
-    lengths: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    weights: list[float] = []
+    places: list[tuple[int, int]] = []  # start and end of each response in its row
+    pairs: list[tuple[int, int, float]] = []
     for one in encoded:
-        own = [
-            (len(lengths) + better, len(lengths) + worse)
-            for ranking in one.rankings
-            for better, worse in distinct_pairs(ranking)
-        ]
-        pairs += own
-        weights += [1 / (comb(len(one.rows), 2) * len(one.rankings))] * len(own)
-        starts += [one.start] * len(one.rows)
-        lengths += map(len, one.rows)
-    better, worse = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-    return RankedBatch(
-        tokens, shared, begins + torch.tensor(starts), begins + torch.tensor(lengths),
-        better, worse, torch.tensor(weights, dtype=torch.float32),
-    )  # fmt: skip
+        first, weight = len(places), 1 / (comb(len(one.rows), 2) * len(one.rankings))
+        for ranking in one.rankings:
+            pairs += [(first + better, first + worse, weight) for better, worse in distinct_pairs(ranking)]
+        places += [(one.start, len(row)) for row in one.rows]
+    starts, ends = (begins[:, None] + torch.tensor(places)).unbind(1)
+    better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)
+    return RankedBatch(tokens, shared, starts, ends, better.long(), worse.long(), weights.float())
 
 
 def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list[EncodedSet]]:
@@ -234,11 +225,11 @@ def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list
     groups: list[list[EncodedSet]] = []
     size = 0
     for one in encoded:
-        if not groups or size + one.size > micro_tokens:
-            groups.append([])
-            size = 0
-        groups[-1].append(one)
         size += one.size
+        if not groups or size > micro_tokens:
+            groups.append([])
+            size = one.size
+        groups[-1].append(one)
     return groups
 
 
@@ -246,19 +237,17 @@ Scores = Callable[[RankedBatch], Tensor]
 """What gives every response of a batch its score [B], or in training several [*views, B]."""
 
 
-def scores_of(forward: Callable[..., Tensor]) -> Scores:
-    """A reward model's. `forward` is the model, or what the runtime wrapped it in."""
-    return lambda batch: forward(batch.tokens, attend=batch.shared).flatten()[batch.ends - 1]
-
-
-def training_scores_of(forward: Callable[..., Tensor]) -> Scores:
-    """A reward model's scores, and the means of its values over the responses: [2, B]."""
+def scores_of(forward: Callable[..., Tensor], means: bool = False) -> Scores:
+    """A reward model's scores; with `means`, for training, also the means of its values over the responses:
+    [2, B]. `forward` is the model, or what the runtime wrapped it in."""
 
     def scores(batch: RankedBatch) -> Tensor:
         values = forward(batch.tokens, attend=batch.shared).flatten()
+        last = values[batch.ends - 1]
+        if not means:
+            return last
         mask, index = flat_index(batch.begins, batch.ends)
-        sums = pad(values[index], mask).sum(1)
-        return torch.stack((values[batch.ends - 1], sums / mask.sum(1)))
+        return torch.stack((last, pad(values[index], mask).sum(1) / mask.sum(1)))
 
     return scores
 

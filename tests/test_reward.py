@@ -32,7 +32,6 @@ from minillm.reward import (
     score_rows,
     scores_of,
     split_by_prompt,
-    training_scores_of,
 )
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
@@ -380,7 +379,7 @@ def test_training_learns_the_order_by_the_last_values_and_by_the_mean_ones(drawn
         mean.backward()
     expected = gradients(model)
     model.zero_grad()
-    found = ranking_backward(model, training_scores_of(model), encoded, micro_tokens, HERE)
+    found = ranking_backward(model, scores_of(model, means=True), encoded, micro_tokens, HERE)
     assert found == pytest.approx(mean.item(), abs=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)

@@ -23,6 +23,7 @@ from minillm.io.huggingface import save_model
 from minillm.io.rankings import JsonLines, read_rankings, read_responses
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
+from minillm.tools import annotators
 from minillm.world import World
 
 SMALL = "--prompts 23 --responses 3 --distractors 0 --max-new-tokens 5 --precision float32".split()
@@ -45,9 +46,8 @@ WORLD_OF = functools.cache(World)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(preferences, "ROWS", 12)  # four prompts of three responses
-    monkeypatch.setattr(
-        rlhf, "little_world", WORLD_OF
-    )  # slow to make under the shape checks, and never changed
+    for place, name in ((rlhf, "little_world"), (annotators, "World")):  # slow to make, and never changed
+        monkeypatch.setattr(place, name, WORLD_OF)
 
 
 def sample(model: Path, out: Path, *options: str) -> bytes:

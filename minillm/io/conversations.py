@@ -9,7 +9,7 @@ counted by reason, and the first such record is shown.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -131,10 +131,17 @@ def rankings_of_file(file: str) -> list[Ranking]:
     if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
         return read_rankings(Path(file))
     (source,) = open_comparisons([file])
-    print(f"{file}: {len(source.rankings):,} rankings")
-    for reason, count in sorted(source.skipped.items()):
-        print(f"  left out: {count:,} {reason}")
+    print_counts(file, len(source.rankings), "rankings", source.skipped, source.first_skipped)
     return source.rankings
+
+
+def print_counts(name: str, count: int, what: str, skipped: Mapping[str, int], first: str | None) -> None:
+    """Says how much a source gave and what was left out of it."""
+    print(f"{name}: {count:,} {what}")
+    for reason, number in sorted(skipped.items()):
+        print(f"  left out: {number:,} {reason}")
+    if first:
+        print(f"  the first: {first}")
 
 
 # ---- Files → what their records hold

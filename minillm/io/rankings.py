@@ -273,3 +273,39 @@ def check_origin(record: Path, origin: Mapping[str, str]) -> None:
     for name, fingerprint in origin.items():
         if earlier.get(name, fingerprint) != fingerprint:
             raise InputError(f"{record}: was begun with other {name}; put back the old ones, or --overwrite")
+
+
+# ---- Whose prompts they are of
+
+
+def check_world_is_meant(options: Any, is_main: bool) -> None:
+    """InputError where a policy would train on the little world's prompts, none being named, but what was
+    sampled or ranked were prompts of somebody's own alone; says so where some of them were."""
+    from minillm.world import KINDS
+
+    out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
+    ranked = [reward.parent / "rankings.jsonl", *map(Path, _stored(reward, "rankings"))]
+    if options.algorithm == "dpo":
+        ranked = [Path(path) for path in options.rankings] or [out / "rankings.jsonl"]
+    for path in (out / "responses.jsonl", *ranked):
+        kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
+        others = sum(kind not in KINDS for kind in kinds)
+        if others and others == len(kinds):
+            known = " ".join(_stored(out, "data")) if path.name == "responses.jsonl" else ""
+            raise InputError(
+                f"{path}: holds prompts that are not the little world's; name the prompts to train on with "
+                f"--data{known and f', as in --data {known}'}"
+            )
+        if others and is_main:
+            print(
+                f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's, and the "
+                "policy trains on the little world's alone; see --data"
+            )
+
+
+def _stored(folder: Path, option: str) -> list[str]:
+    """A list of files among the options of an earlier run."""
+    path = folder / "run.json"
+    found = read_json(path).get("options") if path.exists() else None
+    files = found.get(option) if isinstance(found, dict) else None
+    return [str(file) for file in files] if isinstance(files, list) else []
