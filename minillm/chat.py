@@ -70,50 +70,44 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """InputError if the tokenizer has no chat template, or one that does not work."""
-        self.tokenizer = tokenizer
-        own = tokenizer.config.get("chat_template") == TEMPLATE
-        self._format = OwnFormat(tokenizer) if own else _foreign_format(tokenizer)
-        self.end_id: int = self._format.end_id
+        self.tokenizer, self._foreign, special = tokenizer, None, tokenizer.special_tokens
+        if tokenizer.config.get("chat_template") == TEMPLATE:
+            if missing := [name for name in CONTROL_TOKENS if name not in special]:
+                raise InputError(f"tokenizer: lacks {' '.join(missing)}, which its chat template writes")
+            bos = None if tokenizer.config.get("bos_token") is None else tokenizer.bos_id
+            self._begin = [] if bos is None else [bos]
+            ends = [special["<|end|>"]]
+        else:
+            from minillm.io.template import ForeignFormat
+
+            self._foreign = ForeignFormat(tokenizer)
+            ends = self._foreign.ends
+        self.end_id = ends[0]
         """The token that ends a reply."""
-        stops = (self.end_id, *self._format.other_ends, tokenizer.eos_id, *_kept_stops(tokenizer))
+        kept = tokenizer.config.get("minillm_stop_tokens") or []  # that an imported model came with
+        stops = (*ends, tokenizer.eos_id, *(special.get(name) for name in kept))
         self.stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
         """The tokens at which a reply is over: its end, and the end of a document."""
 
     def encode(self, messages: object) -> Dialogue:
         """A whole conversation. InputError for what `check_messages` or the template refuses."""
-        return self._format.encode(check_messages(messages))
+        checked = check_messages(messages)
+        if self._foreign:
+            return self._foreign.encode(checked)
+        tokens, mask = list(self._begin), [False] * len(self._begin)
+        for message in checked:
+            said = [*self.tokenizer.encode(message["content"]), self.end_id]
+            learned = message["role"] == "assistant" and message.get("train", True)
+            tokens += [self.tokenizer.special_tokens[f"<|{message['role']}|>"], *said]
+            mask += [False, *[learned] * len(said)]
+        return Dialogue(tokens, mask)
 
     def prompt(self, messages: object, thinking: bool = False) -> list[int]:
         """The tokens after which the model is to reply to these messages; with `thinking`, where its
         template knows thoughts, it is to think first."""
-        return self._format.prompt(check_messages(messages), thinking)
-
-
-class OwnFormat:
-    """bos, then for each message: role, content, end."""
-
-    other_ends: tuple[int, ...] = ()
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, special = tokenizer, tokenizer.special_tokens
-        if missing := [name for name in CONTROL_TOKENS if name not in special]:
-            raise InputError(f"tokenizer: lacks {' '.join(missing)}, which its chat template writes")
-        bos = None if tokenizer.config.get("bos_token") is None else tokenizer.bos_id
-        self.begin = [] if bos is None else [bos]
-        self.role_ids = {role: special[f"<|{role}|>"] for role in ROLES}
-        self.end_id = special["<|end|>"]
-
-    def encode(self, messages: Conversation) -> Dialogue:
-        tokens, mask = list(self.begin), [False] * len(self.begin)
-        for message in messages:
-            said = [*self.tokenizer.encode(message["content"]), self.end_id]
-            learned = message["role"] == "assistant" and message.get("train", True)
-            tokens += [self.role_ids[message["role"]], *said]
-            mask += [False, *[learned] * len(said)]
-        return Dialogue(tokens, mask)
-
-    def prompt(self, messages: Conversation, thinking: bool = False) -> list[int]:
-        return [*self.encode(messages).tokens, self.role_ids["assistant"]]
+        if self._foreign:
+            return self._foreign.prompt(check_messages(messages), thinking)
+        return [*self.encode(messages).tokens, self.tokenizer.special_tokens["<|assistant|>"]]
 
 
 class Completion:
@@ -121,11 +115,8 @@ class Completion:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
+        self.stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         """The token that ends a document, if there is one."""
-        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], thinking: bool = False) -> list[int]:
         """The tokens of the last message, as the beginning of a document."""
@@ -174,19 +165,6 @@ def check_messages(messages: object) -> Conversation:
         unlearned = {} if message.get("train", True) else {"train": False}
         checked.append({"role": role, "content": content, **unlearned})
     return checked
-
-
-def _foreign_format(tokenizer: Tokenizer) -> Any:
-    """The format that a Jinja template describes, with the attributes and methods of `OwnFormat`."""
-    from minillm.io.template import ForeignFormat
-
-    return ForeignFormat(tokenizer)
-
-
-def _kept_stops(tokenizer: Tokenizer) -> list[int]:
-    """The stops that an imported model came with, by their names (minillm/io/huggingface.py)."""
-    names = tokenizer.config.get("minillm_stop_tokens") or []
-    return [tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens]
 
 
 if __name__ == "__main__":

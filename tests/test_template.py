@@ -13,15 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from minillm.chat import TEMPLATE as DEFAULT_TEMPLATE
+from minillm.chat import ChatTemplate, check_messages, with_chat_template
 from minillm.errors import InputError
-from minillm.io.template import (
-    DEFAULT_TEMPLATE,
-    PLAIN_TEMPLATE,
-    ChatTemplate,
-    ForeignFormat,
-    check_messages,
-    with_chat_template,
-)
+from minillm.io.template import PLAIN_TEMPLATE, ForeignFormat
 from minillm.io.vocabulary import LibraryVocabulary, to_json
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
 

@@ -17,9 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, reason_of, writing
 from minillm.files import read_json, sync_file, sync_folder, write_json
-from minillm.io.template import check_messages
 from minillm.options import options_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
 

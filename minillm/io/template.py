@@ -27,32 +27,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from json import dumps
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minillm.chat import (  # names that others import from here
-    CONTROL_TOKENS,
-    ROLES,
-    ChatTemplate,
-    Completion,
-    Conversation,
-    Dialogue,
-    chat_format,
-    check_messages,
-    with_chat_template,
-)
-from minillm.chat import TEMPLATE as DEFAULT_TEMPLATE
+from minillm.chat import Conversation, Dialogue
 from minillm.errors import InputError, reason_of
 from minillm.tokenizer import Tokenizer
-
-__all__ = [
-    "CONTROL_TOKENS", "DEFAULT_TEMPLATE", "PLAIN_TEMPLATE", "ROLES", "ChatTemplate", "Completion", "Dialogue",
-    "ForeignFormat", "chat_format", "check_messages", "with_chat_template",
-]  # fmt: skip
 
 PLAIN_TEMPLATE = """\
 {{ bos_token }}
@@ -90,12 +74,9 @@ class Frame:
     """As rendered: before the first content, between contents, and after the last."""
     order: list[Piece]
     """The content behind each part but the last."""
-    ids: list[list[int]]
-    """As encoded: the tokens of each part."""
-    owners: list[list[int]]
-    """For each of these tokens the message whose reply it belongs to, or -1 where nobody is to produce it."""
-    pieces: list[Piece]
-    """The content behind each of them but the last."""
+    plan: list[tuple[list[int] | Piece, int]]
+    """As encoded: tokens of the template's own, or a content; and the message whose reply they belong to, or
+    -1 where nobody is to produce them."""
     learned: frozenset[int]
     """The messages that are learned."""
 
@@ -109,37 +90,35 @@ class ForeignFormat:
         # The clock stands still, so that a template that writes the time cannot change its text in the
         # middle of a conversation.
         self._template = _compile(source, datetime.now())
-        names = {name: _name(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
-        self._variables = {name: token for name, token in names.items() if token is not None}
+        self._variables: dict[str, str] = {}
+        for name, token in tokenizer.config.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                self._variables[name] = text
         self._frames: dict[tuple[Shape, bool, bool], Frame] = {}
         self._thinks = "think>" in source and self._knows_thoughts()
         exchange = (("user", False), ("assistant", False))
-        self.end_id = self._end_behind(exchange)
-        """The token that ends a reply."""
-        self.other_ends: tuple[int, ...] = ()
-        """And those that end it once another message follows, where that is another token."""
+        self.ends = [self._end_behind(exchange)]
+        """The token that ends a reply, and the one that ends it once another message follows."""
         with suppress(InputError):
-            self.other_ends = (self._end_behind(exchange + exchange),)
+            self.ends.append(self._end_behind(exchange + exchange))
 
     def encode(self, messages: Conversation) -> Dialogue:
-        frame, contents = self._fill(messages, generate=False, thinking=False)
-        tokens, owners = list(frame.ids[0]), list(frame.owners[0])
-        for piece, ids, of_ids in zip(frame.pieces, frame.ids[1:], frame.owners[1:], strict=True):
-            said = self.tokenizer.encode(contents[piece])
-            tokens += said + ids
-            owners += [piece[0] if piece[0] in frame.learned else -1] * len(said) + of_ids
+        """As `ChatTemplate.encode`."""
+        frame, pieces = self._fill(messages, generate=False, thinking=False)
         wanted = {i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)}
-        return Dialogue(tokens, [owner in wanted for owner in owners], len(wanted - frame.learned))
+        mask = [owner in wanted for ids, owner in pieces for _ in ids]
+        return Dialogue([token for ids, _ in pieces for token in ids], mask, len(wanted - frame.learned))
 
-    def prompt(self, messages: Conversation, thinking: bool = False) -> list[int]:
-        frame, contents = self._fill(messages, True, thinking and self._thinks)
-        tokens = list(frame.ids[0])
-        for piece, ids in zip(frame.pieces, frame.ids[1:], strict=True):
-            tokens += self.tokenizer.encode(contents[piece]) + ids
-        return tokens
+    def prompt(self, messages: Conversation, thinking: bool) -> list[int]:
+        """As `ChatTemplate.prompt`."""
+        _, pieces = self._fill(messages, True, thinking and self._thinks)
+        return [token for ids, _ in pieces for token in ids]
 
-    def _fill(self, messages: Conversation, generate: bool, thinking: bool) -> tuple[Frame, dict[Piece, str]]:
-        """The frame of a conversation, and its contents as the template writes them."""
+    def _fill(
+        self, messages: Conversation, generate: bool, thinking: bool
+    ) -> tuple[Frame, list[tuple[list[int], int]]]:
+        """The frame of a conversation, and the tokens of its plan, each piece with its owner."""
         if len(messages) > MOST_MESSAGES:
             raise InputError(f"{len(messages):,} messages: its chat template is read up to {MOST_MESSAGES:,}")
         contents: dict[Piece, str] = {}
@@ -153,10 +132,11 @@ class ForeignFormat:
         if key not in self._frames:
             self._frames[key] = self._asking(shape, thinking) if generate else self._whole(shape)
         frame = self._frames[key]
-        given = [
-            _message(role, contents[i, False], contents.get((i, True))) for i, (role, _) in enumerate(shape)
-        ]
-        return frame, contents | _find(frame, contents, self._render(given, generate, thinking))
+        given = [_message(role, contents[i, False], contents.get((i, True)))
+                 for i, (role, _) in enumerate(shape)]  # fmt: skip
+        contents |= _find(frame, contents, self._render(given, generate, thinking))
+        encode = self.tokenizer.encode
+        return frame, [(w if isinstance(w, list) else encode(contents[w]), owner) for w, owner in frame.plan]
 
     def _knows_thoughts(self) -> bool:
         """Whether the template treats a thought in a reply otherwise than text, or asks for one."""
@@ -176,11 +156,10 @@ class ForeignFormat:
     # --- frames
 
     def _asking(self, shape: Shape, thinking: bool) -> Frame:
+        """The frame of a prompt, of which nothing is learned."""
         rendered, asked = self._asked(shape, thinking)
-        parts, order = self._split(rendered, shape)
-        texts = [*parts[:-1], parts[-1] + asked[len(rendered) :]]
-        ids = [self.tokenizer.encode(text, special=True) for text in texts]
-        return Frame(parts, order, ids, [[-1] * len(part) for part in ids], order, frozenset())
+        parts, order = _split(rendered, shape)
+        return Frame(parts, order, self._plan(asked, {}), frozenset())
 
     def _asked(self, shape: Shape, thinking: bool) -> tuple[str, str]:
         """The generation prompt as rendered, and with all that stands between it and a reply.
@@ -204,10 +183,10 @@ class ForeignFormat:
         return prompt, prompt
 
     def _whole(self, shape: Shape) -> Frame:
-        """A whole conversation: which of its replies are learned, and from where."""
+        """The frame of a whole conversation: which of its replies are learned, and from where."""
         rendered = self._render(_marked(shape), False, shape[-1][1])
-        parts, order = self._split(rendered, shape)
-        encoded, starts = rendered, {}
+        parts, order = _split(rendered, shape)
+        encoded, starts, last = rendered, {}, len(shape) - 1
         for i, (role, thought) in enumerate(shape):
             if role != "assistant":
                 continue
@@ -216,59 +195,39 @@ class ForeignFormat:
             asked = self._asked(shape[:i], thought)[1] if i else before
             if kept == thought and (before == asked or (thought and before.startswith(asked))):
                 starts[i] = len(asked)
-            elif i == len(shape) - 1:
-                encoded, starts[i] = self._behind_prompt(shape, asked), len(asked)
-        return self._owned(Frame(parts, order, [], [], [], frozenset(starts)), encoded, starts)
+            elif i == last:  # the last reply, and its thought, as they follow what the model is asked with
+                plain = self._render(_marked((*shape[:-1], ("assistant", False))), False, thought)
+                before, text, end = plain.partition(_mark(i, False))
+                if not asked.startswith(before):
+                    raise InputError(
+                        "the chat template asks for a reply with another text than it writes before one, so "
+                        "no reply can be learned; change the template"
+                    )
+                encoded = asked + (f"{_mark(i, True)}\n</think>\n\n" if thought else "") + text + end
+                starts[i] = len(asked)
+        return Frame(parts, order, self._plan(encoded, starts), frozenset(starts))
 
-    def _behind_prompt(self, shape: Shape, asked: str) -> str:
-        """A conversation with its last reply, and its thought, behind what the model is asked with."""
-        i, thought = len(shape) - 1, shape[-1][1]
-        plain = self._render(_marked((*shape[:-1], ("assistant", False))), False, thought)
-        before, text, end = plain.partition(_mark(i, False))
-        if not asked.startswith(before):
-            raise InputError(
-                "the chat template asks for a reply with another text than it writes before one, so no reply "
-                "can be learned; change the template"
-            )
-        return asked + (f"{_mark(i, True)}\n</think>\n\n" if thought else "") + text + end
-
-    def _owned(self, frame: Frame, encoded: str, starts: dict[int, int]) -> Frame:
-        """The frame with the tokens of `encoded`, each part of it cut where a reply begins to be learned."""
-        position, before = 0, (-1, False)
+    def _plan(self, encoded: str, starts: dict[int, int]) -> list[tuple[list[int] | Piece, int]]:
+        """A marked text as tokens and contents, cut where each reply begins to be learned."""
+        plan: list[tuple[list[int] | Piece, int]] = []
+        position, (message, is_thought) = 0, (-1, False)
         for text in MARKER.split(encoded):
             if MARKER.fullmatch(text):
-                before = _piece_of(text)
-                frame.pieces.append(before)
+                message, is_thought = _piece_of(text)
+                plan.append(((message, is_thought), message if message in starts else -1))
             else:
-                message, is_thought = before
-                cut = next((s - position for s in starts.values() if 0 < s - position < len(text)), len(text))
+                begun = {start - position: i for i, start in starts.items()}
+                cut = next((at for at in begun if 0 < at < len(text)), len(text))
                 ids = self.tokenizer.encode(text[:cut], special=True)
-                owed = 0
-                if message in frame.learned:
-                    owed = len(ids) if is_thought else self._owed(ids)
-                owners = [message] * owed + [-1] * (len(ids) - owed)
-                learned = self.tokenizer.encode(text[cut:], special=True)
-                reply = next((i for i, s in starts.items() if s == position + cut), -1)
-                frame.ids.append(ids + learned)
-                frame.owners.append(owners + [reply] * len(learned))
+                owed = 0 if message not in starts else len(ids) if is_thought else self._owed(ids)
+                plan += [(ids[:owed], message), (ids[owed:], -1)]
+                plan.append((self.tokenizer.encode(text[cut:], special=True), begun.get(cut, -1)))
             position += len(text)
-        return frame
-
-    def _split(self, rendered: str, shape: Shape) -> tuple[list[str], list[Piece]]:
-        pieces = MARKER.split(rendered)
-        order = [_piece_of(marker) for marker in pieces[1::2]]
-        for number, (role, thought) in enumerate(shape):
-            count = order.count((number, False))
-            if count != 1 or (thought and order.count((number, True)) > 1):
-                raise InputError(
-                    f"the chat template writes the content of message {number} ({role}) {count} times; it "
-                    f"must once, in these messages: {', '.join(role for role, _ in shape)}"
-                )
-        return pieces[::2], order
+        return plan
 
     def _end_behind(self, shape: Shape) -> int:
         """The token that ends the first reply of a conversation."""
-        parts, order = self._split(self._render(_marked(shape), False, False), shape)
+        parts, order = _split(self._render(_marked(shape), False, False), shape)
         ids = self.tokenizer.encode(parts[order.index((1, False)) + 1], special=True)
         return ids[self._owed(ids) - 1]
 
@@ -287,15 +246,11 @@ class ForeignFormat:
         return count
 
     def _render(self, messages: list[dict[str, str]], generate: bool, thinking: bool) -> str:
-        try:
-            with time_limit(SECONDS):
-                return self._template.render(
-                    messages=messages, add_generation_prompt=generate, tools=None, documents=None,
-                    enable_thinking=thinking, thinking=thinking, **self._variables,
-                )  # fmt: skip
-        except Exception as error:  # a template is someone's program: whatever it raises is bad input
-            reason = " ".join(reason_of(error).split())
-            raise InputError(f"the chat template refuses these messages: {reason}") from error
+        with _refusing("the chat template refuses these messages"):
+            return self._template.render(
+                messages=messages, add_generation_prompt=generate, tools=None, documents=None,
+                enable_thinking=thinking, thinking=thinking, **self._variables,
+            )  # fmt: skip
 
 
 # --- markers and contents
@@ -324,37 +279,41 @@ def _marked(shape: Shape) -> list[dict[str, str]]:
             for i, (role, thought) in enumerate(shape)]  # fmt: skip
 
 
+def _split(rendered: str, shape: Shape) -> tuple[list[str], list[Piece]]:
+    """What stands around the markers, and the contents that they stand for."""
+    pieces = MARKER.split(rendered)
+    order = [_piece_of(marker) for marker in pieces[1::2]]
+    for number, (role, thought) in enumerate(shape):
+        count = order.count((number, False))
+        if count != 1 or (thought and order.count((number, True)) > 1):
+            raise InputError(
+                f"the chat template writes the content of message {number} ({role}) {count} times; it "
+                f"must once, in these messages: {', '.join(role for role, _ in shape)}"
+            )
+    return pieces[::2], order
+
+
 def _find(frame: Frame, contents: dict[Piece, str], rendered: str) -> dict[Piece, str]:
-    """The contents as the template wrote them, trimmed perhaps."""
+    """The contents as the template wrote them: most leave a content as it is, some trim an end or both."""
     written, position = {}, len(frame.parts[0])
     for piece, after in zip(frame.order, frame.parts[1:], strict=True):
-        forms = _trimmed(contents[piece])
+        said, last = contents[piece], piece == frame.order[-1]
+        forms = [
+            said,
+            *(trim(said, of) for of in (None, "\n") for trim in (str.strip, str.lstrip, str.rstrip)),
+        ]
         found = [form for form in forms if rendered.startswith(form + after, position)]
-        if not found or not rendered.startswith(frame.parts[0]):
-            raise _untraceable(piece[0])
-        written[piece] = found[0]
-        position += len(found[0] + after)
-    if position != len(rendered):
-        raise _untraceable(frame.order[-1][0])
+        end = position + len(found[0] + after) if found else 0
+        if not found or not rendered.startswith(frame.parts[0]) or (last and end != len(rendered)):
+            raise InputError(
+                f"at message {piece[0]} the chat template alters a content, or its own text because of one, "
+                "beyond trimming: what the model must produce cannot be told; change the messages or it"
+            )
+        written[piece], position = found[0], end
     return written
 
 
-def _trimmed(content: str) -> tuple[str, ...]:
-    """What templates make of a content: most leave it as it is, some trim an end or both."""
-    return (
-        content, content.strip(), content.lstrip(), content.rstrip(),
-        content.strip("\n"), content.lstrip("\n"), content.rstrip("\n"),
-    )  # fmt: skip
-
-
-def _untraceable(number: int) -> InputError:
-    return InputError(
-        f"at message {number} the chat template alters a content, or its own text because of one, beyond "
-        "trimming: what the model must produce cannot be told; change the messages or the template"
-    )
-
-
-# --- Jinja as transformers runs it ----------------------------------------------------------------
+# --- Jinja as transformers runs it
 
 
 def _source(tokenizer: Tokenizer) -> str:
@@ -368,10 +327,13 @@ def _source(tokenizer: Tokenizer) -> str:
     return source
 
 
-def _name(token: object) -> str | None:
-    """A special token's text, which some files wrap in an object."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+def _compile(source: str, now: datetime) -> Template:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    # Jinja's own filter escapes what HTML reads as markup; a model reads no HTML.
+    environment.filters["tojson"] = lambda value, **how: dumps(value, **{"ensure_ascii": False, **how})
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
+    with _refusing("tokenizer_config.json: chat_template is not valid Jinja"):
+        return environment.from_string(source)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -381,41 +343,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
-        if (operator == "**" and max(sizes) > 1000) or (operator == "*" and max(sizes) > 10**6):
-            raise OverflowError(f"{operator} of a number above {1000 if operator == '**' else 10**6:,}")
+        if max(sizes) > (most := 1000 if operator == "**" else 10**6):
+            raise OverflowError(f"{operator} of a number above {most:,}")
         return super().call_binop(context, operator, left, right)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError once the time is over, between two steps of the interpreter."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"takes longer than {seconds} seconds")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def _compile(source: str, now: datetime) -> Template:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    try:
-        with time_limit(SECONDS):
-            return environment.from_string(source)
-    except Exception as error:  # Jinja's own compiler fails on some programs in ways of Python's
-        reason = " ".join(reason_of(error).split())
-        raise InputError(f"tokenizer_config.json: chat_template is not valid Jinja: {reason}") from error
 
 
 class _Generation(Extension):
@@ -428,16 +358,26 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _raise_exception(message: str) -> None:
+def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes what HTML reads as markup; a model reads no HTML."""
-    return dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A template is someone's program: whatever it raises is bad input, and so is taking over SECONDS."""
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError(f"takes longer than {SECONDS} seconds")
+
+    is_main = threading.current_thread() is threading.main_thread()  # in others there are no signals
+    previous = signal.signal(signal.SIGALRM, stop) if is_main else None
+    try:
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(reason_of(error).split())}") from error
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
