@@ -52,10 +52,15 @@ HARMLESS = {
     "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", *SAME_NAME,
 }  # fmt: skip
 """Read here, or without effect on what is computed."""
+ROPES = {
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
+}  # fmt: skip
+"""The ways to turn queries and keys that are computed here, and the fields of each."""
 ROPE_FIELDS = {
-    "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast",
-    "beta_slow", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
-    "truncate", "partial_rotary_factor",
+    "rope_type", "rope_theta", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
+    *(name for names in ROPES.values() for name in names),
 }  # fmt: skip
 
 
@@ -89,15 +94,10 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _rope_to_json(config: ModelConfig) -> dict[str, Any]:
-    if config.rope_llama3:
-        names = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        return {"rope_type": "llama3", **dict(zip(names, config.rope_llama3, strict=True))}
-    if config.rope_yarn:
-        names = ["factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"]
-        return {"rope_type": "yarn", **dict(zip(names, config.rope_yarn, strict=True))}
-    if config.rope_linear != 1:
-        return {"rope_type": "linear", "factor": config.rope_linear}
-    return {"rope_type": "default"}
+    linear = (config.rope_linear,) if config.rope_linear != 1 else None
+    settings: dict[str, Any] = {"llama3": config.rope_llama3, "yarn": config.rope_yarn, "linear": linear}
+    kind, values = next(((kind, values) for kind, values in settings.items() if values), ("default", ()))
+    return {"rope_type": kind, **dict(zip(ROPES[kind], values, strict=True))}
 
 
 def config_from_json(path: Path) -> ModelConfig:
@@ -109,13 +109,12 @@ def config_from_json(path: Path) -> ModelConfig:
     _refuse_unknown(raw, family, path)
     heads = number(raw, "num_attention_heads", int, path)
     defaults = {
+        "num_key_value_heads": heads,
         "head_dim": number(raw, "hidden_size", int, path) // max(1, heads),
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-        **({} if "num_key_value_heads" not in raw else {"num_key_value_heads": heads}),
+        **{name: value for name, value in DEFAULTS[family].items() if name not in raw},
     }
-    absent = {name: value for name, value in DEFAULTS[family].items() if name not in raw}
-    defaults = {"num_key_value_heads": heads, **defaults, **absent}
     kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
     shape = {name: number(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
     shape |= _rope_from_json(raw, path)
@@ -159,39 +158,26 @@ def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: rotary positions with {name!r:.60}, which this does not compute")
             if rope.setdefault(name, value) != value:
                 raise InputError(f"{path}: {name} is {rope[name]!r:.60} and {value!r:.60}; remove one")
-    theta = number(rope, "rope_theta", float, path, 10_000.0)
-    longest = number(raw, "max_position_embeddings", int, path)
-    kind = rope.get("rope_type", "default")
+    kind, longest = rope.get("rope_type", "default"), number(raw, "max_position_embeddings", int, path)
+    if kind not in list(ROPES):
+        raise InputError(f"{path}: rotary positions of type {kind!r:.40}; this computes {', '.join(ROPES)}")
     if rope.get("partial_rotary_factor", 1) != 1 or not rope.get("truncate", True):
         raise InputError(f"{path}: rotary positions in part or not truncated, which this does not compute")
-    original = number(rope, "original_max_position_embeddings", int, path, longest)
-    if kind in ("llama3", "yarn") and max(original, longest) >= 2**53:
-        raise InputError(
-            f"{path}: original_max_position_embeddings or its like is out of range; restore the file"
-        )
-    found: dict[str, Any] = {"rope_theta": theta}
-    if kind == "linear":
-        found["rope_linear"] = number(rope, "factor", float, path)
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        found["rope_llama3"] = (*(number(rope, name, float, path) for name in names), original)
-    elif kind == "yarn":
+    defaults: dict[str, Any] = {"original_max_position_embeddings": longest}
+    if kind == "yarn":
+        original = number(rope, "original_max_position_embeddings", int, path, longest)
         factor = number(rope, "factor", float, path, longest / max(1, original))
         scale, every = (number(rope, name, float, path, 0.0) for name in ("mscale", "mscale_all_dim"))
-        usual = (
-            _magnitude(factor, scale) / _magnitude(factor, every) if scale and every else _magnitude(factor)
-        )
-        numbers = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": usual}
-        found["rope_yarn"] = (
-            factor,
-            *(number(rope, n, float, path, usual) for n, usual in numbers.items()),
-            original,
-        )
-    elif kind != "default":
-        raise InputError(
-            f"{path}: rotary positions of type {kind!r:.40}; this computes default, linear, llama3, yarn"
-        )
-    return found
+        both = scale and every
+        usual = _magnitude(factor, scale) / _magnitude(factor, every) if both else _magnitude(factor)
+        defaults |= {"factor": factor, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": usual}
+    whole = {"original_max_position_embeddings"}
+    values = tuple(number(rope, name, int if name in whole else float, path, defaults.get(name))
+                   for name in ROPES[kind])  # fmt: skip
+    if any(abs(value) >= 2**53 for value in values):
+        raise InputError(f"{path}: a number of its rotary positions is out of range; restore the file")
+    found = {"rope_theta": number(rope, "rope_theta", float, path, 10_000.0)}
+    return found if kind == "default" else {**found, f"rope_{kind}": values if len(values) > 1 else values[0]}
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:

@@ -69,9 +69,8 @@ def padding_token(tokenizer: Tokenizer) -> str | None:
     """The name of a special token that ends nothing: the pad, mask or bos if they do not, else any; None
     where every special token ends something, and rows can only be scored one by one."""
     stops, special = ChatTemplate(tokenizer).stop_ids, tokenizer.special_tokens
-    named = [tokenizer.config.get(f"{role}_token") for role in ("pad", "mask", "bos")]
-    names = [name for name in named if isinstance(name, str)] + list(special)
-    return next((name for name in names if name in special and special[name] not in stops), None)
+    names = [tokenizer.config.get(f"{role}_token") for role in ("pad", "mask", "bos")] + list(special)
+    return next((n for n in names if isinstance(n, str) and special.get(n, stops[0]) not in stops), None)
 
 
 def _for_others(tokenizer: Tokenizer) -> Tokenizer:
@@ -89,10 +88,8 @@ def _for_others(tokenizer: Tokenizer) -> Tokenizer:
             "start_anchor": "<|assistant|>",
             "fields": {"content": {"close": ends, "content": "text"}},
         }
-    elif (
-        "chat_template" not in config and isinstance(vocabulary, Vocabulary) and not vocabulary.post_processor
-    ):
-        vocabulary = replace(vocabulary, post_processor=_bos_in_front(tokenizer))
+    elif "chat_template" not in config and isinstance(vocabulary, Vocabulary):
+        vocabulary = replace(vocabulary, post_processor=vocabulary.post_processor or _bos_in_front(tokenizer))
     return Tokenizer(vocabulary, config)
 
 
@@ -119,16 +116,15 @@ def _from_others(folder: Path) -> Tokenizer:
         vocabulary = replace(vocabulary, post_processor=None)
     for name in ("model_input_names", "response_template"):
         config.pop(name, None)
-    beside = folder / "generation_config.json"
-    if config.get("chat_template") is not None and beside.exists():
-        names, kept = {i: name for name, i in tokenizer.special_tokens.items()}, []
-        # A template that does not work is told where it is used; the file is no part of the model.
-        with suppress(InputError, TypeError):
-            stops = read_json(beside).get("eos_token_id")
-            kept = [names[i] for i in (stops if isinstance(stops, list) else [stops]) if i in names]
-            own = ChatTemplate(tokenizer).stop_ids
-            kept = [name for name in kept if tokenizer.special_tokens[name] not in own]
-        if kept:
+    # A template that does not work is told where it is used; generation_config.json is no part of the model.
+    with suppress(InputError, TypeError):
+        stops = read_json(folder / "generation_config.json").get("eos_token_id")
+        names, own = (
+            {i: name for name, i in tokenizer.special_tokens.items()},
+            ChatTemplate(tokenizer).stop_ids,
+        )
+        listed = stops if isinstance(stops, list) else [stops]
+        if kept := [names[stop] for stop in listed if stop in names and stop not in own]:
             config["minillm_stop_tokens"] = kept
     return Tokenizer(vocabulary, config)
 
@@ -146,10 +142,8 @@ def load_model(
 ) -> tuple[LanguageModel, Tokenizer]:
     """Opens a run folder or a Hugging Face folder of a layout that `config.ARCHITECTURES` has."""
     config, tokenizer, tensors = _open_folder(folder)
-    if "score.weight" in tensors:
-        raise InputError(
-            f"{folder}: is {_kind_of_classifier(tensors)} and says nothing; give a language model"
-        )
+    if kind := _kind_of_classifier(tensors):
+        raise InputError(f"{folder}: is {kind} and says nothing; give a language model")
     model = LanguageModel(config, compute_dtype)
     load_weights(model, tensors, folder)
     if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
@@ -157,9 +151,9 @@ def load_model(
     return model.to(device), tokenizer
 
 
-def _kind_of_classifier(tensors: dict[str, Tensor]) -> str:
-    labels = len(tensors["score.weight"])
-    return "a reward model" if labels == 1 else f"a classifier of {labels} labels"
+def _kind_of_classifier(tensors: dict[str, Tensor]) -> str | None:
+    labels = len(tensors.get("score.weight", ()))
+    return "a reward model" if labels == 1 else f"a classifier of {labels} labels" if labels else None
 
 
 def load_causal_model(
@@ -179,11 +173,9 @@ def load_scalar_model(
 ) -> tuple[ScalarModel, Tokenizer]:
     """Opens a reward model: a run folder or a Hugging Face sequence classifier with one label."""
     config, tokenizer, tensors = _open_folder(folder)
-    if "score.weight" not in tensors:
-        raise InputError(f"{folder}: has no weight score.weight; give a reward model's folder")
-    if len(tensors["score.weight"]) != 1:
+    if (kind := _kind_of_classifier(tensors)) != "a reward model":
         raise InputError(
-            f"{folder}: score.weight is that of {_kind_of_classifier(tensors)}; a reward model has one"
+            f"{folder}: by score.weight {kind or 'a language model'}; give a reward model's folder"
         )
     model = ScalarModel(config, compute_dtype)
     load_weights(model, tensors, folder)
@@ -257,20 +249,20 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
                 f"{origin}: weight lm_head.weight differs from the embedding, though config.json ties them; "
                 "set tie_word_embeddings to false, or take the weight out"
             )
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise InputError(f"{origin}: weight {missing[0]} is missing ({len(missing)} in all)")
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise InputError(f"{origin}: weight {unknown[0]} is not part of this model ({len(unknown)} in all)")
+    for names, what in ((expected.keys() - tensors.keys(), "missing"),
+                        (tensors.keys() - expected.keys(), "not part of this model")):  # fmt: skip
+        if names:
+            raise InputError(f"{origin}: weight {min(names)} is {what} ({len(names)} in all)")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise InputError(
-                f"{origin}: weight {name} is {list(tensor.shape)}, config.json asks for "
-                f"{list(expected[name].shape)}"
-            )
-        if tensor.dtype not in STORED:
-            raise InputError(f"{origin}: weight {name} is of {tensor.dtype}, which is no weight's here")
-        if not tensor.isfinite().all():
-            raise InputError(f"{origin}: weight {name} holds values that are not finite; restore the file")
+        if tensor.shape != (shape := expected[name].shape):
+            wrong = f"is {list(tensor.shape)}, config.json asks for {list(shape)}"
+        elif tensor.dtype not in STORED:
+            wrong = f"is of {tensor.dtype}, which is no weight's here"
+        elif not tensor.isfinite().all():
+            wrong = "holds values that are not finite; restore the file"
+        else:
+            continue
+        raise InputError(f"{origin}: weight {name} {wrong}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
