@@ -12,7 +12,8 @@ One law covers every pattern in use (T queries, S keys, the last query level wit
 The law: query t sees key s when  start[b, t] <= s < end[b, t]  and, if causal,  s <= t + (S - T).
 A bound not given does not bind. Causality only ever lowers `end`; a caller whose queries are not
 the last T positions of the keys passes causal=False and says all in `end`. Bounds may lie outside
-0..S. A query that sees no key gives zeros and passes zero gradients, never nan.
+0..S. A query that sees no key gives zeros and passes zero gradients, never nan. What keys outside a
+query's bounds hold never reaches it, be it nan or inf, as in memory of a cache not yet written.
 
 PyTorch's version stands here, Triton's in attention_triton.py.
 
@@ -29,10 +30,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.dispatch import choose_impl
+from kernels.dispatch import autocast, check, choose_impl
 
-# Half types on a CPU take plain matrix products up to this many scores a head (see `_plain`).
-PLAIN_SCORES = 1 << 20
+# Where gradients are wanted, half types on a CPU are computed in float32 up to this many scores a head: the
+# backward pass of torch's fused kernel for them is up to ten times slower there, and nowhere more exact.
+FLOAT32_SCORES = 1 << 17
 
 
 def attention(
@@ -50,17 +52,25 @@ def attention(
     H is a multiple of K: consecutive groups of H / K query heads share a key/value head. `start`
     and `end` are positions in 0..S (int32); `scale` is 1 / sqrt(C) unless given. `impl` is "triton",
     "torch", or None for the faster one. Under autocast the operands are cast to its dtype first.
-    ValueError for H not a multiple of K, an unknown `impl`, and, in Triton, C > 256 or mixed dtypes.
+    ValueError for shapes that do not fit, H not a multiple of K, mixed dtypes, an unknown `impl`, and, in
+    Triton, C > 256.
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads do not share {k.shape[1]} key heads evenly")
+    q, k, v = autocast(q), autocast(k), autocast(v)
+    operands = {"q": (q, "B H T C"), "k": (k, "B K S C"), "v": (v, "B K S C")}
+    check(operands, {"start": (start, "B T"), "end": (end, "B T")})
+    H, T, K = q.shape[1], q.shape[2], k.shape[1]
+    if K == 0 or H % K:
+        raise ValueError(f"{H} query heads do not share {K} key heads evenly")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v share no dtype: {q.dtype}, {k.dtype} and {v.dtype}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if scale <= 0:  # the fast versions compare scores before they are scaled
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    if T == 1:  # a single query is the last one: nothing lies ahead of it
+        causal = False
     attend = _triton if choose_impl(impl, q) == "triton" else _torch
-    device, scale = q.device.type, q.shape[3] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-        with torch.autocast(device, enabled=False):
-            return attend(q, k, v, start, end, causal, scale)
-    return attend(q, k, v, start, end, causal, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return attend(q, k, v, start, end, causal, scale)
 
 
 def _triton(q, k, v, start, end, causal, scale):
@@ -70,17 +80,44 @@ def _triton(q, k, v, start, end, causal, scale):
 
 
 def _torch(q, k, v, start, end, causal, scale):
-    T, S = q.shape[2], k.shape[2]
-    causal = causal and T > 1  # a single query is the last one: nothing lies ahead of it
-    half_on_cpu = q.device.type == "cpu" and q.dtype.itemsize == 2
-    if half_on_cpu and T * S <= PLAIN_SCORES:
-        return _patched(_plain, q, k, v, _visible(q, S, start, end, causal), scale)
-    if start is None and end is None and (not causal or T == S):
-        return _sdpa(q, k, v, None, scale, is_causal=causal)
-    visible = _visible(q, S, start, end, causal)
-    if q.device.type == "cpu":  # its fused kernel already gives zeros for rows without keys
-        return _sdpa(q, k, v, visible, scale)
-    return _patched(_sdpa, q, k, v, visible, scale)
+    dtype, cpu = q.dtype, q.device.type == "cpu"
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if cpu and grad and dtype.itemsize == 2 and q.shape[2] * k.shape[2] <= FLOAT32_SCORES:
+        q, k, v = q.float(), k.float(), v.float()
+    if cpu and not torch.compiler.is_compiling():
+        out = _sdpa(q, k, v, start, end, causal, scale)
+        # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
+        # `out`, and still reach a gradient.
+        found = out.detach().sum(dtype=torch.float32)
+        if not (found + k.detach().sum() if grad else found).isfinite():
+            out = _apart(q, k, v, start, end, causal, scale)
+    else:
+        attend = _sdpa if start is None and end is None else _apart
+        out = attend(q, k, v, start, end, causal, scale)
+    return out.to(dtype)
+
+
+def _sdpa(q, k, v, start, end, causal, scale):
+    """torch's own, which the keys that a query does not see reach if they are not finite."""
+    visible = empty = None
+    if start is not None or end is not None or (causal and q.shape[2] != k.shape[2]):
+        visible, causal = _visible(q, k.shape[2], start, end, causal), False
+    if visible is not None and q.device.type != "cpu":  # the CPU's gives zeros for rows without keys
+        empty = ~visible.any(-1, keepdim=True)  # these look at every key, and the answer is dropped
+        visible = visible | empty
+    grouped = bool(q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _apart(q, k, v, start, end, causal, scale):
+    """Keys that are not finite count as 0, and the rows that see one are nan."""
+    spoilt = ~(k.isfinite() & v.isfinite()).all(-1)  # [B, K, S]
+    k, v = (x.masked_fill(spoilt[..., None], 0.0) for x in (k, v))
+    seen = _visible(q, k.shape[2], start, end, causal) & spoilt[:, :, None]
+    group = q.shape[1] // k.shape[1]
+    hit = seen.any(-1, keepdim=True).repeat_interleave(group, 1)
+    return _sdpa(q, k, v, start, end, causal, scale).masked_fill(hit, torch.nan)
 
 
 def _visible(q, S, start, end, causal) -> Bool[Tensor, "#B 1 T {S}"]:
@@ -95,33 +132,3 @@ def _visible(q, S, start, end, causal) -> Bool[Tensor, "#B 1 T {S}"]:
         every = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device)
         bounds.append(every.tril(S - T) if causal else every)
     return reduce(and_, bounds)
-
-
-def _sdpa(q, k, v, visible, scale, is_causal=False):
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def _plain(q, k, v, visible, scale):
-    """Two batched products around a softmax, [T, S] scores and all.
-
-    On a CPU in bfloat16 this beats torch's fused kernel by far while the scores are small: forward
-    and backward on one core, 4 heads of 32: 3.5x at 16 x 64 tokens, 1.1x to 1.5x at 8 x 256.
-    """
-    B, H, T, C = q.shape
-    K, S = k.shape[1:3]
-    rows = H // K * T
-    # A group's queries stand under one another, so that no key head is ever repeated.
-    mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-    mask = mask[:, :, None].expand(B, K, H // K, T, S).reshape(B * K, rows, S)
-    q, k, v = q.reshape(B * K, rows, C), k.reshape(B * K, S, C), v.reshape(B * K, S, C)
-    p = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)
-    return torch.bmm(p, v).view(B, H, T, C)
-
-
-def _patched(f, q, k, v, visible, scale):
-    """f with rows that see no key made zero: they look at every key, and the answer is dropped."""
-    empty = ~visible.any(-1, keepdim=True)
-    return f(q, k, v, visible | empty, scale).masked_fill(empty, 0.0)

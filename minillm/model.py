@@ -31,9 +31,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.logprob import kl as logits_kl
-from kernels.logprob import linear_kl, linear_token_logprobs, token_logprobs
+from kernels.losses import kl as logits_kl
+from kernels.losses import linear_cross_entropy, linear_kl, linear_token_logprobs, token_logprobs
 from minillm.errors import InputError
 
 

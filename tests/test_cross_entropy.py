@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import linear, reference
-from kernels.cross_entropy import _run, cross_entropy, linear_cross_entropy
+from kernels import losses, reference
+from kernels.losses import _run, cross_entropy, linear_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on -inf
 
@@ -38,6 +39,11 @@ cases = st.fixed_dictionaries(
 )
 
 
+def planned(patch, **changes):
+    """The walk over logits with other sizes."""
+    patch.setattr(losses, "PLANS", {name: replace(plan, **changes) for name, plan in losses.PLANS.items()})
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Blocks of 128 bytes, so that a hundred tokens are several blocks and most rows begin inside one.
@@ -47,7 +53,7 @@ def small_blocks():
     rows_triton = pytest.importorskip("kernels.rows_triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_triton, "LANES", 4)
-        patch.setattr(linear, "KEPT_LOGITS", {"cpu": 0, "cuda": 0})
+        planned(patch, kept=0)
         yield
 
 
@@ -332,8 +338,7 @@ def test_the_size_of_a_chunk_is_invisible(device, case, rows):
     hidden, weight, targets, upstream = draw(case, device, torch.float64)
     whole = run(linear_cross_entropy, (hidden, weight), targets, upstream, **options_of(case))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
-        patch.setattr(linear, "CHUNK_ROWS", rows)
+        planned(patch, chunk=1, rows=rows)
         parts = run(linear_cross_entropy, (hidden, weight), targets, upstream, **options_of(case))
     for a, e in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True)
@@ -357,8 +362,8 @@ def test_to_give_ignored_rows_no_share_is_to_leave_them_out(device, impl, wanted
     hidden, weight = normal(7, 4).to(device), normal(37, 4, seed=1).to(device)
     targets = torch.tensor([0, 36, 1, 5, 3, 3, 5], device=device)
     kept = torch.tensor([1, 1, 0, 1, 0, 0, 1], dtype=torch.bool, device=device)
-    total, d_hidden, d_weight = _run(hidden, weight, targets, kept, *wanted, impl)
-    expected = _run(hidden[kept], weight, targets[kept], None, *wanted, impl)
+    total, d_hidden, d_weight = _run(hidden, weight, targets, kept, wanted, impl)
+    expected = _run(hidden[kept], weight, targets[kept], None, wanted, impl)
     if wanted[0]:
         assert not d_hidden[~kept].any()
         d_hidden = d_hidden[kept]
@@ -390,7 +395,7 @@ def test_unknown_options_end_in_one_line_that_lists_what_exists():
 
 PEAKS = """
 import sys, torch, torch.nn.functional as F
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.losses import linear_cross_entropy
 
 def peak_kb():
     lines = open("/proc/self/status").read().splitlines()

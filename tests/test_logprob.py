@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -11,9 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kernels import linear, logprob, reference
-from kernels.cross_entropy import cross_entropy
-from kernels.logprob import kl, linear_kl, linear_token_logprobs, token_logprobs
+from kernels import losses, reference
+from kernels.losses import cross_entropy, kl, linear_kl, linear_token_logprobs, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on -inf
 
@@ -38,6 +38,11 @@ cases = st.fixed_dictionaries(
 EDGE = {"impl": "triton", "N": 4, "D": 3, "V": 1, "T": 1.0, "layout": "contiguous", "seed": 0}
 
 
+def planned(patch, **changes):
+    """The walk over logits with other sizes."""
+    patch.setattr(losses, "PLANS", {name: replace(plan, **changes) for name, plan in losses.PLANS.items()})
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
     """Blocks of 128 bytes, so that a hundred tokens are several blocks and most rows begin inside one.
@@ -47,7 +52,7 @@ def small_blocks():
     rows_triton = pytest.importorskip("kernels.rows_triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_triton, "LANES", 4)
-        patch.setattr(linear, "KEPT_LOGITS", {"cpu": 0, "cuda": 0})
+        planned(patch, kept=0)
         yield
 
 
@@ -88,7 +93,7 @@ def call(kind, operands, targets, T, impl=None):
     options = (targets, T) if "token" in kind else ()
     if impl == "plain":
         return plain(kind, operands, *options)
-    outputs = getattr(logprob, kind)(*operands, *options, impl=impl)
+    outputs = getattr(losses, kind)(*operands, *options, impl=impl)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -175,9 +180,8 @@ def test_the_linear_version_is_the_version_over_the_product_whatever_its_chunks(
     over_logits = call(kind.removeprefix("linear_"), products(operands), targets, case["T"], case["impl"])
     gradients = torch.autograd.grad(over_logits, operands, upstream)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "CHUNK_LOGITS", {"cpu": 1, "cuda": 1})
-        patch.setattr(linear, "CHUNK_ROWS", rows)
-        patch.setattr(linear, "KEPT_LOGITS", {"cpu": kept, "cuda": kept})
+        planned(patch, chunk=1, rows=rows)
+        planned(patch, kept=kept)
         fused = run(kind, case, operands, targets, upstream)
     for a, e in zip(fused, (*over_logits, *gradients), strict=True):
         torch.testing.assert_close(a, e.detach().cpu(), atol=1e-11, rtol=1e-11)
@@ -309,9 +313,13 @@ def test_the_operators_keep_the_contract_of_torch_library_and_refuse_second_deri
     operands, targets, _ = draw(kind, case, device)
     pairs = operands if "linear" in kind else [y for x in operands for y in (x, None)]
     if "token" in kind:
-        torch.library.opcheck(torch.ops.minillm.logprobs.default, (*pairs, targets, 0.5, True, impl))
+        arguments = ("logprob_entropy", *pairs, None, None, targets, 0.5, impl)
     else:
-        torch.library.opcheck(torch.ops.minillm.kl.default, (*pairs, impl))
+        arguments = ("kl", *pairs, None, 1.0, impl)
+    for kept in (0, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            planned(patch, kept=kept)
+            torch.library.opcheck(torch.ops.minillm.rows.default, arguments)
     values = call(kind, operands, targets, case["T"], impl)[0].square().sum()
     (gradient,) = torch.autograd.grad(values, operands[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
@@ -346,19 +354,31 @@ def test_kl_is_infinite_only_where_p_can_be_what_q_cannot(device, impl):
         assert gradient[:3].isfinite().all()
 
 
-def test_rows_without_an_upstream_gradient_are_not_read_and_targets_outside_read_nothing(device):
-    from kernels import rows_triton
-
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_without_an_upstream_gradient_passes_zeros_whatever_it_holds(device, impl):
     z = torch.full((2, 20), torch.nan, device=device)
     z[1] = 0.0
-    targets = torch.tensor([3, 4], device=device)
-    logprobs, entropy, stats = rows_triton.logprob(z, targets, 1.0, True)
-    upstream, out = torch.tensor([0.0, 1.0], device=device), torch.empty_like(z)
-    rows_triton.logprob_backward(z, targets, stats, entropy, upstream, upstream, 1.0, out)
-    assert not out[0].any() and out[1, 4] == 0.95
-    for wrong in (-1, 20, 2**40):
-        logprobs, _, _ = rows_triton.logprob(z[1:], torch.tensor([wrong], device=device), 1.0, False)
-        assert logprobs.isnan().all()
+    q, targets = z + 0.5, torch.tensor([3, 4], device=device)
+    p = z.clone().requires_grad_()
+    values, entropy = token_logprobs(p, targets, 1.0, impl)
+    for live in ((values,), (values, entropy)):
+        (gradient,) = torch.autograd.grad([x[1] for x in live], p, retain_graph=True)
+        assert not gradient[0].any() and gradient[1, 4] == 0.95
+    q.requires_grad_()
+    for gradient in torch.autograd.grad(kl(p, q, impl)[1], (p, q)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 2**32 + 3, 2**40])
+def test_a_target_outside_poisons_its_row_on_a_gpu_where_nobody_checks_it(device, wrong):
+    from kernels import rows_triton
+
+    z, out = torch.zeros(2, 20, device=device), torch.zeros(2, 20, device=device)
+    targets = torch.tensor([3, wrong], device=device)
+    result = rows_triton.logprob(z, targets, 1.0)
+    rows_triton.logprob_backward(z, targets, 1.0, result, torch.ones_like(result), out)
+    assert result[2, 0].isfinite() and out[0].isfinite().all()
+    assert result[2, 1].isnan() and out[1].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -417,7 +437,7 @@ def test_bad_input_ends_in_one_line_that_says_what_is_wrong(impl):
 
 PEAKS = """
 import torch
-from kernels.logprob import linear_token_logprobs
+from kernels.losses import linear_token_logprobs
 
 def peak_kb():
     lines = open("/proc/self/status").read().splitlines()

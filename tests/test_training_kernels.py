@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels.attention
-import kernels.cross_entropy
+import kernels.losses
 from minillm.data import Batch, document_starts
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import LearningRates, backward, build_optimizers
@@ -41,7 +41,7 @@ def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[
         return impl
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (kernels.attention, kernels.cross_entropy):
+        for module in (kernels.attention, kernels.losses):
             patch.setattr(module, "choose_impl", chosen)
         for batch in packed_batches(steps):
             losses.append(backward(model, batch, 37, here))

@@ -40,10 +40,16 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import attention
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.dev import peers
 from kernels.dev.commandline import Parser
-from kernels.logprob import kl, linear_kl, linear_token_logprobs, token_logprobs
+from kernels.losses import (
+    cross_entropy,
+    kl,
+    linear_cross_entropy,
+    linear_kl,
+    linear_token_logprobs,
+    token_logprobs,
+)  # fmt: skip
 
 LIBRARIES = ("liger-kernel", "quack-kernels", "cut-cross-entropy", "flash-attn", "flash-attn-4")
 

@@ -45,9 +45,15 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.attention import attention
-from kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from kernels.dev.commandline import Parser
-from kernels.logprob import kl, linear_kl, linear_token_logprobs, token_logprobs
+from kernels.losses import (
+    cross_entropy,
+    kl,
+    linear_cross_entropy,
+    linear_kl,
+    linear_token_logprobs,
+    token_logprobs,
+)  # fmt: skip
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKERS = ("<!-- gate: begin -->", "<!-- gate: end -->")
