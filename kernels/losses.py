@@ -212,7 +212,8 @@ class Logits:
         # A CPU multiplies halves that are stored as float32, and gives float32 back (see `_products`).
         self.factor = hidden.dtype if hidden.is_cuda else self.exact
         self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want[0] else None
-        self.d_weight, self.rooms = None, {}
+        self.d_weight = None
+        self.rooms: dict[torch.dtype, Tensor] = {}
         if weight is not None:
             self.h, self.W = hidden.to(self.factor), weight.to(hidden.dtype).to(self.factor)
             self.d_weight = torch.zeros_like(weight, dtype=self.exact) if want[1] else None
