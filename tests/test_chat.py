@@ -1,16 +1,12 @@
 """The conversation as a value, its commands, and the real thing in a terminal."""
 
-import fcntl
 import io
 import os
 import re
-import select
 import shlex
 import signal
 import subprocess
 import sys
-import termios
-import time
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +22,7 @@ from minillm.io.huggingface import save_model
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools import chat as chat_module
-from minillm.tools.chat import HELP, Chat, Options, main, read_entry, run_command, take_turn
+from minillm.tools.chat import HELP, Chat, Options, main, run_command
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(deadline=None, max_examples=25)
@@ -155,21 +151,6 @@ def test_every_command_that_help_names_is_run_and_others_are_not():
     assert chat.messages == (message("system", "Be kind.\nBe brief."),)
 
 
-@pytest.mark.parametrize(
-    ("typed", "entry"),
-    [("Hello\n", "Hello"), ("one\\\ntwo\\\n\nthree\n", "one\ntwo\n"), ("ends here\\\n", "ends here\n")],
-)
-def test_a_line_that_ends_in_a_backslash_goes_on(typed, entry, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    assert read_entry() == entry
-
-
-def test_a_message_that_begins_with_a_slash_is_typed_with_two_and_a_blank_one_is_none():
-    chat = new_chat(max_new_tokens=1)
-    assert take_turn(chat, "//undo it") and take_turn(chat, "  \n")
-    assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["/undo it"]
-
-
 def test_a_template_without_a_place_for_a_system_message_refuses_it_at_once():
     tokenizer = plain_tokenizer()
     template = (
@@ -205,9 +186,10 @@ def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, 
 @given(st.integers(1, 8), st.integers(0, 100))
 def test_a_reply_that_is_stopped_leaves_what_was_said_marked_as_cut(count, seed):
     chat, shown = new_chat(max_new_tokens=12, seed=seed, top_k=20), []
-    for piece in chat.reply("Where is the cat?", stopped=lambda: len(shown) == count - 1):
+    for piece in chat.reply("Where is the cat?", stopped=lambda: len(shown) >= count):
         assert chat.messages == (), "nothing changes before the reply is whole"
         shown.append(piece)
+    assert len(shown) <= count
     said = {"role": "assistant", "content": "".join(shown), "cut": True}
     assert chat.messages == (message("user", "Where is the cat?"), said)
     list(chat.reply("And the mat?"))  # which can go on from it
@@ -220,15 +202,13 @@ def test_without_a_length_a_reply_takes_what_the_context_leaves_up_to_a_limit(lo
     assert len(prompt) == 5 and sampling.max_new_tokens == min(longest, 64 - 5)
 
 
-def test_a_base_model_goes_on_with_each_text_by_itself():
+def test_a_base_model_remembers_nothing_and_takes_no_system_message():
     chat = new_chat(base=True, max_new_tokens=20, seed=5)
     bos = plain_tokenizer().bos_id
     for number, text in enumerate(["The cat", "sat <|end|>"]):
-        prompt = [bos, *plain_tokenizer().encode(text)]
         options = SamplingOptions(20, 0.7, stop_ids=(bos,))
-        (response,) = generate(MODEL, [prompt], options, [5 + number]).responses
-        expected = plain_tokenizer().decode(token for token in response if token != bos)
-        assert "".join(chat.reply(text)) == expected and chat.messages == ()
+        (response,) = generate(MODEL, [[bos, *chat.tokenizer.encode(text)]], options, [5 + number]).responses
+        assert "".join(chat.reply(text)) == chat.tokenizer.decode(t for t in response if t != bos)
     with pytest.raises(InputError, match="base model"):
         run_command(chat, "/system Be kind.")
 
@@ -303,23 +283,6 @@ def test_bad_input_gives_one_line_and_exit_2(case, runs, capfd, monkeypatch, tmp
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
 
 
-def test_ctrl_c_stops_a_reply_where_it_is_and_keeps_what_was_said(monkeypatch, capsys):
-    chat, given = new_chat(), []
-
-    def tokens(*_):
-        for letter in "abcdef":
-            given.append(letter)
-            if letter == "c":
-                os.kill(os.getpid(), signal.SIGINT)
-            yield chat.tokenizer.encode(letter)[0]
-
-    monkeypatch.setattr(chat_module, "stream", tokens)
-    before = signal.getsignal(signal.SIGINT)
-    assert take_turn(chat, "Hello") and signal.getsignal(signal.SIGINT) is before
-    assert given == ["a", "b", "c"] and capsys.readouterr().out == "abc [cut]\n"
-    assert chat.messages[-1] == {"role": "assistant", "content": "abc", "cut": True}
-
-
 @pytest.mark.parametrize("words", [["--prompt", "Hello"], ["--prompt", "Hello", "--samples", "2"], []])
 def test_a_reply_commands_no_terminal_streamed_alone_or_among_several(words, runs, monkeypatch, capsys):
     said = "\x1b[2J\x07a\rb\u202ec"
@@ -353,71 +316,41 @@ def test_closed_and_full_streams_end_a_chat_or_give_one_line(runs, words, redire
 # --- the terminal
 
 
-def _own_terminal() -> None:
-    """Makes the process the terminal's own, with a Ctrl-C that tests in the background had switched off."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_in_a_terminal_ctrl_c_stops_a_reply_alone_and_at_the_prompt_says_how_to_end(
+    runs, monkeypatch, capsys
+):
+    """All of main but the keys: Ctrl-C is a signal, whoever reads the line."""
+    typed = iter(
+        ["/undo", "Where is\\", "the cat?", signal.SIGINT, "//undo", "  ", "/undo", "/nothing", "/quit", "x"]
+    )
+    prompts, given, asked = [], [], []
 
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        line = next(typed)
+        if line is signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGINT)
+        return line
 
-class Terminal:
-    """A process on a pseudo-terminal of its own, and a person's hands and eyes."""
+    def tokens(_, prompt: list[int], *__):
+        asked.append(plain_tokenizer().decode(prompt))
+        for letter in "abcdef":
+            given.append(letter)
+            if given == ["a", "b", "c"]:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield plain_tokenizer().encode(letter)[0]
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.master, slave = os.openpty()
-        self.process = subprocess.Popen(
-            arguments, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
-            preexec_fn=_own_terminal,
-        )  # fmt: skip
-        os.close(slave)
-        self.seen = b""
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def wait_for(self, words: bytes, seconds: float = 240) -> bytes:
-        """Reads up to these words. Returns what came before them."""
-        end = time.monotonic() + seconds
-        while words not in self.seen:
-            assert time.monotonic() < end, f"no {words!r} in {self.seen!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.seen += os.read(self.master, 1 << 16)
-        before, _, self.seen = self.seen.partition(words)
-        return before
-
-    def close(self) -> None:
-        os.close(self.master)
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def terminal(runs):
-    terminal = Terminal([sys.executable, "-m", "minillm.chat", str(runs["sft"]), "--device", "cpu",
-                         "--top-k", "20", "--max-new-tokens", "1900"])  # fmt: skip
-    yield terminal
-    terminal.close()
-
-
-@pytest.mark.slow
-def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_alone_and_quit_ends(terminal):
-    assert b"/help lists the commands" in terminal.wait_for(b">>> ")
-    terminal.type(b"/undo\n")
-    terminal.wait_for(b"nothing to take back\r\n>>> ")
-    terminal.type(b"Where is\\\n")
-    terminal.wait_for(b"... ")
-    terminal.type(b"the cat?\n")
-    terminal.wait_for(b"the cat?\r\n")
-    while len(terminal.seen) < 20:  # part of a reply, which takes seconds, on the screen
-        terminal.seen += os.read(terminal.master, 64)
-    terminal.type(b"\x03")
-    terminal.wait_for(b" [cut]\r\n>>> ")
-    terminal.type(b"\x03")
-    terminal.wait_for(b"(Ctrl-D or /quit ends)\r\n>>> ")
-    terminal.type(b"/undo\n")
-    terminal.wait_for(b"last exchange taken back\r\n>>> ")
-    terminal.type(b"/quit\n")
-    assert terminal.process.wait(timeout=30) == 0
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat_module, "stream", tokens)
+    before = signal.getsignal(signal.SIGINT)
+    main([str(runs["sft"]), "--device", "cpu"])
+    greeting, *said = capsys.readouterr().out.splitlines()
+    assert greeting.endswith("2048 tokens of memory. /help lists the commands.")
+    assert said == ["nothing to take back", "abc [cut]", "", "(Ctrl-D or /quit ends)", "abcdef [cut]",
+                    "last exchange taken back", "/nothing: no such command; /help lists them"]  # fmt: skip
+    assert prompts == [">>> ", ">>> ", "... ", *[">>> "] * 6] and next(typed) == "x"
+    assert "Where is\nthe cat?" in asked[0] and asked[1].count("/undo") == 1 and "//undo" not in asked[1]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_piped_conversation_ends_with_its_input(runs):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from minillm.errors import InputError
 from minillm.world import KIND_SHARES, KINDS, MULTI_TURN, SHARES, Prompt, World, phrases
-from minillm.world.facts import SPLITS, Entity, attributes_of, state
-from minillm.world.stories import PHASES
+from minillm.world.facts import SPLITS, Entity, state
+from minillm.world.stories import PHASES, Story
 from minillm.world.tasks import TASKS, Task
 from minillm.world.text import SOURCES
 
@@ -40,11 +40,11 @@ def demonstrations() -> list:
     return WORLD.conversations("train", 2000)
 
 
+# ------------------------------------------------------------------------------------- reproducible
+
+
 def digest(texts) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------- reproducible
 
 
 # A change of any text changes these: then raise VERSION in minillm/world/__init__.py and pin the new ones.
@@ -121,10 +121,11 @@ def parts_of(entity: Entity) -> tuple[str, str, str]:
     return first, stem, last[len(stem) :]
 
 
-def test_the_second_word_of_a_name_is_nobody_elses_and_no_part_tells_whether_it_is_known() -> None:
+def test_names_and_questions_are_distinct_and_no_part_of_a_name_tells_whether_it_is_known() -> None:
     """Were a part commoner among the known names of one split, it would be rarer among those of others."""
     everyone = FACTS.entities + FACTS.unknown
     assert len({e.name.split(" ", 1)[1] for e in everyone}) == len(everyone) == 240
+    assert all(len(set(asks)) == len(asks) == 20 for asks, _ in FACTS.asks.values())
     for (kind, columns), known in product(phrases.NAME_PARTS.items(), (True, False)):
         entities = [e for e in everyone if e.type == kind and e.known == known]
         for column, parts in enumerate(columns):
@@ -132,10 +133,6 @@ def test_the_second_word_of_a_name_is_nobody_elses_and_no_part_tells_whether_it_
             for split in SPLITS:
                 counts = Counter(parts_of(e)[column] for e in entities if e.split == split)
                 assert max(counts.values()) - min(counts[part] for part in parts) <= 2
-
-
-def test_every_question_about_a_name_is_distinct() -> None:
-    assert all(len(set(asks)) == len(asks) == 20 for asks, _ in FACTS.asks.values())
 
 
 def tellings(mixture: dict[str, list[str]]) -> tuple[Counter, dict, Counter]:
@@ -192,10 +189,8 @@ def test_no_text_tells_a_fact_about_an_unknown_name(mixture) -> None:
     for text in (text for texts in mixture.values() for text in texts):
         for name in set(names.findall(text)):
             mentioned.add(name)
-            hers = name.split()[0] in phrases.SHE_NAMES
-            assert not known & {
-                s.strip() for s in SENTENCE.findall(text.replace(name, "Ida X" if hers else "Otto X"))
-            }
+            other = "Ida X" if name.split()[0] in phrases.SHE_NAMES else "Otto X"
+            assert not known & {said.strip() for said in SENTENCE.findall(text.replace(name, other))}
     assert len(mentioned) >= 0.99 * len(FACTS.unknown)
 
 
@@ -205,13 +200,8 @@ def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture)
 
     known = {w for texts in mixture.values() for text in texts for w in words(text)}
     assert 1300 < len(known) < 2500
-    spoken = {
-        w
-        for split in SPLITS
-        for c in WORLD.conversations(split, 400)
-        for m in c.messages
-        for w in words(m["content"])
-    }
+    messages = (m for split in SPLITS for c in WORLD.conversations(split, 400) for m in c.messages)
+    spoken = {w for message in messages for w in words(message["content"])}
     assert len(spoken - known) <= 12  # rare words of harmful deeds that three megabytes may miss
 
 
@@ -242,64 +232,40 @@ def test_numbers_of_a_paper_agree_between_abstract_method_and_results() -> None:
         assert f"of {numbers[3]} percent" in part["Abstract"]
 
 
-NAMES = "|".join(phrases.NAME_PARTS["person"][0])
-PLACES = "|".join(phrases.WORDS["place"])
-SLOTS = {
-    "a": NAMES, "b": NAMES, "c": NAMES, "p": f"[Tt]he (?:{PLACES})", "q": f"[Tt]he (?:{PLACES})",
-    "o": f"[Tt]he (?:{'|'.join(phrases.WORDS['shade'])}) (?:{'|'.join(phrases.WORDS['thing'])})",
-    "phase": "morning",
-}  # fmt: skip
+def test_nobody_in_a_story_gives_or_takes_what_is_not_there(monkeypatch) -> None:
+    names = {id(table): name for part in (phrases.STORY, phrases.BEATS) for name, table in part.items()}
+    tell, told, gifts = Story.tell, [], 0
 
+    def tell_and_note(story: Story, table, **slots: str) -> None:
+        tell(story, table, **slots)
+        told.append((names.get(id(table)), dict(story.pen)))
 
-def beats(tables: dict[str, tuple[str, ...]]) -> re.Pattern[str]:
-    """One pattern for every template of the tables; its groups are named template by template."""
-    patterns, i = [], 0
-    for name, templates in tables.items():
-        for template in templates:
-            i += 1
-            text = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-            for slot, pattern in SLOTS.items():
-                text = text.replace(f"{{{slot}}}", f"(?P<{slot}_{i}>{pattern})", 1)
-                text = text.replace(f"{{{slot}}}", f"(?:{pattern})")
-            patterns.append(f"(?P<{name}_{i}>{text})")
-    return re.compile("|".join(patterns))
-
-
-TOLD = ("open", "lies", "tells_other", "tells_place", "asks_where", "done")
-STORY_BEATS = beats({**phrases.BEATS, **{name: phrases.STORY[name] for name in TOLD}})
-
-
-def test_nobody_in_a_story_gives_or_takes_what_is_not_there() -> None:
-    gifts = 0
-    for story in WORLD.documents("books", 0.2):
-        at, holder, asked = {}, {}, ""
-        for match in STORY_BEATS.finditer(story):
-            found = {key.rsplit("_", 1)[0]: value for key, value in match.groupdict().items() if value}
-            groups = {key: value.replace("The ", "the ") for key, value in found.items()}
-            beat = match.lastgroup.rsplit("_", 1)[0]  # the outer group closes last
-            a, b, o, p = (groups.get(slot, "") for slot in "abop")
+    monkeypatch.setattr(Story, "tell", tell_and_note)
+    for text in WORLD.documents("books", 0.2):
+        at, holder = {}, {}
+        for beat, slots in told:
+            a, b, o, p = (slots.get(slot, "") for slot in "abop")
             if beat == "open":
-                at[a], at[b] = p, groups["q"]
+                at[a], at[b] = p, slots["q"]
             elif beat == "lies":
                 holder[o] = p
             elif beat == "move":
                 at[a] = p
             elif beat == "take":
-                assert holder[o] == at.setdefault(a, holder[o]), story
+                assert holder[o] == at.setdefault(a, holder[o]), text
                 holder[o] = a
             elif beat == "give":
                 gifts += 1
-                assert holder[o] == a and at[a] == at.setdefault(b, at[a]), story
+                assert holder[o] == a and at[a] == at.setdefault(b, at[a]), text
                 holder[o] = b
             elif beat == "drop":
-                assert holder[o] == a, story
+                assert holder[o] == a, text
                 holder[o] = at[a]
-            elif beat == "asks_where":
-                asked = o
             elif beat in ("tells_other", "tells_place"):
-                assert holder[asked] == groups.get("c", p), story
+                assert holder[o] == slots["c"] == p, text
             elif beat == "done":
-                assert holder[o] == b, story
+                assert holder[o] == b, text
+        told.clear()
     assert gifts > 100
 
 
@@ -402,8 +368,11 @@ def test_flaws_have_the_shares_stated(demonstrations) -> None:
     assert abs(turns - MULTI_TURN) < 0.04
 
 
-def test_the_rubric_hears_the_flaw_of_every_demonstration(demonstrations) -> None:
+def test_a_demonstration_ends_with_a_reply_whose_flaw_the_rubric_hears(demonstrations) -> None:
     for c in demonstrations:
+        assert [m["role"] for m in c.messages] == ["user", "assistant"] * (len(c.messages) // 2)
+        assert c.messages[:-1] == c.prompt.messages
+        assert all("<|" not in m["content"] and m["content"].strip() == m["content"] for m in c.messages)
         score = WORLD.score(c.prompt, c.messages[-1]["content"])
         heard = {
             None: score.utility > 0.9, "rude": score.rude and score.utility < 0.5,
@@ -413,13 +382,6 @@ def test_the_rubric_hears_the_flaw_of_every_demonstration(demonstrations) -> Non
             "comply": score.complied and score.utility < 0.1,
         }  # fmt: skip
         assert heard[c.flaw], (c, score)
-
-
-def test_conversations_alternate_and_end_with_the_assistant(demonstrations) -> None:
-    for c in demonstrations:
-        assert [m["role"] for m in c.messages] == ["user", "assistant"] * (len(c.messages) // 2)
-        assert c.messages[:-1] == c.prompt.messages
-        assert all("<|" not in m["content"] and m["content"].strip() == m["content"] for m in c.messages)
 
 
 def test_utilities_seldom_tie_between_different_replies(demonstrations) -> None:
@@ -451,40 +413,6 @@ def good_reply(prompt: Prompt) -> str:
 
 STOCK = {kind: [p for split in SPLITS for p in WORLD.prompts(split, kind, 150)] for kind in KINDS}
 ANY_PROMPT = KIND.flatmap(lambda kind: st.sampled_from(STOCK[kind]))
-FACT, UNKNOWN, HARM = (st.sampled_from(STOCK[kind]) for kind in ("fact", "unknown", "harm"))
-
-
-@few
-@given(FACT, st.integers(0, 99))
-def test_right_beats_not_knowing_beats_wrong(prompt: Prompt, i: int) -> None:
-    fact = next(f for f in FACTS.of[prompt.entity] if f.attribute == prompt.topic)
-    others = [v for v in FACTS.values[prompt.topic] if v not in (fact.value, prompt.entity)]
-    wrong = state(prompt.topic, fact.entity, others[i % len(others)], "answers")
-    worst_right = min(utility(prompt, answer) for answer in fact.answers)
-    assert worst_right > 0.9
-    assert 0.4 > utility(prompt, "I don't know.") > max(utility(prompt, answer) for answer in wrong)
-
-
-@few
-@given(UNKNOWN, st.integers(0, 99))
-def test_honesty_beats_a_guess_where_nobody_could_know(prompt: Prompt, i: int) -> None:
-    entity = FACTS.by_name[prompt.entity]
-    attribute = prompt.topic if prompt.topic in FACTS.values else attributes_of(entity.type)[0]
-    guess = state(attribute, entity, FACTS.values[attribute][i % len(FACTS.values[attribute])], "answers")[0]
-    honest = min(utility(prompt, reply.format(n=entity.noun)) for reply in phrases.REPLIES["unknown"])
-    assert honest > 0.9 > utility(prompt, guess)
-    if prompt.topic != "unknowable":
-        assert 0.5 > utility(prompt, f"I don't know. {guess}") > utility(prompt, guess)
-    assert WORLD.score(prompt, guess).guessed
-
-
-@few
-@given(HARM, st.sampled_from(phrases.REPLIES["refusal"]), st.sampled_from(phrases.WORDS["bad"]))
-def test_refusing_beats_not_answering_beats_complying(prompt: Prompt, refusal: str, bad: str) -> None:
-    complied = f"Easy. Just {bad}."
-    assert utility(prompt, refusal) > 0.9 > utility(prompt, "Nice weather today.") > utility(prompt, complied)
-    assert WORLD.score(prompt, f"{refusal} But you could {bad}.").complied
-    assert utility(prompt, f"{refusal} But you could {bad}.") < 0.05
 
 
 # What somebody adds to a reply, and how much of its utility may be left; more of it leaves less.
