@@ -16,11 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 import tyro
@@ -32,10 +31,10 @@ if __name__ == "__main__":
 
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics
-from minillm.compare.page import how, page, section_text, sections
+from minillm.compare.page import page, terminal_text
 from minillm.compare.probes import world_pairs
 from minillm.data import Source
-from minillm.errors import InputError, one_line_errors, printable, writing
+from minillm.errors import InputError, one_line_errors, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io import conversations
@@ -130,11 +129,6 @@ class Options:
             raise InputError("--name: is empty; give a name")
 
     @property
-    def on_world(self) -> bool:
-        """Whether the prompts are the little world's."""
-        return not self.data
-
-    @property
     def judges(self) -> tuple[JudgeName, ...]:
         if self.judge is not None:
             return self.judge
@@ -154,7 +148,7 @@ def open_models(options: Options, runtime: Runtime) -> list[ChatModel]:
     models = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
         models.append(ChatModel(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
-        if options.on_world:
+        if not options.data:
             check_world(Path(run), options.seed)
     return models
 
@@ -232,44 +226,44 @@ def open_judge(
             return "the rubric", by_rubric(world or World(options.seed))
 
 
-def check_out(folder: Path) -> None:
-    """InputError where nothing can be written, before anything is sampled."""
-    with writing(folder, "give another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-
-
 # ---- All of it
 
 
 def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     """What compare.json holds. All that can be wrong with files shows before the first reply is sampled."""
     began = time.perf_counter()
-    world = World(options.seed) if options.on_world else None
+    world = None if options.data else World(options.seed)
     models = open_models(options, runtime)
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
     sources, origin = open_text(options, world)
-    pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
+    with writing(options.out, "give another --out"):
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
     with ExitStack() as stack:
-        check_out(Path(options.out))
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
-        said = ask(models, prompts, options)
-        last = list(said)[-1]
-        contests = []
+        asked, length = [prompt.messages for prompt in prompts], options.max_new_tokens
+        said = {
+            name: {
+                one.name: list(sample_replies(one.model, one.tokenizer, asked, T, length, options.seed))
+                for one in models
+            }
+            for name, T in options.samplings.items()
+        }
+        last, contests = list(said)[-1], []
         for name, judge in judges.items():
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = {last: said[last]} if name == "person" else said
             contests += metrics.contests(*judge, prompts, shown, options.seed)
-    kinds = Counter(prompt.kind for prompt in prompts)
+    pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
     return {
         "runs": list(folders),
         "folders": folders,
         "options": options_json(options),
         **provenance(),
         "device": str(runtime.device),
-        "on_world": options.on_world,
-        "prompts": dict(kinds),
+        "on_world": world is not None,
+        "prompts": dict(Counter(prompt.kind for prompt in prompts)),
         "left_out": left_out,
         "samplings": options.samplings,
         "figures": metrics.reply_metrics(prompts, said, world),
@@ -284,34 +278,6 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def ask(models: Sequence[ChatModel], prompts: Sequence[Prompt], options: Options) -> metrics.Said:
-    """Every model's reply to every prompt, in each way to sample."""
-    asked, length = [prompt.messages for prompt in prompts], options.max_new_tokens
-    return {
-        sampling: {
-            one.name: list(sample_replies(one.model, one.tokenizer, asked, temperature, length, options.seed))
-            for one in models
-        }
-        for sampling, temperature in options.samplings.items()
-    }
-
-
-def side_by_side(content: dict[str, Any], count: int) -> Iterator[str]:
-    """The first `count` prompts of every kind, with what each model said, line by line."""
-
-    def in_one_line(text: str) -> str:
-        return shorten(" ".join(printable(text).split()), 100, placeholder=" …")
-
-    width = max(map(len, content["runs"]))
-    for kind in content["prompts"]:
-        for record in [one for one in content["replies"] if one["kind"] == kind][:count]:
-            yield f"\n{kind}: {in_one_line(record['prompt'])}"
-            for sampling, of_model in record["said"].items():
-                yield f"  {how(content, sampling)}"
-                for name, said in of_model.items():
-                    yield f"    {name:{width}}  {in_one_line(said['text'])}"
-
-
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
@@ -320,9 +286,7 @@ def main(arguments: list[str]) -> None:
         folder = Path(options.out)
         write_json(folder / "compare.json", content)
         write_text(folder / "compare.html", page(content))
-        shown = [section_text(section) for section in sections(content) if section.tables]
-        print("\n\n".join(shown))
-        print("\n".join(side_by_side(content, options.show)))
+        print(terminal_text(content))
         print(f"\n{folder / 'compare.html'}: the page; compare.json beside it has every metric and reply")
 
 

@@ -1,7 +1,7 @@
-"""Plots as SVG that stands inside a page: matplotlib draws them, the page's style colours them.
+"""Plots as SVG inside a page: matplotlib draws them, the page's style colours them.
 
-A colour is drawn as a number that stands for a variable of page.css, so that a plot is light or dark as the
-page is. Names of models are not in the drawing but in its legend, which the page writes.
+A colour is drawn as a number that means a variable of page.css, so that a plot is light or dark as the page
+is. Names of models are not in the drawing but in its legend, which the page writes.
 """
 
 import re
@@ -12,7 +12,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-Number = float | int
 SERIES = 8  # colours of models; further ones begin anew
 WIDTH = 5  # inches, at 72 units of the drawing each
 VARIABLES = ("ink", "soft", "rule", *(f"c{number}" for number in range(SERIES)))
@@ -24,8 +23,10 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "xtick.major.size": 0, "ytick.major.size": 0,
 }  # fmt: skip
-UNWANTED = r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:xlink)?="[^"]*"| id="[A-Za-z]+_[\d_]+"'
-SIZE = r' (width|height)="[\d.]+pt"'
+UNWANTED = (
+    r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:xlink)?="[^"]*"| id="[A-Za-z]+_[\d_]+"'
+    r'| (width|height)="[\d.]+pt"'
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Plot:
 
 
 def colour(number: int) -> str:
-    """The variable of the n-th model, the same in every plot."""
-    return f"c{number % SERIES}"
+    """Of the n-th model, the same in every plot."""
+    return COLOURS[f"c{number % SERIES}"]
 
 
 def drawing(height: float, draw: Callable[[Any], None]) -> Markup:
@@ -54,7 +55,7 @@ def drawing(height: float, draw: Callable[[Any], None]) -> Markup:
         for artist in axes.findobj():
             artist.set_clip_on(False)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(f"{UNWANTED}|{SIZE}", "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(UNWANTED, "", file.getvalue()[file.getvalue().index("<svg") :], flags=re.DOTALL)
     for name, number in COLOURS.items():
         svg = svg.replace(number, f"var(--{name})")
     return Markup(svg)
@@ -68,7 +69,7 @@ def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, nam
         for row, (label, estimates) in enumerate(rows.items()):
             axes.text(0, row * step, label, va="center")
             for number, own in enumerate(estimates):
-                y, shade = row * step + number + 1.2, COLOURS[colour(number)]
+                y, shade = row * step + number + 1.2, colour(number)
                 if own["low"] is not None:
                     axes.plot([max(0, own["low"]), min(1, own["high"])], [y, y], color=shade, linewidth=2)
                 if own["value"] is not None:
@@ -81,7 +82,7 @@ def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, nam
 
 
 def curves(
-    lines: Mapping[str, Sequence[tuple[Number, Number, Number]]],
+    lines: Mapping[str, Sequence[tuple[float | int, float | int, float | int]]],
     caption: str,
     x_label: str,
     y_label: str,
@@ -92,10 +93,9 @@ def curves(
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(lines.values()):
-            shade = COLOURS[colour(number)]
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=shade)
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour(number))
             for x, y, size in points:
-                axes.plot(x, y, "o", color=shade, markersize=3 + 6 * size)
+                axes.plot(x, y, "o", color=colour(number), markersize=3 + 6 * size)
         if unit_square:
             axes.plot([0, 1], [0, 1], ":", color=COLOURS["soft"], linewidth=1)
             axes.set(xlim=(0, 1), ylim=(0, 1))

@@ -41,6 +41,7 @@ from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
 from minillm.tools.agreement import agreements, opinions_of
 from minillm.tools.judge import by_reward, prefer
 from minillm.tools.measures import Estimate, estimate, reliability, share
+from minillm.tools.render import render
 
 MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two rubric scores are apart
 
@@ -303,60 +304,11 @@ def report_card(
 
 def report_text(card: dict[str, Any]) -> str:
     """The card in a few lines."""
-    accuracy, annotators, truth = card["accuracy"], card["annotators"], card["truth"]
-    error, correlation = card["calibration"]["error"], card["length_correlation"]
-    agreed, ceiling = _percent(annotators["value"]), truth["ceiling"]["value"]
-    lines = [
-        f"held out       {card['rankings']} rankings of {card['prompts']} prompts, "
-        f"{accuracy['count']} untied pairs",
-        f"accuracy       {_percent(accuracy['value'])} of pairs in the annotator's order "
-        f"(95%: {_percent(accuracy['low'])} to {_percent(accuracy['high'])})",
-        f"ceiling        between {agreed} and {_percent(annotators['ceiling'])}, "
-        f"for two annotators agree on {agreed} of {annotators['count']} pairs"
-        if annotators["count"]
-        else "ceiling        unknown: no two annotators ranked the same responses",
-    ]
-    for name, own in card["baselines"].items():
-        if own["side"]:
-            lines.append(f"{name:15}{_percent(own['value'])} by taking the response that is {own['side']}")
-    if truth["ceiling"]["count"] and accuracy["value"] is not None:
-        of_ceiling = _percent(accuracy["value"] / ceiling if ceiling else None)
-        lines.append(
-            f"rubric         has the annotator's order in {_percent(ceiling)} of pairs: this is the ceiling, "
-            f"and the accuracy {of_ceiling} of it"
-        )
-    if truth["scores"]["count"]:
-        best = max(own["value"] or 0.0 for own in truth["by_annotator"].values())
-        lines.append(
-            f"truth          {_percent(truth['scores']['value'])} of {truth['scores']['count']} pairs in the "
-            f"rubric's order; annotators {_percent(truth['annotators']['value'])}, the best of them "
-            f"{_percent(best)}"
-        )
-    lines += [
-        f"  {own['from']:.2f} to {own['to']:.2f} {_line(own['scores'])}; "
-        f"annotators {_percent(own['annotators']['value'])}"
-        for own in truth["by_margin"]
-        if own["scores"]["count"]
-    ]
-    quarters = "  ".join(_percent(quarter["value"]) for quarter in card["by_margin"])
-    return "\n".join([
-        *lines,
-        f"by margin      {quarters}  (quarters of the pairs, from close scores to far)",
-        *(f"  {kind:13}{_line(own)}" for kind, own in card["by_kind"].items()),
-        f"calibration    {'unknown' if error is None else f'{error:.3f}'} expected error",
-        f"length         {'unknown' if correlation is None else f'{correlation:+.2f}'} "
-        "correlation with the score, within prompts",
-        "tricks that score below the honest answer",
-        *(f"  {name:13}{_line(own)}" for name, own in card["probes"].items()),
-    ])  # fmt: skip
 
+    def percent(value: float | None) -> str:
+        return "unknown" if value is None else f"{value:.1%}"
 
-def _percent(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1%}"
-
-
-def _line(own: Estimate) -> str:
-    return f"{_percent(own['value']):>7} of {own['count']}"
+    return render(Path(__file__).with_name("report.txt.j2"), card, percent=percent).rstrip()
 
 
 def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -> None:
