@@ -20,9 +20,8 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if __name__ == "__main__":
     from minillm.errors import end_at_interrupts
@@ -33,15 +32,14 @@ import torch
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import (
-    Batch,
     EncodedSource,
     Mixture,
     RowSource,
     TokenizedSource,
     encode_source,
-    packed_batches,
     source_line,
     tokenize,
+    validation_batches,
 )
 from minillm.errors import InputError, one_line_errors
 from minillm.io.huggingface import load_causal_model, load_model, save_model
@@ -110,12 +108,10 @@ def train(options: Options, runtime: Runtime) -> None:
         run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
     )
     tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
-    template = ChatTemplate(tokenizer)
-    conversations = [encode_source(source, template.encode, block_size, options.val_fraction)
-                     for source in conversation_sources(options)]  # fmt: skip
+    conversations = encoded_conversations(options, ChatTemplate(tokenizer), block_size)
     if runtime.is_main:
-        say_what_was_read(conversations)
-    sources = mixed(conversations, text_streams(options, tokenizer), options.text_share)
+        print(*conversations, sep="\n")
+    sources = mixed(conversations, tokenized_text(options, tokenizer), options.text_share)
     rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
@@ -151,41 +147,26 @@ def train(options: Options, runtime: Runtime) -> None:
 # Before the loop
 
 
-def conversation_sources(options: Options) -> list[Any]:
-    """The files given, or the little world's demonstrations."""
+def encoded_conversations(options: Options, template: ChatTemplate, block_size: int) -> list[EncodedSource]:
+    """The conversations of the files given, or the little world's demonstrations, as tokens."""
     from minillm.io.conversations import open_conversations, world_conversations
     from minillm.world import World
 
     if options.on_world:
-        return [world_conversations(World(options.seed), "train", options.world_conversations)]
-    return open_conversations(options.data, options.errors)
+        sources = [world_conversations(World(options.seed), "train", options.world_conversations)]
+    else:
+        sources = open_conversations(options.data, options.errors)
+    return [encode_source(source, template.encode, block_size, options.val_fraction) for source in sources]
 
 
-def say_what_was_read(sources: Sequence[EncodedSource]) -> None:
-    """What is kept of each source, and by reason what is left out or cut."""
-    for source in sources:
-        train, val = (len(side.sizes) for side in (source.train, source.val))
-        print(f"{source.name}: {train:,} conversations to train on, {val or 'none'} to validate on")
-        for reason, count in sorted(source.skipped.items()):
-            print(f"  left out or cut: {count:,} {reason}")
-        if source.first_skipped:
-            print(f"  the first: {source.first_skipped}")
-
-
-def text_streams(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
+def tokenized_text(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
     """The raw text to mix in, as tokens on disk; none where there is none or it has no share."""
-    from minillm.io.text import open_sources, world_sources
-    from minillm.world import World
+    from minillm.io.text import text_sources
 
     if not options.text_share or not (options.text or options.on_world):
         return []
-    sources = (
-        open_sources(options.text, options.errors, options.encoding, options.field)
-        if options.text
-        else world_sources(World(options.seed), options.world_megabytes)
-    )
     return [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
-            for source in sources]  # fmt: skip
+            for source in text_sources(options.text, options)]  # fmt: skip
 
 
 def mixed(
@@ -209,16 +190,6 @@ def block_size_of(options: Options, model: LanguageModel) -> int:
             f"--block-size {options.block_size}: {options.init} has {longest} positions; give no more"
         )
     return options.block_size or min(longest, options.batch_tokens)
-
-
-def validation_batches(sources: Sequence[EncodedSource], block_size: int, max_tokens: int) -> list[Batch]:
-    """The first held-out rows of every source, up to its share of `max_tokens`; the same each time."""
-    total = sum(source.weight for source in sources)
-    batches: list[Batch] = []
-    for source in sources:
-        rows = max(1, round(max_tokens * source.weight / total / block_size))
-        batches += islice(packed_batches(source.val, block_size, min(rows, 64)), -(-rows // 64))
-    return batches
 
 
 # After the loop

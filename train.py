@@ -27,17 +27,15 @@ if __name__ == "__main__":
 import torch
 
 from minillm.data import (
-    Batch,
     Mixture,
     Source,
     TokenizedSource,
     document_marks,
     mask_tokens,
     source_line,
-    source_sides,
     text_sample,
     tokenize,
-    validation_rows,
+    validation_batches,
 )
 from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
@@ -131,12 +129,17 @@ SHAPE = {
 
 def train(options: Options, runtime: Runtime) -> None:
     """One pretraining run, from the text to the finished folder."""
+    from minillm.io.text import text_sources
+
     run = Run("train", options, runtime)
-    sources, val_sources = text_sources(options)
+    sources = text_sources(options.data, options)
+    val_sources = text_sources(options.val_data, options) if options.val_data else []
     model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
     streams, val_streams = tokenized(sources, val_sources, tokenizer, options)
-    plan = plan_of(options, model, runtime)
-    validation = validation_batches(val_streams, tokenizer, options)
+    plan, masked = plan_of(options, model.config, runtime), options.objective == "masked"
+    validation = validation_batches(val_streams, options.block_size, options.val_tokens)
+    if masked:  # the same tokens are hidden at every validation
+        validation = [mask_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(validation)]
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(streams, options.block_size, options.seed)
     state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
@@ -153,7 +156,9 @@ def train(options: Options, runtime: Runtime) -> None:
         best = min((e["nats_per_byte"] for e in run.logged if e["event"] == "val"), default=best)
         run.say(beginning(model, tokenizer, streams, val_streams, plan, options))
         while run.goes_on():
-            batch = next_batch(mixture, state.step, plan, options, tokenizer)
+            batch = mixture.next_rows(plan.rows)  # the same in every process
+            if masked:
+                batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
             loss = backward(forward, batch, options.micro_tokens, runtime)
             gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
             rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
@@ -193,40 +198,24 @@ class Plan:
     rates: LearningRates
 
 
-def plan_of(options: Options, model: LanguageModel, runtime: Runtime) -> Plan:
+def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> Plan:
     """The rules of the one dial: a deeper model takes more steps, larger batches, smaller rates.
 
     batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 450 · depth. Muon's steps have a fixed
     spectral norm, so its rate needs no width; AdamW's fall with the root of the width (embeddings)
     or with the width (matrices).
     """
-    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    depth, width = config.num_hidden_layers, config.hidden_size
     steps = options.steps or 450 * depth
     tokens = options.batch_tokens or 2 ** round(math.log2(1024 * (depth / 4) ** 3))
-    rows = runtime.rows_of_step(tokens, options.block_size)
-    muon = options.optimizer == "muon"
     rates = LearningRates(
-        matrix=options.matrix_rate or (0.03 if muon else 5e-3 * 128 / width),
+        matrix=options.matrix_rate or (0.03 if options.optimizer == "muon" else 5e-3 * 128 / width),
         embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
         norm=0.01,
         weight_decay=options.weight_decay,
     )
-    tenth = max(1, steps // 10)
+    rows, tenth = runtime.rows_of_step(tokens, options.block_size), max(1, steps // 10)
     return Plan(steps, rows, options.val_every or tenth, options.save_every or tenth, rates)
-
-
-def text_sources(options: Options) -> tuple[list[Source], list[Source]]:
-    """What is trained on, and text of its own to validate on, if any."""
-    from minillm.io.text import open_sources, world_sources
-    from minillm.world import World
-
-    if not options.data:
-        sources = world_sources(World(options.seed), options.world_megabytes)
-    else:
-        sources = open_sources(options.data, options.errors, options.encoding, options.field)
-    if not options.val_data:
-        return sources, []
-    return sources, open_sources(options.val_data, options.errors, options.encoding, options.field)
 
 
 def start_model(
@@ -258,10 +247,10 @@ def start_model(
 
 def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> None:
     """Refuses options that ask for another model than the one of --init."""
-    given = [flag for flag in ("depth", "vocab_size", *SHAPE) if getattr(options, flag) is not None]
-    if given:
-        flag = given[0].replace("_", "-")
-        raise InputError(f"--init {folder} sets the shape of the model: leave out --{flag}")
+    for flag in ("depth", "vocab_size", *SHAPE):
+        if getattr(options, flag) is not None:
+            name = flag.replace("_", "-")
+            raise InputError(f"--init {folder} sets the shape of the model: leave out --{name}")
     if config.causal != (options.objective == "causal"):
         raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
 
@@ -273,19 +262,11 @@ def tokenized(
     cache, fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
     streams = [tokenize(source, tokenizer, cache, fraction, options.workers) for source in sources]
     whole = [tokenize(source, tokenizer, cache, 0.0, options.workers) for source in val_sources]
-    held_out = [
+    turned = [
         replace(s, train=s.val, val=s.train, counts={"train": s.counts["val"], "val": s.counts["train"]})
         for s in whole
     ]
-    return streams, held_out or streams
-
-
-def validation_batches(streams: list[TokenizedSource], tokenizer: Tokenizer, options: Options) -> list[Batch]:
-    """The same rows at every validation; for masked tokens, with the same tokens hidden."""
-    batches = list(validation_rows(streams, options.block_size, options.val_tokens))
-    if options.objective == "causal":
-        return batches
-    return [hide_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(batches)]
+    return streams, turned or streams
 
 
 def beginning(
@@ -303,39 +284,11 @@ def beginning(
     lines = [
         f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
         f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens",
-        *map(source_sides, streams),
+        *map(str, streams),
     ]
     if val_streams is not streams:
-        lines += [f"validation: {source_sides(stream)}" for stream in val_streams]
+        lines += [f"validation: {stream}" for stream in val_streams]
     return "\n".join(lines)
-
-
-# Inside the loop
-
-
-def next_batch(mixture: Mixture, step: int, plan: Plan, options: Options, tokenizer: Tokenizer) -> Batch:
-    """The rows of one step, the same in every process."""
-    batch = mixture.next_rows(plan.rows)
-    if options.objective == "causal":
-        return batch
-    return hide_tokens(batch, tokenizer, seed=((options.seed << 32) + step) % 2**64)
-
-
-def hide_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
-    """The batch with some tokens masked and only those as targets."""
-    if tokenizer.mask_id is None:
-        raise InputError(
-            "--objective masked: this tokenizer has no <|mask|> token; train one, without --init"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    tokens, targets = mask_tokens(
-        batch.tokens,
-        tokenizer.mask_id,
-        tokenizer.vocab_size,
-        generator,
-        set(tokenizer.special_tokens.values()),
-    )
-    return replace(batch, tokens=tokens, targets=targets)
 
 
 # After the loop
@@ -362,10 +315,7 @@ def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options:
     sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]
     samples = generate(model, [[bos]] * options.samples, sampling, seeds)
-    texts = [
-        tokenizer.decode(token for token in response if token != eos).strip()
-        for response in samples.responses
-    ]
+    texts = [tokenizer.decode(i for i in response if i != eos).strip() for response in samples.responses]
     content = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts))
     write_text(run.folder / "samples.txt", content + "\n")
     run.say(content)

@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from harness import in_turn, medians, parser, peer, script, write
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import encode_source, packed_batches, split_conversations
+from minillm.data import encode_source, positions, split_conversations, validation_batches
 from minillm.io.conversations import open_conversations, world_conversations
 from minillm.io.huggingface import load_model, save_model
 from minillm.optim import held_out
@@ -81,7 +82,8 @@ def held_out_loss(run: Path) -> float:
     """Nats per token of the assistant's, on conversations of another split."""
     model, tokenizer = load_model(run, CPU, torch.float32)
     others = world_conversations(World(0), "dev", 400)
-    batches = packed_batches(encode_source(others, ChatTemplate(tokenizer).encode, BLOCK, 0).train, BLOCK)
+    source = encode_source(others, ChatTemplate(tokenizer).encode, BLOCK, 0)
+    batches = validation_batches([replace(source, val=source.train)], BLOCK, max_tokens=10**9)
     sizes = torch.from_numpy(tokenizer.token_lengths)
     return held_out(model, batches, sizes, Runtime(CPU, torch.float32)).per_target
 
@@ -105,9 +107,9 @@ def main() -> None:
         training.write_text("".join(line for side, line in sides if side == "train"))
         opened = open_conversations([str(data)])[0]
         encoded = encode_source(opened, ChatTemplate(tokenizer).encode, BLOCK, VAL_FRACTION)
-        tokens = EPOCHS * int(encoded.train.sizes.sum())
-        batch = round(ROWS * BLOCK / encoded.train.sizes.mean())
-        steps = round(tokens / (ROWS * BLOCK * encoded.rows(BLOCK, 0).fill))
+        sizes = positions(encoded.train)
+        tokens, batch = EPOCHS * int(sizes.sum()), round(ROWS * BLOCK / sizes.mean())
+        steps = round(EPOCHS * len(encoded.rows(BLOCK, 0).order) / ROWS)
 
         def measured(name: str, run: Callable[[Path, int], float]) -> Callable[[int], tuple[float, float]]:
             """Seconds of the loop, and the held-out loss."""

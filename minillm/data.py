@@ -21,14 +21,12 @@ import bisect
 import hashlib
 import itertools
 import json
-import shutil
-import zlib
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +34,9 @@ from jaxtyping import Bool, Int, Int32, Int64, UInt
 from torch import Tensor
 from tqdm import tqdm
 
-from minillm.errors import InputError, writing
-from minillm.files import digest, hold, write_json
+from minillm.chat import Conversation, Dialogue
+from minillm.errors import InputError
+from minillm.files import digest
 from minillm.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -48,16 +47,14 @@ Tokens = UInt[np.ndarray, " L"]
 IGNORED = -100
 """A target that counts for nothing, as in torch."""
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
-LARGE_DOCUMENT = (
-    1 / 16
-)  # of the text to be held out: a larger document is cut, else validation is all or none
+LARGE_DOCUMENT = 1 / 16  # of the text to be held out: a larger one is cut, else validation is all or none
 BEGINNING_SHARE = 1 / 8  # of a source's rows at least begin a document, or are made to
 PARAGRAPH_TOKENS = 1024  # in which the beginning of a paragraph is looked for
 STRETCH = 64  # rows whose conversations are packed together; each stretch leaves about one row half empty
 FORMAT_VERSION = 2  # of the tokens on disk and the split: part of every cache's name
 
 
-# ---- Documents → train and validation
+# ---- What is trained on and what is held out
 
 
 @dataclass(frozen=True)
@@ -80,37 +77,76 @@ class Source:
     """What the latest pass left out or replaced, by reason."""
 
 
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: what every split goes by."""
+    return _number_of(text, 6) / 2**48  # exact: 48 bits fit a float
+
+
+def _number_of(text: str, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
+
+
 def split_documents(
     documents: Iterable[str], val_fraction: float, size: int | None = None
 ) -> Iterator[tuple[Side, str]]:
     """Give every document to train or validation, about `val_fraction` of the text to validation.
 
-    A document goes to validation when a hash of its text, read as a number in [0, 1), is below
-    `val_fraction`: the copies of a document in a source land on one side. One that is much of the text, of
-    `size` bytes, is cut instead, and so is each where there are fewer than 20: its last `val_fraction` of
-    bytes, from the beginning of a character, is validation. So that validation is never empty, the smallest
-    hash of the first 20 documents goes there too.
+    A document goes to validation when its hash is below `val_fraction`: the copies of a document in a source
+    land on one side. One that is much of the text, of `size` bytes, is cut instead, and so is each where
+    there are fewer than 20: its last `val_fraction` of bytes, from the beginning of a character, is
+    validation. So that validation is never empty, the smallest hash of the first 20 goes there too.
     """
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
     largest = 0.0 if len(first) < FEW_DOCUMENTS else (size or np.inf) * val_fraction * LARGE_DOCUMENT
     smallest = min(map(unit_hash, first), default=0.0)
     for text in itertools.chain(first, stream):
-        if len(text.encode()) > largest:
-            yield from _cut_tail(text, val_fraction)
+        raw = text.encode()
+        if len(raw) > largest:
+            train = raw[: int(len(raw) * (1 - val_fraction))].decode(errors="ignore")
+            parts: dict[Side, str] = {"train": train, "val": text[len(train) :]}
+            yield from ((side, part) for side, part in parts.items() if part)
         else:
             value = unit_hash(text)
             held_out = value < val_fraction or (value == smallest and val_fraction > 0)
-            yield "val" if held_out else "train", text
+            yield SIDES[held_out], text
 
 
-def _cut_tail(text: str, val_fraction: float) -> Iterator[tuple[Side, str]]:
-    raw = text.encode()
-    train = raw[: int(len(raw) * (1 - val_fraction))].decode(errors="ignore")
-    if train:
-        yield "train", train
-    if len(train) < len(text):
-        yield "val", text[len(train) :]
+def hold_out(hashes: Sequence[float], fraction: float) -> list[bool]:
+    """Which of the items with these hashes are held out: about a share `fraction`, and equal ones together.
+
+    The smallest hash always is and the largest never, so that no side is empty where there are two.
+    """
+    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
+    return [fraction > 0 and (value < fraction or value == smallest) and value < largest for value in hashes]
+
+
+def split_by_hash(
+    items: Sequence[Item], key: Callable[[Item], str], fraction: float
+) -> tuple[list[Item], list[Item]]:
+    """The items to train on and those held out, see `hold_out`."""
+    sides: tuple[list[Item], list[Item]] = [], []
+    for held, item in zip(hold_out([unit_hash(key(item)) for item in items], fraction), items, strict=True):
+        sides[held].append(item)
+    return sides
+
+
+def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, Conversation]]:
+    """Every conversation of `source` (io/conversations.py) and its side.
+
+    The side follows from the first user message: two answers to one question never land on two sides. Where
+    all begin alike, it follows from the whole conversation.
+    """
+    for key in (_first_question, json.dumps):
+        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
+        if len(set(hashes)) > 1:
+            break
+    for held, conversation in zip(hold_out(hashes, val_fraction), source.conversations(), strict=True):
+        yield SIDES[held], conversation
+
+
+def _first_question(conversation: Conversation) -> str:
+    return next((message["content"] for message in conversation if message["role"] == "user"), "")
 
 
 def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
@@ -125,42 +161,12 @@ def text_sample(sources: Sequence[Source], val_fraction: float, characters: int 
         for side, text in split_documents(source.documents(), val_fraction, source.size):
             if taken >= wanted:
                 break
-            for i in range(0, len(text) if side == "train" else 0, 16_384):
-                part = text if rate >= 1 else text[i : i + 16_384]
+            length = 16_384 if rate < 1 else len(text)
+            for part in (text[i : i + length] for i in range(0, len(text), length) if side == "train"):
                 owed += rate * len(part)
                 if owed > 0:
                     yield part
                     owed, taken = owed - len(part), taken + len(part)
-                if part is text:
-                    break
-
-
-def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: what every split goes by."""
-    return _number_of(text, 6) / 2**48  # exact: 48 bits fit a float
-
-
-def _number_of(text: str, size: int) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
-
-
-def split_by_hash(
-    items: Sequence[Item], key: Callable[[Item], str], held_out: float
-) -> tuple[list[Item], list[Item]]:
-    """Those to train on, and about a share `held_out`; items of one key stay together.
-
-    Nothing is held out where there are fewer than two keys.
-    """
-    sides: tuple[list[Item], list[Item]] = [], []
-    for held, item in zip(_held_out([unit_hash(key(item)) for item in items], held_out), items, strict=True):
-        sides[held].append(item)
-    return sides
-
-
-def _held_out(hashes: Sequence[float], fraction: float) -> list[bool]:
-    """Whether each is held out: the smallest hash always and the largest never, so that no side is empty."""
-    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
-    return [fraction > 0 and (value < fraction or value == smallest) and value < largest for value in hashes]
 
 
 # ---- Documents → tokens on disk
@@ -187,8 +193,8 @@ class TokenizedSource:
     """Of each side its tokens, bytes (of the text in UTF-8) and documents."""
     skipped: Mapping[str, int]
     """What reading left out or replaced, by reason."""
-    line_ends: Int[np.ndarray, " V"]
-    """How every token of the vocabulary ends, see `line_ends_of`."""
+    vocabulary: Sequence[bytes] = field(repr=False)
+    """The bytes of every token."""
 
     def rows(self, block_size: int, seed: int) -> "TextRows":
         """The rows of the training text. Raises InputError where it is shorter than one row."""
@@ -199,36 +205,54 @@ class TokenizedSource:
             )
         return TextRows(self, block_size, seed)
 
+    def val_rows(self, block_size: int, most: int) -> "list[Row]":
+        """At most so many rows of the held-out text, the same each time: windows side by side from its first
+        token, evenly spaced ones where they are more.
+
+        The last is filled up on the right with `bos` and targets IGNORED. InputError where there is none.
+        """
+        if len(self.val) < 2:
+            raise InputError(
+                f"data source {self.name!r}: no text for validation; "
+                "give more text or a larger validation fraction"
+            )
+        windows, rows = -(-(len(self.val) - 1) // block_size), []
+        count = min(windows, most)
+        for begin in np.arange(count) * windows // count * block_size:
+            ids = self.val[begin : begin + block_size + 1].astype(np.int64)
+            tokens, targets = np.full(block_size, self.bos_id), np.full(block_size, IGNORED)
+            tokens[: len(ids)], targets[: len(ids) - 1] = ids[:block_size], ids[1:]
+            rows.append(Row(tokens, targets, tokens == self.bos_id))
+        return rows
+
+    def __str__(self) -> str:
+        """What it holds on both sides, and what was left out of it, as a line to read."""
+        sides = [
+            f"{name} {n['bytes']:,} bytes, {n['tokens']:,} tokens, {n['documents']:,} documents"
+            for name, n in (("train", self.counts["train"]), ("held out", self.counts["val"]))
+            if n["documents"]
+        ]
+        skipped = [f"{count:,} {what}" for what, count in self.skipped.items()]
+        return f"{self.name}: {'; '.join(sides)}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+
 
 def tokenize(
     source: Source, tokenizer: Tokenizer, folder: Path, val_fraction: float = 0.1, workers: int = 1
 ) -> TokenizedSource:
     """The token streams of `source`: from the cache in `folder`, or written there now.
 
-        folder/KEY/train.bin  val.bin     token ids, uint16 or uint32, nothing else
-        folder/KEY/counts.json            of each side tokens, bytes, documents and a checksum; written last
-
-    KEY is a digest of content, tokenizer and `val_fraction`. A cache that is not as counted is written anew.
-    One process writes; others that want the same tokens wait for it, however long it takes. `workers`
-    processes encode. Raises InputError for what is wrong in the source, and where the disk refuses.
+    The name of a cache is a digest of content, tokenizer and `val_fraction`. `workers` processes encode.
+    Raises InputError for what is wrong in the source, and where the disk refuses.
     """
+    from minillm.fast.cache import cached_streams
+
     bos, _ = document_marks(tokenizer)
     key = digest(FORMAT_VERSION, source.fingerprint, source.size, tokenizer.fingerprint, val_fraction)
-    cache, vocab_size = folder / key, tokenizer.vocab_size
-    with writing(cache, "free some space or give another --cache"), hold(cache, wait=True):
-        if (found := _open_cache(cache, vocab_size)) is None:
-            try:
-                _write_cache(cache, source, tokenizer, val_fraction, workers)
-            except BaseException:
-                shutil.rmtree(cache, ignore_errors=True)
-                raise
-            if (found := _open_cache(cache, vocab_size)) is None:
-                raise InputError(f"{cache}: does not read back as written; check the disk")
-    streams, counts, dropped = found
-    skipped = dict(source.skipped + Counter(dropped))
+    parts = _marked_documents(source, tokenizer, val_fraction, workers)
+    streams, counts, dropped = cached_streams(folder / key, tokenizer.vocab_size, parts, source.dropped)
     return TokenizedSource(
-        source.name, source.weight, key, bos, streams["train"], streams["val"], counts, skipped,
-        line_ends_of(tokenizer.vocabulary.tokens),
+        source.name, source.weight, key, bos, streams["train"], streams["val"], counts,
+        dict(source.skipped + Counter(dropped)), tokenizer.vocabulary.tokens,
     )  # fmt: skip
 
 
@@ -240,154 +264,34 @@ def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
     return ids[0], ids[-1]
 
 
-def _token_dtype(vocab_size: int) -> str:
-    """The smaller of uint16 and uint32 that holds every id."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def _write_cache(
-    cache: Path, source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
-) -> None:
-    for damaged in cache.iterdir():  # what another process has mapped outlives its name
-        damaged.unlink()
-    dtype, (bos, eos) = _token_dtype(tokenizer.vocab_size), document_marks(tokenizer)
-    opening, closing = np.array([bos], dtype), np.array([eos] if eos != bos else [], dtype)
-    counts = {side: dict.fromkeys(("tokens", "bytes", "documents", "checksum"), 0) for side in SIDES}
-    with open(cache / "train.bin", "wb") as train, open(cache / "val.bin", "wb") as val:
-        files = dict(zip(SIDES, (train, val), strict=True))
-
-        def append(side: Side, ids: Tokens) -> None:
-            raw = ids.astype(dtype).tobytes()
-            files[side].write(raw)
-            counts[side]["tokens"] += len(raw) // np.dtype(dtype).itemsize
-            counts[side]["checksum"] = zlib.crc32(raw, counts[side]["checksum"])
-
-        for side, ids, size in _encoded(source, tokenizer, val_fraction, workers):
-            append(side, np.concatenate([opening, ids, closing]))
-            counts[side]["bytes"] += size
-            counts[side]["documents"] += 1
-        for side in SIDES:
-            if counts[side]["documents"] and bos == eos:
-                append(side, opening)
-    sealed = {"sides": counts, "dropped": dict(source.dropped)}
-    write_json(cache / "counts.json", {**sealed, "checksum": digest(sealed)})
-
-
-def _encoded(
+def _marked_documents(
     source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
 ) -> Iterator[tuple[Side, Tokens, int]]:
-    """Every document as its side, its tokens and its bytes; where it takes long, a bar shows how far."""
-    # The encoder reads ahead of what it gives back: the queue holds what was said of each text.
-    ahead: deque[tuple[Side, int]] = deque()
-
-    def texts() -> Iterator[str]:
-        for side, text in split_documents(source.documents(), val_fraction, source.size):
-            ahead.append((side, len(text.encode())))
-            yield text
-
-    title = f"tokenize {source.name}"
+    """Every document as its side, its tokens and its bytes, then what closes each stream; where it takes
+    long, a bar shows how far."""
+    bos, eos = document_marks(tokenizer)
+    opening, closing = np.array([bos], np.uint32), np.array([eos] if eos != bos else [], np.uint32)
+    split, ahead = itertools.tee(split_documents(source.documents(), val_fraction, source.size))
+    encoded = tokenizer.encode_documents((text for _, text in ahead), workers)
+    title, sides = f"tokenize {source.name}", set()
     with tqdm(
         desc=title, total=source.size, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True
     ) as bar:
-        for ids in tokenizer.encode_documents(texts(), workers=workers):
-            side, size = ahead.popleft()
-            yield side, ids, size
+        for (side, text), ids in zip(split, encoded, strict=True):
+            size = len(text.encode())
+            yield side, np.concatenate([opening, ids, closing]), size
             bar.update(size)
-
-
-def _open_cache(
-    cache: Path, vocab_size: int
-) -> tuple[dict[Side, Tokens], dict[Side, dict[str, int]], dict[str, int]] | None:
-    """Streams, counts and what reading dropped; None where any of it is missing or not as it was written."""
-    try:
-        sealed = json.loads((cache / "counts.json").read_text())
-        checksum = sealed.pop("checksum")
-        if checksum != digest(sealed):
-            return None
-        counts, dropped = sealed["sides"], sealed["dropped"]
-        numbers = [*dropped.values(), *(n for side in SIDES for n in counts[side].values())]
-        if any(type(number) is not int for number in numbers):
-            return None
-        return {s: _map(cache / f"{s}.bin", vocab_size, counts[s]) for s in SIDES}, counts, dropped
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _map(path: Path, vocab_size: int, counts: Mapping[str, int]) -> Tokens:
-    """One stream, mapped. ValueError unless size and checksum are as counted and every id has a token."""
-    dtype, checksum, largest = np.dtype(_token_dtype(vocab_size)), 0, -1
-    with open(path, "rb") as file:  # read and not mapped: what is mapped counts as memory
-        while raw := file.read(2**24):
-            checksum = zlib.crc32(raw, checksum)
-            largest = max(largest, int(np.frombuffer(raw, dtype).max()))
-    size = path.stat().st_size
-    if (size, checksum) != (counts["tokens"] * dtype.itemsize, counts["checksum"]) or largest >= vocab_size:
-        raise ValueError(f"{path} is damaged")
-    # An empty file cannot be mapped; and a plain view is quicker to slice than a np.memmap.
-    return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
-
-
-def source_sides(source: TokenizedSource) -> str:
-    """What a source holds on both sides, and what was left out of it, as a line to read."""
-    sides = [
-        f"{name} {n['bytes']:,} bytes, {n['tokens']:,} tokens, {n['documents']:,} documents"
-        for name, n in (("train", source.counts["train"]), ("held out", source.counts["val"]))
-        if n["documents"]
-    ]
-    skipped = [f"{count:,} {what}" for what, count in source.skipped.items()]
-    return f"{source.name}: {'; '.join(sides)}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+            sides.add(side)
+    yield from ((side, opening, 0) for side in sides if bos == eos)
 
 
 # ---- Conversations → tokens in memory
 
 
-@runtime_checkable
-class Encoded(Protocol):
-    """A conversation as tokens, and for each whether it is the assistant's to produce."""
-
-    @property
-    def tokens(self) -> list[int]: ...
-
-    @property
-    def assistant(self) -> list[bool]: ...
-
-
-Encode = Callable[[list[dict[str, str]]], Encoded]
-"""How messages become tokens. It raises InputError for messages that it refuses."""
-
-
-@dataclass(frozen=True)
-class EncodedConversations:
-    """Conversations end to end: the i-th is tokens[offsets[i] : offsets[i + 1]].
-
-    One of L tokens takes L - 1 positions of a row: every token but the last goes in, and the next one is the
-    target where it is the assistant's. They take 3 bytes a token, or 5 with ids beyond 65,535.
-    """
-
-    tokens: UInt[np.ndarray, " L"]
-    assistant: Bool[np.ndarray, " L"]
-    offsets: Int64[np.ndarray, " M_plus_1"]
-
-    @property
-    def sizes(self) -> Int64[np.ndarray, " M"]:
-        """The positions that each conversation takes in a row."""
-        return np.diff(self.offsets) - 1
-
-    def row(self, chosen: Sequence[int], block_size: int) -> "Row":
-        """These conversations side by side; together they fit. The end of the row is padding: token 0, no
-        target, every position a document of its own."""
-        tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
-        document_start = np.ones(block_size, bool)
-        begin = 0
-        for i in chosen:
-            own = slice(self.offsets[i], self.offsets[i + 1])
-            ids, assistant = self.tokens[own].astype(np.int64), self.assistant[own]
-            end = begin + len(ids) - 1
-            tokens[begin:end] = ids[:-1]
-            targets[begin:end] = np.where(assistant[1:], ids[1:], IGNORED)
-            document_start[begin + 1 : end] = False
-            begin = end
-        return Row(tokens, targets, document_start)
+Encoded = tuple[np.ndarray, np.ndarray]
+"""A conversation's tokens, and whether each is the assistant's to produce. One of L tokens takes L - 1
+positions of a row: every token but the last goes in, and the next one is the target where it is the
+assistant's."""
 
 
 @dataclass(frozen=True)
@@ -398,8 +302,8 @@ class EncodedSource:
     weight: float
     fingerprint: str
     """Of the tokens, their split, and which are the assistant's."""
-    train: EncodedConversations
-    val: EncodedConversations
+    train: list[Encoded]
+    val: list[Encoded]
     skipped: Mapping[str, int]
     """What reading and encoding left out, by reason."""
     first_skipped: str | None
@@ -409,100 +313,79 @@ class EncodedSource:
         """The rows of the training conversations, which are no longer than `block_size`."""
         return PackedRows(self, block_size, seed)
 
+    def val_rows(self, block_size: int, most: int) -> "list[Row]":
+        """At most so many rows of the held-out conversations, the same each time."""
+        packed = pack(positions(self.val), np.arange(len(self.val)), block_size)[:most]
+        return [side_by_side([self.val[i] for i in chosen], block_size) for chosen in packed]
 
-def encode_source(source: Any, encode: Encode, block_size: int, val_fraction: float = 0.05) -> EncodedSource:
+    def __str__(self) -> str:
+        """What it holds on both sides, and by reason what was left out or cut, in lines to read."""
+        val = len(self.val) or "none"
+        lines = [f"{self.name}: {len(self.train):,} conversations to train on, {val} to validate on"]
+        lines += [f"  left out or cut: {count:,} {reason}" for reason, count in sorted(self.skipped.items())]
+        return "\n".join(lines + [f"  the first: {self.first_skipped}"] * bool(self.first_skipped))
+
+
+def encode_source(
+    source: Any, encode: Callable[[Conversation], Dialogue], block_size: int, val_fraction: float = 0.05
+) -> EncodedSource:
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
-    A longer one is cut behind the last reply with which it fits. Where none does, where `encode` refuses it,
-    or where no token of it is the assistant's, it is left out; all is counted. Raises InputError where
-    nothing is left to train on. There may be none to validate on.
+    A longer one is cut behind the last reply with which it fits. Where none does, where `encode` raises
+    InputError, or where no token of it is the assistant's, it is left out; all is counted. Raises InputError
+    where nothing is left to train on. There may be none to validate on.
     """
     skipped, first = Counter(source.skipped), source.first_skipped
-    writers = {side: _Writer() for side in SIDES}
+    kept: dict[Side, list[Encoded]] = {side: [] for side in SIDES}
     parts = split_conversations(source, val_fraction)
     bar = tqdm(parts, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
     for number, (side, conversation) in enumerate(bar, start=1):
         try:
-            encoded, reason = _fitted(conversation, encode, block_size + 1)
+            dialogue, reason = _fitted(conversation, encode, block_size + 1)
         except InputError as error:
-            encoded, reason = None, "conversations that the chat template refuses"
+            dialogue, reason = None, "conversations that the chat template refuses"
             first = first or f"conversation {number} of {source.name!r}: {error}"
-        if rewritten := getattr(encoded, "unlearned", 0):
-            skipped["replies not learned: the chat template writes them anew later"] += rewritten
+        if dialogue:
+            ids = np.array(dialogue.tokens, np.uint32)
+            small = ids.astype(np.uint16) if ids.max() < 2**16 else ids
+            kept[side].append((small, np.array(dialogue.assistant)))
+            skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
             skipped[reason] += 1
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"
-        if encoded is not None:
-            writers[side].add(encoded)
-    train, val = (writers[side].finish() for side in SIDES)
-    if not len(train.sizes):
+    train, val = kept["train"], kept["val"]
+    if not train:
         raise InputError(
             f"data source {source.name!r}: no conversation to train on ({first or 'too few'}); "
             "give more, a larger block size or another validation fraction"
         )
-    content = [(side.offsets, side.tokens.astype(np.uint32), side.assistant) for side in (train, val)]
-    fingerprint = digest(*itertools.chain(*content))
-    return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(skipped), first)
-
-
-def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, list[dict[str, str]]]]:
-    """Every conversation of `source` and its side, about `val_fraction` of them held out.
-
-    The side follows from a hash of the first user message: two answers to one question never land on two
-    sides. Where all begin alike, it is that of the whole conversation. InputError for a fraction outside
-    [0, 1).
-    """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"validation fraction {val_fraction}: give at least 0 and less than 1")
-    for key in (_first_question, json.dumps):
-        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
-        if len(set(hashes)) > 1:
-            break
-    for held, conversation in zip(_held_out(hashes, val_fraction), source.conversations(), strict=True):
-        yield SIDES[held], conversation
-
-
-def _first_question(conversation: list[dict[str, str]]) -> str:
-    return next((message["content"] for message in conversation if message["role"] == "user"), "")
+    fingerprint = digest(len(train), *(numbers for dialogue in train + val for numbers in dialogue))
+    return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(+skipped), first)
 
 
 def _fitted(
-    conversation: list[dict[str, str]], encode: Encode, limit: int
-) -> tuple[Encoded | None, str | None]:
+    conversation: Conversation, encode: Callable[[Conversation], Dialogue], limit: int
+) -> tuple[Dialogue | None, str | None]:
     """The conversation in at most `limit` tokens, or None, and the reason if some of it is left out."""
-    encoded, reason = encode(conversation), None
-    if len(encoded.tokens) > limit:
+    dialogue, reason = encode(conversation), None
+    if len(dialogue.tokens) > limit:
         ends = [i for i, message in enumerate(conversation, start=1) if message["role"] == "assistant"]
         fitting = bisect.bisect_right(ends, limit, key=lambda end: len(encode(conversation[:end]).tokens))
         if not fitting:
             return None, "conversations longer than a row"
-        encoded = encode(conversation[: ends[fitting - 1]])
+        dialogue = encode(conversation[: ends[fitting - 1]])
         reason = "ends of conversations longer than a row"
-    if not any(encoded.assistant[1:]):
+    if not any(dialogue.assistant[1:]):
         return None, "conversations without a token of the assistant's"
-    return encoded, reason
+    return dialogue, reason
 
 
-class _Writer:
-    """Appends conversations to flat arrays."""
-
-    def __init__(self) -> None:
-        self.tokens, self.assistant, self.offsets = array("I"), bytearray(), array("q", [0])
-
-    def add(self, encoded: Encoded) -> None:
-        self.tokens.extend(encoded.tokens)
-        self.assistant.extend(encoded.assistant)
-        self.offsets.append(len(self.tokens))
-        if len(self.assistant) != len(self.tokens):
-            raise ValueError("an encoder must say of every token whether it is the assistant's")
-
-    def finish(self) -> EncodedConversations:
-        tokens, assistant = np.array(self.tokens, np.uint32), np.array(self.assistant, bool)
-        tokens = tokens.astype(_token_dtype(int(tokens.max(initial=0)) + 1))
-        return EncodedConversations(tokens, assistant, np.array(self.offsets, np.int64))
+def positions(conversations: Sequence[Encoded]) -> Int64[np.ndarray, " M"]:
+    """How many positions of a row each conversation takes."""
+    return np.array([len(ids) - 1 for ids, _ in conversations], np.int64)
 
 
-# ---- Tokens → rows
+# ---- Tokens → rows, shuffled
 
 
 class Row(NamedTuple):
@@ -513,41 +396,18 @@ class Row(NamedTuple):
     document_start: Bool[np.ndarray, " T"]  # whether a document begins here; the first position need not say
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens and what comes next at each position, IGNORED where nothing does."""
-
-    tokens: Int64[Tensor, "B T"]
-    targets: Int64[Tensor, "B T"]
-    start: Int32[Tensor, "B T"]  # the position in the row where this position's document begins
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(self.tokens.to(device), self.targets.to(device), self.start.to(device))
-
-    def rows(self, begin: int, end: int) -> "Batch":
-        """Rows `begin` to `end`, exclusive: a micro-batch, or the share of one process."""
-        return Batch(self.tokens[begin:end], self.targets[begin:end], self.start[begin:end])
-
-
-def stack(rows: Sequence[Row], block_size: int) -> Batch:
-    """The batch of `rows`, which may be none."""
-    tokens, targets = (np.empty((len(rows), block_size), np.int64) for _ in range(2))
-    begins = np.empty((len(rows), block_size), bool)
-    for i, row in enumerate(rows):
-        tokens[i], targets[i], begins[i] = row
-    start = _last_true(torch.from_numpy(begins))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), start)
-
-
-def document_starts(tokens: Int64[Tensor, "B T"], bos_id: int) -> Int32[Tensor, "B T"]:
-    """For every position the last position of `bos_id` up to it, or 0: its document's beginning."""
-    return _last_true(tokens == bos_id)
-
-
-def _last_true(begins: Bool[Tensor, "B T"]) -> Int32[Tensor, "B T"]:
-    positions = torch.arange(begins.shape[1], device=begins.device)
-    return torch.where(begins, positions, 0).cummax(dim=1).values.to(torch.int32)
+def side_by_side(conversations: Sequence[Encoded], block_size: int) -> Row:
+    """A row of conversations that fit. Its end is padding: token 0, no target, every position a document."""
+    tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
+    document_start = np.ones(block_size, bool)
+    begin = 0
+    for ids, assistant in conversations:
+        end = begin + len(ids) - 1
+        tokens[begin:end] = ids[:-1]
+        targets[begin:end] = np.where(assistant[1:], ids[1:].astype(np.int64), IGNORED)
+        document_start[begin + 1 : end] = False
+        begin = end
+    return Row(tokens, targets, document_start)
 
 
 class Shuffled(Generic[Item]):
@@ -556,7 +416,7 @@ class Shuffled(Generic[Item]):
     Where it stands is two numbers, the epoch and how many of its items were given: only they need saving.
     """
 
-    def __init__(self, items: Sequence[Item], name: str, seed: int, fingerprint: str) -> None:
+    def __init__(self, items: Any, name: str, seed: int, fingerprint: str) -> None:
         """`name` says what the items are; their `fingerprint` changes with their content."""
         self.items, self.name, self.seed, self.fingerprint = items, name, seed, fingerprint
         self.seek(0, 0)
@@ -591,15 +451,9 @@ class Shuffled(Generic[Item]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another one stood. InputError if the items are others, ValueError for no such place."""
         _check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
-        self.seek(_whole(state["epoch"]), _whole(state["position"]))
+        self.seek(state["epoch"], state["position"])
         if self.position > len(self.order):
             raise ValueError(f"no position {self.position} in epoch {self.epoch}")
-
-
-def _whole(number: Any) -> int:
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no count")
-    return number
 
 
 def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
@@ -610,6 +464,9 @@ def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
 def _generator(*key: int) -> np.random.Generator:
     # Not numpy's default, which may change; the length tells (s,) from (s, 0, 0).
     return np.random.Generator(np.random.PCG64((len(key), *key)))
+
+
+LINE_END, BLANK_LINE = re.compile(rb"\n\s*\Z"), re.compile(rb"\n\s*\n\s*\Z")
 
 
 class TextRows(Shuffled[Row]):
@@ -628,17 +485,17 @@ class TextRows(Shuffled[Row]):
         self.source, self.block_size = source, block_size
         documents = source.counts["train"]["documents"]
         self.made_share = max(0.0, BEGINNING_SHARE - documents * block_size / len(source.train))
-        super().__init__((), source.name, seed, source.fingerprint)
+        super().__init__(source.train, source.name, seed, source.fingerprint)
 
     def arrange(self, random: np.random.Generator) -> Any:
-        size, length = self.block_size, len(self.source.train)
+        size, length = self.block_size, len(self.items)
         self.phase = int(random.integers(min(size, length - size)))
         order = random.permutation((length - 1 - self.phase) // size)
         self.made = random.random(len(order)) < self.made_share
         return order
 
     def take(self, which: Any) -> Row:
-        tokens, size, bos = self.source.train, self.block_size, self.source.bos_id
+        tokens, size, bos = self.items, self.block_size, self.source.bos_id
         begin = self.phase + int(which) * size
         ids = tokens[begin : begin + size + 1]
         if self.made[which] and bos not in ids:
@@ -648,82 +505,70 @@ class TextRows(Shuffled[Row]):
 
     def _paragraph(self, begin: int) -> int:
         """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`."""
-        near = self.source.line_ends[self.source.train[begin : begin + PARAGRAPH_TOKENS]]
-        before, last, this = (near[i : len(near) + i - 2] for i in range(3))
-        blank = (last & BLANK > 0) | ((last & EMPTY > 0) & (before & LINE > 0))
-        for ends in (blank, last & LINE > 0):
-            if len(found := np.flatnonzero(ends & (this & INDENT == 0))):
-                return begin + int(found[0]) + 2
+        near = [self.source.vocabulary[i] for i in self.items[begin : begin + PARAGRAPH_TOKENS].tolist()]
+        for ends in (BLANK_LINE, LINE_END):
+            for i in range(2, len(near)):
+                before, last, this = near[i - 2 : i + 1]
+                if b"\n" in last and ends.search(before + last) and not this[:1].isspace():
+                    return begin + i
         return begin
-
-
-LINE, BLANK, EMPTY, INDENT = 1, 2, 4, 8
-
-
-def line_ends_of(tokens: Sequence[bytes]) -> Int[np.ndarray, " V"]:
-    """Of every token, as bits, whether it ends a line, whether that line is blank, whether the token is
-    nothing else, and whether it begins with white space."""
-    bits = np.zeros(len(tokens), np.int8)
-    for i, token in enumerate(tokens):
-        *_, line, behind = (b"x" + token).split(b"\n") if b"\n" in token else (b"x", b"x")
-        bits[i] = (
-            LINE * (not behind.strip())
-            | BLANK * (not behind.strip() and not line.strip())
-            | EMPTY * (not behind.strip() and not token.strip())
-            | INDENT * token[:1].isspace()
-        )
-    return bits
 
 
 class PackedRows(Shuffled[Row]):
     """The rows of a source of conversations: every one once an epoch, each epoch with other neighbours."""
 
     def __init__(self, source: EncodedSource, block_size: int, seed: int) -> None:
-        if source.train.sizes.max() > block_size:
-            raise ValueError(f"{source.name!r} holds conversations encoded for longer rows than {block_size}")
-        self.source, self.block_size = source, block_size
-        super().__init__((), source.name, seed, source.fingerprint)
+        self.block_size, self.sizes = block_size, positions(source.train)
+        super().__init__(source.train, source.name, seed, source.fingerprint)
 
     def arrange(self, random: np.random.Generator) -> Any:
-        sizes = self.source.train.sizes
-        rows = pack(sizes, random.permutation(len(sizes)), self.block_size)
+        rows = pack(self.sizes, random.permutation(len(self.sizes)), self.block_size)
         return [rows[i] for i in random.permutation(len(rows)).tolist()]
 
     def take(self, which: Any) -> Row:
-        return self.source.train.row(which, self.block_size)
-
-    @property
-    def fill(self) -> float:
-        """The share of this epoch's positions that are not padding."""
-        return float(self.source.train.sizes.sum()) / (len(self.order) * self.block_size)
+        return side_by_side([self.items[i] for i in which], self.block_size)
 
 
 def pack(sizes: Int64[np.ndarray, " M"], order: Int64[np.ndarray, " M"], block_size: int) -> list[list[int]]:
-    """What each row holds: conversations of these sizes, taken in this order, a stretch at a time."""
+    """What each row holds: conversations of these sizes, taken in this order, a stretch at a time; of each
+    stretch the longest first, each to the row that it fills best, or to a new one."""
     stretches = sizes[order].cumsum() // (STRETCH * block_size)
-    bounds = np.flatnonzero(np.diff(stretches)) + 1
-    return [row for part in np.split(order, bounds) for row in _best_fit(sizes, part, block_size)]
-
-
-def _best_fit(
-    sizes: Int64[np.ndarray, " M"], part: Int64[np.ndarray, " P"], block_size: int
-) -> list[list[int]]:
-    """The longest first, each to the row that it fills best, or to a new one."""
-    rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # of every row what is free in it and its number, sorted
-    for i in part[np.argsort(-sizes[part], kind="stable")].tolist():
-        size = int(sizes[i])
-        at = bisect.bisect_left(spaces, (size, 0))
-        if at == len(spaces):
-            spaces.append((block_size, len(rows)))
-            rows.append([])
-        space, row = spaces.pop(at)
-        rows[row].append(i)
-        bisect.insort(spaces, (space - size, row))
-    return rows
+    packed: list[list[int]] = []
+    for part in np.split(order, np.flatnonzero(np.diff(stretches)) + 1):
+        rows: list[list[int]] = []
+        spaces: list[tuple[int, int]] = []  # of every row what is free in it and its number, sorted
+        for i in part[np.argsort(-sizes[part], kind="stable")].tolist():
+            size = int(sizes[i])
+            at = bisect.bisect_left(spaces, (size, 0))
+            if at == len(spaces):
+                spaces.append((block_size, len(rows)))
+                rows.append([])
+            space, row = spaces.pop(at)
+            rows[row].append(i)
+            bisect.insort(spaces, (space - size, row))
+        packed += rows
+    return packed
 
 
 # ---- Rows → batches
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what comes next at each position, IGNORED where nothing does."""
+
+    tokens: Int64[Tensor, "B T"]
+    targets: Int64[Tensor, "B T"]
+    start: Int32[Tensor, "B T"]  # the position in the row where this position's document begins
+
+
+def stack(rows: Sequence[Row], block_size: int) -> Batch:
+    """The batch of `rows`, which may be none."""
+    shape = len(rows), block_size
+    tokens, targets, begins = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
+    for i, row in enumerate(rows):
+        tokens[i], targets[i], begins[i] = row
+    start = np.maximum.accumulate(np.where(begins, np.arange(block_size), 0), axis=1).astype(np.int32)
+    return Batch(*map(torch.from_numpy, (tokens, targets, start)))
 
 
 RowSource = TokenizedSource | EncodedSource
@@ -773,7 +618,7 @@ class Mixture:
         _check_same("data sources", ", ".join(saved), ", ".join(s.name for s in self.sources))
         for i, stream in enumerate(self.streams):
             stream.load_state_dict(saved[stream.name])
-            self.drawn[i] = _whole(saved[stream.name]["rows"])
+            self.drawn[i] = saved[stream.name]["rows"]
         self.choices = _generator(self.seed)
         # One step of the generator for each row drawn.
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
@@ -815,76 +660,38 @@ def _check_same(what: str, was: Any, now: Any) -> None:
         raise InputError(f"cannot resume: {what} was {was} and is now {now}; put back the old one")
 
 
-# ---- Validation
-
-
-def validation_rows(
-    sources: Sequence[TokenizedSource], block_size: int, max_tokens: int, batch_rows: int = 64
-) -> Iterator[Batch]:
-    """The same rows each time, of every source up to its share of `max_tokens`, at least one.
-
-    Rows are windows side by side from the stream's first token, so that every token but the first
-    is a target once; where they are more than the source's share, that many evenly spaced ones. A
-    last window is filled up on the right with `bos` and targets IGNORED. A batch holds up to
-    `batch_rows` rows of one source. Raises InputError for a source without validation text.
-    """
-    total = sum(source.weight for source in sources)
+def validation_batches(
+    sources: Sequence[RowSource], block_size: int, max_tokens: int, batch_rows: int = 64
+) -> list[Batch]:
+    """The same rows each time, of every source up to its share of `max_tokens`, at least one if it has any;
+    a batch holds up to `batch_rows` rows of one source."""
+    total, batches = sum(source.weight for source in sources), []
     for source in sources:
-        if len(source.val) < 2:
-            raise InputError(
-                f"data source {source.name!r}: no text for validation; "
-                "give more text or a larger validation fraction"
-            )
-        windows = -(-(len(source.val) - 1) // block_size)
-        count = min(windows, max(1, round(max_tokens * source.weight / total / block_size)))
-        chosen = np.arange(count) * windows // count
-        for i in range(0, count, batch_rows):
-            yield _windows(source, chosen[i : i + batch_rows], block_size)
+        rows = source.val_rows(block_size, max(1, round(max_tokens * source.weight / total / block_size)))
+        batches += [stack(rows[i : i + batch_rows], block_size) for i in range(0, len(rows), batch_rows)]
+    return batches
 
 
-def _windows(source: TokenizedSource, chosen: Int[np.ndarray, " B"], block_size: int) -> Batch:
-    positions = chosen[:, None] * block_size + np.arange(block_size + 1)
-    inside = positions < len(source.val)
-    rows = torch.from_numpy(np.where(inside, source.val[positions * inside], source.bos_id).astype(np.int64))
-    tokens = rows[:, :-1].contiguous()
-    targets = rows[:, 1:].masked_fill(~torch.from_numpy(inside[:, 1:]), IGNORED)
-    return Batch(tokens, targets.contiguous(), document_starts(tokens, source.bos_id))
-
-
-def packed_batches(
-    conversations: EncodedConversations, block_size: int, batch_rows: int = 64
-) -> Iterator[Batch]:
-    """Every conversation once, in the same batches of up to `batch_rows` rows each time."""
-    sizes = conversations.sizes
-    rows = pack(sizes, np.arange(len(sizes)), block_size)
-    for i in range(0, len(rows), batch_rows):
-        yield stack([conversations.row(row, block_size) for row in rows[i : i + batch_rows]], block_size)
-
-
-# ---- The masked objective
-
-
-def mask_tokens(
-    tokens: Int64[Tensor, "B T"],
-    mask_id: int,
-    vocab_size: int,
-    generator: torch.Generator,
-    special_ids: Collection[int],
-) -> tuple[Int64[Tensor, "B T"], Int64[Tensor, "B T"]]:
-    """Inputs and targets of BERT's objective: what stood at 15% of the positions is to be found.
+def mask_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
+    """The batch with BERT's objective: what stood at 15% of the positions is to be found.
 
     Of the chosen positions 80% show the mask token, 10% a random ordinary token, 10% what stood
-    there; all others have target IGNORED. Special tokens (`special_ids` and `mask_id`) are neither
-    chosen nor put in. Where chance chooses no position, the one that came nearest is chosen, so a
-    batch with an ordinary token has a target. `generator` is on the device of `tokens`.
+    there; all others have target IGNORED. Special tokens are neither chosen nor put in. Where chance
+    chooses no position, the one that came nearest is chosen, so a batch with an ordinary token has a target.
     """
-    special = torch.tensor(sorted({*special_ids, mask_id}), device=tokens.device)
-    ids = torch.arange(vocab_size, device=tokens.device)
+    tokens, generator = batch.tokens, torch.Generator().manual_seed(seed)
+    if tokenizer.mask_id is None:
+        raise InputError(
+            "--objective masked: this tokenizer has no <|mask|> token; train one, without --init"
+        )
+    special = torch.tensor([*tokenizer.special_tokens.values(), tokenizer.mask_id])
+    ids = torch.arange(tokenizer.vocab_size)
     ids = ids[~torch.isin(ids, special)]
-    ordinary = ~torch.isin(tokens, special)
-    draw, kind = torch.rand((2, *tokens.shape), generator=generator, device=tokens.device)
-    draw = draw.masked_fill(~ordinary, 1.0)
-    chosen = ordinary & (draw <= draw.min().clamp(min=0.15))
-    pick = torch.randint(len(ids), tokens.shape, generator=generator, device=tokens.device)
-    shown = torch.where(kind < 0.8, mask_id, torch.where(kind < 0.9, ids[pick], tokens))
-    return torch.where(chosen, shown, tokens), torch.where(chosen, tokens, IGNORED)
+    draw, kind = torch.rand((2, *tokens.shape), generator=generator)
+    draw = draw.masked_fill(torch.isin(tokens, special), 1.0)
+    chosen = (draw < 1) & (draw <= draw.min().clamp(min=0.15))
+    pick = torch.randint(len(ids), tokens.shape, generator=generator)
+    shown = torch.where(kind < 0.8, tokenizer.mask_id, torch.where(kind < 0.9, ids[pick], tokens))
+    return batch._replace(
+        tokens=torch.where(chosen, shown, tokens), targets=torch.where(chosen, tokens, IGNORED)
+    )

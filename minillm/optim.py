@@ -64,8 +64,8 @@ def backward(
     """
     rows, row_tokens = batch.tokens.shape
     begin, end = (rows * rank // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-    own, micro_rows = batch.rows(begin, end).to(runtime.device), max(1, micro_tokens // row_tokens)
-    micros = [own.rows(row, row + micro_rows) for row in range(0, end - begin, micro_rows)]
+    own, size = [part[begin:end].to(runtime.device) for part in batch], max(1, micro_tokens // row_tokens)
+    micros = [Batch(*(part[row : row + size] for part in own)) for row in range(0, end - begin, size)]
     targets = max(1, int((batch.targets != IGNORED).sum()))
     return accumulate(
         forward, lambda micro: forward(micro.tokens, micro.start, targets=micro.targets),
@@ -96,7 +96,8 @@ def held_out(
     totals = torch.zeros(3, dtype=torch.float64)
     for i, batch in enumerate(batches):
         if i % runtime.world_size == runtime.rank:
-            own, targets = batch.to(runtime.device), batch.targets[batch.targets != IGNORED]
+            own = Batch(*(part.to(runtime.device) for part in batch))
+            targets = batch.targets[batch.targets != IGNORED]
             nats = model(own.tokens, own.start, targets=own.targets).item()
             totals += torch.tensor([nats, len(targets), int(token_bytes[targets].sum())], dtype=torch.float64)
     nats, targets, size = runtime.total(totals).tolist()

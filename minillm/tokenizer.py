@@ -18,10 +18,10 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from operator import add, itemgetter
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -48,7 +48,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 CACHED_WORDS = 1 << 18  # a few tens of megabytes at most
 CACHED_WORD_LENGTH = 64  # in characters; longer pieces seldom come twice
 LONGEST_WORD = 1 << 16  # in characters: a longer piece is cut there, so that memory stays bounded
-BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
 SPLIT_SECONDS = 60.0  # to split a text by a pattern from elsewhere, which may backtrack for ever
 
 # --- training -------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def _descending(token: bytes) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE: all that determines the ids of a text. ValueError where it is not complete."""
+    """A byte-level BPE: all that determines the ids of a text."""
 
     vocab: dict[bytes, int]
     """Ordinary tokens, among them all 256 bytes. With the special tokens their ids are 0 … V-1."""
@@ -168,20 +167,6 @@ class Vocabulary:
     """How a text is cut into pieces; what lies between its matches is a piece too."""
     post_processor: dict | None = field(default=None, repr=False, compare=False)
     """What other programs put around a text, as tokenizer.json has it; only kept."""
-
-    def __post_init__(self) -> None:
-        if missing := sum(bytes([byte]) not in self.vocab for byte in range(256)):
-            raise ValueError(f"{missing} of the 256 bytes have no token, so some texts have no ids")
-        for left, right in self.merges:
-            for token in (left, right, left + right):
-                if token not in self.vocab:
-                    raise ValueError(f"the merge {left!r} {right!r} lacks a token {token!r}")
-        ids = sorted([*self.vocab.values(), *self.special_tokens.values()])
-        if ids != list(range(len(ids))):
-            raise ValueError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
-        if "" in self.special_tokens:
-            raise ValueError("a special token must have at least one character")
-        _ = self._split
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -225,13 +210,7 @@ class Vocabulary:
         )
 
     def __reduce__(self) -> tuple:
-        return Vocabulary, (
-            self.vocab,
-            self.merges,
-            self.special_tokens,
-            self.pattern,
-            self.post_processor,
-        )  # no caches
+        return Vocabulary, tuple(getattr(self, field.name) for field in fields(self))  # no caches
 
 
 class _WordCache(dict[str, tuple[int, ...]]):
@@ -281,25 +260,14 @@ class _WordCache(dict[str, tuple[int, ...]]):
 def splitter(pattern: str) -> Callable[[str], Iterator[str]]:
     """What cuts a text into the matches of `pattern` and what lies between them.
 
-    ValueError if it is not valid. InputError where it takes minutes over a text, as one from elsewhere may.
+    ValueError if it is not valid. TimeoutError where one from elsewhere takes minutes over a text.
     """
     try:
         compiled = regex.compile(rf"(?:{pattern})|(?s:.+?)(?=(?:{pattern})|\Z)")
     except regex.error as error:
         raise ValueError(f"split pattern {pattern!r} is not valid: {error}") from None
-
-    def split(text: str) -> Iterator[str]:
-        return map(itemgetter(0), compiled.finditer(text))
-
-    def split_in_time(text: str) -> Iterator[str]:
-        try:
-            yield from map(itemgetter(0), compiled.finditer(text, timeout=SPLIT_SECONDS))
-        except TimeoutError:
-            raise InputError(
-                f"the tokenizer's split pattern takes over {SPLIT_SECONDS:.0f} s; use another tokenizer"
-            ) from None
-
-    return split if pattern in (PATTERN, GPT2_PATTERN) else split_in_time
+    limit = None if pattern in (PATTERN, GPT2_PATTERN) else SPLIT_SECONDS
+    return lambda text: map(itemgetter(0), compiled.finditer(text, timeout=limit))
 
 
 def _short(word: str) -> Iterator[str]:
@@ -360,29 +328,23 @@ class Tokenizer:
         try:
             return self.vocabulary.encode(text, special)
         except UnicodeEncodeError:
-            return self.vocabulary.encode(without_surrogates(text), special)
+            return self.encode(without_surrogates(text), special)
+        except TimeoutError:
+            raise InputError(
+                f"the tokenizer's split pattern takes over {SPLIT_SECONDS:.0f} s; use another tokenizer"
+            ) from None
 
     def encode_documents(self, texts: Iterable[str], workers: int = 1) -> Iterator[np.ndarray]:
         """The ids (uint32) of each text, in order, while the texts stream in.
 
-        Above a megabyte of text, `workers` processes share the work, with the same ids; at most two
-        megabytes for each of them (or its longest texts) are in memory. InputError if one dies.
+        Above a megabyte of text `workers` processes share the work, with the same ids. InputError if one
+        dies.
         """
         if workers > 1:
-            from minillm.fast.workers import map_in_processes
+            from minillm.fast.workers import encode_in_processes
 
-            batches = _batches(texts)
-            head = list(islice(batches, 2))
-            if len(head) == 2:
-                arrays = map_in_processes(self._encode_batch, chain(head, batches), workers)
-                yield from chain.from_iterable(arrays)
-                return
-            texts = chain.from_iterable(head)
-        for text in texts:
-            yield np.array(self.encode(text), dtype=np.uint32)
-
-    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return list(self.encode_documents(texts))
+            return encode_in_processes(self, texts, workers)
+        return (np.array(self.encode(text), np.uint32) for text in texts)
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes of the ids, a special token's being its name. InputError outside 0 … V-1."""
@@ -463,20 +425,6 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that obeys tokenizer.json
         write_text(file, to_json(self.vocabulary))
         write_json(file.with_name("tokenizer_config.json"), config)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of BATCH_LENGTH characters together, or a little more."""
-    batch: list[str] = []
-    length = 0
-    for text in texts:
-        batch.append(text)
-        length += len(text)
-        if length >= BATCH_LENGTH:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
 
 
 def _any_of(names: Iterable[str]) -> regex.Pattern | None:

@@ -68,10 +68,16 @@ def a_stream(
 ) -> TokenizedSource:
     """A source of these tokens, none of which begins a document."""
     none = {"tokens": 0, "bytes": 0, "documents": len(train) if documents is None else documents}
-    ends = np.zeros(1, np.int8)
+    letters = [b"x"] * (1 + int(train.max(initial=0)))
     return TokenizedSource(
-        name, weight, f"f-{name}", 10**9, train, val, {"train": none, "val": none}, {}, ends
+        name, weight, f"f-{name}", 10**9, train, val, {"train": none, "val": none}, {}, letters
     )
+
+
+def document_starts(tokens: torch.Tensor, bos_id: int) -> torch.Tensor:
+    """For every position the last position of `bos_id` up to it, or 0: its document's beginning."""
+    positions = torch.arange(tokens.shape[1])
+    return torch.where(tokens == bos_id, positions, 0).cummax(dim=1).values.to(torch.int32)
 
 
 def metrics_of(out: Path) -> list[dict]:

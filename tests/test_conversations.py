@@ -323,9 +323,3 @@ def test_about_the_fraction_asked_for_goes_to_validation():
     conversations = [exchange(str(i), "yes") for i in range(10_000)]
     sides = [side for side, _ in split_conversations(a_source(conversations), 0.1)]
     assert abs(sides.count("val") / 10_000 - 0.1) < 4 * (0.1 * 0.9 / 10_000) ** 0.5
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_a_fraction_outside_its_range_is_refused(fraction):
-    with pytest.raises(InputError, match="fraction"):
-        list(split_conversations(a_source([ASKED]), fraction))

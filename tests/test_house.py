@@ -14,6 +14,7 @@ STEPS = {"train.py": (66, 12), "sft.py": (65, 11), "PPO": (165, 23)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {
     "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py"},
+    "minillm/data.py": {"minillm/fast/cache.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
     "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/options.py": {"minillm/tools/commandline.py"},
@@ -43,7 +44,6 @@ SEAMS = {
         "minillm/io/text.py",
         "minillm/tools/device.py",
         "minillm/tools/plots.py",
-        "minillm/world/__init__.py",
     },
 }
 """Where the core opens the outer ring, only inside functions: a file of the core, and what it opens."""

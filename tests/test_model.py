@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import document_starts
 from torch import Tensor
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import document_starts
 from minillm.errors import InputError
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.model import (

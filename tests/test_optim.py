@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import document_starts
 from torch import Tensor
 
-from minillm.data import IGNORED, Batch, document_starts
+from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import (
     LearningRates,

@@ -1,10 +1,10 @@
-"""Packing: every conversation whole and once, alone in what it sees, and resumed at the exact row."""
+"""Conversations and text in one mixture: packed whole and once, alone in what each sees, resumed exactly."""
 
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from itertools import chain, pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,17 +13,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import a_stream
 
+from minillm.chat import Dialogue
 from minillm.data import (
     IGNORED,
     STRETCH,
     Batch,
-    EncodedConversations,
     EncodedSource,
     Mixture,
     TokenizedSource,
     encode_source,
     pack,
-    packed_batches,
+    positions,
+    validation_batches,
 )
 from minillm.errors import InputError
 from minillm.io.conversations import ConversationSource, world_conversations
@@ -34,12 +35,13 @@ ROLES = {"system": 1, "user": 2, "assistant": 3}
 END = 4
 
 
-class Fake(NamedTuple):
-    tokens: list[int]
-    assistant: list[bool]
+def packed(source: EncodedSource, block_size: int, rows: int = 64) -> list[Batch]:
+    """All conversations to train on, each once."""
+    everything = replace(source, val=source.train)
+    return validation_batches([everything], block_size, 10**9, rows) if source.train else []
 
 
-def encode(messages: list[dict[str, str]]) -> Fake:
+def encode(messages: list[dict[str, str]]) -> Dialogue:
     """A role, the letters from 10 on, an end; the assistant's letters and ends are its to produce."""
     if messages[0]["content"] == "refuse":
         raise InputError("no such talk")
@@ -48,7 +50,7 @@ def encode(messages: list[dict[str, str]]) -> Fake:
         letters = [ord(letter) - ord("a") + 10 for letter in message["content"]]
         tokens += [ROLES[message["role"]], *letters, END]
         owed += [False] + [message["role"] == "assistant"] * (len(letters) + 1)
-    return Fake(tokens, owed)
+    return Dialogue(tokens, owed)
 
 
 def a_source(conversations: list, name: str = "s", weight: float = 1.0) -> ConversationSource:
@@ -88,7 +90,8 @@ PADDING = ([0], [IGNORED])
 
 def alone(conversation: list) -> tuple[list[int], list[int]]:
     """A conversation as it is trained on by itself: inputs and targets."""
-    tokens, owed = encode(conversation)
+    dialogue = encode(conversation)
+    tokens, owed = dialogue.tokens, dialogue.assistant
     targets = [token if mine else IGNORED for token, mine in zip(tokens[1:], owed[1:], strict=True)]
     return tokens[:-1], targets
 
@@ -116,8 +119,6 @@ def test_an_epoch_holds_every_conversation_once_whole_with_the_assistants_tokens
         assert bool((batch.targets != IGNORED).any(dim=1).all())
         documents = [document for document in segments(batch) if document != PADDING]
         assert same(documents, [alone(talk) for talk in talks])
-        used = sum(len(tokens) for tokens, _ in documents)
-        assert stream.fill == pytest.approx(used / batch.tokens.numel())
         stream.seek(stream.epoch + 1, 0)
 
 
@@ -160,12 +161,11 @@ def loss_and_gradient(model: LanguageModel, batches: list[Batch]) -> tuple[float
 @given(st.lists(conversations, min_size=1, max_size=8), blocks)
 def test_packing_equals_running_every_conversation_alone(causal, talks, block_size):
     model, source = tiny_model(causal), encoded(talks, block_size)
-    packed = list(packed_batches(source.train, block_size, batch_rows=3))
     single = []
     for talk in talks:
         tokens, targets = (torch.tensor([numbers]) for numbers in alone(talk))
         single.append(Batch(tokens, targets, torch.zeros_like(tokens, dtype=torch.int32)))
-    loss, gradient = loss_and_gradient(model, packed)
+    loss, gradient = loss_and_gradient(model, packed(source, block_size, 3))
     expected, expected_gradient = loss_and_gradient(model, single)
     # float32: the same numbers, summed in another order and with rotary angles of other positions.
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -215,7 +215,7 @@ def test_every_epoch_has_neighbours_and_an_order_of_its_own():
         stream.seek(epoch, 0)
         neighbours.add(frozenset(frozenset(row) for row in stream.order))
         # Packing begins with the longest, and a row tells its own: left so, an epoch would grow shorter.
-        longest = [max(source.train.sizes[row]) for row in stream.order]
+        longest = [max(positions(source.train)[row]) for row in stream.order]
         assert longest != sorted(longest, reverse=True)
     assert len(neighbours) == 4
 
@@ -243,50 +243,86 @@ def some_talks(n: int = 30) -> list:
     return [[user(text()), assistant(text())] for _ in range(n)]
 
 
-def a_text(weight: float = 1.0, name: str = "text") -> TokenizedSource:
+def a_text(weight: float = 1.0, name: str = "text", documents: int | None = None) -> TokenizedSource:
     tokens = np.arange(5000, dtype=np.uint32) + 1000
-    return a_stream(tokens, tokens[:0], name, weight)
+    return a_stream(tokens, tokens[:0], name, weight, documents)
 
 
-def mixed(seed: int = 0, block_size: int = 40) -> Mixture:
+@cache
+def four_sources(block_size: int = 40) -> list:
+    """Conversations, text of many documents, and a book, of which some rows are made to begin as one."""
     talks = some_talks()
-    return Mixture(
-        [encoded(talks[:20], block_size, "a", 3.0), a_text(2.0), encoded(talks[20:], block_size, "b", 1.0)],
-        block_size,
-        seed,
-    )
+    a, b = encoded(talks[:20], block_size, "a", 3.0), encoded(talks[20:], block_size, "b", 1.0)
+    return [a, a_text(2.0), b, a_text(2.0, "book", documents=1)]
+
+
+def mixed(seed: int = 0) -> Mixture:
+    return Mixture(four_sources(), 40, seed)
 
 
 @settings(max_examples=25)
 @given(counts=st.lists(st.integers(0, 20), max_size=6), seed=SEEDS)
 def test_resuming_anywhere_any_number_of_times_changes_nothing(counts, seed):
-    whole = mixed(seed).next_rows(sum(counts) + 5)
+    whole = fields(mixed(seed).next_rows(sum(counts) + 5))
     mixture, done = mixed(seed), 0
     for count in counts:
-        assert fields(mixture.next_rows(count)) == fields(whole.rows(done, done + count))
+        assert fields(mixture.next_rows(count)) == [rows[done : done + count] for rows in whole]
         done += count
         state = json.loads(json.dumps(mixture.state_dict()))
         mixture = mixed(seed)
         mixture.load_state_dict(state)
         assert mixture.state_dict() == state
-    assert fields(mixture.next_rows(5)) == fields(whole.rows(done, done + 5))
+    assert fields(mixture.next_rows(5)) == [rows[done:] for rows in whole]
 
 
-def test_text_and_conversations_get_their_shares():
+def test_a_mixture_can_go_back_and_its_state_is_a_few_numbers():
+    mixture = mixed()
+    mixture.next_rows(7)
+    state, rows, report = mixture.state_dict(), mixture.next_rows(500), mixture.report()
+    assert len(json.dumps(state)) < 1000
+    mixture.load_state_dict(state)
+    assert fields(mixture.next_rows(500)) == fields(rows) and mixture.report() == report
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (lambda: Mixture(four_sources(), 41, 0), "block_size"),
+        (lambda: Mixture(four_sources(), 40, 1), "seed"),
+        (lambda: Mixture(four_sources()[:2], 40, 0), "data sources"),
+        (lambda: Mixture([replace(s, fingerprint="new") for s in four_sources()], 40, 0), "'a'"),
+    ],
+)
+def test_another_mixture_is_not_resumed_and_the_difference_is_named(other, named):
+    with pytest.raises(InputError, match=named) as caught:
+        other().load_state_dict(mixed().state_dict())
+    assert "\n" not in str(caught.value)
+
+
+def test_two_sources_of_one_name_are_refused():
+    # The restart point holds where each stands by its name.
+    with pytest.raises(InputError, match="'a'"):
+        Mixture([a_text(name="a"), encoded(some_talks(), 40, "a")], 40, 0)
+
+
+def test_each_source_gets_its_share_and_the_report_says_it():
     # For each source 5 standard deviations: a false alarm for fewer than 1 seed in 100,000.
     mixture, rows = mixed(), 6000
+    assert [line["epochs"] for line in mixture.report()] == [0] * 4
     batch = mixture.next_rows(rows)
-    for line, share in zip(mixture.report(), (1 / 2, 1 / 3, 1 / 6), strict=True):
+    for line, share in zip(mixture.report(), (3 / 8, 1 / 4, 1 / 8, 1 / 4), strict=True):
         assert line["share"] == pytest.approx(share)
         assert abs(line["realised"] - share) < 5 * (share * (1 - share) / rows) ** 0.5
-    is_text = batch.tokens[:, 0] >= 1000
-    assert int(is_text.sum()) == mixture.drawn[1]
-    assert torch.equal(batch.targets[is_text], batch.tokens[is_text] + 1)
+        assert line["tokens"] == round(line["realised"] * rows) * 40
+    text = mixture.report()[1]  # an epoch of 5,000 tokens has 123 or 124 rows
+    assert text["epochs"] == pytest.approx(text["tokens"] / 40 / 123.5, rel=0.01)
+    is_text = batch.tokens[:, 1] >= 1000
+    assert int(is_text.sum()) == mixture.drawn[1] + mixture.drawn[3]
+    assert not torch.equal(batch.tokens, mixed(seed=1).next_rows(rows).tokens)
 
 
 def test_the_rows_of_a_source_depend_on_no_other_source_and_not_on_the_order_of_sources():
-    talks = some_talks()
-    a, b = encoded(talks[:20], 40, "a", 3.0), encoded(talks[20:], 40, "b", 1.0)
+    a, text, b, book = four_sources()
 
     def rows_of(name: str, sources: list) -> list:
         mixture = Mixture(sources, 40, 7)
@@ -295,23 +331,22 @@ def test_the_rows_of_a_source_depend_on_no_other_source_and_not_on_the_order_of_
         stream.seek(1, 0)
         return [[field.tolist() for field in row] for row in stream.next(30)]
 
-    for name, source in (("a", a), ("b", b)):
-        expected = rows_of(name, [source])
-        for others in ([a, a_text(), b], [b, a, a_text(9.0)], [replace(a, weight=1e-3), b]):
-            assert rows_of(name, others) == expected
+    for source in (a, b, book):
+        expected = rows_of(source.name, [source])
+        for others in ([a, text, b, book], [b, book, a, a_text(9.0)], [replace(a, weight=1e-3), book, b]):
+            assert rows_of(source.name, others) == expected
+    assert rows_of("text", [text]) != rows_of("book", [book])  # not shuffled alike
 
 
 def test_a_source_encoded_otherwise_is_not_resumed():
     talks = some_talks()
     state = Mixture([encoded(talks, 40)], 40, 0).state_dict()
 
-    def other_ids(messages: list) -> Fake:
-        tokens, owed = encode(messages)
-        return Fake([token + 1 for token in tokens], owed)
+    def other_ids(messages: list) -> Dialogue:
+        return replace(encode(messages), tokens=[token + 1 for token in encode(messages).tokens])
 
-    def all_owed(messages: list) -> Fake:
-        tokens, owed = encode(messages)
-        return Fake(tokens, [True] * len(owed))
+    def all_owed(messages: list) -> Dialogue:
+        return replace(encode(messages), assistant=[True] * len(encode(messages).tokens))
 
     for other in (other_ids, all_owed):
         source = encode_source(a_source(talks), other, 40, 0.0)
@@ -321,9 +356,9 @@ def test_a_source_encoded_otherwise_is_not_resumed():
 
 
 def test_the_same_tokens_as_other_conversations_are_another_source():
-    def digits(messages: list) -> Fake:
+    def digits(messages: list) -> Dialogue:
         tokens = [int(digit) for digit in messages[0]["content"]]
-        return Fake(tokens, [True] * len(tokens))
+        return Dialogue(tokens, [True] * len(tokens))
 
     one, other = (
         encode_source(a_source([[user(text), assistant("b")] for text in texts]), digits, 40, 0.0).fingerprint
@@ -351,7 +386,7 @@ def test_a_conversation_too_long_is_cut_behind_the_last_reply_that_fits_or_left_
         return
     source = encoded(both, block_size)
     kept = [fitting[-1]] if fitting else []
-    (batch,) = packed_batches(source.train, block_size)
+    (batch,) = packed(source, block_size)
     found = [document for document in segments(batch) if document != PADDING]
     assert same(found, [alone(one) for one in kept + both[1:]])
     cut, out = bool(fitting) and fitting[-1] != talk, not fitting
@@ -365,18 +400,16 @@ def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_sh
     source = encoded([good, refused, good, refused], 40)
     assert source.skipped == {"conversations that the chat template refuses": 2}
     assert source.first_skipped == "conversation 2 of 's': no such talk"
-    assert len(source.train.sizes) == 2
+    assert len(source.train) == 2
 
-    def silent(messages: list) -> Fake:
-        tokens, owed = encode(messages)
+    def silent(messages: list) -> Dialogue:
+        dialogue, speaks = encode(messages), messages is not good
         # The first token has none before it to predict it from.
-        return Fake(tokens, [messages is not good] + [messages is not good and mine for mine in owed[1:]])
+        return replace(dialogue, assistant=[True] + [speaks and mine for mine in dialogue.assistant[1:]])
 
     talks = [good, [user("c"), assistant("d")]]
     source = encode_source(a_source(talks), silent, 40, 0.0)
     assert source.skipped == {"conversations without a token of the assistant's": 1}
-    only_first = encode_source(a_source(talks), lambda m: Fake([1, 2], [True, m is not good]), 40, 0.0)
-    assert only_first.skipped == {"conversations without a token of the assistant's": 1}
 
 
 def test_what_reading_left_out_is_passed_on():
@@ -399,29 +432,17 @@ def test_a_source_of_which_nothing_is_left_ends_in_one_line():
 @pytest.mark.parametrize("count", [1, 3])
 def test_of_one_conversation_or_the_same_again_all_is_trained_on_and_nothing_held_out(count):
     found = encode_source(a_source([[user("a"), assistant("b")]] * count), encode, 40, 0.5)
-    assert len(found.train.sizes) == count and not len(found.val.sizes)
-    assert list(packed_batches(found.val, 40)) == []
-
-
-def test_rows_shorter_than_those_encoded_for_are_a_mistake():
-    source = encoded([[user("abcd"), assistant("abcd")]], 40)
-    assert Mixture([source], 11, 0).next_rows(1).tokens.tolist() == [
-        [2, 10, 11, 12, 13, 4, 3, 10, 11, 12, 13]
-    ]
-    with pytest.raises(ValueError, match="longer rows than 10"):
-        Mixture([source], 10, 0)
-
-
-def test_an_encoder_that_does_not_say_whose_a_token_is_is_a_mistake():
-    with pytest.raises(ValueError, match="every token"):
-        encode_source(a_source(some_talks()), lambda messages: Fake([1, 2, 3], [False, True]), 40, 0.0)
+    assert len(found.train) == count and not found.val
+    assert validation_batches([found], 40, 1000) == []
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(65_535, "uint16"), (65_536, "uint32")])
 def test_ids_take_two_bytes_while_they_fit_and_come_back_as_they_were(largest, dtype):
     ids = [7, largest, 3, largest]
-    source = encode_source(a_source(some_talks(3)), lambda m: Fake(ids, [False, True, True, True]), 3, 0.0)
-    assert source.train.tokens.dtype == dtype
+    source = encode_source(
+        a_source(some_talks(3)), lambda m: Dialogue(ids, [False, True, True, True]), 3, 0.0
+    )
+    assert {ids.dtype for ids, _ in source.train} == {np.dtype(dtype)}
     batch = Mixture([source], 3, 0).next_rows(2)
     assert batch.tokens.tolist() == [ids[:-1]] * 2 and batch.targets.tolist() == [ids[1:]] * 2
 
@@ -434,31 +455,33 @@ def test_validation_holds_every_held_out_conversation_once_and_always_the_same(t
     if len({repr(talk) for talk in talks}) == 1:
         return
     source = encode_source(a_source(talks), encode, block_size, 0.5)
-    batches = list(packed_batches(source.val, block_size, rows))
+    batches = validation_batches([source], block_size, 10**6, rows)
     assert all(len(batch.tokens) <= rows for batch in batches)
     held_out = [document for batch in batches for document in segments(batch) if document != PADDING]
     (stream,) = (mixture := Mixture([source], block_size, 0)).streams
     trained = [d for d in segments(mixture.next_rows(len(stream.order))) if d != PADDING]
     assert held_out and trained
     assert same(held_out + trained, [alone(talk) for talk in talks])
-    again = packed_batches(source.val, block_size, rows)
+    again = validation_batches([source], block_size, 10**6, rows)
     assert [fields(batch) for batch in again] == [fields(batch) for batch in batches]
 
 
-def test_of_no_conversation_there_is_no_batch():
-    empty = EncodedConversations(np.zeros(0, np.uint16), np.zeros(0, bool), np.zeros(1, np.int64))
-    assert list(packed_batches(empty, 8)) == []
+def test_validation_of_conversations_keeps_to_its_budget_by_weight():
+    a, b = (encoded(some_talks(200), 40, name, weight) for name, weight in (("a", 3.0), ("b", 1.0)))
+    sources = [replace(source, val=source.train) for source in (a, b)]
+    assert [len(batch.tokens) for batch in validation_batches(sources, 40, 480)] == [9, 3]
 
 
 def test_the_little_world_is_packed_nearly_without_waste():
-    def in_bytes(messages: list) -> Fake:
+    def in_bytes(messages: list) -> Dialogue:
         tokens, owed = [], []
         for message in messages:
             said = [ROLES[message["role"]], *message["content"].encode(), END]
             tokens += said
             owed += [False] + [message["role"] == "assistant"] * (len(said) - 1)
-        return Fake(tokens, owed)
+        return Dialogue(tokens, owed)
 
     source = encode_source(world_conversations(World(0), "train", 600), in_bytes, 1024)
     assert not source.skipped
-    assert Mixture([source], 1024, 0).streams[0].fill > 0.97
+    (stream,) = Mixture([source], 1024, 0).streams
+    assert positions(source.train).sum() > 0.97 * 1024 * len(stream.order)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from runs import document_starts
 
 import kernels.attention
 import kernels.losses
-from minillm.data import Batch, document_starts
+from minillm.data import Batch
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import LearningRates, backward, build_optimizers
 from minillm.run import Runtime

@@ -1,9 +1,8 @@
-"""Several processes for one function: an ordered map over a stream, with bounded memory.
+"""Encoding in several processes: an ordered map over a stream, with bounded memory.
 
-The processes are plain ones and not `multiprocessing`'s, which either fork, unsafe beside the
-threads of torch, or import the main script, and torch with it, in every worker. These import only
-the module of the function they are given, and they end when the main process does, however it
-ends.
+The processes are plain ones and not those of `multiprocessing` or `concurrent.futures`, which either fork,
+unsafe beside the threads of torch, or import the main script, and torch with it, in every worker. These
+import only the module of the function they are given, and end when the main process does, however it ends.
 """
 
 import pickle
@@ -11,13 +10,49 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 from minillm.errors import InputError
+from minillm.tokenizer import Tokenizer
+
+BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
+
+
+def encode_in_processes(tokenizer: Tokenizer, texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
+    """What `tokenizer.encode_documents` gives, of more than one batch by `workers` processes; at most two
+    batches for each of them (or its longest texts) are in memory."""
+    batches = _batches(texts)
+    head, encode = list(islice(batches, 2)), partial(_encode, tokenizer)
+    if len(head) < 2:
+        yield from chain.from_iterable(map(encode, head))
+    else:
+        yield from chain.from_iterable(map_in_processes(encode, chain(head, batches), workers))
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    return list(tokenizer.encode_documents(texts))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of BATCH_LENGTH characters together, or a little more."""
+    batch: list[str] = []
+    length = 0
+    for text in texts:
+        batch.append(text)
+        length += len(text)
+        if length >= BATCH_LENGTH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -27,16 +62,27 @@ def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], worke
     are in memory. The function (at the start, once) and the items travel by pickle. InputError if
     a process dies; what it says of a failure is on stderr.
     """
-    idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
-    processes = [_start() for _ in range(workers)]
-    threads = ThreadPoolExecutor(workers)
-    pending: deque = deque()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.fast.workers as w; w._serve()"
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # A session of its own, so that Ctrl-C reaches the main process only.
+    processes: Any = [subprocess.Popen(command, start_new_session=True, **pipes) for _ in range(workers)]
+    idle, threads, pending = SimpleQueue[Any](), ThreadPoolExecutor(workers), deque[Future]()
+
+    def ask(item: Any) -> Any:
+        process = idle.get()
+        try:
+            _send(process.stdin, item)
+            return pickle.load(process.stdout)
+        finally:
+            idle.put(process)
+
     try:
         for process in processes:
             _send(process.stdin, function)
             idle.put(process)
         for item in items:
-            pending.append(threads.submit(_ask, idle, item))
+            pending.append(threads.submit(ask, item))
             if len(pending) == 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -51,13 +97,6 @@ def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], worke
             process.communicate()
 
 
-def _start() -> subprocess.Popen:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.fast.workers as w; w._serve()"
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
-    # A session of its own, so that Ctrl-C reaches the main process only.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-
-
 def _serve() -> None:
     """What a worker runs: reads the function, then answers items until its input ends."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # a print must not mix with the answers
@@ -65,16 +104,6 @@ def _serve() -> None:
         function = pickle.load(sys.stdin.buffer)
         while True:
             _send(answers, function(pickle.load(sys.stdin.buffer)))
-
-
-def _ask(idle: "SimpleQueue[subprocess.Popen]", item: Any) -> Any:
-    process = idle.get()
-    try:
-        _send(process.stdin, item)
-        answers: Any = process.stdout
-        return pickle.load(answers)
-    finally:
-        idle.put(process)
 
 
 def _send(stream: Any, message: Any) -> None:

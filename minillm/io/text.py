@@ -77,6 +77,13 @@ def open_sources(
     return list(sources.values())
 
 
+def text_sources(specs: Sequence[str], options: Any) -> list[Source]:
+    """The text that is given, read as a script's options say, or the little world's."""
+    if not specs:
+        return world_sources(World(options.seed), options.world_megabytes)
+    return open_sources(specs, options.errors, options.encoding, options.field)
+
+
 def world_sources(world: World, megabytes: float) -> list[Source]:
     """The little world's sources: `megabytes` of text, shared out by what are also the weights."""
     sources = []

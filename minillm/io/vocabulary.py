@@ -20,7 +20,7 @@ from typing import Any
 
 from minillm.errors import InputError, reading
 from minillm.files import read_json
-from minillm.tokenizer import Vocabulary
+from minillm.tokenizer import Vocabulary, splitter
 
 SWITCHES = ("single_word", "lstrip", "rstrip", "normalized")
 """What an added token can ask for beside its name; ours ask for nothing."""
@@ -71,13 +71,26 @@ def _read_own(document: Mapping[str, Any]) -> Vocabulary | None:
         return None
     names = {token["content"]: token["id"] for token in added}
     merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    return Vocabulary(
-        {unspell(name): i for name, i in model["vocab"].items() if name not in names},
-        [(unspell(left), unspell(right)) for left, right in merges],
-        names,
-        pattern,
-        document.get("post_processor"),
-    )
+    vocab = {unspell(name): i for name, i in model["vocab"].items() if name not in names}
+    pairs = [(unspell(left), unspell(right)) for left, right in merges]
+    _check(vocab, pairs, names)
+    splitter(pattern)
+    return Vocabulary(vocab, pairs, names, pattern, document.get("post_processor"))
+
+
+def _check(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], special: dict[str, int]) -> None:
+    """ValueError where some text would have no ids, or an id no token."""
+    if missing := sum(bytes([byte]) not in vocab for byte in range(256)):
+        raise ValueError(f"{missing} of the 256 bytes have no token, so some texts have no ids")
+    for left, right in merges:
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise ValueError(f"the merge {left!r} {right!r} lacks a token {token!r}")
+    ids = sorted([*vocab.values(), *special.values()])
+    if ids != list(range(len(ids))):
+        raise ValueError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
+    if "" in special:
+        raise ValueError("a special token must have at least one character")
 
 
 def _form(pattern: str) -> dict[str, Any]:
