@@ -150,9 +150,11 @@ RANKINGS = [
     ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 3}, "b > a"),
     ({"prompt": "Why?", "response_1": "a", "response_2": "b", "preference_strength": -2}, "a > b"),
     ({"question": "Why?", "answer_0": "a", "answer_1": "b", "score_0": -0.5, "score_1": "0.5"}, "b > a"),
-    ({"post": "Why?", "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "b > a"),
+    ({"question": {"full_text": "Why?"}, "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 2},
+     "b > a"),
+    ({"info": {"post": "Why?", "id": 1}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}, "b > a"),
     ({"prompt": "Why?", "responses": ["a", "b", "c"], "scores": [1, 2.5, 1]}, "b > a = c"),
-    ({"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [3, 1, 2]}, "b > c > a"),
+    ({"prompt": "Why?", "responses": ["a", "b", "c"], "rank": [3, 1, 2]}, "b > c > a"),
     ({"messages": [USER], "responses": ["a", "b"], "ranking": [[1], [0]], "seed": 0}, "b > a"),
     ({"instruction": "Why?", "models": ["x"], "completions": [
         {"response": "a", "overall_score": 4}, {"response": "b", "overall_score": 7.5},

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -131,15 +130,13 @@ names = st.sampled_from(sorted(FAMILIES))
 
 def conversations(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, str]]]:
     """With or without a system message, then one to four exchanges."""
-    exchange = st.tuples(content, content)
-    return st.builds(
-        lambda system, exchanges: [
-            *([] if system is None else [message("system", system)]),
-            *(m for asked, said in exchanges for m in (message("user", asked), message("assistant", said))),
-        ],
-        st.none() | content,
-        st.lists(exchange, min_size=1, max_size=4),
-    )
+    exchanges = st.lists(st.builds(chat, content, content), min_size=1, max_size=4)
+    system = st.just([]) | content.map(lambda text: [message("system", text)])
+    return st.builds(lambda first, rest: first + [m for pair in rest for m in pair], system, exchanges)
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -217,20 +214,6 @@ def test_the_ids_are_those_of_transformers(name, messages, generate):
     theirs = judge_of(name).apply_chat_template(messages, add_generation_prompt=generate, return_dict=False)
     template = template_of(name)
     assert (template.prompt(messages) if generate else template.encode(messages).tokens) == theirs
-
-
-def test_our_format_worked_out_by_hand():
-    tokenizer = tokenizer_of("ours")
-    template, control = ChatTemplate(tokenizer), tokenizer.special_tokens
-    bos, user, assistant, end = (
-        control[name] for name in ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
-    )
-    hello, there = tokenizer.encode("Hello"), tokenizer.encode("there")
-    dialogue = template.encode([message("user", "Hello"), message("assistant", "there")])
-    assert dialogue.tokens == [bos, user, *hello, end, assistant, *there, end]
-    assert dialogue.assistant == [False] * (len(hello) + 4) + [True] * (len(there) + 1)
-    assert template.prompt([message("user", "Hello")]) == [bos, user, *hello, end, assistant]
-    assert (template.end_id, template.stop_ids) == (end, (end, bos))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -378,31 +361,20 @@ def test_what_ends_a_reply_once_another_message_follows_stops_generation_too():
 
 def test_a_reply_of_weight_0_is_context():
     for name in ("ours", "chatml"):
-        said = [
-            message("user", "a"),
-            message("assistant", "b"),
-            message("user", "c"),
-            message("assistant", "d"),
-        ]
+        said = chat("a", "b", "c", "d")
         whole = template_of(name).encode(said)
-        said[1] = {**said[1], "train": False}
+        said[1]["train"] = False
         masked = template_of(name).encode(said)
         assert masked.tokens == whole.tokens and sum(masked.assistant) == sum(whole.assistant) / 2
 
 
 @pytest.mark.parametrize("name", ["ours", "plain"])
 def test_the_mask_of_transformers_is_the_replies_each_with_its_end(name):
-    said = [
-        message("user", "Hello"),
-        message("assistant", "there"),
-        message("user", "a"),
-        message("assistant", "I"),
-    ]
+    said = chat("Hello", "there", "a", "I")
     theirs = judge_of(name).apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
     ours = template_of(name).encode(said)
-    assert theirs["input_ids"] == ours.tokens and theirs["assistant_masks"] == [
-        int(own) for own in ours.assistant
-    ]
+    assert theirs["input_ids"] == ours.tokens
+    assert theirs["assistant_masks"] == [int(own) for own in ours.assistant]
 
 
 # --- programs that are no templates
@@ -433,18 +405,17 @@ def test_a_foreign_template_is_not_asked_about_a_hundred_thousand_messages():
 # --- which template
 
 
-def test_a_tokenizer_without_a_template_gets_ours_and_keeps_it_on_disk(tmp_path):
+def test_a_tokenizer_without_a_template_gets_ours_and_keeps_it_or_its_own_on_disk(tmp_path):
     trained = Tokenizer.train([CORPUS], 300)
     dressed = with_chat_template(trained)
     assert dressed.config["chat_template"] == DEFAULT_TEMPLATE and "chat_template" not in trained.config
     dressed.save(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == DEFAULT_TEMPLATE
-    messages = [message("user", "Hello")]
     loaded = with_chat_template(Tokenizer.load(tmp_path))
-    assert ChatTemplate(loaded).prompt(messages) == ChatTemplate(dressed).prompt(messages)
-
-
-def test_an_imported_template_is_kept_and_a_vocabulary_without_our_tokens_gets_the_plain_one():
+    assert ChatTemplate(loaded).prompt(chat("Hello")) == ChatTemplate(dressed).prompt(chat("Hello"))
+    (tmp_path / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    template = ChatTemplate(Tokenizer.load(tmp_path))
+    assert template.end_id == template.tokenizer.eos_id, "a file of its own counts"
     assert with_chat_template(tokenizer_of("chatml")) is tokenizer_of("chatml")
     gpt2 = Tokenizer.train([CORPUS], 300, ["<|endoftext|>"])
     assert with_chat_template(gpt2).config["chat_template"] == PLAIN_TEMPLATE
@@ -536,19 +507,3 @@ def test_other_fields_of_a_message_play_no_part():
     plain, marked = [message("user", "Hello")], [{**message("user", "Hello"), "cut": True}]
     assert template_of("ours").encode(plain) == template_of("ours").encode(marked)
     assert check_messages(marked) == plain
-
-
-def test_the_conversations_of_the_little_world_are_encoded_as_transformers_does():
-    from minillm.world import World
-
-    judge, template = judge_of("ours"), template_of("ours")
-    for conversation in World(0).conversations("train", 50):
-        theirs = judge.apply_chat_template(conversation.messages, return_dict=False)
-        assert template.encode(conversation.messages).tokens == theirs
-
-
-def test_a_template_in_a_file_of_its_own_is_read(tmp_path: Path):
-    tokenizer_of("ours").save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
-    template = ChatTemplate(Tokenizer.load(tmp_path))
-    assert template.end_id == tokenizer_of("ours").eos_id

@@ -18,7 +18,7 @@ from typing import Any
 
 from minillm.chat import Conversation
 from minillm.errors import InputError
-from minillm.io.files import RECORDS, Errors, Reading, kind_of, list_files, parse_specs, records
+from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
 from minillm.io.formats import FORMATS, Example, Purpose, compared, known, nearest, read_record
 from minillm.io.rankings import read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking
@@ -196,7 +196,7 @@ def _records(path: str, errors: Errors, dropped: Counter[str]) -> Iterator[tuple
     read = Reading(errors)
     kind = kind_of(path, read)
     kind = "objects" if kind == "text" else kind
-    if kind not in RECORDS:
+    if kind not in KINDS:
         raise InputError(f"{path!r}: {kind}; convert it to lines of JSON")
     return records(path, kind, read, dropped, _unwrapped)
 

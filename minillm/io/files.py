@@ -226,7 +226,7 @@ SIGNATURES = {
 
 
 def kind_of(path: str, read: Reading) -> str:
-    """What a file is: "text", a key of RECORDS, or else a few words for why it cannot be read."""
+    """What a file is: "text", one of KINDS, or else a few words for why it cannot be read."""
     name = _unpacked_name(path)
     with unpacked(path) as file:
         head = file.read(HEAD)
@@ -393,6 +393,7 @@ def _parquet(path: str, read: Reading) -> Iterator[Any]:
 
 
 RECORDS: dict[str, Callable[[str, Reading], Iterator[Any]]] = {
-    "lines": _whole, "array": _whole, "objects": _whole, "csv": _table, "tsv": _table, "parquet": _parquet,
+    "array": _whole, "objects": _whole, "csv": _table, "tsv": _table, "parquet": _parquet,
 }  # fmt: skip
-"""What gives the records of a file, by its kind."""
+"""What gives the records of a file that are not one a line, by its kind."""
+KINDS = {"lines", *RECORDS}

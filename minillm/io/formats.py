@@ -98,8 +98,8 @@ def known(record: object) -> tuple[Format | None, Record]:
     fields = {re.sub("[- ]", "_", str(name).lower()): value for name, value in record.items()}
     if isinstance(fields.get("turns"), int):
         del fields["turns"]  # how many there are
-    if isinstance(fields.get("input"), dict):
-        fields |= fields.pop("input")  # as OpenAI has preferences
+    for name in ("input", "info"):  # where OpenAI's preferences have what is asked
+        fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
     fields |= _numbered(fields)
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
         fields["tree"] = fields["prompt"]
@@ -148,7 +148,7 @@ SIGNED = ("overall_preference", "preference_strength")
 """Verdicts on two replies below 0 for the first, above for the second."""
 RATING = ("label", "kto_tag", "desirable", "helpfulness", "overall_score", "score", "rating", "pm_score",
           "reward", "is_safe")  # fmt: skip
-RATINGS = ("ratings", "scores", "rewards", "ranks", "ranking", *VERDICTS)
+RATINGS = ("ratings", "scores", "rewards", "ranks", "rank", "ranking", *VERDICTS)
 SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "score{}")
 """Of a reply that has a name of its own."""
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
@@ -257,6 +257,8 @@ def _as_messages(said: Any, role: str, may_be_transcript: bool = False) -> Conve
     """A text as a message of `role`, or as the transcript that it may be; a list of messages as it is."""
     if isinstance(said, str):
         return (_parse_transcript(said) if may_be_transcript else []) or [_message(role, said)]
+    if isinstance(said, dict) and not said.keys() & {"role", "from"}:
+        return [_message(role, _first(said, ("full_text", "text", "content", "value")))]
     if not isinstance(said, list | dict):
         raise TypeError(said)
     return _turns(said)
@@ -456,8 +458,10 @@ def _costs_beside(fields: Record, count: int) -> list[Any] | None:
     if ranking := fields.get("ranking"):
         place = {i: rank for rank, tied in enumerate(ranking) for i in tied}
         return [place[i] for i in range(count)]
-    name = next((name for name in ("ratings", "scores", "rewards", "ranks") if fields.get(name)), None)
-    sign = 1 if name == "ranks" else -1
+    name = next(
+        (name for name in ("ratings", "scores", "rewards", "ranks", "rank") if fields.get(name)), None
+    )
+    sign = 1 if name in ("ranks", "rank") else -1
     return None if name is None else [None if v is None else sign * float(v) for v in fields[name]]
 
 

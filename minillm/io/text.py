@@ -23,7 +23,7 @@ from minillm.errors import InputError
 from minillm.files import digest
 from minillm.io.files import (
     BLOCK,
-    RECORDS,
+    KINDS,
     Errors,
     Reading,
     counting,
@@ -105,7 +105,7 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
         kind = kind_of(file, read)
         if kind == "objects":
             kind = "JSON, but neither records, one a line, nor an array of them; make lines of it"
-        if kind != "text" and kind not in RECORDS:
+        if kind != "text" and kind not in KINDS:
             if files == paths:
                 raise InputError(f"{file!r}: {kind}")
             skipped[f"files left out ({kind})"] += 1
