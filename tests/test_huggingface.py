@@ -254,6 +254,29 @@ def test_a_base_folder_puts_bos_in_front_of_a_text_and_a_chat_folder_leaves_it_t
     assert reply == {"role": "assistant", "content": "world"}
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"added_tokens_decoder": {"262": {"content": "<tool>", "special": True}}},
+        {"added_tokens_decoder": {"262": {"content": "<tool>", "special": False, "lstrip": True}}},
+        {"additional_special_tokens": ["<tool>", "<|mask|>"]},
+        {"extra_special_tokens": {"tool_token": "<tool>"}},
+        {"extra_special_tokens": ["<other>", "<tool>"]},
+    ],
+)
+def test_tokens_that_only_the_settings_name_are_tokens_as_in_transformers(tmp_path, named):
+    from transformers import AutoTokenizer
+
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    text, ours = "a <tool>little <|mask|>world", Tokenizer.load(tmp_path)
+    assert ours.encode(text, special=True) == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode(text, special=True) == ours.encode(text, special=True)
+
+
 def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_kept(tmp_path):
     tokenizer = with_chat_template(TOKENIZER)
     save_model(tmp_path, LanguageModel(CONFIG), tokenizer)

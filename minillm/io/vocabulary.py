@@ -27,10 +27,36 @@ SWITCHES = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def read_vocabulary(file: Path) -> "Vocabulary | LibraryVocabulary":
-    """The vocabulary in a tokenizer.json. InputError if that is broken or needs a missing library."""
-    document = read_json(file)
+    """The vocabulary in a tokenizer.json, with the tokens that only tokenizer_config.json beside it names.
+
+    InputError if a file is broken or needs a missing library.
+    """
+    document, settings = read_json(file), file.with_name("tokenizer_config.json")
+    config = read_json(settings) if settings.exists() else {}
     with reading(file, "give a tokenizer.json as the tokenizers library writes it"):
+        document["added_tokens"] = _added_tokens(document, config)
         return _read_own(document) or _read_foreign(file, document)
+
+
+def _added_tokens(document: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All added tokens, numbered as transformers does: by the model's vocabulary, else behind all others."""
+    vocab, extra = document["model"]["vocab"], config.get("extra_special_tokens") or []
+    # Unigram's is a list of pieces and scores.
+    ids = dict(vocab) if isinstance(vocab, Mapping) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    added = {token["content"]: dict(token) for token in document.get("added_tokens") or []}
+    ids |= {name: token["id"] for name, token in added.items()}
+    listed = (config.get("added_tokens_decoder") or {}).items()
+    named = [{**token, "id": int(i)} for i, token in sorted(listed, key=lambda item: int(item[0]))]
+    special = [*(config.get("additional_special_tokens") or []), *getattr(extra, "values", lambda: extra)()]
+    named += [token if isinstance(token, dict) else {"content": token} for token in special]
+    for token in named:
+        name, settings = token["content"], {switch: token.get(switch, False) for switch in SWITCHES}
+        i = ids.setdefault(name, max(ids.values(), default=-1) + 1)
+        if token.get("id", i) != i:
+            raise ValueError(f"tokenizer_config.json numbers {name!r} {token['id']}, which comes to be {i}")
+        known = added.setdefault(name, {"id": i, "content": name, **settings, "special": False})
+        known["special"] = known["special"] or token.get("special", True)
+    return list(added.values())
 
 
 def to_json(vocabulary: "Vocabulary | LibraryVocabulary") -> str:
