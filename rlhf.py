@@ -55,7 +55,16 @@ from minillm.io.huggingface import (
 )
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
-from minillm.options import PolicyOptions, parse_options
+from minillm.options import (
+    Count,
+    Fraction,
+    NotNegative,
+    PolicyOptions,
+    Positive,
+    Share,
+    Whole,
+    parse_options,
+)
 from minillm.ppo import Aligner, adapted_beta, summary
 from minillm.preferences import (
     MOST_RESPONSES,
@@ -98,31 +107,31 @@ class Options(PolicyOptions):
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
-    prompts: int = 7000
+    prompts: Count = 7000
     """sample, policy: how many prompts; of --data at most so many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
-    distractors: int = 1
+    distractors: Whole = 1
     """sample: how many of the K are responses to another prompt: without any, whatever sounds like an
     answer is one to the reward model."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """sample, policy: divides the logits."""
-    top_k: int = 0
+    top_k: Whole = 0
     """sample, policy: among this many most probable tokens; 0 for all."""
-    top_p: float = 1.0
+    top_p: Positive = 1.0
     """sample, policy: among the fewest most probable tokens that together reach this probability."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """sample, policy: tokens of a response at most."""
 
     annotator: Literal["person", "simulated", "model", "file"] = "simulated"
     """rank: who ranks."""
     name: str = "person"
     """rank --annotator person: your name, under which your rankings are kept."""
-    annotators: int = 5
+    annotators: Count = 5
     """rank --annotator simulated: how many people."""
-    opinions: int = 5
+    opinions: Count = 5
     """rank --annotator simulated: how many of them rank each set; more reduce the noise of its labels."""
-    noise: float = 1.0
+    noise: NotNegative = 1.0
     """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
     judge: str | None = None
     """rank --annotator model: the model that judges, a run folder or a Hugging Face folder."""
@@ -134,36 +143,30 @@ class Options(PolicyOptions):
     rankings: tuple[str, ...] = ()
     """reward, policy --algorithm dpo: rankings, ours or anybody's. Nothing: rankings.jsonl in --out."""
 
-    decay: float = 1.0
+    decay: Share = 1.0
     """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
-    new_blocks: int = 1
+    new_blocks: Whole = 1
     """reward: blocks on top of the assistant's, where the token that it expected meets the one that came."""
-    epochs: int = 1
+    epochs: Count = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
-    batch_sets: int = 16
+    batch_sets: Count = 16
     """reward, dpo: sets of responses in a step, over all processes, each with all rankings of it."""
-    matrix_rate: float = 3e-3
+    matrix_rate: Positive = 3e-3
     """reward: learning rate of the block matrices, by AdamW."""
-    embedding_rate: float = 9e-3
+    embedding_rate: Positive = 9e-3
     """reward: learning rate of the embedding and the scalar head."""
-    val_fraction: float = 0.1
+    val_fraction: Fraction = 0.1
     """reward, policy: share of the prompts held out, for validation and the report; the little world has
     development prompts of its own for a policy."""
-    val_sets: int = 64
+    val_sets: Count = 64
     """reward, dpo: held-out sets of one validation, at most; the report takes all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("prompts", "max_new_tokens", "annotators", "opinions")
-        self.require_counts("epochs", "batch_sets", "val_sets")
-        self.require_positive("temperature", "top_p", "matrix_rate", "embedding_rate")
-        self.require_not_negative("distractors", "top_k", "noise", "new_blocks")
         if not 2 <= self.responses <= MOST_RESPONSES:
             raise InputError(f"--responses {self.responses}: give 2 to {MOST_RESPONSES}")
         if self.distractors >= self.responses:
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val-fraction {self.val_fraction}: give a share between 0 and 1")
         if not self.models:
             raise InputError("--models: name at least one, as in out/sft")
         if not self.name.strip():

@@ -45,7 +45,7 @@ from minillm.errors import InputError, one_line_errors
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, backward, build_optimizers, clip_gradients, held_out, lr_schedule
-from minillm.options import DataOptions, parse_options
+from minillm.options import Count, DataOptions, Length, Part, Positive, Whole, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
@@ -63,37 +63,27 @@ class Options(DataOptions):
     """The model to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
     text: tuple[str, ...] = ()
     """Raw text to mix in, as train.py's --data. Nothing: the little world's, where the conversations are."""
-    text_share: float = 0.25
+    text_share: Part = 0.25
     """Share of the rows that are raw text, where there is some."""
 
-    block_size: int | None = None
+    block_size: Length | None = None
     """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest, or
     `batch_tokens` where that is less."""
-    batch_tokens: int = 1024
+    batch_tokens: Count = 1024
     """Tokens in a step, over all processes, padding included."""
-    steps: int = 900
+    steps: Count = 900
     """Updates."""
     optimizer: Literal["muon", "adamw"] = "adamw"
     """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
-    matrix_rate: float = 2e-3
+    matrix_rate: Positive = 2e-3
     """Learning rate of the block matrices."""
-    embedding_rate: float = 6e-3
+    embedding_rate: Positive = 6e-3
     """Learning rate of embedding and output matrix: higher, for the rows of the control tokens are new."""
 
-    eval_prompts: int = 48
+    eval_prompts: Whole = 48
     """Of each kind, that the little world's rubric judges before and after; 0 for none."""
-    world_conversations: int = 16_000
+    world_conversations: Count = 16_000
     """How many the little world offers, where they are the data."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_counts("block_size", "batch_tokens", "steps", "world_conversations")
-        self.require_positive("matrix_rate", "embedding_rate")
-        self.require_not_negative("eval_prompts")
-        if self.block_size is not None and self.block_size < 2:
-            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
-        if not 0 <= self.text_share < 1:
-            raise InputError(f"--text-share {self.text_share}: give a share of at least 0 and below 1")
 
     @property
     def on_world(self) -> bool:

@@ -51,7 +51,7 @@ from minillm.optim import (
     lr_schedule,
     per_byte,
 )
-from minillm.options import DataOptions, parse_options
+from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
@@ -65,56 +65,49 @@ class Options(DataOptions):
     PATH:WEIGHT or NAME=PATH:WEIGHT. Nothing: the embedded little world."""
     val_data: tuple[str, ...] = ()
     """Text to validate on, given in the same way. Nothing: a share of --data, see --val-fraction."""
+    val_fraction: Fraction = 0.05
+    """Share of the documents (of each, where they are few) held out for validation; some are needed."""
     out: str = "out/base"
     """The run folder."""
     init: str | None = None
     """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer; rows may be
     longer than those that it was trained on."""
 
-    depth: int | None = None
+    depth: Count | None = None
     """Blocks: the one dial; every value below that says "by depth" follows from it. Default 4."""
-    width: int | None = None
+    width: Count | None = None
     """Width of the residual stream. By depth: 32 per block."""
-    heads: int | None = None
+    heads: Count | None = None
     """Query heads. By depth: so that a head is 32, 64 or 128 wide."""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """Key/value heads, a divisor of the heads. By depth: as many as heads."""
     qk_norm: bool | None = None
     """Normalise queries and keys (the Qwen3 layout) or not (Llama's). Default True."""
     tie_embeddings: bool | None = None
     """Use the embedding as output matrix too. Default False."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Entries of the tokenizer trained on the text: 256 bytes, merges, specials. By depth: 512 per
     block."""
     objective: Literal["causal", "masked"] = "causal"
     """Predict the next token, or (BERT) masked tokens from both sides; the second cannot generate."""
 
-    block_size: int = 128
+    block_size: Length = 128
     """Tokens in a row, the longest context seen in training."""
-    batch_tokens: int | None = None
+    batch_tokens: Count | None = None
     """Tokens in a step, over all processes. By depth: 1,024 at 4, growing with its cube."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates. By depth: 450 per block."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for the matrices and AdamW for the rest, or AdamW for everything."""
-    matrix_rate: float | None = None
+    matrix_rate: Positive | None = None
     """Learning rate of the block matrices. Default 0.03 for Muon, 5e-3 · (128/width) for AdamW."""
-    embedding_rate: float | None = None
+    embedding_rate: Positive | None = None
     """Learning rate of embedding and output matrix. By depth: 0.02 · (128/width)^0.5."""
 
     compile: bool | None = None
     """Compile the model by torch.compile. Default where CUDA and Triton are there."""
-    samples: int = 4
+    samples: Whole = 4
     """Texts sampled at the end."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_counts("depth", "width", "heads", "kv_heads", "vocab_size", "block_size")
-        self.require_counts("batch_tokens", "steps")
-        self.require_positive("matrix_rate", "embedding_rate", "val_fraction")
-        self.require_not_negative("samples")
-        if self.block_size < 2:
-            raise InputError(f"--block-size {self.block_size}: give at least 2, a token and the next")
 
 
 SHAPE = {

@@ -7,18 +7,54 @@ options of the run are the defaults; an option given again is compared with them
 
 import contextlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from minillm.errors import InputError
 from minillm.files import read_json
+
+# ---- What an option may be
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What numbers an option takes, in words for its refusal; None passes where it may be given."""
+
+    wanted: str
+    holds: Callable[[float], bool]
+
+
+Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
+Whole = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+Length = Annotated[int, Limit("at least 2, a token and the next", lambda value: value >= 2)]
+Seed = Annotated[int, Limit("a number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)]
+Real = Annotated[float, Limit("a finite number", math.isfinite)]
+Positive = Annotated[float, Limit("a number above 0", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Limit("a number of at least 0", lambda value: 0 <= value < math.inf)]
+Share = Annotated[float, Limit("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+Part = Annotated[float, Limit("a share of at least 0 and below 1", lambda value: 0 <= value < 1)]
+Fraction = Annotated[float, Limit("a share above 0 and below 1", lambda value: 0 < value < 1)]
+
+
+def check_limits(options: Any) -> None:
+    """InputError, by its name, for an option beyond its limit."""
+    for name, kind in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        limits = [limit for part in (kind, *get_args(kind)) for limit in getattr(part, "__metadata__", ())]
+        for limit in limits if value is not None else []:
+            if not limit.holds(value):
+                raise InputError(f"--{name.replace('_', '-')} {value}: give {limit.wanted}")
+
+
+# ---- What scripts ask for
 
 
 @dataclass(frozen=True)
@@ -32,22 +68,22 @@ class TrainingOptions:
     overwrite: bool = False
     """Replace the run in --out."""
 
-    micro_tokens: int = 65_536
+    micro_tokens: Count = 65_536
     """Tokens in one forward pass of one process; a larger batch is accumulated."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled decay of the block matrices."""
-    warmup: int = 20
+    warmup: Whole = 20
     """Steps over which the rates rise; 0 for none."""
-    decay: float = 0.5
+    decay: Share = 0.5
     """Share of the run, at its end, over which the rates fall towards 0."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest norm of the gradient."""
-    val_every: int | None = None
+    val_every: Count | None = None
     """Steps between validations. Default a tenth of the run."""
-    save_every: int | None = None
+    save_every: Count | None = None
     """Steps between restart points. Default a tenth of the run."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -67,42 +103,20 @@ class TrainingOptions:
         return Path(self.out)
 
     def __post_init__(self) -> None:
-        self.require_counts("micro_tokens", "val_every", "save_every")
-        self.require_positive("clip")
-        self.require_not_negative("weight_decay", "warmup", "decay", "seed")
-        self._require(("decay",), lambda value: value <= 1, "a share from 0 to 1")
-        self._require(("seed",), lambda value: value < 2**63, "a number below 2^63")
+        check_limits(self)
         if self.resume and self.overwrite:
             raise InputError("--resume --overwrite: go on with the run or replace it, not both")
-
-    def require_counts(self, *names: str) -> None:
-        """InputError unless each of these options is at least 1, or None where it may be."""
-        self._require(names, lambda value: value >= 1, "at least 1")
-
-    def require_positive(self, *names: str) -> None:
-        """InputError unless each is a finite number above 0, or None where it may be."""
-        self._require(names, lambda value: math.isfinite(value) and value > 0, "a number above 0")
-
-    def require_not_negative(self, *names: str) -> None:
-        """InputError unless each is a finite number of at least 0, or None where it may be."""
-        self._require(names, lambda value: math.isfinite(value) and value >= 0, "a number of at least 0")
-
-    def _require(self, names: tuple[str, ...], holds: Callable[[float], bool], wanted: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {wanted}")
 
 
 @dataclass(frozen=True)
 class DataOptions(TrainingOptions):
     """What a script asks for besides that trains on text or conversations."""
 
-    val_fraction: float = 0.05
-    """Share held out for validation, of the documents (of each, where they are few) or conversations."""
-    val_tokens: int = 32_768
+    val_fraction: Part = 0.05
+    """Share of the conversations or documents (of each, where they are few) held out for validation."""
+    val_tokens: Count = 32_768
     """Tokens of one validation, at most."""
-    world_megabytes: float = 12.0
+    world_megabytes: Positive = 12.0
     """Size of the little world's text, where that is used."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at text not of the encoding or a line that does not parse, or replace and skip, counting."""
@@ -112,19 +126,12 @@ class DataOptions(TrainingOptions):
     """The field of a JSON record, or column of a table, that holds the text. Default text or content."""
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
-    workers: int = 1
+    workers: Count = 1
     """Processes that tokenize."""
 
     free_to_change: ClassVar[frozenset[str]] = TrainingOptions.free_to_change | {
         "val_every", "val_tokens", "samples", "eval_prompts",
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_counts("val_tokens", "workers")
-        self.require_positive("world_megabytes")
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(f"--val-fraction {self.val_fraction}: give a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -135,79 +142,74 @@ class PolicyOptions(TrainingOptions):
     """How the policy learns. best-of-n learns nothing: of `group_size` responses the best-scored is given."""
     reward: str | None = None
     """The reward model's folder. Default the one in --out."""
-    iterations: int = 120
+    iterations: Count = 120
     """ppo, grpo: rollouts, each with its updates."""
-    rollout_batch: int = 64
+    rollout_batch: Count = 64
     """ppo, grpo: responses in a rollout, over all processes."""
-    group_size: int | None = None
+    group_size: Count | None = None
     """ppo, grpo, best-of-n: responses to a prompt. Default 1 for ppo, else 8."""
-    minibatches: int = 2
+    minibatches: Count = 2
     """ppo, grpo: updates in one pass over a rollout."""
-    ppo_epochs: int = 2
+    ppo_epochs: Count = 2
     """ppo, grpo: passes over a rollout, at most."""
-    target_kl: float = 0.05
+    target_kl: Positive = 0.05
     """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
-    policy_rate: float = 5e-4
+    policy_rate: Positive = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
-    beta: float = 0.15
+    beta: NotNegative = 0.15
     """Price of a nat of KL to the reference, between the distributions at the temperature sampled at, the
     policy's after top-k and top-p; for dpo the same β, which sets how far it may go."""
-    adaptive_kl_target: float | None = None
+    adaptive_kl_target: Positive | None = None
     """ppo, grpo: nats a response that β follows, by at most 2% an iteration. Default none: β stays."""
-    max_kl: float = 200.0
+    max_kl: Positive = 200.0
     """Nats a response beyond which the run ends, with the best policy so far kept."""
     keep: Literal["best", "last"] = "best"
     """The policy that is kept: that of the highest held-out score - β KL (dpo: lowest loss), or the last."""
-    clip_range: float = 0.2
+    clip_range: Positive = 0.2
     """ppo, grpo: how far a ratio counts."""
     kl_estimator: Literal["k2", "k3", "exact"] = "k3"
     """grpo: the KL in its loss; ppo's rewards hold k1."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """ppo: discount of a reward one token later."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """ppo: λ of the advantages, from 0 (one step, by the critic) to 1 (the rewards to come)."""
-    value_clip: float = 0.2
+    value_clip: Positive = 0.2
     """ppo: how far a value may move from its old one in a rollout's updates."""
-    vf_coef: float = 0.1
+    vf_coef: NotNegative = 0.1
     """ppo: factor of the value loss."""
     critic: Literal["reward", "policy"] = "reward"
     """ppo: what the critic starts as: the reward model, or the policy's trunk with a new head."""
-    critic_warmup: int = 3
+    critic_warmup: Whole = 3
     """ppo: first iterations in which only the critic learns."""
     whiten: bool = True
     """ppo: shift and scale advantages to mean 0 and deviation 1."""
     scale_scores: bool = True
     """Divide scores by the deviation of the assistant's own, on held-out prompts."""
-    missing_eos_score: float | None = -1.0
+    missing_eos_score: Real | None = -1.0
     """Score of a response that was cut before its end, in deviations from the mean of the assistant's own;
     None for what the reward model says of its text."""
-    ptx: float = 0.0
+    ptx: NotNegative = 0.0
     """ppo, grpo: factor of the loss on raw text, which is mixed in."""
-    ptx_tokens: int = 1024
+    ptx_tokens: Count = 1024
     """ppo, grpo: raw text in an update."""
     text: tuple[str, ...] = ()
     """ppo, grpo: raw text for ptx, as train.py's --data. Nothing: the little world's."""
-    world_megabytes: float = 12.0
+    world_megabytes: Positive = 12.0
     """ppo, grpo: size of the little world's text, where that is used."""
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
-    ema_decay: float = 0.0
+    ema_decay: Share = 0.0
     """ppo, grpo: share of the moving average kept in an iteration; 0 for no average."""
-    val_prompts: int = 256
+    val_prompts: Count = 256
     """Held-out prompts of one validation, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_counts("iterations", "rollout_batch", "group_size", "minibatches", "ppo_epochs")
-        self.require_counts("ptx_tokens", "val_prompts")
-        self.require_positive("world_megabytes")
-        self.require_positive(
-            "target_kl", "policy_rate", "adaptive_kl_target", "max_kl", "clip_range", "value_clip"
-        )
-        self.require_not_negative("beta", "gamma", "lam", "vf_coef", "critic_warmup", "ptx", "ema_decay")
-        for name in ("gamma", "lam", "ema_decay"):
-            self._require((name,), lambda value: value <= 1, "a number from 0 to 1")
-        self._require(("missing_eos_score",), math.isfinite, "a number, or None")
+        if self.target_kl >= 1:
+            raise InputError(
+                f"--target-kl {self.target_kl:g}: give nats a token, below 1; for nats a response, which it "
+                f"was in the release before, give --adaptive-kl-target {self.target_kl:g}"
+            )
         dealt = self.samples * self.minibatches
         if self.algorithm in ("ppo", "grpo") and self.rollout_batch % dealt:
             raise InputError(
@@ -229,33 +231,48 @@ GROWING = frozenset({"steps", "iterations"})
 """Options that a continuation may raise, so that a finished run goes on."""
 
 
+# ---- Command line and run.json
+
+
 def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     """The options of a script; InputError for a flag or a value that does not fit.
 
     With `--resume`, where a script has it, every option not given is the stored run's; one given with
     another value is refused by name, unless it changes no weight or asks for more steps.
     """
-    from minillm.tools.commandline import print_help, with_new_names
+    from minillm.tools.commandline import print_help, words_as_meant
 
     if {"-h", "--help"} & set(arguments):
         print_help(kind)
         raise SystemExit(0)
-    arguments = with_new_names(kind, arguments)
-    given = _parse(kind, arguments)
+    words = words_as_meant(kind, arguments)
+    given = _parse(kind, words)
     if not getattr(given, "resume", False):
         return given
     stored = stored_options(kind, given.folder / "run.json")
-    resumed = _parse(kind, arguments, replace(stored, out=given.out, resume=False, overwrite=False))
-    changed = [
-        f"--{field.name.replace('_', '-')} {value} (was {before})"
-        for field in fields(kind)
-        if (value := getattr(resumed, field.name)) != (before := getattr(stored, field.name))
-        and field.name not in kind.free_to_change
-        and not (field.name in GROWING and value and value > (before or 0))
-    ]
+    resumed = _parse(kind, words, default=replace(stored, out=given.out, resume=False, overwrite=False))
+    changed = []
+    for name in {field.name for field in fields(kind)} - kind.free_to_change:
+        value, before = getattr(resumed, name), getattr(stored, name)
+        if value != before and not (name in GROWING and value and value > (before or 0)):
+            changed.append(f"--{name.replace('_', '-')} {value} (was {before})")
     if changed:
-        raise InputError(f"{given.folder}: cannot resume with other options: {', '.join(changed)}")
+        found = ", ".join(sorted(changed))
+        raise InputError(f"{given.folder}: cannot resume with other options: {found}")
     return resumed
+
+
+def _parse(kind: type[Any], words: list[str], **how: Any) -> Any:
+    """The options of a command line, with the defaults of the class or of an instance."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=words, **(how or {"config": (tyro.conf.FlagCreatePairsOff,)}))
+    except SystemExit:
+        # What tyro says inside its frame, up to the first ruler.
+        lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
+        raise InputError(f"{said}; see --help") from None
 
 
 def options_json(options: Any) -> dict[str, Any]:
@@ -264,14 +281,14 @@ def options_json(options: Any) -> dict[str, Any]:
 
 
 def stored_options(kind: type[Any], path: Path) -> Any:
-    """The options that a run.json holds. InputError where they are not of this kind."""
-    if not path.exists():
-        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
+    """The options that a run.json holds, perhaps by their names in the release before."""
     from minillm.tools.commandline import RENAMED
 
+    if not path.exists():
+        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
     stored, kinds = read_json(path).get("options"), get_type_hints(kind)
     names = {field.name for field in fields(kind)}
-    if isinstance(stored, dict) and not stored.keys() <= names:  # perhaps of the release before
+    if isinstance(stored, dict) and not stored.keys() <= names:
         stored = {RENAMED.get(name, name): value for name, value in stored.items()}
     if not isinstance(stored, dict) or not stored.keys() <= names:
         raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
@@ -293,17 +310,3 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         if type(value) is option:
             return value
     raise TypeError(f"{name} is {value!r:.60}")
-
-
-def _parse(kind: type[Any], arguments: list[str], default: Any = None) -> Any:
-    """The options of a command line, with the defaults of the class or of an instance."""
-    from minillm.tools.commandline import first_message, with_places
-
-    printed = io.StringIO()
-    how = {"config": (tyro.conf.FlagCreatePairsOff,)} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(printed):
-            options: Any = tyro.cli(kind, args=arguments, **how)  # type: ignore[call-overload]
-    except SystemExit:
-        raise InputError(f"{first_message(printed.getvalue())}; see --help") from None
-    return with_places(options)

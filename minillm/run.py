@@ -440,26 +440,22 @@ class Run:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; a last line torn by a crash is left out.
 
-    Raises InputError for a file that cannot be read or holds anything but events.
+    InputError for a file that cannot be read or holds anything but events; in those of training and
+    validation every figure is a number that can be plotted.
     """
-    path = folder / "metrics.jsonl"
-    with reading(path, "restore it or --overwrite"):
+    path, hint, events = folder / "metrics.jsonl", "restore the file or --overwrite", []
+    with reading(path, hint):
         lines = path.read_bytes().split(b"\n")[:-1] if os.path.lexists(path) else []
-    return [_event(path, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _event(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line of metrics.jsonl; in those of training and validation every figure is a number."""
-    with contextlib.suppress(ValueError, RecursionError):
-        match json.loads(line):
-            case {"event": "train" | "val", "step": int(), **figures} as event:
-                if all(map(_is_number, (event["step"], *figures.values()))):
-                    return event
-            case {"event": str(), "step": int()} as event:
-                return event
-    raise InputError(f"{path}: line {number} is no event; restore the file or --overwrite")
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value can be plotted."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{path}: line {number}", hint):
+            match json.loads(line):
+                case {"event": "train" | "val", "step": int(), **figures} as event if not all(
+                    isinstance(figure, float) or (isinstance(figure, int) and abs(figure) < 2**63)
+                    for figure in (event["step"], *figures.values())
+                ):
+                    raise ValueError("one of its figures is no number")
+                case {"event": str(), "step": int()} as event:
+                    events.append(event)
+                case _:
+                    raise ValueError("it is no event")
+    return events

@@ -5,7 +5,6 @@ options' dataclass, the explanations the lines under them.
 """
 
 import ast
-import contextlib
 import inspect
 import itertools
 import os
@@ -13,13 +12,48 @@ import re
 import shutil
 import sys
 import textwrap
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from minillm.errors import InputError
-from minillm.options import PolicyOptions
+# ---- Words of the command line
+
+RENAMED = {
+    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
+    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
+    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
+}  # fmt: skip
+"""Options by their old names, which work for one release where a script has the new one."""
+TEXTS = ("prompt", "system", "name")
+"""Options whose values are no places: there ~ stays as it is."""
+
+
+def words_as_meant(kind: type[Any], arguments: list[str]) -> list[str]:
+    """The words with the new names of renamed options, saying so for each, and the home folder for ~."""
+    names, words, flag = {field.name for field in fields(kind)}, [], ""
+    for word in arguments:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            if (new := RENAMED.get(name)) in names:
+                now = f"--{new.replace('_', '-')}"
+                if name in names:
+                    was = next(f"--{old.replace('_', '-')}" for old in RENAMED if RENAMED[old] == name)
+                    note = f"{flag} is now what {was} was; what it was itself is {now}"
+                else:
+                    note = f"{flag} is now {now}; the old name works for one more release"
+                    word = f"{now}{equals}{value}"
+                print(f"note: {note}", file=sys.stderr)
+            flag = name
+        if flag not in TEXTS:
+            # A place may stand behind --flag= or NAME=.
+            word = re.sub(r"^(--[^=/]*=)?([^/~]*=)?~(?=/|$)", rf"\1\2{os.path.expanduser('~')}", word)
+        words.append(word)
+    return words
+
+
+# ---- --help
 
 GROUPS: dict[str, str] = {
     "changed first": "run runs stage algorithm annotator data out init models depth steps iterations prompt "
@@ -32,53 +66,40 @@ GROUPS: dict[str, str] = {
     "sampling": "prompts responses distractors samples show pairs thinking temperature top_k top_p "
     "max_new_tokens",
     "rankings and verdicts": "rankings annotators opinions noise name judge_model principles",
+    "the policy": "reward rollout_batch group_size minibatches ppo_epochs target_kl policy_rate beta "
+    "adaptive_kl_target max_kl keep clip_range kl_estimator gamma lam value_clip vf_coef critic "
+    "critic_warmup whiten scale_scores missing_eos_score ptx ptx_tokens ema_decay",
     "the run": "val_every save_every seed device precision compile tracker",
 }
 """Titles and the options under them, in the order in which they are shown."""
 
 
-RENAMED = {
-    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
-    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
-    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
-}  # fmt: skip
-"""Options by their old names, which work for one release where a script has the new one."""
-REUSED = {"target_kl": 1.0}
-"""Old names that now mean another option, and the value from which only the old meaning makes sense."""
-PATHS = frozenset(
-    {"out", "init", "cache", "data", "text", "models", "reward", "rankings", "judge", "judge_model",
-     "principles", "run", "runs"}
-)  # fmt: skip
-"""Options whose values are places, in which ~ is the home folder."""
-
-
-# ---- --help
-
-
 def print_help(kind: type[Any]) -> None:
     """The description of a script's options and all of them, grouped."""
-    program = Path(sys.argv[0])
-    name = f"-m minillm.{program.parent.name}" if program.name == "__main__.py" else program.name
-    print(f"usage: python {name} [options]\n\n{inspect.getdoc(kind)}")
+    program, house = Path(sys.argv[0]).resolve().with_suffix(""), Path(__file__).parents[2]
+    command = f"{program.name}.py"
+    if program.is_relative_to(house / "minillm"):
+        command = f"-m {'.'.join(program.relative_to(house).parts).removesuffix('.__main__')}"
+    print(f"usage: python {command} [options]\n\n{inspect.getdoc(kind)}")
     explained, kinds = explanations(kind), get_type_hints(kind)
     width = min(110, shutil.get_terminal_size().columns)
     for title, members in grouped(kind).items():
         print(f"\n{title}:")
         for field in members:
-            print(textwrap.fill(f"{flag(field, kinds[field.name])}", width, initial_indent="  "))
-            text = f"{explained[field.name]} ({default(field)})"
+            print(textwrap.fill(flag(field, kinds[field.name]), width, initial_indent="  "))
+            value = field.default
+            shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
+            text = f"{explained[field.name]} ({'required' if value is MISSING else f'default: {shown}'})"
             print(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def grouped(kind: type[Any]) -> dict[str, list[Field]]:
-    """The fields by title; those of a policy that no group lists have one of their own."""
+    """The fields by title."""
     left = {field.name: field for field in fields(kind)}
     found = {
         title: [left.pop(name) for name in names.split() if name in left] for title, names in GROUPS.items()
     }
-    policy = [field for field in left.values() if field.name in PolicyOptions.__annotations__]
-    found["the policy"] = policy
-    found["more"] = [field for field in left.values() if field not in policy]
+    found["more"] = list(left.values())
     return {title: members for title, members in found.items() if members}
 
 
@@ -107,72 +128,9 @@ def flag(field: Field, kind: Any) -> str:
 
 def values(kind: Any) -> str:
     """What can be given: "INT", "{ppo,grpo}", "STR ..."."""
+    parts = [part for part in get_args(kind) if part is not NoneType]
     if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, get_args(kind))) + "}"
+        return "{" + ",".join(map(str, parts)) + "}"
     if get_origin(kind) is tuple:
-        return f"{values(get_args(kind)[0])} ..."
-    options = [option for option in get_args(kind) if option is not NoneType] or [kind]
-    return "|".join(values(option) if get_args(option) else option.__name__.upper() for option in options)
-
-
-def default(field: Field) -> str:
-    if field.default is MISSING:
-        return "required"
-    value = field.default
-    return f"default: {' '.join(map(str, value)) or 'none' if isinstance(value, tuple) else value}"
-
-
-# ---- Words of the command line
-
-
-def with_new_names(kind: type[Any], arguments: list[str]) -> list[str]:
-    """The command line with the new names of renamed options; says so for each."""
-    names, words = {field.name for field in fields(kind)}, list(arguments)
-    for i, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        old = flag.removeprefix("--").replace("-", "_")
-        new = RENAMED.get(old)
-        if not flag.startswith("--") or new not in names:
-            continue
-        if old not in names:
-            words[i] = f"--{new.replace('_', '-')}{equals}{value}"
-            _note(f"{flag} is now --{new.replace('_', '-')}; the old name works for one more release")
-        elif old in REUSED:
-            _check_meaning(old, new, value if equals else "".join(words[i + 1 : i + 2]))
-    return words
-
-
-def _check_meaning(old: str, new: str, value: str) -> None:
-    """Says what a reused name means; InputError where its old meaning must have been meant."""
-    before = next(name for name, now in RENAMED.items() if now == old)
-    was, now, then = (f"--{name.replace('_', '-')}" for name in (before, old, new))
-    meaning = f"{now} is now what {was} was; what it was itself is {then}"
-    with contextlib.suppress(ValueError):
-        if float(value) >= REUSED[old]:
-            raise InputError(f"{now} {value}: {meaning}; give {then} {value}, or less than {REUSED[old]:g}")
-    _note(meaning)
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
-def with_places(options: Any) -> Any:
-    """The options with the home folder for ~ where their values are places."""
-    places = {f.name: _expanded(getattr(options, f.name)) for f in fields(options) if f.name in PATHS}
-    changed = {name: place for name, place in places.items() if place != getattr(options, name)}
-    return replace(options, **changed) if changed else options
-
-
-def _expanded(value: Any) -> Any:
-    """A place, or several, each perhaps as NAME=PLACE, with the home folder for ~."""
-    if isinstance(value, tuple):
-        return tuple(map(_expanded, value))
-    home = os.path.expanduser("~")
-    return re.sub(r"^([^/~]*=)?~(?=/|$)", lambda m: (m[1] or "") + home, value) if value else value
-
-
-def first_message(box: str) -> str:
-    """What tyro says inside its frame, up to the first ruler, as one line."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]
-    return " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
+        return f"{values(parts[0])} ..."
+    return "|".join(map(values, parts)) or kind.__name__.upper()

@@ -13,14 +13,15 @@ def processes() -> tuple[int, int, int]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        found = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        rank, world_size, local_rank, _ = (int(os.environ[name]) for name in names)
         os.environ["MASTER_ADDR"]
     except (KeyError, ValueError) as error:
         raise InputError(
             f"WORLD_SIZE is set in the environment as torchrun does, but not the rest ({error}); start with "
             "torchrun, or unset WORLD_SIZE"
         ) from None
-    return found[0], found[1], found[2]
+    return rank, world_size, local_rank
 
 
 def check_memory(weights: int) -> None:
@@ -35,23 +36,18 @@ def check_memory(weights: int) -> None:
 
 def choose_device(name: str, local_rank: int) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU; several processes take one GPU each."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise InputError(f"--device {name}: no such device; give auto, cpu, cuda or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: minillm does not run there; give auto, cpu, cuda or mps")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(f"--device {name}: no CUDA device is available; give --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"--device {device}: only {torch.cuda.device_count()} CUDA devices here")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: not available here; give --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    there = {"cpu": True, "cuda": (device.index or 0) < count, "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type):
+        raise InputError(
+            f"--device {device}: not available here ({count} CUDA devices); give auto or cpu"
+        )
     return device
 
 

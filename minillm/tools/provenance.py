@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -34,9 +35,9 @@ def _git(*arguments: str) -> str | None:
 def _cpu() -> str:
     """The processor's own name, which only Linux has in a file."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    named = re.search(r"^model name\s*:\s*(.*)", text, re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
