@@ -45,9 +45,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         device = torch.device("cuda", local_rank)
     there = {"cpu": True, "cuda": (device.index or 0) < count, "mps": torch.backends.mps.is_available()}
     if not there.get(device.type):
-        raise InputError(
-            f"--device {device}: not available here ({count} CUDA devices); give auto or cpu"
-        )
+        raise InputError(f"--device {device}: not available here ({count} CUDA devices); give auto or cpu")
     return device
 
 
