@@ -128,9 +128,11 @@ def train(options: Options, runtime: Runtime) -> None:
     sources = text_sources(options.data, options)
     val_sources = text_sources(options.val_data, options) if options.val_data else []
     model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
-    streams, val_streams = tokenized(sources, val_sources, tokenizer, options)
+    cache, val_fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
+    streams = [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
+    val_streams = [tokenize(source, tokenizer, cache, 1.0, options.workers) for source in val_sources]
     plan, masked = plan_of(options, model.config, runtime), options.objective == "masked"
-    validation = validation_batches(val_streams, options.block_size, options.val_tokens)
+    validation = validation_batches(val_streams or streams, options.block_size, options.val_tokens)
     if masked:  # the same tokens are hidden at every validation
         validation = [mask_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(validation)]
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
@@ -248,20 +250,6 @@ def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> 
         raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
 
 
-def tokenized(
-    sources: Sequence[Source], val_sources: Sequence[Source], tokenizer: Tokenizer, options: Options
-) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
-    """The text as tokens on disk, and that to validate on: a share of each source, or sources of its own."""
-    cache, fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
-    streams = [tokenize(source, tokenizer, cache, fraction, options.workers) for source in sources]
-    whole = [tokenize(source, tokenizer, cache, 0.0, options.workers) for source in val_sources]
-    turned = [
-        replace(s, train=s.val, val=s.train, counts={"train": s.counts["val"], "val": s.counts["train"]})
-        for s in whole
-    ]
-    return streams, turned or streams
-
-
 def beginning(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -279,9 +267,7 @@ def beginning(
         f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens",
         *map(str, streams),
     ]
-    if val_streams is not streams:
-        lines += [f"validation: {stream}" for stream in val_streams]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"validation: {stream}" for stream in val_streams)])
 
 
 # After the loop
