@@ -1,9 +1,7 @@
 """The conversation as a value, its commands, and the real thing in a terminal."""
 
-import io
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -281,36 +279,6 @@ def test_bad_input_gives_one_line_and_exit_2(case, runs, capfd, monkeypatch, tmp
     lines = printed.err.strip().splitlines()
     assert stop.value.code == 2 and printed.out == ""
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], printed.err
-
-
-@pytest.mark.parametrize("words", [["--prompt", "Hello"], ["--prompt", "Hello", "--samples", "2"], []])
-def test_a_reply_commands_no_terminal_streamed_alone_or_among_several(words, runs, monkeypatch, capsys):
-    said = "\x1b[2J\x07a\rb\u202ec"
-    monkeypatch.setattr(chat_module, "stream", lambda *_: iter(plain_tokenizer().encode(said)))
-    monkeypatch.setattr(Tokenizer, "decode", lambda *_: said)  # of several
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    main([str(runs["sft"]), *words, "--max-new-tokens", "9"])
-    printed = capsys.readouterr().out
-    assert printable(printed) == printed and "a" in printed and "c" in printed
-
-
-@pytest.mark.parametrize(
-    ("words", "redirected", "code"),
-    [
-        ("", "0<&-", 0),
-        ("--prompt cat", "0<&- 2>&-", 0),
-        ("--prompt cat", ">/dev/full", 2),
-        ("", "</dev/null >/dev/full", 2),
-    ],
-)
-def test_closed_and_full_streams_end_a_chat_or_give_one_line(runs, words, redirected, code):
-    command = (
-        f"{shlex.quote(sys.executable)} -m minillm.chat {runs['sft']} --max-new-tokens 3 {words} {redirected}"
-    )
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == bool(code)
 
 
 # --- the terminal
