@@ -84,19 +84,8 @@ def everything(places: dict[str, str], algorithm: str) -> list[str]:
     if algorithm == "dpo":
         return []
     raw = str(Path(places["--data"]).parent / "raw.txt")
-    moving = [
-        "--ptx",
-        "0.5",
-        "--text",
-        raw,
-        "--ema-decay",
-        "0.8",
-        "--adaptive-kl-target",
-        "0.01",
-        "--group-size",
-        "4",
-    ]
-    return [*moving, "--temperature", "0.9"]
+    moving = "--ptx 0.5 --ema-decay 0.8 --adaptive-kl-target 0.01 --group-size 4 --temperature 0.9"
+    return [*moving.split(), "--text", raw]
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -142,7 +131,7 @@ def test_the_page_on_the_stages_explains_figures_that_a_run_has(reference):
 
 
 # Four updates an iteration: before the first restart point, where only the critic has moved, and later.
-@pytest.mark.parametrize("update", [3, 6, 14])
+@pytest.mark.parametrize("update", [3, 14])
 def test_a_killed_run_goes_on_to_the_same_curve_and_weights(reference, places, tmp_path, update):
     algorithm, expected = reference
     update = 1 + update // 3 if algorithm == "dpo" else update  # one update a step there
@@ -153,12 +142,6 @@ def test_a_killed_run_goes_on_to_the_same_curve_and_weights(reference, places, t
         rlhf.main(given)
     rlhf.main(["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path / "out"), "--resume"])
     assert_same_run(tmp_path / "out" / algorithm, expected)
-    resumed = load_file(tmp_path / "out" / algorithm / "resume" / "state.safetensors")
-    whole = load_file(expected / "resume" / "state.safetensors")
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole), (
-        "critic, average and optimizers too"
-    )
 
 
 def test_resuming_a_finished_run_changes_nothing(reference, places):
@@ -188,31 +171,25 @@ def test_the_policy_comes_to_score_higher_than_it_did(many, tmp_path, algorithm,
     assert last["score"] > first["score"] + 0.7 * first["score_deviation"]
 
 
-def test_a_policy_is_not_aligned_on_other_prompts_than_were_ranked_unless_they_are_named(
+def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_them_were_used(
     places, tmp_path, capfd
 ):
+    """Own prompts may have been sampled, or published rankings hold prompts of their own, whatever comes
+    after."""
     words = ["--stage", "sample", "--models", places["--init"], "--data", places["--data"]]
-    rlhf.main([*words, "--out", str(tmp_path), "--max-new-tokens", "4", "--prompts", "8"])
-    capfd.readouterr()
-    unnamed = {name: value for name, value in places.items() if name != "--data"}
-    assert places["--data"] in refusal(rlhf, arguments(unnamed, tmp_path), capfd)
-
-
-def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_them_were_ranked(
-    places, tmp_path, capfd
-):
-    """Published rankings hold prompts of their own, whatever algorithm comes after."""
+    rlhf.main([*words, "--out", str(tmp_path / "own"), "--max-new-tokens", "4", "--prompts", "8"])
     pairs = [{"instruction": f"Add {i} and 1.", "chosen": f"{i + 1}", "rejected": "0"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     words = ["--stage", "rank", "--annotator", "file", "--data", str(tmp_path / "pairs.jsonl")]
     rlhf.main([*words, "--out", str(tmp_path)])
     (tmp_path / "reward").symlink_to(places["--reward"])
+    capfd.readouterr()
     unnamed = {"--init": places["--init"]}
+    scored = unnamed | {"--reward": places["--reward"]}
+    assert places["--data"] in refusal(rlhf, arguments(scored, tmp_path / "own"), capfd)
     for algorithm in ("ppo", "grpo", "dpo", "best-of-n"):
-        capfd.readouterr()
         line = refusal(rlhf, arguments(unnamed, tmp_path, algorithm=algorithm), capfd)
         assert "rankings.jsonl" in line and "--data" in line
-    capfd.readouterr()
     elsewhere = unnamed | {"--reward": str(tmp_path / "reward")}
     assert "--data" in refusal(rlhf, arguments(elsewhere, tmp_path / "other"), capfd)
 
@@ -293,20 +270,18 @@ def test_dpo_without_a_reward_model_tells_no_score(places, tmp_path):
     assert vals and all("kl" in val and not {"score", "score_deviation"} & val.keys() for val in vals)
 
 
-def test_a_huge_penalty_keeps_the_policy_at_the_reference(places, tmp_path):
-    far, near = tmp_path / "far", tmp_path / "near"
-    options = "--iterations 8 --rollout-batch 32 --policy-rate 3e-3".split()
-    rlhf.main(arguments(places, far, *options, "--beta", "0"))
-    rlhf.main(arguments(places, near, *options, "--beta", "100"))
-    kl_far, kl_near = (metrics_of(out / "ppo")[-2]["kl"] for out in (far, near))
-    assert kl_near < 0.5 * kl_far
+def test_dpo_comes_to_prefer_what_the_rankings_prefer_by_rewards_of_beta_a_nat(places, tmp_path):
+    def losses(beta: str, event: str, *options: str) -> list[float]:
+        out = tmp_path / beta / event
+        rlhf.main(arguments(places, out, "--beta", beta, "--policy-rate", "3e-3", *options, algorithm="dpo"))
+        events = metrics_of(out / "dpo")
+        assert [e for e in events if e["event"] == "val"][-1]["kl"] > 0
+        return [e["loss"] for e in events if e["event"] in ("val", event)]
 
-
-def test_dpo_comes_to_prefer_what_the_rankings_prefer(places, tmp_path):
-    rlhf.main(arguments(places, tmp_path / "out", "--epochs", "12", "--policy-rate", "3e-3", algorithm="dpo"))
-    vals = [event for event in metrics_of(tmp_path / "out" / "dpo") if event["event"] == "val"]
-    losses = [event["loss"] for event in metrics_of(tmp_path / "out" / "dpo") if event["event"] == "train"]
-    assert losses[0] > 1.5 * losses[-1] and vals[-1]["kl"] > 0
+    learned = losses("0.15", "train", "--epochs", "12")
+    assert learned[0] > 1.5 * learned[-1]
+    # A reward of nothing a nat: whatever the policy says, every pair stays a toss.
+    assert losses("1e-6", "train") == pytest.approx([math.log(2)] * 13, abs=1e-4)
 
 
 def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
@@ -318,6 +293,7 @@ def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
         records = [json.loads(line) for line in (out / "best-of-n" / "responses.jsonl").open()]
         assert len(records) == reports[n]["prompts"] == 8
         assert reports[n]["score"] == pytest.approx(sum(r["score"] for r in records) / 8)
+        assert reports[n]["unended"] > 0.5, "such a model hardly ends a response"
     assert reports["6"]["score"] > reports["2"]["score"]
     assert reports["6"]["largest_kl"] == pytest.approx(0.9584, abs=1e-4)
 
@@ -385,17 +361,6 @@ def test_passes_are_made_until_the_last_one_found_the_policy_too_far_from_its_sa
     assert 0 < first["old_kl"] < 0.9 * second
     for name, target, updates in (("a", 0.95 * second, 4), ("b", 1.05 * second, 6), ("c", 1e-9, 2)):
         assert trained(name, target, 3)["updates"] == updates
-
-
-def test_beta_follows_the_kl_where_a_target_is_given_and_stays_where_none_is(places, tmp_path):
-    for name, target in (("moving", ["--adaptive-kl-target", "1000"]), ("fixed", [])):
-        rlhf.main(arguments(places, tmp_path / name, "--iterations", "3", *target))
-    betas = {
-        name: [event["beta"] for event in metrics_of(tmp_path / name / "ppo") if event["event"] == "train"]
-        for name in ("moving", "fixed")
-    }
-    assert betas["moving"] == pytest.approx([0.15, 0.15 * 0.98, 0.15 * 0.98**2])
-    assert betas["fixed"] == [0.15] * 3
 
 
 def test_what_is_kept_is_the_policy_of_the_best_validation_or_its_moving_average(places, tmp_path):
@@ -495,16 +460,3 @@ def test_a_reward_model_of_another_tokenizer_is_refused(places, tmp_path, capfd)
     save_scalar_model(tmp_path / "reward", model, tokenizer)
     line = refusal(rlhf, arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward")), capfd)
     assert "another tokenizer" in line
-
-
-def test_a_run_does_not_go_on_with_another_reference(places, tmp_path, capfd):
-    model, tokenizer = tiny_model()
-    save_model(tmp_path / "sft", model, with_chat_template(tokenizer))
-    given = arguments(places, tmp_path / "out", "--init", str(tmp_path / "sft"))
-    with killed_at_update(minillm.ppo, 15):
-        rlhf.main(given)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    save_model(tmp_path / "sft", model, with_chat_template(tokenizer))
-    resumed = ["--stage", "policy", "--out", str(tmp_path / "out"), "--resume"]
-    assert "--init or --reward" in last_refusal(resumed, capfd)
