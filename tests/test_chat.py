@@ -207,6 +207,7 @@ def test_a_base_model_remembers_nothing_and_takes_no_system_message():
         options = SamplingOptions(20, 0.7, stop_ids=(bos,))
         (response,) = generate(MODEL, [[bos, *chat.tokenizer.encode(text)]], options, [5 + number]).responses
         assert "".join(chat.reply(text)) == chat.tokenizer.decode(t for t in response if t != bos)
+        assert chat.messages == ()
     with pytest.raises(InputError, match="base model"):
         run_command(chat, "/system Be kind.")
 
