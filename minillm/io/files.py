@@ -207,6 +207,10 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
         raise InputError(f"{path!r}: truncated or corrupt gzip; fetch or pack it again") from error
     except OSError as error:
         raise InputError(f"cannot read {path!r}: {error.strerror or error}; check its permissions") from error
+    except Exception as error:
+        if type(error).__name__ == "ZstdError":
+            raise InputError(f"{path!r}: corrupt zstd; fetch or pack it again") from error
+        raise
 
 
 def _library(package: str, path: str, what: str, instead: str) -> Any:
