@@ -121,13 +121,14 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ("a.json", b"PAR1 and so on", "Parquet"),
         ("a.json", b"PK\3\4 and so on", "zip"),
         ("a.txt", "Why? Because.", "not valid JSON"),
+        ("a.csv", "prompt,completion\nWhy?,Because, and so on.\n", "values_without_a_column"),
     ],
 )
 def test_a_file_without_a_conversation_is_refused_by_name(tmp_path, name, content, named):
     message = refusal(write(tmp_path / name, content))
     assert name in message and named in message
     write(tmp_path / "b.json", [GOOD])
-    if content and name != "a.txt":
+    if content and name not in ("a.txt", "a.csv"):
         assert named in refusal(tmp_path), "among good ones, too"
 
 

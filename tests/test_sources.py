@@ -259,6 +259,13 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
     assert source.dropped == {"empty documents": 2}
 
 
+def test_a_row_of_more_values_than_columns_is_not_read_in_part(tmp_path):
+    file = write(tmp_path / "a.csv", "id,text\n1,one, and more\n2,two\n")
+    assert "record 1: has more values" in refusal(file)
+    source = open_one(file, errors="replace")
+    assert list(source.documents()) == ["two"] and source.dropped.total() == 1
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("block", [2**20, 16, 7])
 def test_invalid_utf8_is_refused_with_its_offset_or_replaced(tmp_path, monkeypatch, name, block):

@@ -31,6 +31,7 @@ from minillm.errors import InputError
 PACKED = (".gz", ".zst")
 LINE_LIMIT = 256 * 2**20  # characters of one record
 WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is held in memory
+UNNAMED = "values_without_a_column"  # the field of what a table's row has too much, as by a comma not quoted
 HEAD = 2**16  # bytes from which a file's kind is told
 BLOCK = 2**20
 
@@ -225,7 +226,7 @@ def _library(package: str, path: str, what: str, instead: str) -> Any:
 
 SIGNATURES = {
     b"PAR1": "parquet", b"ARROW1": "an Arrow file, not text", b"PK\x03\x04": "a zip archive, not text",
-    b"SQLite": "a database, not text",
+    b"SQLite format 3\0": "a database, not text",
 }  # fmt: skip
 
 
@@ -237,7 +238,7 @@ def kind_of(path: str, read: Reading) -> str:
     if kind := next((kind for sign, kind in SIGNATURES.items() if head.startswith(sign)), None):
         return kind
     if head.count(0) * 256 > len(head) and read.encoding.lower()[:6] not in ("utf-16", "utf-32"):
-        return "binary, not text; leave it out, or give --encoding utf-16 if it is that"
+        return "binary, not text"
     if name.endswith((".csv", ".tsv")):
         return name[-3:]
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -256,7 +257,7 @@ def kind_of(path: str, read: Reading) -> str:
 
 def _json_or_none(line: bytes) -> Any:
     with suppress(ValueError):
-        return parse_json(line)
+        return parse_json(line.decode("utf-8", "replace"))
 
 
 # ---- A file → text
@@ -351,7 +352,7 @@ def counting(errors: Errors, dropped: Counter[str], place: str) -> Iterator[None
         dropped["lines that do not parse"] += 1
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str) -> Any:
     """What a JSON text holds. ValueError where it is none."""
     try:
         return json.loads(text)
@@ -382,7 +383,8 @@ def _table(path: str, read: Reading) -> Iterator[Any]:
     csv.field_size_limit(LINE_LIMIT)
     with open_text(path, read) as file:
         try:
-            yield from csv.DictReader(file, delimiter="\t" if _unpacked_name(path).endswith("tsv") else ",")
+            delimiter = "\t" if _unpacked_name(path).endswith("tsv") else ","
+            yield from csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter)
         except csv.Error as error:
             raise InputError(f"{path!r}: no table ({error}); make .jsonl of it") from error
 

@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from minillm.chat import Conversation, Message
+from minillm.io.files import UNNAMED
 
 Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
@@ -160,7 +161,7 @@ MEANING = {
     *TURNS, *QUESTIONS, *ABOUT, *ANSWERS, *REPLIES, *SYSTEM, *HISTORY, *THOUGHT, *CHOSEN, *REJECTED,
     *VERDICTS, *SIGNED, *RATING, *RATINGS, *MEDIA, *PAIR_SCORES,
     "numbered", "tools", "functions", "tool_calls", "weight", "train", "loss", "transcript", "instances",
-    "documents",
+    "documents", UNNAMED,
 } - {"data", "user", "human", "bot"}  # fmt: skip
 """All but what is too common as the name of an origin."""
 

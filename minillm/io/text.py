@@ -24,6 +24,7 @@ from minillm.files import digest
 from minillm.io.files import (
     BLOCK,
     KINDS,
+    UNNAMED,
     Errors,
     Reading,
     counting,
@@ -104,10 +105,10 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
     for file in files:
         kind = kind_of(file, read)
         if kind == "objects":
-            kind = "JSON, but neither records, one a line, nor an array of them; make lines of it"
+            kind = "JSON, but neither records, one a line, nor an array of them"
         if kind != "text" and kind not in KINDS:
             if files == paths:
-                raise InputError(f"{file!r}: {kind}")
+                raise InputError(f"{file!r}: {kind}; leave it out, or give its --encoding if it is text")
             skipped[f"files left out ({kind})"] += 1
             continue
         file_digest, file_size = _digest_file(file)
@@ -188,6 +189,8 @@ def _text_of(record: Any, field: str | None) -> str:
     """The text in a record. Raises ValueError with the reason where there is none."""
     wanted = (field,) if field else ("text", "content")
     record = record if isinstance(record, dict) else {}
+    if UNNAMED in record:
+        raise ValueError("has more values than the table has columns; put quotes around its text")
     texts = [text for name in wanted if isinstance(text := record.get(name), str)]
     if not texts:
         has = f"it has {', '.join(map(str, record))[:100]}" if record else "it is no JSON object"

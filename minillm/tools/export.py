@@ -24,10 +24,8 @@ from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
 FIRST_EDITION = PATTERN.replace(r"\p{L}[\p{L}\p{M}\u200c\u200d]*", r"\p{L}+")
 PRE_TOKENIZERS: dict[str | None, str] = {
-    PATTERN: "smaug-bpe",
-    FIRST_EDITION: "smaug-bpe",
-    GPT2_PATTERN: "gpt-2",
-}
+    **dict.fromkeys((PATTERN, FIRST_EDITION), "smaug-bpe"), GPT2_PATTERN: "gpt-2",
+}  # fmt: skip
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
 bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are
 split at them there and not here: their tokens differ."""
@@ -55,16 +53,8 @@ def export(options: Options) -> None:
         )
     pattern = getattr(Tokenizer.load(options.run).vocabulary, "pattern", None)  # others: in the list
     name = PRE_TOKENIZERS.get(pattern, "")
-    command = [
-        sys.executable,
-        "-m",
-        "minillm.tools.export",
-        str(converter),
-        name,
-        options.run,
-        "--outfile",
-        options.gguf,
-    ]
+    own = [sys.executable, "-m", "minillm.tools.export", str(converter), name]
+    command = [*own, options.run, "--outfile", options.gguf]
     if subprocess.run(command, check=False).returncode:
         raise InputError(f"{options.run}: llama.cpp's converter refused it, for the reason above")
     write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {Path(options.gguf).resolve()}\n")
