@@ -5,7 +5,7 @@
 
 An iteration is 64 responses to the same 64 prompts, scored by the reference, the reward model and the critic,
 and then two passes of two updates each of policy and critic. On our side it is the loop of rlhf.py, on theirs
-that of `PPOTrainer.train` (ppo_trl.py). Both make one iteration in turn, each in a process of its own;
+that of `PPOTrainer.train`. Both make one iteration in turn, each in a process of its own;
 the first of each is not counted; medians. What counts is tokens of responses a second, padding not counted.
 Twice:
 
@@ -26,17 +26,12 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from harness import in_turn, medians, parser, write
-
-import rlhf
-from minillm.chat import ChatTemplate, with_chat_template
-from minillm.io.huggingface import load_model
-from minillm.run import Run, start_runtime
 
 RESPONSES = 64
 LENGTHS = {"fixed": 32, "ending": 64}
@@ -44,90 +39,156 @@ WORK = {"iterations": 10**6, "minibatches": 2, "ppo_epochs": 2, "beta": 0.1, "ra
 GET_TRL = "python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.12.0"
 
 
-# ---- minillm's side, in a process of its own
+# ---- Each side in a process of its own, with the imports that its interpreter has
 
 
-class Turns(Run):
-    """A run that makes an iteration whenever it is sent a line, and answers with its seconds and figures."""
+class Clock:
+    """Stops the time, and the loop, between two iterations: one is made whenever a line comes, and answered
+    by a line with its seconds and figures."""
 
-    def goes_on(self) -> bool:
-        if self.state.step < self.steps:
-            sys.stdin.readline()
-        self.began_at, self.cpu_began = time.perf_counter(), time.process_time()
-        return super().goes_on()
+    def start(self) -> None:
+        sys.stdin.readline()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
-    def log_step(self, tokens: int, loss: float, **figures: float) -> None:
-        super().log_step(tokens, loss, **figures)
-        seconds, cpu = time.perf_counter() - self.began_at, time.process_time() - self.cpu_began
+    def stop(self, tokens: int, figures: dict[str, Any]) -> None:
+        seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.cpu_began
         line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **figures}
         print(json.dumps(line), file=sys.__stdout__, flush=True)
 
 
-def minillm_process(work: dict[str, Any]) -> None:
-    torch.set_num_threads(work["threads"])
+def minillm_side(work: dict[str, Any]) -> None:
+    """The loop of rlhf.py."""
+    import rlhf
+    from minillm.run import Run, start_runtime
+
+    clock, start_aligner = Clock(), rlhf.start_aligner
+
+    class Turns(Run):
+        def goes_on(self) -> bool:
+            clock.start()
+            return super().goes_on()
+
+        def log_step(self, tokens: int, **figures: Any) -> None:
+            super().log_step(tokens, **figures)
+            clock.stop(tokens, figures)
+
+    def stopping(*arguments: Any) -> Any:
+        aligner = start_aligner(*arguments)
+        stops = () if work["stop"] is None else (work["stop"],)
+        aligner.sampling = replace(aligner.sampling, stop_ids=stops)
+        return aligner
+
+    rlhf.Run, rlhf.start_aligner = Turns, stopping  # type: ignore[misc]
     same = ("init", "reward", "out", "precision", "iterations", "minibatches", "ppo_epochs", "beta")
     options = rlhf.Options(
         stage="policy", **{name: work[name] for name in same}, device="cpu", policy_rate=work["rate"],
         prompts=RESPONSES, rollout_batch=RESPONSES, max_new_tokens=work["length"], critic_warmup=0,
         missing_eos_score=None, val_prompts=1, val_every=10**6, save_every=10**6,
     )  # fmt: skip
-    stops = () if work["stop"] is None else (work["stop"],)
-    stopping, turns = patch.object(ChatTemplate, "stop_ids", stops), patch.object(rlhf, "Run", Turns)
-    with stopping, turns, start_runtime("cpu", work["precision"]) as runtime:
+    with start_runtime("cpu", work["precision"]) as runtime:
         rlhf.align(options, runtime)
+
+
+def trl_side(work: dict[str, Any]) -> None:
+    """PPOTrainer, which may pad a prompt with the mask token, for <|endoftext|> begins it."""
+    import transformers
+    import trl.experimental.ppo.ppo_trainer as ppo_trainer
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work["init"], padding_side="left")
+    tokenizer.pad_token = tokenizer.mask_token
+    count, clock, truncate = len(work["prompts"]), Clock(), ppo_trainer.truncate_response
+    tokens = count * work["length"]
+
+    class Turns(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            clock.start()
+
+        def on_step_end(self, args, state, control, **_):
+            clock.stop(tokens, state.log_history[-1])
+            clock.start()
+
+    def counting(*arguments):
+        """Counts the tokens up to each response's end."""
+        nonlocal tokens
+        responses = truncate(*arguments)
+        tokens = (responses != tokenizer.pad_token_id).sum().item()
+        return responses
+
+    ppo_trainer.truncate_response = counting
+    config = PPOConfig(
+        output_dir=work["out"], total_episodes=count * work["iterations"], response_length=work["length"],
+        # Gradient accumulation would make one update of several minibatches: a device batch is the rollout.
+        per_device_train_batch_size=count, gradient_accumulation_steps=1,
+        num_mini_batches=work["minibatches"], num_ppo_epochs=work["ppo_epochs"],
+        local_rollout_forward_batch_size=count, stop_token_id=work["stop"], temperature=1.0,
+        kl_coef=work["beta"], learning_rate=work["rate"], bf16=False, use_cpu=True,
+        gradient_checkpointing=False, num_sample_generations=0, report_to=[], save_strategy="no",
+        logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    # PPOTrainer gives its precision to nobody: with bf16=True it computes in float32, as here in both.
+    dtype, lm = getattr(torch, work["precision"]), transformers.AutoModelForCausalLM
+    scorer = transformers.AutoModelForSequenceClassification
+    PPOTrainer(
+        args=config, processing_class=tokenizer, callbacks=[Turns()],
+        model=lm.from_pretrained(work["init"], dtype=dtype),
+        ref_model=lm.from_pretrained(work["init"], dtype=dtype),
+        reward_model=scorer.from_pretrained(work["reward"], dtype=dtype),
+        value_model=scorer.from_pretrained(work["reward"], dtype=dtype),
+        train_dataset=Dataset.from_dict({"input_ids": work["prompts"]}),
+    ).train()  # fmt: skip
 
 
 # ---- The two in turn
 
 
-class Side:
-    """One of the two processes."""
+def inputs_of(init: Path) -> tuple[list[list[int]], int]:
+    """The prompts that rlhf.py takes, as tokens, and the token that ends a response."""
+    import rlhf
+    from minillm.chat import ChatTemplate, with_chat_template
+    from minillm.io.huggingface import load_model
 
-    def __init__(self, command: list[str | Path], work: dict[str, Any], log: Path) -> None:
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*command, json.dumps(work)], text=True, stderr=errors,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            )  # fmt: skip
+    model, tokenizer = load_model(init, torch.device("cpu"), torch.float32)
+    template = ChatTemplate(with_chat_template(tokenizer))
+    prompts = [template.prompt(one.messages) for one in rlhf.world_prompts(0, "reward", RESPONSES)]
+    if max(map(len, prompts)) > model.config.max_position_embeddings - max(LENGTHS.values()):
+        raise SystemExit("some prompts leave no room for a response; give a model with longer rows")
+    return prompts, template.stop_ids[0]
 
-    def iterate(self, number: int) -> dict[str, float]:
-        """Makes an iteration; its seconds, tokens and metrics."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.log.read_text()[-2000:]}\n{self.process.args[:2]} has died")
+
+def compare(pythons: dict[str, str], work: dict[str, Any], runs: int) -> dict[str, Any]:
+    """Medians over the counted iterations, in tokens of responses a second."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+
+    def iterate(name: str) -> dict[str, float]:
+        pipe = processes[name]
+        assert pipe.stdin and pipe.stdout
+        pipe.stdin.write("\n")
+        pipe.stdin.flush()
+        if not (line := pipe.stdout.readline()):
+            raise SystemExit(f"{Path(folder, name + '.log').read_text()[-2000:]}\n{name} has died")
         return json.loads(line)
 
-
-def compare(commands: dict[str, list], work: dict[str, Any], runs: int) -> dict[str, Any]:
-    """Medians over the counted iterations, in tokens of responses a second."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {
-            name: Side(command, work | {"out": f"{folder}/{name}"}, Path(folder, f"{name}.log"))
-            for name, command in commands.items()
-        }
-        iterations = in_turn({name: side.iterate for name, side in sides.items()}, runs)
-        for side in sides.values():
-            side.process.kill()  # before what comes at a run's end, which is not compared
-            side.process.wait()
+        for name, python in pythons.items():
+            own = json.dumps({**work, "side": name, "out": f"{folder}/{name}"})
+            with open(f"{folder}/{name}.log", "w") as log:
+                processes[name] = subprocess.Popen(
+                    [python, __file__, own],
+                    text=True,
+                    stderr=log,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+        iterations = in_turn({name: lambda _, name=name: iterate(name) for name in pythons}, runs)
+        for process in processes.values():
+            process.kill()  # before what comes at a run's end, which is not compared
+            process.wait()
     rates = medians({
         name: [line["tokens"] / line["seconds"] for line in lines[1:]] for name, lines in iterations.items()
     })  # fmt: skip
     return {"tokens_per_second": rates, "ratio": rates["minillm"] / rates["TRL"], "iterations": iterations}
-
-
-def inputs_of(init: Path) -> tuple[list[list[int]], int]:
-    """The prompts that rlhf.py takes, as tokens, and the token that ends a response."""
-    model, tokenizer = load_model(init, torch.device("cpu"), torch.float32)
-    template = ChatTemplate(with_chat_template(tokenizer))
-    questions = rlhf.world_prompts(0, "reward", RESPONSES)
-    prompts = [template.prompt(question.messages) for question in questions]
-    if max(map(len, prompts)) > model.config.max_position_embeddings - max(LENGTHS.values()):
-        raise SystemExit("some prompts leave no room for a response; give a model with longer rows")
-    return prompts, template.stop_ids[0]
 
 
 def peer_versions(python: str) -> dict[str, str]:
@@ -148,17 +209,13 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = options.parse_args()
     peer, (prompts, end) = peer_versions(arguments.peer_python), inputs_of(arguments.init)
-    commands = {
-        "minillm": [sys.executable, __file__, "--minillm"],
-        "TRL": [arguments.peer_python, Path(__file__).with_name("ppo_trl.py")],
-    }
     work = WORK | {"threads": arguments.threads, "init": str(arguments.init), "reward": str(arguments.reward)}
-    results = []
+    pythons, results = {"minillm": sys.executable, "TRL": arguments.peer_python}, []
     print(f"{arguments.threads} threads\nlengths  precision  minillm tok/s  TRL tok/s  ratio")
     for kind, length in LENGTHS.items():
         for precision in ("float32", "bfloat16"):
             setting = {"precision": precision, "length": length, "stop": end if kind == "ending" else None}
-            found = compare(commands, work | setting | {"prompts": prompts}, arguments.runs)
+            found = compare(pythons, {**work, **setting, "prompts": prompts}, arguments.runs)
             ours, theirs = found["tokens_per_second"].values()
             print(f"{kind:7}  {precision:9}  {ours:13.0f}  {theirs:9.0f}  {found['ratio']:5.2f}", flush=True)
             results.append({"lengths": kind, **setting, **found})
@@ -166,8 +223,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--minillm"]:
+    if sys.argv[1:2] and sys.argv[1].startswith("{"):
+        task = json.loads(sys.argv[1])
+        torch.set_num_threads(task["threads"])
         with redirect_stdout(sys.stderr):  # where a run shows how it goes
-            minillm_process(json.loads(sys.argv[2]))
+            {"minillm": minillm_side, "TRL": trl_side}[task["side"]](task)
     else:
         main()
