@@ -23,6 +23,7 @@ from minillm.model import (
     config_of_depth,
     document_ends,
     initialize,
+    parameter_count,
     scalar_from_language_model,
 )
 from minillm.tokenizer import Tokenizer
@@ -94,20 +95,9 @@ def all_logits(model: LanguageModel, tokens: Tensor, **bounds) -> Tensor:
 # ---- Attention sees what it should, and nothing else
 
 
-@given(configs(), SEEDS, st.integers(2, 17), st.data())
-@LAW
-def test_a_position_depends_on_no_later_token(config, seed, length, data):
-    model, tokens = random_model(config, seed), random_tokens(config, 2, length, seed)
-    last = data.draw(st.integers(0, length - 2))
-    other = tokens.clone()
-    other[:, last + 1 :] = random_tokens(config, 2, length - last - 1, seed + 1)
-    seen = slice(0, last + 1)
-    torch.testing.assert_close(all_logits(model, tokens)[:, seen], all_logits(model, other)[:, seen], **CLOSE)
-
-
 @given(configs(), SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4))
 @LAW
-def test_right_padding_and_neighbours_in_the_batch_change_nothing(config, seed, lengths):
+def test_later_tokens_right_padding_and_neighbours_in_the_batch_change_nothing(config, seed, lengths):
     model = random_model(config, seed)
     batch = random_tokens(config, len(lengths), max(lengths), seed)
     together = all_logits(model, batch)
@@ -128,9 +118,22 @@ def test_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths, 
     model = random_model(replace(config, causal=causal), seed)
     tokens, start = random_tokens(config, 1, sum(lengths), seed), starts_of(lengths)
     packed = all_logits(model, tokens, start=start)
-    alone = [all_logits(model, document) for document in tokens.split(lengths, dim=1)]
+    documents = tokens.split(lengths, dim=1)
+    alone = torch.cat([all_logits(model, document) for document in documents], dim=1)
     # Angles are float32: at position 30 they are off by 1e-6, which layers of unit gain multiply.
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    scalar = scalar_from_language_model(model, generator(seed))
+    values = torch.cat([scalar(document) for document in documents], dim=1)
+    torch.testing.assert_close(scalar(tokens, start), values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bidirectional_model_sees_both_sides_and_a_causal_one_what_came_before(causal):
+    model, tokens = random_model(replace(TINY, causal=causal)), random_tokens(TINY, 1, 6, seed=0)
+    other = tokens.clone()
+    other[0, 3] = (other[0, 3] + 1) % TINY.vocab_size
+    moved = (all_logits(model, other) - all_logits(model, tokens)).abs().amax(dim=2)[0] > 1e-6
+    assert moved.tolist() == [not causal] * 3 + [True] * 3
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4))
@@ -142,22 +145,6 @@ def test_a_document_ends_where_the_next_begins_or_the_row_does(opens):
     for row, end in zip(start.tolist(), ends.tolist(), strict=True):
         naive = [next((s for s in range(t, 6) if row[s] > row[t]), 6) for t in range(6)]
         assert end == naive
-
-
-def test_a_bidirectional_model_sees_both_sides_of_its_document_and_no_other():
-    model = random_model(replace(TINY, causal=False))
-    start = starts_of([4, 5, 3])
-    tokens = random_tokens(TINY, 1, 12, seed=0)
-
-    def logits(changed: int) -> Tensor:
-        other = tokens.clone()
-        other[0, changed] = (other[0, changed] + 1) % TINY.vocab_size
-        return all_logits(model, other, start=start)
-
-    before = all_logits(model, tokens, start=start)
-    for changed in range(12):
-        moved = (logits(changed) - before).abs().amax(dim=2)[0] > 1e-6
-        assert moved.tolist() == (start[0] == start[0, changed]).tolist()
 
 
 # ---- What the forward pass gives
@@ -258,9 +245,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the little world of little words"], 270)
 
 
-VOCABULARY = (
-    273  # a few rows more than the tokenizer has tokens, as padded checkpoints have; opening drops them
-)
+VOCABULARY = 273  # a few rows more than tokens, as padded checkpoints have; opening drops them
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 def hugging_face_config(config: ModelConfig):
@@ -316,53 +302,28 @@ def test_a_saved_model_opens_in_transformers_with_the_same_logits(
     torch.testing.assert_close(judged(opened, tokens), all_logits(model, tokens), rtol=0, atol=1e-4)
 
 
-def test_a_saved_folder_gives_transformers_our_tokenizer(tmp_path, tokenizer):
-    from transformers import AutoTokenizer
-
-    save_model(tmp_path, random_model(replace(TINY, vocab_size=VOCABULARY)), tokenizer)
-    theirs, text = AutoTokenizer.from_pretrained(tmp_path), "the little wörld\n 12345 <x>"
-    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-
-
-@given(configs(vocab_size=VOCABULARY), SEEDS, st.integers(1, 21), st.sampled_from(["5GB", "4KB"]))
+@given(configs(vocab_size=VOCABULARY), SEEDS, st.sampled_from(["5GB", "1KB"]), st.sampled_from(DTYPES))
 @LAW
 def test_a_folder_of_transformers_whole_or_sharded_opens_here_with_the_same_logits(
-    tmp_path_factory, tokenizer, config, seed, length, shard
+    tmp_path_factory, tokenizer, config, seed, shard, dtype
 ):
     folder = tmp_path_factory.mktemp("theirs")
-    theirs = hugging_face_model(config, seed)
+    theirs = hugging_face_model(config, seed).to(dtype)
     theirs.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save(folder)
-    assert (shard == "4KB") == (folder / "model.safetensors.index.json").exists()
+    assert (shard == "1KB") == (folder / "model.safetensors.index.json").exists()
     model, loaded = load_model(folder, CPU, torch.float32)
     assert model.config == replace(config, vocab_size=tokenizer.vocab_size)
     assert loaded.fingerprint == tokenizer.fingerprint
-    tokens = random_tokens(model.config, 2, length, seed)
-    judge = judged(theirs, tokens)[..., : tokenizer.vocab_size]
-    torch.testing.assert_close(all_logits(model, tokens), judge, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_bfloat16_weights_on_disk_are_the_same_numbers_in_float32(tmp_path, tokenizer, qk_norm):
-    from transformers import AutoModelForCausalLM
-
-    config = replace(TINY, vocab_size=VOCABULARY, qk_norm=qk_norm)
-    theirs = hugging_face_model(config, seed=0).to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path)
-    tokenizer.save(tmp_path)
-    model, _ = load_model(tmp_path, CPU, torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    tokens = random_tokens(model.config, 3, 13, seed=0)
-    judge = judged(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tokens)
-    judge = judge[..., : tokenizer.vocab_size]
+    tokens = random_tokens(model.config, 2, 13, seed)
+    judge = judged(theirs.float(), tokens)[..., : tokenizer.vocab_size]
     torch.testing.assert_close(all_logits(model, tokens), judge, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stretched", [False, True])
 def test_config_json_of_older_transformers_means_the_same(tmp_path, tokenizer, stretched):
     """Before version 5: rope_theta and rope_scaling at the top; Llama 1 had no head_dim either."""
-    import json
 
     from transformers import AutoModelForCausalLM
 
@@ -430,58 +391,32 @@ def test_a_shape_that_cannot_be_computed_is_refused_by_name(wrong, named):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-@given(depth=st.integers(1, 32))
+GIVEN = {
+    "hidden_size": st.integers(1, 2000), "num_attention_heads": st.sampled_from([4, 8]),
+    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([2, 64]),
+    "intermediate_size": st.integers(1, 99), "tie_word_embeddings": st.booleans(),
+    "qk_norm": st.booleans(), "rope_theta": st.sampled_from([1e4, 1e6]), "causal": st.none(),
+}  # fmt: skip
+
+
+@given(st.integers(1, 40), st.fixed_dictionaries({}, optional=GIVEN))
 @LAW
-def test_the_shape_follows_from_depth_by_the_written_rules(depth):
-    config = config_of_depth(depth, 300, 128)
-    width, head = 32 * depth, config.head_dim
-    assert (config.hidden_size, config.num_hidden_layers) == (width, depth)
-    assert head == (32 if width <= 256 else 64)
-    assert 0 <= width - head * config.num_attention_heads < head
-    assert config.num_key_value_heads == config.num_attention_heads
-    assert config.intermediate_size % 64 == 0
-    assert 8 * width <= 3 * config.intermediate_size < 8 * width + 3 * 64
-    assert (config.vocab_size, config.max_position_embeddings) == (300, 128)
-
-
-@given(
-    st.integers(1, 40),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "hidden_size": st.integers(1, 2000),
-            "num_attention_heads": st.sampled_from([4, 8]),
-            "num_key_value_heads": st.sampled_from([1, 2, 4]),
-            "head_dim": st.sampled_from([2, 64]),
-            "intermediate_size": st.integers(1, 99),
-            "tie_word_embeddings": st.booleans(),
-            "qk_norm": st.booleans(),
-            "rope_theta": st.sampled_from([1e4, 1e6]),
-        },
-    ),
-)
-@LAW
-def test_what_is_given_wins_over_depth(depth, overrides):
-    if "num_key_value_heads" in overrides:
-        overrides.setdefault("num_attention_heads", 4)
-    config = config_of_depth(depth, 300, 128, **overrides)
-    assert {name: getattr(config, name) for name in overrides} == overrides
-    assert config_of_depth(depth, 300, 128, **overrides, causal=None) == config
-
-
-@given(configs())
-@LAW
-def test_the_number_of_parameters_is_the_formula(config):
-    V, D, F, C = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    block = heads * C * D + 3 * D * F + 2 * D + (2 * C if config.qk_norm else 0)
-    total = V * D * (1 if config.tie_word_embeddings else 2) + config.num_hidden_layers * block + D
-    assert sum(p.numel() for p in LanguageModel(config).parameters()) == total
+def test_the_shape_follows_from_depth_by_the_written_rules_but_for_what_is_given(depth, given):
+    if "num_key_value_heads" in given:
+        given.setdefault("num_attention_heads", 4)
+    config = config_of_depth(depth, 300, 128, **given)
+    width = given.get("hidden_size", 32 * depth)
+    head = given.get("head_dim", 32 if width <= 256 else 64 if width <= 1024 else 128)
+    heads = given.get("num_attention_heads", max(1, width // head))
+    inside = given.get("intermediate_size", 64 * -(-width // 24))  # 8/3 of the width, up to a multiple of 64
+    kv_heads = given.get("num_key_value_heads", heads)
+    others = {name: given[name] for name in ("tie_word_embeddings", "qk_norm", "rope_theta") if name in given}
+    assert config == ModelConfig(300, width, inside, depth, heads, kv_heads, head, 128, **others)
 
 
 @given(configs(), SEEDS)
 @LAW
-def test_first_weights_depend_on_the_seed_alone(config, seed):
+def test_first_weights_depend_on_the_seed_alone_and_are_as_many_as_counted(config, seed):
     models = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -491,6 +426,7 @@ def test_first_weights_depend_on_the_seed_alone(config, seed):
         assert torch.equal(one, other)
     initialize(models[1], generator(seed + 1))
     assert not torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+    assert parameter_count(config) == sum(p.numel() for p in models[0].parameters())
 
 
 @given(configs(), SEEDS)
@@ -507,10 +443,12 @@ def test_first_weights_keep_the_size_of_what_passes_through():
     model = LanguageModel(config)
     initialize(model, generator(0))
     block = model.model.layers[0]
-    for matrix in (block.self_attn.q_proj, block.mlp.up_proj, block.mlp.gate_proj, model.lm_head):
-        fan_in = matrix.weight.shape[1]
-        # The deviation of n normal numbers errs by about 1 / sqrt(2n), below 0.6% here.
-        assert matrix.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.03)
+    matrices = block.self_attn.q_proj, block.mlp.up_proj, block.mlp.gate_proj, model.lm_head
+    wide = scalar_from_language_model(LanguageModel(replace(TINY, hidden_size=4000)), generator(0)).score
+    for matrix, variance in (*((m, 1 / m.weight.shape[1]) for m in matrices), (wide, 1 / 4001)):
+        # The deviation of n normal numbers errs by about 1 / sqrt(2n): below 0.6%, 1.1% in the scalar head.
+        assert matrix.weight.std().item() == pytest.approx(variance**0.5, rel=0.05)
+        assert abs(matrix.weight.mean().item()) < 0.07 * variance**0.5
 
 
 @given(configs(), SEEDS)
@@ -527,15 +465,6 @@ def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
-def test_a_folder_written_here_is_the_layout_of_its_family(tmp_path: Path, tokenizer):
-    """The names of the weights are those transformers gives its own: nothing renamed, nothing extra."""
-    for qk_norm in (False, True):
-        config = replace(TINY, qk_norm=qk_norm)
-        ours = {name: value.shape for name, value in LanguageModel(config).state_dict().items()}
-        theirs = hugging_face_model(config, 0).state_dict()
-        assert ours == {name: value.shape for name, value in theirs.items()}
 
 
 # ---- The scalar head
@@ -575,33 +504,6 @@ def test_new_blocks_of_a_scalar_model_begin_as_the_identity_and_can_learn(config
     for block in deeper.model.layers[-blocks:]:
         # What writes into the residual stream moves first; all else follows once it has.
         assert block.self_attn.o_proj.weight.grad.any() and block.mlp.down_proj.weight.grad.any()
-
-
-def test_the_first_weights_of_a_scalar_head_have_the_written_size():
-    config = replace(TINY, hidden_size=4000, num_hidden_layers=1)
-    head = scalar_from_language_model(LanguageModel(config), generator(0)).score.weight
-    # Over 4,000 draws the deviation is known to 1.1 %, the mean to 1.6 % of it.
-    assert head.std().item() == pytest.approx(4001**-0.5, rel=0.05)
-    assert abs(head.mean().item()) < 0.07 * 4001**-0.5
-
-
-@given(configs(), SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=4))
-@LAW
-def test_values_depend_on_no_padding_and_on_no_neighbour(config, seed, lengths):
-    model, rows = random_scalar(config, seed), random_tokens(config, len(lengths), max(lengths), seed)
-    together = model(rows)
-    for row, values, length in zip(rows, together, lengths, strict=True):
-        torch.testing.assert_close(values[:length], model(row[None, :length])[0], **CLOSE)
-
-
-@given(configs(), SEEDS, st.lists(st.integers(1, 7), min_size=1, max_size=4))
-@LAW
-def test_values_of_documents_packed_into_a_row_equal_separate_runs(config, seed, lengths):
-    model, row = random_scalar(config, seed), random_tokens(config, 1, sum(lengths), seed)
-    start = torch.tensor([[sum(lengths[:i]) for i, length in enumerate(lengths) for _ in range(length)]])
-    packed = model(row, start.int())
-    alone = torch.cat([model(part) for part in row.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone, **CLOSE)
 
 
 def test_in_bfloat16_scores_keep_the_digits_of_float32(tmp_path):
@@ -652,12 +554,3 @@ def test_a_sequence_classifier_of_transformers_opens_here(tmp_path, tokenizer, q
     row = torch.arange(1, 20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(row)[:, -1], theirs(row).logits[:, 0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|end|>", None])
-def test_the_padding_named_on_disk_never_ends_a_response(tmp_path, tokenizer, pad):
-    config = {**with_chat_template(tokenizer).config, "pad_token": pad, "eos_token": "<|end|>"}
-    own = Tokenizer(tokenizer.vocabulary, config)
-    save_scalar_model(tmp_path, random_scalar(replace(TINY, vocab_size=VOCABULARY), 0), own)
-    named = json.loads((tmp_path / "config.json").read_text())["pad_token_id"]
-    assert named is not None and named != ChatTemplate(own).end_id
