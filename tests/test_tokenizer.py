@@ -170,18 +170,11 @@ def test_training_gives_the_same_file_under_any_hash_seed(tmp_path, ours):
         "Tokenizer.train([sys.argv[1]], 400).save(sys.argv[2])"
     )
     ours.save(tmp_path / "0")
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code, CORPUS, str(tmp_path / seed)]
-        subprocess.run(command, env=environment, cwd=ROOT, check=True)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            written = (tmp_path / seed / name).read_bytes()
-            assert written == (tmp_path / "0" / name).read_bytes()
-
-
-def test_special_tokens_part_the_text_that_is_trained_on():
-    counts = count_words(["ab<|end|>ab<|end|><|mask|> ab"], SPECIAL_TOKENS, PATTERN)
-    assert counts == {"ab": 2, " ab": 1}
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", code, CORPUS, str(tmp_path / "1")]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
 
 
 @pytest.mark.parametrize("corpus", [[], [""], ["a b c"]])
@@ -243,12 +236,6 @@ def encode_naively(tokenizer: Tokenizer, pattern: str, text: str) -> list[int]:
 @settings(max_examples=300, deadline=None)
 def test_encoding_applies_the_merges_by_rank(ours, text):
     assert ours.encode(text) == encode_naively(ours, PATTERN, text)
-
-
-@given(st.text(), st.sampled_from([GPT2_PATTERN, PATTERN]))
-@settings(max_examples=200, deadline=None)
-def test_the_split_patterns_leave_no_character_out(text, pattern):
-    assert "".join(regex.findall(pattern, text)) == text
 
 
 @given(tricky)
@@ -322,10 +309,6 @@ def test_tokenizing_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_a_pickled_tokenizer_encodes_alike(ours):
-    assert pickle.loads(pickle.dumps(ours)).encode(CORPUS) == ours.encode(CORPUS)
-
-
 # --- scripts
 
 
@@ -363,16 +346,10 @@ def test_english_is_split_as_by_gpt4_and_hindi_takes_a_quarter_fewer_tokens(shar
 # --- files, and other libraries as judges
 
 
-@given(tricky, st.booleans())
-@settings(max_examples=400, deadline=None)
+@given(st.one_of(tricky, st.text("a1 \n\r\t'sSſT\u00a0\u3000,.-é你\u0300", max_size=30)), st.booleans())
+@settings(max_examples=600, deadline=None)
 def test_the_tokenizers_library_reads_our_file_with_the_same_ids(ours, theirs, text, special):
     assert ours.encode(text, special) == encode_theirs(theirs, text, special)
-
-
-@given(st.text(st.sampled_from("a1 \n\r\t'sSſT\u00a0\u3000,.-é你\u0300"), max_size=30))
-@settings(max_examples=300, deadline=None)
-def test_the_tokenizers_library_splits_alike(ours, theirs, text):
-    assert ours.encode(text) == encode_theirs(theirs, text)
 
 
 def test_autotokenizer_opens_a_saved_folder_with_the_same_ids_and_marks(ours, tmp_path):
@@ -410,27 +387,14 @@ def test_gpt2_gives_the_published_ids(gpt2, shared_data):
     assert [gpt2.decode(ids) for ids in expected] == strings
 
 
-def as_tiktoken(tokenizer: Tokenizer) -> tiktoken.Encoding:
-    special = tokenizer.special_tokens
-    ranks = {token: i for token, i in tokenizer.vocabulary.vocab.items() if i not in special.values()}
-    return tiktoken.Encoding(
-        "judge",
-        pat_str=tokenizer.vocabulary.pattern,
-        mergeable_ranks=ranks,
-        special_tokens=special,
-    )
-
-
 @pytest.fixture(scope="session")
 def gpt2_tiktoken(gpt2) -> tiktoken.Encoding:
     # Its ranks are ids in the order of the merges: 256 bytes first, then 50,000 products.
-    return as_tiktoken(gpt2)
-
-
-@given(st.one_of(texts, st.text("aeinorst hld'.,\n0123")))
-@settings(max_examples=300, deadline=None)
-def test_gpt2_gives_tiktokens_ids(gpt2, gpt2_tiktoken, text):
-    assert gpt2.encode(text) == gpt2_tiktoken.encode_ordinary(text)
+    special = gpt2.special_tokens
+    ranks = {token: i for token, i in gpt2.vocabulary.vocab.items() if i not in special.values()}
+    return tiktoken.Encoding(
+        "judge", pat_str=gpt2.vocabulary.pattern, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def test_gpt2_encodes_a_play_as_tiktoken_does(gpt2, gpt2_tiktoken, shared_data):
@@ -460,22 +424,6 @@ def test_the_fingerprint_changes_with_anything_that_changes_ids(ours):
     assert len({ours.fingerprint, *(tokenizer.fingerprint for tokenizer in changed)}) == 5
 
 
-def test_a_failed_save_leaves_the_old_files(ours, tmp_path, monkeypatch):
-    ours.save(tmp_path)
-    before = (tmp_path / "tokenizer.json").read_bytes()
-
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    assert_one_line(lambda: Tokenizer.train(["x"], 300).save(tmp_path), "No space left")
-    assert (tmp_path / "tokenizer.json").read_bytes() == before
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-
-
 @pytest.mark.parametrize(
     ("config", "bos", "eos"),
     [
@@ -495,88 +443,63 @@ def test_the_marks_of_a_document_come_from_tokenizer_config(ours, tmp_path, conf
     assert loaded.eos_id == (None if eos is None else loaded.special_tokens[eos])
 
 
-# What the library can be told to do with byte-level BPE, as in files of well-known models.
-def digits_first() -> pre_tokenizers.PreTokenizer:  # SmolLM, StarCoder
-    steps = [pre_tokenizers.Digits(individual_digits=True)]
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-def several_splits() -> pre_tokenizers.PreTokenizer:  # DeepSeek
-    patterns = [tokenizers.Regex(r"\p{N}{1,3}"), tokenizers.Regex("[一-龥]+"), "--"]
-    steps = [pre_tokenizers.Split(pattern, "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-def no_split() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-def gpt2_split() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
-
-
-def trained_by_the_library(split=gpt2_split, model=None, **settings) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the library's own making; settings of the trainer."""
-    judge = tokenizers.Tokenizer(model or models.BPE())
-    judge.pre_tokenizer, judge.decoder = split(), decoders.ByteLevel()
+def trained_by_the_library() -> tokenizers.Tokenizer:
+    """A byte-level BPE of the library's own making, split as GPT-2's."""
+    judge = tokenizers.Tokenizer(models.BPE())
+    judge.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    judge.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=380,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-        **settings,
+        vocab_size=380, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
     )
     judge.train_from_iterator([CORPUS], trainer)
     return judge
 
 
-def with_nfc() -> tokenizers.Tokenizer:  # Qwen
-    judge = trained_by_the_library()
-    judge.normalizer = normalizers.NFC()
-    return judge
-
-
-def with_whole_words() -> tokenizers.Tokenizer:  # Llama 3
-    judge = trained_by_the_library(model=models.BPE(ignore_merges=True))
-    document = json.loads(judge.to_str())
+def with_whole_words(document: dict) -> None:  # Llama 3
+    document["model"]["ignore_merges"] = True
     # A token that no merge makes: only a word that is the whole of it can have it.
-    document["model"]["vocab"]["xyzzy"] = len(document["model"]["vocab"])
-    return tokenizers.Tokenizer.from_str(json.dumps(document))
+    last = max(document["model"]["vocab"].values())
+    document["model"]["vocab"]["xyzzy"] = last + 1
+    for number, token in enumerate(document["added_tokens"], start=last + 2):
+        token["id"] = number
 
 
-def with_added_tokens() -> tokenizers.Tokenizer:  # Qwen's <tool_call>, and special ones behind
-    judge = trained_by_the_library()
-    plain = [tokenizers.AddedToken("<|of|>", normalized=False), "  \n", "ab"]
-    judge.add_tokens(plain)
-    judge.add_special_tokens(["<|end|>"])
-    return judge
-
-
-def with_old_merges() -> tokenizers.Tokenizer:
-    """Merges written as "a b", as older files have them, and in an order that no training gives."""
-    document = json.loads(trained_by_the_library().to_str())
-    document["model"]["merges"] = [" ".join(m) for m in reversed(document["model"]["merges"])]
-    return tokenizers.Tokenizer.from_str(json.dumps(document))
-
-
-makers = {
-    "GPT-2": trained_by_the_library,
-    "SmolLM": lambda: trained_by_the_library(digits_first),
-    "DeepSeek": lambda: trained_by_the_library(several_splits),
-    "no split": lambda: trained_by_the_library(no_split),
-    "NFC": with_nfc,
+# Files that differ from ours in one thing, so that only the library can open them; the first is the same
+# in the library's own writing.
+CHANGES = {
+    "ours, written by the library": lambda document: None,
+    "a normalizer": lambda document: document.update(normalizer={"type": "NFC"}),  # Qwen
     "ignore_merges": with_whole_words,
-    "added tokens": with_added_tokens,
-    "old merges": with_old_merges,
+    "another split": lambda document: document["pre_tokenizer"]["pretokenizers"].insert(
+        0,
+        {"type": "Digits", "individual_digits": True},  # SmolLM, StarCoder
+    ),
+    "removed pieces": lambda document: document["pre_tokenizer"]["pretokenizers"][0].update(
+        behavior="Removed"
+    ),
+    "a space in front": lambda document: document["pre_tokenizer"]["pretokenizers"][1].update(
+        add_prefix_space=True
+    ),
+    "an added token that is not special": lambda document: document["added_tokens"][-1].update(special=False),
+    "an added token that takes spaces": lambda document: document["added_tokens"][-1].update(lstrip=True),
 }
-spoken = ["<s>", "</s>", "<|of|>", "<|end|>", "ab", "xyzzy", "  \n", "the", " cat", "12", "e\u0301"]
+spoken = [*SPECIAL_TOKENS, "<s>", "</s>", "<|of|>", "ab", "xyzzy", "  \n", "the", " cat", "12", "e\u0301"]
 
 
-@pytest.fixture(scope="module", params=makers)
-def opened(request, tmp_path_factory) -> tuple[tokenizers.Tokenizer, Tokenizer, Tokenizer]:
+@pytest.fixture(scope="module", params=[*CHANGES, "GPT-2", "added tokens"])
+def opened(request, ours, tmp_path_factory) -> tuple[tokenizers.Tokenizer, Tokenizer, Tokenizer]:
     """A tokenizer of the library, the same opened here, and that saved and opened again."""
     folder = tmp_path_factory.mktemp("theirs")
-    judge = makers[request.param]()
+    if request.param in CHANGES:
+        document = json.loads(to_json(ours.vocabulary))
+        CHANGES[request.param](document)
+        judge = tokenizers.Tokenizer.from_str(json.dumps(document))
+    else:
+        judge = trained_by_the_library()
+    if request.param == "added tokens":  # Qwen's <tool_call>, and special ones behind
+        judge.add_tokens([tokenizers.AddedToken("<|of|>", normalized=False), "  \n", "ab"])
+        judge.add_special_tokens(["<|end|>"])
     judge.save(str(folder / "tokenizer.json"))
     loaded = Tokenizer.load(folder)
     loaded.save(folder / "again")
@@ -584,21 +507,13 @@ def opened(request, tmp_path_factory) -> tuple[tokenizers.Tokenizer, Tokenizer, 
 
 
 @given(st.lists(st.one_of(texts, st.sampled_from(spoken))).map("".join), st.booleans())
-@settings(max_examples=100, deadline=None)
+@example(CORPUS + "".join(spoken), True)
+@settings(max_examples=50, deadline=None)
 def test_a_file_of_the_tokenizers_library_opens_with_the_same_ids(opened, text, special):
     judge, loaded, again = opened
     expected = encode_theirs(judge, text, special)
     assert loaded.encode(text, special) == expected
     assert again.encode(text, special) == expected
-
-
-def test_a_file_loaded_and_saved_means_the_same_to_the_library(opened, tmp_path):
-    judge, loaded, _ = opened
-    loaded.save(tmp_path)
-    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    text = CORPUS + "".join(spoken)
-    for special in (True, False):
-        assert encode_theirs(again, text, special) == encode_theirs(judge, text, special)
 
 
 def test_a_post_processor_is_kept_for_other_tools(tmp_path):
