@@ -175,15 +175,12 @@ def test_held_out_text_is_what_training_never_sees():
 
 
 @given(st.integers(1, 400))
-def test_a_text_is_cut_to_size_between_characters(size):
+def test_a_text_is_cut_to_size_between_characters_and_gives_what_it_has_where_that_is_less(size):
     one = Source("one", 1.0, lambda: iter(["Über den Fluß. " * 400]), "")
     (cut,) = list(held_out_text([one], 0.5, size))
     assert size - 1 <= len(cut.encode()) <= size
-
-
-def test_a_source_that_is_too_small_gives_what_it_has():
-    one = Source("one", 1.0, lambda: iter(["The cat. " * 50]), "")
-    assert list(held_out_text([one], 0.1, 10**6)) == [("The cat. " * 50)[-45:]]
+    short = Source("short", 1.0, lambda: iter(["The cat. " * 50]), "")
+    assert list(held_out_text([short], 0.1, 10**6)) == [("The cat. " * 50)[-45:]]
 
 
 def test_the_right_answer_is_the_first_of_those_to_choose_from():
@@ -254,10 +251,8 @@ def test_shuffled_sides_change_no_outcome_and_exchanged_ones_mirror_it(judges, n
     mirrored = [None if outcome is None else -outcome for outcome in outcomes]
     assert blind(judge, [exchanged(one) for one in pairs], 0) == mirrored
     assert outcomes[4::5] == [0, 0, 0], "equal replies tie"
-
-
-def test_the_rubric_prefers_the_reply_without_an_insult(judges):
-    assert judges["rubric"](pairs_of(10)) == [1, -1, 1, -1, 0, -1, 1, -1, 1, 0]
+    if name == "rubric":
+        assert outcomes[:4] == [1, -1, 1, -1], "the reply without an insult is better"
 
 
 @given(st.integers(0, 10**6))
@@ -502,12 +497,9 @@ def odd(folders, base) -> None:
         ("masked", "masked: was trained on masked tokens"),
         ("base elsewhere", "--seed 5"),
         ("base --prompts 0", "--prompts"),
-        ("base --split train", "split"),
         ("base --show -1", "--show"),
-        ("base --seed -1", "--seed"),
         ("base --temperature -1", "temperature"),
         ("base --max-new-tokens 250", "--max-new-tokens 250"),
-        ("base --judge nobody", "judge"),
         ("base --judge reward --reward nowhere", "nowhere"),
         ("base --judge reward --reward chat", "reward model's folder"),
         ("base --judge model", "--judge-model"),
@@ -517,10 +509,8 @@ def odd(folders, base) -> None:
         ("base --data empty.jsonl", "empty.jsonl"),
         ("base --data empty.jsonl --judge rubric", "--judge rubric"),
         ("base --text empty.txt", "empty.txt"),
-        ("base --device tpu", "tpu"),
         ("base --out empty.txt/out", "--out"),
         (f"base --out {'x' * 300}", "--out"),
-        (f"{'x' * 300}", "xxx"),
     ],
 )
 @pytest.mark.usefixtures("odd")
