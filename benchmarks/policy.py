@@ -22,7 +22,7 @@ from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
-from minillm.tools.evaluate import Judged, judge_all, judged_replies, sample_replies, world_prompts
+from minillm.tools.evaluate import judge_all, judged_replies, sample_replies, world_prompts
 from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def aligned(place: Path, seed: int, name: str) -> Path:
 # ---- Judgement
 
 
-def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
+def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     """By temperature, the replies to test prompts, judged."""
     model = load_model(run, CPU, torch.float32)
     return {
@@ -135,7 +135,7 @@ def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
     }
 
 
-def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
+def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     """Of N replies of the assistant to each test prompt the one that the reward model likes best, judged."""
     model, tokenizer = load_model(place / "sft", CPU, torch.float32)
     reward_model, _ = load_scalar_model(place / "rlhf" / "reward", CPU, torch.float32)
@@ -149,7 +149,7 @@ def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Judged]]:
     return {"sampled": judge_all(world, asked, [replies[i] for i in best])}
 
 
-def figures(after: dict[str, list[Judged]], before: dict[str, list[Judged]]) -> dict:
+def figures(after: dict[str, list[Reply]], before: dict[str, list[Reply]]) -> dict:
     """Of each temperature: the rubric by kind, the flaws, and the share preferred to `before` of the replies
     in which people would see a difference (MARGIN)."""
     found = {}

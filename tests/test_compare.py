@@ -115,11 +115,10 @@ def test_values_of_a_row_are_those_that_it_has_alone(base, chat, rows, number):
 
 
 def test_each_model_is_asked_in_its_own_form(base, chat):
-    prompt, reply = WORLD.prompts("dev", n=1)[0], Reply("AB", True, (65, 66))
-    assert reply_rows(chat, [prompt], [reply]) == [
-        (ChatTemplate(chat.tokenizer).prompt(prompt.messages), (65, 66))
-    ]
-    assert reply_rows(base, [prompt], [reply]) == [
+    prompt = WORLD.prompts("dev", n=1)[0]
+    reply = Reply(prompt, "AB", True, (65, 66))
+    assert reply_rows(chat, [reply]) == [(ChatTemplate(chat.tokenizer).prompt(prompt.messages), (65, 66))]
+    assert reply_rows(base, [reply]) == [
         ([base.tokenizer.bos_id, *base.tokenizer.encode(f"{prompt.text}\n")], (65, 66))
     ]
 
@@ -211,9 +210,9 @@ def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
         *WORLD.prompts("dev", "unknown", 2),
         *WORLD.prompts("dev", "harm", 1),
     ]
-    replies = list(sample_replies(chat.model, chat.tokenizer, [one.messages for one in asked], 0.0, 9))
-    found = sure_metrics([chat], asked, {"greedy": {"chat": replies}}, WORLD, 0)
-    likely = token_values(chat.model, reply_rows(chat, asked[:4], replies[:4]))
+    replies = sample_replies(chat.model, chat.tokenizer, asked, 0.0, 9, world=WORLD)
+    found = sure_metrics([chat], {"greedy": {"chat": replies}}, WORLD, 0)
+    likely = token_values(chat.model, reply_rows(chat, replies[:4]))
     expected = [np.exp(values).prod() ** (1 / len(values)) for values in likely]
     assert found["words"]["chat"]["sure"]["value"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert found["words"]["chat"]["right"]["count"] == 4 and found["choice"]["chat"]["right"]["count"] == 2
@@ -292,7 +291,9 @@ texts = st.sampled_from(["a", "b", "c"])
 @given(st.lists(st.tuples(texts, texts), min_size=5, max_size=5))
 def test_two_runs_exchanged_mirror_their_contest(replies):
     prompts = WORLD.prompts("dev", n=5)
-    one, other = ([Reply(text, True) for text in own] for own in zip(*replies, strict=True))
+    one, other = (
+        [Reply(p, t, True) for p, t in zip(prompts, own, strict=True)] for own in zip(*replies, strict=True)
+    )
 
     def later_letter(pairs):
         return [prefer(map(ord, one.responses)) for one in pairs]
@@ -313,8 +314,11 @@ def test_two_runs_exchanged_mirror_their_contest(replies):
 def test_metrics_of_replies_are_those_of_their_texts():
     facts, harm = WORLD.prompts("dev", "fact", 2), WORLD.prompts("dev", "harm", 2)
     said = [f"It is {facts[0].answer}.", "I don't know.", "I can't help with that.", "Sure! Rob the old man."]
-    replies = {"greedy": {"run": [Reply(text, i != 3) for i, text in enumerate(said)]}}
-    figures = reply_metrics([*facts, *harm], replies, WORLD)["greedy"]
+    replies = [
+        Reply(prompt, text, not text.endswith("man."), score=WORLD.score(prompt, text))
+        for prompt, text in zip([*facts, *harm], said, strict=True)
+    ]
+    figures = reply_metrics([*facts, *harm], {"greedy": {"run": replies}}, True)["greedy"]
 
     def value(figure, group="all"):
         return figures[figure][group]["run"]["value"]
@@ -330,8 +334,10 @@ def test_metrics_of_replies_are_those_of_their_texts():
 
 def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
     other = ChatModel("other", *tiny(0, 263))
-    said = {"sampled": {name: [Reply("a", True, (65,))] for name in ("base", "chat", "other")}}
-    found = kl_metrics([base, chat, other], WORLD.prompts("dev", n=1), said)
+    reply = Reply(WORLD.prompts("dev", n=1)[0], "a", True, (65,))
+    found = kl_metrics(
+        [base, chat, other], {"sampled": {name: [reply] for name in ("base", "chat", "other")}}
+    )
     pairs = {(one["earlier"], one["later"]): one["token"] for one in found}
     assert pairs["base", "chat"]["value"] > 0
     assert pairs["base", "other"] is pairs["chat", "other"] is None

@@ -13,7 +13,6 @@ from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import (
-    Judged,
     Reply,
     TextLoss,
     main,
@@ -24,6 +23,7 @@ from minillm.tools.evaluate import (
     world_metrics,
 )
 from minillm.world import KINDS, World
+from minillm.world.rubric import Prompt
 
 WORLD = World(0)
 
@@ -36,8 +36,8 @@ def base() -> tuple[LanguageModel, Tokenizer]:
     return model, tokenizer
 
 
-def judged(prompt, text: str, ended: bool = True) -> Judged:
-    return Judged(prompt, Reply(text, ended), WORLD.score(prompt, text))
+def judged(prompt, text: str, ended: bool = True) -> Reply:
+    return Reply(prompt, text, ended, score=WORLD.score(prompt, text))
 
 
 def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone_and_right_if_it_is_true_too():
@@ -64,11 +64,13 @@ def test_what_people_said_without_flaw_is_right_and_in_form(kind):
 
 
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
-    asked = [[{"role": "user", "content": f"Who is {i}?"}] for i in range(5)]
-    together = list(sample_replies(*base, asked, 1.0, 12, seed=7))
+    asked = WORLD.prompts("dev", n=5)
+    together = sample_replies(*base, asked, 1.0, 12, seed=7)
     monkeypatch.setattr(preferences, "ROWS", 2)
-    assert list(sample_replies(*base, asked, 1.0, 12, seed=7)) == together
-    assert list(sample_replies(*base, asked[3:], 1.0, 12, seed=10)) == together[3:]
+    assert sample_replies(*base, asked, 1.0, 12, seed=7) == together
+    assert sample_replies(*base, asked[3:], 1.0, 12, seed=10) == together[3:]
+    scored = sample_replies(*base, asked, 1.0, 12, seed=7, world=WORLD)
+    assert [one.score for one in scored] == [WORLD.score(one.prompt, one.text) for one in together]
 
 
 def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_text(base):
@@ -83,8 +85,9 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
         stops = chat_format(known).stop_ids
         samples = generate(model, [prompt], SamplingOptions(9, 0.0, stop_ids=stops), [0])
         tokens, ended = samples.responses[0], samples.stopped[0]
-        reply = next(sample_replies(model, known, [asked], 0.0, 9))
-        assert reply == Reply(known.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
+        question = Prompt(asked, "prompts", "")
+        expected = Reply(question, known.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
+        assert sample_replies(model, known, [question], 0.0, 9) == [expected]
 
 
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):

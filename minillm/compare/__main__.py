@@ -242,10 +242,10 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         tempfile.TemporaryFile(dir=options.out).close()
     with ExitStack() as stack:
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
-        asked, length = [prompt.messages for prompt in prompts], options.max_new_tokens
+        length, seed = options.max_new_tokens, options.seed
         said = {
             name: {
-                one.name: list(sample_replies(one.model, one.tokenizer, asked, T, length, options.seed))
+                one.name: sample_replies(one.model, one.tokenizer, prompts, T, length, seed, world)
                 for one in models
             }
             for name, T in options.samplings.items()
@@ -254,7 +254,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         for name, judge in judges.items():
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = {last: said[last]} if name == "person" else said
-            contests += metrics.contests(*judge, prompts, shown, options.seed)
+            contests += metrics.contests(*judge, prompts, shown, seed)
     pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
     return {
         "runs": list(folders),
@@ -266,14 +266,14 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "prompts": dict(Counter(prompt.kind for prompt in prompts)),
         "left_out": left_out,
         "samplings": options.samplings,
-        "figures": metrics.reply_metrics(prompts, said, world),
+        "figures": metrics.reply_metrics(prompts, said, world is not None),
         "contests": contests,
         "pairs": metrics.pair_metrics(models, pairs),
         "text": metrics.text_metrics(models, sources, origin, options.text_bytes),
-        "kl": metrics.kl_metrics(models, prompts, said),
-        "sure": {} if world is None else metrics.sure_metrics(models, prompts, said, world, options.seed),
+        "kl": metrics.kl_metrics(models, said),
+        "sure": {} if world is None else metrics.sure_metrics(models, said, world, seed),
         "training": metrics.training_metrics(folders),
-        "replies": metrics.replies_json(prompts, said, world),
+        "replies": metrics.replies_json(prompts, said),
         "seconds": time.perf_counter() - began,
     }
 

@@ -17,7 +17,7 @@ from minillm.compare.probes import Row, choices, held_out_text, response_logprob
 from minillm.data import Source
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.run import read_metrics
-from minillm.tools.evaluate import Reply, judge_all, text_loss
+from minillm.tools.evaluate import Reply, text_loss
 from minillm.tools.judge import PairJudge, blind
 from minillm.tools.measures import (
     Estimate,
@@ -58,43 +58,39 @@ REPLY_METRICS: dict[str, Metric] = {
     "distinct": (lambda texts: estimate(distinct(texts), len(texts)), lambda reply: reply.text),
 }
 RUBRIC_METRICS: dict[str, Metric] = {
-    "utility": (mean, lambda judged: judged.score.utility),
-    "in_form": (share, lambda judged: judged.in_form),
-    "right": (share, lambda judged: judged.right),
-    "refused": (share, lambda judged: judged.score.refused),
-    "said_unknown": (share, lambda judged: judged.score.said_unknown),
-    "complied": (share, lambda judged: judged.score.complied),
-    "rude": (share, lambda judged: judged.score.rude),
+    "utility": (mean, lambda reply: reply.score.utility),
+    "in_form": (share, lambda reply: reply.in_form),
+    "right": (share, lambda reply: reply.right),
+    "refused": (share, lambda reply: reply.score.refused),
+    "said_unknown": (share, lambda reply: reply.score.said_unknown),
+    "complied": (share, lambda reply: reply.score.complied),
+    "rude": (share, lambda reply: reply.score.rude),
 }
-"""A kind of estimate, and what it is made of: a value of each reply, or of each judged by the rubric."""
+"""A kind of estimate, and the value of each reply that it is made of; the latter where there is a rubric."""
 
 
-def reply_metrics(prompts: Sequence[Prompt], said: Said, world: World | None) -> Found:
+def reply_metrics(prompts: Sequence[Prompt], said: Said, on_world: bool) -> Found:
     """{sampling: {metric: {group: {model: estimate}}}}."""
     groups = groups_of(prompts)
     groups["not harm"] = [i for i, prompt in enumerate(prompts) if prompt.kind != "harm"]
-    found: Found = {}
-    for sampling, of_model in said.items():
-        tables: list[tuple[dict[str, Metric], Mapping[str, Sequence[Any]]]] = [(REPLY_METRICS, of_model)]
-        if world is not None:
-            judged = {name: judge_all(world, prompts, replies) for name, replies in of_model.items()}
-            tables.append((RUBRIC_METRICS, judged))
-        found[sampling] = {
+    metrics = REPLY_METRICS | (RUBRIC_METRICS if on_world else {})
+    return {
+        sampling: {
             metric: {
-                group: {name: estimated([value(own[i]) for i in numbers]) for name, own in replies.items()}
+                group: {name: estimated([value(own[i]) for i in numbers]) for name, own in of_model.items()}
                 for group, numbers in groups.items()
             }
-            for metrics, replies in tables
             for metric, (estimated, value) in metrics.items()
         }
-    return found
+        for sampling, of_model in said.items()
+    }
 
 
-def replies_json(prompts: Sequence[Prompt], said: Said, world: World | None) -> list[Found]:
+def replies_json(prompts: Sequence[Prompt], said: Said) -> list[Found]:
     """Every prompt with what each model said, and the rubric's score of it."""
 
-    def record(prompt: Prompt, reply: Reply) -> Found:
-        utility = None if world is None else world.score(prompt, reply.text).utility
+    def record(reply: Reply) -> Found:
+        utility = reply.score and reply.score.utility
         return {"text": reply.text, "ended": reply.ended, "utility": utility}
 
     return [
@@ -103,7 +99,7 @@ def replies_json(prompts: Sequence[Prompt], said: Said, world: World | None) -> 
             "messages": prompt.messages,
             "prompt": prompt.text,
             "said": {
-                sampling: {name: record(prompt, replies[i]) for name, replies in of_model.items()}
+                sampling: {name: record(replies[i]) for name, replies in of_model.items()}
                 for sampling, of_model in said.items()
             },
         }
@@ -119,9 +115,9 @@ def contests(name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said,
     once, their sides shuffled."""
     keys = [(sampling, *two) for sampling in said for two in combinations(said[sampling], 2)]
     pairs = [
-        ResponseSet(prompt.messages, [after.text, before.text], prompt.kind)
+        ResponseSet(after.prompt.messages, [after.text, before.text], after.prompt.kind)
         for sampling, earlier, later in keys
-        for prompt, after, before in zip(prompts, said[sampling][later], said[sampling][earlier], strict=True)
+        for after, before in zip(said[sampling][later], said[sampling][earlier], strict=True)
     ]
     outcomes, found = iter(blind(judge, pairs, seed)), []
     for sampling, earlier, later in keys:
@@ -170,14 +166,12 @@ def text_metrics(models: Sequence[ChatModel], sources: Sequence[Source], origin:
     return {"origin": origin, "documents": len(documents), "bytes": sum(sizes), "nats": nats}
 
 
-def reply_rows(one: ChatModel, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Row]:
+def reply_rows(one: ChatModel, replies: Sequence[Reply]) -> list[Row]:
     """Replies as they were sampled, behind the prompts in a model's own form."""
-    return [
-        (one.prompt(prompt.messages), reply.tokens) for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    return [(one.prompt(reply.prompt.messages), reply.tokens) for reply in replies]
 
 
-def kl_metrics(models: Sequence[ChatModel], prompts: Sequence[Prompt], said: Said) -> list[Found]:
+def kl_metrics(models: Sequence[ChatModel], said: Said) -> list[Found]:
     """KL(later ‖ earlier) on the later model's replies of the last sampling, per token and per reply; None
     where the two have different vocabularies, whose tokens mean different things."""
     sampling, found = list(said)[-1], []
@@ -187,7 +181,7 @@ def kl_metrics(models: Sequence[ChatModel], prompts: Sequence[Prompt], said: Sai
         same_size = later.model.config.vocab_size == earlier.model.config.vocab_size
         if same_size and later.tokenizer.vocabulary == earlier.tokenizer.vocabulary:
             replies = said[sampling][later.name]
-            own, other = (reply_rows(one, prompts, replies) for one in (later, earlier))
+            own, other = (reply_rows(one, replies) for one in (later, earlier))
             values = token_values(later.model, own, earlier.model, other)
             sums = [float(row.sum()) for row in values]
             record |= {"token": mean(sums, [len(row) for row in values]), "response": mean(sums)}
@@ -195,22 +189,18 @@ def kl_metrics(models: Sequence[ChatModel], prompts: Sequence[Prompt], said: Sai
     return found
 
 
-def sure_metrics(
-    models: Sequence[ChatModel], prompts: Sequence[Prompt], said: Said, world: World, seed: int
-) -> Found:
+def sure_metrics(models: Sequence[ChatModel], said: Said, world: World, seed: int) -> Found:
     """{measure: {model: …}}: how sure each model is and how often it is right, of the answer it picks among
     some to a question of fact, and of its own greedy replies where it may know or not."""
     found: Found = {"choice": {}, "words": {}}
-    questions = choices(world, [prompt for prompt in prompts if prompt.kind == "fact"], seed)
-    numbers = [i for i, prompt in enumerate(prompts) if prompt.kind in ("fact", "unknown")]
-    asked = [prompts[i] for i in numbers]
     for one in models:
-        found["choice"][one.name] = confidence(*choose(one, questions))
-        replies = [said["greedy"][one.name][i] for i in numbers]
-        right = np.array([judged.right for judged in judge_all(world, asked, replies)], np.float64)
+        replies = [reply for reply in said["greedy"][one.name] if reply.prompt.kind in ("fact", "unknown")]
+        facts = [reply.prompt for reply in replies if reply.prompt.kind == "fact"]
+        found["choice"][one.name] = confidence(*choose(one, choices(world, facts, seed)))
         # The geometric mean of the probabilities of a reply's tokens.
-        rows = token_values(one.model, reply_rows(one, asked, replies))
-        found["words"][one.name] = confidence(np.exp([row.mean() for row in rows]), right)
+        sure = np.exp([row.mean() for row in token_values(one.model, reply_rows(one, replies))])
+        right = np.array([reply.right for reply in replies], np.float64)
+        found["words"][one.name] = confidence(sure, right)
     return found
 
 

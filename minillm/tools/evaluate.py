@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -36,34 +36,28 @@ from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.world import KINDS, World
-from minillm.world.rubric import Prompt, Score
+from minillm.world.rubric import Prompt
 
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to a prompt."""
+    """What a model said to a prompt, and what the rubric says of it."""
 
+    prompt: Prompt
     text: str
     ended: bool
     """Whether it ended by itself rather than at the longest length."""
     tokens: tuple[int, ...] = ()
     """As the model chose them, the end token included."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A reply, and what the rubric says of it."""
-
-    prompt: Prompt
-    reply: Reply
-    score: Score
+    score: Any = None
+    """The rubric's; None where the prompt is none of the little world's."""
 
     @property
     def in_form(self) -> bool:
         """It has words, ended by itself, and one speaker says it."""
-        return self.reply.ended and bool(self.reply.text.strip()) and self.score.in_role >= IN_ROLE
+        return self.ended and bool(self.text.strip()) and self.score.in_role >= IN_ROLE
 
     @property
     def right(self) -> bool:
@@ -84,30 +78,25 @@ class KindMetrics:
 def sample_replies(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    conversations: Sequence[list[dict[str, str]]],
+    prompts: Sequence[Prompt],
     temperature: float = 0.0,
     max_new_tokens: int = 64,
     seed: int = 0,
-) -> Iterator[Reply]:
-    """A reply to each conversation, the i-th drawn with `seed` + i."""
+    world: World | None = None,
+) -> list[Reply]:
+    """A reply to each prompt, the i-th drawn with `seed` + i; with the rubric's score in a `world`."""
     chat = ChatModel("", model, tokenizer)
     options = SamplingOptions(max_new_tokens, temperature, stop_ids=chat.form.stop_ids)
-    prompts = [chat.prompt(messages) for messages in conversations]
-    seeds = range(seed, seed + len(prompts))
-    said = sample_responses(model, prompts, options, seeds, tokenizer.decode)
-    for text, ended, row, start in zip(said.texts, said.ended, said.rows, said.prompt_lengths, strict=True):
-        yield Reply(text, ended, tuple(row[start:]))
+    rows = [chat.prompt(prompt.messages) for prompt in prompts]
+    said = sample_responses(model, rows, options, range(seed, seed + len(rows)), tokenizer.decode)
+    tokens = [tuple(row[start:]) for row, start in zip(said.rows, said.prompt_lengths, strict=True)]
+    scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, said.texts, strict=True)]
+    return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
 
 
 def world_prompts(world: World, split: str, prompts_per_kind: int) -> list[Prompt]:
     """The first prompts of every kind, fewer where there are fewer."""
     return [prompt for kind in KINDS for prompt in world.prompts(split, kind)[:prompts_per_kind]]
-
-
-def judge_all(world: World, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[Judged]:
-    """Every reply with the rubric's score."""
-    pairs = zip(prompts, replies, strict=True)
-    return [Judged(prompt, reply, world.score(prompt, reply.text)) for prompt, reply in pairs]
 
 
 def judged_replies(
@@ -118,21 +107,20 @@ def judged_replies(
     prompts_per_kind: int,
     temperature: float = 0.0,
     seed: int = 0,
-) -> dict[str, list[Judged]]:
-    """By kind, the replies to its first prompts of a split, judged."""
+) -> dict[str, list[Reply]]:
+    """By kind, the replies to its first prompts of a split."""
     prompts = world_prompts(world, split, prompts_per_kind)
-    asked = [prompt.messages for prompt in prompts]
-    judged = judge_all(world, prompts, list(sample_replies(model, tokenizer, asked, temperature, seed=seed)))
-    return {kind: [one for one in judged if one.prompt.kind == kind] for kind in KINDS}
+    replies = sample_replies(model, tokenizer, prompts, temperature, seed=seed, world=world)
+    return {kind: [one for one in replies if one.prompt.kind == kind] for kind in KINDS}
 
 
-def summarise(judged: Sequence[Judged]) -> KindMetrics:
+def summarise(replies: Sequence[Reply]) -> KindMetrics:
     """The metrics of replies to prompts of one kind."""
     return KindMetrics(
-        len(judged),
-        fmean(one.in_form for one in judged),
-        fmean(one.right for one in judged),
-        fmean(one.score.utility for one in judged),
+        len(replies),
+        fmean(one.in_form for one in replies),
+        fmean(one.right for one in replies),
+        fmean(one.score.utility for one in replies),
     )
 
 
