@@ -22,7 +22,7 @@ from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
-from minillm.tools.evaluate import judge_all, judged_replies, sample_replies, world_prompts
+from minillm.tools.evaluate import judged_replies, sample_replies, world_prompts
 from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")
@@ -141,12 +141,12 @@ def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     reward_model, _ = load_scalar_model(place / "rlhf" / "reward", CPU, torch.float32)
     world, template = World(seed), ChatTemplate(tokenizer)
     asked = world_prompts(world, "test", prompts)
-    repeated = [prompt.messages for prompt in asked for _ in range(N)]
-    replies = list(sample_replies(model, tokenizer, repeated, 1.0, seed=seed))
-    rows = [encode_response(template, m, r.text) for m, r in zip(repeated, replies, strict=True)]
+    repeated = [prompt for prompt in asked for _ in range(N)]
+    replies = sample_replies(model, tokenizer, repeated, 1.0, seed=seed, world=world)
+    rows = [encode_response(template, one.prompt.messages, one.text) for one in replies]
     scores = score_rows(reward_model, rows)
     best = [max(range(i, i + N), key=scores.__getitem__) for i in range(0, len(replies), N)]
-    return {"sampled": judge_all(world, asked, [replies[i] for i in best])}
+    return {"sampled": [replies[i] for i in best]}
 
 
 def figures(after: dict[str, list[Reply]], before: dict[str, list[Reply]]) -> dict:
