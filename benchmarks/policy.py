@@ -22,7 +22,7 @@ from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
-from minillm.tools.evaluate import judged_replies, sample_replies, world_prompts
+from minillm.tools.evaluate import Reply, judged_replies, sample_replies, world_prompts
 from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")
