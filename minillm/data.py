@@ -37,7 +37,7 @@ from tqdm import tqdm
 from minillm.chat import Conversation, Dialogue
 from minillm.errors import InputError
 from minillm.files import digest
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import ENDOFTEXT, Tokenizer
 
 Item = TypeVar("Item")
 Side = Literal["train", "val"]
@@ -246,8 +246,9 @@ def tokenize(
     """
     from minillm.fast.cache import cached_streams
 
-    bos, _ = document_marks(tokenizer)
-    key = digest(FORMAT_VERSION, source.fingerprint, source.size, tokenizer.fingerprint, val_fraction)
+    bos, eos = document_marks(tokenizer)
+    version, fingerprint = (FORMAT_VERSION, bos, eos), tokenizer.fingerprint
+    key = digest(version, source.fingerprint, source.size, fingerprint, val_fraction)
     parts = _marked_documents(source, tokenizer, val_fraction, workers)
     streams, counts, dropped = cached_streams(folder / key, tokenizer.vocab_size, parts, source.dropped)
     return TokenizedSource(
@@ -257,11 +258,16 @@ def tokenize(
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other."""
-    ids = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    if not ids:
+    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other.
+
+    Where there is no bos, eos may be the end of a chat's reply (Qwen's): <|endoftext|> comes before it.
+    """
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if tokenizer.config.get("bos_token") is None:
+        bos = eos = tokenizer.special_tokens.get(ENDOFTEXT, eos)
+    if bos is None:
         raise InputError("the tokenizer has no bos or eos token to mark documents with: add one")
-    return ids[0], ids[-1]
+    return bos, bos if eos is None else eos
 
 
 def _marked_documents(

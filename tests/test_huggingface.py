@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import ChatTemplate, with_chat_template
+from minillm.data import document_marks
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.config import config_from_json
@@ -275,6 +276,17 @@ def test_tokens_that_only_the_settings_name_are_tokens_as_in_transformers(tmp_pa
     (tmp_path / "again").mkdir()
     ours.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").encode(text, special=True) == ours.encode(text, special=True)
+
+
+def test_documents_are_not_framed_by_the_end_of_a_chats_reply():
+    special = TOKENIZER.special_tokens
+    end, document = special["<|end|>"], special["<|endoftext|>"]
+    for config, marks in (
+        ({"eos_token": "<|end|>"}, (document, document)),
+        ({"eos_token": "<|end|>", "bos_token": "<|user|>"}, (special["<|user|>"], end)),
+        ({"eos_token": "<|endoftext|>"}, (document, document)),
+    ):
+        assert document_marks(Tokenizer(TOKENIZER.vocabulary, config)) == marks
 
 
 def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_kept(tmp_path):

@@ -119,10 +119,8 @@ def _from_others(folder: Path) -> Tokenizer:
     # A template that does not work is told where it is used; generation_config.json is no part of the model.
     with suppress(InputError, TypeError):
         stops = read_json(folder / "generation_config.json").get("eos_token_id")
-        names, own = (
-            {i: name for name, i in tokenizer.special_tokens.items()},
-            ChatTemplate(tokenizer).stop_ids,
-        )
+        names = {i: name for name, i in tokenizer.special_tokens.items()}
+        own = ChatTemplate(tokenizer).stop_ids
         listed = stops if isinstance(stops, list) else [stops]
         if kept := [names[stop] for stop in listed if stop in names and stop not in own]:
             config["minillm_stop_tokens"] = kept
