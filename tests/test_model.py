@@ -307,6 +307,8 @@ def test_a_saved_model_opens_in_transformers_with_the_same_logits(
 def test_a_folder_of_transformers_whole_or_sharded_opens_here_with_the_same_logits(
     tmp_path_factory, tokenizer, config, seed, shard, dtype
 ):
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path_factory.mktemp("theirs")
     theirs = hugging_face_model(config, seed).to(dtype)
     theirs.save_pretrained(folder, max_shard_size=shard)
@@ -317,7 +319,8 @@ def test_a_folder_of_transformers_whole_or_sharded_opens_here_with_the_same_logi
     assert loaded.fingerprint == tokenizer.fingerprint
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     tokens = random_tokens(model.config, 2, 13, seed)
-    judge = judged(theirs.float(), tokens)[..., : tokenizer.vocab_size]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    judge = judged(theirs, tokens)[..., : tokenizer.vocab_size]
     torch.testing.assert_close(all_logits(model, tokens), judge, rtol=0, atol=1e-4)
 
 
