@@ -200,14 +200,7 @@ class Vocabulary:
 
     @cached_property
     def _words(self) -> "_WordCache":
-        symbol = {token: chr(i) for token, i in self.vocab.items()}
-        return _WordCache(
-            symbol_of_byte={byte: symbol[bytes([byte])] for byte in range(256)},
-            merge_of={
-                symbol[left] + symbol[right]: (rank, symbol[left + right])
-                for rank, (left, right) in enumerate(self.merges)
-            },
-        )
+        return _WordCache(self.vocab, self.merges)
 
     def __reduce__(self) -> tuple:
         return Vocabulary, tuple(getattr(self, field.name) for field in fields(self))  # no caches
@@ -216,10 +209,15 @@ class Vocabulary:
 class _WordCache(dict[str, tuple[int, ...]]):
     """word → ids, worked out when first looked up; emptied when full."""
 
-    def __init__(self, symbol_of_byte: dict[int, str], merge_of: dict[str, tuple[int, str]]) -> None:
-        """`merge_of` holds for each pair its rank and what it becomes."""
+    def __init__(self, vocab: Mapping[bytes, int], merges: Iterable[tuple[bytes, bytes]]) -> None:
         super().__init__()
-        self.symbol_of_byte, self.merge_of = symbol_of_byte, merge_of
+        symbol = {token: chr(i) for token, i in vocab.items()}
+        self.symbol_of_byte = {byte: symbol[bytes([byte])] for byte in range(256)}
+        # For each pair its rank and what it becomes.
+        self.merge_of = {
+            symbol[left] + symbol[right]: (rank, symbol[left + right])
+            for rank, (left, right) in enumerate(merges)
+        }
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         if len(word) > CACHED_WORD_LENGTH:
