@@ -271,8 +271,8 @@ def test_a_row_of_more_values_than_columns_is_not_read_in_part(tmp_path):
 def test_invalid_utf8_is_refused_with_its_offset_or_replaced(tmp_path, monkeypatch, name, block):
     monkeypatch.setattr(files_module, "BLOCK", block)
     good = b'{"text": "\xc3\xa9"}\n' * 3
-    file = write(tmp_path / name, good + b'{"text": "\xff"}\n')
-    assert name in (message := refusal(file)) and f"byte {len(good) + 10};" in message
+    file = write(tmp_path / name, good + b'{"text": "\xc3\xa9\xff"}\n')  # behind a character cut in two
+    assert name in (message := refusal(file)) and f"byte {len(good) + 12};" in message
     assert "\ufffd" in texts(file, errors="replace")[-1]
 
 
