@@ -31,6 +31,7 @@ from minillm.ppo import (
     k1,
     k2,
     k3,
+    moments,
     pack_responses,
     penalised_rewards,
     policy_losses,
@@ -216,7 +217,9 @@ def test_rollouts_are_the_policys_and_validations_are_of_the_moving_average_with
     aligner = aligner_of(ema_decay=0.9)
     aligner.ema.load_state_dict(moving_model(3).state_dict())
     aligner.rubric = lambda messages, text: 0.5 * len(text + messages[0]["content"])
+    assert set(aligner.models) == {"policy", "critic", "ema"}, "what a restart brings back"
     rollout, _, _ = aligner.rollout(PROMPTS, 0)
+    assert rollout.responses == aligner_of().rollout(PROMPTS, 0)[0].responses
     with torch.no_grad():
         torch.testing.assert_close(rollout.logprobs[rollout.mask], plain(aligner.policy, rollout), **ROUNDED)
     seeds = [seed_of(0, i, 0, 1) for i in range(8)]
@@ -257,8 +260,9 @@ def test_log_probabilities_of_a_rollout_are_those_of_sampling_and_ratios_begin_a
     samples = generate(POLICY, TOKENS[:5], aligner.sampling, range(5))
     for row, mask, logprobs in zip(rollout.logprobs, rollout.mask, samples.logprobs, strict=True):
         torch.testing.assert_close(row[mask], logprobs[: int(mask.sum())], **ROUNDED)
+    learned = replace(rollout, advantages=torch.ones(rollout.mask.shape))
     for part in parts:
-        metrics = aligner.update(rollout, part, 0.0, critic_only=False)
+        metrics = aligner.update(learned, part, 0.0)  # at a rate of 0, so that nothing moves
         assert metrics["ratio_max"] == metrics["ratio_min"] == 1.0
 
 
@@ -413,6 +417,8 @@ def test_a_response_may_end_with_each_of_the_formats_stop_tokens():
             model.lm_head.weight[stop] = 40 * model.lm_head.weight[65].sign()
         found, _ = aligner_of().sample(model, PROMPTS[:4], [1, 2, 3, 4])
         seen |= {row[-1] for row, ended in zip(found.rows, found.ended, strict=True) if ended}
+        own = zip(found.rows, found.prompt_lengths, found.ended, strict=True)
+        assert found.texts == [TOKENIZER.decode(row[start : len(row) - ended]) for row, start, ended in own]
     assert seen == set(TEMPLATE.stop_ids)
 
 
@@ -483,6 +489,51 @@ def test_an_update_tells_the_loss_ratios_clipping_and_kl_of_the_tokens_of_its_mi
     assert figures["clip_share"] == pytest.approx(outside.float().mean().item(), abs=1e-6)
     loss = policy_losses(new, old, advantages, 0.1)[0].mean().item()
     assert figures["policy_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+class Among(Runtime):
+    """One of several processes, of which the others together have 1 of everything that is summed."""
+
+    def total(self, value: Tensor) -> Tensor:
+        return value + 1
+
+
+@torch.no_grad()
+def test_metrics_and_losses_are_of_all_processes_together():
+    learner = Learner(minibatches=1)
+    one, aligner = learner.rollout, learner.aligner
+    aligner.runtime = Among(CPU.device, torch.float32)
+    assert moments(torch.tensor([1.0, 3.0]), aligner.runtime)[0] == pytest.approx(5 / 3)
+    assert aligner.metrics(one)["kl"] == pytest.approx((one.kl.sum().item() + 1) / (len(one.mask) + 1))
+    new, old, advantages = learner.now(learner.parts[0])
+    with torch.enable_grad():
+        found = learner.learn()
+    count = len(new) + 1
+    assert found["old_kl"] == pytest.approx((k3(old, new).sum().item() + 1) / count, rel=1e-3)
+    loss = policy_losses(new, old, advantages, 0.2)[0].sum().item()
+    assert found["policy_loss"] == pytest.approx((loss + 1) / count, abs=1e-4)
+
+
+def test_processes_share_a_rollout_and_a_validation_between_them():
+    def asked(runtime: Runtime) -> tuple[list[list[int]], list[tuple[str, int]]]:
+        aligner, validated = aligner_of(group_size=2, minibatches=2), []
+        aligner.runtime, sample = runtime, aligner.sample
+        rollout, parts, _ = aligner.rollout(PROMPTS, 0)
+        assert [len(part) for part in parts] == [8 // runtime.world_size] * 2
+
+        def noted(model, prompts, seeds):
+            validated.extend(zip([str(p.messages) for p in prompts], seeds, strict=True))
+            return sample(model, prompts, seeds)
+
+        aligner.sample = noted
+        aligner.validate(PROMPTS)
+        return rollout.responses.rows, validated
+
+    (rows, validated), *shares = (
+        asked(Among(CPU.device, torch.float32, *how)) for how in ((0, 1), (0, 2), (1, 2))
+    )
+    assert sorted(rows) == sorted(chain(*(share[0] for share in shares)))
+    assert sorted(validated) == sorted(chain(*(share[1] for share in shares)))
 
 
 def test_an_iterations_metrics_are_means_of_its_updates_and_the_extreme_ratios():

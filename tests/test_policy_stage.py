@@ -116,6 +116,7 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
         trained = [event for event in events if event["event"] == "train"]
         assert {"ratio_max", "ratio_min", "clip_share", "beta", "text_loss"} <= trained[-1].keys()
         assert all(event["ratio_min"] <= 1 <= event["ratio_max"] for event in trained[1:])
+        assert final["tokens"] == sum(round(16 * event["length"]) for event in trained)
     load_model(out, torch.device("cpu"), torch.float32)
 
 
@@ -221,6 +222,21 @@ def test_the_last_policy_is_kept_if_asked_for(places, tmp_path):
         kept, moved = load_file(out / "model.safetensors"), load_file(out / "resume" / "state.safetensors")
         same = torch.equal(kept["lm_head.weight"], moved["model.policy.lm_head.weight"])
         assert same == (keep == "last")
+
+
+@pytest.mark.parametrize("critic", ["reward", "policy"])
+def test_the_critic_starts_as_the_reward_model_or_on_the_policys_trunk_and_may_be_all_that_learns(
+    places, tmp_path, capsys, critic
+):
+    slow = ["--policy-rate", "1e-12", "--iterations", "1", "--critic", critic]
+    rlhf.main(arguments(places, tmp_path, *slow))
+    assert "--critic-warmup 1: only the critic learns" in capsys.readouterr().out
+    found = load_file(tmp_path / "ppo" / "resume" / "state.safetensors")
+    start = load_file(Path(places["--reward" if critic == "reward" else "--init"]) / "model.safetensors")
+    trunk = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(found[f"model.critic.{trunk}"], start[trunk], rtol=0, atol=1e-9)
+    head = load_file(Path(places["--reward"]) / "model.safetensors")["score.weight"]
+    assert torch.allclose(found["model.critic.score.weight"], head, atol=1e-9) == (critic == "reward")
 
 
 def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(places, tmp_path):

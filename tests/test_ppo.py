@@ -152,6 +152,8 @@ def test_a_token_has_no_gradient_exactly_where_it_is_counted_as_clipped(seed, cl
     losses, clipped = policy_losses(new, old, advantages, clip)
     losses.sum().backward()
     assert torch.equal(new.grad == 0, clipped | (advantages == 0))
+    ratio = (new - old).exp()
+    assert torch.equal(clipped, torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip))
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 1))

@@ -78,10 +78,6 @@ def test_a_typed_ranking_is_read_as_it_was_written_with_any_spaces_and_case(orde
     assert parse_ranking(typed, sum(map(len, order))) == order
 
 
-def test_the_example_of_the_help_means_what_it_says():
-    assert parse_ranking("B > A = D > C", 4) == [[1], [0, 3], [2]]
-
-
 WRONG = st.sampled_from(["missing", "twice", "unknown", "empty group", "other sign"])
 
 
@@ -375,28 +371,6 @@ def test_agreement_does_not_depend_on_how_responses_are_listed_nor_on_who_comes_
     assert agreement_report(made[::-1]).rows[0].rate == agreement_report(made).rows[0].rate
 
 
-@given(st.lists(orders(), min_size=1, max_size=6))
-def test_an_annotator_agrees_with_themself(made):
-    ada = [ranking_of(order, "Ada", f"{i}?") for i, order in enumerate(made)]
-    report = agreement_report(ada + [replace(ranking, annotator="Ada again") for ranking in ada])
-    pairs = sum(len(ranking.pairs()) for ranking in ada)
-    row = report.rows[0]
-    assert row.pairs == pairs and row.pairs + row.ties == sum(
-        len(r.ranks()) * (len(r.ranks()) - 1) // 2 for r in ada
-    )
-    if pairs:
-        assert (row.rate, report.alpha) == (1, 1) and row.interval == (None if len(made) == 1 else (1, 1))
-    else:
-        assert (row.rate, row.interval, report.alpha) == (None, None, None)
-
-
-def test_rankings_at_random_agree_on_half_and_have_an_alpha_of_nothing():
-    report = agreement_report(rankings_of_two(600))
-    low, high = report.rows[0].interval
-    assert low < 0.5 < high and high - low < 0.1
-    assert abs(report.alpha) < 0.06  # 3 standard deviations for 3,600 pairs, six to a prompt
-
-
 def test_the_interval_of_an_agreement_is_that_of_a_share_of_prompts():
     """400 prompts of one pair, agreed on by half: 1.96 · .5 / √400 to each side."""
     made = [ranking_of([[0], [1]], "Ada", f"{i}?") for i in range(400)]
@@ -457,15 +431,7 @@ def test_alpha_is_that_of_krippendorffs_own_example():
     assert krippendorff_alpha([[int(v) for v in unit if v != "*"] for unit in units]) == pytest.approx(
         0.815, abs=5e-4
     )
-
-
-def test_alpha_by_hand():
-    """Units (1,1), (1,1), (0,0), (0,1): o(0,1) = o(1,0) = 1, n(0) = 3, n(1) = 5, so with two values
-
-    alpha = 1 - (8 - 1) · 2 / (2 · 3 · 5) = 1 - 14/30, whatever δ².
-    """
-    assert krippendorff_alpha([[1, 1], [1, 1], [0, 0], [0, 1]]) == pytest.approx(1 - 14 / 30)
-    assert krippendorff_alpha([[1, 1], [1]]) is None
+    assert krippendorff_alpha([[1, 1], [1]]) is None, "all alike: nothing to disagree on"
 
 
 @given(st.lists(st.lists(st.integers(-1, 1), min_size=1, max_size=4), min_size=1, max_size=12), st.randoms())

@@ -16,7 +16,6 @@ from torch import Tensor
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
 from minillm.model import ModelConfig, ScalarModel
-from minillm.optim import LearningRates, build_optimizers
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import (
     EncodedSet,
@@ -119,40 +118,9 @@ def test_the_loss_is_the_mean_over_all_pairs_of_minus_log_sigmoid_of_the_differe
     assert loss_of(own, scores).item() == pytest.approx(sum(terms) / math.comb(len(own), 2), rel=1e-6)
 
 
-@given(judged_places(), st.floats(-100, 100))
-@LAW
-def test_a_constant_added_to_all_scores_leaves_the_loss(given, constant):
-    own, scores = given
-    torch.testing.assert_close(loss_of(own, scores + constant), loss_of(own, scores))
-
-
-@given(judged_places(), st.randoms(use_true_random=False))
-@LAW
-def test_responses_may_change_places_with_their_ranks(given, random):
-    own, scores = given
-    order = random.sample(range(len(own)), len(own))
-    torch.testing.assert_close(loss_of([own[i] for i in order], scores[order]), loss_of(own, scores))
-
-
-@given(places, st.floats(0.1, 30))
-@LAW
-def test_scores_in_perfect_order_lose_no_more_than_their_margin_allows(own, margin):
-    """Toward 0 as the margin grows."""
-    loss = loss_of(own, -margin * torch.tensor(own, dtype=torch.float64)).item()
-    assert 0 <= loss <= math.log1p(math.exp(-margin)) + 1e-12
-
-
-@given(st.integers(2, 6), st.floats(-1e4, 1e4))
-@LAW
-def test_where_all_are_tied_nothing_is_lost_and_nothing_moves(count, score):
-    scores = torch.full((count,), score, requires_grad=True)
-    loss = loss_of([3] * count, scores)
-    loss.backward()
-    assert loss.item() == 0 and scores.grad is not None and not scores.grad.any()
-
-
 @given(judged_places())
 @example(([0, 1], torch.tensor([-800.0, 800.0], dtype=torch.float64)))  # exp would overflow
+@example(([3, 3], torch.tensor([5.0, 5.0], dtype=torch.float64)))  # nothing moves where all are tied
 @LAW
 def test_the_gradient_is_the_written_formula(given):
     own, scores = given
@@ -166,14 +134,6 @@ def test_the_gradient_is_the_written_formula(given):
                 expected[i] -= pull
                 expected[j] += pull
     torch.testing.assert_close(scores.grad, expected, rtol=1e-6, atol=1e-9)
-
-
-@given(judged_places())
-@example(([0, 0, 1], torch.tensor([0.0, 0.0, 20.0], dtype=torch.float64)))  # where torch's softplus jumps
-@settings(SLOWER, max_examples=6)
-def test_the_gradient_agrees_with_finite_differences(given):
-    own, scores = given
-    assert torch.autograd.gradcheck(lambda s: loss_of(own, s), scores.clone().requires_grad_(), atol=1e-6)
 
 
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=5))
@@ -203,8 +163,12 @@ def test_a_score_is_the_value_at_the_last_token_whatever_else_is_scored(rows, ba
     assert scores == pytest.approx([alone[i] for i in order], abs=1e-5)
 
 
-def test_no_rows_have_no_scores():
-    assert score_rows(model_of(), []) == []
+def test_no_rows_have_no_scores_and_scores_that_are_not_finite_are_refused():
+    model = model_of()
+    assert score_rows(model, []) == []
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        score_rows(model, [[1, 2]])
 
 
 def tokenizer_of(template: str | None = None) -> Tokenizer:
@@ -231,14 +195,6 @@ def test_a_row_is_the_prompt_the_response_and_its_end_and_no_more(template, resp
     assert encode_response(chat, messages, response) == expected
 
 
-def test_rankings_too_long_for_the_model_are_left_out_and_counted():
-    chat = ChatTemplate(tokenizer_of())
-    rankings = [ranked([0, 1], "short"), ranked([0, 1], "very " * 50 + "long")]
-    encoded, skipped = encode_rankings(rankings, chat, 60)
-    assert [one.rankings for one in encoded] == [rankings[:1]]
-    assert skipped == Counter({"rankings with a response that ends after position 60": 1})
-
-
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
 @LAW
 def test_everybodys_rankings_of_the_same_responses_are_one_set(drawn):
@@ -251,6 +207,8 @@ def test_everybodys_rankings_of_the_same_responses_are_one_set(drawn):
     ]
     assert len(encoded) == len({p for p, _ in drawn})
     assert all(r.messages == one.rankings[0].messages for one in encoded for r in one.rankings)
+    turned = [replace(ranked([0, 1]), responses=texts) for texts in (["a", "b"], ["b", "a"])]
+    assert len(encode_rankings(turned, ChatTemplate(tokenizer_of()), 60)[0]) == 2, "listed otherwise"
 
 
 def test_a_set_stays_if_its_longest_row_ends_at_the_limit_and_goes_if_one_of_its_rows_ends_behind_it():
@@ -260,7 +218,7 @@ def test_a_set_stays_if_its_longest_row_ends_at_the_limit_and_goes_if_one_of_its
     (kept,), none = encode_rankings([mixed], chat, longest)
     assert len(kept.rows) == 2 and not none
     gone, skipped = encode_rankings([mixed], chat, longest - 1)
-    assert gone == [] and skipped.total() == 1
+    assert gone == [] and skipped == {f"rankings with a response that ends after position {longest - 1}": 1}
 
 
 def test_responses_start_behind_the_prompt_though_they_begin_alike():
@@ -326,7 +284,9 @@ def test_micro_batches_keep_responses_together_within_the_limit(drawn, micro_tok
     encoded = encoded_of(drawn)
     groups = micro_batches(encoded, micro_tokens)
     assert [id(one) for group in groups for one in group] == [id(one) for one in encoded]
-    assert all(len(group) == 1 or sum(one.size for one in group) <= micro_tokens for group in groups)
+    sizes = [sum(one.size for one in group) for group in groups]
+    assert all(len(group) == 1 or size <= micro_tokens for group, size in zip(groups, sizes, strict=True))
+    assert all(size + group[0].size > micro_tokens for size, group in zip(sizes, groups[1:], strict=False))
 
 
 def last(values: Tensor, one: EncodedSet) -> Tensor:
@@ -353,33 +313,18 @@ def gradients(model: ScalarModel) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-@given(drawn_rankings(), st.integers(1, 200))
+@given(drawn_rankings(), st.integers(1, 200), st.booleans())
 @SLOWER
-def test_any_micro_batch_gives_the_mean_loss_and_its_gradient(drawn, micro_tokens):
-    encoded = encoded_of(drawn)
-    model = model_of()
-    mean = mean_loss(model, encoded)
-    if mean.requires_grad:
-        mean.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    assert ranking_backward(model, scores_of(model), encoded, micro_tokens, HERE) == pytest.approx(
-        mean.item(), abs=1e-5
-    )
-    for ours, theirs in zip(gradients(model), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
-
-
-@given(drawn_rankings(), st.integers(1, 200))
-@SLOWER
-def test_training_learns_the_order_by_the_last_values_and_by_the_mean_ones(drawn, micro_tokens):
+def test_any_micro_batch_gives_the_mean_loss_and_its_gradient_also_of_mean_values(drawn, micro_tokens, means):
     encoded, model = encoded_of(drawn), model_of()
-    mean = (mean_loss(model, encoded) + mean_loss(model, encoded, mean_of_response)) / 2
+    mean = mean_loss(model, encoded)
+    if means:
+        mean = (mean + mean_loss(model, encoded, mean_of_response)) / 2
     if mean.requires_grad:
         mean.backward()
     expected = gradients(model)
     model.zero_grad()
-    found = ranking_backward(model, scores_of(model, means=True), encoded, micro_tokens, HERE)
+    found = ranking_backward(model, scores_of(model, means), encoded, micro_tokens, HERE)
     assert found == pytest.approx(mean.item(), abs=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -407,6 +352,11 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(drawn,
         for r in range(world)
     ]
     assert sum(shares) == pytest.approx(whole, abs=1e-5)
+    held_out = [
+        held_out_rankings(scores_of(model), step, 100, OneOf(CPU, torch.float32, r, world))
+        for r in range(world)
+    ]
+    assert sum(one["loss"] for one in held_out) == pytest.approx(whole, abs=1e-5)
     for ours, theirs in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(ours / world, theirs, **CLOSE)
 
@@ -457,19 +407,6 @@ def test_the_split_has_about_the_share_asked_for_and_other_prompts_do_not_move_o
     assert [one for one in held_out if one in encoded[::2]] == fewer
 
 
-@given(drawn_rankings(), st.integers(0, 30), st.integers(0, 3))
-@LAW
-def test_the_stream_gives_each_set_once_an_epoch_and_goes_on_where_it_stopped(drawn, before, seed):
-    encoded = encoded_of(drawn)
-    stream, count = ranking_stream(encoded, seed), len(encoded)
-    epochs = [stream.next(count) for _ in range(3)]
-    assert all(sorted(map(id, epoch)) == sorted(map(id, encoded)) for epoch in epochs)
-    stopped, resumed = ranking_stream(encoded, seed), ranking_stream(encoded, seed)
-    stopped.next(before)
-    resumed.load_state_dict(stopped.state_dict())
-    assert list(map(id, resumed.next(20))) == list(map(id, stopped.next(20)))
-
-
 def test_a_stream_of_other_rankings_does_not_resume():
     one = EncodedSet([ranked([0, 1])], [[1], [2]])
     state = ranking_stream([one], 0).state_dict()
@@ -478,33 +415,3 @@ def test_a_stream_of_other_rankings_does_not_resume():
         ranking_stream([other], 0).load_state_dict(state)
     with pytest.raises(ValueError, match="position"):
         ranking_stream([one], 0).load_state_dict(state | {"position": 7})
-
-
-# ---- Learning
-
-
-def learned_accuracy(noise: float, seed: int = 0) -> float:
-    """How often a model puts unseen rows in their true order (the more 1s the better), after learning from
-    rankings by an annotator with such noise."""
-    random = np.random.Generator(np.random.PCG64(seed))
-
-    def ranking(i: int, noise: float) -> EncodedSet:
-        rows = random.integers(3, size=(4, 8))
-        seen = (rows == 1).sum(1) + noise * random.standard_normal(4)
-        return EncodedSet([ranked((-np.argsort(np.argsort(seen))).tolist(), f"{i}?")], rows.tolist())
-
-    model = model_of(vocab_size=3)
-    optimizers = build_optimizers(model, LearningRates(1e-2, 1e-2, 1e-3, 0.0), "adamw")
-    for step in range(40):
-        ranking_backward(model, scores_of(model), [ranking(i, noise) for i in range(8)], 4096, HERE)
-        optimizers.step(1 - step / 40)
-    held_out = [random.integers(3, size=(4, 8)) for _ in range(100)]
-    scores = np.array(score_rows(model, np.concatenate(held_out).tolist())).reshape(100, 4)
-    true = np.array([(rows == 1).sum(1) for rows in held_out])
-    better = true[:, :, None] > true[:, None, :]
-    return float((scores[:, :, None] > scores[:, None, :])[better].mean())
-
-
-def test_the_noisier_the_annotator_the_less_accurate_the_model():
-    clean, noisy, blind = (learned_accuracy(noise) for noise in (0.0, 6.0, 1e9))
-    assert clean > 0.97 and clean > noisy + 0.02 and noisy > blind + 0.05, (clean, noisy, blind)

@@ -149,13 +149,6 @@ def test_it_starts_from_the_assistants_trunk_under_new_blocks(assistant, ranked,
         torch.testing.assert_close(one, found[name], rtol=0, atol=1e-9, msg=name)
 
 
-def test_the_size_of_a_micro_batch_changes_nothing(assistant, ranked, reference, tmp_path):
-    rlhf.main(arguments(assistant, ranked, tmp_path / "out", "--micro-tokens", "1"))
-    one, other = losses_of(metrics_of(reference)), losses_of(metrics_of(tmp_path / "out" / "reward"))
-    # float32 sums in another order, over 13 steps of AdamW, which makes small gradients' rounding large.
-    assert [x[2] for x in other] == pytest.approx([x[2] for x in one], rel=5e-3)
-
-
 @pytest.mark.parametrize("update", [1, 6])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(assistant, ranked, reference, tmp_path, update):
     """Before there is a restart point, and two steps behind one."""
