@@ -17,7 +17,7 @@ stopped, and several annotators may add to one file, one after another. Under to
 train in several processes.
 
 Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), sections 3.1 to 3.5; for the policy see
-minillm/ppo.py, grpo.py and dpo.py.
+minillm/ppo.py and dpo.py.
 """
 
 import json

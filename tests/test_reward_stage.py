@@ -81,6 +81,8 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference, ran
     assert final["event"] == "final"
     assert final["step"] == -(-(48 - report["prompts"]) // 4), "every set once, whoever ranked it"
     assert final["accuracy"] == report["accuracy"]["value"]
+    val = [event for event in events if event["event"] == "val"][-1]
+    assert val["accuracy"] == pytest.approx(final["accuracy"]), "validation is on the held-out rankings too"
     texts = read_rankings(ranked)
     assert report["annotators"]["value"] == 1 and report["prompts"] <= held_out < len(texts)
     assert {p.name for p in reference.iterdir()} == {
