@@ -123,10 +123,13 @@ def test_ranking_by_value_puts_no_higher_value_behind_a_lower_one_and_ties_only_
 
 
 def test_a_ranking_made_now_carries_all_of_its_set():
-    given_set = ResponseSet([{"role": "user", "content": "Who?"}], ["a", "b"], "fact", 3)
+    given_set = ResponseSet([{"role": "user", "content": "Who?"}], ["a", "b"], "fact", 3, cut=[1])
     made = new_ranking(given_set, [[1, 0]], "Ada", 7)
     assert (made.messages, made.responses, made.kind) == (given_set.messages, ["a", "b"], "fact")
-    assert (made.ranking, made.annotator, made.seed, made.key) == ([[0, 1]], "Ada", 7, given_set.key)
+    assert (made.ranking, made.annotator, made.seed, made.cut) == ([[0, 1]], "Ada", 7, [1])
+    assert ranking_of([[1], [0, 2]]).ranks() == [1, 0, 1]
+    turned = replace(given_set, responses=["b", "a"])
+    assert made.key == given_set.key == turned.key != replace(given_set, messages=[]).key
 
 
 FAULTS = {
@@ -329,6 +332,12 @@ def test_a_prompt_has_room_up_to_the_last_position(model):
     messages = QUESTIONS[0].messages
     assert model.has_room(messages, positions - len(model.prompt(messages)))
     assert not model.has_room(messages, positions - len(model.prompt(messages)) + 1)
+
+
+def test_a_models_fingerprint_follows_its_chat_template(model):
+    config = {name: value for name, value in model.tokenizer.config.items() if name != "chat_template"}
+    base = ChatModel("tiny", model.model, Tokenizer(model.tokenizer.vocabulary, config))
+    assert base.fingerprint != model.fingerprint == ChatModel("x", model.model, model.tokenizer).fingerprint
 
 
 def test_models_are_dealt_equally_over_places(model):
