@@ -26,6 +26,7 @@ from minillm.preferences import (
     ResponseSet,
     new_ranking,
     ranking_by,
+    sample_responses,
     sample_sets,
     seed_of,
 )
@@ -338,6 +339,17 @@ def test_a_models_fingerprint_follows_its_chat_template(model):
     config = {name: value for name, value in model.tokenizer.config.items() if name != "chat_template"}
     base = ChatModel("tiny", model.model, Tokenizer(model.tokenizer.vocabulary, config))
     assert base.fingerprint != model.fingerprint == ChatModel("x", model.model, model.tokenizer).fingerprint
+    asked = base.prompt([*QUESTIONS[1].messages, *QUESTIONS[0].messages])
+    assert model.tokenizer.decode(asked).endswith("0?\n") and "1?" not in model.tokenizer.decode(asked)
+
+
+def test_each_response_has_the_seed_of_its_place_however_many_are_sampled_together(model, monkeypatch):
+    prompts, seeds = [model.prompt(QUESTIONS[0].messages)] * 5, range(5)
+    sampling = SamplingOptions(6, stop_ids=model.form.stop_ids)
+    whole = sample_responses(model.model, prompts, sampling, seeds, model.tokenizer.decode)
+    assert len(set(map(tuple, whole.rows))) == 5
+    monkeypatch.setattr(preferences, "ROWS", 2)
+    assert sample_responses(model.model, prompts, sampling, seeds, model.tokenizer.decode) == whole
 
 
 def test_models_are_dealt_equally_over_places(model):

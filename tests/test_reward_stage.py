@@ -24,6 +24,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.io.rankings import read_rankings
 from minillm.model import scalar_from_language_model
+from minillm.optim import LearningRates
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import encode_response, score_rows
 from minillm.world import KINDS, World
@@ -136,6 +137,23 @@ def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(
     shown = [c.messages for c in world.conversations("train", rlhf.DEMONSTRATIONS)]
     scores = score_rows(model, [encode_response(template, m[:-1], m[-1]["content"]) for m in shown])
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4)
+
+
+def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
+    assistant, ranked, tmp_path, monkeypatch
+):
+    seen = []
+    for name in ("build_optimizers", "scores_of"):
+
+        def noted(*given, made=getattr(rlhf, name), **more):
+            seen.append((given[1:], more))
+            return made(*given, **more)
+
+        monkeypatch.setattr(rlhf, name, noted)
+    rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1".split()
+    with killed_at_update(rlhf, 1):
+        rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates))
+    assert seen == [((LearningRates(1e-3, 2e-3, 1e-4, 0.1), "adamw"), {}), ((), {"means": True})]
 
 
 @pytest.mark.parametrize("blocks", [0, 2])

@@ -312,6 +312,17 @@ def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_thei
     assert "left out: 1 records in no known format" in capsys.readouterr().out
 
 
+def test_sets_that_the_judge_cannot_read_are_counted(out, model, monkeypatch, capsys):
+    asked, rank_set = [], annotators.Judge.rank
+    monkeypatch.setattr(
+        annotators.Judge,
+        "rank",
+        lambda self, given: asked.append(1) or (rank_set(self, given) if asked[3:] else None),
+    )
+    assert len(rank(out, "--annotator", "model", "--judge", str(model))) == 20
+    assert "3 sets left out: too long for the judge" in capsys.readouterr().out
+
+
 class Terminal:
     """A person at a pseudo-terminal, with rlhf.py on its other end."""
 
