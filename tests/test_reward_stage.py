@@ -143,13 +143,12 @@ def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
     assistant, ranked, tmp_path, monkeypatch
 ):
     seen = []
+
+    def noted(made):
+        return lambda *given, **more: seen.append((given[1:], more)) or made(*given, **more)
+
     for name in ("build_optimizers", "scores_of"):
-
-        def noted(*given, made=getattr(rlhf, name), **more):
-            seen.append((given[1:], more))
-            return made(*given, **more)
-
-        monkeypatch.setattr(rlhf, name, noted)
+        monkeypatch.setattr(rlhf, name, noted(getattr(rlhf, name)))
     rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1".split()
     with killed_at_update(rlhf, 1):
         rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates))

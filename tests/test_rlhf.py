@@ -312,14 +312,17 @@ def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_thei
     assert "left out: 1 records in no known format" in capsys.readouterr().out
 
 
-def test_sets_that_the_judge_cannot_read_are_counted(out, model, monkeypatch, capsys):
+def test_sets_that_the_judge_cannot_read_are_counted(out, model, tmp_path, monkeypatch, capsys):
     asked, rank_set = [], annotators.Judge.rank
-    monkeypatch.setattr(
-        annotators.Judge,
-        "rank",
-        lambda self, given: asked.append(1) or (rank_set(self, given) if asked[3:] else None),
-    )
-    assert len(rank(out, "--annotator", "model", "--judge", str(model))) == 20
+
+    def rank_or_not(self, given):
+        asked.append(given)
+        return rank_set(self, given) if len(asked) > 3 else None
+
+    monkeypatch.setattr(annotators.Judge, "rank", rank_or_not)
+    (tmp_path / "short.txt").write_text("Short is better.")
+    options = ["--annotator", "model", "--judge", str(model), "--principles", str(tmp_path / "short.txt")]
+    assert len(rank(out, *options)) == 20
     assert "3 sets left out: too long for the judge" in capsys.readouterr().out
 
 
