@@ -324,6 +324,11 @@ def test_sets_that_the_judge_cannot_read_are_counted(out, model, tmp_path, monke
     options = ["--annotator", "model", "--judge", str(model), "--principles", str(tmp_path / "short.txt")]
     assert len(rank(out, *options)) == 20
     assert "3 sets left out: too long for the judge" in capsys.readouterr().out
+    (out / "rankings.jsonl").unlink()
+    monkeypatch.setattr(annotators.Judge, "rank", lambda self, given: None)
+    with pytest.raises(SystemExit):
+        rank(out, *options)
+    assert "no set fits its context" in capsys.readouterr().err
 
 
 class Terminal:
