@@ -1,6 +1,9 @@
-"""The compile gate: python -m kernels.gate (kernels/dev/gate.py)."""
+"""python -m kernels.gate: see kernels/dev/gate.py."""
 
-from kernels.dev.gate import main
+import signal
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, also amid its imports
+    from kernels.dev.gate import main
+
     main()

@@ -52,12 +52,13 @@ class Plan:
     kept: int  # so few logits are kept for the backward pass: making them again is a quarter of its products
     align: int  # logits between the starts of two rows are a multiple of this: wide loads, fast products
     skip: bool  # leave ignored rows out; on a GPU, to know how many they are would stall it
+    half: bool  # half types are multiplied as they are; a CPU takes them as float32 (see `_products`)
 
 
 PLANS = {
-    "cpu": Plan(chunk=1 << 19, rows=256, kept=1 << 21, align=1, skip=True),
+    "cpu": Plan(chunk=1 << 19, rows=256, kept=1 << 21, align=1, skip=True, half=False),
     # 256 MB of float32 and 128 MB of their gradients in a half type.
-    "cuda": Plan(chunk=1 << 26, rows=256, kept=1 << 26, align=64, skip=False),
+    "cuda": Plan(chunk=1 << 26, rows=256, kept=1 << 26, align=64, skip=False, half=True),
 }
 
 
@@ -209,8 +210,7 @@ class Logits:
         self.N, self.V = len(hidden), hidden.shape[1] if weight is None else len(weight)
         self.few = weight is not None and self.plan.kept >= self.N * self.V
         self.exact = accumulator(hidden.dtype)
-        # A CPU multiplies halves that are stored as float32, and gives float32 back (see `_products`).
-        self.factor = hidden.dtype if hidden.is_cuda else self.exact
+        self.factor = hidden.dtype if self.plan.half else self.exact
         self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want[0] else None
         self.d_weight = None
         self.rooms: dict[torch.dtype, Tensor] = {}
@@ -269,8 +269,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Ten
     """out = a b, or out += a b, summed in float32 or better whatever the factors are."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    if not a.is_cuda:
-        return out.copy_(a @ b)
+    if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
+        return out.add_(a @ b) if accumulate else out.copy_(a @ b)
     if accumulate:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)

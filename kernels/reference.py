@@ -1,10 +1,11 @@
 """The kernels in NumPy float64, forward and backward: read this first.
 
 Every fast version in this folder computes what a function here computes, and the tests hold it to
-that. Clarity comes before speed: whole matrices, no blocks, no tricks but the subtraction of the
-maximum inside the softmax. A backward pass takes the upstream gradient `d_out` (the derivative of
-some final scalar with respect to the output) and returns the derivative with respect to each
-operand; its docstring derives it. Left out: dropout, label smoothing, second derivatives.
+that. Clarity comes before speed: whole matrices, no tricks but the subtraction of the maximum inside
+the softmax. Two functions, `..._over_blocks`, show how the fast versions do without whole rows.
+A backward pass takes the upstream gradient `d_out` (the derivative of some final scalar with respect
+to the output) and returns the derivative with respect to each operand; its docstring derives it.
+Left out: dropout, label smoothing, second derivatives.
 
 Method: the chain rule on matrix products and softmaxes; Vaswani et al. 2017 (arXiv 1706.03762),
 section 3.2.1, for attention; Goodfellow, Bengio and Courville 2016, "Deep Learning", section
@@ -74,6 +75,31 @@ def attention(
     """out = p v, the mean of the visible values weighted by p; zeros where no key is visible."""
     p = attention_weights(q, k, start, end, causal, scale)
     return np.einsum("bhts,bhsc->bhtc", p, repeat_heads(v, q.shape[1]))
+
+
+def attention_over_blocks(
+    q: Float64[ndarray, "T C"], k: Float64[ndarray, "T C"], v: Float64[ndarray, "T C"], BLOCK_N: int
+) -> Float64[ndarray, "T C"]:
+    """Causal attention of one head that holds one block of scores at a time: the idea of every fast version.
+
+    A softmax must know its row's maximum and sum before it can weigh a value. Both can be running
+    quantities, m and total, if what has been summed so far is rescaled whenever the maximum grows:
+
+        m' = max(m, max z)    p = exp(z - m')    fade = exp(m - m')
+        total' = fade total + sum p    acc' = fade acc + p v    and in the end  out = acc / total
+    """
+    T, C = q.shape
+    m, total, acc = np.full((T, 1), -np.inf), np.zeros((T, 1)), np.zeros((T, C))
+    for first in range(0, T, BLOCK_N):
+        keys = np.arange(first, min(first + BLOCK_N, T))
+        z = C**-0.5 * q @ k[keys].T
+        z = np.where(keys <= np.arange(T)[:, None], z, -np.inf)
+        top = np.maximum(m, z.max(axis=1, keepdims=True))
+        p, fade = np.exp(z - top), np.exp(m - top)
+        total = fade * total + p.sum(axis=1, keepdims=True)
+        acc = fade * acc + p @ v[keys]
+        m = top
+    return acc / total
 
 
 def attention_backward(
@@ -173,28 +199,21 @@ def cross_entropy_backward(
     return np.where(kept[:, None], u[:, None] * d_logits, 0.0)
 
 
-def linear_cross_entropy(
-    hidden: Float64[ndarray, "N D"],
-    weight: Float64[ndarray, "V D"],
-    targets: Int[ndarray, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Float64[ndarray, "*rows"]:
-    """Cross-entropy of the logits hidden @ weight.T."""
-    return cross_entropy(hidden @ weight.T, targets, ignore_index, reduction)
+def row_losses_over_blocks(
+    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], BLOCK: int
+) -> Float64[ndarray, " N"]:
+    """`row_losses` that reads each row once, block by block, as the fast versions do.
 
-
-def linear_cross_entropy_backward(
-    d_out: Float64[ndarray, "*rows"],
-    hidden: Float64[ndarray, "N D"],
-    weight: Float64[ndarray, "V D"],
-    targets: Int[ndarray, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
-    """(d hidden, d weight). The logits are a product z = h W^T, so  dh = dz W  and  dW = dz^T h."""
-    dz = cross_entropy_backward(d_out, hidden @ weight.T, targets, ignore_index, reduction)
-    return dz @ weight, dz.T @ hidden
+    It keeps the maximum m so far and s = sum exp(z - m); a larger maximum rescales s.
+    """
+    rows = np.arange(len(logits))
+    m, s = np.full(len(logits), -np.inf), np.zeros(len(logits))
+    for first in range(0, logits.shape[1], BLOCK):
+        z = logits[:, first : first + BLOCK]
+        top = np.maximum(m, z.max(axis=1))
+        s = s * np.exp(m - top) + np.exp(z - top[:, None]).sum(axis=1)
+        m = top
+    return m + np.log(s) - logits[rows, targets]
 
 
 # --- Log-probability, entropy and KL -------------------------------------------------------------
@@ -231,29 +250,6 @@ def token_logprobs_backward(
     return d_y / temperature
 
 
-def linear_token_logprobs(
-    hidden: Float64[ndarray, "N D"],
-    weight: Float64[ndarray, "V D"],
-    targets: Int[ndarray, " N"],
-    temperature: float = 1.0,
-) -> tuple[Float64[ndarray, " N"], Float64[ndarray, " N"]]:
-    """Log-probability and entropy of the logits hidden @ weight.T."""
-    return token_logprobs(hidden @ weight.T, targets, temperature)
-
-
-def linear_token_logprobs_backward(
-    d_logprob: Float64[ndarray, " N"],
-    d_entropy: Float64[ndarray, " N"],
-    hidden: Float64[ndarray, "N D"],
-    weight: Float64[ndarray, "V D"],
-    targets: Int[ndarray, " N"],
-    temperature: float = 1.0,
-) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
-    """(d hidden, d weight) of the product z = h W^T."""
-    dz = token_logprobs_backward(d_logprob, d_entropy, hidden @ weight.T, targets, temperature)
-    return dz @ weight, dz.T @ hidden
-
-
 def kl(p_logits: Float64[ndarray, "N V"], q_logits: Float64[ndarray, "N V"]) -> Float64[ndarray, " N"]:
     """KL(p || q) = sum p (log p - log q): 0 where p is 0 whatever q is, inf where only q is 0."""
     p, q = softmax(p_logits), softmax(q_logits)
@@ -275,28 +271,17 @@ def kl_backward(
     return d_kl[:, None] * d_p, d_kl[:, None] * (q - p)
 
 
-def linear_kl(
-    p_hidden: Float64[ndarray, "N P"],
-    p_weight: Float64[ndarray, "V P"],
-    q_hidden: Float64[ndarray, "N Q"],
-    q_weight: Float64[ndarray, "V Q"],
-) -> Float64[ndarray, " N"]:
-    """KL of the logits p_hidden @ p_weight.T from the logits q_hidden @ q_weight.T."""
-    return kl(p_hidden @ p_weight.T, q_hidden @ q_weight.T)
+# --- Logits that a product makes -------------------------------------------------------------------
 
 
-def linear_kl_backward(
-    d_kl: Float64[ndarray, " N"],
-    p_hidden: Float64[ndarray, "N P"],
-    p_weight: Float64[ndarray, "V P"],
-    q_hidden: Float64[ndarray, "N Q"],
-    q_weight: Float64[ndarray, "V Q"],
-) -> tuple[
-    Float64[ndarray, "N P"], Float64[ndarray, "V P"], Float64[ndarray, "N Q"], Float64[ndarray, "V Q"]
-]:
-    """The gradients of the four, in their order; either side is a product z = h W^T."""
-    d_p, d_q = kl_backward(d_kl, p_hidden @ p_weight.T, q_hidden @ q_weight.T)
-    return d_p @ p_weight, d_p.T @ p_hidden, d_q @ q_weight, d_q.T @ q_hidden
+def linear_backward(
+    dz: Float64[ndarray, "N V"], hidden: Float64[ndarray, "N D"], weight: Float64[ndarray, "V D"]
+) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
+    """(d hidden, d weight) of the logits z = h W^T:  dh = dz W  and  dW = dz^T h.
+
+    `linear_cross_entropy`, `linear_token_logprobs` and `linear_kl` are the functions above on such logits.
+    """
+    return dz @ weight, dz.T @ hidden
 
 
 def xlogy(x: Float64[ndarray, "*n"], y: Float64[ndarray, "*n"]) -> Float64[ndarray, "*n"]:

@@ -3,7 +3,6 @@
 import json
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -90,17 +89,10 @@ def test_contestants_compute_the_same(name):
     assert max(record["difference"].values()) < 1e-5  # float32
 
 
-@pytest.mark.parametrize("operation", [name for name in bench.OPERATIONS if name != "attention"])
-def test_plain_pytorch_is_the_reference_in_its_own_words(operation):
-    make = bench.MAKERS[operation]
-    sizes = {"N": 5, "V": 31} | ({"D": 3} if "linear" in operation else {})
-    contest = make(operation, **sizes, device="cpu", dtype=torch.float64)
-    targets = contest.contestants["plain PyTorch"]().keywords
-    plain = bench.as_tuple(contest.contestants["plain PyTorch"]()(*contest.operands))
-    operands = [x.numpy() for x in contest.operands] + [t.numpy() for t in targets.values()]
-    exact = bench.as_tuple(getattr(reference, operation)(*operands))
-    for a, b in zip(plain, exact, strict=True):
-        np.testing.assert_allclose(a.numpy(), b, rtol=1e-5, atol=1e-6)  # softmax in float32
+@pytest.mark.parametrize("check", bench.checks("cpu"), ids=lambda check: check.operation)
+def test_plain_pytorch_is_the_reference_in_its_own_words(check):
+    plain = getattr(bench.peers, f"plain_{check.operation}")
+    assert bench.error(plain, check, torch.float64, "cpu") < 1e-5  # softmax in float32
 
 
 def contest_of(**contestants) -> Contest:
@@ -173,14 +165,3 @@ def test_the_program_writes_figures_hardware_versions_and_commit(monkeypatch, tm
     assert name in shown and name.startswith("cross_entropy")
     for figures in ("milliseconds", "median", "peak_bytes", "share_of_ceiling"):
         assert contest[figures].keys() == contest["median"].keys() >= {"minillm", "plain PyTorch"}
-
-
-@pytest.mark.skipif(not bench.CLEAR_REFS.exists(), reason="reads the peak from Linux's /proc")
-def test_the_peak_of_plain_pytorch_holds_the_logits_and_that_of_ours_does_not():
-    """The logits are 32 MB, a chunk of them is 2 MB."""
-    [name] = [name for name in contests("cpu", quick=True) if name.startswith("linear_cross_entropy")]
-    with bench.peaks("cpu", quick=True) as peak:
-        plain, ours = (
-            peak(name, contests("cpu", quick=True)[name](), who) for who in ("plain PyTorch", "minillm")
-        )
-    assert plain > 2 * (32 << 20) and ours < 32 << 20

@@ -123,12 +123,15 @@ def run_reference(kind, case, operands, targets, upstream):
     arrays = [x.detach().cpu().double().numpy() for x in operands]
     options = (targets.cpu().numpy(), case["T"]) if "token" in kind else ()
     upstream = [u.cpu().double().numpy() for u in upstream]
-    outputs = getattr(reference, kind)(*arrays, *options)
-    gradients = getattr(reference, f"{kind}_backward")(*upstream, *arrays, *options)
-    return [
-        *(outputs if isinstance(outputs, tuple) else [outputs]),
-        *(gradients if isinstance(gradients, tuple) else [gradients]),
-    ]
+    logits = products(arrays) if "linear" in kind else arrays
+    kind, linear = kind.removeprefix("linear_"), "linear" in kind
+    outputs = getattr(reference, kind)(*logits, *options)
+    gradients = getattr(reference, f"{kind}_backward")(*upstream, *logits, *options)
+    gradients = list(gradients if isinstance(gradients, tuple) else [gradients])
+    if linear:
+        pairs = zip(gradients, arrays[::2], arrays[1::2], strict=True)
+        gradients = [d for dz, h, w in pairs for d in reference.linear_backward(dz, h, w)]
+    return [*(outputs if isinstance(outputs, tuple) else [outputs]), *gradients]
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -402,10 +405,41 @@ def test_no_rows_give_no_values_and_gradients_of_zero(device, kind, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_int32_targets_are_as_good_as_int64(device, impl):
-    logits, targets = normal(7, 9).to(device), torch.arange(7, device=device)
-    for a, e in zip(*(token_logprobs(logits, t, 1.0, impl) for t in (targets.int(), targets)), strict=True):
-        assert torch.equal(a, e)
+def test_logits_of_half_hidden_states_are_not_rounded(device, impl):
+    """At logits of deviation 4 bfloat16 would cost two digits, which PPO's ratios would inherit."""
+    hidden = (normal(6, 64) * 4).to(device, torch.bfloat16)
+    weight = (normal(50, 64, seed=1) / 8).to(device, torch.bfloat16)
+    targets = torch.arange(6, device=device)
+    exact = plain("token_logprobs", [hidden.double() @ weight.double().T], targets)
+    for a, e in zip(linear_token_logprobs(hidden, weight, targets, impl=impl), exact, strict=True):
+        torch.testing.assert_close(a.double(), e, atol=2e-5, rtol=2e-5)
+    other = hidden.flip(0)
+    exact = plain("kl", [x.double() @ weight.double().T for x in (hidden, other)])[0]
+    actual = linear_kl(hidden, weight, other, weight, impl)
+    torch.testing.assert_close(actual.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("p", "q", "words"),
+    [((4, 9), (2, 9), "q_logits has"), ((4, 9), (4, 7), "q_logits has"), ((9,), (9,), "p_logits has")],
+)
+def test_logits_that_do_not_fit_end_in_one_line(impl, p, q, words, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=words):
+        kl(torch.zeros(p), torch.zeros(q), impl)
+    with pytest.raises(NotImplementedError, match="no forward-mode"):
+        torch.func.jvp(lambda x: kl(x, x, impl), (normal(2, 3),), (normal(2, 3),))
+
+
+def test_rows_are_read_16_bytes_at_a_time_only_where_all_begin_at_borders():
+    from kernels.rows_triton import _launch
+
+    wide = torch.empty(4, 64, dtype=torch.bfloat16)
+    aligned = wide[:, :50]
+    assert _launch(aligned)["ALIGN"] == _launch(aligned, wide)["ALIGN"] == 16
+    assert _launch(wide[:, 1:])["ALIGN"] == 2 and _launch(torch.empty(4, 51))["ALIGN"] == 4
+    assert _launch(aligned, torch.empty(4, 50))["ALIGN"] == 2
 
 
 @pytest.mark.parametrize("impl", IMPLS)

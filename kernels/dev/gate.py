@@ -1,15 +1,15 @@
-"""The compile gate: every kernel, as the library dispatches it, built for three GPUs on a machine with none.
+"""The compile gate: the kernels that the product launches, built for three GPUs on a machine with none.
 
     python -m kernels.gate            # builds, prints the table, fails if a kernel breaks a rule
     python -m kernels.gate --write    # and puts the table into docs/kernels.md
-    python -m kernels.gate --all      # every dtype at every width of heads, not only some
+    python -m kernels.gate --only 64  # heads of one width
+    python -m kernels.gate --all      # widths of other models and float32 as well
 
-A machine without a GPU can run the kernels in Triton's interpreter, which shows that they are right but
-nothing of the code a GPU gets. Triton's compiler needs no GPU, though: a driver that claims to be an
-A100, an H100 or a B200 is all it asks for. So the gate makes the library's public calls on CPU tensors,
-forward and backward, and turns every launch into a build. Nothing is launched and no result means
-anything, but each kernel is compiled exactly as a GPU would get it: chosen by the library's own
-dispatch, specialised to real strides, alignments and options.
+Triton's interpreter shows that a kernel is right and nothing of the code a GPU gets. Triton's compiler needs
+no GPU, though: a driver that claims to be an A100, an H100 or a B200 is all it asks for. So the gate runs
+real steps of a model of one block on CPU tensors (a training step, a policy step, a sampling step) and turns
+every launch into a build. Nothing is launched and no result means anything, but each kernel is compiled in
+the very specialisation, to dtypes, strides, alignments and options, in which the product launches it.
 
 The rules each build is held to:
 
@@ -23,15 +23,16 @@ Sources: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (s
 "PTX ISA", sections "mma", "wgmma.mma_async" and "tcgen05.mma" (tile sizes).
 """
 
+import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -44,16 +45,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.attention import attention
-from kernels.dev.commandline import Parser
-from kernels.losses import (
-    cross_entropy,
-    kl,
-    linear_cross_entropy,
-    linear_kl,
-    linear_token_logprobs,
-    token_logprobs,
-)  # fmt: skip
+from kernels import attention, losses
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKERS = ("<!-- gate: begin -->", "<!-- gate: end -->")
@@ -67,19 +59,7 @@ SMALL_TILES, TILE_ROWS = "mma", 64
 LARGE_BLOCK = 1024
 
 # (capability, kernel, dtype, size): bytes a thread may spill, and why that is the better choice.
-PACKED = "ptxas stops at a number of registers that lets another block onto the multiprocessor"
-EXACT = "exact float32 products keep their factors in registers; the blocks are the smallest already"
-EXCEPTIONS: dict[tuple[int, str, str, int], tuple[int, str]] = {
-    (80, "_forward", "bfloat16", 32): (8, PACKED),
-    (80, "_forward", "float16", 32): (8, PACKED),
-    (80, "_forward", "float32", 32): (8, PACKED),
-    (100, "_forward", "bfloat16", 32): (16, PACKED),
-    (100, "_forward", "float16", 32): (16, PACKED),
-    (90, "_backward_dkdv", "float32", 64): (8, PACKED),
-    (80, "_backward_dq", "float32", 256): (248, EXACT),
-    (90, "_backward_dq", "float32", 256): (272, EXACT),
-    (100, "_backward_dq", "float32", 256): (272, EXACT),
-}
+EXCEPTIONS: dict[tuple[int, str, str, int], tuple[int, str]] = {}
 # Kernels that may load narrowly, and why.
 NARROW = {
     "_list_row_blocks": "reads the bounds, 4 bytes a query, and the same ones for every head of a group"
@@ -121,41 +101,38 @@ def faults(build: Build) -> list[str]:
     return found
 
 
-# --- From a public call to compiled kernels -------------------------------------------------------
+# --- From a step to compiled kernels --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Device:
     """What Triton asks a driver before a launch, answered without a GPU."""
 
-    capability: int
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton remembers builds by device number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    def __init__(self, capability: int):
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # Triton remembers builds by device number
+        self.get_current_stream = lambda device: 0
 
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
-    """Inside, every launch of a Triton kernel is a build for `capability`, added to the list."""
-    compiled = []
-    run = JITFunction.run
+    """Inside, CPU tensors take the way of CUDA tensors, and every launch is a build, added to the list."""
+    compiled, run = [], JITFunction.run
 
     def build(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(kernel)
-        return kernel
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
 
-    with patch.object(driver, "_active", _Device(capability)), patch.object(JITFunction, "run", build):
+    with (
+        patch.object(driver, "_active", _Device(capability)),
+        patch.object(JITFunction, "run", build),
+        patch.dict(losses.PLANS, cpu=losses.PLANS["cuda"]),
+        patch.object(losses, "choose_impl", lambda *_: "triton"),
+        patch.object(attention, "choose_impl", lambda *_: "triton"),
+    ):
         yield compiled
 
 
-def inspect(compiled: CompiledKernel, capability: int, dtype: torch.dtype, size: int) -> Build:
+def inspect(compiled: CompiledKernel, capability: int, dtype: str, size: int) -> Build:
     """What the rules need to know, read from the machine code, the PTX and Triton's own first stage."""
     ptx, blocks = compiled.asm["ptx"], compiled.asm["ttir"]
     registers, spilled = _resources(compiled.asm["cubin"])
@@ -163,13 +140,7 @@ def inspect(compiled: CompiledKernel, capability: int, dtype: torch.dtype, size:
     kinds = [kind for kind in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{kind}\.(mma|sync)", ptx)]
     loads = re.findall(r"tt\.(?:load|descriptor_load) .*tensor<(?:(\d+)x)?(\d+)x", blocks)
     return Build(
-        capability=capability,
-        kernel=compiled.metadata.name,
-        dtype=str(dtype).removeprefix("torch."),
-        size=size,
-        registers=registers,
-        spilled=spilled,
-        shared=compiled.metadata.shared,
+        *(capability, compiled.metadata.name, dtype, size, registers, spilled, compiled.metadata.shared),
         tile_rows=max(rows, default=0),
         tensor_cores=kinds[0] if kinds else "",
         large_loads=any(int(a or 1) * int(b) >= LARGE_BLOCK for a, b in loads),
@@ -196,68 +167,69 @@ def _widest_load(ptx: str) -> int:
     return 128 if "cp.async.bulk" in ptx else max(widths, default=0)
 
 
-# --- The calls ------------------------------------------------------------------------------------
+# --- The steps ------------------------------------------------------------------------------------
 
 
-def attention_calls(dtype: torch.dtype, width: int) -> None:
-    """Causal, causal with bounds (packed documents, windows), and one new token over a long cache."""
-    q, k, v = (zeros(2, 1024, heads, width, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
-    bounds = torch.zeros(2, 1024, dtype=torch.int32)
-    attention(q, k, v, impl="triton").sum().backward()
-    attention(q, k, v, start=bounds, impl="triton").sum().backward()
-    cache = zeros(2, 2, 8192, width, dtype=dtype)
-    with torch.no_grad():  # keys are split over programs
-        attention(q[:, :, :1], cache, cache, end=bounds[:, :1], causal=False, impl="triton")
+def attention_steps(dtype: str, width: int) -> None:
+    """Training over packed documents, and sampling: prompts of two lengths and one token more."""
+    from minillm.model import KVCache
+
+    model, tokens = _model(dtype, width, 256)
+    model(tokens, torch.zeros_like(tokens, dtype=torch.int32)).sum().backward()
+    with torch.inference_mode():
+        cache = KVCache(model, len(tokens), 256)
+        cache.prefill(tokens, torch.tensor([128, 64]))
+        cache.step(tokens[:, 0])
 
 
-def row_calls(dtype: torch.dtype, vocabulary: int) -> None:
-    """32 rows of logits that exist, and of those that hidden states of any width make."""
-    logits, targets = zeros(32, vocabulary, dtype=dtype), torch.zeros(32, dtype=torch.int64)
-    hidden, weight = zeros(32, 16, dtype=dtype), zeros(vocabulary, 16, dtype=dtype)
-    for reduction in ("mean", "none"):
-        cross_entropy(logits, targets, reduction=reduction, impl="triton").sum().backward()
-        linear_cross_entropy(hidden, weight, targets, reduction=reduction, impl="triton").sum().backward()
-    for logprob_entropy in (
-        token_logprobs(logits, targets, impl="triton"),
-        linear_token_logprobs(hidden, weight, targets, impl="triton"),
-    ):
-        torch.stack(logprob_entropy).sum().backward()
-    kl(logits, zeros(32, vocabulary, dtype=dtype), impl="triton").sum().backward()
-    linear_kl(hidden, weight, hidden, weight, impl="triton").sum().backward()
+def row_steps(dtype: str, vocabulary: int) -> None:
+    """The loss of a step of train.py, and the log-probabilities, entropies and KL of one of PPO: through the
+    output matrix, and over logits that exist, as where tokens are ruled out. Rows of the latter that are odd
+    are read an element at a time, which is no news: see rows_triton.py."""
+    model, tokens = _model(dtype, 64, vocabulary)
+    hidden = torch.randn(256, 64, dtype=getattr(torch, dtype), requires_grad=True)
+    other = hidden.detach(), model.lm_head.weight.detach()
+    losses.linear_cross_entropy(hidden, model.lm_head.weight, tokens.flatten(), reduction="sum").backward()
+    every = torch.ones(256, vocabulary, dtype=torch.bool)
+    for allowed in (None,) if vocabulary % 64 else (None, every):
+        said = model.token_logprobs(hidden, tokens.flatten(), 0.7, allowed, other)
+        torch.stack(said).sum().backward()
 
 
-def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+def _model(dtype: str, width: int, vocabulary: int):
+    """A model of one block with two heads, and two rows of tokens for it."""
+    from minillm.model import LanguageModel, ModelConfig
+
+    config = ModelConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=width,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    return LanguageModel(config, getattr(torch, dtype)), torch.zeros(2, 128, dtype=torch.int64)
 
 
-WIDTHS = (32, 64, 96, 128, 256)  # of heads; one is no power of two
-VOCABULARIES = (32000, 50257)  # the rows of one begin between two borders of 128 bits
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EVERYTHING = list(product((attention_calls,), DTYPES, WIDTHS)) + list(
-    product((row_calls,), DTYPES, VOCABULARIES)
-)
-# What is built unless all is asked for, in less than three minutes: dtypes differ less than widths.
-SOME = [
-    *product((attention_calls,), DTYPES[:1], WIDTHS),
-    (attention_calls, torch.float16, 128),
-    (attention_calls, torch.float32, 64),
-    *product((row_calls,), DTYPES, VOCABULARIES),
+Case = tuple[Callable[[str, int], None], str, int]
+# The widths of heads that the dial of depth leads to; GPT-2's vocabulary, whose rows of logits are odd.
+PRODUCT: list[Case] = [
+    *((attention_steps, "bfloat16", C) for C in (32, 64, 128)),
+    (row_steps, "bfloat16", 50257),
 ]
+OTHERS: list[Case] = [(attention_steps, "bfloat16", 96), (attention_steps, "bfloat16", 256)]
+OTHERS += [(attention_steps, "float32", 64), (row_steps, "float32", 50257)]
 
 
-def builds(calls, dtype: torch.dtype, size: int, capability: int) -> list[Build]:
-    """What `calls` launches, each kernel and specialisation once."""
+def builds(steps: Callable[[str, int], None], dtype: str, size: int, capability: int) -> list[Build]:
+    """What the steps launch, each kernel and specialisation once."""
     with compiling(capability) as compiled:
-        calls(dtype, size)
-    unique = {kernel.hash: kernel for kernel in compiled}
-    return [inspect(kernel, capability, dtype, size) for kernel in unique.values()]
+        steps(dtype, size)
+    return [inspect(kernel, capability, dtype, size) for kernel in {x.hash: x for x in compiled}.values()]
 
 
-def build_all(cases) -> list[Build]:
-    """What the cases (calls, dtype, size) lead to on all devices, in as many processes as there are cores."""
+def build_all(cases: Sequence[Case]) -> list[Build]:
+    """What the cases lead to on all devices, in as many processes as there are cores."""
     jobs = [(*case, capability) for case in cases for capability in SHARED_LIMITS]
-    # Fresh processes rather than forks: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    # Fresh processes rather than forks: torch's threads do not survive a fork. Ctrl-C just ends them.
+    quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), *quiet) as pool:
         return [build for job in [pool.submit(builds, *job) for job in jobs] for build in job.result()]
 
 
@@ -286,11 +258,10 @@ def _worst(group: list[Build]) -> tuple[str, ...]:
     """The cells behind kernel, dtype and size, of builds for one device."""
     if not group:
         return ("not built",) * (len(COLUMNS) - 3)
-    tensor_cores = {b.tensor_cores for b in group if b.tile_rows}
     load_bits = [b.load_bits for b in group if b.large_loads]
     return (
         str(max(b.spilled for b in group)),
-        ", ".join(sorted(tensor_cores)),
+        ", ".join(sorted({b.tensor_cores for b in group if b.tile_rows})),
         str(min(load_bits)) if load_bits else "",
         str(max(b.registers for b in group)),
         f"{max(b.shared for b in group) / 1024:.0f}",
@@ -305,22 +276,21 @@ def page(text: str, found: list[Build]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
-    choice.add_argument("--all", action="store_true", help="every dtype at every width, not some")
+    choice.add_argument("--all", action="store_true", help="widths of other models and float32 as well")
+    choice.add_argument("--only", type=int, metavar="SIZE", help="one width of heads, or one vocabulary")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    found = build_all(EVERYTHING if options.all else SOME)
+    cases = PRODUCT + OTHERS if options.all or options.only else PRODUCT
+    cases = [case for case in cases if options.only in (None, case[2])]
+    if not cases:
+        parser.error(f"--only {options.only}: there are {', '.join(str(c[2]) for c in PRODUCT + OTHERS)}")
+    found = build_all(cases)
     print(f"Triton {triton.__version__}\n\n{table(found)}", end="")
     if options.write:
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    broken = [
-        f"sm_{b.capability} {b.kernel} {b.dtype} {b.size}: {fault}" for b in found for fault in faults(b)
-    ]
+    broken = [f"sm_{b.capability} {b.kernel} {b.dtype} {b.size}: {f}" for b in found for f in faults(b)]
     sys.exit("\n".join(broken) if broken else 0)
-
-
-if __name__ == "__main__":
-    main()

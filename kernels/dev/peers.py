@@ -130,50 +130,31 @@ def flash_attn_documents(package: str, start) -> Callable:
 
 
 def row_peers(operation: str, targets) -> Makers:
-    """Those who have an operation on rows; without a GPU only torch."""
-    if operation == "cross_entropy" and targets.is_cuda:
-        return {"liger-kernel": partial(liger, targets), "quack-kernels": partial(quack, targets)}
-    if operation != "linear_cross_entropy":
-        return {}
-    found: Makers = {"torch in chunks": partial(torch_in_chunks, targets)}
+    """Those who have an operation on rows; without a GPU only torch, which has one since 2.13."""
+    found: Makers = {}
+    if operation == "linear_cross_entropy":
+        found["torch in chunks"] = lambda: partial(
+            F.linear_cross_entropy, target=targets, options=torch.nn.LinearCrossEntropyOptions()
+        )
     if targets.is_cuda:
-        found["liger-kernel"] = partial(liger_linear, targets)
-        found["quack-kernels"] = partial(quack_linear, targets)
-        found["cut-cross-entropy"] = partial(cut, targets)
+        for name, (module, function, keyword) in ROWS.get(operation, {}).items():
+            found[name] = partial(_imported, module, function, **{keyword: targets})
     return found
 
 
-def torch_in_chunks(targets) -> Callable:
-    from torch.nn import LinearCrossEntropyOptions  # since torch 2.13
-
-    return partial(F.linear_cross_entropy, target=targets, options=LinearCrossEntropyOptions())
+def _imported(module: str, function: str, **options) -> Callable:
+    return partial(getattr(import_module(module), function), **options)
 
 
-def liger(targets) -> Callable:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return partial(liger_cross_entropy, target=targets)
-
-
-def liger_linear(targets) -> Callable:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return partial(liger_fused_linear_cross_entropy, target=targets)
-
-
-def quack(targets) -> Callable:
-    from quack.cross_entropy import cross_entropy
-
-    return partial(cross_entropy, target=targets)
-
-
-def quack_linear(targets) -> Callable:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return partial(chunked_linear_cross_entropy, target=targets)
-
-
-def cut(targets) -> Callable:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return partial(linear_cross_entropy, targets=targets)
+LIGER = "liger_kernel.transformers.functional"
+ROWS = {  # operation -> library -> module, function, and its word for targets
+    "cross_entropy": {
+        "liger-kernel": (LIGER, "liger_cross_entropy", "target"),
+        "quack-kernels": ("quack.cross_entropy", "cross_entropy", "target"),
+    },
+    "linear_cross_entropy": {
+        "liger-kernel": (LIGER, "liger_fused_linear_cross_entropy", "target"),
+        "quack-kernels": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", "target"),
+        "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", "targets"),
+    },
+}
