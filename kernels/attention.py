@@ -88,8 +88,8 @@ def _torch(q, k, v, start, end, causal, scale):
         out = _sdpa(q, k, v, start, end, causal, scale)
         # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
         # `out`, and still reach a gradient.
-        found = out.detach().sum(dtype=torch.float32)
-        if not (found + k.detach().sum() if grad else found).isfinite():
+        sums = [x.detach().sum(dtype=torch.float32) for x in ((out, k) if grad else (out,))]
+        if not sum(sums).isfinite():
             out = _apart(q, k, v, start, end, causal, scale)
     else:
         attend = _sdpa if start is None and end is None else _apart

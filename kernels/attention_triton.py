@@ -231,12 +231,11 @@ def _forward(
             k_rows = _load(k, k_strides, b, head, keys, count, 1, C, WIDTH)
             z = _dot(q_rows, tl.trans(k_rows), tl.zeros([BLOCK_M, BLOCK_N], ACC))
             v_rows = _load(v, v_strides, b, head, keys, count, 1, C, WIDTH)
-            if EDGE:
+            if EDGE:  # a value that is not finite is 0 to rows that do not see it, and nan to those that do
+                v_rows, spoilt = _cleared(v_rows, ACC)
+                z += tl.where(spoilt, float("nan"), 0.0)[None, :]
                 seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
                 z = tl.where(seen, z, float("-inf"))
-                v_rows, spoilt = _cleared(v_rows, ACC)
-                hit = tl.max((seen & spoilt[None, :]).to(tl.int32), 1)
-                total = tl.where(hit != 0, float("nan"), total)
             top = tl.maximum(m, tl.max(z, 1) * (SCALE * LOG2_E))
             p = tl.exp2(z * (SCALE * LOG2_E) - top[:, None])
             fade = tl.exp2(m - top)

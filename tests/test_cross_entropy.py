@@ -191,17 +191,6 @@ def test_bfloat16_is_at_most_twice_as_far_from_float64_as_plain_pytorch(device, 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck_passes_in_float64(device, reduction, impl):
-    hidden, weight = (normal(n, 2, seed=n, dtype=torch.float64) for n in (4, 5))
-    targets = torch.tensor([0, 4, -100, 2], device=device)
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, targets, reduction=reduction, impl=impl),
-        [x.to(device).requires_grad_() for x in (hidden, weight)],
-    )
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_compiled_into_one_graph_both_losses_give_the_same(device, reduction, impl, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # no graph holds a check of shapes
     torch.compiler.reset()  # every case is another graph of the same code
@@ -266,26 +255,6 @@ def test_operands_used_elsewhere_and_backward_run_twice_give_the_whole_gradient(
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-5)
 
 
-@settings(max_examples=40)
-@given(case=cases, offset=st.sampled_from([1.0, -30.0, 1e4]))
-def test_moving_all_logits_of_a_row_changes_nothing_and_its_gradient_sums_to_zero(device, case, offset):
-    hidden, weight, targets, _ = draw(case, device, torch.float64)
-    logits = (hidden @ weight.T).detach().requires_grad_()
-    ignore = case["ignore_index"]
-    options = ignore, "none", case["impl"]
-    losses = cross_entropy(logits, targets, *options)
-    moved = cross_entropy(logits + offset, targets, *options)
-    torch.testing.assert_close(moved, losses, atol=1e-9, rtol=1e-9)
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    torch.testing.assert_close(gradient.sum(1), torch.zeros_like(gradient[:, 0]))
-    assert not gradient[targets == ignore].any() and not losses[targets == ignore].any()
-    # The same through the projection: a column of ones in `hidden` meets the offset in `weight`.
-    h = torch.cat([hidden, torch.ones_like(hidden[:, :1])], 1)
-    w = torch.cat([weight, torch.full_like(weight[:, :1], offset)], 1)
-    fused = linear_cross_entropy(h, w, targets, *options)
-    torch.testing.assert_close(fused, losses, atol=1e-9, rtol=1e-9)
-
-
 def test_a_very_large_common_offset_costs_no_more_than_the_rounding_of_the_logits():
     hidden, weight = torch.tensor([[1.0, 1e6]]), torch.tensor([[0.0, 1.0], [1.0, 1.0], [3.0, 1.0]])
     for target, z in ((0, 0.0), (1, 1.0), (2, 3.0)):
@@ -325,20 +294,6 @@ def test_no_row_left_behaves_as_torch_does(device, N, reduction, impl):
         actual = run(f, operands, targets, upstream, reduction=reduction, impl=impl)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, equal_nan=True)
-
-
-@settings(max_examples=30)
-@given(case=cases)
-def test_a_permuted_vocabulary_permutes_the_gradient_of_the_weight(device, case):
-    hidden, weight, targets, upstream = draw(case | {"ignore_index": -100}, device, torch.float64)
-    order = torch.randperm(case["V"], generator=torch.Generator().manual_seed(case["seed"])).to(device)
-    renamed = torch.where(targets < 0, targets, order.argsort()[targets.clamp(0)])
-    options = {"reduction": case["reduction"], "impl": case["impl"]}
-    base = run(linear_cross_entropy, (hidden, weight), targets, upstream, **options)
-    moved_weight = weight.detach()[order].requires_grad_()
-    moved = run(linear_cross_entropy, (hidden, moved_weight), renamed, upstream, **options)
-    for a, e in zip(moved, (base[0], base[1], base[2][order.cpu()]), strict=True):
-        torch.testing.assert_close(a, e, equal_nan=True)
 
 
 @settings(max_examples=20)
