@@ -426,6 +426,7 @@ def test_a_query_that_is_no_number_gives_nan_rather_than_zero(device, impl):
 
 def test_older_gpus_get_torchs_version(monkeypatch):
     """sm_75 has neither the shared memory that the tiles need nor bfloat16."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     operand = type("", (), {"is_cuda": True, "dtype": torch.float16, "device": torch.device("cuda", 0)})()
     for capability, version in (((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
