@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from minillm.errors import InputError, reading, writing
 
@@ -31,10 +31,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             file = scratch / "file"
             write(file)
             file.chmod(scratch.stat().st_mode & 0o666)  # as the umask has it, whatever the writer chose
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+            sync(file)
             os.replace(file, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             remove_scratch(scratch)
 
@@ -82,15 +81,9 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON's")
 
 
-def sync_file(file: IO[Any]) -> None:
-    """Waits until what was written to an open file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

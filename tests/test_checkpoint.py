@@ -1,9 +1,13 @@
 """Run folders: nothing is lost, two runs never mix, and whatever is wrong in a folder is one line."""
 
 import errno
+import itertools
 import json
+import os
 import struct
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import a_stream
+from runs import Killed, a_stream, fresh_state, open_run, restart_point
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
+from minillm.data import Mixture
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.io.huggingface import (
@@ -29,9 +34,8 @@ from minillm.io.huggingface import (
     save_scalar_model,
 )
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
-from minillm.optim import LearningRates, build_optimizers
 from minillm.options import TrainingOptions
-from minillm.run import RESUME_FILE, TrainingState, start_runtime
+from minillm.run import RESUME_FILE, TrainingState, read_metrics, start_runtime
 from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import RUN_FILES, claim_folder, start_run_folder
 
@@ -59,37 +63,37 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- Writing
 
 
+@pytest.mark.parametrize("step", ["mkdir", "write", "chmod", "fsync", "replace"])
 @pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        PermissionError(errno.EACCES, "Permission denied"),
-    ],
+    "error", [OSError(errno.ENOSPC, "No space left on device"), TypeError("ours"), Killed()]
 )
-def test_a_write_that_fails_midway_leaves_the_old_file_and_says_so(tmp_path, error):
+def test_whatever_ends_a_write_at_whatever_step_leaves_the_old_file_and_no_other(
+    tmp_path, monkeypatch, step, error
+):
     path = tmp_path / "weights"
     path.write_bytes(b"old")
 
-    def write(file: Path) -> None:
-        file.write_bytes(b"half of the n")
+    def fail(*_, **__):
         raise error
 
-    message = refusal(write_atomically, path, write)
-    assert str(path) in message and "unchanged" in message
-    assert contents(tmp_path) == {"weights": b"old"}
+    def write(file: Path) -> None:
+        file.write_bytes(b"half of the n")
+        assert path.read_bytes() == b"old"
+        if step == "write":
+            fail()
 
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_disk_that_fails_while_syncing_or_renaming_leaves_the_old_file(tmp_path, monkeypatch, step):
-    path = tmp_path / "a.json"
-    write_json(path, {"old": True})
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(f"minillm.files.os.{step}", fail)
-    assert "No space left" in refusal(write_json, path, {"new": True})
-    assert contents(tmp_path) == {"a.json": b'{\n  "old": true\n}\n'}
+    with monkeypatch.context() as patch:
+        if step != "write":
+            patch.setattr(f"minillm.files.os.{step}", fail)
+        if isinstance(error, OSError):
+            message = refusal(write_atomically, path, write)
+            assert str(path) in message and "No space left" in message and "unchanged" in message
+        else:
+            with pytest.raises(type(error)):
+                write_atomically(path, write)
+    assert contents(tmp_path) == {"weights": b"old"} and os.listdir(tmp_path) == ["weights"]
+    write_atomically(tmp_path / "deep" / "er" / "file", write if step != "write" else Path.touch)
+    assert [*contents(tmp_path)] == ["weights", "deep/er/file"]
 
 
 def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monkeypatch):
@@ -113,31 +117,86 @@ def test_options_with_file_names_of_any_bytes_can_be_written(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == {"data": ["caf\udce9.txt"]}
 
 
-def test_a_defect_of_ours_while_writing_is_no_bad_input_and_leaves_the_old_file_too(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, [1])
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert contents(tmp_path) == {"a.json": b"[\n  1\n]\n"}
+# ---- A kill between any two file operations
+
+DEADLY = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")
+left: list[int | None] = [None]
+"""The file operations that are left until a kill; None where none is to come."""
 
 
-def test_nobody_ever_sees_a_file_that_is_half_written(tmp_path):
-    path = tmp_path / "deep" / "er" / "file"
-    seen = []
-
-    def write(file: Path) -> None:
-        file.write_bytes(b"half")
-        seen.append(path.exists())
-        file.write_bytes(b"whole")
-
-    write_atomically(path, write)
-    assert seen == [False] and contents(tmp_path) == {"deep/er/file": b"whole"}
+def die(event: str, _: tuple) -> None:
+    """An audit hook, which cannot be taken off again: it lets nothing more be done once none is left."""
+    if left[0] is not None and event in DEADLY:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
 
 
-def test_a_file_where_a_folder_is_needed_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    assert str(tmp_path / "file") in refusal(write_json, tmp_path / "file" / "run.json", {})
-    assert contents(tmp_path) == {"file": b"mine"}
+sys.addaudithook(die)
+
+
+def small_run(folder: Path, **options) -> None:
+    """A run of two steps that saves after each and writes what a stage leaves at its end."""
+    state = new_state()
+    run = open_run(folder, **options)
+
+    def save_model() -> None:
+        write_json(folder / "config.json", {"step": state.step})
+
+    with run.runtime.closing, run.training(state, 2, save_model):
+        if run.already_finished():
+            return
+        while run.goes_on():
+            advance(state)
+            run.log_step(7, loss=1.0 + state.step, gradient_norm=float(state.data.position))
+            run.save()
+        run.end()
+        write_json(folder / "report.json", {})
+        run.finish()
+
+
+def killed_at(number: int, folder: Path, **options) -> bool:
+    """Whether a run met its end before its file operation of that number."""
+    left[0] = number
+    try:
+        small_run(folder, **options)
+    except Killed:
+        return True
+    finally:
+        left[0] = None
+    return False
+
+
+def left_by(folder: Path) -> tuple:
+    """What a run leaves, but for the time it took and what tells one sitting from another."""
+    events = [{k: v for k, v in e.items() if "second" not in k} for e in read_metrics(folder)]
+    tensors, numbers = restart_point(folder)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return events, {name: tensor.tolist() for name, tensor in tensors.items()}, numbers, names
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_killed_between_any_two_file_operations_goes_on_as_if_it_had_not_been(tmp_path, overwrite):
+    small_run(tmp_path / "whole")
+    expected = left_by(tmp_path / "whole")
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        if overwrite:
+            small_run(folder)
+            (folder / "samples.txt").write_text("of the run before")
+        before = json.loads((folder / "run.json").read_text())["id"] if overwrite else ""
+        if not killed_at(number, folder, overwrite=overwrite):
+            break
+        how = {"resume": True}
+        if not (folder / "run.json").exists():
+            how = {}  # nothing was begun
+        elif json.loads((folder / "run.json").read_text())["id"] == before:
+            if (folder / RESUME_FILE).exists():
+                assert left_by(folder)[0] == expected[0], "the run before is whole, or cannot be resumed"
+            how = {"overwrite": True}
+        small_run(folder, **how)
+        assert left_by(folder) == expected, number
+    assert number > 40
 
 
 # ---- Claiming a folder
@@ -189,6 +248,39 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, resume, below):
 
 def test_a_folder_no_disk_can_hold_is_refused_before_anything_is_computed(tmp_path):
     assert "too long" in refusal(claim, tmp_path / ("x" * 300))
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder of somebody without rights over other people's, whom root becomes for the test."""
+    with tempfile.TemporaryDirectory() as name:
+        root = os.geteuid() == 0
+        Path(name).chmod(0o777)
+        if root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield Path(name)
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o500, 0o600, 0o300, 0o100])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_without_one_of_the_rights_is_refused_in_one_line(nobody, mode, inside, how):
+    out = nobody / "private" / "run" if inside else nobody / "private"
+    out.mkdir(parents=True)
+    (out / "run.json").write_text("{}")
+    (nobody / "private").chmod(mode)
+    try:
+        if not inside or not mode & 0o100:  # a folder inside needs no more than the way to it
+            assert "private" in refusal(claim, out, **how)
+        with pytest.raises((InputError, OSError), match="private"):
+            load_model(nobody / "private" / "model", CPU, torch.float32)
+    finally:
+        (nobody / "private").chmod(0o700)
+    assert os.listdir(out) == ["run.json"]
 
 
 def test_a_new_run_removes_the_files_of_the_old_one_and_nothing_else(tmp_path):
@@ -532,30 +624,22 @@ def test_any_value_in_any_field_of_config_json_is_a_shape_or_one_line(tmp_path_f
 # ---- The restart point
 
 
-class Numbers:
-    """A stream of batches that knows its position."""
-
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.position = state["position"]
-
-
 def new_state(config: ModelConfig = CONFIG, kind: str = "muon") -> TrainingState:
-    model = small_model(config)
-    return TrainingState(model, build_optimizers(model, LearningRates(0.1, 0.1, 0.1, 0.0), kind), Numbers())
+    return fresh_state(config, kind)
+
+
+def advance(state: TrainingState) -> None:
+    """An update that follows from the step alone."""
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, 1.0 + state.step)
+    state.optimizers.step(1.0)
+    state.data.position += 3
 
 
 def trained_state(**options) -> TrainingState:
     state = new_state(**options)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    state.optimizers.step(1.0)
-    state.step, state.tokens, state.seconds, state.data.position = 1, 64, 0.5, 7
+    advance(state)
+    state.step, state.tokens, state.seconds = 1, 64, 0.5
     return state
 
 
@@ -574,6 +658,20 @@ def numbers(**changes) -> Callable[[dict, dict], None]:
     """Changes the numbers beside the tensors."""
     state = {"step": 1, "tokens": 1, "seconds": 0.5, "data": {"position": 1}}
     return lambda tensors, metadata: metadata.update(state=json.dumps(state | changes))
+
+
+def test_every_part_of_a_restart_point_comes_back(tmp_path):
+    state, again = trained_state(), new_state()
+    state.save(tmp_path)
+    with torch.no_grad():
+        next(again.model.parameters()).zero_()
+    again.restore(tmp_path)
+    assert (again.step, again.tokens, again.seconds, again.data.position) == (1, 64, 0.5, 3)
+    weights, others = state.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    moments, others = state.optimizers.state_tensors(), again.optimizers.state_tensors()
+    assert moments.keys() == others.keys() and len(moments) > 6
+    assert all(torch.equal(moments[name], others[name]) and moments[name].any() for name in moments)
 
 
 RESTARTS = {
@@ -640,38 +738,25 @@ def test_any_damage_to_a_restart_point_ends_well_or_in_one_line(tmp_path_factory
         assert str(path) in str(error) and "\n" not in str(error)
 
 
-def test_the_restart_point_of_the_real_mixture_survives_any_damage(tmp_path):
-    """The stream of a run reads nested state: whatever that holds, the refusal is one line."""
-    from minillm.data import Mixture
-
+@given(wrong=JSON, whole=st.booleans())
+@LAW
+def test_whatever_stands_for_the_place_of_the_real_mixture_is_that_place_or_one_line(
+    tmp_path_factory, wrong, whole
+):
+    folder = tmp_path_factory.mktemp("damaged")
     tokens = np.arange(200, dtype=np.uint16) % 50
-    source = a_stream(tokens, tokens, "a")
-
-    def state_of() -> TrainingState:
-        state = new_state()
-        state.data = Mixture([source], 8, seed=0)
-        return state
-
-    state_of().save(tmp_path)
-    numbers = json.loads(read_tensors(tmp_path / RESUME_FILE)[1]["state"])
-    own = numbers["data"]["sources"]["a"]
-    for wrong in (
-        {**own, "epoch": "x"},
-        {**own, "epoch": -1},
-        {**own, "epoch": 0.5},
-        {**own, "position": True},
-        {**own, "position": 10**6},
-        {**own, "rows": "x"},
-        {**own, "rows": None},
-        {},
-        [],
-        5,
-        None,
-    ):
-        numbers["data"]["sources"] = {"a": wrong}
-        edit_restart(tmp_path, lambda t, m: m.update(state=json.dumps(numbers)))
-        assert str(tmp_path / RESUME_FILE) in refusal(state_of().restore, tmp_path)
-    for wrong in ([], 5, None, "a"):
-        numbers["data"]["sources"] = wrong
-        edit_restart(tmp_path, lambda t, m: m.update(state=json.dumps(numbers)))
-        refusal(state_of().restore, tmp_path)
+    state, again = new_state(), new_state()
+    state.data, again.data = (Mixture([a_stream(tokens, tokens, "a")], 8, seed=0) for _ in range(2))
+    state.save(folder)
+    sound = json.loads(read_tensors(folder / RESUME_FILE)[1]["state"])
+    own = sound["data"]["sources"]["a"]
+    for name in own:
+        sources = wrong if whole else {"a": own | {name: wrong}}
+        damaged = sound | {"data": sound["data"] | {"sources": sources}}
+        edit_restart(folder, lambda t, m, damaged=damaged: m.update(state=json.dumps(damaged)))
+        try:
+            again.restore(folder)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+        else:
+            assert not whole

@@ -18,7 +18,6 @@ from runs import (
     HERE,
     ROOT,
     Killed,
-    Position,
     assert_same_run,
     folder_bytes,
     fresh_state,
@@ -42,7 +41,7 @@ from minillm.run import (
     start_runtime,
 )
 from minillm.tools import plots
-from minillm.tools.folder import MODEL_FILES, RUN_FILES, claim_folder, start_run_folder
+from minillm.tools.folder import MODEL_FILES, claim_folder
 
 
 def update(state: TrainingState) -> None:
@@ -209,28 +208,6 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(here):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o640}
-
-
-def test_an_overwrite_that_is_killed_at_any_moment_can_be_begun_again(tmp_path, monkeypatch):
-    options, unlink = TrainingOptions(str(tmp_path / "out"), overwrite=True), Path.unlink
-    for number in range(len(RUN_FILES) - 1):
-        for name in RUN_FILES:
-            (options.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (options.folder / name).write_text("{}")
-        left = [1] * number
-
-        def unlink_or_die(path, left=left, **how):
-            if path.parent.name in ("out", "resume") and not path.name.endswith(".tmp"):
-                left.pop() if left else failing()
-            unlink(path, **how)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Path, "unlink", unlink_or_die)
-            start_run_folder(options, "train")
-        assert number == 0 or not (options.folder / RESUME_FILE).exists(), "--resume must not mix the two"
-        with start_runtime("cpu") as runtime:
-            claim_folder(options, runtime)
-            start_run_folder(options, "train")
 
 
 # ---- The end of a run, and going on from there
@@ -476,12 +453,6 @@ def test_a_vocabulary_that_the_text_cannot_give_is_said(here, capfd):
     assert "no more of the 200,000 asked for are in the text" in capfd.readouterr().out
 
 
-def test_a_tilde_is_the_home_folder_wherever_a_place_is_given(here, monkeypatch):
-    monkeypatch.setenv("HOME", str(here))
-    train.main(["--data", "tale=~/tale.txt:2", "--out=~/deep/base", *TINY, "--cache=~/cache"])
-    assert (here / "deep" / "base" / "run.json").exists() and not Path("~").exists()
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(here, monkeypatch, capfd):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "permissions" in refusal(train, ["--data", "nowhere", "--out", "base", *TINY], capfd)
@@ -489,25 +460,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(here
 
 
 # ---- What a restart brings back
-
-
-def test_every_part_of_a_restart_point_comes_back(tmp_path):
-    state = fresh_state()
-    state.data = Position(7)
-    update(state)
-    state.step, state.tokens, state.seconds = 1, 64, 0.5
-    state.save(tmp_path)
-    again = fresh_state()
-    again.data = Position(0)
-    with torch.no_grad():
-        next(again.model.parameters()).zero_()
-    again.restore(tmp_path)
-    assert (again.step, again.tokens, again.seconds, again.data.position) == (1, 64, 0.5, 7)
-    weights, others = state.model.state_dict(), again.model.state_dict()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    moments, others = state.optimizers.state_tensors(), again.optimizers.state_tensors()
-    assert moments.keys() == others.keys() and len(moments) > 6
-    assert all(torch.equal(moments[name], others[name]) and moments[name].any() for name in moments)
 
 
 @given(st.integers(0, 9), st.integers(0, 9))

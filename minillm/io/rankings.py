@@ -19,7 +19,7 @@ from typing import Any
 
 from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, reason_of, writing
-from minillm.files import read_json, sync_file, sync_folder, write_json
+from minillm.files import read_json, sync, write_json
 from minillm.options import options_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
 
@@ -49,7 +49,7 @@ class JsonLines:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a write that fails leaves nothing behind for close() to try again.
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
-            sync_folder(path.parent)
+            sync(path.parent)
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -72,14 +72,15 @@ class JsonLines:
         with writing(self.path, "what was there before is unchanged; free some space and go on"):
             if self.file.write(data) != len(data):
                 raise OSError(28, "the disk is full")
-            sync_file(self.file)
+            os.fsync(self.file.fileno())
 
     def _mend(self, content: bytes) -> None:
         lines, torn = _split_lines(content)
         if torn:
-            with open(f"{self.path}.torn", "ab") as kept:
+            aside = Path(f"{self.path}.torn")
+            with open(aside, "ab") as kept:
                 kept.write(torn + b"\n")
-                sync_file(kept)
+            sync(aside)
             os.ftruncate(self.file.fileno(), len(content) - len(torn))
             self.mended = (
                 f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps; "
