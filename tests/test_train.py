@@ -145,11 +145,15 @@ def test_accumulating_small_batches_follows_the_curve_of_one_batch(text, tmp_pat
     assert [x[2] for x in losses_of(events)] == pytest.approx(one, rel=1e-4)
 
 
-def test_a_masked_model_trains_and_generate_refuses_it(text, tmp_path):
-    out = tmp_path / "masked"
+def test_a_masked_model_trains_on_other_masks_each_step_and_generate_refuses_it(text, tmp_path, monkeypatch):
+    out, real, seeds = tmp_path / "masked", train.mask_tokens, []
+    monkeypatch.setattr(
+        train, "mask_tokens", lambda *args, seed: seeds.append(seed) or real(*args, seed=seed)
+    )
     events = run_in_process(text, out, "--objective", "masked", "--steps", "40")
     losses = [e["loss"] for e in events if e["event"] == "train"]
     assert sum(losses[-5:]) < sum(losses[:5])
+    assert len(set(seeds[-40:])) == 40
     model, tokenizer = load_model(out, torch.device("cpu"), torch.float32)
     assert not model.config.causal
     with pytest.raises(InputError, match="masked"):
