@@ -402,9 +402,9 @@ def _list_row_blocks(
 # KB for the others. 8 warps, as a rule, because 4 would hold sums of twice the size in their registers.
 TILES = {
     # Rows stay in place and keys stream by: tall blocks reread the keys less often.
-    ("forward", "half", "sm_80"): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+    ("forward", "half", "sm_80"): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     ("forward", "half", "sm_90"): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3)),
-    ("forward", "half", "sm_100"): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3)),
+    ("forward", "half", "sm_100"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
     # d_out stays in place too.
     ("dq", "half", "sm_80"): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 4, 2)),
     ("dq", "half", "sm_90"): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),

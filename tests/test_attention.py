@@ -374,6 +374,15 @@ def test_keys_that_nobody_sees_may_hold_anything(device, impl, bad, causal):
         assert attention(q, *keys, impl=impl)[:, :, :30].isfinite().all()
 
 
+@both_versions
+def test_an_infinite_key_that_nobody_sees_reaches_no_gradient_behind_a_finite_result(device, impl):
+    q, k, v = (normal(device, 1, 1, 20, 16, seed=i) for i in range(3))
+    q, end = q.abs().requires_grad_(), positions(device, [[15] * 20])
+    k[:, :, 15:] = -torch.inf
+    out = attention(q, k, v, end=end, causal=False, impl=impl)
+    assert out.isfinite().all() and torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
 def test_half_types_on_a_cpu_are_as_exact_as_torchs_fused_kernel():
     """At scores of deviation 4 and 16, and beyond the range of float16; with and without gradients."""
     for spread, dtype in ((2.0, torch.bfloat16), (4.0, torch.bfloat16), (4.0, torch.float16)):
