@@ -29,6 +29,7 @@ from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
+from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
@@ -193,6 +194,17 @@ def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_th
         assert "rankings.jsonl" in line and "--data" in line
     elsewhere = unnamed | {"--reward": str(tmp_path / "reward")}
     assert "--data" in refusal(rlhf, arguments(elsewhere, tmp_path / "other"), capfd)
+
+
+def test_no_prompt_is_trained_on_and_held_out(places):
+    paths = {name: places[f"--{name}"] for name in ("init", "reward")}
+    options = rlhf.Options(
+        stage="policy", **paths, data=(places["--data"],), val_prompts=8, val_fraction=0.3, max_new_tokens=8
+    )
+    aligner = rlhf.start_aligner(options, Runtime(torch.device("cpu"), torch.float32))
+    both = rlhf.policy_prompts(options, aligner)
+    training, held_out = ({prompt.messages[0]["content"] for prompt in prompts} for prompts in both)
+    assert len(held_out) == 8 and len(training) > 20 and not training & held_out
 
 
 def test_a_reward_model_that_reads_less_than_a_prompt_and_its_response_is_refused(places, tmp_path, capfd):
