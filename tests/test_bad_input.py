@@ -279,10 +279,13 @@ def remove(path: Path) -> None:
 
 
 @pytest.fixture
-def restored(made) -> Iterator[Callable[[], None]]:
+def restored(made, tmp_path_factory) -> Iterator[Callable[[], None]]:
     """Brings the folder back to what it was; so does the end of a test."""
+    ours = tmp_path_factory.getbasetemp()
 
     def restore() -> None:
+        # After an interrupt the current folder may be another one, with files that are not the tests' own.
+        assert Path.cwd().is_relative_to(ours), "not the tests' own folder: nothing is removed here"
         folders = {str(parent) for name in made for parent in Path(name).parents}
         for path in sorted(Path().rglob("*"), reverse=True):
             file = path.is_file() and not path.is_symlink()
