@@ -139,7 +139,7 @@ class Options(PolicyOptions):
     """rank --annotator model: a text file that says what makes a reply better. Default: minillm's own."""
 
     init: str = "out/sft"
-    """reward, policy: the assistant to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
+    """reward, policy: the assistant to start from: a run, or a Hugging Face folder (Llama, Qwen, Mistral)."""
     rankings: tuple[str, ...] = ()
     """reward, policy --algorithm dpo: rankings, ours or anybody's. Nothing: rankings.jsonl in --out."""
 
@@ -461,7 +461,7 @@ def finish_reward_model(
     from minillm.tools.report import report_card, report_text, score_rankings, unknown_score, write_report
     from minillm.world import KINDS
 
-    val_loss = run.figure("val", "loss")
+    val_loss = run.metric("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
@@ -583,14 +583,14 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     ]
     start_run_folder(options, "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-    figures = {
+    metrics = {
         "score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n,
         "unended": fmean(not found.ended[j] for j in best), "seconds": time.perf_counter() - began,
     }  # fmt: skip
     if aligner.rubric:
-        figures["rubric"] = fmean(aligner.rubric(r["messages"], r["response"]) or 0.0 for r in records)
-    write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **figures} | provenance())
-    print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in figures.items())}")
+        metrics["rubric"] = fmean(aligner.rubric(r["messages"], r["response"]) or 0.0 for r in records)
+    write_json(options.folder / "report.json", {"n": n, "prompts": len(records), **metrics} | provenance())
+    print(f"{options.folder}: best of {n}: {', '.join(f'{k} {v:.3f}' for k, v in metrics.items())}")
 
 
 # -- its models, prompts and text
@@ -739,7 +739,7 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
     from minillm.tools.plots import plot_loss, plot_policy
 
     kept = dict(aligner.kept)
-    run.figure("val", "loss")  # InputError where a damaged file has none
+    run.metric("val", "loss")  # InputError where a damaged file has none
     plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
     plot_policy(run.folder)
     step = kept.pop("step")

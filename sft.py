@@ -60,7 +60,7 @@ class Options(DataOptions):
     out: str = "out/sft"
     """The run folder."""
     init: str = "out/base"
-    """The model to start from: a run or a Hugging Face folder (Llama or Qwen3 layout)."""
+    """The model to start from: a run or a Hugging Face folder (Llama, Qwen, Mistral)."""
     text: tuple[str, ...] = ()
     """Raw text to mix in, as train.py's --data. Nothing: the little world's, where the conversations are."""
     text_share: Part = 0.25
@@ -193,20 +193,20 @@ def finish(
     from minillm.tools.plots import plot_loss
     from minillm.world import World
 
-    figures = {}
-    val_loss, perplexity = (run.figure("val", name) if validated else None for name in ("loss", "perplexity"))
+    metrics = {}
+    val_loss, perplexity = (run.metric("val", name) if validated else None for name in ("loss", "perplexity"))
     if options.on_world and options.eval_prompts:
         before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
         models = {options.init: before, str(run.folder): (model, tokenizer)}
-        figures = world_metrics(models, World(options.seed), options.eval_prompts)
-        run.say(metrics_table(figures))
+        metrics = world_metrics(models, World(options.seed), options.eval_prompts)
+        run.say(metrics_table(metrics))
     sources = mixture.report()
     for source in sources:
         run.say(source_line(source))
     plot_loss(run.folder, "loss", "nats per target")
     run.finish(
         sources=sources, val_loss=val_loss, val_perplexity=perplexity,
-        figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in figures.items()},
+        figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in metrics.items()},
     )  # fmt: skip
 
 

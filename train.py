@@ -70,7 +70,7 @@ class Options(DataOptions):
     out: str = "out/base"
     """The run folder."""
     init: str | None = None
-    """Start from this run or Hugging Face folder (Llama or Qwen3 layout), with its tokenizer; rows may be
+    """Start from this run or Hugging Face folder (Llama, Qwen, Mistral), with its tokenizer; rows may be
     longer than those that it was trained on."""
 
     depth: Count | None = None
@@ -280,8 +280,8 @@ def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
     sources = mixture.report()
     for source in sources:
         run.say(source_line(source))
-    if best < run.figure("val", "nats_per_byte"):
-        run.say(f"validation rose behind its lowest, {best:.4f} nats/byte: the model kept is that one")
+    if best < run.metric("val", "nats_per_byte"):
+        run.say(f"validation rose after its lowest, {best:.4f} nats/byte: the model of that step is kept")
     plot_loss(run.folder, "nats_per_byte", "nats per byte")
     if options.objective == "causal" and options.samples:
         write_samples(run, *load_model(run.folder, run.runtime.device, run.runtime.dtype), options)

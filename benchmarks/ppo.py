@@ -52,7 +52,7 @@ class Clock:
 
     def stop(self, tokens: int, figures: dict[str, Any]) -> None:
         seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.cpu_began
-        line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **figures}
+        line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **metrics}
         print(json.dumps(line), file=sys.__stdout__, flush=True)
 
 
@@ -68,8 +68,8 @@ def minillm_side(work: dict[str, Any]) -> None:
             clock.start()
             return super().goes_on()
 
-        def log_step(self, tokens: int, **figures: Any) -> None:
-            super().log_step(tokens, **figures)
+        def log_step(self, tokens: int, **metrics: Any) -> None:
+            super().log_step(tokens, **metrics)
             clock.stop(tokens, figures)
 
     def stopping(*arguments: Any) -> Any:

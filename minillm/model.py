@@ -175,7 +175,7 @@ class Attend(Protocol):
         """Of each token in its text: [T], or [B, 1, T] where rows differ."""
 
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the queries of a block gather, of and in the shapes of `Attention.forward`."""
+        """What the queries [B, H, T, C] of a block gather from keys and values [B, K, T, C]."""
 
 
 class Decoder(nn.Module):

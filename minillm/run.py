@@ -269,7 +269,7 @@ class Run:
                     stack.callback(self.tracker.close)
             self.bar = tqdm(disable=True)
             with NO_SCREEN:
-                # On the stream itself: figures of ours need not be made printable.
+                # On the stream itself: metrics of ours need not be made printable.
                 self.bar = tqdm(
                     total=steps, initial=state.step, unit="step", dynamic_ncols=True, file=sys.__stderr__,
                     disable=not self.runtime.is_main,
@@ -338,23 +338,23 @@ class Run:
         return self.state.step < self.steps and not told.item()
 
     def log_step(
-        self, tokens: int, *, loss: float, gradient_norm: float, shown: str = "", **figures: float
+        self, tokens: int, *, loss: float, gradient_norm: float, shown: str = "", **metrics: float
     ) -> None:
-        """Counts an update of `tokens` tokens and logs its figures; ends the run where one is no number."""
+        """Counts an update of `tokens` tokens and logs its metrics; ends the run where one is no number."""
         if not math.isfinite(loss + gradient_norm):
             found = f"loss {loss}, gradient norm {gradient_norm}"
-            raise self.exploded(f"a figure is no longer finite ({found})")
+            raise self.exploded(f"a metric is no longer finite ({found})")
         self.state.step += 1
         self.state.tokens += tokens
         speed = tokens / (time.perf_counter() - self.step_began)
         self.log(
             "train", f"loss {loss:.3f}, {speed:,.0f} tokens/s{shown}", loss=loss, gradient_norm=gradient_norm,
-            **figures, tokens_per_second=speed,
+            **metrics, tokens_per_second=speed,
         )  # fmt: skip
 
-    def log(self, event: str, shown: str = "", **figures: Any) -> None:
+    def log(self, event: str, shown: str = "", **metrics: Any) -> None:
         """Appends a line to metrics.jsonl; the bar shows `shown` until the next of its kind."""
-        record = {"event": event, "step": self.state.step, **figures}
+        record = {"event": event, "step": self.state.step, **metrics}
         self.latest[event] = record
         if self.file is None:
             return
@@ -422,16 +422,16 @@ class Run:
             )
             sys.exit(130)
 
-    def figure(self, event: str, name: str) -> float:
-        """A figure of the latest record of a kind. InputError where a damaged file has none."""
+    def metric(self, event: str, name: str) -> float:
+        """A metric of the latest record of a kind. InputError where a damaged file has none."""
         found = self.latest.get(event, {}).get(name)
         if found is None:
             raise InputError(f"{self.path}: no {event} with its {name}; restore it or --overwrite")
         return found
 
-    def finish(self, **figures: Any) -> None:
+    def finish(self, **metrics: Any) -> None:
         """The last line of metrics.jsonl, once all that a finished run leaves is there."""
-        self.log("final", seconds=self.state.seconds, tokens=self.state.tokens, **figures)
+        self.log("final", seconds=self.state.seconds, tokens=self.state.tokens, **metrics)
 
 
 # ---- What it told
@@ -441,7 +441,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The events of a run, oldest first; a last line torn by a crash is left out.
 
     InputError for a file that cannot be read or holds anything but events; in those of training and
-    validation every figure is a number that can be plotted.
+    validation every metric is a number that can be plotted.
     """
     path, hint, events = folder / "metrics.jsonl", "restore the file or --overwrite", []
     with reading(path, hint):
@@ -449,11 +449,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         with reading(f"{path}: line {number}", hint):
             match json.loads(line):
-                case {"event": "train" | "val", "step": int(), **figures} as event if not all(
-                    isinstance(figure, float) or (isinstance(figure, int) and abs(figure) < 2**63)
-                    for figure in (event["step"], *figures.values())
+                case {"event": "train" | "val", "step": int(), **metrics} as event if not all(
+                    isinstance(metric, float) or (isinstance(metric, int) and abs(metric) < 2**63)
+                    for metric in (event["step"], *metrics.values())
                 ):
-                    raise ValueError("one of its figures is no number")
+                    raise ValueError("one of its metrics is no number")
                 case {"event": str(), "step": int()} as event:
                     events.append(event)
                 case _:

@@ -83,18 +83,18 @@ def test_a_line_is_on_its_way_to_the_disk_as_soon_as_it_is_logged_and_the_latest
             assert logged.pop("tokens_per_second") > 0
             assert logged == {"event": "train", "step": step, **STEP, "extra": 2.0}
         log(run, [("val", 2, {"loss": 3.0}), ("val", 3, {"loss": 2.0})])
-        assert run.figure("val", "loss") == 2.0
+        assert run.metric("val", "loss") == 2.0
         with pytest.raises(InputError, match=r"metrics.jsonl.*no val with its kl"):
-            run.figure("val", "kl")
+            run.metric("val", "kl")
     with running(tmp_path, at=2) as run:
-        assert run.figure("val", "loss") == 3.0
+        assert run.metric("val", "loss") == 3.0
 
 
 def test_the_other_processes_write_and_say_nothing(tmp_path, capsys):
     with running(tmp_path, runtime=Runtime(HERE.device, HERE.dtype, rank=1, world_size=1)) as run:
         run.log("val", "shown", loss=3.0)
         run.say("nothing")
-        assert run.figure("val", "loss") == 3.0
+        assert run.metric("val", "loss") == 3.0
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 

@@ -51,7 +51,7 @@ class Options:
     """Talk to a model."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = "out/sft"
-    """A run folder, or a Hugging Face folder (Llama or Qwen3 layout)."""
+    """A run folder, or a Hugging Face folder (Llama, Qwen, Mistral)."""
     prompt: str | None = None
     """Print the answer to this and end, instead of a conversation."""
     prompt_file: str | None = None

@@ -212,7 +212,7 @@ class Options:
     """The loss of a model on a raw text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """A run folder, or a Hugging Face folder (Llama or Qwen3 layout)."""
+    """A run folder, or a Hugging Face folder (Llama, Qwen, Mistral)."""
     text: str
     """A file of UTF-8 text."""
     device: str = "auto"
