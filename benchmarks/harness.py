@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 def parser(doc: str, runs: int | None = None) -> argparse.ArgumentParser:
     """With --json, and where a benchmark has `runs` with --runs, also called --rounds."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from kernels.dev.commandline import Parser
+
+    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs is not None:
         made.add_argument("--runs", "--rounds", type=int, default=runs, help=f"each side's, in turn ({runs})")
     made.add_argument("--json", type=Path, help="write the results with their provenance here")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 IMPLEMENTATIONS = ("triton", "torch")
+TRITON = find_spec("triton") is not None
 CAPABILITY = (8, 0)  # older GPUs have neither the shared memory that the tiles need nor bfloat16
 Arguments = Mapping[str, tuple[Tensor | None, str]]  # name -> the tensor, and its shape as letters
 
@@ -51,14 +52,10 @@ def choose_impl(impl: str | None, operand: Tensor) -> str:
         return impl
     if impl is not None:
         raise ValueError(f"unknown impl {impl!r}: there are None, 'triton' and 'torch'")
-    if not operand.is_cuda or operand.dtype == torch.float64:
+    if not operand.is_cuda or operand.dtype == torch.float64 or not TRITON:
         return "torch"
-    return "triton" if _serves(operand.device.index) else "torch"
-
-
-@torch.compiler.assume_constant_result
-def _serves(device: int) -> bool:
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    device = torch.cuda.get_device_properties(operand.device.index)  # which torch.compile takes as constant
+    return "triton" if (device.major, device.minor) >= CAPABILITY else "torch"
 
 
 def autocast(x: Tensor) -> Tensor:

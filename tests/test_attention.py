@@ -4,7 +4,11 @@ Without a GPU Triton's kernels run interpreted, with blocks of 16 to 64 rows and
 cross their borders.
 """
 
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -433,12 +437,19 @@ def test_a_query_that_is_no_number_gives_nan_rather_than_zero(device, impl):
         assert x[:, :, 18].isnan().all() and x[:, :, :18].isfinite().all()
 
 
+def test_the_kernels_are_imported_without_torchs_compiler():
+    """It takes as long to load as all the rest of torch; only --compile needs it."""
+    code = "import sys, kernels.attention, kernels.losses; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
 def test_older_gpus_get_torchs_version(monkeypatch):
     """sm_75 has neither the shared memory that the tiles need nor bfloat16."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     operand = type("", (), {"is_cuda": True, "dtype": torch.float16, "device": torch.device("cuda", 0)})()
-    for capability, version in (((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+    for major, minor, version in ((7, 5, "torch"), (8, 0, "triton"), (9, 0, "triton")):
+        found = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
         assert choose_impl(None, operand) == version
     operand.dtype = torch.float64
     assert choose_impl(None, operand) == "torch"

@@ -706,6 +706,8 @@ def shipped() -> Iterator[ast.AST]:
 
 def test_every_option_is_read_somewhere():
     read = {node.attr for node in shipped() if isinstance(node, ast.Attribute)}
+    for template in ROOT.glob("minillm/**/*.j2"):
+        read |= set(re.findall(r"\boptions\.(\w+)", template.read_text(encoding="utf-8")))
     # The shape of train.py's model is read by names in a table; what is decisive for a ranking too.
     by_name = {*train.SHAPE, *(name for names in DECISIVE.values() for name in names)}
     for script, module in SCRIPTS.items():

@@ -504,6 +504,7 @@ def odd(folders, base) -> None:
         ("base elsewhere", "--seed 5"),
         ("base --prompts 0", "--prompts"),
         ("base --show -1", "--show"),
+        ("base --split train", "split"),
         ("base --temperature -1", "temperature"),
         ("base --max-new-tokens 250", "--max-new-tokens 250"),
         ("base --judge reward --reward nowhere", "nowhere"),

@@ -227,7 +227,7 @@ def test_two_processes_never_write_to_one_file(tmp_path):
 
 def test_what_was_appended_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
     synced, path = [], tmp_path / "x.jsonl"
-    monkeypatch.setattr(rankings_on_disk, "sync_file", lambda file: synced.append(path.read_text()))
+    monkeypatch.setattr(rankings_on_disk.os, "fsync", lambda file: synced.append(path.read_text()))
     with JsonLines(path) as lines:
         lines.append([{"a": 1}, {"b": 2}])
         assert synced[-1:] == ['{"a": 1}\n{"b": 2}\n']

@@ -23,7 +23,6 @@ Sources: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (s
 "PTX ISA", sections "mma", "wgmma.mma_async" and "tcgen05.mma" (tile sizes).
 """
 
-import argparse
 import os
 import re
 import signal
@@ -46,6 +45,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import attention, losses
+from kernels.dev.commandline import Parser
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKERS = ("<!-- gate: begin -->", "<!-- gate: end -->")
@@ -274,7 +274,7 @@ def page(text: str, found: list[Build]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
     parser.add_argument("--all", action="store_true", help="widths of other models and float32 as well")
     parser.add_argument("--only", type=int, metavar="SIZE", help="one width of heads, or one vocabulary")
