@@ -279,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="widths of other models and float32 as well")
     parser.add_argument("--only", type=int, metavar="SIZE", help="one width of heads, or one vocabulary")
     options = parser.parse_args(arguments)
+    if options.write and (options.all or options.only is not None):
+        parser.error("--write: the page holds the product's own builds; leave out --all and --only")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     known = PRODUCT + (OTHERS if options.all else [])
