@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from harness import parser, script, write
@@ -56,7 +57,8 @@ def main() -> None:
     options.add_argument("--variants", nargs="*", default=[*VARIANTS, SECOND, BEST_OF_N])
     options.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
     arguments = options.parse_args()
-    names, results = arguments.variants, {"sft": {}, **{name: {} for name in arguments.variants}}
+    names = arguments.variants
+    results: dict[str, dict[str, dict]] = {"sft": {}, **{name: {} for name in names}}
     for seed in arguments.seeds:
         place = arguments.folder / str(seed)
         prepare(place, seed)
@@ -177,7 +179,8 @@ def line(name: str, of_seeds: Sequence[dict], what: str) -> str:
 
     def shown(*keys: str) -> str:
         values = []
-        for one in of_seeds:
+        for found in of_seeds:
+            one: Any = found
             for key in keys:
                 one = one.get(key) if one else None
             values += [] if one is None else [one]

@@ -27,6 +27,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ GET_TRL = "python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.12.0"
 
 class Clock:
     """Stops the time, and the loop, between two iterations: one is made whenever a line comes, and answered
-    by a line with its seconds and figures."""
+    by a line with its seconds and metrics."""
 
     def start(self) -> None:
         sys.stdin.readline()
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
-    def stop(self, tokens: int, figures: dict[str, Any]) -> None:
+    def stop(self, tokens: int, metrics: dict[str, Any]) -> None:
         seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.cpu_began
         line = {"seconds": seconds, "cpu_seconds": cpu, "tokens": tokens, **metrics}
         print(json.dumps(line), file=sys.__stdout__, flush=True)
@@ -70,7 +71,7 @@ def minillm_side(work: dict[str, Any]) -> None:
 
         def log_step(self, tokens: int, **metrics: Any) -> None:
             super().log_step(tokens, **metrics)
-            clock.stop(tokens, figures)
+            clock.stop(tokens, metrics)
 
     def stopping(*arguments: Any) -> Any:
         aligner = start_aligner(*arguments)
@@ -78,7 +79,7 @@ def minillm_side(work: dict[str, Any]) -> None:
         aligner.sampling = replace(aligner.sampling, stop_ids=stops)
         return aligner
 
-    rlhf.Run, rlhf.start_aligner = Turns, stopping  # type: ignore[misc]
+    rlhf.Run, rlhf.start_aligner = Turns, stopping  # type: ignore[misc, assignment]
     same = ("init", "reward", "out", "precision", "iterations", "minibatches", "ppo_epochs", "beta")
     options = rlhf.Options(
         stage="policy", **{name: work[name] for name in same}, device="cpu", policy_rate=work["rate"],
@@ -161,7 +162,7 @@ def compare(pythons: dict[str, str], work: dict[str, Any], runs: int) -> dict[st
     """Medians over the counted iterations, in tokens of responses a second."""
     processes: dict[str, subprocess.Popen[str]] = {}
 
-    def iterate(name: str) -> dict[str, float]:
+    def iterate(name: str, number: int) -> dict[str, float]:
         pipe = processes[name]
         assert pipe.stdin and pipe.stdout
         pipe.stdin.write("\n")
@@ -181,7 +182,7 @@ def compare(pythons: dict[str, str], work: dict[str, Any], runs: int) -> dict[st
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                 )
-        iterations = in_turn({name: lambda _, name=name: iterate(name) for name in pythons}, runs)
+        iterations = in_turn({name: partial(iterate, name) for name in pythons}, runs)
         for process in processes.values():
             process.kill()  # before what comes at a run's end, which is not compared
             process.wait()

@@ -17,13 +17,14 @@ import torch
 from harness import parser, write
 
 from minillm.chat import ChatTemplate
+from minillm.compare.metrics import groups_of
 from minillm.data import split_by_hash
 from minillm.files import read_json
-from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.reward import encode_response, score_rows
 from minillm.tools.evaluate import sample_replies
 from minillm.tools.measures import Estimate, mean
-from minillm.world import KINDS, World
+from minillm.world import World
 from minillm.world.rubric import Prompt
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def groups(world: World, own: dict[str, Any], trained: int, count: int) -> dict[
         for ranked, side in zip(("ranked", "not ranked"), sides, strict=True)
         for said in ("", "not ")
     } | {"new facts": world.prompts("dev", n=count)}
-    return {name: prompts[:count] for name, prompts in found.items()}
+    return {name: prompts[:count] for name, prompts in found.items() if prompts}
 
 
 def main() -> None:
@@ -61,21 +62,19 @@ def main() -> None:
     reward_model, _ = load_scalar_model(arguments.reward, CPU, torch.float32)
     results: dict[str, dict[str, dict[str, dict[str, Estimate]]]] = {}
     for folder in arguments.models:
-        model, tokenizer = load_causal_model(folder, CPU, torch.float32)
+        model, tokenizer = load_model(folder, CPU, torch.float32)
         template = ChatTemplate(tokenizer)
         for group, prompts in of_group.items():
-            replies = sample_replies(model, tokenizer, [p.messages for p in prompts], temperature=1.0)
-            texts = [reply.text for reply in replies]
-            rows = [encode_response(template, p.messages, t) for p, t in zip(prompts, texts, strict=True)]
+            replies = sample_replies(model, tokenizer, prompts, temperature=1.0, world=world)
+            rows = [encode_response(template, one.prompt.messages, one.text) for one in replies]
             scores = score_rows(reward_model, rows)
-            rubric = [world.score(p, t).utility for p, t in zip(prompts, texts, strict=True)]
-            found = results.setdefault(str(folder), {})[group] = {}
-            for kind in ("all", *KINDS):
-                some = [i for i, prompt in enumerate(prompts) if kind in ("all", prompt.kind)]
-                found[kind] = {
+            found = results.setdefault(str(folder), {})[group] = {
+                kind: {
                     "score": mean([scores[i] for i in some]),
-                    "rubric": mean([rubric[i] for i in some]),
+                    "rubric": mean([replies[i].score.utility for i in some]),
                 }
+                for kind, some in groups_of(prompts).items()
+            }
             means = [f"{k} {m['score']['value']:.2f} {m['rubric']['value']:.3f}" for k, m in found.items()]
             print(f"{folder} {group:24} {len(prompts)} prompts; score, rubric:", ", ".join(means), flush=True)
     write(arguments.json, {"reward": str(arguments.reward), "seed": own["seed"], "results": results})
