@@ -674,18 +674,14 @@ def shuffled_prompts(prompts: Sequence[Prompt], template: ChatTemplate, seed: in
 
 def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
     """Raw text for ptx, as tokens on disk; None where it has no weight."""
-    from minillm.io.text import open_sources, world_sources
+    from minillm.io.text import text_sources
 
     if not options.ptx:
         return None
     if not options.text and options.data:
         raise InputError(f"--ptx {options.ptx}: name the raw text with --text")
     block_size = min(aligner.policy.config.max_position_embeddings, options.ptx_tokens)
-    sources = (
-        open_sources(options.text, options.errors)
-        if options.text
-        else world_sources(little_world(options.seed), options.world_megabytes)
-    )
+    sources = text_sources(options.text, options.seed, options.world_megabytes, options.errors)
     tokenizer = aligner.template.tokenizer
     tokens = [tokenize(s, tokenizer, Path(options.cache), 0.05, 1) for s in sources]
     return Mixture(tokens, block_size, options.seed)

@@ -155,8 +155,10 @@ def tokenized_text(options: Options, tokenizer: Tokenizer) -> list[TokenizedSour
 
     if not options.text_share or not (options.text or options.on_world):
         return []
-    return [tokenize(source, tokenizer, Path(options.cache), options.val_fraction, options.workers)
-            for source in text_sources(options.text, options)]  # fmt: skip
+    how = options.errors, options.encoding, options.field
+    sources = text_sources(options.text, options.seed, options.world_megabytes, *how)
+    cache, val_fraction = Path(options.cache), options.val_fraction
+    return [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
 
 
 def mixed(

@@ -78,11 +78,9 @@ def open_sources(
     return list(sources.values())
 
 
-def text_sources(specs: Sequence[str], options: Any) -> list[Source]:
-    """The text that is given, read as a script's options say, or the little world's."""
-    if not specs:
-        return world_sources(World(options.seed), options.world_megabytes)
-    return open_sources(specs, options.errors, options.encoding, options.field)
+def text_sources(specs: Sequence[str], seed: int, megabytes: float, *how: Any) -> list[Source]:
+    """The text that is given, as `open_sources` opens it with `how`, or the little world's."""
+    return open_sources(specs, *how) if specs else world_sources(World(seed), megabytes)
 
 
 def world_sources(world: World, megabytes: float) -> list[Source]:
