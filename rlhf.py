@@ -54,7 +54,7 @@ from minillm.io.huggingface import (
     save_scalar_model,
 )
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
-from minillm.optim import LearningRates, build_optimizers, clip_gradients, lr_schedule
+from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import (
     Count,
     Fraction,
@@ -395,15 +395,14 @@ def learn_rankings(
     while run.goes_on():
         batch = stream.next(options.batch_sets)
         loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
-        gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
         rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
-        state.optimizers.step(rate)
+        norm = state.optimizers.step(rate, options.clip)
 
         tokens = sum(one.size for one in batch)
-        run.log_step(tokens, loss=loss, gradient_norm=gradient_norm, rate=rate)
-        if run.due(options.val_every or tenth) or state.step == run.steps:
+        run.log_step(tokens, loss=loss, gradient_norm=norm, rate=rate)
+        if state.step % (options.val_every or tenth) == 0 or state.step == run.steps:
             validate()
-        if run.due(options.save_every or tenth):
+        if state.step % (options.save_every or tenth) == 0:
             run.save()
 
 
@@ -555,9 +554,9 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
         shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
         tokens = round(metrics["length"] * options.rollout_batch)
         run.log_step(tokens, **summary(updates), **metrics, shown=shown)
-        if run.due(options.val_every or tenth) or state.step == run.steps:
+        if state.step % (options.val_every or tenth) == 0 or state.step == run.steps:
             validate()
-        if run.due(options.save_every or tenth):
+        if state.step % (options.save_every or tenth) == 0:
             run.save()
 
 

@@ -44,7 +44,7 @@ from minillm.data import (
 from minillm.errors import InputError, one_line_errors
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel
-from minillm.optim import LearningRates, backward, build_optimizers, clip_gradients, held_out, lr_schedule
+from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
 from minillm.options import Count, DataOptions, Length, Part, Positive, Whole, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
@@ -112,6 +112,7 @@ def train(options: Options, runtime: Runtime) -> None:
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
     forward = runtime.wrap(model)
     tenth = max(1, options.steps // 10)
+    val_every, save_every = options.val_every or tenth, options.save_every or tenth
 
     with run.training(state, options.steps, lambda: save_model(run.folder, model, tokenizer)):
         if run.already_finished():
@@ -119,15 +120,14 @@ def train(options: Options, runtime: Runtime) -> None:
         while run.goes_on():
             batch = mixture.next_rows(rows)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
             rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
-            state.optimizers.step(rate)
+            norm = state.optimizers.step(rate, options.clip)
 
-            run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=gradient_norm, rate=rate)
-            if validation and (run.due(options.val_every or tenth) or state.step == options.steps):
+            run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=rate)
+            if validation and (state.step % val_every == 0 or state.step == options.steps):
                 val = held_out(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
-            if run.due(options.save_every or tenth):
+            if state.step % save_every == 0:
                 run.save()
         run.end()
         if runtime.is_main:

@@ -46,7 +46,6 @@ from minillm.optim import (
     LearningRates,
     backward,
     build_optimizers,
-    clip_gradients,
     held_out,
     lr_schedule,
     per_byte,
@@ -156,15 +155,14 @@ def train(options: Options, runtime: Runtime) -> None:
             if masked:
                 batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            gradient_norm = clip_gradients(state.optimizers.parameters, options.clip)
             rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
-            state.optimizers.step(rate)
+            norm = state.optimizers.step(rate, options.clip)
 
             run.log_step(
-                batch.tokens.numel(), loss=loss, nats_per_byte=per_byte(loss, batch, token_bytes),
-                gradient_norm=gradient_norm, rate=rate,
+                batch.tokens.numel(), loss=loss, gradient_norm=norm,
+                nats_per_byte=per_byte(loss, batch, token_bytes), rate=rate,
             )  # fmt: skip
-            if run.due(plan.val_every) or state.step == plan.steps:
+            if state.step % plan.val_every == 0 or state.step == plan.steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
                 run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
@@ -172,7 +170,7 @@ def train(options: Options, runtime: Runtime) -> None:
                     best = val
                     if runtime.is_main:
                         save_model(run.folder, model, tokenizer)
-            if run.due(plan.save_every):
+            if state.step % plan.save_every == 0:
                 run.save()
         run.end()
         if runtime.is_main:

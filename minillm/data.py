@@ -321,8 +321,8 @@ class EncodedSource:
 
     def val_rows(self, block_size: int, most: int) -> "list[Row]":
         """At most so many rows of the held-out conversations, the same each time."""
-        packed = pack(positions(self.val), np.arange(len(self.val)), block_size)[:most]
-        return [side_by_side([self.val[i] for i in chosen], block_size) for chosen in packed]
+        packed = best_fit(positions(self.val), np.arange(len(self.val)), block_size)[:most]
+        return [pack_conversations([self.val[i] for i in chosen], block_size) for chosen in packed]
 
     def __str__(self) -> str:
         """What it holds on both sides, and by reason what was left out or cut, in lines to read."""
@@ -402,7 +402,7 @@ class Row(NamedTuple):
     document_start: Bool[np.ndarray, " T"]  # whether a document begins here; the first position need not say
 
 
-def side_by_side(conversations: Sequence[Encoded], block_size: int) -> Row:
+def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row:
     """A row of conversations that fit. Its end is padding: token 0, no target, every position a document."""
     tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
     document_start = np.ones(block_size, bool)
@@ -455,11 +455,9 @@ class Shuffled(Generic[Item]):
         return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where another one stood. InputError if the items are others, ValueError for no such place."""
+        """Go to where another one stood. InputError if the items are others."""
         _check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
         self.seek(state["epoch"], state["position"])
-        if self.position > len(self.order):
-            raise ValueError(f"no position {self.position} in epoch {self.epoch}")
 
 
 def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
@@ -528,14 +526,16 @@ class PackedRows(Shuffled[Row]):
         super().__init__(source.train, source.name, seed, source.fingerprint)
 
     def arrange(self, random: np.random.Generator) -> Any:
-        rows = pack(self.sizes, random.permutation(len(self.sizes)), self.block_size)
+        rows = best_fit(self.sizes, random.permutation(len(self.sizes)), self.block_size)
         return [rows[i] for i in random.permutation(len(rows)).tolist()]
 
     def take(self, which: Any) -> Row:
-        return side_by_side([self.items[i] for i in which], self.block_size)
+        return pack_conversations([self.items[i] for i in which], self.block_size)
 
 
-def pack(sizes: Int64[np.ndarray, " M"], order: Int64[np.ndarray, " M"], block_size: int) -> list[list[int]]:
+def best_fit(
+    sizes: Int64[np.ndarray, " M"], order: Int64[np.ndarray, " M"], block_size: int
+) -> list[list[int]]:
     """What each row holds: conversations of these sizes, taken in this order, a stretch at a time; of each
     stretch the longest first, each to the row that it fills best, or to a new one."""
     stretches = sizes[order].cumsum() // (STRETCH * block_size)

@@ -1,6 +1,6 @@
 """Packed rows: prompts with their responses side by side in the rows of a forward pass.
 
-    sequences ──forward_passes──► rows ──pack_rows──► tokens, start [P, T] ──model──► numbers [P, T, *X]
+    sequences ──forward_passes──► rows ──pack_sequences──► tokens, start [P, T] ──model──► numbers [P, T, *X]
                                               └──► begins, ends ──► mask, index [N] ──► padded [B, R]
 
 A sequence is a prompt and one response to it. A row holds whole sequences, none attending to another, so that
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
-from minillm.data import pack
+from minillm.data import best_fit
 
 # ---- Sequences -> rows
 
@@ -30,12 +30,12 @@ def forward_passes(
     sizes = np.array([len(sequences[i]) for i in numbers], np.int64)
     if not len(sizes):
         return []
-    rows = [[numbers[i] for i in row] for row in pack(sizes, np.arange(len(sizes)), int(sizes.max()))]
+    rows = [[numbers[i] for i in row] for row in best_fit(sizes, np.arange(len(sizes)), int(sizes.max()))]
     count = max(1, micro_tokens // int(sizes.max()))
     return [rows[first : first + count] for first in range(0, len(rows), count)]
 
 
-def pack_rows(
+def pack_sequences(
     sequences: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
 ) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
     """The tokens of these rows; the start of the sequence that each position belongs to, before which it sees

@@ -14,6 +14,8 @@ Left out: per-layer rates, schedules other than linear. Sources: Muon, Jordan et
 (kellerjordan.github.io/posts/muon); AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -104,11 +106,6 @@ def held_out(
     return HeldOut(nats / max(1, targets), nats / max(1, size))
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
-    """Scales all gradients down to a common norm of at most `largest`; returns the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, largest, foreach=True).item()
-
-
 # ---- A gradient -> an update
 
 
@@ -126,10 +123,6 @@ class LearningRates:
     """Decoupled, on the matrices inside the blocks only."""
 
 
-STATE_NAMES = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
-"""What each optimizer remembers of a weight: the step's number, or a tensor of the weight's shape."""
-
-
 class Optimizers:
     """Several torch optimizers driven as one."""
 
@@ -140,13 +133,19 @@ class Optimizers:
             group["base_rate"] = group["lr"]
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
-    def step(self, multiplier: float) -> None:
-        """One update at `multiplier` times the base rates; the gradients are cleared after it."""
+    def step(self, multiplier: float, clip: float) -> float:
+        """One update at `multiplier` times the base rates; clears the gradients and returns their norm.
+
+        They are scaled down to a common norm of at most `clip` before. One that is not finite moves nothing.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True).item()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = multiplier * group["base_rate"]
-            optimizer.step()
+            if math.isfinite(norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All state, flat: "<optimizer>.<parameter>.<name>" → tensor. The rates are not state."""
@@ -157,26 +156,15 @@ class Optimizers:
             for name, value in entries.items()
         }
 
-    def moved(self) -> list[int]:
-        """Which optimizers have moved weights: the others have no state yet."""
-        return [i for i, optimizer in enumerate(self.optimizers) if optimizer.state]
-
-    def load_state_tensors(self, tensors: dict[str, Tensor], moved: Sequence[int]) -> None:
-        """Takes over what `state_tensors` gave; ValueError unless it is the state of all that had `moved`."""
-        expected, states = {}, []
-        for i, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Any]] = {}
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for j, parameter in enumerate(parameters if i in moved else ()):
-                names = {name: f"{i}.{j}.{name}" for name in STATE_NAMES[type(optimizer)]}
-                for name, key in names.items():
-                    expected[key] = torch.Size() if name == "step" else parameter.shape
-                state[j] = {name: tensors.get(key) for name, key in names.items()}
-            states.append({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if {key: value.shape for key, value in tensors.items()} != expected:
-            raise ValueError("not the state of these optimizers")
-        for optimizer, loaded in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(loaded)
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `state_tensors` gave; one that had moved nothing yet has no state."""
+        states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in self.optimizers]
+        for key, value in tensors.items():
+            i, j, name = key.split(".")
+            states[int(i)][int(j)][name] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def build_optimizers(

@@ -52,7 +52,6 @@ Engstrom et al. 2020, "Implementation matters in deep policy gradients" (arXiv 2
 equations 3 and 4.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -67,7 +66,7 @@ from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.layout import flat_index, forward_passes, gather_previous, pack_rows
+from minillm.layout import flat_index, forward_passes, gather_previous, pack_sequences
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import (
     LearningRates,
@@ -75,7 +74,6 @@ from minillm.optim import (
     accumulate,
     backward,
     build_optimizers,
-    clip_gradients,
 )
 from minillm.options import PolicyOptions
 from minillm.preferences import Message, Prompt, Responses, fingerprint, sample_responses, seed_of
@@ -228,7 +226,7 @@ def pack_responses(
     """A forward pass over these rows of responses (layout.forward_passes): their numbers; the tokens; the
     start of the sequence at each position; and the index of the responses' tokens, one after another."""
     numbers = list(chain(*rows))
-    tokens, start, begins = pack_rows(responses.rows, rows)
+    tokens, start, begins = pack_sequences(responses.rows, rows)
     lengths = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
     _, index = flat_index(begins + lengths[:, 0], begins + lengths[:, 1])
     return numbers, tokens.to(device), start.to(device), index.to(device)
@@ -452,7 +450,7 @@ class Aligner:
     ) -> dict[str, float]:
         """One step of the optimizers on a minibatch, at this share of their base rates; its metrics.
 
-        No weight moves where the loss or the gradient is not finite.
+        No weight moves where the gradient is not finite.
         """
         options, runtime = self.options, self.runtime
         passes = forward_passes(part, rollout.responses.rows, options.micro_tokens)
@@ -480,9 +478,7 @@ class Aligner:
                 options.vf_coef,
             )  # fmt: skip
         loss = sum(weights[name] * one for name, one in losses.items())
-        norm = clip_gradients(self.optimizers.parameters, options.clip)
-        if math.isfinite(loss + norm):
-            self.optimizers.step(learning_rate)
+        norm = self.optimizers.step(learning_rate, options.clip)
         metrics = losses | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
         if moves:
             ratio, old_kl, clipped = torch.cat(moves, 1)

@@ -38,7 +38,7 @@ from minillm.chat import ChatTemplate
 from minillm.data import Shuffled, split_by_hash
 from minillm.errors import InputError
 from minillm.files import digest
-from minillm.layout import flat_index, forward_passes, pack_rows, pad
+from minillm.layout import flat_index, forward_passes, pack_sequences, pad
 from minillm.model import ScalarModel
 from minillm.optim import accumulate
 from minillm.preferences import Ranking
@@ -146,7 +146,7 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for some in forward_passes(order, rows, batch_tokens):
-        tokens, start, begins = pack_rows(rows, some)
+        tokens, start, begins = pack_sequences(rows, some)
         numbers = list(chain(*some))
         last = begins + torch.tensor([len(rows[i]) for i in numbers]) - 1
         found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]

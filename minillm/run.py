@@ -7,8 +7,7 @@
             while run.goes_on():
                 ...                                       one update: the script's own lines
                 run.log_step(tokens, loss=loss, ...)
-                if run.due(val_every): ...
-                if run.due(save_every): run.save()
+                if state.step % save_every == 0: run.save()
             run.end()
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json    huggingface.py
@@ -45,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minillm.errors import BAD_FILE, InputError, Interrupted, reading, reason_of, signals, writing
-from minillm.files import read_json, write_json, write_text
+from minillm.files import digest, read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
 
@@ -153,53 +152,40 @@ class TrainingState:
     seconds: float = 0.0
     """Time spent training, over all the sittings of the run."""
 
-    def is_finite(self) -> bool:
-        """Whether every weight is a number."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
-
     def save(self, folder: Path) -> None:
         """Writes the restart file."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for name, value in self.optimizers.state_tensors().items():
-            tensors[f"optimizer.{name}"] = value
-        numbers = {
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-            "moved": self.optimizers.moved(), "data": self.data.state_dict(),
-        }  # fmt: skip
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
         # A copy each: safetensors refuses tensors that share memory, as tied weights do.
-        separate = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-        write_tensors(folder / RESUME_FILE, separate, {"state": json.dumps(numbers)})
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        numbers = {name: getattr(self, name) for name in ("step", "tokens", "seconds")}
+        state = json.dumps(numbers | {"data": self.data.state_dict()})
+        write_tensors(folder / RESUME_FILE, tensors, {"state": state, "seal": self._seal(state, tensors)})
 
     def restore(self, folder: Path) -> None:
         """Brings everything back; data that has changed since is refused by name."""
         path = folder / RESUME_FILE
         tensors, metadata = read_tensors(path)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         try:
-            numbers = json.loads(metadata["state"])
-            check_whole(numbers, {"step": 0, "tokens": 0, "data": self.data.state_dict()})
-            self.step, self.tokens = numbers["step"], numbers["tokens"]
-            self.seconds = float(numbers["seconds"])
-            if not self.seconds >= 0:
-                raise ValueError("negative time")
-            self.data.load_state_dict(numbers["data"])
-            self.optimizers.load_state_tensors(_with_prefix("optimizer.", tensors), numbers["moved"])
+            seal = self._seal(metadata["state"], tensors)
+            if metadata.get("seal", seal) != seal:  # the release before wrote none
+                raise ValueError("damaged, or of another run")
+            for name, tensor in tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = tensor
+            state = json.loads(metadata["state"])
+            self.step, self.tokens, self.seconds = (state[name] for name in ("step", "tokens", "seconds"))
+            self.data.load_state_dict(state["data"])
+            self.optimizers.load_state_tensors(parts["optimizer"])
         except BAD_FILE as error:
             raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
-        load_weights(self.model, _with_prefix("model.", tensors), path)
+        load_weights(self.model, parts["model"], path)
 
-
-def check_whole(found: Any, like: Any) -> None:
-    """ValueError where `like` has a whole number, such as a position, and `found` has something else."""
-    if isinstance(found, dict) and isinstance(like, dict):
-        for name in found.keys() & like.keys():
-            check_whole(found[name], like[name])
-    elif type(like) is int and (type(found) is not int or found < 0):
-        raise ValueError(f"{found!r:.40} is no position")
-
-
-def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    def _seal(self, state: str, tensors: dict[str, Tensor]) -> str:
+        """Of the numbers, of which tensors there are, and whose: what differs in any is no restart point."""
+        kinds = [type(optimizer).__name__ for optimizer in self.optimizers.optimizers]
+        return digest(state, kinds, sorted((name, list(value.shape)) for name, value in tensors.items()))
 
 
 # ---- The run
@@ -381,13 +367,9 @@ class Run:
             with NO_SCREEN:
                 self.bar.refresh()
 
-    def due(self, every: int) -> bool:
-        """Whether what happens every so many steps happens now."""
-        return self.state.step % every == 0
-
     def save(self) -> None:
         """The model as others open it, and the restart point; refused where a weight is no number."""
-        if not self.state.is_finite():
+        if not all(bool(weight.isfinite().all()) for weight in self.state.model.parameters()):
             raise self.exploded("some weights are no longer finite")
         self.state.seconds = self.earlier + time.perf_counter() - self.began
         if self.file:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from minillm.data import TokenizedSource
 from minillm.io.huggingface import read_tensors
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import LearningRates, build_optimizers
+from minillm.optim import LearningRates, Optimizers, build_optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Run, Runtime, TrainingState
 from minillm.tokenizer import Tokenizer
@@ -125,18 +125,18 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_at_update(script: ModuleType, number: int) -> Iterator[None]:
-    """Lets `script` die in the middle of its `number`-th update."""
-    clip, calls = script.clip_gradients, []
+def killed_at_update(number: int) -> Iterator[None]:
+    """Lets a script die in the middle of its `number`-th update."""
+    step, calls = Optimizers.step, []
 
-    def clip_or_die(*arguments):
+    def step_or_die(*arguments):
         calls.append(1)
         if len(calls) == number:
             raise Killed
-        return clip(*arguments)
+        return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(script, "clip_gradients", clip_or_die)
+        patch.setattr(Optimizers, "step", step_or_die)
         yield
 
 

@@ -26,7 +26,6 @@ import pytest
 from runs import ROOT, folder_bytes, killed_at_update, metrics_of, refusal
 from safetensors.torch import load_file
 
-import minillm.ppo
 import rlhf
 import sft
 import train
@@ -69,10 +68,10 @@ def write_data() -> None:
 def make_runs() -> None:
     """A run of every stage in the current folder, each stopped halfway."""
     write_data()
-    with killed_at_update(train, 3):
+    with killed_at_update(3):
         train.main(f"--data tale.txt --out base --depth 1 --vocab-size 290 --block-size 256 {EACH} {TEXT} "
                    "--batch-tokens 256 --samples 1".split())  # fmt: skip
-    with killed_at_update(sft, 3):
+    with killed_at_update(3):
         sft.main(f"--init base --data chats.jsonl --out sft --text tale.txt {EACH} {TEXT}".split())
     rlhf.main(f"--stage sample --models sft --out rlhf --responses 3 --distractors 0 {ASKED}".split())
     responses = Path("rlhf/responses.jsonl")
@@ -83,12 +82,10 @@ def make_runs() -> None:
         for i, given in enumerate(read_responses(responses)):
             order = [[i % 3], [(i + 1) % 3, (i + 2) % 3]]
             file.append([new_ranking(given, order, name, 0) for name in ("Ada", "Bo")])
-    with killed_at_update(rlhf, 3):
+    with killed_at_update(3):
         rlhf.main(f"--stage reward --init sft --out rlhf --batch-sets 4 {EACH}".split())
-    for algorithm, script, extra in (
-        ("ppo", minillm.ppo, EVERYTHING), ("grpo", minillm.ppo, ""), ("dpo", rlhf, ""),
-    ):  # fmt: skip
-        with killed_at_update(script, 3 if script is rlhf else 9):
+    for algorithm, update, extra in (("ppo", 9, EVERYTHING), ("grpo", 9, ""), ("dpo", 3, "")):
+        with killed_at_update(update):
             rlhf.main(f"{POLICY} --algorithm {algorithm} --out rlhf {extra}".split())
     compare.main(f"base sft {COMPARED} --judge person".split())
 

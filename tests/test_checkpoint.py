@@ -632,7 +632,7 @@ def advance(state: TrainingState) -> None:
     """An update that follows from the step alone."""
     for parameter in state.model.parameters():
         parameter.grad = torch.full_like(parameter, 1.0 + state.step)
-    state.optimizers.step(1.0)
+    state.optimizers.step(1.0, 1e9)
     state.data.position += 3
 
 

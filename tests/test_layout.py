@@ -9,7 +9,7 @@ from minillm.layout import (
     flat_index,
     forward_passes,
     gather_previous,
-    pack_rows,
+    pack_sequences,
     pad,
 )
 
@@ -23,7 +23,7 @@ def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, e
     rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
     prompts, lengths = torch.tensor([prompt for prompt, _ in sizes]), torch.tensor([len(row) for row in rows])
     numbers = list(range(len(rows)))
-    tokens, start, begins = pack_rows(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
+    tokens, start, begins = pack_sequences(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
     begins, ends = begins + prompts, begins + lengths
     mask, places = flat_index(begins, ends)
     expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]

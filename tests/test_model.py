@@ -463,7 +463,7 @@ def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
     initialize(model, generator(seed))
     optimizers = build_optimizers(model, LearningRates(0.02, 0.01, 0.01, 0.0), "adamw")
     for _ in range(2):
-        optimizers.step(1.0)
+        optimizers.step(1.0, 1.0)
         logits = model.logits(model(tokens[:, :-1]))
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():

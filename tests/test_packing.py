@@ -21,8 +21,8 @@ from minillm.data import (
     EncodedSource,
     Mixture,
     TokenizedSource,
+    best_fit,
     encode_source,
-    pack,
     positions,
     validation_batches,
 )
@@ -182,7 +182,7 @@ def test_rows_hold_each_conversation_once_within_bounds_and_no_two_rows_would_fi
     sizes, block_size, random
 ):
     order = random.sample(range(len(sizes)), len(sizes))
-    rows = pack(np.array(sizes, np.int64), np.array(order, np.int64), block_size)
+    rows = best_fit(np.array(sizes, np.int64), np.array(order, np.int64), block_size)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     used = [sum(sizes[i] for i in row) for row in rows]
     assert all(0 < size <= block_size for size in used)
@@ -195,14 +195,14 @@ def test_rows_hold_each_conversation_once_within_bounds_and_no_two_rows_would_fi
 
 
 def test_a_conversation_goes_where_it_leaves_least():
-    assert pack(np.array([2, 6, 8]), np.arange(3), 10) == [[2, 0], [1]]
+    assert best_fit(np.array([2, 6, 8]), np.arange(3), 10) == [[2, 0], [1]]
 
 
 @given(SEEDS, st.integers(64, 1024))
 @settings(max_examples=15)
 def test_nine_tenths_of_the_positions_are_filled_where_conversations_are_short(seed, block_size):
     lengths = np.random.default_rng(seed).integers(1, block_size // 4, 1500, endpoint=True)
-    rows = pack(lengths, np.arange(1500), block_size)
+    rows = best_fit(lengths, np.arange(1500), block_size)
     assert lengths.sum() / (len(rows) * block_size) >= 0.9
 
 

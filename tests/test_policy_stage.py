@@ -22,7 +22,6 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-import minillm.ppo
 import rlhf
 from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
@@ -137,10 +136,9 @@ def test_the_page_on_the_stages_explains_figures_that_a_run_has(reference):
 def test_a_killed_run_goes_on_to_the_same_curve_and_weights(reference, places, tmp_path, update):
     algorithm, expected = reference
     update = 1 + update // 3 if algorithm == "dpo" else update  # one update a step there
-    script = rlhf if algorithm == "dpo" else minillm.ppo
     cache = ["--cache", str(tmp_path / "cache")]
     given = arguments(places, tmp_path / "out", *everything(places, algorithm), *cache, algorithm=algorithm)
-    with killed_at_update(script, update):
+    with killed_at_update(update):
         rlhf.main(given)
     rlhf.main(["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path / "out"), "--resume"])
     assert_same_run(tmp_path / "out" / algorithm, expected)

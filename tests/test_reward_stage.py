@@ -150,7 +150,7 @@ def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
     for name in ("build_optimizers", "scores_of"):
         monkeypatch.setattr(rlhf, name, noted(getattr(rlhf, name)))
     rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1".split()
-    with killed_at_update(rlhf, 1):
+    with killed_at_update(1):
         rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates))
     assert seen == [((LearningRates(1e-3, 2e-3, 1e-4, 0.1), "adamw"), {}), ((), {"means": True})]
 
@@ -171,7 +171,7 @@ def test_it_starts_from_the_assistants_trunk_under_new_blocks(assistant, ranked,
 @pytest.mark.parametrize("update", [1, 6])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(assistant, ranked, reference, tmp_path, update):
     """Before there is a restart point, and two steps behind one."""
-    with killed_at_update(rlhf, update):
+    with killed_at_update(update):
         rlhf.main(arguments(assistant, ranked, tmp_path / "out"))
     rlhf.main(["--stage", "reward", "--out", str(tmp_path / "out"), "--resume"])
     assert_same_run(reference, tmp_path / "out" / "reward")

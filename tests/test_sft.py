@@ -212,7 +212,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     mixed = ("--text", str(text), "--text-share", "0.3")
     sft.main(arguments(base, chats, whole, *mixed))
-    with killed_at_update(sft, 6):  # two steps behind the restart point of step 3
+    with killed_at_update(6):  # two steps behind the restart point of step 3
         sft.main(arguments(base, chats, killed, *mixed))
     assert max(e["step"] for e in metrics_of(killed)) == 5
     sft.main(["--out", str(killed), "--resume", "--cache", str(tmp_path / "cache")])

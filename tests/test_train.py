@@ -103,7 +103,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_in_process(text, whole, *extra)
     # Killed at step 5, after the restart point of step 3: two steps are lost and done again.
-    with killed_at_update(train, 6):
+    with killed_at_update(6):
         run_in_process(text, killed, *extra)
     assert max(e["step"] for e in metrics_of(killed)) == 5
     resume(killed)
@@ -112,7 +112,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
 
 def test_a_run_killed_before_its_first_restart_point_starts_again(text, tmp_path, reference):
     out = tmp_path / "base"
-    with killed_at_update(train, 1):
+    with killed_at_update(1):
         run_in_process(text, out)
     assert not (out / "resume").exists()
     resume(out)
@@ -277,7 +277,7 @@ def test_replace_reads_what_strict_refuses_and_counts_it(tmp_path):
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_restart_point(text, tmp_path):
     out = tmp_path / "base"
-    with killed_at_update(train, 5):
+    with killed_at_update(5):
         run_in_process(text, out)
     before = (out / "resume" / "state.safetensors").read_bytes()
     limit = len(before) // 2

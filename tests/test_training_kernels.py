@@ -1,5 +1,7 @@
 """A whole model trained through the Triton kernels follows the one trained through PyTorch."""
 
+import math
+
 import pytest
 import torch
 from runs import document_starts
@@ -46,7 +48,7 @@ def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[
             patch.setattr(module, "choose_impl", chosen)
         for batch in packed_batches(steps):
             losses.append(backward(model, batch, 37, here))
-            optimizers.step(1.0)
+            optimizers.step(1.0, math.inf)
     # Attention in both layers and the loss, in both micro-batches of every step.
     assert len(used) == steps * 2 * 3
     return losses, {name: weight.detach().cpu() for name, weight in model.state_dict().items()}

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from kernels.attention import attention
-from minillm.layout import forward_passes, pack_rows
+from minillm.layout import forward_passes, pack_sequences
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def pack_sets(
             whole.append([*stem, *own])
             begins.append(own.start - shared)
     (rows,) = forward_passes(range(len(whole)), whole, 1 << 62)
-    in_rows, start, firsts = pack_rows(whole, rows)
+    in_rows, start, firsts = pack_sequences(whole, rows)
     back = torch.empty(len(tokens), dtype=torch.int64)
     for i, first in zip(chain(*rows), firsts.tolist(), strict=True):
         back[whole[i]] = torch.arange(first, first + len(whole[i]))
