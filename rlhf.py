@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -344,7 +344,7 @@ def agreement(options: Options, runtime: Runtime) -> None:
 
     found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
     print(agreement_table(found))
-    write_json(options.folder / "agreement.json", asdict(found) | provenance())
+    write_json(options.folder / "agreement.json", found | provenance())
 
 
 # ---- reward: rankings → a model that scores responses

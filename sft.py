@@ -19,7 +19,7 @@ in its PPO-ptx.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -206,10 +206,7 @@ def finish(
     for source in sources:
         run.say(source_line(source))
     plot_loss(run.folder, "loss", "nats per target")
-    run.finish(
-        sources=sources, val_loss=val_loss, val_perplexity=perplexity,
-        figures={name: {kind: asdict(f) for kind, f in kinds.items()} for name, kinds in metrics.items()},
-    )  # fmt: skip
+    run.finish(sources=sources, val_loss=val_loss, val_perplexity=perplexity, metrics=metrics)
 
 
 def main(arguments: list[str]) -> None:

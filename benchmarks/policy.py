@@ -9,7 +9,6 @@ little world's rubric, on test prompts that no stage has seen: sampled at temper
 """
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +22,7 @@ from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
 from minillm.run import read_metrics
-from minillm.tools.evaluate import Reply, judged_replies, sample_replies, world_prompts
+from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies
 from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")
@@ -130,10 +129,10 @@ def aligned(place: Path, seed: int, name: str) -> Path:
 
 def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     """By temperature, the replies to test prompts, judged."""
-    model = load_model(run, CPU, torch.float32)
+    model, world = load_model(run, CPU, torch.float32), World(seed)
+    asked = prompts_of_each_kind(world, "test", prompts)
     return {
-        name: list(chain(*judged_replies(*model, World(seed), "test", prompts, T, seed).values()))
-        for name, T in TEMPERATURES.items()
+        name: sample_replies(*model, asked, T, seed=seed, world=world) for name, T in TEMPERATURES.items()
     }
 
 
@@ -142,7 +141,7 @@ def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     model, tokenizer = load_model(place / "sft", CPU, torch.float32)
     reward_model, _ = load_scalar_model(place / "rlhf" / "reward", CPU, torch.float32)
     world, template = World(seed), ChatTemplate(tokenizer)
-    asked = world_prompts(world, "test", prompts)
+    asked = prompts_of_each_kind(world, "test", prompts)
     repeated = [prompt for prompt in asked for _ in range(N)]
     replies = sample_replies(model, tokenizer, repeated, 1.0, seed=seed, world=world)
     rows = [encode_response(template, one.prompt.messages, one.text) for one in replies]

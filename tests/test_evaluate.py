@@ -17,8 +17,8 @@ from minillm.tools.evaluate import (
     TextLoss,
     main,
     metrics_table,
+    rubric_means,
     sample_replies,
-    summarise,
     text_loss,
     world_metrics,
 )
@@ -59,8 +59,8 @@ def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone_and_right_i
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_said_without_flaw_is_right_and_in_form(kind):
     said = [c for c in WORLD.conversations("dev", 300) if c.kind == kind and c.flaw is None]
-    figures = summarise([judged(one.prompt, one.messages[-1]["content"]) for one in said])
-    assert figures.prompts >= 10 and figures.in_form == 1 and figures.right > 0.95
+    found = rubric_means([judged(one.prompt, one.messages[-1]["content"]) for one in said])
+    assert found["prompts"] >= 10 and found["in_form"] == 1 and found["right"] > 0.95
 
 
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
@@ -93,10 +93,10 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base):
     of_model = world_metrics({"one": base, "another": base}, WORLD, 3)
     assert of_model["one"] == of_model["another"]
-    assert {kind: own.prompts for kind, own in of_model["one"].items()} == dict.fromkeys(KINDS, 3)
-    lines = metrics_table(of_model).splitlines()
-    assert lines[0].split() == ["one", "another"] and [line.split()[0] for line in lines[2:]] == list(KINDS)
-    assert {len(line) for line in lines} == {len(lines[0])}
+    assert {kind: own["prompts"] for kind, own in of_model["one"].items()} == dict.fromkeys(KINDS, 3)
+    head, *lines = metrics_table(of_model).splitlines()
+    assert head.split() == ["one", "another"] and {len(line) for line in lines} == {len(head)}
+    assert [line.split(",")[0] for line in lines[::3]] == list(KINDS)
 
 
 # ---- The loss on a text

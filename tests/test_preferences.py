@@ -382,6 +382,11 @@ def relabelled(ranking: Ranking, rng: random.Random) -> Ranking:
     return replace(ranking, responses=texts, ranking=[sorted(new[i] for i in t) for t in ranking.ranking])
 
 
+def overall(made: list[Ranking]) -> dict:
+    """The agreement of all annotators."""
+    return agreement_report(made)["rows"][0]
+
+
 @given(st.integers(0, 1000))
 def test_agreement_does_not_depend_on_how_responses_are_listed_nor_on_who_comes_first(seed):
     made = rankings_of_two(6, seed=seed)
@@ -390,39 +395,43 @@ def test_agreement_does_not_depend_on_how_responses_are_listed_nor_on_who_comes_
     swap = {"Ada": "Bob", "Bob": "Ada"}
     swapped = [replace(ranking, annotator=swap[ranking.annotator]) for ranking in made]
     assert agreement_report(made) == agreement_report(other) == agreement_report(swapped)
-    assert agreement_report(made[::-1]).rows[0].rate == agreement_report(made).rows[0].rate
+    assert overall(made[::-1])["value"] == overall(made)["value"]
 
 
 def test_the_interval_of_an_agreement_is_that_of_a_share_of_prompts():
     """400 prompts of one pair, agreed on by half: 1.96 · .5 / √400 to each side."""
     made = [ranking_of([[0], [1]], "Ada", f"{i}?") for i in range(400)]
     made += [replace(r, annotator="Bob", ranking=[[i % 2], [1 - i % 2]]) for i, r in enumerate(made)]
-    row = agreement_report(made).rows[0]
-    assert (row.rate, row.prompts) == (0.5, 400)
-    assert row.interval == pytest.approx((0.451, 0.549), abs=0.004)  # 2.5 errors of a quantile of 2,000
+    row = overall(made)
+    assert (row["value"], row["prompts"]) == (0.5, 400)
+    assert (row["low"], row["high"]) == pytest.approx(
+        (0.451, 0.549), abs=0.004
+    )  # 2.5 errors of a quantile of 2,000
 
 
 def test_of_equal_texts_the_best_place_counts():
     ada = ranking_of([[0], [1], [2]], "Ada", texts=["yes", "no", "yes"])
-    assert agreement_report([ada, replace(ada, annotator="Bob", ranking=[[0, 2], [1]])]).rows[0].rate == 1
+    assert overall([ada, replace(ada, annotator="Bob", ranking=[[0, 2], [1]])])["value"] == 1
 
 
 def test_to_hear_the_same_opinions_twice_makes_nobody_surer():
     rng = random.Random(0)
     untied = ([[i] for i in rng.sample(range(4), 4)] for _ in range(80))
     made = [replace(r, ranking=next(untied)) for r in rankings_of_two(40)]
-    once = agreement_report(made).rows[0]
-    twice = agreement_report(made + [replace(r, annotator=f"{r.annotator} again") for r in made]).rows[0]
+    once = overall(made)
+    twice = overall(made + [replace(r, annotator=f"{r.annotator} again") for r in made])
     # Of the six pairs of people four are Ada and Bob once more, and two agree on everything.
-    assert twice.prompts == once.prompts
-    assert twice.interval == pytest.approx([(4 * bound + 2) / 6 for bound in once.interval])
+    assert twice["prompts"] == once["prompts"]
+    for bound in ("low", "high"):
+        assert twice[bound] == pytest.approx((4 * once[bound] + 2) / 6)
 
 
 def test_agreement_counts_by_hand():
     made = [ranking_of([[0], [1], [2]], "Ada"), ranking_of([[0], [2], [1]], "Bob"),
             ranking_of([[0, 1], [2]], "Cid"), ranking_of([[0], [1], [2]], "Dan", "alone?")]  # fmt: skip
     report = agreement_report(made)
-    rows = {row.annotators: (row.prompts, row.pairs, row.ties, row.rate) for row in report.rows}
+    rows = {tuple(row["annotators"]): tuple(row[name] for name in ("prompts", "count", "ties", "value"))
+            for row in report["rows"]}  # fmt: skip
     assert rows == {
         ("Ada", "Bob"): (1, 3, 0, 2 / 3),  # they differ on 1 and 2
         ("Ada", "Cid"): (1, 2, 1, 1.0),
@@ -435,7 +444,7 @@ def test_agreement_counts_by_hand():
 
 def test_the_later_of_two_rankings_of_a_set_by_one_annotator_counts():
     ada, bob = ranking_of([[0], [1]], "Ada"), ranking_of([[0], [1]], "Bob")
-    assert agreement_report([replace(ada, ranking=[[1], [0]]), bob, ada]).rows[0].rate == 1
+    assert overall([replace(ada, ranking=[[1], [0]]), bob, ada])["value"] == 1
 
 
 def test_without_a_prompt_ranked_by_two_there_is_no_agreement_to_measure():

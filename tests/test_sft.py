@@ -202,9 +202,9 @@ def test_on_the_little_world_the_rubric_judges_before_and_after(base, tmp_path):
     places = ["--init", str(base), "--out", str(out), "--cache", str(tmp_path / "cache")]
     sft.main([*places, *SHORT, "--steps", "2", *sizes.split()])
     final = metrics_of(out)[-1]
-    assert set(final["figures"]) == {str(base), str(out)}
-    for kinds in final["figures"].values():
-        assert len(kinds) == 5 and all(figures["prompts"] == 2 for figures in kinds.values())
+    assert set(final["metrics"]) == {str(base), str(out)}
+    for kinds in final["metrics"].values():
+        assert len(kinds) == 5 and all(own["prompts"] == 2 for own in kinds.values())
     assert len(final["sources"]) == 7, "conversations and the six sources of text"
 
 

@@ -44,7 +44,7 @@ from minillm.io.text import open_sources, world_sources
 from minillm.options import options_json, parse_options
 from minillm.preferences import ChatModel
 from minillm.run import Runtime, start_runtime
-from minillm.tools.evaluate import sample_replies, world_prompts
+from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.tools.judge import (
     DEFAULT_PRINCIPLES,
     Judge,
@@ -179,7 +179,7 @@ def open_prompts(
     many are left out, by reason. InputError where none leaves every model room for a reply."""
     left_out: Counter[str] = Counter()
     if world is not None:
-        prompts = world_prompts(world, options.split, options.prompts)
+        prompts = prompts_of_each_kind(world, options.split, options.prompts)
     else:
         every: list[list[dict[str, str]]] = []
         for source in conversations.open_prompts(options.data, options.errors):

@@ -15,15 +15,16 @@ annotators with missing values; its ordinal difference, for a tie lies between t
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from minillm.errors import InputError
 from minillm.preferences import Ranking
-from minillm.tools.measures import share
+from minillm.tools.measures import share, written
+from minillm.tools.render import columns
 
 ALL = ("all",)
 
@@ -31,34 +32,11 @@ Preferences = Int64[np.ndarray, " _"]
 """Of each two different responses, in the order of the alphabet: 1 for the first, -1 for the second, 0."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Of two annotators, or of all pairs of them together."""
+def agreement_report(rankings: Iterable[Ranking]) -> dict[str, Any]:
+    """The rows of `agreements`, and alpha, None where there is nothing but ties.
 
-    annotators: tuple[str, ...]
-    prompts: int
-    pairs: int
-    """On which both have a preference."""
-    ties: int
-    """Pairs left out, for one of the two at least holds the responses equal."""
-    rate: float | None
-    """None without a pair to judge by."""
-    interval: tuple[float, float] | None
-    """Of 95 %; None of a single prompt."""
-
-
-@dataclass(frozen=True)
-class AgreementReport:
-    """All that is known about the agreement of some rankings."""
-
-    rows: list[Agreement]
-    """Of all, then of each two annotators who share a prompt."""
-    alpha: float | None
-    """None where there is nothing but ties."""
-
-
-def agreement_report(rankings: Iterable[Ranking]) -> AgreementReport:
-    """Raises InputError where no prompt has the rankings of two annotators."""
+    InputError where no prompt has the rankings of two annotators.
+    """
     opinions = opinions_of(rankings)
     rows = agreements(opinions)
     if not rows:
@@ -67,7 +45,7 @@ def agreement_report(rankings: Iterable[Ranking]) -> AgreementReport:
         )
     # Each pair is there in both orders: which response is called the first must not count.
     tables = [sign * np.stack(list(own.values()), axis=1) for own in opinions for sign in (1, -1)]
-    return AgreementReport(rows, krippendorff_alpha([unit for table in tables for unit in table.tolist()]))
+    return {"rows": rows, "alpha": krippendorff_alpha([unit for table in tables for unit in table.tolist()])}
 
 
 def opinions_of(rankings: Iterable[Ranking]) -> list[dict[str, Preferences]]:
@@ -88,38 +66,34 @@ def preferences(ranking: Ranking) -> Preferences:
     return np.sign(ranks[second] - ranks[first])
 
 
-def agreements(opinions: Iterable[dict[str, Preferences]]) -> list[Agreement]:
-    """Of all annotators, then of each two who share a prompt; empty where nobody does."""
-    by_pair: dict[tuple[str, ...], list[Sequence[int]]] = defaultdict(list)
+def agreements(opinions: Iterable[dict[str, Preferences]]) -> list[dict[str, Any]]:
+    """Of all annotators, then of each two who share a prompt, an estimate of the share of pairs on which they
+    agree, with their names, the prompts, and the ties: pairs left out, for one of the two holds the responses
+    equal. Empty where nobody shares a prompt."""
+    counts: dict[tuple[str, ...], list[Sequence[int]]] = defaultdict(list)  # of each prompt: +, -, ties
     for own in opinions:
         compared = {(a, b): own[a] * own[b] for a, b in combinations(sorted(own), 2)}
         for pair, products in compared.items():
-            by_pair[pair].append([int((products == product).sum()) for product in (1, -1, 0)])
+            counts[pair].append([int((products == product).sum()) for product in (1, -1, 0)])
         if compared:
-            by_pair[ALL].append(np.sum([by_pair[pair][-1] for pair in compared], axis=0))
+            counts[ALL].append(np.sum([counts[pair][-1] for pair in compared], axis=0))
     rows = []
-    for annotators in sorted(by_pair, key=lambda names: (names != ALL, names)):
-        agreed, differed, ties = np.array(by_pair[annotators]).T
-        rate = share(agreed, agreed + differed)
-        interval = None if rate["low"] is None or rate["high"] is None else (rate["low"], rate["high"])
-        rows.append(
-            Agreement(annotators, len(agreed), rate["count"], int(ties.sum()), rate["value"], interval)
-        )
+    for names in sorted(counts, key=lambda names: (names != ALL, names)):
+        agreed, differed, ties = np.array(counts[names]).T
+        row = {"annotators": list(names), "prompts": len(agreed), "ties": int(ties.sum())}
+        rows.append(row | share(agreed, agreed + differed))
     return rows
 
 
-def agreement_table(report: AgreementReport) -> str:
+def agreement_table(report: dict[str, Any]) -> str:
     """The report as text, a line for each two annotators."""
-    names = [" and ".join(row.annotators) for row in report.rows]
-    width = max(map(len, names))
-    lines = [f"{'':{width}}  prompts  pairs  ties  agreement  95 % interval"]
-    for name, row in zip(names, report.rows, strict=True):
-        rate = "        –" if row.rate is None else f"{row.rate:9.1%}"
-        interval = "" if row.interval is None else "{:.1%} to {:.1%}".format(*row.interval)
-        counts = f"{row.prompts:7}  {row.pairs:5}  {row.ties:4}"
-        lines.append(f"{name:{width}}  {counts}  {rate}  {interval}".rstrip())
-    alpha = "–" if report.alpha is None else f"{report.alpha:.3f}"
-    return "\n".join([*lines, f"Krippendorff's alpha (ordinal): {alpha}"])
+    rows = [["", "prompts", "pairs", "ties", "agreement", "95 % interval"]]
+    for row in report["rows"]:
+        counts = [str(row[name]) for name in ("prompts", "count", "ties")]
+        interval = "" if row["low"] is None else "{low:.1%} to {high:.1%}".format(**row)
+        rows.append([" and ".join(row["annotators"]), *counts, written(row)[0], interval])
+    alpha = "–" if report["alpha"] is None else f"{report['alpha']:.3f}"
+    return f"{columns(rows)}\nKrippendorff's alpha (ordinal): {alpha}"
 
 
 def krippendorff_alpha(units: Sequence[Sequence[int]]) -> float | None:

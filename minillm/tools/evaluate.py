@@ -35,6 +35,7 @@ from minillm.options import parse_options
 from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
+from minillm.tools.render import columns
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -64,15 +65,10 @@ class Reply:
         """It is in form and nothing is missing or wrong in it."""
         return self.in_form and self.score.right > 0.99
 
-
-@dataclass(frozen=True)
-class KindMetrics:
-    """Shares and means over the replies to prompts of one kind."""
-
-    prompts: int
-    in_form: float
-    right: float
-    utility: float
+    @property
+    def utility(self) -> float:
+        """The rubric's score of all of it."""
+        return self.score.utility
 
 
 def sample_replies(
@@ -94,60 +90,37 @@ def sample_replies(
     return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
 
 
-def world_prompts(world: World, split: str, prompts_per_kind: int) -> list[Prompt]:
-    """The first prompts of every kind, fewer where there are fewer."""
-    return [prompt for kind in KINDS for prompt in world.prompts(split, kind)[:prompts_per_kind]]
-
-
-def judged_replies(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    world: World,
-    split: str,
-    prompts_per_kind: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> dict[str, list[Reply]]:
-    """By kind, the replies to its first prompts of a split."""
-    prompts = world_prompts(world, split, prompts_per_kind)
-    replies = sample_replies(model, tokenizer, prompts, temperature, seed=seed, world=world)
-    return {kind: [one for one in replies if one.prompt.kind == kind] for kind in KINDS}
-
-
-def summarise(replies: Sequence[Reply]) -> KindMetrics:
-    """The metrics of replies to prompts of one kind."""
-    return KindMetrics(
-        len(replies),
-        fmean(one.in_form for one in replies),
-        fmean(one.right for one in replies),
-        fmean(one.score.utility for one in replies),
-    )
+def prompts_of_each_kind(world: World, split: str, count: int) -> list[Prompt]:
+    """The first `count` prompts of every kind, fewer where there are fewer."""
+    return [prompt for kind in KINDS for prompt in world.prompts(split, kind)[:count]]
 
 
 def world_metrics(
     models: Mapping[str, tuple[LanguageModel, Tokenizer]], world: World, prompts_per_kind: int
-) -> dict[str, dict[str, KindMetrics]]:
-    """What the rubric says of several models on the development prompts, by name and kind."""
-    return {
-        name: {k: summarise(own) for k, own in judged_replies(*model, world, "dev", prompts_per_kind).items()}
-        for name, model in models.items()
-    }
+) -> dict[str, dict[str, dict[str, float | int]]]:
+    """What the rubric says of several models' greedy replies to development prompts, by name and kind."""
+    prompts, found = prompts_of_each_kind(world, "dev", prompts_per_kind), {}
+    for name, model in models.items():
+        replies = sample_replies(*model, prompts, world=world)
+        found[name] = {kind: rubric_means([r for r in replies if r.prompt.kind == kind]) for kind in KINDS}
+    return found
 
 
-def metrics_table(of_model: Mapping[str, Mapping[str, KindMetrics]]) -> str:
-    """The metrics of several models, a line for each kind of prompt."""
-    head = "in form  right  utility"
-    width = max(len(name) for name in [*of_model, f" {head}"])
-    lines = {"": list(of_model), " ": [head] * len(of_model)} | {
-        kind: [
-            f"{own[kind].in_form:7.1%} {own[kind].right:6.1%} {own[kind].utility:8.3f}"
-            for own in of_model.values()
-        ]
+def rubric_means(replies: Sequence[Reply]) -> dict[str, float | int]:
+    """How many replies there are, and the means of what the rubric says of them."""
+    values = {name: fmean(getattr(one, name) for one in replies) for name in ("in_form", "right", "utility")}
+    return {"prompts": len(replies)} | values
+
+
+def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]]) -> str:
+    """The metrics of several models side by side, a line for each of every kind of prompt."""
+    rows = [
+        [f"{kind}, {label}", *(f"{own[kind][name]:{form}}" for own in of_model.values())]
         for kind in KINDS
-    }
-    return "\n".join(
-        f"{kind:13} " + "  ".join(f"{cell:>{width}}" for cell in cells) for kind, cells in lines.items()
-    )
+        for label, name, form in (("in form", "in_form", ".1%"), ("right", "right", ".1%"),
+                                  ("utility", "utility", ".3f"))
+    ]  # fmt: skip
+    return columns([["", *of_model], *rows])
 
 
 # ---- The loss on a text

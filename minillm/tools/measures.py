@@ -1,7 +1,8 @@
-"""Estimates with their uncertainty, as pure functions of numbers and texts.
+"""Estimates with their uncertainty, as pure functions of numbers and texts, and how they are written.
 
 An `Estimate` is a metric and its 95 % interval: in 95 of 100 repetitions with other prompts it holds the
-truth. Every interval of the project comes from here, by one of two formulas:
+truth. It goes into JSON as it is and knows the form in which it is shown. Every interval of the project comes
+from here, by one of two formulas:
 
     share      Wilson's interval, for one value in [0, 1] per prompt. It is never empty, not even where all
                values are 0 or all 1. Values between 0 and 1 (a tie is half a win) vary less than shares of
@@ -15,7 +16,7 @@ calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; distinct n-gra
 Left out: corrections for many comparisons. One interval in twenty misses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import Any, TypedDict
 
@@ -28,19 +29,41 @@ BINS = 10  # of the predicted probability
 Values = Sequence[float | int] | Real[np.ndarray, " N"] | Bool[np.ndarray, " N"]
 
 
+FORMS = {
+    "share": ("{:.1%}", "({:.0f}–{:.0f})", 100),
+    "score": ("{:.2f}", "({:.2f}–{:.2f})", 1),
+    "nats": ("{:.3f}", "({:.3f}–{:.3f})", 1),
+    "count": ("{:.1f}", "({:.1f}–{:.1f})", 1),
+    "whole": ("{:,.0f}", "", 1),
+    "signed": ("{:+.3f}", "({:+.3f} to {:+.3f})", 1),
+}
+"""How a value is written, how its interval is, and by what that is multiplied."""
+
+
 class Estimate(TypedDict):
-    """A metric, its interval (None where it is unknown) and the number of values that it rests on."""
+    """A metric, its interval (None where it is unknown), the number of values it rests on, and its form."""
 
     value: float | None
     low: float | None
     high: float | None
     count: int
+    form: str
 
 
 def estimate(
-    value: float | None, count: int, low: float | None = None, high: float | None = None
+    value: float | None, count: int, low: float | None = None, high: float | None = None, form: str = "share"
 ) -> Estimate:
-    return {"value": value, "low": low, "high": high, "count": count}
+    return {"value": value, "low": low, "high": high, "count": count, "form": form}
+
+
+def written(found: Mapping[str, Any]) -> tuple[str, str]:
+    """An estimate and its interval as text: 72.0% and (64–80); a dash where nothing is known."""
+    value, interval, scale = FORMS[found["form"]]
+    if found["value"] is None:
+        return "–", ""
+    bounds = [found["low"], found["high"]]
+    known = None not in bounds
+    return value.format(found["value"]), interval.format(*(scale * x for x in bounds)) if known else ""
 
 
 def share(values: Values, counts: Values | None = None) -> Estimate:
@@ -48,8 +71,8 @@ def share(values: Values, counts: Values | None = None) -> Estimate:
     n = len(values)
     if counts is not None:
         found = mean(values, counts)
-        bounds = [None if x is None else min(1.0, max(0.0, x)) for x in (found["low"], found["high"])]
-        return estimate(found["value"], int(np.sum(counts)), *bounds)
+        low, high = (None if x is None else min(1.0, max(0.0, x)) for x in (found["low"], found["high"]))
+        return estimate(found["value"], int(np.sum(counts)), low, high)
     if not n:
         return estimate(None, 0)
     p = float(np.mean(values))
@@ -59,7 +82,7 @@ def share(values: Values, counts: Values | None = None) -> Estimate:
     return estimate(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
 
 
-def mean(values: Values, counts: Values | None = None) -> Estimate:
+def mean(values: Values, counts: Values | None = None, form: str = "score") -> Estimate:
     """Σ values / Σ counts; without `counts` the mean. Of one prompt alone no interval is known.
 
     With r = Σa / Σb and n prompts, var r ≈ n / (n - 1) · Σ (a - r b)² / (Σb)².
@@ -68,12 +91,12 @@ def mean(values: Values, counts: Values | None = None) -> Estimate:
     b = np.ones(len(a)) if counts is None else np.asarray(counts, np.float64)
     n, total = len(a), float(b.sum())
     if not total:
-        return estimate(None, n)
+        return estimate(None, n, form=form)
     r = float(a.sum() / total)
     if n == 1:
-        return estimate(r, 1)
+        return estimate(r, 1, form=form)
     half = Z * sqrt(n / (n - 1) * float(((a - r * b) ** 2).sum())) / total
-    return estimate(r, n, r - half, r + half)
+    return estimate(r, n, r - half, r + half, form)
 
 
 def win_rates(outcomes: Sequence[int]) -> dict[str, Estimate]:

@@ -23,12 +23,13 @@ mistake for quality, Singhal et al. 2023 (arXiv 2310.03716).
 Left out: agreement beyond chance (Cohen's κ), and a significance test between two models.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
@@ -58,29 +59,14 @@ class Scored:
     lengths: list[int]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of responses that their annotator did not tie: one entry of each array for each pair."""
+class Pair(NamedTuple):
+    """Two responses of which their annotator preferred one."""
 
-    prompt: np.ndarray
-    """The number of its prompt; several rankings of one prompt share it."""
-    kind: np.ndarray
-    """Of the prompt; "" where it has none."""
-    annotator: np.ndarray
-    difference: np.ndarray
+    ranking: Ranking
+    difference: float
     """Score of the response that the annotator preferred less that of the other."""
-    rubric: np.ndarray
+    rubric: float
     """The same difference of the rubric's scores; 0 where it is unknown."""
-
-    @property
-    def right(self) -> Float64[np.ndarray, " P"]:
-        """1 where the scores have the annotator's order, 0 where the opposite, a half where equal."""
-        return (1 + np.sign(self.difference)) / 2
-
-    def accuracy(self, right: Float64[np.ndarray, " P"], some: Any = slice(None)) -> Estimate:
-        """The share of these pairs that are right; the pairs of one prompt are not independent."""
-        prompts = np.unique(self.prompt[some], return_inverse=True)[1]
-        return share(np.bincount(prompts, right[some]), np.bincount(prompts))
 
 
 def unknown_score(messages: Sequence[Message], text: str) -> float | None:
@@ -99,36 +85,40 @@ def score_rankings(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Sc
     ]
 
 
-def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> Pairs:
+def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> list[Pair]:
     """All pairs of different texts that their annotators ordered."""
-    numbers: dict[str, int] = {}
-    rows = []
+    pairs = []
     for one in scored:
-        ranking, scores = one.ranking, one.scores
-        number = numbers.setdefault(prompt_key(ranking), len(numbers))
-        values = [rubric(ranking.messages, text) for text in ranking.responses]
+        values = [rubric(one.ranking.messages, text) for text in one.ranking.responses]
         known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            known = [0.0] * len(values)
-        rows += [
-            (number, ranking.kind or "", ranking.annotator, scores[i] - scores[j], known[i] - known[j])
-            for i, j in distinct_pairs(ranking)
+        known = known if len(known) == len(values) else [0.0] * len(values)
+        pairs += [
+            Pair(one.ranking, one.scores[i] - one.scores[j], known[i] - known[j])
+            for i, j in distinct_pairs(one.ranking)
         ]
-    columns = zip(*rows, strict=True) if rows else [()] * 5
-    types = (np.int64, str, str, np.float64, np.float64)
-    return Pairs(*(np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)))
+    return pairs
 
 
 # ---- Metrics
 
 
-def by_margin(pairs: Pairs) -> list[dict[str, Any]]:
+def accuracy(
+    pairs: Iterable[Pair], value: Callable[[Pair], float] = lambda pair: pair.difference
+) -> Estimate:
+    """The share of pairs that are right: whose value is above 0; 0 is half right. The pairs of one prompt are
+    not independent."""
+    of_prompt: dict[str, list[float]] = defaultdict(list)
+    for pair in pairs:
+        of_prompt[prompt_key(pair.ranking)].append((1 + np.sign(value(pair))) / 2)
+    return share([sum(own) for own in of_prompt.values()], [len(own) for own in of_prompt.values()])
+
+
+def by_margin(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """The accuracy in each quarter of the pairs, from the closest scores to the farthest."""
-    margin = np.abs(pairs.difference)
-    quarters = [part for part in np.array_split(np.argsort(margin, kind="stable"), 4) if len(part)]
+    order = sorted(pairs, key=lambda pair: abs(pair.difference))
+    quarters = [[order[i] for i in part] for part in np.array_split(np.arange(len(order)), 4) if len(part)]
     return [
-        {"from": float(margin[part[0]]), "to": float(margin[part[-1]]), **pairs.accuracy(pairs.right, part)}
-        for part in quarters
+        {"from": abs(own[0].difference), "to": abs(own[-1].difference), **accuracy(own)} for own in quarters
     ]
 
 
@@ -138,28 +128,29 @@ def rater_accuracy(agreed: float) -> float:
     return (1 + sqrt(max(0.0, 2 * agreed - 1))) / 2
 
 
-def against_rubric(pairs: Pairs) -> dict[str, Any]:
+def against_rubric(pairs: Sequence[Pair]) -> dict[str, Any]:
     """How often scores and annotators have the rubric's order, of all pairs that differ by MARGIN, by
     annotator and in classes of the difference; and `ceiling`, how often the rubric has the annotators' order,
     of any."""
-    distance, annotators = np.abs(pairs.rubric), (1 + np.sign(pairs.rubric)) / 2
-    scores = (1 + np.sign(pairs.rubric) * np.sign(pairs.difference)) / 2
+    known = [pair for pair in pairs if pair.rubric]
+    far = [pair for pair in known if abs(pair.rubric) >= MARGIN]
+
+    def annotators(some: Sequence[Pair]) -> Estimate:
+        return accuracy(some, lambda pair: pair.rubric)
 
     def shares(low: float, high: float) -> dict[str, Any]:
-        within = (low <= distance) & (distance < high)
-        return {"scores": pairs.accuracy(scores, within), "annotators": pairs.accuracy(annotators, within)}
+        within = [pair for pair in known if low <= abs(pair.rubric) < high]
+        scores = accuracy(within, lambda pair: pair.rubric * pair.difference)
+        return {"scores": scores, "annotators": annotators(within)}
 
-    far, known = distance >= MARGIN, distance > 0
+    names = sorted({pair.ranking.annotator for pair in known})
     return {
-        **shares(MARGIN, np.inf),
-        "by_annotator": {
-            str(name): pairs.accuracy(annotators, far & (pairs.annotator == name))
-            for name in np.unique(pairs.annotator[known])
-        },
-        "ceiling": pairs.accuracy(annotators, known),
+        **shares(MARGIN, inf),
+        "by_annotator": {n: annotators([pair for pair in far if pair.ranking.annotator == n]) for n in names},
+        "ceiling": annotators(known),
         "by_margin": [
             {"from": low, "to": min(high, MARGINS[-1]), **shares(low, high)}
-            for low, high in pairwise((*MARGINS[:-1], np.inf))
+            for low, high in pairwise((*MARGINS[:-1], inf))
         ],
     }
 
@@ -177,19 +168,16 @@ def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[
     `side` is None where there is no choice: in a format that lists the better response first, the place
     is the label itself, and knows nothing.
     """
-    result: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, (higher, lower, scores) in BASELINES.items():
-        known, unseen = (
-            pairs_of(Scored(ranking, scores(ranking), []) for ranking in rankings).right
-            for rankings in (training, held_out)
-        )
-        if not len(known) or (name == "majority" and known.mean() in (0, 1)):
-            result[name] = {"side": None, **estimate(None, 0)}
-        elif known.mean() >= 0.5:
-            result[name] = {"side": higher, **share(unseen)}
-        else:
-            result[name] = {"side": lower, **share(1 - unseen)}
-    return result
+        won = accuracy(pairs_of(Scored(one, scores(one), []) for one in training))["value"]
+        if won is None or (name == "majority" and won in (0, 1)):
+            found[name] = {"side": None, **estimate(None, 0)}
+            continue
+        sign, side = (1, higher) if won >= 0.5 else (-1, lower)
+        sided = (Scored(one, [sign * score for score in scores(one)], []) for one in held_out)
+        found[name] = {"side": side, **accuracy(pairs_of(sided))}
+    return found
 
 
 def within_prompts(scored: Sequence[Scored]) -> Float64[np.ndarray, "2 R"]:
@@ -280,22 +268,24 @@ def report_card(
     """All metrics, as report.json holds them. `scored` are held-out rankings; `rankings` are all there are,
     for annotators can be compared on those too that the model has seen."""
     pairs, held_out = pairs_of(scored, rubric), [one.ranking for one in scored]
+    difference = np.array([pair.difference for pair in pairs], np.float64)
     # σ(|difference|) is how sure the scores are of their order.
-    error, bins = reliability(1 / (1 + np.exp(-np.abs(pairs.difference))), pairs.right, lowest=0.5)
-    agreed, count = next(((row.rate, row.pairs) for row in agreements(opinions_of(rankings))), (None, 0))
+    sure = 1 / (1 + np.exp(-np.abs(difference)))
+    error, bins = reliability(sure, (1 + np.sign(difference)) / 2, lowest=0.5)
+    agreed = next(iter(agreements(opinions_of(rankings))), estimate(None, 0))
     prompts = set(map(prompt_key, held_out))
     training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
-    kinds = [str(kind) for kind in np.unique(pairs.kind) if kind]
+    kinds = sorted({pair.ranking.kind for pair in pairs if pair.ranking.kind})
     return {
         "prompts": len(prompts),
         "rankings": len(scored),
-        "accuracy": pairs.accuracy(pairs.right),
-        "annotators": estimate(agreed, count)
-        | {"ceiling": None if agreed is None else rater_accuracy(agreed)},
+        "accuracy": accuracy(pairs),
+        "annotators": estimate(agreed["value"], agreed["count"])
+        | {"ceiling": None if agreed["value"] is None else rater_accuracy(agreed["value"])},
         "baselines": baselines(training, held_out),
         "truth": against_rubric(pairs),
         "by_margin": by_margin(pairs),
-        "by_kind": {kind: pairs.accuracy(pairs.right, pairs.kind == kind) for kind in kinds},
+        "by_kind": {kind: accuracy(pair for pair in pairs if pair.ranking.kind == kind) for kind in kinds},
         "calibration": {"error": error, "bins": bins},
         "length_correlation": length_correlation(scored),
         "probes": trick_shares(model, template, trick_pairs(held_out, rubric)),
