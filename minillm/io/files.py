@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from gzip import BadGzipFile, GzipFile
+from functools import partial
 from itertools import chain
 from typing import IO, Any, Literal
 
@@ -34,6 +34,7 @@ WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is he
 UNNAMED = "values_without_a_column"  # the field of what a table's row has too much, as by a comma not quoted
 HEAD = 2**16  # bytes from which a file's kind is told
 BLOCK = 2**20
+PACKED_BLOCK = 2**10  # which may hold a thousand times as much
 
 Errors = Literal["strict", "replace"]
 
@@ -53,9 +54,8 @@ class Reading:
         try:
             codecs.getincrementaldecoder(self.encoding)
         except LookupError:
-            raise InputError(
-                f"--encoding {self.encoding}: no such encoding; give utf-8, utf-16, gb18030 …"
-            ) from None
+            wrong = f"--encoding {self.encoding}: no such encoding"
+            raise InputError(f"{wrong}; give utf-8, utf-16, gb18030 …") from None
 
 
 # ---- What the user wrote → name, path, weight
@@ -171,20 +171,21 @@ def _matches(path: str) -> list[str]:
         file
         for top in sorted(tops)
         for file in _walk(top)
-        if _matches_parts(os.path.relpath(file, top).split(os.sep), parts[first:])
+        if _fits(os.path.relpath(file, top).split(os.sep), parts[first:])
     ]
 
 
-def _matches_parts(parts: list[str], patterns: list[str]) -> bool:
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return _matches_parts(parts, patterns[1:] or ["*"]) or (
-            len(parts) > 1 and _matches_parts(parts[1:], patterns)
-        )
-    return (
-        bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches_parts(parts[1:], patterns[1:])
-    )
+def _fits(parts: list[str], patterns: list[str]) -> bool:
+    match patterns:
+        case []:
+            return not parts
+        case ["**"]:
+            return bool(parts)
+        case ["**", *rest]:
+            return any(_fits(parts[i:], rest) for i in range(len(parts)))
+        case _:
+            is_first = bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0])
+            return is_first and _fits(parts[1:], patterns[1:])
 
 
 # ---- A file → bytes, and what they are
@@ -199,19 +200,45 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
             file.seek(0)
             if magic == b"\x28\xb5\x2f\xfd":
                 zstd = _library("zstandard", path, "packed by zstd", "unpack it by zstd -d")
-                yield io.BufferedReader(zstd.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+                yield io.BufferedReader(_Unpacked(file, zstd.ZstdDecompressor().decompressobj))
             elif magic[:2] == b"\x1f\x8b" or path.lower().endswith(".gz"):
-                yield io.BufferedReader(GzipFile(fileobj=file))
+                yield io.BufferedReader(_Unpacked(file, partial(zlib.decompressobj, 31)))
             else:
                 yield file
-    except (EOFError, BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path!r}: truncated or corrupt gzip; fetch or pack it again") from error
     except OSError as error:
         raise InputError(f"cannot read {path!r}: {error.strerror or error}; check its permissions") from error
     except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise InputError(f"{path!r}: corrupt zstd; fetch or pack it again") from error
+        if isinstance(error, EOFError | zlib.error) or type(error).__name__ == "ZstdError":
+            raise InputError(f"{path!r}: truncated or corrupt gzip or zstd; fetch or pack it again") from error
         raise
+
+
+class _Unpacked(io.RawIOBase):
+    """Packed streams one behind the other, unpacked; EOFError where the last is cut off."""
+
+    def __init__(self, file: IO[bytes], new: Callable[[], Any]) -> None:
+        self.file, self.new, self.stream, self.packed = file, new, None, b""
+        self.ready, self.position = io.BytesIO(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        while not (size := self.ready.readinto(buffer)):
+            if not (packed := self.packed or self.file.read(PACKED_BLOCK)):
+                if self.stream:
+                    raise EOFError
+                break
+            self.packed = b""
+            if self.stream or (packed := packed.lstrip(b"\0")):  # zeros may fill up the end of a file
+                self.stream = self.stream or self.new()
+                self.ready, self.packed = io.BytesIO(self.stream.decompress(packed)), self.stream.unused_data
+                self.stream = None if self.stream.eof else self.stream
+        self.position += size
+        return size
 
 
 def _library(package: str, path: str, what: str, instead: str) -> Any:
@@ -243,7 +270,9 @@ def kind_of(path: str, read: Reading) -> str:
         return name[-3:]
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     line, newline, rest = start.partition(b"\n")
-    record, named = _json_or_none(line), name.endswith((".json", ".jsonl", ".ndjson"))
+    record, named = None, name.endswith((".json", ".jsonl", ".ndjson"))
+    with suppress(ValueError):
+        record = parse_json(line.decode("utf-8", "replace"))
     is_array = start[:1] == b"[" and (named or start[1:].lstrip()[:1] == b"{")
     begins_a_line = start[:1] == b"{" and not newline and len(head) == HEAD
     if isinstance(record, dict) or begins_a_line or (is_array and record is not None and rest.strip()):
@@ -253,11 +282,6 @@ def kind_of(path: str, read: Reading) -> str:
     if name.endswith((".jsonl", ".ndjson")) and line.strip() != b"{":
         return "lines"
     return "objects" if named else "text"
-
-
-def _json_or_none(line: bytes) -> Any:
-    with suppress(ValueError):
-        return parse_json(line.decode("utf-8", "replace"))
 
 
 # ---- A file → text
@@ -270,29 +294,16 @@ def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
     InputError with the offset of bytes that are not of the encoding.
     """
     encoding = "utf-8-sig" if codecs.lookup(read.encoding).name == "utf-8" else read.encoding
-    try:
-        with unpacked(path) as file:
-            yield io.TextIOWrapper(file, encoding, read.errors, newline="\n")
-    except UnicodeError as error:
-        raise InputError(
-            f"{path!r}: invalid {read.encoding.upper()} at byte {_wrong_byte(path, read.encoding)}; convert "
-            "it, give its --encoding, or use --errors replace"
-        ) from error
-
-
-def _wrong_byte(path: str, encoding: str) -> int:
-    """The offset of the first byte that is not of the encoding."""
-    decoder, offset = codecs.getincrementaldecoder(encoding)(), 0
     with unpacked(path) as file:
-        while True:
-            raw = file.read(BLOCK)
-            try:
-                decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:  # it may begin before `raw`, in a character cut in two
-                return offset + len(raw) - len(error.object) + error.start
-            except UnicodeError:
-                return offset
-            offset += len(raw)
+        text = io.TextIOWrapper(file, encoding, read.errors, newline="\n")
+        try:
+            yield text
+        except UnicodeError as error:
+            rest = error.object[error.start :] if isinstance(error, UnicodeDecodeError) else b""
+            raise InputError(
+                f"{path!r}: invalid {read.encoding.upper()} at byte {file.tell() - len(rest)}; convert it, "
+                "give its --encoding, or use --errors replace"
+            ) from error
 
 
 def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:

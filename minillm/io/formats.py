@@ -18,6 +18,7 @@ images, and roles beside system, user and assistant.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import fmean
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ from minillm.io.files import UNNAMED
 
 Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
-Judged = tuple[Sequence[Any], Sequence[int]]
-"""The replies in a record, and the rank of each: the lowest is the best, equal ones tie."""
+Judged = tuple[Sequence[Any], Sequence[float]]
+"""The replies in a record, and the cost of each: the lowest is the best, equal ones tie."""
 Comparison = tuple[Conversation, list[str], list[list[int]]]
 """What is asked, the replies, and their ranking: the numbers of those in each place, best first."""
 
@@ -42,7 +43,7 @@ class Example:
     has answered."""
 
     candidates: list[Conversation]
-    ranks: Sequence[int] = (0,)
+    costs: Sequence[float] = (0.0,)
     """One a candidate: the lowest is the best, equal ones tie."""
     rating: float | None = None
     """What a reply that stands alone was rated; 0 or less is bad."""
@@ -84,8 +85,7 @@ def _examples(record: object, purpose: Purpose) -> list[Example]:
     try:
         if form.parts:
             return [example for part in form.parts(fields, purpose) for example in _examples(part, purpose)]
-        replies, ranks = form.replies(fields) if form.replies else ((), ())
-        return [_example(fields, replies, ranks)]
+        return [_example(fields, *(form.replies(fields) if form.replies else ((), ())))]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise LeftOutError("records whose fields hold something else than their format has") from error
 
@@ -293,7 +293,7 @@ def _paragraphs(*parts: str | None) -> str:
 # ---- What is asked, and what is replied
 
 
-def _example(fields: Record, replies: Sequence[Any], ranks: Sequence[int]) -> Example:
+def _example(fields: Record, replies: Sequence[Any], costs: Sequence[float]) -> Example:
     """What a record asks, before each of its replies."""
     asked = _asked(fields)
     if len(replies) > 1 and any(asked[-1:] == _as_messages(said, "assistant")[-1:] for said in replies):
@@ -301,7 +301,7 @@ def _example(fields: Record, replies: Sequence[Any], ranks: Sequence[int]) -> Ex
     candidates = [_reply(asked, said) for said in replies] or [asked]
     # Some data says by a system message of nothing that there is none.
     said = [[m for m in messages if m["role"] != "system" or m["content"]] for messages in candidates]
-    return Example(said, ranks or (0,), _rating(fields) if len(said) == 1 else None)
+    return Example(said, costs or (0.0,), _rating(fields) if len(said) == 1 else None)
 
 
 def _asked(fields: Record) -> Conversation:
@@ -374,26 +374,26 @@ def _answer(fields: Record) -> Judged:
     answer, thought, turns = _one(fields, ANSWERS), _thought_of(fields), _first(fields, TURNS)
     if answer is None or (turns and _turns(turns)[-1]["role"] != "user"):
         return (), ()
-    return (thought + answer if thought else answer,), (0,)
+    return (thought + answer if thought else answer,), (0.0,)
 
 
 def _transcript(fields: Record) -> Judged:
     text = _first(fields, ("transcript", "chosen", "text"))
     if isinstance(text, str) and not _parse_transcript(text):
         raise LeftOutError("records without a conversation")
-    return (text,), (0,)
+    return (text,), (0.0,)
 
 
 def _chosen_and_rejected(fields: Record) -> Judged:
     costs = [_cost_beside(fields, name) for name in ("chosen", "rejected")]
-    ranks = [0, 1] if None in costs else places(costs)
-    if ranks == [1, 0]:
+    costs = [0.0, 1.0] if None in costs else costs
+    if costs[0] > costs[1]:
         raise LeftOutError("pairs whose scores contradict their order")
-    return (_one(fields, CHOSEN), _one(fields, REJECTED)), ranks
+    return (_one(fields, CHOSEN), _one(fields, REJECTED)), costs
 
 
 def _cost_beside(fields: Record, *names: str) -> Any:
-    """Less for a better reply, by the score that the record has for a reply of one of these names."""
+    """The cost by the score that the record has for a reply of one of these names."""
     score = _first(fields, [form.format(name) for name in names for form in SCORES])
     return None if score is None else -float(score)
 
@@ -429,45 +429,44 @@ def _listed_replies(fields: Record) -> Judged:
 
 
 def _judged(fields: Record, replies: Sequence[tuple[Any, float | None, set[str]]]) -> Judged:
-    """Replies with their own costs and names, ranked by what the record says of them, else by their costs."""
+    """Replies with their own costs and names, judged by what the record says of them, else by their costs."""
     said, own, names = zip(*replies, strict=True)
     costs = _verdict(fields, names) or _costs_beside(fields, len(replies)) or own
     rated = [(text, float(cost)) for text, cost in zip(said, costs, strict=True) if cost is not None]
     if len(rated) < 2:
         raise LeftOutError("records with no verdict on two replies")
-    return [text for text, _ in rated], places([cost for _, cost in rated])
+    return [text for text, _ in rated], [cost for _, cost in rated]
 
 
-def _verdict(fields: Record, names: Sequence[set[str]]) -> list[int] | None:
-    """The ranks by a field that names the best of some replies, or a tie; None where there is none."""
+def _verdict(fields: Record, names: Sequence[set[str]]) -> list[float] | None:
+    """The costs by a field that names the best of some replies, or a tie; None where there is none."""
     verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
     if verdict is None:
-        return places([float(signed), 0.0]) if signed is not None and len(names) == 2 else None
+        return [float(signed), 0.0] if signed is not None and len(names) == 2 else None
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     word = str(verdict).strip().lower()
     if word.startswith("tie") or word in ("both", "equal", "same"):
-        return [0] * len(names)
-    best = [word in name for name in names]
-    if sum(best) != 1:
+        return [0.0] * len(names)
+    costs = [float(word not in name) for name in names]
+    if sum(costs) != len(names) - 1:
         raise LeftOutError("records with a verdict that names none of their replies")
-    return [int(not is_best) for is_best in best]
+    return costs
 
 
 def _costs_beside(fields: Record, count: int) -> list[Any] | None:
-    """What a list beside the replies says of them; our own rankings hold lists of places, best first."""
+    """The costs by a list beside the replies; our own rankings hold lists of places, best first."""
     if ranking := fields.get("ranking"):
         place = {i: rank for rank, tied in enumerate(ranking) for i in tied}
         return [place[i] for i in range(count)]
-    name = next(
-        (name for name in ("ratings", "scores", "rewards", "ranks", "rank") if fields.get(name)), None
-    )
-    sign = 1 if name in ("ranks", "rank") else -1
-    return None if name is None else [None if v is None else sign * float(v) for v in fields[name]]
+    for names, sign in ((("ratings", "scores", "rewards"), -1), (("ranks", "rank"), 1)):
+        if values := next((fields[name] for name in names if fields.get(name)), None):
+            return [None if value is None else sign * float(value) for value in values]
+    return None
 
 
 def _cost(reply: Record) -> float | None:
-    """Less for a better reply; None for one that is not rated."""
+    """The cost by a reply's own rank or rating; None for one that has none."""
     if reply.get("rank") is not None:
         return float(reply["rank"])
     if (rating := _rating(reply)) is not None:
@@ -488,11 +487,6 @@ def _rating(fields: Record) -> float | None:
         return float(value)
     except (ValueError, TypeError):
         raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
-
-
-def places(costs: Sequence[float]) -> list[int]:
-    """The place of each: 0 for the lowest cost, equal ones together."""
-    return [sorted(set(costs)).index(cost) for cost in costs]
 
 
 # ---- The records in a record
@@ -554,22 +548,18 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
 
     It ends at the last reply: nothing behind that is learned.
     """
-    best = min(range(len(example.candidates)), key=lambda i: example.ranks[i])
     if example.rating is not None and example.rating <= 0:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
-    messages = example.candidates[best]
+    messages = min(zip(example.costs, example.candidates, strict=True), key=itemgetter(0))[1]
     calls = next((i for i, m in enumerate(messages) if m["role"] == "tool"), len(messages))
     kept, empty = messages[:calls], False
     while kept and (kept[-1]["role"] != "assistant" or not kept[-1]["content"].strip()):
-        empty |= kept[-1]["role"] == "assistant"
-        kept.pop()
+        empty |= kept.pop()["role"] == "assistant"
     if not kept and calls < len(messages):
         raise LeftOutError("conversations with a tool call and no reply before it")
     if not kept:
         what = "with an empty message" if empty else "without a message of the assistant's"
         raise LeftOutError(f"conversations {what}")
-    if not any(m["role"] == "user" for m in kept):
-        raise LeftOutError("replies to nothing")
     if not any(m.get("train", True) for m in kept if m["role"] == "assistant"):
         raise LeftOutError("conversations whose replies all have weight 0")
     yield checked(kept)
@@ -584,8 +574,6 @@ def prompt(example: Example) -> Iterator[Conversation | str]:
     messages = example.candidates[0]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not any(message["role"] == "user" for message in messages):
-        raise LeftOutError("replies to nothing")
     yield checked([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
@@ -593,6 +581,7 @@ def checked(messages: Conversation) -> Conversation:
     """The messages, if our roles can have said them. LeftOutError says what is wrong with them."""
     roles, contents = ([message[name] for message in messages] for name in ("role", "content"))
     wrong = {
+        "that are replies to nothing": "user" not in roles,
         "with a tool call": "tool" in roles,
         "with a role other than system, user and assistant": set(roles) - {"system", "user", "assistant"},
         "with an empty message": not all(content.strip() for content in contents),
@@ -609,23 +598,21 @@ def comparison(example: Example) -> Iterator[Any]:
     if not all(messages and messages[-1]["role"] == "assistant" for messages in example.candidates):
         raise LeftOutError("records without a reply of the assistant's to rank")
     candidates = [checked(messages) for messages in example.candidates]
-    asked, ranks = candidates[0][:-1], dict[str, int]()
+    asked, costs = candidates[0][:-1], dict[str, float]()
     if any(messages[:-1] != asked for messages in candidates):
         raise LeftOutError("comparisons of replies to different prompts")
-    if not asked:
-        raise LeftOutError("comparisons of replies to nothing")
     if len(candidates) < 2:
         if example.rating is None:
             raise LeftOutError("records with one reply and nothing that compares it")
-        yield Example(candidates, rating=example.rating)
+        yield example
         return
-    for messages, rank in zip(candidates, example.ranks, strict=True):
-        if ranks.setdefault(messages[-1]["content"], rank) != rank:
+    for messages, cost in zip(candidates, example.costs, strict=True):
+        if costs.setdefault(messages[-1]["content"], cost) != cost:
             raise LeftOutError("comparisons of equal responses")
-    if len(ranks) < 2:
+    if len(costs) < 2:
         raise LeftOutError("comparisons of equal responses")
-    places = sorted(set(ranks.values()))
-    yield asked, list(ranks), [[i for i, rank in enumerate(ranks.values()) if rank == p] for p in places]
+    tied = [[i for i, cost in enumerate(costs.values()) if cost == c] for c in sorted(set(costs.values()))]
+    yield asked, list(costs), tied
 
 
 def compared(alone: Iterable[Example]) -> Iterator[Comparison | str]:
@@ -635,12 +622,12 @@ def compared(alone: Iterable[Example]) -> Iterator[Comparison | str]:
         by_prompt.setdefault(repr(example.candidates[0][:-1]), []).append(example)
     for same in by_prompt.values():
         costs = [-(example.rating or 0.0) for example in same]
-        if len(same) < 2 or len(set(costs)) < 2:
+        if len(set(costs)) < 2:
             how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
             yield f"replies judged one by one, {how}"
         else:
             try:
-                yield from comparison(Example([example.candidates[0] for example in same], places(costs)))
+                yield from comparison(Example([example.candidates[0] for example in same], costs))
             except LeftOutError as reason:
                 yield str(reason)
 
