@@ -209,7 +209,7 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
         raise InputError(f"cannot read {path!r}: {error.strerror or error}; check its permissions") from error
     except Exception as error:
         if isinstance(error, EOFError | zlib.error) or type(error).__name__ == "ZstdError":
-            raise InputError(f"{path!r}: truncated or corrupt gzip or zstd; fetch or pack it again") from error
+            raise InputError(f"{path!r}: cut off or corrupt gzip or zstd; fetch or pack it again") from error
         raise
 
 
