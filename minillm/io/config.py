@@ -6,6 +6,7 @@ transformers gives the family.
 """
 
 import math
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,12 @@ ONLY = {
     "use_mrope": (False,), "add_cross_attention": (False,), "tie_encoder_decoder": (False,),
 }  # fmt: skip
 """The values with which a field changes nothing; null never does."""
-HARMLESS = {
-    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "dtype",
-    "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp",
-    "max_window_layers", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
-    "decoder_start_token_id", "id2label", "label2id", "num_labels", "problem_type", "classifier_dropout",
-    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class",
-    "rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sliding_window",
-    "layer_types", "is_causal", "minillm_causal", "minillm_score_bias", "unsloth_fixed", "unsloth_version",
-    "torchscript", "return_dict", "output_attentions", "output_hidden_states", "use_bfloat16",
-    "is_encoder_decoder", "finetuning_task", "chunk_size_feed_forward", "task_specific_params", "prefix",
-    "pruned_heads", "min_length", "max_length", "do_sample", "early_stopping", "num_beams",
-    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
-    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
-    "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate",
-    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty", "tf_legacy_loss", *SAME_NAME,
+READ = {
+    *SAME_NAME, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "is_causal", "minillm_causal",
+    "original_max_position_embeddings", "sliding_window", "layer_types",
 }  # fmt: skip
-"""Read here, or without effect on what is computed."""
+HARMLESS = {*tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["harmless"]}
+"""What changes nothing of what is computed."""
 ROPES = {
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -127,7 +116,7 @@ def config_from_json(path: Path) -> ModelConfig:
 
 def _refuse_unknown(raw: dict[str, Any], family: str, path: Path) -> None:
     for name, value in raw.items():
-        if value is None or name in HARMLESS:
+        if value is None or name in READ or name in HARMLESS:
             continue
         if name not in ONLY or value not in ONLY[name]:
             raise InputError(f"{path}: {name} is {value!r:.60}, which this model does not compute")

@@ -217,8 +217,8 @@ class _Unpacked(io.RawIOBase):
     """Packed streams one behind the other, unpacked; EOFError where the last is cut off."""
 
     def __init__(self, file: IO[bytes], new: Callable[[], Any]) -> None:
-        self.file, self.new, self.stream, self.packed = file, new, None, b""
-        self.ready, self.position = io.BytesIO(), 0
+        self.file, self.new, self.packed, self.ready, self.position = file, new, b"", io.BytesIO(), 0
+        self.stream: Any = None
 
     def readable(self) -> bool:
         return True

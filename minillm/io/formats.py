@@ -16,9 +16,11 @@ images, and roles beside system, user and assistant.
 """
 
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -125,45 +127,18 @@ def nearest(record: object, purpose: Purpose) -> str:
 
 # ---- Fields
 
-TURNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "contents", "trajectory",
-         "data")  # fmt: skip
-QUESTIONS = ("instruction", "prompt", "query", "question", "problem", "inputs", "user", "human", "post",
-             "user_input")  # fmt: skip
-ABOUT = ("input", "context")
-"""What a question is about; the question itself where there is no other."""
-ANSWERS = (
-    "completion", "response", "output", "answer", "reply", "targets", "target", "solution", "assistant",
-    "continuation", "bot",
-)  # fmt: skip
-REPLIES = (
-    "completions", "responses", "answers", "candidates", "outputs", "replies", "summaries", "generations",
-    "responses_and_scores",
-)  # fmt: skip
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
-HISTORY = ("history",)
-THOUGHT = ("reasoning_content", "reasoning", "thinking")
-CHOSEN = ("chosen", "preferred_output", "chosen_response")
-REJECTED = ("rejected", "non_preferred_output", "rejected_response")
-VERDICTS = ("label", "preference", "choice", "winner", "better", "better_response_id")
-SIGNED = ("overall_preference", "preference_strength")
-"""Verdicts on two replies below 0 for the first, above for the second."""
-RATING = ("label", "kto_tag", "desirable", "helpfulness", "overall_score", "score", "rating", "pm_score",
-          "reward", "is_safe")  # fmt: skip
-RATINGS = ("ratings", "scores", "rewards", "ranks", "rank", "ranking", *VERDICTS)
-SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "score{}")
-"""Of a reply that has a name of its own."""
+NAMES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+FIELDS = {of: tuple(names) for of, names in NAMES["fields"].items()}
+TURNS, QUESTIONS, ABOUT, ANSWERS = (FIELDS[of] for of in ("turns", "questions", "about", "answers"))
+REPLIES, SYSTEM, HISTORY, THOUGHT = (FIELDS[of] for of in ("replies", "system", "history", "thought"))
+CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected", "verdicts", "signed"))
+RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
 ASKED = (*QUESTIONS, *ABOUT, *SYSTEM, *HISTORY)
-MEANING = {
-    *TURNS, *QUESTIONS, *ABOUT, *ANSWERS, *REPLIES, *SYSTEM, *HISTORY, *THOUGHT, *CHOSEN, *REJECTED,
-    *VERDICTS, *SIGNED, *RATING, *RATINGS, *MEDIA, *PAIR_SCORES,
-    "numbered", "tools", "functions", "tool_calls", "weight", "train", "loss", "transcript", "instances",
-    "documents", UNNAMED,
-} - {"data", "user", "human", "bot"}  # fmt: skip
-"""All but what is too common as the name of an origin."""
+MEANING = {*PAIR_SCORES, UNNAMED}.union(*FIELDS.values()).difference(FIELDS["origins"])
+"""The fields that change what a record says."""
 
 
 def _is_empty(value: object) -> bool:
@@ -192,14 +167,7 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
 
 # ---- Messages
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "ai", "bard", "bing", "claude"),
-                    "assistant"),
-    **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response", "function_response",
-                     "tool_call", "function_call"), "tool"),
-}  # fmt: skip
+ROLES = {name: role for role, names in NAMES["roles"].items() for name in names}
 """By the names that people give them, what a message can be; a "tool" message is never learned."""
 
 
@@ -459,7 +427,7 @@ def _costs_beside(fields: Record, count: int) -> list[Any] | None:
     if ranking := fields.get("ranking"):
         place = {i: rank for rank, tied in enumerate(ranking) for i in tied}
         return [place[i] for i in range(count)]
-    for names, sign in ((("ratings", "scores", "rewards"), -1), (("ranks", "rank"), 1)):
+    for names, sign in ((RATINGS[:3], -1), (RATINGS[3:], 1)):
         if values := next((fields[name] for name in names if fields.get(name)), None):
             return [None if value is None else sign * float(value) for value in values]
     return None
@@ -530,7 +498,7 @@ FORMATS = (
            (*TURNS, *ASKED, *VERDICTS, *SIGNED), ANYTHING, _numbered_replies),
     Format("OpenAssistant's tree of replies", (("tree",),), ("prompt",), ANYTHING, parts=_branches),
     Format("rated replies", ((*TURNS, *QUESTIONS, *ABOUT), REPLIES),
-           (*ASKED, *RATINGS), ANYTHING, _listed_replies),
+           (*ASKED, *RATINGS, *VERDICTS, "ranking"), ANYTHING, _listed_replies),
     Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING), ANYTHING, _answer),
     Format("Self-Instruct", (("instruction",), ("instances",)), ABOUT, TEACHES, parts=_instances),
     Format("a question and an answer", ((*QUESTIONS, *ABOUT), ANSWERS),
