@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -212,7 +212,11 @@ def sample(options: Options, runtime: Runtime) -> None:
     models = [ChatModel(name, *load_causal_model(Path(name), runtime.device, runtime.dtype))
               for name in options.models]  # fmt: skip
     needed = 2 if options.distractors else 1  # a distractor answers another prompt
-    prompts = with_room(prompts_of(options, runtime), models, options, runtime, needed)
+
+    def fits(prompt: Prompt) -> bool:
+        return all(model.has_room(prompt.messages, options.max_new_tokens) for model in models)
+
+    prompts = with_room(prompts_of(options, runtime), fits, options, runtime, needed)
     path, run = options.folder / "responses.jsonl", options.folder / "run.json"
     origin = {"prompts": digest(*(json.dumps(prompt.messages) for prompt in prompts))}
     origin |= {f"weights of {model.name}": model.fingerprint for model in models}
@@ -273,14 +277,10 @@ def world_prompts(seed: int, split: str, count: int) -> list[Prompt]:
 
 
 def with_room(
-    prompts: Sequence[Prompt], models: Sequence[ChatModel], options: Options, runtime: Runtime, needed: int
+    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, runtime: Runtime, needed: int
 ) -> list[Prompt]:
-    """The prompts that leave room for a response in each model's context; says how many do not.
-
-    InputError where fewer are left than needed.
-    """
-    length = options.max_new_tokens
-    kept = [p for p in prompts if all(model.has_room(p.messages, length) for model in models)]
+    """The prompts that leave room for a response; says how many do not. InputError where too few are left."""
+    length, kept = options.max_new_tokens, [prompt for prompt in prompts if fits(prompt)]
     if len(kept) < len(prompts) and runtime.is_main:
         print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
     if len(kept) < needed:
@@ -500,7 +500,7 @@ def align(options: Options, runtime: Runtime) -> None:
         aligner.stream, steps = ranking_stream(ranked, options.seed), steps_of(ranked, options, runtime)
     else:
         check_shares(options, runtime)
-        aligner.stream = shuffled_prompts(training, aligner.template, options.seed)
+        aligner.stream = Shuffled(training, "prompts", options.seed, digest([p.tokens for p in training]))
         aligner.text, steps = text_mixture(options, aligner), options.iterations
     state = TrainingState(aligner.models, aligner.optimizers, aligner)
 
@@ -533,17 +533,17 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
     each = options.ppo_epochs * options.minibatches
     while run.goes_on():
         began = time.perf_counter()
-        rollout, minibatches, metrics = aligner.rollout(aligner.stream.next(asked), state.step)
+        rollout, metrics = aligner.rollout(aligner.stream.next(asked), state.step)
         check_kl(run, options, metrics)
         metrics["rollout_seconds"] = time.perf_counter() - began
 
         updates: list[dict[str, float]] = []
         for _ in range(options.ppo_epochs):
-            for numbers in minibatches:
+            for passes in rollout.minibatches:
                 done = state.step * each + len(updates)
                 rate = lr_schedule(done, run.steps * each, options.warmup, options.decay)
                 critic_only = aligner.critic is not None and state.step < options.critic_warmup
-                updates.append(aligner.update(rollout, numbers, rate, critic_only))
+                updates.append(aligner.update(rollout, passes, rate, critic_only))
             moved = [one.get("old_kl", 0.0) for one in updates[-options.minibatches :]]
             if fmean(moved) > options.target_kl:
                 break
@@ -635,16 +635,19 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
         check_world_is_meant(options, runtime.is_main)
         training = prompts_of(options, runtime)
         held_out = world_prompts(options.seed, "dev", options.val_prompts)
-    asked = ChatModel(options.init, aligner.policy, aligner.template.tokenizer)
+    longest = aligner.policy.config.max_position_embeddings
 
     def shared_out(some: Sequence[Prompt]) -> list[Prompt]:
-        kept = with_room(some, [asked], options, runtime, needed=runtime.world_size)
+        asked = [replace(prompt, tokens=aligner.template.prompt(prompt.messages)) for prompt in some]
+        kept = with_room(
+            asked, lambda p: len(p.tokens) + length <= longest, options, runtime, runtime.world_size
+        )
         return kept[: len(kept) // runtime.world_size * runtime.world_size]
 
     training, held_out = shared_out(training), shared_out(held_out[: options.val_prompts])
     if aligner.reward_model:
         longest = aligner.reward_model.config.max_position_embeddings
-        needed = max(len(asked.prompt(prompt.messages)) for prompt in (*training, *held_out)) + length
+        needed = max(len(prompt.tokens) for prompt in (*training, *held_out)) + length
         if longest < needed:
             raise InputError(
                 f"the reward model reads {longest} tokens, a prompt with its response may have {needed}; "
@@ -663,12 +666,6 @@ def check_shares(options: Options, runtime: Runtime) -> None:
             f"prompts each, too few for {runtime.world_size} processes; give at least "
             f"{runtime.world_size * options.samples * options.minibatches}"
         )
-
-
-def shuffled_prompts(prompts: Sequence[Prompt], template: ChatTemplate, seed: int) -> Shuffled[Prompt]:
-    """The prompts without end."""
-    tokens = [template.prompt(prompt.messages) for prompt in prompts]
-    return Shuffled(prompts, "prompts", seed, digest(tokens))
 
 
 def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:

@@ -82,22 +82,14 @@ from minillm.run import Runtime
 
 # ---- KL(π || π_ref) from samples of π
 
-
-def k1(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """log π - log π_ref: unbiased, and negative for about half of the tokens."""
-    return logprobs - ref_logprobs
-
-
-def k2(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """(log π - log π_ref)² / 2: biased, but its gradient is, in expectation, that of the KL."""
-    return (logprobs - ref_logprobs).square() / 2
-
-
-def k3(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """π_ref/π - 1 - log π_ref/π: unbiased and never negative (Schulman 2020,
-    "Approximating KL divergence")."""
-    log_ratio = ref_logprobs - logprobs
-    return log_ratio.expm1() - log_ratio
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda log_ratio: log_ratio,
+    "k2": lambda log_ratio: log_ratio.square() / 2,
+    "k3": lambda log_ratio: (-log_ratio).expm1() + log_ratio,
+}
+"""What the log-ratio of a sampled token, log π - log π_ref, says of the KL (Schulman 2020, "Approximating KL
+divergence"). k1 is unbiased, and negative for about half of the tokens; k2 is biased, but its gradient is, in
+expectation, that of the KL; k3, π_ref/π - 1 - log π_ref/π, is unbiased and never negative."""
 
 
 # ---- Scores -> rewards -> advantages
@@ -106,7 +98,7 @@ def k3(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."]) -> Fl
 def penalised_rewards(
     scores: Float[Tensor, " B"], kl: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], beta: float
 ) -> Float[Tensor, "B R"]:
-    """-β · KL of every token, and the score at the last one; 0 behind it. `kl` is `k1` of the rollout."""
+    """-β · KL of every token, and the score at the last one; 0 behind it. `kl` is k1 of the rollout."""
     rewards = torch.where(mask, -beta * kl, 0.0)
     last = mask.sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -197,11 +189,30 @@ def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> fl
 
 
 @dataclass(frozen=True)
+class Pass:
+    """Some responses side by side in the rows of a forward pass, and where their N tokens are."""
+
+    tokens: Int64[Tensor, "P T"]
+    start: Int32[Tensor, "P T"]
+    """Where the sequence of each position begins in its row."""
+    index: Int64[Tensor, " N"]
+    """Of the responses' tokens among all, the rows end to end."""
+    taken: Int64[Tensor, " N"]
+    """These tokens."""
+    cells: tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
+    """Of the same tokens among those of a rollout, as b and r: rows [B, R] at `cells` are flat [N]."""
+    allowed: Bool[Tensor, "N V"] | None = None
+    """What top-k and top-p left to choose each of them from; None where that is everything."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """Responses to some prompts, and what every model says of their tokens."""
 
     responses: Responses
     scores: Float[Tensor, " B"]
+    minibatches: list[list[Pass]]
+    """Each as its forward passes."""
     mask: Bool[Tensor, "B R"]
     logprobs: Float[Tensor, "B R"]
     """Of the policy that sampled, under the distribution it sampled from."""
@@ -213,23 +224,21 @@ class Rollout:
     """Of the distribution sampled from."""
     values: Float[Tensor, "B R"]
     """The critic's, of the state in which each token is chosen; 0 without a critic."""
-    allowed: dict[int, Bool[Tensor, "r V"]]
-    """By response, the tokens that top-k and top-p left to choose from; empty where those are all."""
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
     """What the critic should have said."""
 
 
-def pack_responses(
-    responses: Responses, rows: Sequence[Sequence[int]], device: torch.device
-) -> tuple[list[int], Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " N"]]:
-    """A forward pass over these rows of responses (layout.forward_passes): their numbers; the tokens; the
-    start of the sequence at each position; and the index of the responses' tokens, one after another."""
+def pack_responses(responses: Responses, rows: Sequence[Sequence[int]], device: torch.device) -> Pass:
+    """These responses, by number, in the rows of one forward pass (layout.forward_passes)."""
     numbers = list(chain(*rows))
     tokens, start, begins = pack_sequences(responses.rows, rows)
-    lengths = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
-    _, index = flat_index(begins + lengths[:, 0], begins + lengths[:, 1])
-    return numbers, tokens.to(device), start.to(device), index.to(device)
+    bounds = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
+    mask, index = flat_index(begins + bounds[:, 0], begins + bounds[:, 1])
+    which, r = mask.nonzero(as_tuple=True)
+    cells = torch.tensor(numbers)[which].to(device), r.to(device)
+    taken = tokens.flatten()[index]
+    return Pass(tokens.to(device), start.to(device), index.to(device), taken.to(device), cells)
 
 
 def with_advantages(
@@ -242,8 +251,8 @@ def with_advantages(
     if options.algorithm == "grpo":
         advantages = group_advantages(rollout.scores, options.samples)
         return replace(rollout, advantages=advantages[:, None] * mask), {}
-    kl = k1(rollout.logprobs, rollout.ref_logprobs)
-    rewards = penalised_rewards(rollout.scores / unit, kl, mask, beta)
+    k1 = rollout.logprobs - rollout.ref_logprobs
+    rewards = penalised_rewards(rollout.scores / unit, k1, mask, beta)
     advantages = gae(rewards, rollout.values, mask, options.gamma, options.lam)
     returns = advantages + rollout.values
     mean, deviation = moments(advantages[mask], runtime)
@@ -255,9 +264,6 @@ def with_advantages(
 
 
 # ---- The models
-
-Rubric = Callable[[Sequence[Message], str], float | None]
-"""What the little world's rubric gives a response to these messages."""
 
 
 class Aligner:
@@ -272,10 +278,10 @@ class Aligner:
         policy: LanguageModel,
         reward_model: ScalarModel | None,
         critic: ScalarModel | None,
-        rubric: Rubric | None,
+        rubric: Callable[[Sequence[Message], str], float | None] | None,
     ) -> None:
         """`policy` is the assistant to start from. Without a reward model, which DPO needs not, every score
-        is 0 and none is told."""
+        is 0 and none is told. `rubric`: what the little world gives a response to its prompts."""
         self.options, self.runtime, self.template = options, runtime, template
         self.sampling = replace(sampling, stop_ids=template.stop_ids)
         self.policy, self.ref_model = policy, deepcopy(policy).requires_grad_(False)
@@ -288,7 +294,7 @@ class Aligner:
         self.models.__dict__["config"] = policy.config  # whoever loads weights asks for it
         self.optimizers = policy_optimizers(policy, critic, options)
         self.wrapped_policy = runtime.wrap(policy)
-        self.wrapped_critic = runtime.wrap(critic) if critic else None
+        self.wrapped_critic: Any = runtime.wrap(critic) if critic else None
         self.origin = fingerprint(self.ref_model, reward_model)
         self.beta = options.beta
         self.scale: tuple[float, float] | None = None
@@ -323,7 +329,7 @@ class Aligner:
         self, model: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]
     ) -> tuple[Responses, Float[Tensor, " B"]]:
         """A response of the model to each prompt, and its score."""
-        asked = [self.template.prompt(prompt.messages) for prompt in prompts]
+        asked = [prompt.tokens for prompt in prompts]
         found = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
         return found, self.score(prompts, found.texts, found.ended)
 
@@ -345,51 +351,65 @@ class Aligner:
         missing = self.scale[0] + self.options.missing_eos_score * self.scale[1]
         return torch.where(torch.tensor(ended, device=scores.device), scores, missing)
 
+    def pass_over(self, policy: LanguageModel, responses: Responses, rows: Sequence[Sequence[int]]) -> Pass:
+        """A forward pass over these rows of responses, with the tokens that the policy may choose from."""
+        one, sampling = pack_responses(responses, rows, self.runtime.device), self.sampling
+        if not sampling.top_k and sampling.top_p == 1:
+            return one
+        hidden = gather_previous(policy(one.tokens, one.start), one.index)
+        kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
+        # The token taken always belongs to them: at the edge of a nucleus another pass may round otherwise.
+        return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
+
+    def read(self, forward: Callable[..., Any], one: Pass, reference: Sequence[Tensor] | None = None) -> Any:
+        """What a policy says of a pass's tokens, under the distribution that is sampled from: a
+        TokenLogprobs, with the KL to a reference if there is one."""
+        how = {"temperature": self.sampling.temperature, "allowed": one.allowed, "reference": reference}
+        return forward(one.tokens, one.start, of=one.index, **how)
+
+    def reference(self, one: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
+        """The reference's hidden state before each of a pass's tokens, and its output matrix."""
+        hidden = gather_previous(self.ref_model(one.tokens, one.start), one.index)
+        return hidden, self.ref_model.lm_head.weight
+
     @torch.no_grad()
     def observe(
         self,
         policy: LanguageModel,
         responses: Responses,
         scores: Float[Tensor, " B"],
-        parts: Sequence[Sequence[int]],
+        minibatches: Sequence[Sequence[int]],
         critic: ScalarModel | None = None,
     ) -> Rollout:
-        """What the models say of the responses, those of a part in the forward passes that an update of it
-        makes, so that the first ratios are exactly 1."""
-        device, T, allowed = self.runtime.device, self.sampling.temperature, dict[int, Tensor]()
+        """What the models say of the responses, in the very forward passes that updates on these minibatches
+        make, so that the first ratios are exactly 1."""
+        device, micro, T = self.runtime.device, self.options.micro_tokens, self.sampling.temperature
         own = zip(responses.rows, responses.prompt_lengths, strict=True)
         sizes = torch.tensor([len(row) - start for row, start in own], device=device)
         mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
-        seen = torch.zeros(5, *mask.shape, device=device)
-        passes = (forward_passes(part, responses.rows, self.options.micro_tokens) for part in parts)
-        for rows in chain(*passes):
-            numbers, tokens, start, index = pack_responses(responses, rows, device)
-            taken, left = tokens.flatten()[index], None
-            if self.sampling.top_k or self.sampling.top_p < 1:
-                logits = policy.logits(gather_previous(policy(tokens, start), index)) / T
-                left = allowed_tokens(logits, taken, self.sampling)
-                allowed |= zip(numbers, left.split(sizes[numbers].tolist()), strict=True)
-            reference = gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
-            ref_logprobs = self.ref_model.token_logprobs(reference[0], taken, T).logprobs
-            logprobs, entropy, kl = policy(
-                tokens, start, of=index, temperature=T, allowed=left, reference=reference
-            )
-            values = gather_previous(critic(tokens, start), index) if critic else torch.zeros_like(logprobs)
-            padded = torch.zeros(5, *mask[numbers].shape, device=device)
-            padded[:, mask[numbers]] = torch.stack((logprobs, ref_logprobs, kl, entropy, values))
-            seen[:, numbers] = padded
-        none = torch.zeros(mask.shape, device=device)
-        names = ("logprobs", "ref_logprobs", "kl", "entropy", "values")
-        found = dict(zip(names, seen, strict=True))
-        return Rollout(responses, scores, mask, **found, allowed=allowed, advantages=none, returns=none)
+        names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
+        grids = {name: torch.zeros(mask.shape, device=device) for name in names}
+        passes = [
+            [self.pass_over(policy, responses, rows) for rows in forward_passes(some, responses.rows, micro)]
+            for some in minibatches
+        ]
+        for one in chain(*passes):
+            reference = self.reference(one)
+            said = self.read(policy, one, reference)._asdict()
+            said["ref_logprobs"] = self.ref_model.token_logprobs(reference[0], one.taken, T).logprobs
+            if critic:
+                said["values"] = gather_previous(critic(one.tokens, one.start), one.index)
+            for name, numbers in said.items():
+                grids[name][one.cells] = numbers
+        return Rollout(responses, scores, passes, mask, **grids)
 
-    def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, list[range], dict[str, float]]:
-        """This process's share of a step's rollout, with advantages; its minibatches, as numbers of
-        responses; and metrics of the whole.
+    def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, dict[str, float]]:
+        """This process's share of a step's rollout, with advantages; and metrics of the whole.
 
         Prompts are dealt to minibatches at random, all responses to one staying together.
         """
-        options, runtime, size = self.options, self.runtime, self.options.samples
+        options, runtime = self.options, self.runtime
+        size = options.rollout_batch // len(prompts)
         order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
         shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
         own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
@@ -397,10 +417,10 @@ class Aligner:
         seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]
         responses, scores = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
         each = len(asked) // options.minibatches
-        parts = [range(first, first + each) for first in range(0, len(asked), each)]
-        rollout = self.observe(self.policy, responses, scores, parts, self.critic)
+        minibatches = [range(first, first + each) for first in range(0, len(asked), each)]
+        rollout = self.observe(self.policy, responses, scores, minibatches, self.critic)
         rollout, explained = with_advantages(rollout, self.unit, self.beta, options, runtime)
-        return rollout, parts, self.metrics(rollout) | {"beta": self.beta} | explained
+        return rollout, self.metrics(rollout) | {"beta": self.beta} | explained
 
     def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Metrics of one response of the kept model to each prompt, with the same seeds every time."""
@@ -408,10 +428,11 @@ class Aligner:
         asked, seeds = [prompts[i] for i in own], [seed_of(self.options.seed, i, 0, 1) for i in own]
         responses, scores = self.sample(self.best, asked, seeds)
         rollout = self.observe(self.best, responses, scores, [range(len(own))])
-        if self.rubric is None:
-            return self.metrics(rollout)
-        said = zip(asked, responses.texts, strict=True)
-        return self.metrics(rollout, rubric=sum(self.rubric(p.messages, text) or 0.0 for p, text in said))
+        sums = {}
+        if self.rubric:
+            said = zip(asked, responses.texts, strict=True)
+            sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in said)
+        return self.metrics(rollout, **sums)
 
     def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
         """Means over the responses of all processes, also of what else was summed over this one's."""
@@ -446,80 +467,68 @@ class Aligner:
     # -- Rollouts -> updates
 
     def update(
-        self, rollout: Rollout, part: range, learning_rate: float, critic_only: bool = False
+        self, rollout: Rollout, passes: Sequence[Pass], learning_rate: float, critic_only: bool = False
     ) -> dict[str, float]:
         """One step of the optimizers on a minibatch, at this share of their base rates; its metrics.
 
         No weight moves where the gradient is not finite.
         """
-        options, runtime = self.options, self.runtime
-        passes = forward_passes(part, rollout.responses.rows, options.micro_tokens)
-        count = rollout.mask[part.start : part.stop].sum().float()
+        options, runtime, metrics = self.options, self.runtime, dict[str, float]()
+        count = torch.tensor(float(sum(len(one.index) for one in passes)))
         tokens = round(runtime.total(count).item())
-        weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
-        losses: dict[str, float] = {}
-        moves: list[Tensor] = []
         if not critic_only:
-            losses["policy_loss"] = accumulate(
-                self.wrapped_policy,
-                lambda rows: self._policy_loss(rollout, rows, moves),
-                passes,
-                tokens,
-                runtime,
-            )
+            metrics |= self.learn_policy(rollout, passes, tokens)
             if self.text:
                 rows = runtime.rows_of_step(options.ptx_tokens, self.text.block_size)
-                losses["text_loss"] = backward(
+                metrics["text_loss"] = backward(
                     self.wrapped_policy, self.text.next_rows(rows), options.micro_tokens, runtime, options.ptx
                 )
-        if self.wrapped_critic:
-            losses["value_loss"] = accumulate(
-                self.wrapped_critic, lambda rows: self._value_loss(rollout, rows), passes, tokens, runtime,
-                options.vf_coef,
-            )  # fmt: skip
-        loss = sum(weights[name] * one for name, one in losses.items())
+        if self.critic:
+            metrics["value_loss"] = self.learn_values(rollout, passes, tokens)
+        weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
+        loss = sum(weights[name] * metrics[name] for name in weights if name in metrics)
         norm = self.optimizers.step(learning_rate, options.clip)
-        metrics = losses | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
-        if moves:
-            ratio, old_kl, clipped = torch.cat(moves, 1)
-            most, least = runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
-            means = (runtime.total(torch.stack((old_kl.sum(), clipped.sum()))) / tokens).tolist()
-            metrics |= {"ratio_max": most, "ratio_min": -least, "old_kl": means[0], "clip_share": means[1]}
-        return metrics
+        return metrics | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
 
-    def _policy_loss(
-        self, rollout: Rollout, rows: Sequence[Sequence[int]], moves: list[Tensor]
-    ) -> Float[Tensor, ""]:
-        """Σ over the tokens of these rows; `moves` gets of each its ratio and KL since it was sampled, and
-        whether it is clipped."""
-        options, exact, allowed = self.options, None, None
-        numbers, tokens, start, index = pack_responses(rollout.responses, rows, self.runtime.device)
-        if options.algorithm == "grpo" and options.kl_estimator == "exact":
-            exact = gather_previous(self.ref_model(tokens, start), index), self.ref_model.lm_head.weight
-        if rollout.allowed:
-            allowed = torch.cat([rollout.allowed[i] for i in numbers])
-        logprobs, _, kl = self.wrapped_policy(
-            tokens, start, of=index, temperature=self.sampling.temperature, allowed=allowed, reference=exact
+    def learn_policy(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> dict[str, float]:
+        """Adds the gradient of a minibatch's loss, a mean over its `tokens`, to the policy's weights; that
+        loss, and how far the policy has moved since it sampled."""
+        options, now = self.options, list[Tensor]()  # log π of the tokens, pass by pass
+        grpo, estimate = options.algorithm == "grpo", KL_ESTIMATORS.get(options.kl_estimator)
+
+        def policy_loss(one: Pass) -> Float[Tensor, ""]:
+            exact = self.reference(one) if grpo and not estimate else None
+            logprobs, _, kl = self.read(self.wrapped_policy, one, exact)
+            now.append(logprobs.detach())
+            old, advantages = rollout.logprobs[one.cells], rollout.advantages[one.cells]
+            losses, _ = policy_losses(logprobs, old, advantages, options.clip_range)
+            if grpo:
+                kl = estimate(logprobs - rollout.ref_logprobs[one.cells]) if estimate else kl
+                losses = losses + self.beta * kl
+            return losses.sum()
+
+        loss = accumulate(self.wrapped_policy, policy_loss, passes, tokens, self.runtime)
+        b, r = (torch.cat(numbers) for numbers in zip(*(one.cells for one in passes), strict=True))
+        new, old = torch.cat(now), rollout.logprobs[b, r]
+        ratio, old_kl = (new - old).exp(), KL_ESTIMATORS["k3"](old - new)
+        _, clipped = policy_losses(new, old, rollout.advantages[b, r], options.clip_range)
+        most, least = self.runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
+        means = self.runtime.total(torch.stack((old_kl.sum(), clipped.to(new.dtype).sum()))) / tokens
+        moved = {"ratio_max": most, "ratio_min": -least}
+        return (
+            {"policy_loss": loss} | moved | dict(zip(("old_kl", "clip_share"), means.tolist(), strict=True))
         )
-        mask = rollout.mask[numbers]
-        old, advantages = rollout.logprobs[numbers][mask], rollout.advantages[numbers][mask]
-        losses, clipped = policy_losses(logprobs, old, advantages, options.clip_range)
-        if options.algorithm == "grpo":
-            if exact is None:
-                estimate = {"k2": k2, "k3": k3}[options.kl_estimator]
-                kl = estimate(logprobs, rollout.ref_logprobs[numbers][mask])
-            losses = losses + self.beta * kl
-        new = logprobs.detach()
-        moves.append(torch.stack(((new - old).exp(), k3(old, new), clipped.to(new.dtype))))
-        return losses.sum()
 
-    def _value_loss(self, rollout: Rollout, rows: Sequence[Sequence[int]]) -> Float[Tensor, ""]:
-        """Σ over the tokens of these rows."""
-        assert self.wrapped_critic is not None
-        numbers, tokens, start, index = pack_responses(rollout.responses, rows, self.runtime.device)
-        values, mask = gather_previous(self.wrapped_critic(tokens, start), index), rollout.mask[numbers]
-        old, returns = rollout.values[numbers][mask], rollout.returns[numbers][mask]
-        return value_losses(values, old, returns, self.options.value_clip).sum()
+    def learn_values(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> float:
+        """Adds the gradient of a minibatch's loss to the critic's weights; the loss."""
+        forward = self.wrapped_critic
+
+        def value_loss(one: Pass) -> Float[Tensor, ""]:
+            values = gather_previous(forward(one.tokens, one.start), one.index)
+            old, returns = rollout.values[one.cells], rollout.returns[one.cells]
+            return value_losses(values, old, returns, self.options.value_clip).sum()
+
+        return accumulate(forward, value_loss, passes, tokens, self.runtime, self.options.vf_coef)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -545,17 +554,3 @@ def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     for name in means.keys() & extremes.keys():
         means[name] = extremes[name](one[name] for one in updates)
     return means | {"updates": float(len(updates))}
-
-
-# ---- The distribution that was sampled from
-
-
-def allowed_tokens(
-    logits: Float[Tensor, "N V"], taken: Int64[Tensor, " N"], sampling: SamplingOptions
-) -> Bool[Tensor, "N V"]:
-    """What top-k and top-p left to choose from.
-
-    The token taken always belongs to it: at the edge of a nucleus another pass may round otherwise.
-    """
-    kept = filter_logits(logits, sampling.top_k, sampling.top_p) > -torch.inf
-    return kept.scatter(1, taken[:, None], True)

@@ -57,6 +57,8 @@ class Prompt:
     """The little world's kind of prompt, where it is one of that."""
     world: int | None = None
     """The seed of that world."""
+    tokens: Sequence[int] = ()
+    """The messages as the model that is asked reads them, where it is one for a whole run."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def sample_sets(
 
 
 def _line(prompt: Prompt, draws: Sequence[Record], repeated: int) -> Record:
-    line = {name: value for name, value in vars(prompt).items() if value is not None}
+    line = {name: value for name, value in vars(prompt).items() if value not in (None, ())}
     line["responses"] = [draw.pop("text") for draw in draws]
     line["draws"] = list(draws)
     if repeated:

@@ -25,12 +25,11 @@ from minillm.layout import gather_previous
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (
+    KL_ESTIMATORS,
     Aligner,
+    Pass,
     Rollout,
     gae,
-    k1,
-    k2,
-    k3,
     moments,
     pack_responses,
     penalised_rewards,
@@ -75,8 +74,8 @@ def moving_model(seed: int = 0) -> LanguageModel:
 POLICY, REF, TOKENIZER = moving_model(0), moving_model(1), with_chat_template(tiny_model()[1])
 TEMPLATE = ChatTemplate(TOKENIZER)
 REWARD: ScalarModel = scalar_from_language_model(moving_model(2), torch.Generator().manual_seed(2))
-PROMPTS = [Prompt(messages) for messages in ASKED]
 TOKENS = [TEMPLATE.prompt(messages) for messages in ASKED]
+PROMPTS = [Prompt(messages, tokens=tokens) for messages, tokens in zip(ASKED, TOKENS, strict=True)]
 
 
 # ---- Advantages, from a rollout made by hand
@@ -93,13 +92,13 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
     return Rollout(
         responses=Responses(rows, [1] * len(scores), [True] * len(scores), [""] * len(scores)),
         scores=torch.tensor(scores),
+        minibatches=[],
         mask=mask,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         kl=torch.zeros(mask.shape),
         entropy=torch.zeros(mask.shape),
         values=values,
-        allowed={},
         advantages=torch.zeros(mask.shape),
         returns=torch.zeros(mask.shape),
     )
@@ -168,11 +167,14 @@ def aligner_of(
     return aligner
 
 
-def rolled_out(
-    step: int = 0, sampling: SamplingOptions = PLAIN, **given
-) -> tuple[Rollout, list[range], dict[str, float]]:
+def rolled_out(step: int = 0, sampling: SamplingOptions = PLAIN, **given) -> tuple[Rollout, dict[str, float]]:
     aligner = aligner_of(sampling, **given)
     return aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], step)
+
+
+def numbers_of(passes: Sequence[Pass]) -> list[int]:
+    """Which responses of a rollout a minibatch is of."""
+    return sorted(set(chain(*(one.cells[0].tolist() for one in passes))))
 
 
 def test_the_responses_of_a_group_differ_and_so_do_those_of_two_steps_and_two_runs():
@@ -186,10 +188,10 @@ def test_the_responses_of_a_group_differ_and_so_do_those_of_two_steps_and_two_ru
 def test_a_rollout_is_dealt_whole_to_its_minibatches_with_groups_together_and_anew_at_each_step():
     dealt = []
     for step in range(3):
-        rollout, parts, metrics = rolled_out(step, group_size=2, minibatches=4)
+        rollout, metrics = rolled_out(step, group_size=2, minibatches=4)
         own = zip(rollout.responses.rows, rollout.responses.prompt_lengths, strict=True)
         asked = [TOKENS.index(row[:start]) for row, start in own]
-        dealt.append([[asked[number] for number in part] for part in parts])
+        dealt.append([[asked[number] for number in numbers_of(passes)] for passes in rollout.minibatches])
         assert sorted(chain(*dealt[-1])) == sorted([*range(8), *range(8)])
         assert all(len(own) == 4 and own[::2] == own[1::2] for own in dealt[-1])
         assert metrics["length"] == pytest.approx(rollout.mask.sum().item() / 16)
@@ -197,7 +199,7 @@ def test_a_rollout_is_dealt_whole_to_its_minibatches_with_groups_together_and_an
 
 
 def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens():
-    rollout, _, figures = rolled_out(rollout_batch=8)
+    rollout, figures = rolled_out(rollout_batch=8)
     assert figures["score"] == pytest.approx(rollout.scores.mean().item(), abs=1e-5)
     assert figures["score_deviation"] == pytest.approx(rollout.scores.std(correction=0).item(), abs=1e-5)
     assert figures["kl"] == pytest.approx(rollout.kl.sum(1).mean().item(), rel=1e-4)
@@ -207,7 +209,7 @@ def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens
 
 def test_a_rollout_is_learned_from_by_the_critic_the_unit_of_scores_and_the_beta_of_now():
     aligner = aligner_of()
-    rollout, _, metrics = aligner.rollout(PROMPTS, 0)
+    rollout, metrics = aligner.rollout(PROMPTS, 0)
     expected, explained = with_advantages(rollout, aligner.unit, 0.3, aligner.options, CPU)
     assert aligner.unit != 1 and rollout.values[rollout.mask].ne(0).all()
     assert torch.equal(rollout.advantages, expected.advantages) and explained.items() <= metrics.items()
@@ -218,7 +220,7 @@ def test_rollouts_are_the_policys_and_validations_are_of_the_moving_average_with
     aligner.ema.load_state_dict(moving_model(3).state_dict())
     aligner.rubric = lambda messages, text: 0.5 * len(text + messages[0]["content"])
     assert set(aligner.models) == {"policy", "critic", "ema"}, "what a restart brings back"
-    rollout, _, _ = aligner.rollout(PROMPTS, 0)
+    rollout, _ = aligner.rollout(PROMPTS, 0)
     assert rollout.responses == aligner_of().rollout(PROMPTS, 0)[0].responses
     with torch.no_grad():
         torch.testing.assert_close(rollout.logprobs[rollout.mask], plain(aligner.policy, rollout), **ROUNDED)
@@ -261,8 +263,8 @@ def test_log_probabilities_of_a_rollout_are_those_of_sampling_and_ratios_begin_a
     for row, mask, logprobs in zip(rollout.logprobs, rollout.mask, samples.logprobs, strict=True):
         torch.testing.assert_close(row[mask], logprobs[: int(mask.sum())], **ROUNDED)
     learned = replace(rollout, advantages=torch.ones(rollout.mask.shape))
-    for part in parts:
-        metrics = aligner.update(learned, part, 0.0)  # at a rate of 0, so that nothing moves
+    for passes in rollout.minibatches:
+        metrics = aligner.update(learned, passes, 0.0)  # at a rate of 0, so that nothing moves
         assert metrics["ratio_max"] == metrics["ratio_min"] == 1.0
 
 
@@ -287,9 +289,10 @@ def test_kl_and_entropy_are_exact_and_the_kl_shown_is_the_mean_of_the_kl_paid(ki
     responses = sampled(sampling)
     rollout, mask = observed(responses, sampling), observed(responses, sampling).mask
     (p, taken), (q, _) = (read(model, responses, sampling.temperature) for model in (POLICY, REF))
-    assert bool(rollout.allowed) == (kind not in ("plain", "hot"))
-    if rollout.allowed:
-        allowed = torch.cat([rollout.allowed[i] for i in range(5)])
+    ((one,),) = rollout.minibatches
+    assert (one.allowed is not None) == (kind not in ("plain", "hot"))
+    if one.allowed is not None:
+        allowed = one.allowed[(one.cells[0] * 100 + one.cells[1]).argsort()]
         assert kind != "top-k" or allowed.sum(1).eq(5).all()
         p = p.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     possible = p > -torch.inf
@@ -299,7 +302,7 @@ def test_kl_and_entropy_are_exact_and_the_kl_shown_is_the_mean_of_the_kl_paid(ki
     torch.testing.assert_close(
         rollout.entropy[mask], -torch.where(possible, p.exp() * p, 0.0).sum(-1), **ROUNDED
     )
-    paid = k1(rollout.logprobs, rollout.ref_logprobs)[mask]
+    paid = (rollout.logprobs - rollout.ref_logprobs)[mask]
     torch.testing.assert_close(paid, (p - q)[range(len(taken)), taken], **ROUNDED)
     for i, row in enumerate(responses.rows):
         values = REWARD(torch.tensor([row]))[0, responses.prompt_lengths[i] - 1 : -1]
@@ -322,16 +325,16 @@ def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves()
 
 def test_only_the_states_before_a_responses_tokens_get_a_gradient_from_its_loss():
     responses = sampled()
-    _, tokens, start, index = pack_responses(responses, [[2]], CPU.device)
-    hidden = POLICY(tokens, start).detach().requires_grad_()
-    POLICY.token_logprobs(gather_previous(hidden, index), tokens.flatten()[index]).logprobs.sum().backward()
+    one = pack_responses(responses, [[2]], CPU.device)
+    hidden = POLICY(one.tokens, one.start).detach().requires_grad_()
+    POLICY.token_logprobs(gather_previous(hidden, one.index), one.taken).logprobs.sum().backward()
     touched = hidden.grad[0].ne(0).any(dim=1)
     states = range(responses.prompt_lengths[2] - 1, len(responses.rows[2]) - 1)
     assert touched.nonzero()[:, 0].tolist() == list(states)
 
 
 def test_a_rollout_carries_no_gradient():
-    rollout, _, _ = rolled_out()
+    rollout, _ = rolled_out()
     seen = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
     assert not any(getattr(rollout, name).requires_grad for name in seen)
 
@@ -432,9 +435,8 @@ class Learner:
         self.aligner = aligner_of(sampling, **given)
         options = self.aligner.options
         self.policy, self.models = self.aligner.policy, self.aligner.models
-        self.rollout, self.parts, _ = self.aligner.rollout(
-            PROMPTS[: options.rollout_batch // options.samples], 0
-        )
+        self.rollout, _ = self.aligner.rollout(PROMPTS[: options.rollout_batch // options.samples], 0)
+        self.minibatches = self.rollout.minibatches
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
             for weight in self.models.parameters():
@@ -443,17 +445,19 @@ class Learner:
 
     def learn(self, critic_only: bool = False) -> dict[str, float]:
         """The metrics of one pass over the rollout."""
-        return summary([self.aligner.update(self.rollout, part, 1.0, critic_only) for part in self.parts])
+        return summary(
+            [self.aligner.update(self.rollout, passes, 1.0, critic_only) for passes in self.minibatches]
+        )
 
     def moved_parts(self) -> set[str]:
         """Which networks have other weights than at the start."""
         now = self.models.state_dict()
         return {name.split(".")[0] for name, value in self.start.items() if not torch.equal(value, now[name])}
 
-    def now(self, part: range, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a minibatch log-probabilities now, by plain log_softmax; the old ones; and advantages."""
+    def now(self, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the first minibatch: log-probabilities now, by plain log_softmax; old ones; advantages."""
         one, which = self.rollout, torch.zeros_like(self.rollout.mask)
-        which[part.start : part.stop] = True
+        which[numbers_of(self.minibatches[0])] = True
         new = plain(self.policy, one, temperature)[which[one.mask]]
         return new, one.logprobs[one.mask & which], one.advantages[one.mask & which]
 
@@ -477,14 +481,14 @@ def plain(model: LanguageModel, rollout: Rollout, temperature: float = 1.0) -> T
 @torch.no_grad()
 def test_an_update_tells_the_loss_ratios_clipping_and_kl_of_the_tokens_of_its_minibatch():
     learner = Learner(minibatches=2, clip_range=0.1)
-    new, old, advantages = learner.now(learner.parts[0])
+    new, old, advantages = learner.now()
     with torch.enable_grad():
-        figures = learner.aligner.update(learner.rollout, learner.parts[0], 1.0)
+        figures = learner.aligner.update(learner.rollout, learner.minibatches[0], 1.0)
     ratio = (new - old).exp()
     assert ratio.min() < 0.9 and ratio.max() > 1.1
     assert figures["ratio_min"] == pytest.approx(ratio.min().item(), rel=1e-3)
     assert figures["ratio_max"] == pytest.approx(ratio.max().item(), rel=1e-3)
-    assert figures["old_kl"] == pytest.approx(k3(old, new).mean().item(), rel=1e-3)
+    assert figures["old_kl"] == pytest.approx(KL_ESTIMATORS["k3"](old - new).mean().item(), rel=1e-3)
     outside = ((ratio > 1.1) & (advantages > 0)) | ((ratio < 0.9) & (advantages < 0))
     assert figures["clip_share"] == pytest.approx(outside.float().mean().item(), abs=1e-6)
     loss = policy_losses(new, old, advantages, 0.1)[0].mean().item()
@@ -505,11 +509,13 @@ def test_metrics_and_losses_are_of_all_processes_together():
     aligner.runtime = Among(CPU.device, torch.float32)
     assert moments(torch.tensor([1.0, 3.0]), aligner.runtime)[0] == pytest.approx(5 / 3)
     assert aligner.metrics(one)["kl"] == pytest.approx((one.kl.sum().item() + 1) / (len(one.mask) + 1))
-    new, old, advantages = learner.now(learner.parts[0])
+    new, old, advantages = learner.now()
     with torch.enable_grad():
         found = learner.learn()
     count = len(new) + 1
-    assert found["old_kl"] == pytest.approx((k3(old, new).sum().item() + 1) / count, rel=1e-3)
+    assert found["old_kl"] == pytest.approx(
+        (KL_ESTIMATORS["k3"](old - new).sum().item() + 1) / count, rel=1e-3
+    )
     loss = policy_losses(new, old, advantages, 0.2)[0].sum().item()
     assert found["policy_loss"] == pytest.approx((loss + 1) / count, abs=1e-4)
 
@@ -518,8 +524,8 @@ def test_processes_share_a_rollout_and_a_validation_between_them():
     def asked(runtime: Runtime) -> tuple[list[list[int]], list[tuple[str, int]]]:
         aligner, validated = aligner_of(group_size=2, minibatches=2), []
         aligner.runtime, sample = runtime, aligner.sample
-        rollout, parts, _ = aligner.rollout(PROMPTS, 0)
-        assert [len(part) for part in parts] == [8 // runtime.world_size] * 2
+        rollout, _ = aligner.rollout(PROMPTS, 0)
+        assert [len(numbers_of(own)) for own in rollout.minibatches] == [8 // runtime.world_size] * 2
 
         def noted(model, prompts, seeds):
             validated.extend(zip([str(p.messages) for p in prompts], seeds, strict=True))
@@ -545,11 +551,11 @@ def test_an_iterations_metrics_are_means_of_its_updates_and_the_extreme_ratios()
 def test_gradients_of_raw_text_and_of_the_critic_have_the_weights_asked_for():
     def norm(critic_only: bool, **given) -> dict[str, float]:
         aligner = aligner_of(**given)
-        rollout, parts, _ = aligner.rollout(PROMPTS[:4], 0)
+        rollout, _ = aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], 0)
         aligner.beta, still = 0.0, replace(rollout, advantages=torch.zeros(rollout.mask.shape))
         tokens = np.arange(600, dtype=np.uint16) % 250
         aligner.text = Mixture([a_stream(tokens, tokens)], 40, 0) if aligner.options.ptx else None
-        return aligner.update(still, parts[0], 1.0, critic_only)
+        return aligner.update(still, rollout.minibatches[0], 1.0, critic_only)
 
     one, two = (norm(False, algorithm="grpo", group_size=2, ptx=ptx, rollout_batch=8) for ptx in (0.5, 1.0))
     assert two["gradient_norm"] == pytest.approx(2 * one["gradient_norm"], rel=1e-4)
@@ -621,7 +627,7 @@ def test_the_critic_can_learn_alone():
 def test_an_update_that_is_not_finite_moves_nothing():
     learner = Learner()
     broken = replace(learner.rollout, advantages=learner.rollout.advantages * float("nan"))
-    assert not math.isfinite(learner.aligner.update(broken, learner.parts[0], 1.0)["loss"])
+    assert not math.isfinite(learner.aligner.update(broken, learner.minibatches[0], 1.0)["loss"])
     assert not learner.moved_parts()
 
 
@@ -633,11 +639,11 @@ def test_grpos_loss_adds_beta_times_the_kl_of_the_estimator_asked_for(estimator,
         algorithm="grpo", group_size=2, minibatches=1, kl_estimator=estimator, sampling=sampling, moved=0.02
     )
     with torch.no_grad():
-        new, old, advantages = learner.now(learner.parts[0], temperature)
+        new, old, advantages = learner.now(temperature)
         ref = plain(REF, learner.rollout, temperature)
         p, q = (read(model, learner.rollout.responses, temperature)[0] for model in (learner.policy, REF))
         exact = (p.exp() * (p - q)).sum(-1)
-    kl = {"k2": k2(new, ref), "k3": k3(new, ref), "exact": exact}[estimator]
+    kl = exact if estimator == "exact" else KL_ESTIMATORS[estimator](new - ref)
     expected = policy_losses(new, old, advantages, 0.2)[0].mean() + 0.3 * kl.mean()
     assert learner.learn()["policy_loss"] == pytest.approx(expected.item(), rel=1e-3, abs=1e-4)
 
