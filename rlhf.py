@@ -33,9 +33,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 if __name__ == "__main__":
-    from minillm.errors import end_at_interrupts
-
-    end_at_interrupts()  # before torch, whose import takes seconds
+    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 import torch
 from tqdm import tqdm

@@ -21,12 +21,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if __name__ == "__main__":
-    from minillm.errors import end_at_interrupts
-
-    end_at_interrupts()  # before torch, whose import takes seconds
+    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 import torch
 
@@ -35,7 +33,9 @@ from minillm.data import (
     EncodedSource,
     Mixture,
     RowSource,
+    Source,
     TokenizedSource,
+    check_names,
     encode_source,
     source_line,
     tokenize,
@@ -94,18 +94,20 @@ class Options(DataOptions):
 def train(options: Options, runtime: Runtime) -> None:
     """One run, from the conversations to the finished folder."""
     run = Run("sft", options, runtime)
+    chats, texts = open_data(options)
     model, tokenizer = load_causal_model(
         run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
     )
     tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
-    conversations = encoded_conversations(options, ChatTemplate(tokenizer), block_size)
+    rows, encode = runtime.rows_of_step(options.batch_tokens, block_size), ChatTemplate(tokenizer).encode
+    conversations = [encode_source(chat, encode, block_size, options.val_fraction) for chat in chats]
     if runtime.is_main:
         print(*conversations, sep="\n")
-    sources = mixed(conversations, tokenized_text(options, tokenizer), options.text_share)
-    rows = runtime.rows_of_step(options.batch_tokens, block_size)
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
-    mixture = Mixture(sources, block_size, options.seed)
+    cache, workers = Path(options.cache), options.workers
+    text = [tokenize(source, tokenizer, cache, options.val_fraction, workers) for source in texts]
+    mixture = Mixture(mixed(conversations, text, options.text_share), block_size, options.seed)
     rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
@@ -137,40 +139,32 @@ def train(options: Options, runtime: Runtime) -> None:
 # Before the loop
 
 
-def encoded_conversations(options: Options, template: ChatTemplate, block_size: int) -> list[EncodedSource]:
-    """The conversations of the files given, or the little world's demonstrations, as tokens."""
+def open_data(options: Options) -> tuple[list[Any], list[Source]]:
+    """The conversations to learn from, and the raw text to mix in: the files given, or the little world's."""
     from minillm.io.conversations import open_conversations, world_conversations
+    from minillm.io.text import text_sources
     from minillm.world import World
 
     if options.on_world:
-        sources = [world_conversations(World(options.seed), "train", options.world_conversations)]
+        chats = [world_conversations(World(options.seed), "train", options.world_conversations)]
     else:
-        sources = open_conversations(options.data, options.errors)
-    return [encode_source(source, template.encode, block_size, options.val_fraction) for source in sources]
-
-
-def tokenized_text(options: Options, tokenizer: Tokenizer) -> list[TokenizedSource]:
-    """The raw text to mix in, as tokens on disk; none where there is none or it has no share."""
-    from minillm.io.text import text_sources
-
-    if not options.text_share or not (options.text or options.on_world):
-        return []
+        chats = open_conversations(options.data, options.errors)
+    with_text = options.text_share and (options.text or options.on_world)
     how = options.errors, options.encoding, options.field
-    sources = text_sources(options.text, options.seed, options.world_megabytes, *how)
-    cache, val_fraction = Path(options.cache), options.val_fraction
-    return [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
+    texts = text_sources(options.text, options.seed, options.world_megabytes, *how) if with_text else []
+    check_names([source.name for source in chats] + [source.name for source in texts])
+    return chats, texts
 
 
 def mixed(
     conversations: Sequence[EncodedSource], text: Sequence[TokenizedSource], text_share: float
 ) -> list[RowSource]:
     """All sources, with weights that give the text its share of the rows; within each side as given."""
-    if not text:
-        return list(conversations)
-    said, written = (sum(source.weight for source in side) for side in (conversations, text))
+    sides = (conversations, 1 - text_share if text else 1.0), (text, text_share)
     return [
-        *(replace(source, weight=source.weight / said * (1 - text_share)) for source in conversations),
-        *(replace(source, weight=source.weight / written * text_share) for source in text),
+        replace(source, weight=source.weight / sum(one.weight for one in side) * share)
+        for side, share in sides
+        for source in side
     ]
 
 

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    from minillm.errors import end_at_interrupts
-
-    end_at_interrupts()  # before torch, whose import takes seconds
+    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 import torch
 

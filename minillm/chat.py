@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 if __name__ == "__main__":
-    from minillm.errors import end_at_interrupts
-
-    end_at_interrupts()  # before torch, whose import takes seconds
+    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 from minillm.errors import InputError
 from minillm.tokenizer import Tokenizer

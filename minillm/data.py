@@ -590,8 +590,7 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[RowSource], block_size: int, seed: int) -> None:
-        """Raises InputError for two sources of one name and for one too short to give a row."""
-        check_names(source.name for source in sources)
+        """Raises InputError for a source too short to give a row. Each has a name of its own."""
         weights = np.array([source.weight for source in sources])
         self.sources, self.block_size, self.seed = list(sources), block_size, seed
         self.shares = weights / weights.sum()

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -108,6 +109,13 @@ def one_line_errors() -> Iterator[None]:
             if (last := last_words(error)) is None:
                 raise
             line, code = last
+            if code == 2 and os.environ.get("RANK", "0") != "0":
+                # Of torchrun's processes, which meet the same error, the first says it, and torchrun ends the
+                # others. One that is still there later has met an error of its own.
+                try:
+                    time.sleep(PATIENCE)
+                except Interrupted:
+                    line = ""
             if line:
                 print(line, file=sys.stderr)
             try:
@@ -132,9 +140,12 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
             return "interrupted", 128 + (error.args[0] if error.args else signal.SIGINT)
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             return f"error: not enough memory ({str(error)[:200]}); give smaller numbers", 2
+        case RuntimeError() if "by peer" in str(error):  # "Connection closed by peer"
+            return "error: another process of this run has ended; see what it says", 2
     return None
 
 
+PATIENCE = 20.0  # seconds that another process than the first waits before it says an error
 NO_MEMORY = re.compile("allocate memory|out of memory|Storage size calculation overflowed")
 """What torch says in its RuntimeErrors."""
 
@@ -156,7 +167,7 @@ def open_streams() -> None:
 @contextmanager
 def signals(handler: Handler) -> Iterator[None]:
     """Lets `handler` meet Ctrl-C, SIGTERM and SIGHUP; what nohup made deaf to SIGHUP stays so."""
-    previous = _handle_signals(handler)
+    previous = handle_signals(handler)
     try:
         yield
     finally:
@@ -164,13 +175,7 @@ def signals(handler: Handler) -> Iterator[None]:
             signal.signal(number, before or signal.SIG_DFL)
 
 
-def end_at_interrupts() -> None:
-    """For the first lines of a script: importing torch takes seconds, and Ctrl-C then is no defect."""
-    open_streams()
-    _handle_signals(_leave)
-
-
-def _handle_signals(handler: Handler) -> dict[int, Any]:
+def handle_signals(handler: Handler) -> dict[int, Any]:
     """Sets the handler of all three; returns those there were. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -178,12 +183,6 @@ def _handle_signals(handler: Handler) -> dict[int, Any]:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     return {number: signal.signal(number, handler) for number in numbers}
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    with suppress(OSError):
-        os.write(2, b"interrupted\n")
-    os._exit(128 + number)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -246,8 +246,9 @@ class TokenLogprobs(NamedTuple):
 class LanguageModel(nn.Module):
     """The decoder with an output matrix: `lm_head.weight` [V, D] turns hidden states to logits.
 
-    Losses and log-probabilities are computed in the forward pass, by kernels that never hold the logits of
-    all positions; so whatever wraps the model (DistributedDataParallel, torch.compile) wraps all of it.
+    `model.model(tokens)` are the hidden states. The forward pass gives what training asks of them, a loss or
+    log-probabilities, by kernels that never hold the logits of all positions; so whatever wraps the model
+    (DistributedDataParallel, torch.compile) wraps all of it.
     """
 
     stored_dtype = torch.float32  # of the weights on disk: bfloat16 stays so
@@ -268,19 +269,18 @@ class LanguageModel(nn.Module):
         *,
         targets: Int[Tensor, "B T"] | None = None,
         of: Int[Tensor, " N"] | None = None,
-        **options: Any,
+        temperature: float = 1.0,
+        allowed: Bool[Tensor, "N V"] | None = None,
+        reference: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
     ) -> Any:
-        """Hidden states [B, T, D] (see `Decoder.forward`), or what is asked of them.
-
-        With `targets`: Σ -log p(target), a scalar, targets of -100 left out. With `of`, an index into the
-        flattened tokens: `token_logprobs` of those tokens, each from the state before it.
+        """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or, of an index `of`
+        into the flattened tokens, the `TokenLogprobs` of those tokens, each from the state before it.
         """
         hidden = self.model(tokens, start, attend).flatten(0, 1)
-        if targets is not None:
-            return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
         if of is not None:
-            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], **options)
-        return hidden.view(*tokens.shape, -1)
+            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], temperature, allowed, reference)
+        assert targets is not None, "ask for the loss of targets or the log-probabilities of tokens"
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
 
     def token_logprobs(
         self,
@@ -369,9 +369,15 @@ def scalar_from_language_model(
 class KVCache:
     """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
 
-    Row b holds lengths[b] tokens. What lies behind them (the padding of a shorter prompt) is never seen, and
-    the row's next tokens overwrite it. It calls the trunk, so that a compiled model is not compiled anew for
-    every length. Source: Shazeer 2019 (arXiv 1911.02150), section 2.4.
+    Two rows, whose prompts are "a b c" and "x", after two steps. Both are prefilled as three tokens; what the
+    padding (-) left in the shorter one is overwritten by its next tokens before any query may see it:
+
+        slot         0  1  2  3  4
+        row 0        a  b  c  d  e      lengths[0] = 5    ragged, for the lengths differ; longest = 5;
+        row 1        x  y  z  .  .      lengths[1] = 3    queries of row b see the slots below lengths[b]
+
+    It calls the trunk, so that a compiled model is not compiled anew for every length. Source: Shazeer 2019
+    (arXiv 1911.02150), section 2.4.
     """
 
     positions: Int[Tensor, "B 1 T"]  # of the tokens being read

@@ -356,7 +356,7 @@ class Aligner:
         one, sampling = pack_responses(responses, rows, self.runtime.device), self.sampling
         if not sampling.top_k and sampling.top_p == 1:
             return one
-        hidden = gather_previous(policy(one.tokens, one.start), one.index)
+        hidden = gather_previous(policy.model(one.tokens, one.start), one.index)
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
         # The token taken always belongs to them: at the edge of a nucleus another pass may round otherwise.
         return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
@@ -369,7 +369,7 @@ class Aligner:
 
     def reference(self, one: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
-        hidden = gather_previous(self.ref_model(one.tokens, one.start), one.index)
+        hidden = gather_previous(self.ref_model.model(one.tokens, one.start), one.index)
         return hidden, self.ref_model.lm_head.weight
 
     @torch.no_grad()

@@ -262,7 +262,7 @@ def test_the_choice_is_the_difference_of_the_letters_log_probabilities(chat):
     pairs = [replace(SETS[0], responses=[first, "b"]) for first in ("a", "a much longer one")]
     questions = [judge.question(pair) for pair in pairs]
     for question, margin in zip(questions, judge.margins(questions), strict=True):
-        logits = judge.model.logits(judge.model(torch.tensor([question]))[0, -1])
+        logits = judge.model.logits(judge.model.model(torch.tensor([question]))[0, -1])
         a, b = logits.log_softmax(0)[list(judge.letters)].tolist()
         assert float(margin) == pytest.approx(a - b, abs=1e-5)  # float32, another batch
     assert judge.tokenizer.decode(questions[0]).endswith("The better reply is ")

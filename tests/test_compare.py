@@ -85,7 +85,7 @@ def folders(base, chat, tmp_path_factory) -> Path:
 
 def naive(one: ChatModel, context: list[int], said: list[int]) -> torch.Tensor:
     """log-probabilities [n, V] before each token said, of one row alone."""
-    hidden = one.model(torch.tensor([[*context, *said]]))[0]
+    hidden = one.model.model(torch.tensor([[*context, *said]]))[0]
     return one.model.logits(hidden)[len(context) - 1 : -1].double().log_softmax(-1)
 
 

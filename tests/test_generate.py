@@ -58,7 +58,7 @@ MODEL = random_model()
 def last_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
     """The plain forward pass: no cache, no batch, no padding."""
     with torch.no_grad():
-        return model.logits(model(torch.tensor([tokens])))[0, -1].double()
+        return model.logits(model.model(torch.tensor([tokens])))[0, -1].double()
 
 
 def sampled_from(logits: Tensor, options: SamplingOptions, step: int) -> Tensor:
@@ -109,7 +109,7 @@ def test_decoding_over_a_cache_gives_the_logits_of_the_plain_forward(kind, shape
                 cache.keep(torch.arange(len(rows)) % 2 == 1)
                 rows, logits = rows[1::2], logits[1::2]
             for row, found in zip(rows, logits, strict=True):
-                expected = model.logits(model(torch.tensor([row])))[0, -1]
+                expected = model.logits(model.model(torch.tensor([row])))[0, -1]
                 torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # logits are float32
             new = [(7 * len(row) + row[0]) % 64 for row in rows]
             logits = cache.step(torch.tensor(new))

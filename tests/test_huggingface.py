@@ -79,7 +79,7 @@ def test_a_family_is_computed_as_transformers_computes_it_and_written_so_again(t
     assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
     tokens = torch.randint(0, 262, (2, 50), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits, expected = model.logits(model(tokens)), judge(tokens).logits
+        logits, expected = model.logits(model.model(tokens)), judge(tokens).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         greedy = judge.generate(tokens[:, :20], max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 20:]
     rows = generate(model, tokens[:, :20].tolist(), SamplingOptions(20, temperature=0.0), [0, 0])

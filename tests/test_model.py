@@ -89,7 +89,7 @@ def random_tokens(config: ModelConfig, rows: int, length: int, seed: int) -> Ten
 
 @torch.no_grad()
 def all_logits(model: LanguageModel, tokens: Tensor, **bounds) -> Tensor:
-    return model.logits(model(tokens, **bounds))
+    return model.logits(model.model(tokens, **bounds))
 
 
 # ---- Attention sees what it should, and nothing else
@@ -177,7 +177,7 @@ def test_log_probabilities_entropy_and_kl_are_those_of_the_state_before_each_tok
         allowed = (torch.rand(logits.shape, generator=generator(seed)) < 0.5).scatter(1, taken[:, None], True)
         p = logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
     kl = (p.exp() * (p.clamp(min=-1e9) - q)).sum(1)
-    hidden = other(tokens).flatten(0, 1)[index - 1], other.lm_head.weight
+    hidden = other.model(tokens).flatten(0, 1)[index - 1], other.lm_head.weight
     options = {"temperature": temperature, "allowed": allowed}
     found = model(tokens, of=index, reference=hidden, **options)
     expected = p.gather(1, taken[:, None])[:, 0], -(p.exp() * p.clamp(min=-1e9)).sum(1), kl
@@ -438,7 +438,7 @@ def test_each_block_starts_as_the_identity(config, seed):
     model, tokens = LanguageModel(config), random_tokens(config, 2, 5, seed)
     initialize(model, generator(seed))
     with torch.no_grad():
-        assert torch.equal(model(tokens), model.model.norm(model.model.embed_tokens(tokens)))
+        assert torch.equal(model.model(tokens), model.model.norm(model.model.embed_tokens(tokens)))
 
 
 def test_first_weights_keep_the_size_of_what_passes_through():
@@ -464,7 +464,7 @@ def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
     optimizers = build_optimizers(model, LearningRates(0.02, 0.01, 0.01, 0.0), "adamw")
     for _ in range(2):
         optimizers.step(1.0, 1.0)
-        logits = model.logits(model(tokens[:, :-1]))
+        logits = model.logits(model.model(tokens[:, :-1]))
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -489,7 +489,7 @@ def test_a_scalar_model_keeps_the_trunk_of_its_language_model_bit_for_bit(config
     after = scalar.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     tokens = random_tokens(config, 2, 5, seed)
-    expected = language_model(tokens).to(scalar.score.weight.dtype) @ scalar.score.weight[0]
+    expected = language_model.model(tokens).to(scalar.score.weight.dtype) @ scalar.score.weight[0]
     torch.testing.assert_close(scalar(tokens), expected)
     assert scalar.bias == 0
 

@@ -75,7 +75,7 @@ def plain_losses(model: LanguageModel, batch: Batch) -> Tensor:
     for tokens, targets, start in zip(batch.tokens, batch.targets, batch.start, strict=True):
         for first in start.unique():
             document = start == first
-            logits = model.logits(model(tokens[document][None]))[0]
+            logits = model.logits(model.model(tokens[document][None]))[0]
             counted = (targets[document] != IGNORED).nonzero()[:, 0]
             losses.append(-logits.log_softmax(-1)[counted, targets[document][counted]])
     return torch.cat(losses)

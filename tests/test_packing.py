@@ -299,12 +299,6 @@ def test_another_mixture_is_not_resumed_and_the_difference_is_named(other, named
     assert "\n" not in str(caught.value)
 
 
-def test_two_sources_of_one_name_are_refused():
-    # The restart point holds where each stands by its name.
-    with pytest.raises(InputError, match="'a'"):
-        Mixture([a_text(name="a"), encoded(some_talks(), 40, "a")], 40, 0)
-
-
 def test_each_source_gets_its_share_and_the_report_says_it():
     # For each source 5 standard deviations: a false alarm for fewer than 1 seed in 100,000.
     mixture, rows = mixed(), 6000

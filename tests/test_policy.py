@@ -466,7 +466,7 @@ def read(model: LanguageModel, responses: Responses, temperature: float = 1.0) -
     """log π over the vocabulary in the state before each token of the responses, row by row; the tokens."""
     states, taken = [], []
     for row, start in zip(responses.rows, responses.prompt_lengths, strict=True):
-        logits = model.logits(model(torch.tensor([row])))[0, start - 1 : -1] / temperature
+        logits = model.logits(model.model(torch.tensor([row])))[0, start - 1 : -1] / temperature
         states.append(logits.log_softmax(-1))
         taken += row[start:]
     return torch.cat(states), torch.tensor(taken)

@@ -29,7 +29,7 @@ from runs import (
 
 import sft
 import train
-from minillm.errors import InputError, signals
+from minillm.errors import InputError, one_line_errors, signals
 from minillm.files import hold
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
@@ -390,6 +390,7 @@ SMALL = "import sys; from minillm.errors import one_line_errors\nwith one_line_e
         ("input()", "<&-", 1, "EOFError"),
         ("print('é→')", "", 0, ""),
         ("raise MemoryError", "", 2, "memory"),
+        ("raise RuntimeError('[gloo] Connection closed by peer')", "", 2, "another process"),
     ],
 )
 def test_a_closed_or_full_stream_is_told_or_ignored(action, streams, code, told):
@@ -398,6 +399,17 @@ def test_a_closed_or_full_stream_is_told_or_ignored(action, streams, code, told)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.returncode, told in done.stderr) == (code, True), done.stderr
     assert code == 1 or ("Traceback" not in done.stderr and "Exception ignored" not in done.stderr)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_later_process_of_torchrun_says_an_error_only_where_it_outlives_the_first(
+    monkeypatch, capfd, ended
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM) if ended else None)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise InputError("of its own")
+    assert stop.value.code == 2 and ("of its own" in capfd.readouterr().err) != ended
 
 
 def test_text_of_others_commands_no_terminal_wherever_it_is_printed():

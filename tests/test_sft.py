@@ -108,7 +108,7 @@ def test_it_learns_to_answer_and_to_end_its_answer(base, chats, tmp_path):
     conversation = [{"role": "user", "content": "How many cats on day 9?"}]
     asked = template.prompt(conversation)
     whole = template.encode([*conversation, {"role": "assistant", "content": "2 cats."}]).tokens
-    hidden = model(torch.tensor([whole]))
+    hidden = model.model(torch.tensor([whole]))
     best = model.logits(hidden[0]).argmax(dim=-1)[len(asked) :]
     assert best[-1] != template.end_id and template.end_id in best[-2:], "the reply must end, and not before"
 

@@ -139,6 +139,13 @@ def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference):
     assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=1e-4)
 
 
+def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_path):
+    words = ["train.py", "--data", "nowhere.txt", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "interrupted"))]
+    assert len(said) == 1 and "nowhere.txt" in said[0] and done.stderr.count("exitcode  : 2 ") == 2
+
+
 def test_accumulating_small_batches_follows_the_curve_of_one_batch(text, tmp_path, reference):
     events = run_in_process(text, tmp_path / "base", "--micro-tokens", "16")
     one = [x[2] for x in losses_of(metrics_of(reference))]

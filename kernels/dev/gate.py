@@ -179,7 +179,7 @@ def attention_steps(dtype: str, width: int) -> None:
     from minillm.model import KVCache
 
     model, tokens = _model(dtype, width, 256)
-    model(tokens, torch.zeros_like(tokens, dtype=torch.int32)).sum().backward()
+    model.model(tokens, torch.zeros_like(tokens, dtype=torch.int32)).sum().backward()
     with torch.inference_mode():
         cache = KVCache(model, len(tokens), 256)
         cache.prefill(tokens, torch.tensor([128, 64]))

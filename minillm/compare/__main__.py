@@ -25,9 +25,7 @@ from typing import Any, Literal
 import tyro
 
 if __name__ == "__main__":
-    from minillm.errors import end_at_interrupts
-
-    end_at_interrupts()  # before torch, whose import takes seconds
+    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics

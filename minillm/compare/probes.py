@@ -39,7 +39,7 @@ Row = tuple[Sequence[int], Sequence[int]]
 def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
     """The hidden states that predict the tokens said, row after row."""
     inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
-    hidden = model(pad_sequence(inputs, batch_first=True).to(model.lm_head.weight.device))
+    hidden = model.model(pad_sequence(inputs, batch_first=True).to(model.lm_head.weight.device))
     parts = [own[len(context) - 1 :][: len(said)] for own, (context, said) in zip(hidden, rows, strict=True)]
     return torch.cat(parts)
 

@@ -182,6 +182,6 @@ class Judge:
         device = self.model.lm_head.weight.device
         lengths = torch.tensor([len(question) for question in questions], device=device)
         rows = [torch.tensor(question) for question in questions]
-        hidden = self.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))
+        hidden = self.model.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))
         logits = self.model.logits(hidden[torch.arange(len(rows), device=device), lengths - 1])
         return (logits[:, self.letters[0]] - logits[:, self.letters[1]]).cpu()
