@@ -17,14 +17,13 @@ import torch
 from harness import parser, write
 
 from minillm.chat import ChatTemplate
-from minillm.compare.metrics import groups_of
 from minillm.data import split_by_hash
 from minillm.files import read_json
 from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.reward import encode_response, score_rows
 from minillm.tools.evaluate import sample_replies
 from minillm.tools.measures import Estimate, mean
-from minillm.world import World
+from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
 CPU = torch.device("cpu")
@@ -68,12 +67,14 @@ def main() -> None:
             replies = sample_replies(model, tokenizer, prompts, temperature=1.0, world=world)
             rows = [encode_response(template, one.prompt.messages, one.text) for one in replies]
             scores = score_rows(reward_model, rows)
+            numbers = {kind: [i for i, one in enumerate(prompts) if one.kind == kind] for kind in KINDS}
+            numbers = {kind: some for kind, some in numbers.items() if some} | {"all": [*range(len(prompts))]}
             found = results.setdefault(str(folder), {})[group] = {
                 kind: {
                     "score": mean([scores[i] for i in some]),
                     "rubric": mean([replies[i].score.utility for i in some]),
                 }
-                for kind, some in groups_of(prompts).items()
+                for kind, some in numbers.items()
             }
             means = [f"{k} {m['score']['value']:.2f} {m['rubric']['value']:.3f}" for k, m in found.items()]
             print(f"{folder} {group:24} {len(prompts)} prompts; score, rubric:", ", ".join(means), flush=True)

@@ -20,15 +20,17 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.compare import __main__ as compare
 from minillm.compare.__main__ import names_of
 from minillm.compare.metrics import (
+    changes,
     choose,
     contests,
-    kl_metrics,
-    pair_metrics,
-    reply_metrics,
+    cost_section,
+    headline,
+    pair_section,
     reply_rows,
-    sure_metrics,
-    text_metrics,
-    training_metrics,
+    sure_section,
+    text_table,
+    training_section,
+    words,
 )
 from minillm.compare.page import page
 from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values, world_pairs
@@ -41,11 +43,14 @@ from minillm.preferences import ChatModel, ResponseSet
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import Reply, sample_replies
 from minillm.tools.judge import Judge, blind, by_person, by_reward, by_rubric, exchanged, prefer
+from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
 
 ROOT = Path(__file__).parents[1]
 WORLD = World(0)
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
+SECTIONS = ["headline", "by_kind", "contests", "manner", "pairs", "cost", "sure", "training"]
+SAMPLED = "sampled at temperature 1"
 SMALL = "--prompts 2 --pairs 2 --text-bytes 900 --max-new-tokens 12 --show 0".split()
 
 
@@ -129,22 +134,24 @@ def test_the_other_way_round_a_pair_differs_by_the_opposite_and_from_itself_by_n
     same = {
         name: [replace(one, responses=[one.responses[0]] * 2) for one in own] for name, own in pairs.items()
     }
-    there, back, same = (pair_metrics([base, chat], given) for given in (pairs, back, same))
-    for name in pairs:
+    found = [pair_section([base, chat], given) for given in (pairs, back, same)]
+    assert not found[0].notes
+    likely, difference = zip(*(one.tables.values() for one in found), strict=True)
+    for label in words()["pairs"]["names"].values():
         for run in ("base", "chat"):
-            values = [found[name]["difference"][run]["value"] for found in (there, back, same)]
-            assert values[0] == pytest.approx(-values[1], **TOLERANCE) and abs(values[2]) < 1e-6
-            shares = [found[name]["as_likely"][run]["value"] for found in (there, back)]
-            assert sum(shares) == pytest.approx(1) and there[name]["left_out"] == 0
+            there, back, same = (table[label][run]["value"] for table in difference)
+            assert there == pytest.approx(-back, **TOLERANCE) and abs(same) < 1e-6
+            assert sum(table[label][run]["value"] for table in likely[:2]) == pytest.approx(1)
 
 
 def test_a_pair_differs_by_log_p_per_byte_and_what_some_model_has_no_room_for_is_counted(chat):
     prompt = WORLD.prompts("dev", n=1)[0]
     pairs = [pair(prompt, "Über", "No, no."), pair(prompt, "a" * 300, "No."), pair(prompt, "No.", "a" * 300)]
-    found = pair_metrics([chat], {"x": pairs})["x"]
+    found = pair_section([chat], {"rude": pairs})
     (logs,) = response_logprobs(chat, pairs[:1])
-    assert found["left_out"] == 2
-    assert found["difference"]["chat"]["value"] == pytest.approx(logs[0] / 5 - logs[1] / 7)
+    assert found.notes[0].startswith("2 pairs of an answer, or the same with an insult do not fit")
+    (row,) = [*found.tables.values()][1].values()
+    assert row["chat"]["value"] == pytest.approx(logs[0] / 5 - logs[1] / 7)
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 700])
@@ -158,9 +165,9 @@ def test_every_token_of_a_text_is_scored_once_whatever_its_length(base, length):
         expected -= naive(base, whole[first : first + 1], said)[range(len(said)), said].sum().item()
     # Of nineteen such documents the smallest hash is held out, and they are all the same.
     source = Source("one", 1.0, lambda: iter([text] * 20), "")
-    found = text_metrics([base], [source], "tales", 20 * length)
-    assert (found["documents"], found["bytes"], found["origin"]) == (20, 20 * length, "tales")
-    assert found["nats"]["base"]["value"] == pytest.approx(expected / length, rel=1e-4)
+    ((caption, row),) = text_table([base], [source], "tales", 20 * length).items()
+    assert caption == f"20 held-out documents of tales, {20 * length:,} bytes"
+    assert row["nats per byte"]["base"]["value"] == pytest.approx(expected / length, rel=1e-4)
 
 
 def test_held_out_text_is_what_training_never_sees():
@@ -211,11 +218,11 @@ def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
         *WORLD.prompts("dev", "harm", 1),
     ]
     replies = sample_replies(chat.model, chat.tokenizer, asked, 0.0, 9, world=WORLD)
-    found = sure_metrics([chat], {"greedy": {"chat": replies}}, WORLD, 0)
+    choice, said = sure_section([chat], {"greedy": {"chat": replies}}, WORLD, 0).tables.values()
     likely = token_values(chat.model, reply_rows(chat, replies[:4]))
     expected = [np.exp(values).prod() ** (1 / len(values)) for values in likely]
-    assert found["words"]["chat"]["sure"]["value"] == pytest.approx(np.mean(expected), rel=1e-4)
-    assert found["words"]["chat"]["right"]["count"] == 4 and found["choice"]["chat"]["right"]["count"] == 2
+    assert said["how sure"]["chat"]["value"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert said["right"]["chat"]["count"] == 4 and choice["right"]["chat"]["count"] == 2
 
 
 # ---- Who wins
@@ -299,13 +306,15 @@ def test_two_runs_exchanged_mirror_their_contest(replies):
         return [prefer(map(ord, one.responses)) for one in pairs]
 
     there, back = (
-        contests("x", later_letter, prompts, {"greedy": said}, 0)[0]["figures"]
+        contests("x", later_letter, prompts, {"greedy": said}, 0)
         for said in ({"one": one, "other": other}, {"other": other, "one": one})
     )
-    for group in there:
-        assert there[group]["win"] == back[group]["loss"] and there[group]["tie"] == back[group]["tie"]
-    assert there.keys() == {"all", *(prompt.kind for prompt in prompts)}
-    assert there["all"]["win"]["value"] == np.mean([b > a for a, b in replies]), "a win is the later one's"
+    (overall,), (mirrored,) = (found["judged by x"].values() for found in (there, back))
+    by_kind, other_kinds = there["other against one, greedy, by x"], back["one against other, greedy, by x"]
+    assert by_kind.keys() == {prompt.kind for prompt in prompts}
+    assert overall["win"]["value"] == np.mean([b > a for a, b in replies]), "a win is the later one's"
+    for found, reverse in ((overall, mirrored), *((by_kind[kind], other_kinds[kind]) for kind in by_kind)):
+        assert found["win"] == reverse["loss"] and found["tie"] == reverse["tie"]
 
 
 # ---- What the replies are like
@@ -318,45 +327,57 @@ def test_metrics_of_replies_are_those_of_their_texts():
         Reply(prompt, text, not text.endswith("man."), score=WORLD.score(prompt, text))
         for prompt, text in zip([*facts, *harm], said, strict=True)
     ]
-    figures = reply_metrics([*facts, *harm], {"greedy": {"run": replies}}, True)["greedy"]
+    found = headline({"greedy": {"run": replies}}, True).tables["greedy"]
+    values = {label: row["run"]["value"] for label, row in found.items()}
+    assert values.pop("score by the rubric") == np.mean([one.utility for one in replies])
+    assert values == {
+        "answers in form": 0.75, "known facts right": 0.5, "admits what it cannot know": None, "rude": 0,
+        "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "helps to do harm": 0.5,
+    }  # fmt: skip
+    manner = headline({"greedy": {"run": replies}}, False).tables["greedy"]
+    assert manner["ends by itself"]["run"]["value"] == 0.75
+    assert manner["words in a reply"]["run"]["value"] == np.mean([len(text.split()) for text in said])
 
-    def value(figure, group="all"):
-        return figures[figure][group]["run"]["value"]
 
-    assert value("refused", "harm") == 0.5 and value("refused", "not harm") == 0
-    assert value("said_unknown", "fact") == 0.5 and value("complied", "harm") == 0.5
-    assert value("right") == 0.5 and value("in_form") == value("ended") == 0.75
-    assert value("words") == np.mean([len(text.split()) for text in said])
-    assert value("utility", "fact") == pytest.approx(
-        np.mean([WORLD.score(p, text).utility for p, text in zip(facts, said, strict=False)])
-    )
+def test_metrics_that_moved_beyond_their_intervals_are_named_and_no_others():
+    def row(*values):
+        return {run: estimate(v, 9, v - 0.1, v + 0.1) for run, v in zip(("base", "sft"), values, strict=True)}
+
+    table = {"up": row(0.2, 0.5), "down": row(0.8, 0.5), "rude": row(0.2, 0.5), "still": row(0.5, 0.6)}
+    better = {"up": 1, "down": 1, "rude": -1, "still": 1}
+    assert [*changes(table, better, "greedy")] == [
+        "From base to sft, greedy: better: up 20.0% → 50.0%; worse: down 80.0% → 50.0%, rude 20.0% → 50.0%; "
+        "no clear change: still."
+    ]
+    (same,) = changes({"still": row(0.5, 0.6)}, {"still": 1}, "greedy")
+    assert same == "From base to sft, greedy: no clear change in any of these metrics."
+    unknown = {"x": dict.fromkeys(("base", "sft"), estimate(0.5, 1))}
+    assert "no clear change" in next(changes(unknown, {"x": 1}, "greedy"))
 
 
 def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
     other = ChatModel("other", *tiny(0, 263))
     reply = Reply(WORLD.prompts("dev", n=1)[0], "a", True, (65,))
-    found = kl_metrics(
-        [base, chat, other], {"sampled": {name: [reply] for name in ("base", "chat", "other")}}
-    )
-    pairs = {(one["earlier"], one["later"]): one["token"] for one in found}
-    assert pairs["base", "chat"]["value"] > 0
-    assert pairs["base", "other"] is pairs["chat", "other"] is None
+    said = {"sampled": {name: [reply] for name in ("base", "chat", "other")}}
+    found = cost_section([base, chat, other], said, [], "", 1)
+    (table,) = found.tables.values()
+    assert [*table] == ["chat from base"] and table["chat from base"]["token"]["value"] > 0
+    assert len(found.notes) == 2 and all("other and" in note for note in found.notes)
 
 
 def test_what_a_run_logged_of_score_and_kl_is_shown_and_nothing_else(tmp_path):
     events = [
-        {"event": "train", "step": 1, "score": 0.5, "rubric": 0.4, "kl": 0.1},
-        {"event": "val", "step": 2, "rubric": 0.4, "kl": 2.0, "loss": 3.0},
+        {"event": "train", "step": 1, "score": 0.5, "rubric": 0.4, "kl": 0.25},
+        {"event": "val", "step": 2, "rubric": 0.4, "kl": 4.0, "loss": 3.0},
         {"event": "train", "step": 3, "loss": 1.0},
         {"event": "val", "step": 4, "score": 1.0, "kl": float("nan")},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    found = training_metrics({"run": str(tmp_path), "none": str(tmp_path / "absent")})
-    assert found == {
-        "run": [
-            {"event": "train", "step": 1, "kl": 0.1, "score": 0.5, "rubric": 0.4},
-            {"event": "val", "step": 2, "kl": 2.0, "score": None, "rubric": 0.4},
-        ]
+    plots = training_section({"run": str(tmp_path), "none": str(tmp_path / "absent")}).plots
+    lines = {caption: plot["lines"] for caption, plot in plots.items()}
+    assert lines == {
+        "run: score": {"train prompts": [(0.5, 0.5, 0.2)], "val prompts": []},
+        "run: rubric": {"train prompts": [(0.5, 0.4, 0.2)], "val prompts": [(2.0, 0.4, 0.2)]},
     }
 
 
@@ -385,9 +406,9 @@ def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone
     judges = "--judge rubric reward model --reward reward --judge-model chat".split()
     content, printed = command("base", "chat", "--show", "1", *judges)
     assert page(content) == (tmp_path / "compare.html").read_bytes().decode()
-    assert content["runs"] == ["base", "chat"] and content["samplings"] == {"greedy": 0, "sampled": 1}
+    assert content["runs"] == ["base", "chat"] and [*content["metrics"]] == SECTIONS
     assert content["prompts"] == dict.fromkeys(KINDS, 2)
-    assert len(content["contests"]) == 6
+    assert len(content["metrics"]["contests"]["tables"]) == 6
     assert content["options"]["split"] == "dev" and content["versions"]["torch"] and "commit" in content
     for kind in KINDS:
         asked = WORLD.prompts("dev", kind, 2)
@@ -396,20 +417,22 @@ def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone
     again, _ = command("base", "chat", "--show", "1", *judges)
     assert content | {"seconds": 0} == again | {"seconds": 0}
     other, _ = command("base", "chat", "--seed", "1")
-    assert said_by(other, "sampled", "chat") != said_by(content, "sampled", "chat")
+    assert said_by(other, SAMPLED, "chat") != said_by(content, SAMPLED, "chat")
 
 
 def test_a_run_against_itself_ties_everywhere_and_has_not_moved(command):
     content, _ = command("chat", "chat", "--judge", "rubric", "reward", "--reward", "reward")
     assert content["runs"] == ["chat", "chat (2)"]
-    for contest in content["contests"]:
-        for figures in contest["figures"].values():
-            assert figures["tie"]["value"] == 1 and figures["rate"]["value"] == 0.5
-    assert content["kl"][0]["response"]["value"] == pytest.approx(0, abs=1e-4)
-    for sampling in content["samplings"]:
+    metrics = content["metrics"]
+    for rows in metrics["contests"]["tables"].values():
+        assert all(row["tie"]["value"] == 1 and row["rate"]["value"] == 0.5 for row in rows.values())
+    kl = metrics["cost"]["tables"][f"KL in nats per token and per response, on replies {SAMPLED}"]
+    assert kl["chat (2) from chat"]["response"]["value"] == pytest.approx(0, abs=1e-4)
+    for sampling in ("greedy", SAMPLED):
         assert said_by(content, sampling, "chat") == said_by(content, sampling, "chat (2)")
-        for groups in content["figures"][sampling].values():
-            assert all(of_run["chat"] == of_run["chat (2)"] for of_run in groups.values())
+    for name in ("headline", "by_kind", "manner", "pairs", "sure"):
+        for table in metrics[name]["tables"].values():
+            assert all(row["chat"] == row["chat (2)"] for row in table.values())
 
 
 def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(command, tmp_path):
@@ -420,10 +443,13 @@ def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(comm
     text.write_text("The cat met the dog by the well. " * 60)
     content, printed = command("base", "chat", "--data", str(data), "--text", str(text), "--temperature", "0")
     assert content["prompts"] == {"prompts": 2} and content["left_out"] == {"prompts beyond --prompts": 3}
-    assert content["contests"] == [] and content["pairs"] == content["sure"] == {}
-    assert set(content["figures"]) == {"greedy"}
-    assert set(content["figures"]["greedy"]) == {"ended", "words", "repetition", "distinct"}
-    assert content["text"]["nats"]["base"]["value"] > 0 and content["kl"][0]["token"]["value"] > 0
+    metrics = content["metrics"]
+    assert [*metrics] == ["headline", "contests", "cost", "training"] and not metrics["contests"]["tables"]
+    assert [*metrics["headline"]["tables"]] == ["greedy"] and not metrics["headline"]["notes"]
+    values = {"text", "ended", "words", "repetition"}
+    assert said_by(content, "greedy", "base")[0].keys() == values
+    text, kl = metrics["cost"]["tables"].values()
+    assert text["nats per byte"]["base"]["value"] > 0 and kl["chat from base"]["token"]["value"] > 0
     assert "Left out: 3 prompts beyond --prompts." in (tmp_path / "compare.html").read_text()
     assert "rubric" not in printed
 
@@ -431,13 +457,13 @@ def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(comm
 def test_a_person_judges_by_the_command_and_is_not_asked_again(command, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "A > B")
     content, _ = command("base", "chat", "--judge", "person", "--name", "Ada")
-    assert [(one["judge"], one["sampling"], one["left_out"]) for one in content["contests"]] == [
-        ("Ada", "sampled", 0)
-    ]
+    tables = content["metrics"]["contests"]["tables"]
+    assert [*tables["judged by Ada"]] == [f"chat against base, {SAMPLED}"]
+    assert tables["judged by Ada"][f"chat against base, {SAMPLED}"]["not judged"]["value"] == 0
     kept = (tmp_path / "verdicts.jsonl").read_text().splitlines()
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked again"))
     again, _ = command("base", "chat", "--judge", "person", "--name", "Ada")
-    assert again["contests"] == content["contests"]
+    assert again["metrics"]["contests"] == content["metrics"]["contests"]
     assert (tmp_path / "verdicts.jsonl").read_text().splitlines() == kept
 
 

@@ -1,75 +1,55 @@
-"""The page of a comparison: whole, safe, and made of nothing but the figures in the file."""
+"""The page of a comparison: whole, safe, and made of nothing but the metrics in the file."""
 
 import json
 import re
 import warnings
-from copy import deepcopy
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.compare.page import cell, columns, page, terminal_text
+from minillm.compare.metrics import words
+from minillm.compare.page import page, terminal_text
 from minillm.compare.plots import curves, intervals
 from minillm.errors import printable
+from minillm.tools.measures import estimate
 
 KINDS = ("fact", "harm")
-GROUPS = (*KINDS, "all", "not harm")
 RUNS = ["base", "sft", "ppo"]
+SECTIONS = [name for name in words() if name != "metrics"]
 VOID = {"meta", "br"}
 
 
-def estimate(value: float, width: float = 0.05) -> dict:
-    return {"value": value, "low": value - width, "high": value + width, "count": 100}
+def shares() -> dict:
+    return {run: estimate(0.2 + 0.3 * i, 100, 0.1 + 0.3 * i, 0.3 + 0.3 * i) for i, run in enumerate(RUNS)}
 
 
-def without_curves(text: str) -> dict:
-    """The same without the plots that take the longest to draw."""
-    return content_of(text) | {"sure": {}, "training": {}}
-
-
-def content_of(text: str = "It is red.") -> dict:
+def content_of(text: str = "It is red.", plotted: bool = True) -> dict:
     """What a comparison of three models finds, every reply being this text."""
-    figures = ("utility", "right", "in_form", "refused", "said_unknown", "complied", "rude", "ended", "words",
-               "repetition", "distinct")  # fmt: skip
-    by_run = {run: estimate(0.2 + 0.3 * i) for i, run in enumerate(RUNS)}
-    outcomes = {
-        name: estimate(value) for name, value in (("win", 0.5), ("tie", 0.3), ("loss", 0.2), ("rate", 0.65))
-    }
-    known = dict.fromkeys(("right", "sure", "sure_right", "sure_wrong", "error"), estimate(0.4))
-    confidence = {
-        run: known
-        | {"bins": [{"sure": 0.4, "accuracy": 0.3, "count": 9}, {"sure": 0.8, "accuracy": 0.9, "count": 1}]}
-        for run in RUNS
-    }
-    pairs = [(earlier, later) for i, earlier in enumerate(RUNS) for later in RUNS[i + 1 :]]
-    samplings, reply = {"greedy": 0, "sampled": 1}, {"text": text, "ended": True, "utility": 0.9}
+    lines = {run: [(0.4, 0.3, 0.9), (0.8, 0.9, 0.1)] for run in RUNS}
+    plot, reply = (
+        {"lines": lines, "x_label": "x", "y_label": "y"},
+        {"text": text, "ended": True, "utility": 0.9},
+    )
     return {
         "runs": RUNS, "folders": {run: f"out/{run}" for run in RUNS},
         "options": {"seed": 0, "show": 1, "judge": ["x"]},
         "commit": "0" * 40, "dirty": False, "python": "3.11", "cpu": "a <CPU>", "cores": 2, "device": "cpu",
         "versions": {"torch": "2"}, "on_world": True, "prompts": dict.fromkeys(KINDS, 30),
-        "left_out": {"prompts without room for a reply": 3}, "samplings": samplings, "seconds": 1.5,
-        "figures": {s: {f: dict.fromkeys(GROUPS, by_run) for f in figures} for s in samplings},
-        "contests": [
-            {"judge": "the rubric", "sampling": s, "earlier": a, "later": b, "left_out": 7,
-             "figures": dict.fromkeys(("all", *KINDS), outcomes)}
-            for s in samplings for a, b in pairs
-        ],
-        "pairs": {
-            name: {"left_out": 4, "difference": by_run, "as_likely": by_run}
-            for name in ("advice", "comply", "rude")
+        "left_out": {"prompts without room for a reply": 3}, "seconds": 1.5,
+        "metrics": {
+            name: {
+                "tables": {f"{name}, contest": {"ppo <sft>": {"not judged": estimate(7, 9, form="whole")}},
+                           f"{name}, greedy": {"refuses harm": shares(), "rude & so": shares()}},
+                "notes": [f"a note on {name}"],
+                "plots": {"a plot": plot} if plotted and name == "sure" else {},
+            }
+            for name in SECTIONS
         },
-        "text": {"origin": "books", "documents": 12, "bytes": 3456, "nats": by_run},
-        "kl": [{"earlier": a, "later": b, "sampling": "sampled", "response": estimate(4.0),
-                "token": estimate(0.3) if a == "base" else None} for a, b in pairs],
-        "sure": {"choice": confidence, "words": confidence},
-        "training": {"ppo": [{"event": event, "step": i, "kl": i / 2, "score": i * 0.1, "rubric": 0.5}
-                             for i in range(5) for event in ("train", "val")]},
         "replies": [
             {"kind": kind, "messages": [], "prompt": f"What is {text}?",
-             "said": {s: dict.fromkeys(RUNS, reply) for s in samplings}}
+             "said": {s: dict.fromkeys(RUNS, reply) for s in ("greedy", "sampled")}}
             for kind in KINDS for _ in range(30)
         ],
     }  # fmt: skip
@@ -123,7 +103,7 @@ def reader(made) -> Reader:
 @pytest.fixture(scope="module")
 def harmless() -> list[str]:
     """The tags of a page on which nobody says anything odd."""
-    return [tag for tag, _ in Reader(page(without_curves("harmless"))).tags]
+    return [tag for tag, _ in Reader(page(content_of("harmless", plotted=False))).tags]
 
 
 @settings(max_examples=8)
@@ -132,19 +112,20 @@ def harmless() -> list[str]:
 @example(text="".join(HOSTILE))
 @example(text="")
 def test_whatever_a_model_says_is_shown_as_text_and_opens_no_tag(harmless, text):
-    made = page(without_curves(text))
+    content = content_of(text, plotted=False)
+    made = page(content)
     reader = Reader(made)
     assert [tag for tag, _ in reader.tags] == harmless and reader.open == []
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", made + terminal_text(without_curves(text)))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", made + terminal_text(content))
     if "\r" not in text:  # which a browser reads as a line's end
         assert reader.said["p"].count(printable(text) or "(nothing)") == 2 * len(KINDS) * 20 * len(RUNS)
 
 
 def test_names_of_models_judges_and_folders_are_escaped_too_and_what_no_file_can_hold_is_left_out():
-    text = json.dumps(content_of()).replace("out/ppo", "out/\\udcff")
-    made = page(json.loads(text.replace("ppo", "<b>ppo").replace("the rubric", "<i>")))
+    text = json.dumps(content_of()).replace("out/ppo", "out/\\udcff").replace("ppo", "<b>ppo")
+    made = page(json.loads(text))
     reader = Reader(made)
-    assert reader.open == [] and not {"b", "i>"} & {tag for tag, _ in reader.tags}
+    assert reader.open == [] and not {"b", "sft", "cpu"} & {tag for tag, _ in reader.tags}
     assert "<b>ppo" in reader.said["h4"] and "out/\N{REPLACEMENT CHARACTER}" in made.encode().decode()
 
 
@@ -163,7 +144,7 @@ def test_on_a_phone_every_value_of_a_table_stands_under_the_name_of_its_column(r
     """There the head of a table is hidden; nothing is as wide as the whole table."""
     assert any(own.get("name") == "viewport" and "device-width" in own["content"] for _, own in reader.tags)
     names = {own.get("data-name") for tag, own in reader.tags if tag == "td"}
-    assert names == {*RUNS, "win", "tie", "loss", "rate", "not judged", "token", "response"}
+    assert names == {*RUNS, "not judged"}
     phone = reader.said["style"][0].split("@media (max-width")[1]
     assert "thead { display: none" in phone and "attr(data-name)" in phone
 
@@ -185,67 +166,28 @@ def test_the_page_is_made_of_the_file_and_begins_with_the_picture_then_replies_t
 
 def test_what_was_left_out_is_said(made):
     assert "Left out: 3 prompts without room for a reply." in made
-    assert "4 pairs of good or bad advice" in made and 'data-name="not judged">7<' in made
-    assert "ppo and sft have different vocabularies" in made
+    assert "a note on pairs" in made and 'data-name="not judged">7<' in made
     assert "17 more of 30; all are in compare.json" in made
 
 
-def shown(content: dict) -> str:
-    return " ".join(terminal_text(content).split())
-
-
-def test_metrics_that_moved_beyond_their_intervals_are_named_and_no_others():
-    content = content_of()
-    assert "From base to sft, greedy: better: answers in form 20.0% → 50.0%" in shown(content)
-    assert re.search("worse: [^;]*helps to do harm 20.0% → 50.0%", shown(content))
-    same = deepcopy(content)
-    for figures in same["figures"].values():
-        for groups in figures.values():
-            for group in groups:
-                groups[group] = {run: estimate(0.5 + 0.01 * i) for i, run in enumerate(RUNS)}
-    assert "→" not in shown(same) and "no clear change in any of these metrics" in shown(same)
-
-
 def test_the_terminal_shows_every_table_and_note_of_the_page_and_the_first_replies(reader):
-    content = content_of()
-    text = shown(content)
+    printed = terminal_text(content_of())
+    text = " ".join(printed.split())
     cells = {cell.replace("(", " (").strip() for cell in reader.said["td"]}
-    for said in (*reader.said["caption"], *reader.said["li"], *cells):
+    for said in (*reader.said["caption"], *reader.said["li"], *cells, "rude & so 20.0% (10–30)"):
         assert " ".join(said.split()) in text, said
-    titles = ["The same prompts, side by side", *re.findall("── (.*) ──", terminal_text(content))]
-    plotted = "Score and rubric against the distance gone"
-    assert [*titles, plotted, "How this was made"] == reader.said["h2"]
+    titles = ["The same prompts, side by side", *re.findall("── (.*) ──", printed), "How this was made"]
+    assert titles == reader.said["h2"]
     assert text.count("What is It is red.?") == len(KINDS)
 
 
 def test_parts_that_are_not_there_leave_no_section_on_the_page_or_in_the_terminal():
-    content = content_of() | {"pairs": {}, "text": {}, "kl": [], "sure": {}, "training": {}, "contests": []}
-    content["figures"] = {
-        "greedy": {name: content["figures"]["greedy"][name] for name in ("ended", "words", "repetition")}
-    }
-    content["on_world"] = False
+    content = content_of() | {"on_world": False}
+    empty = {"tables": {}, "notes": [], "plots": {}}
+    content["metrics"] = dict.fromkeys(SECTIONS, empty) | {"headline": content["metrics"]["headline"]}
     reader = Reader(page(content))
     assert reader.said["h2"] == ["The same prompts, side by side", "In short", "How this was made"]
     assert re.findall("── (.*) ──", terminal_text(content)) == ["In short"] and reader.open == []
-
-
-@pytest.mark.parametrize(
-    ("metric", "form", "shown"),
-    [
-        (estimate(0.72, 0.08), "share", ("72.0%", "(64–80)")),
-        (estimate(-0.25, 0.5), "signed", ("-0.250", "(-0.750 to +0.250)")),
-        ({"value": None, "low": None, "high": None}, "share", ("–", "")),
-        ({"value": 0.5, "low": None, "high": None}, "score", ("0.50", "")),
-    ],
-)
-def test_a_metric_is_written_with_its_interval_if_it_has_one(metric, form, shown):
-    assert cell(metric, form) == shown
-
-
-def test_a_table_in_the_terminal_has_columns():
-    lines = columns(["one", "another"], "x\t1% (0–2)\t– \nlonger &amp; so\t22% \t3% \n").splitlines()
-    assert {len(line) for line in lines} == {len(lines[0])}
-    assert lines[1].split() == ["x", "1%", "(0–2)", "–"] and "longer & so" in lines[2]
 
 
 # ---- Plots
@@ -262,21 +204,17 @@ estimates = st.lists(
 
 @settings(max_examples=5)
 @given(estimates)
+@example([{"value": None, "low": None, "high": None}])
 def test_intervals_stay_inside_the_drawing_and_hold_their_dots(rows):
     svg = intervals({"kind": rows}, "rubric", [str(i) for i in range(len(rows))]).svg
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     strokes = re.findall(r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) [\d.]+ \n" style="[^"]*--c\d', svg)
     dots = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--c\d', svg)
-    assert len(strokes) == len(dots) == len(rows)
+    assert len(strokes) == len(dots) == sum(row["value"] is not None for row in rows)
     for (x1, y1, x2), (cx, cy) in zip(strokes, dots, strict=True):
         assert 0 <= float(x1) <= float(cx) <= float(x2) <= width and y1 == cy
         assert 0 <= float(cy) <= height
     assert Reader(svg).open == []
-
-
-def test_what_has_no_value_is_not_drawn():
-    svg = intervals({"kind": [{"value": None, "low": None, "high": None}]}, "rubric", ["one"]).svg
-    assert "--c0" not in svg
 
 
 points = st.lists(st.tuples(values, values, values), max_size=5)
@@ -284,18 +222,15 @@ points = st.lists(st.tuples(values, values, values), max_size=5)
 
 @settings(max_examples=5)
 @given(st.lists(points, min_size=1, max_size=9), st.booleans())
+@example([[(0.5, 2.0, 0.0)]], False)  # an axis without extent
 def test_curves_have_a_dot_for_each_point_and_the_diagonal_if_asked_for(series, diagonal):
     svg = curves({str(i): own for i, own in enumerate(series)}, "caption", "x", "y", diagonal).svg
+    assert "nan" not in svg
     assert len(re.findall(r'<use xlink:href="#\w+" x="[^"]*" y="[^"]*" style="fill: var\(--c', svg)) == sum(
         map(len, series)
     )
     assert svg.count("stroke-dasharray: 1") == diagonal
     assert Reader(svg).open == []
-
-
-def test_an_axis_without_extent_still_draws():
-    svg = curves({"one": [(0.5, 2.0, 0.0)]}, "caption", "x", "y").svg
-    assert "fill: var(--c0)" in svg and "nan" not in svg
 
 
 @settings(max_examples=5)
@@ -304,5 +239,5 @@ def test_an_axis_without_extent_still_draws():
 def test_labels_are_neither_mathematics_nor_markup(label):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks
-        svg = intervals({printable(label).replace("\n", " "): [estimate(0.5)]}, "", ["one"]).svg
+        svg = intervals({printable(label).replace("\n", " "): [estimate(0.5, 9)]}, "", ["one"]).svg
     assert Reader(svg).open == [] and "<b" not in svg

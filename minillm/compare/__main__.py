@@ -64,7 +64,7 @@ JudgeName = Literal["rubric", "reward", "model", "person"]
 
 @dataclass(frozen=True)
 class Options:
-    """Compare models on the same prompts: a table, and a page with all figures."""
+    """Compare models on the same prompts: a table, and a page with all metrics."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders or Hugging Face folders, from the first stage to the last."""
@@ -135,7 +135,8 @@ class Options:
     @property
     def samplings(self) -> dict[str, float]:
         """The temperature of each way to reply."""
-        return {"greedy": 0.0} | ({"sampled": self.temperature} if self.temperature else {})
+        sampled = {f"sampled at temperature {self.temperature:g}": self.temperature}
+        return {metrics.GREEDY: 0.0} | (sampled if self.temperature else {})
 
 
 # ---- What is compared
@@ -234,6 +235,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     models = open_models(options, runtime)
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
+    kinds = dict(Counter(prompt.kind for prompt in prompts))
     sources, origin = open_text(options, world)
     with writing(options.out, "give another --out"):
         Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -248,12 +250,22 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
             }
             for name, T in options.samplings.items()
         }
-        last, contests = list(said)[-1], []
+        contests: dict[str, metrics.Rows] = {}
         for name, judge in judges.items():
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
-            shown = {last: said[last]} if name == "person" else said
-            contests += metrics.contests(*judge, prompts, shown, seed)
-    pairs = {} if world is None else world_pairs(world, options.split, options.pairs)
+            shown = dict([list(said.items())[-1]]) if name == "person" else said
+            contests |= metrics.contests(*judge, prompts, shown, seed)
+    sections = {
+        "headline": metrics.headline(said, world is not None),
+        "contests": metrics.Section(contests),
+        "cost": metrics.cost_section(models, said, sources, origin, options.text_bytes),
+        "training": metrics.training_section(folders),
+    }
+    if world is not None:
+        sections["by_kind"] = metrics.by_kind(said, [*kinds])
+        sections["manner"] = metrics.Section(metrics.reply_tables(metrics.manner_rows(True), said))
+        sections["pairs"] = metrics.pair_section(models, world_pairs(world, options.split, options.pairs))
+        sections["sure"] = metrics.sure_section(models, said, world, seed)
     return {
         "runs": list(folders),
         "folders": folders,
@@ -261,17 +273,10 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         **provenance(),
         "device": str(runtime.device),
         "on_world": world is not None,
-        "prompts": dict(Counter(prompt.kind for prompt in prompts)),
+        "prompts": kinds,
         "left_out": left_out,
-        "samplings": options.samplings,
-        "figures": metrics.reply_metrics(prompts, said, world is not None),
-        "contests": contests,
-        "pairs": metrics.pair_metrics(models, pairs),
-        "text": metrics.text_metrics(models, sources, origin, options.text_bytes),
-        "kl": metrics.kl_metrics(models, said),
-        "sure": {} if world is None else metrics.sure_metrics(models, said, world, seed),
-        "training": metrics.training_metrics(folders),
-        "replies": metrics.replies_json(prompts, said),
+        "metrics": {name: vars(sections[name]) for name in metrics.words() if name in sections},
+        "replies": metrics.replies_json(prompts, said, world is not None),
         "seconds": time.perf_counter() - began,
     }
 

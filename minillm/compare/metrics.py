@@ -1,12 +1,16 @@
-"""The metrics of a comparison, each as the part of compare.json that it is.
+"""The metrics of a comparison, section by section as the page shows them.
 
-Every function takes the models, or what they said, and gives plain dicts of estimates (tools/measures.py). A
-part that cannot be had is empty: without the little world no rubric, no pairs.
+A `Section` is tables of estimates (tools/measures.py) with notes and curves beside them: plain content of
+compare.json, from which the page and the terminal are made. What cannot be had is left out: without the
+little world no rubric, no pairs. Titles, texts and the rows of the replies' metrics are in words.toml.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
-from math import isfinite
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import combinations, pairwise
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +32,43 @@ from minillm.tools.measures import (
     repetition,
     share,
     win_rates,
+    written,
 )
 from minillm.world import World
 from minillm.world.rubric import Prompt
 
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
+GREEDY = "greedy"
 
-Found = dict[str, Any]
 Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 """By sampling and model, the reply to each prompt."""
+Rows = dict[str, dict[str, Estimate]]
+"""A table: by row and column. The columns are the models unless a table is of something else."""
 
 
-def groups_of(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """The numbers of the prompts of each kind, and of all."""
-    groups: dict[str, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(prompt.kind, []).append(number)
-    return groups | {"all": list(range(len(prompts)))}
+@dataclass
+class Section:
+    tables: dict[str, Rows] = field(default_factory=dict)
+    """By caption."""
+    notes: list[str] = field(default_factory=list)
+    plots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By caption, the arguments of `curves` (plots.py)."""
+
+
+@cache
+def words() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 
 
 # ---- What the replies are like
 
-Metric = tuple[Callable[[Sequence], Estimate], Callable[[Any], Any]]
-REPLY_METRICS: dict[str, Metric] = {
+REPLY_METRICS: dict[str, tuple[Callable[[Sequence], Estimate], Callable[[Reply], Any]]] = {
     "ended": (share, lambda reply: reply.ended),
-    "words": (mean, lambda reply: len(reply.text.split())),
+    "words": (lambda counts: mean(counts, form="count"), lambda reply: len(reply.text.split())),
     "repetition": (share, lambda reply: repetition(reply.text)),
     # Of a whole set, without an interval: it falls with the size of the set.
     "distinct": (lambda texts: estimate(distinct(texts), len(texts)), lambda reply: reply.text),
-}
-RUBRIC_METRICS: dict[str, Metric] = {
-    "utility": (mean, lambda reply: reply.score.utility),
+    "utility": (mean, lambda reply: reply.utility),
     "in_form": (share, lambda reply: reply.in_form),
     "right": (share, lambda reply: reply.right),
     "refused": (share, lambda reply: reply.score.refused),
@@ -66,32 +76,78 @@ RUBRIC_METRICS: dict[str, Metric] = {
     "complied": (share, lambda reply: reply.score.complied),
     "rude": (share, lambda reply: reply.score.rude),
 }
-"""A kind of estimate, and the value of each reply that it is made of; the latter where there is a rubric."""
+"""A kind of estimate, and the value of each reply that it is made of."""
+WITHOUT_RUBRIC = ("ended", "words", "repetition", "distinct")
 
 
-def reply_metrics(prompts: Sequence[Prompt], said: Said, on_world: bool) -> Found:
-    """{sampling: {metric: {group: {model: estimate}}}}."""
-    groups = groups_of(prompts)
-    groups["not harm"] = [i for i, prompt in enumerate(prompts) if prompt.kind != "harm"]
-    metrics = REPLY_METRICS | (RUBRIC_METRICS if on_world else {})
+def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Rows]:
+    """By sampling, these metrics of the replies to prompts of the kinds that they are of, or of all."""
+
+    def found(row: Mapping[str, Any], replies: Sequence[Reply]) -> Estimate:
+        estimated, value = REPLY_METRICS[row["metric"]]
+        kinds = row.get("kinds")
+        return estimated([value(one) for one in replies if kinds is None or one.prompt.kind in kinds])
+
     return {
-        sampling: {
-            metric: {
-                group: {name: estimated([value(own[i]) for i in numbers]) for name, own in of_model.items()}
-                for group, numbers in groups.items()
-            }
-            for metric, (estimated, value) in metrics.items()
-        }
+        sampling: {row["label"]: {name: found(row, own) for name, own in of_model.items()} for row in rows}
         for sampling, of_model in said.items()
     }
 
 
-def replies_json(prompts: Sequence[Prompt], said: Said) -> list[Found]:
-    """Every prompt with what each model said, and the rubric's score of it."""
+def headline(said: Said, on_world: bool) -> Section:
+    """The metrics that matter most, without a rubric those that need none; and which of them moved."""
+    rows = words()["metrics"]["headline"] if on_world else manner_rows(on_world)
+    tables = reply_tables(rows, said)
+    better = {row["label"]: row["better"] for row in rows if "better" in row}
+    return Section(
+        tables, [note for sampling, own in tables.items() for note in changes(own, better, sampling)]
+    )
 
-    def record(reply: Reply) -> Found:
-        utility = reply.score and reply.score.utility
-        return {"text": reply.text, "ended": reply.ended, "utility": utility}
+
+def manner_rows(on_world: bool) -> list[dict[str, Any]]:
+    return [row for row in words()["metrics"]["manner"] if on_world or row["metric"] in WITHOUT_RUBRIC]
+
+
+def changes(table: Rows, better: Mapping[str, int], sampling: str) -> Iterator[str]:
+    """Which metrics moved from model to model so far that their intervals do not overlap; `better` is 1 for
+    those of which more is better, -1 for those of which less is."""
+    for earlier, later in pairwise(next(iter(table.values()))):
+        sides: dict[str, list[str]] = {"better": [], "worse": [], "no clear change": []}
+        for label, sign in better.items():
+            before, after = table[label][earlier], table[label][later]
+            side = ("no clear change", "better", "worse")[sign * moved(before, after)]
+            values = f" {written(before)[0]} → {written(after)[0]}" if moved(before, after) else ""
+            sides[side].append(label + values)
+        said = "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides.items() if labels)
+        if not sides["better"] and not sides["worse"]:
+            said = "no clear change in any of these metrics"
+        if better:
+            yield f"From {earlier} to {later}, {sampling}: {said}."
+
+
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """1 where a metric is now above its interval before, -1 where below."""
+    if None in (before["low"], after["low"]):
+        return 0
+    return (after["low"] > before["high"]) - (after["high"] < before["low"])
+
+
+def by_kind(said: Said, kinds: Sequence[str]) -> Section:
+    """The rubric and what is right, of each kind of prompts and of all."""
+    tables: dict[str, Rows] = {}
+    for title, metric in (("rubric", "utility"), ("in form and right", "right")):
+        rows: list[dict[str, Any]] = [{"label": kind, "metric": metric, "kinds": [kind]} for kind in kinds]
+        made = reply_tables([*rows, {"label": "all", "metric": metric}], said)
+        tables |= {f"{title}, {sampling}": table for sampling, table in made.items()}
+    return Section(tables)
+
+
+def replies_json(prompts: Sequence[Prompt], said: Said, on_world: bool) -> list[dict[str, Any]]:
+    """Every prompt with what each model said, and the value of every metric of it."""
+    names = [*REPLY_METRICS] if on_world else WITHOUT_RUBRIC
+
+    def record(reply: Reply) -> dict[str, Any]:
+        return {"text": reply.text} | {n: REPLY_METRICS[n][1](reply) for n in names if n != "distinct"}
 
     return [
         {
@@ -110,60 +166,68 @@ def replies_json(prompts: Sequence[Prompt], said: Said) -> list[Found]:
 # ---- Who wins
 
 
-def contests(name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said, seed: int) -> list[Found]:
-    """One for each sampling and each two models; a win is the later one's. The judge is given all pairs at
-    once, their sides shuffled."""
+def contests(
+    name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said, seed: int
+) -> dict[str, Rows]:
+    """How often each later model wins, ties and loses against each earlier one; in the last sampling, for
+    neighbours, by kind too. The judge is given all pairs at once, their sides shuffled."""
     keys = [(sampling, *two) for sampling in said for two in combinations(said[sampling], 2)]
     pairs = [
         ResponseSet(after.prompt.messages, [after.text, before.text], after.prompt.kind)
         for sampling, earlier, later in keys
         for after, before in zip(said[sampling][later], said[sampling][earlier], strict=True)
     ]
-    outcomes, found = iter(blind(judge, pairs, seed)), []
+    outcomes, last = iter(blind(judge, pairs, seed)), [*said][-1]
+    overall, tables = Rows(), dict[str, Rows]()
     for sampling, earlier, later in keys:
-        own = [next(outcomes) for _ in prompts]
-        rates = {
-            group: win_rates([outcome for i in numbers if (outcome := own[i]) is not None])
-            for group, numbers in groups_of(prompts).items()
-        }
-        names = {"judge": name, "sampling": sampling, "earlier": earlier, "later": later}
-        found.append(names | {"left_out": own.count(None), "figures": rates})
-    return found
+        label, of_kind = f"{later} against {earlier}, {sampling}", dict[str, list[int]]()
+        own = [(prompt.kind, next(outcomes)) for prompt in prompts]
+        for kind, outcome in own:
+            of_kind.setdefault(kind, []).extend([] if outcome is None else [outcome])
+        known = [outcome for some in of_kind.values() for outcome in some]
+        left_out = estimate(len(own) - len(known), len(own), form="whole")
+        overall[label] = win_rates(known) | {"not judged": left_out}
+        if sampling == last and (earlier, later) in pairwise(said[last]):
+            tables[f"{label}, by {name}"] = {kind: win_rates(some) for kind, some in of_kind.items()}
+    return {f"judged by {name}": overall, **tables} if keys else {}
 
 
 # ---- What is likely
 
 
-def pair_metrics(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Found:
+def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Section:
     """By how much log p per byte, and how often, the first reply of a pair is the likelier one, of the pairs
     that every model has room for."""
 
     def has_room(one: ChatModel, pair: ResponseSet) -> bool:
         return all(one.has_room(pair.messages, len(one.tokenizer.encode(text))) for text in pair.responses)
 
-    found: Found = {}
+    likely, difference, notes = Rows(), Rows(), []
     for name, every in pairs.items():
+        label = words()["pairs"]["names"][name]
         own = [pair for pair in every if all(has_room(one, pair) for one in models)]
+        if left_out := len(every) - len(own):
+            notes.append(f"{left_out} pairs of {label} do not fit every model's context and are left out.")
         sizes = [[len(text.encode()) for text in pair.responses] for pair in own]
-        found[name] = {"left_out": len(every) - len(own), "difference": {}, "as_likely": {}}
-        for one in models:
-            rates = np.divide(response_logprobs(one, own), sizes).reshape(-1, 2)
-            values = rates[:, 0] - rates[:, 1]
-            found[name]["difference"][one.name] = mean(values)
-            found[name]["as_likely"][one.name] = share(values <= 0)
-    return found
+        rates = {one.name: np.divide(response_logprobs(one, own), sizes).reshape(-1, 2) for one in models}
+        values = {name: rate[:, 0] - rate[:, 1] for name, rate in rates.items()}
+        likely[label] = {name: share(value <= 0) for name, value in values.items()}
+        difference[label] = {name: mean(value, form="signed") for name, value in values.items()}
+    caption, other = words()["pairs"]["captions"]
+    return Section({caption: likely, other: difference}, notes)
 
 
-def text_metrics(models: Sequence[ChatModel], sources: Sequence[Source], origin: str, size: int) -> Found:
+def text_table(
+    models: Sequence[ChatModel], sources: Sequence[Source], origin: str, size: int
+) -> dict[str, Rows]:
     """Nats per byte of held-out text, the same for all; `origin` says whose text it is."""
     documents = list(held_out_text(sources, VAL_FRACTION, size))
-    if not documents:
-        return {}
     sizes, nats = [len(text.encode()) for text in documents], {}
     for one in models:
         losses = [text_loss(one.model, one.tokenizer, [text], ended=True).nats for text in documents]
-        nats[one.name] = mean(losses, sizes)
-    return {"origin": origin, "documents": len(documents), "bytes": sum(sizes), "nats": nats}
+        nats[one.name] = mean(losses, sizes, "nats")
+    caption = f"{len(documents)} held-out documents of {origin}, {sum(sizes):,} bytes"
+    return {caption: {"nats per byte": nats}} if documents else {}
 
 
 def reply_rows(one: ChatModel, replies: Sequence[Reply]) -> list[Row]:
@@ -171,37 +235,59 @@ def reply_rows(one: ChatModel, replies: Sequence[Reply]) -> list[Row]:
     return [(one.prompt(reply.prompt.messages), reply.tokens) for reply in replies]
 
 
-def kl_metrics(models: Sequence[ChatModel], said: Said) -> list[Found]:
-    """KL(later ‖ earlier) on the later model's replies of the last sampling, per token and per reply; None
-    where the two have different vocabularies, whose tokens mean different things."""
-    sampling, found = list(said)[-1], []
+def cost_section(
+    models: Sequence[ChatModel], said: Said, sources: Sequence[Source], origin: str, size: int
+) -> Section:
+    """What text costs, and KL(later ‖ earlier) on the later model's replies of the last sampling, per token
+    and per reply; none where the two have different vocabularies, whose tokens mean different things."""
+    sampling, rows, notes = [*said][-1], Rows(), []
     for earlier, later in combinations(models, 2):
-        record: Found = {"later": later.name, "earlier": earlier.name, "sampling": sampling}
-        record |= {"token": None, "response": None}
         same_size = later.model.config.vocab_size == earlier.model.config.vocab_size
-        if same_size and later.tokenizer.vocabulary == earlier.tokenizer.vocabulary:
-            replies = said[sampling][later.name]
-            own, other = (reply_rows(one, replies) for one in (later, earlier))
-            values = token_values(later.model, own, earlier.model, other)
-            sums = [float(row.sum()) for row in values]
-            record |= {"token": mean(sums, [len(row) for row in values]), "response": mean(sums)}
-        found.append(record)
-    return found
+        if not same_size or later.tokenizer.vocabulary != earlier.tokenizer.vocabulary:
+            two = f"{later.name} and {earlier.name}"
+            notes.append(f"{two} have different vocabularies: there is no KL between them.")
+            continue
+        replies = said[sampling][later.name]
+        own, other = (reply_rows(one, replies) for one in (later, earlier))
+        values = token_values(later.model, own, earlier.model, other)
+        sums = [float(row.sum()) for row in values]
+        token = mean(sums, [len(row) for row in values], "nats")
+        rows[f"{later.name} from {earlier.name}"] = {"token": token, "response": mean(sums, form="count")}
+    caption = f"KL in nats per token and per response, on replies {sampling}"
+    return Section(text_table(models, sources, origin, size) | ({caption: rows} if rows else {}), notes)
 
 
-def sure_metrics(models: Sequence[ChatModel], said: Said, world: World, seed: int) -> Found:
-    """{measure: {model: …}}: how sure each model is and how often it is right, of the answer it picks among
-    some to a question of fact, and of its own greedy replies where it may know or not."""
-    found: Found = {"choice": {}, "words": {}}
-    for one in models:
-        replies = [reply for reply in said["greedy"][one.name] if reply.prompt.kind in ("fact", "unknown")]
-        facts = [reply.prompt for reply in replies if reply.prompt.kind == "fact"]
-        found["choice"][one.name] = confidence(*choose(one, choices(world, facts, seed)))
-        # The geometric mean of the probabilities of a reply's tokens.
-        sure = np.exp([row.mean() for row in token_values(one.model, reply_rows(one, replies))])
-        right = np.array([reply.right for reply in replies], np.float64)
-        found["words"][one.name] = confidence(sure, right)
-    return found
+def sure_section(models: Sequence[ChatModel], said: Said, world: World, seed: int) -> Section:
+    """How sure each model is and how often it is right, of the answer it picks among some to a question of
+    fact, and of its own greedy replies where it may know or not."""
+    section = Section()
+    for measure, caption in words()["sure"]["names"].items():
+        rows, lines = Rows(), {}
+        for one in models:
+            replies = [reply for reply in said[GREEDY][one.name] if reply.prompt.kind in ("fact", "unknown")]
+            if measure == "choice":
+                facts = [reply.prompt for reply in replies if reply.prompt.kind == "fact"]
+                sure, right = choose(one, choices(world, facts, seed))
+            else:  # the geometric mean of the probabilities of a reply's tokens
+                values = token_values(one.model, reply_rows(one, replies))
+                sure = np.exp([row.mean() for row in values])
+                right = np.array([reply.right for reply in replies], np.float64)
+            error, bins = reliability(sure, right)
+            found = {
+                "right": share(right),
+                "how sure": share(sure),
+                "how sure where right": share(sure[right == 1]),
+                "how sure where wrong": share(sure[right == 0]),
+                "calibration error (ECE)": estimate(error, len(sure), form="nats"),
+            }
+            for label, own in found.items():
+                rows.setdefault(label, {})[one.name] = own
+            # A dot's area is the bin's share of all.
+            lines[one.name] = [(b["sure"], b["accuracy"], sqrt(b["count"] / len(sure))) for b in bins]
+        labels = {"x_label": "how sure", "y_label": "how often right"}
+        section.tables[caption] = rows
+        section.plots[caption] = labels | {"lines": lines, "unit_square": True}
+    return section
 
 
 def choose(
@@ -213,37 +299,27 @@ def choose(
     return np.array(sure, np.float64), np.array([own.argmax() == 0 for own in logprobs], np.float64)
 
 
-def confidence(sure: Float64[np.ndarray, " N"], right: Float64[np.ndarray, " N"]) -> Found:
-    """How sure on average, how often right, and how far the two are apart."""
-    error, bins = reliability(sure, right)
-    return {
-        "right": share(right),
-        "sure": mean(sure),
-        "sure_right": mean(sure[right == 1]),
-        "sure_wrong": mean(sure[right == 0]),
-        "error": estimate(error, len(sure)),
-        "bins": bins,
-    }
-
-
 # ---- What training logged
 
 
-def training_metrics(folders: Mapping[str, str]) -> Found:
-    """Score, rubric and KL of the events that a run against a reward model logged, by model."""
+def training_section(folders: Mapping[str, str]) -> Section:
+    """Score and rubric of runs against a reward model over √KL, in which Gao et al. 2023 (arXiv 2210.10760)
+    find them simplest."""
 
-    def number(event: Found, key: str) -> float | None:
-        value = event.get(key)
-        return value if isinstance(value, int | float) and isfinite(value) else None
+    def points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float, float]]:
+        both: list[Any] = [(event.get("kl"), event.get(key)) for event in events]
+        known = [two for two in both if all(isinstance(x, int | float) and isfinite(x) for x in two)]
+        return [(sqrt(max(0.0, kl)), value, 0.2) for kl, value in known]
 
-    found: Found = {}
+    plots: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        events = [
-            {"event": event["event"], "step": event["step"]}
-            | {key: number(event, key) for key in ("kl", "score", "rubric")}
-            for event in read_metrics(Path(folder))
-            if event["event"] in ("train", "val") and number(event, "kl") is not None
-        ]
-        if events:
-            found[name] = events
-    return found
+        events = read_metrics(Path(folder))
+        for key in ("score", "rubric"):
+            lines = {
+                f"{kind} prompts": points([one for one in events if one["event"] == kind], key)
+                for kind in ("train", "val")
+            }
+            if any(lines.values()):
+                labels = {"x_label": "√KL, nats a reply", "y_label": key}
+                plots[f"{name}: {key}"] = labels | {"lines": lines}
+    return Section(plots=plots)

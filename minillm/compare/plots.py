@@ -82,7 +82,7 @@ def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, nam
 
 
 def curves(
-    lines: Mapping[str, Sequence[tuple[float | int, float | int, float | int]]],
+    lines: Mapping[str, Sequence[Sequence[float | int]]],
     caption: str,
     x_label: str,
     y_label: str,

@@ -43,7 +43,7 @@ FORMS = {
 class Estimate(TypedDict):
     """A metric, its interval (None where it is unknown), the number of values it rests on, and its form."""
 
-    value: float | None
+    value: float | int | None
     low: float | None
     high: float | None
     count: int
@@ -51,7 +51,11 @@ class Estimate(TypedDict):
 
 
 def estimate(
-    value: float | None, count: int, low: float | None = None, high: float | None = None, form: str = "share"
+    value: float | int | None,
+    count: int,
+    low: float | None = None,
+    high: float | None = None,
+    form: str = "share",
 ) -> Estimate:
     return {"value": value, "low": low, "high": high, "count": count, "form": form}
 
