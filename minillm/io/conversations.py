@@ -60,18 +60,16 @@ def open_conversations(
 ) -> list[ConversationSource]:
     """Open conversations given as files, folders or globs of JSON, tables or Parquet.
 
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means
-    the same. Every file is read whole once here, so that what is wrong shows before anything is
-    trained.
-
-    Raises InputError for specs and files that are wrong, and for a file that holds no conversation.
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same.
+    Every file is read whole once here, so that what is wrong shows before anything is trained: InputError
+    for specs and files that are wrong, and for a file that holds no conversation.
     """
     sources = []
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, path, EXTENSIONS)
         skipped = Skipped(unread)
         fingerprint = _fingerprint(_read(files, errors, purpose, skipped))
-        again = partial(_again, files, errors, purpose)
+        again = partial(_read, files, errors, purpose, Skipped(Counter()))
         sources.append(ConversationSource(name, weight, again, fingerprint, skipped.counts, skipped.first))
     return sources
 
@@ -159,10 +157,6 @@ class Skipped:
         self.first = self.first or line
 
 
-def _again(files: Sequence[str], errors: Errors, purpose: Purpose) -> Iterator[Conversation]:
-    return _read(files, errors, purpose, Skipped(Counter()))
-
-
 def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
     """One pass over what the records of `files` give for a purpose; puts into `skipped` what is left out."""
     for file in files:
@@ -170,20 +164,13 @@ def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipp
         for place, record in _records(file, errors, skipped.counts):
             for result in read_record(record, purpose):
                 if isinstance(result, str):
-                    advice = f"{_fields_of(record)}; {nearest(record, purpose)}"
-                    own.add(result, f"{place} of {file!r} is among the {result}; {advice}")
+                    own.add(result, f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}")
                 else:
                     found = True
                     yield result
         skipped.first = skipped.first or own.first
         if not found:
             raise _nothing_found(file, purpose, own.first)
-
-
-def _fields_of(record: object) -> str:
-    if isinstance(record, dict):
-        return f"its fields: {', '.join(map(str, record)) or 'none'}"
-    return "it is a list" if isinstance(record, list) else "it is no JSON object"
 
 
 def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:

@@ -111,7 +111,9 @@ def known(record: object) -> tuple[Format | None, Record]:
 
 
 def nearest(record: object, purpose: Purpose) -> str:
-    """The format that a record misses by least, and what it lacks."""
+    """The fields of a record, and the format that it misses by least, with what it lacks."""
+    if not isinstance(record, dict):
+        return "it is a list" if isinstance(record, list) else "it is no JSON object"
     fields = known(record)[1]
 
     def lacking(form: Format) -> list[tuple[str, ...]]:
@@ -122,7 +124,8 @@ def nearest(record: object, purpose: Purpose) -> str:
     wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form)) or "other content in its fields"
     for name, fields_of_it in (("numbered", "response_a and response_b"), ("tree", "a prompt with replies")):
         wanted = wanted.replace(name, fields_of_it)
-    return f"the nearest format is {form.name}, for which it lacks {wanted}"
+    has = ", ".join(map(str, record)) or "none"
+    return f"its fields: {has}; the nearest format is {form.name}, for which it lacks {wanted}"
 
 
 # ---- Fields
@@ -446,15 +449,15 @@ def _cost(reply: Record) -> float | None:
 
 def _rating(fields: Record) -> float | None:
     """What a reply is rated: a truth, or a number."""
-    name = next((name for name in RATING if fields.get(name) is not None), None)
-    if name is None:
-        return None
-    truths = {"true": 1, "false": 0}  # as tables spell them
-    value: Any = truths.get(str(fields[name]).lower(), fields[name])
-    try:
-        return float(value)
-    except (ValueError, TypeError):
-        raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
+    truths: dict[str, Any] = {"true": 1, "false": 0}  # as tables spell them
+    for name in RATING:
+        value: Any = fields.get(name)
+        if value is not None:
+            try:
+                return float(truths.get(str(value).lower(), value))
+            except (ValueError, TypeError):
+                raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
+    return None
 
 
 # ---- The records in a record

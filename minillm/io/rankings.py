@@ -12,26 +12,15 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from minillm.chat import check_messages
-from minillm.errors import BAD_FILE, InputError, reading, reason_of, writing
+from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.files import read_json, sync, write_json
 from minillm.options import options_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
-
-
-@contextmanager
-def _line(place: str) -> Iterator[None]:
-    """Puts its place before whatever is wrong with a line."""
-    try:
-        yield
-    except (InputError, *BAD_FILE) as error:
-        raise InputError(f"{place}: {reason_of(error)}; mend the line or take it out") from error
-
 
 # ---- Lines
 
@@ -130,7 +119,7 @@ def read_responses(path: Path) -> list[ResponseSet]:
     """The sets of responses.jsonl. InputError naming file and line, and where there are none."""
     sets = []
     for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
-        with _line(place):
+        with _mending(place):
             cut = [k for k, draw in enumerate(record.get("draws", ())) if draw.get("ended") is False]
             sets.append(ResponseSet(**_given(record), world=_value(record, "world", int, None), cut=cut))
     if not sets:
@@ -142,12 +131,16 @@ def read_rankings(path: Path) -> list[Ranking]:
     """The rankings that stand, in the order of the file. InputError naming file and line."""
     rankings: list[Ranking] = []
     for place, record in read_json_lines(path, "python rlhf.py --stage rank makes it"):
-        with _line(place):
+        with _mending(place):
             if "withdraws" in record:
                 _withdraw(rankings, record.get("annotator"), record["withdraws"])
             else:
                 rankings.append(_ranking(record))
     return rankings
+
+
+def _mending(place: str) -> Any:
+    return reading(place, "mend the line or take it out", errors=(InputError, *BAD_FILE))
 
 
 def _given(record: Record) -> dict[str, Any]:

@@ -56,26 +56,21 @@ def open_sources(
 
     A folder is read recursively, in sorted order, links followed, without hidden files; files that do not
     end in one of EXTENSIONS, or cannot be read, are counted in `skipped`. Every byte is read here once, for
-    the fingerprint.
-
-    Raises InputError for specs and files that are wrong; what only decoding can show is raised by
-    `documents()`.
+    the fingerprint. InputError for specs and files that are wrong; for what only decoding can show,
+    `documents()` raises it.
     """
     read = Reading(errors, encoding, field)
-    parsed = parse_specs(specs)
-    bare: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for spec, (_, path, _) in zip(specs, parsed, strict=True):
-        if spec == path and os.path.isfile(path):
-            bare[os.path.dirname(path), extension_of(path)].append(path)
-    together = {path: (key, paths) for key, paths in bare.items() if len(paths) > 1 for path in paths}
-    sources: dict[str, Source] = {}
-    for name, path, weight in parsed:
-        (folder, extension), paths = together.get(path, (("", ""), [path]))
-        if len(paths) > 1:
-            name = f"{os.path.basename(os.path.abspath(folder))}/*{extension}"
-        if name not in sources or len(paths) == 1:
-            sources[name] = _open_source(name, paths, weight, read)
-    return list(sources.values())
+    alike: dict[Any, list[tuple[str, str, float]]] = defaultdict(list)
+    for spec, parsed in zip(specs, parse_specs(specs), strict=True):
+        path = parsed[1]
+        is_bare = spec == path and os.path.isfile(path)
+        alike[(os.path.dirname(path), extension_of(path)) if is_bare else spec].append(parsed)
+    sources = []
+    for (name, path, weight), *others in alike.values():
+        if others:
+            name = f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}/*{extension_of(path)}"
+        sources.append(_open_source(name, [path, *(other for _, other, _ in others)], weight, read))
+    return sources
 
 
 def text_sources(specs: Sequence[str], seed: int, megabytes: float, *how: Any) -> list[Source]:
@@ -174,13 +169,13 @@ def _texts(path: str, read: Reading) -> Iterator[str]:
 
 def _fields(path: str, kind: str, read: Reading, dropped: Counter[str]) -> Iterator[str]:
     """The texts of a file's records."""
-    for place, record in records(path, kind, read, dropped, _elements):
+
+    def elements(held: Any) -> list[Any]:
+        return held if isinstance(held, list) and held else [held]
+
+    for place, record in records(path, kind, read, dropped, elements):
         with counting(read.errors, dropped, f"{path!r}, {place}"):
             yield _text_of(record, read.field)
-
-
-def _elements(held: Any) -> list[Any]:
-    return held if isinstance(held, list) and held else [held]
 
 
 def _text_of(record: Any, field: str | None) -> str:
