@@ -215,7 +215,7 @@ def test_a_ranking_taken_back_no_longer_stands_and_the_others_do(tmp_path):
 def test_a_withdrawal_of_nothing_is_refused(tmp_path):
     path = tmp_path / "rankings.jsonl"
     path.write_text(json.dumps({"withdraws": "0", "annotator": "Ada"}) + "\n")
-    with pytest.raises(InputError, match="line 1: .*withdraws"):
+    with pytest.raises(InputError, match=r"line 1: .*withdraws"):
         read_rankings(path)
 
 
@@ -257,7 +257,7 @@ def test_a_file_of_no_responses_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="--stage sample"):
         read_responses(path)
     path.write_text('{"messages": [{"role": "user", "content": "Who?"}], "responses": ["a"]}\n')
-    with pytest.raises(InputError, match="line 1: .*it has 1 responses"):
+    with pytest.raises(InputError, match=r"line 1: .*it has 1 responses"):
         read_responses(path)
     path.write_text("[1]\n")
     with pytest.raises(InputError, match="line 1: is no JSON object"):
