@@ -279,7 +279,7 @@ def test_a_response_and_its_stream_end_on_the_first_stop_token_and_not_before_mi
 def test_samples_can_take_part_in_training():
     """A policy gradient multiplies by log-probabilities, which are kept for the backward pass."""
     samples = generate(MODEL, [[1, 2], [3]], SamplingOptions(4), [0, 1])
-    (MODEL(torch.tensor(samples.responses)).sum() * samples.logprobs.sum()).backward()
+    (MODEL.model(torch.tensor(samples.responses)).sum() * samples.logprobs.sum()).backward()
     MODEL.zero_grad()
 
 

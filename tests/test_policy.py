@@ -326,7 +326,7 @@ def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves()
 def test_only_the_states_before_a_responses_tokens_get_a_gradient_from_its_loss():
     responses = sampled()
     one = pack_responses(responses, [[2]], CPU.device)
-    hidden = POLICY(one.tokens, one.start).detach().requires_grad_()
+    hidden = POLICY.model(one.tokens, one.start).detach().requires_grad_()
     POLICY.token_logprobs(gather_previous(hidden, one.index), one.taken).logprobs.sum().backward()
     touched = hidden.grad[0].ne(0).any(dim=1)
     states = range(responses.prompt_lengths[2] - 1, len(responses.rows[2]) - 1)
@@ -695,7 +695,7 @@ def test_dpos_log_probabilities_are_sums_over_each_response_with_its_end_and_wit
             row = [*prompt, *TOKENIZER.encode(text), TEMPLATE.end_id]
             with torch.no_grad():
                 alone, ref = (
-                    m.logits(m(torch.tensor([row])))[0].log_softmax(-1)[range(len(row) - 1), row[1:]]
+                    m.logits(m.model(torch.tensor([row])))[0].log_softmax(-1)[range(len(row) - 1), row[1:]]
                     for m in (POLICY, REF)
                 )
             own = slice(len(prompt) - 1, None)
