@@ -117,7 +117,7 @@ def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(ba
     for first in range(0, len(tokens) - 1, 7):
         window = torch.tensor(tokens[first : first + 8])
         with torch.no_grad():
-            logprobs = model.logits(model(window[None, :-1]))[0].log_softmax(-1)
+            logprobs = model.logits(model.model(window[None, :-1]))[0].log_softmax(-1)
         nats -= float(logprobs[range(len(window) - 1), window[1:]].sum())
     found = text_loss(model, tokenizer, pieces, ended)
     assert (found.tokens, found.bytes) == (len(tokens) - 1, len(text.encode()))
