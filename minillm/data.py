@@ -49,6 +49,7 @@ IGNORED = -100
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
 LARGE_DOCUMENT = 1 / 16  # of the text to be held out: a larger one is cut, else validation is all or none
 BEGINNING_SHARE = 1 / 8  # of a source's rows at least begin a document, or are made to
+SAMPLE_PART = 16_384  # characters that a tokenizer's training text takes from one place
 PARAGRAPH_TOKENS = 1024  # in which the beginning of a paragraph is looked for
 STRETCH = 64  # rows whose conversations are packed together; each stretch leaves about one row half empty
 FORMAT_VERSION = 2  # of the tokens on disk and the split: part of every cache's name
@@ -92,17 +93,16 @@ def split_documents(
     """Give every document to train or validation, about `val_fraction` of the text to validation.
 
     A document goes to validation when its hash is below `val_fraction`: the copies of a document in a source
-    land on one side. One that is much of the text, of `size` bytes, is cut instead, and so is each where
-    there are fewer than 20: its last `val_fraction` of bytes, from the beginning of a character, is
-    validation. So that validation is never empty, the smallest hash of the first 20 goes there too.
+    land on one side. So that validation is never empty, the smallest hash of the first 20 goes there too.
+    A document that is much of the text, of `size` bytes, is cut instead, and so is each where there are fewer
+    than 20: its last `val_fraction` of bytes, from the beginning of a character, is validation.
     """
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
-    largest = 0.0 if len(first) < FEW_DOCUMENTS else (size or np.inf) * val_fraction * LARGE_DOCUMENT
-    smallest = min(map(unit_hash, first), default=0.0)
+    few, smallest = len(first) < FEW_DOCUMENTS, min(map(unit_hash, first), default=0.0)
     for text in itertools.chain(first, stream):
         raw = text.encode()
-        if len(raw) > largest:
+        if few or (size and len(raw) > LARGE_DOCUMENT * val_fraction * size):
             train = raw[: int(len(raw) * (1 - val_fraction))].decode(errors="ignore")
             parts: dict[Side, str] = {"train": train, "val": text[len(train) :]}
             yield from ((side, part) for side, part in parts.items() if part)
@@ -150,23 +150,25 @@ def _first_question(conversation: Conversation) -> str:
 
 
 def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
-    """Training text for a tokenizer: of every source as much as its share, evenly from all of it.
+    """Training text for a tokenizer: of every source as many characters as its share.
 
-    Where documents are in no order, from the first of them.
+    A source of known size is read to its end, and of its text every so many parts are taken; one without,
+    whose documents are in no order, is read until there is enough.
     """
     total = sum(source.weight for source in sources)
     for source in sources:
-        wanted = characters * source.weight / total
-        rate, owed, taken = wanted / (source.size or wanted), 0.0, 0.0
+        wanted, read, taken = characters * source.weight / total, 0, 0
+        rate = wanted / source.size if source.size else 1.0  # of what is read, how much is taken
         for side, text in split_documents(source.documents(), val_fraction, source.size):
             if taken >= wanted:
                 break
-            length = 16_384 if rate < 1 else len(text)
-            for part in (text[i : i + length] for i in range(0, len(text), length) if side == "train"):
-                owed += rate * len(part)
-                if owed > 0:
+            length = SAMPLE_PART if rate < 1 else len(text)
+            for begin in range(0, len(text), length) if side == "train" else ():
+                part = text[begin : begin + length]
+                read += len(part)
+                if taken < rate * read:
                     yield part
-                    owed, taken = owed - len(part), taken + len(part)
+                    taken += len(part)
 
 
 # ---- Documents → tokens on disk
@@ -508,12 +510,15 @@ class TextRows(Shuffled[Row]):
         return Row(ids[:-1], ids[1:], ids[:-1] == bos)
 
     def _paragraph(self, begin: int) -> int:
-        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`."""
+        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`.
+
+        A token begins one where the two before it end in a blank line, or a line, and it is not indented.
+        """
         near = [self.source.vocabulary[i] for i in self.items[begin : begin + PARAGRAPH_TOKENS].tolist()]
-        for ends in (BLANK_LINE, LINE_END):
+        for ending in (BLANK_LINE, LINE_END):
             for i in range(2, len(near)):
                 before, last, this = near[i - 2 : i + 1]
-                if b"\n" in last and ends.search(before + last) and not this[:1].isspace():
+                if b"\n" in last and ending.search(before + last) and not this[:1].isspace():
                     return begin + i
         return begin
 
