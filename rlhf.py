@@ -33,7 +33,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 if __name__ == "__main__":
-    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
+    import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 import torch
 from tqdm import tqdm

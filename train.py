@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
+    import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 import torch
 

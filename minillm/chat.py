@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 if __name__ == "__main__":
-    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
+    import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 from minillm.errors import InputError
 from minillm.tokenizer import Tokenizer

@@ -6,7 +6,6 @@ cannot be opened anywhere, a full disk behind an output, no memory. Every other 
 and keeps its traceback.
 """
 
-import io
 import os
 import re
 import signal
@@ -62,37 +61,14 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def printable(text: str, kept: str = "\n\t") -> str:
-    """Without control characters: text of others must command neither a terminal nor a page."""
-    return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-class PrintableStream:
-    """A stream on which names, messages and a model's output are made printable, whoever prints them."""
-
-    def __init__(self, stream: Any, kept: str = "\n\t", ignored: tuple[type[Exception], ...] = ()) -> None:
-        """`kept` are control characters that pass, `ignored` the failures of a stream that end no script."""
-        self.stream, self.kept, self.ignored = stream, kept, ignored
-
-    def write(self, text: str) -> int:
-        with suppress(*self.ignored):
-            self.stream.write(printable(text, self.kept))
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(*self.ignored):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
 # ---- How a script ends
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What `main` runs in: errors in one line with exit code 2, interrupts without a traceback."""
+    from minillm.tools.streams import PrintableStream, open_streams
+
     open_streams()
     stdout: Any = PrintableStream(sys.stdout)
     # A bar is drawn with carriage returns; none that a closed or full stream refuses is worth a run.
@@ -148,20 +124,6 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
 PATIENCE = 20.0  # seconds that another process than the first waits before it says an error
 NO_MEMORY = re.compile("allocate memory|out of memory|Storage size calculation overflowed")
 """What torch says in its RuntimeErrors."""
-
-
-def open_streams() -> None:
-    """Gives a script started without standard streams empty ones, and lets no character stop an output."""
-    handle = os.open(os.devnull, os.O_RDWR)
-    while handle <= 2:  # else the next file opened would receive what libraries print
-        handle = os.dup(handle)
-    os.close(handle)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the script runs)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 @contextmanager

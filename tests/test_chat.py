@@ -14,13 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.chat import with_chat_template
-from minillm.errors import InputError, printable
+from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import save_model
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools import chat as chat_module
 from minillm.tools.chat import HELP, Chat, Options, main, run_command
+from minillm.tools.streams import printable
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(deadline=None, max_examples=25)

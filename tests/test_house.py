@@ -13,8 +13,9 @@ CORE_LINES, ALL_LINES = 8_050, 18_050
 STEPS = {"train.py": (49, 8), "sft.py": (50, 8), "PPO": (132, 18)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {
-    "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py"},
+    "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py", "minillm/tools/start.py"},
     "minillm/data.py": {"minillm/fast/cache.py"},
+    "minillm/errors.py": {"minillm/tools/streams.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
     "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/options.py": {"minillm/tools/commandline.py"},
@@ -31,6 +32,7 @@ SEAMS = {
         "minillm/tools/plots.py",
         "minillm/tools/provenance.py",
         "minillm/tools/report.py",
+        "minillm/tools/start.py",
         "minillm/world/__init__.py",
     },
     "sft.py": {
@@ -38,12 +40,14 @@ SEAMS = {
         "minillm/io/text.py",
         "minillm/tools/evaluate.py",
         "minillm/tools/plots.py",
+        "minillm/tools/start.py",
         "minillm/world/__init__.py",
     },
     "train.py": {
         "minillm/io/text.py",
         "minillm/tools/device.py",
         "minillm/tools/plots.py",
+        "minillm/tools/start.py",
     },
 }
 """Where the core opens the outer ring, only inside functions: a file of the core, and what it opens."""

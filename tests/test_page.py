@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from minillm.compare.metrics import words
 from minillm.compare.page import page, terminal_text
 from minillm.compare.plots import curves, intervals
-from minillm.errors import printable
 from minillm.tools.measures import estimate
+from minillm.tools.streams import printable
 
 KINDS = ("fact", "harm")
 RUNS = ["base", "sft", "ppo"]

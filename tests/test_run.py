@@ -30,7 +30,6 @@ from runs import (
 import sft
 import train
 from minillm.errors import InputError, one_line_errors, signals
-from minillm.files import hold
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
 from minillm.run import (
@@ -42,6 +41,7 @@ from minillm.run import (
 )
 from minillm.tools import plots
 from minillm.tools.folder import MODEL_FILES, claim_folder
+from minillm.tools.lock import hold
 
 
 def update(state: TrainingState) -> None:
@@ -171,7 +171,7 @@ def test_two_new_runs_of_one_name_do_not_both_start(here, capfd):
 
 def test_a_lock_goes_with_its_process_however_that_ends(here):
     code = (
-        "import os, sys; from minillm.files import hold; from pathlib import Path\n"
+        "import os, sys; from minillm.tools.lock import hold; from pathlib import Path\n"
         "with hold(Path('base'), wait=False): print('held', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

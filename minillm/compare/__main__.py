@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tyro
 
 if __name__ == "__main__":
-    import minillm.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
+    import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
 
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics

@@ -14,9 +14,9 @@ from typing import Any
 
 from minillm.compare.metrics import Rows, words
 from minillm.compare.plots import Plot, curves, intervals
-from minillm.errors import printable
 from minillm.tools.measures import written
 from minillm.tools.render import columns, render
+from minillm.tools.streams import printable
 
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all are in compare.json

@@ -19,7 +19,8 @@ import numpy as np
 
 from minillm.data import SIDES, Side
 from minillm.errors import BAD_FILE, writing
-from minillm.files import digest, hold, write_json
+from minillm.files import digest, write_json
+from minillm.tools.lock import hold
 
 
 def cached_streams(

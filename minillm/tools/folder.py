@@ -9,9 +9,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from minillm.errors import InputError, writing
-from minillm.files import hold, remove_scratch, scratch_of, write_json
+from minillm.files import remove_scratch, scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
+from minillm.tools.lock import hold
 from minillm.tools.provenance import provenance
 
 MODEL_FILES = (

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minillm.errors import printable
 from minillm.files import write_atomically
 from minillm.run import read_metrics
+from minillm.tools.streams import printable
 
 Events = Sequence[dict[str, Any]]
 POLICY_CURVES = (("score", "rubric"), ("kl", "length"), ("entropy", "explained_variance", "clip_share"))

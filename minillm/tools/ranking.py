@@ -8,9 +8,10 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 
-from minillm.errors import InputError, printable
+from minillm.errors import InputError
 from minillm.io.rankings import RankingFile
 from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
+from minillm.tools.streams import printable
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
 """Names for the responses while they are ranked."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from minillm.errors import printable
+from minillm.tools.streams import printable
 
 
 def render(template: Path, content: Mapping[str, Any], **helpers: Any) -> str:

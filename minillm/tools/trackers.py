@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import InputError, printable, reason_of
+from minillm.errors import InputError, reason_of
+from minillm.tools.streams import printable
 
 Opened = tuple[Callable[..., Any], Callable[..., Any]]
 """What takes the numbers of a step, as (values by name, step), and what is called at the end."""

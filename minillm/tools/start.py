@@ -8,7 +8,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from minillm.errors import handle_signals, open_streams
+from minillm.errors import handle_signals
+from minillm.tools.streams import open_streams
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
