@@ -545,7 +545,8 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
             moved = [one.get("old_kl", 0.0) for one in updates[-options.minibatches :]]
             if fmean(moved) > options.target_kl:
                 break
-        aligner.follow()
+        if aligner.ema:
+            aligner.follow()
         if options.adaptive_kl_target:
             aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
 
@@ -598,26 +599,20 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     policy, tokenizer = load_assistant(options, runtime)
     folder = Path(options.reward or Path(options.out) / "reward")
     reward_model = critic = None
-    if options.algorithm != "dpo" or options.reward or folder.exists():
-        reward_model = load_reward_model(folder, tokenizer, runtime)
+    if folder.exists():
+        reward_model, own = load_scalar_model(folder, runtime.device, runtime.dtype)
+        if with_chat_template(own).vocabulary != tokenizer.vocabulary:
+            raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
+    elif options.algorithm != "dpo" or options.reward:
+        raise InputError(f"{folder}: no such folder; python rlhf.py --stage reward makes a reward model")
     if options.algorithm == "ppo":
         critic = deepcopy(reward_model)
         if options.critic == "policy":
             generator = torch.Generator().manual_seed(options.seed)
             critic = scalar_from_language_model(deepcopy(policy), generator)
     rubric = None if options.data else little_world(options.seed).utility
-    template = ChatTemplate(tokenizer)
-    return Aligner(options, options.sampling, runtime, template, policy, reward_model, critic, rubric)
-
-
-def load_reward_model(folder: Path, tokenizer: Tokenizer, runtime: Runtime) -> ScalarModel:
-    """InputError where it reads other tokens than the assistant writes."""
-    if not folder.exists():
-        raise InputError(f"{folder}: no such folder; python rlhf.py --stage reward makes a reward model")
-    model, own = load_scalar_model(folder, runtime.device, runtime.dtype)
-    if with_chat_template(own).vocabulary != tokenizer.vocabulary:
-        raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
-    return model
+    models = policy, reward_model, critic
+    return Aligner(options, options.sampling, runtime, ChatTemplate(tokenizer), *models, rubric)
 
 
 def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], list[Prompt]]:
@@ -687,11 +682,8 @@ def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
 def validate(
     run: Run, options: Options, aligner: Aligner, prompts: Sequence[Prompt], held_out: Sequence[EncodedSet]
 ) -> None:
-    """Metrics of held-out prompts; the policy is written where it is the best so far, or with --keep last.
-
-    The best is that of the highest objective that is trained, at the β of now; for DPO, which needs no
-    scores, that of the lowest loss of held-out rankings.
-    """
+    """Metrics of held-out prompts, for DPO of held-out rankings too; the policy is written where its
+    objective is the highest so far, or with --keep last."""
     found = aligner.validate(prompts)
     if held_out:
         rewards = rewards_of(aligner.policy, aligner.ref_model, options.beta)
@@ -705,12 +697,9 @@ def validate(
             f"{options.max_new_tokens}: they are cut, and {price}"
         )
     check_kl(run, options, found)
-
-    def objective(metrics: Mapping[str, float | int]) -> float:
-        return -metrics["loss"] if held_out else aligner.objective(metrics)
-
-    found = {"loss": -objective(found)} | found
-    if options.keep == "last" or not aligner.kept or objective(found) > objective(aligner.kept):
+    found["objective"] = aligner.objective(found)
+    # β may have moved since: the kept one's objective is taken at the β of now, too.
+    if options.keep == "last" or not aligner.kept or found["objective"] > aligner.objective(aligner.kept):
         aligner.kept = {"step": run.state.step} | found
         if run.runtime.is_main:
             save_model(run.folder, aligner.best, aligner.template.tokenizer)
@@ -728,18 +717,19 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
     """The plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss, plot_policy
 
-    kept = dict(aligner.kept)
-    run.metric("val", "loss")  # InputError where a damaged file has none
-    plot_loss(run.folder, "loss", "policy loss; held out: β KL - score")
+    run.metric("val", "objective")  # InputError where a damaged file has none
+    plot_loss(
+        run.folder, "loss", "nats per ranking" if options.algorithm == "dpo" else "loss of an iteration"
+    )
     plot_policy(run.folder)
-    step = kept.pop("step")
+    step = aligner.kept["step"]
     what = f"the policy of step {step} is kept, the best on held-out prompts"
     if options.keep == "last":
         what = f"the policy of step {step} is kept, the last"
     elif step == 0:
         what = "no step was better on held-out prompts than the start, which is kept"
     run.say(f"{run.folder}: {what}")
-    run.finish(kept_step=step, **kept)
+    run.finish(**{"kept_step" if name == "step" else name: kept for name, kept in aligner.kept.items()})
 
 
 # ---- The command

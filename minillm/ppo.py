@@ -286,7 +286,7 @@ class Aligner:
         self.sampling = replace(sampling, stop_ids=template.stop_ids)
         self.policy, self.ref_model = policy, deepcopy(policy).requires_grad_(False)
         self.reward_model, self.critic, self.rubric = reward_model, critic, rubric
-        self.ema = deepcopy(policy) if options.ema_decay else None
+        self.ema: Any = deepcopy(policy) if options.ema_decay else None
         self.best = self.ema or policy
         """The model that is validated and kept: the moving average, or the policy itself."""
         named = {"policy": policy, "critic": critic, "ema": self.ema}
@@ -297,7 +297,7 @@ class Aligner:
         self.wrapped_critic: Any = runtime.wrap(critic) if critic else None
         self.origin = fingerprint(self.ref_model, reward_model)
         self.beta = options.beta
-        self.scale: tuple[float, float] | None = None
+        self.scale: Sequence[float] | None = None
         """Mean and deviation of the scores of the first responses that were scored, the assistant's own."""
         self.kept: dict[str, float] = {}
         """Step and metrics of the validation whose policy is kept."""
@@ -313,12 +313,7 @@ class Aligner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["origin"] != self.origin:
             raise InputError("cannot resume: --init or --reward is not the run's any more; put it back")
-        needed = {"step", "loss", "kl", *(("score",) if self.reward_model else ())}
-        if state.keys() != self.state_dict().keys() or (state["kept"] and needed - state["kept"].keys()):
-            raise ValueError("not the state of an alignment")
-        self.beta = float(state["beta"])
-        self.kept = {name: (int if name == "step" else float)(value) for name, value in state["kept"].items()}
-        self.scale = state["scale"] and (float(state["scale"][0]), float(state["scale"][1]))
+        self.beta, self.scale, self.kept = state["beta"], state["scale"], state["kept"]
         for name, stream in (("prompts", self.stream), ("text", self.text)):
             if stream:
                 stream.load_state_dict(state[name])
@@ -461,7 +456,10 @@ class Aligner:
         return self.scale[1] if self.scale and self.options.scale_scores else 1.0
 
     def objective(self, metrics: Mapping[str, float | int]) -> float:
-        """What PPO and GRPO maximise, at the β of now: score - β KL, the score in its unit."""
+        """What is maximised, at the β of now: score - β KL, the score in its unit; by DPO, which needs no
+        scores, the log-likelihood of held-out rankings."""
+        if self.options.algorithm == "dpo":
+            return -metrics["loss"]
         return metrics["score"] / self.unit - self.beta * metrics["kl"]
 
     # -- Rollouts -> updates
@@ -533,9 +531,8 @@ class Aligner:
     @torch.no_grad()
     def follow(self) -> None:
         """Moves the average by (1 - ema_decay) of the way to the policy."""
-        if self.ema is not None:
-            for slow, fast in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
-                slow.lerp_(fast, 1 - self.options.ema_decay)
+        for slow, fast in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
+            slow.lerp_(fast, 1 - self.options.ema_decay)
 
 
 def policy_optimizers(policy: nn.Module, critic: nn.Module | None, options: PolicyOptions) -> Optimizers:

@@ -86,9 +86,9 @@ def metrics_of(out: Path) -> list[dict]:
 
 
 def losses_of(events: list[dict]) -> list[tuple[str, int, float]]:
-    """Event, step and loss of everything a run measured."""
+    """Event, step and loss (or what else a validation judges by) of everything a run measured."""
     return [
-        (e["event"], e["step"], e["nats_per_byte"] if "nats_per_byte" in e else e["loss"])
+        (e["event"], e["step"], next(e[name] for name in ("nats_per_byte", "objective", "loss") if name in e))
         for e in events
         if e["event"] in ("train", "val")
     ]

@@ -103,9 +103,9 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
     events = metrics_of(out)
     final, vals = events[-1], [event for event in events if event["event"] == "val"]
     kept = next(val for val in vals if val["step"] == final["kept_step"])
-    assert final["event"] == "final" and final["loss"] == kept["loss"]
-    if algorithm == "dpo":  # β moves in the others: an earlier loss is not that of the β of now
-        assert kept["loss"] == min(val["loss"] for val in vals)
+    assert final["event"] == "final" and final["objective"] == kept["objective"]
+    if algorithm == "dpo":  # β moves in the others: an earlier objective is not that of the β of now
+        assert kept["objective"] == max(val["objective"] for val in vals) == -kept["loss"]
     assert {p.name for p in out.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "generation_config.json", "run.json", "metrics.jsonl", "loss.png", "curves.png", "resume",
@@ -262,7 +262,7 @@ def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(places, tmp_
         for val in (event for event in events if event["event"] == "val"):
             beta = 3 * 0.98 ** val["step"]
             objective = val["score"] / unit - beta * val["kl"]
-            assert val["loss"] == pytest.approx(-objective, rel=1e-4, abs=1e-5)
+            assert val["objective"] == pytest.approx(objective, rel=1e-4, abs=1e-5)
             if kept is None or objective > kept["score"] / unit - beta * kept["kl"]:
                 kept = val
             assert val["kept_step"] == kept["step"]
