@@ -97,14 +97,14 @@ def test_the_oldest_exchanges_go_first_no_more_than_must_and_are_told(system, pa
     *chat.messages, said = messages = conversation(system, pairs, last)
     head = messages[: system is not None]
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    kept = [head + messages[i:] for i in users if len(chat.prompt(head + messages[i:])) <= room]
+    kept = [head + messages[i:] for i in users if len(chat.format.prompt(head + messages[i:])) <= room]
     if not kept:
         with pytest.raises(InputError, match="too long"):
             chat.ask(last, notes.append)
         assert chat.messages == list(messages[:-1]) and not notes
         return
     asked, prompt, _ = chat.ask(last, notes.append)
-    assert asked == kept[0] and asked[-1] == said and prompt == chat.prompt(asked)
+    assert asked == kept[0] and asked[-1] == said and prompt == chat.format.prompt(asked)
     dropped = len(messages) - len(asked)
     assert notes == [f"(no room for the {dropped} oldest messages: dropped)"] * bool(dropped)
 

@@ -12,7 +12,7 @@ no longer fit, and gives replies piece by piece. After it the terminal: lines in
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +101,7 @@ class Options:
 
 Message = dict[str, Any]
 """role, content and, in a reply that did not come to its end, cut = True."""
+Note = Callable[[str], None]
 
 
 class Chat:
@@ -122,12 +123,10 @@ class Chat:
                 f"--max-new-tokens {self.reserved}: the model has {self.positions} positions; give less"
             )
         self.messages: tuple[Message, ...] = ()
-        self.replies, self.cut, self.cropping_said = 0, False, False
+        self.replies, self.cut = 0, False
         self.set_system(options.system or "")
 
-    def ask(
-        self, text: str, note: Callable[[str], None] = print
-    ) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
+    def ask(self, text: str, note: Note = print) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
         """The messages with a text of the user's, the oldest exchanges dropped; their tokens; how to reply.
 
         What there is to say about that goes to `note`.
@@ -135,7 +134,7 @@ class Chat:
         said = (*self.messages, {"role": "user", "content": text})
         system = said[: said[0]["role"] == "system"]
         for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
-            prompt = self.prompt(asked)
+            prompt = self.format.prompt(asked, self.options.thinking)
             if self.is_base or len(prompt) + self.reserved <= self.positions:
                 break
         else:
@@ -148,17 +147,12 @@ class Chat:
             longest = min(LONGEST_REPLY, max(self.positions - len(prompt), self.reserved))
         if dropped := len(said) - len(asked):
             note(f"(no room for the {dropped} oldest messages: dropped)")
-        if len(prompt) + longest > self.positions and not self.cropping_said:
-            self.cropping_said = True
+        if len(prompt) + longest > self.positions:
             note(f"(trained on {self.positions} tokens: past them, each follows the last {self.positions})")
         return asked, prompt, self.options.sampling(longest, stop_ids=self.format.stop_ids, crop=self.is_base)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens after which the model is to reply."""
-        return self.format.prompt(messages, self.options.thinking)
-
     def reply(
-        self, text: str, note: Callable[[str], None] = print, stopped: Callable[[], bool] = lambda: False
+        self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
         """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped.
 
@@ -189,7 +183,7 @@ class Chat:
             raise InputError("a base model takes no system message; it only goes on with a text")
         system = ({"role": "system", "content": text},) if text else ()
         if system:  # some templates have no place for it
-            self.prompt([*system, {"role": "user", "content": "Hello"}])
+            self.format.prompt([*system, {"role": "user", "content": "Hello"}])
         self.messages = system + tuple(message for message in self.messages if message["role"] != "system")
 
 

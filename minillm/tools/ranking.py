@@ -50,21 +50,21 @@ class RankingSession:
         self.skipped: set[str] = set()
         """Keys of the sets put off to another sitting."""
 
-    def ranked(self) -> set[str]:
-        """Keys of all that this person has ranked."""
-        return {ranking.key for ranking in self.file.rankings if ranking.annotator == self.annotator}
+    @property
+    def left(self) -> list[ResponseSet]:
+        """The sets that this person has not ranked."""
+        ranked = {ranking.key for ranking in self.file.rankings if ranking.annotator == self.annotator}
+        return [given for given in self.sets if given.key not in ranked]
 
     @property
     def current(self) -> ResponseSet | None:
-        """The first set that is neither ranked nor skipped."""
-        settled = self.ranked() | self.skipped
-        return next((given for given in self.sets if given.key not in settled), None)
+        """The first of them that is not skipped."""
+        return next((given for given in self.left if given.key not in self.skipped), None)
 
     @property
     def done(self) -> int:
         """How many of the sets this person has ranked."""
-        ranked = self.ranked()
-        return sum(given.key in ranked for given in self.sets)
+        return len(self.sets) - len(self.left)
 
     def blind_order(self, given: ResponseSet) -> list[int]:
         """Another for each set and person, and the same for both at each sitting: the first is called A."""
@@ -78,8 +78,7 @@ class RankingSession:
         if given is None:
             raise InputError("there is nothing left to rank")
         order = self.blind_order(given)
-        places = parse_ranking(typed, len(order))
-        ranking = [[order[place] for place in tied] for tied in places]
+        ranking = [[order[place] for place in tied] for tied in parse_ranking(typed, len(order))]
         made = new_ranking(given, ranking, self.annotator, self.seed)
         self.file.append([made])
         return made
