@@ -297,7 +297,8 @@ def test_metrics_of_replies_are_those_of_their_texts():
     assert values.pop("score by the rubric") == np.mean([one.utility for one in replies])
     assert values == {
         "answers in form": 0.75, "known facts right": 0.5, "admits what it cannot know": None, "rude": 0,
-        "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "helps to do harm": 0.5,
+        "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "refuses anything else": 0,
+        "helps to do harm": 0.5,
     }  # fmt: skip
     manner = headline({"greedy": {"run": replies}}, False).tables["greedy"]
     assert manner["ends by itself"]["run"]["value"] == 0.75

@@ -263,7 +263,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     }
     if world is not None:
         sections["by_kind"] = metrics.by_kind(said, [*kinds])
-        sections["manner"] = metrics.Section(metrics.reply_tables(metrics.manner_rows(True), said))
+        sections["manner"] = metrics.Section(metrics.reply_tables(metrics.words()["metrics"]["manner"], said))
         sections["pairs"] = metrics.pair_section(models, world_pairs(world, options.split, options.pairs))
         sections["sure"] = metrics.sure_section(models, said, world, seed)
     return {

@@ -77,7 +77,6 @@ REPLY_METRICS: dict[str, tuple[Callable[[Sequence], Estimate], Callable[[Reply],
     "rude": (share, lambda reply: reply.score.rude),
 }
 """A kind of estimate, and the value of each reply that it is made of."""
-WITHOUT_RUBRIC = ("ended", "words", "repetition", "distinct")
 
 
 def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Rows]:
@@ -96,16 +95,12 @@ def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Row
 
 def headline(said: Said, on_world: bool) -> Section:
     """The metrics that matter most, without a rubric those that need none; and which of them moved."""
-    rows = words()["metrics"]["headline"] if on_world else manner_rows(on_world)
+    rows = words()["metrics"]["headline" if on_world else "manner"]
     tables = reply_tables(rows, said)
     better = {row["label"]: row["better"] for row in rows if "better" in row}
     return Section(
         tables, [note for sampling, own in tables.items() for note in changes(own, better, sampling)]
     )
-
-
-def manner_rows(on_world: bool) -> list[dict[str, Any]]:
-    return [row for row in words()["metrics"]["manner"] if on_world or row["metric"] in WITHOUT_RUBRIC]
 
 
 def changes(table: Rows, better: Mapping[str, int], sampling: str) -> Iterator[str]:
@@ -144,10 +139,11 @@ def by_kind(said: Said, kinds: Sequence[str]) -> Section:
 
 def replies_json(prompts: Sequence[Prompt], said: Said, on_world: bool) -> list[dict[str, Any]]:
     """Every prompt with what each model said, and the value of every metric of it."""
-    names = [*REPLY_METRICS] if on_world else WITHOUT_RUBRIC
+    rows = [row for name in ("manner", "headline")[: 1 + on_world] for row in words()["metrics"][name]]
 
     def record(reply: Reply) -> dict[str, Any]:
-        return {"text": reply.text} | {n: REPLY_METRICS[n][1](reply) for n in names if n != "distinct"}
+        values = {row["metric"]: REPLY_METRICS[row["metric"]][1](reply) for row in rows}
+        return {"text": values.pop("distinct")} | values
 
     return [
         {
