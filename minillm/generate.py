@@ -27,23 +27,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.errors import InputError
-from minillm.model import LanguageModel, ModelConfig
+from minillm.model import LanguageModel
+from minillm.options import Count, Mass, NotNegative, Whole, check_limits
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen. A greedy choice is a point mass: its log-probability is 0."""
 
-    max_new_tokens: int
+    max_new_tokens: Count
     """The longest response, in tokens, stop token included."""
-    temperature: float | int = 1.0
+    temperature: NotNegative | int = 1.0
     """Divides the logits; 0 takes the most probable token (of equal ones the lowest id)."""
-    top_k: int = 0
+    top_k: Whole = 0
     """Sample among this many most probable tokens (of equal ones the lowest ids); 0 for all."""
-    top_p: float | int = 1.0
+    top_p: Mass | int = 1.0
     """Sample among the fewest most probable tokens that together reach this probability, counted
     after temperature and top-k; 1 for all."""
-    min_new_tokens: int = 0
+    min_new_tokens: Whole = 0
     """No stop token is chosen before the response has this many others."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a response; the one that did stays as its last token."""
@@ -52,16 +53,7 @@ class SamplingOptions:
     positions, as nanoGPT does. Otherwise what may not fit is refused."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 for all tokens, or how many to keep"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_new_tokens": (self.min_new_tokens >= 0, "0 or more"),
-        }
-        for name, (holds, wanted) in checks.items():
-            if not holds:
-                raise InputError(f"sampling: {name} is {getattr(self, name)}; give {wanted}")
+        check_limits(self)
 
 
 @dataclass(frozen=True)
@@ -217,30 +209,24 @@ def _check(
     """Refuses what cannot be sampled, in one line."""
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one to each")
-    for objection in _objections(model.config, prompts, options):
-        raise InputError(f"sampling: {objection}")
-
-
-def _objections(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], options: SamplingOptions
-) -> Iterator[str]:
-    V, longest, new = config.vocab_size, config.max_position_embeddings, options.max_new_tokens
+    V, longest, new = model.config.vocab_size, model.config.max_position_embeddings, options.max_new_tokens
     room = math.inf if options.crop else longest - new
-    if not config.causal:
-        yield "this model was trained on masked tokens and cannot generate; train one with --objective causal"
-    if not prompts:
-        yield "there are no prompts; give at least one"
-    if not all(0 <= token < V for token in options.stop_ids):
-        yield f"stop_ids {options.stop_ids} are not all below the model's {V} tokens; use its tokenizer"
-    if options.min_new_tokens and len(set(options.stop_ids)) == V:
-        yield "every token is a stop token; set min_new_tokens to 0"
+    objections = {
+        "this model was trained on masked tokens and cannot generate; train one with --objective causal":
+            not model.config.causal,
+        "there are no prompts; give at least one": not prompts,
+        f"stop_ids {options.stop_ids} are not all below the model's {V} tokens; use its tokenizer":
+            not all(0 <= token < V for token in options.stop_ids),
+        "every token is a stop token; set min_new_tokens to 0":
+            options.min_new_tokens > 0 and len(set(options.stop_ids)) == V,
+    }  # fmt: skip
     for number, prompt in enumerate(prompts):
-        if not prompt:
-            yield f"prompt {number} is empty; start it with the document token"
-        if len(prompt) > room:
-            yield (
-                f"prompt {number} has {len(prompt)} tokens; the model's {longest} less {new} new ones leave "
-                f"{max(room, 0)}; shorten it or max_new_tokens"
-            )
-        if min(prompt) < 0 or max(prompt) >= V:
-            yield f"prompt {number} has a token outside the model's vocabulary of {V}; use its own tokenizer"
+        objections |= {
+            f"prompt {number} is empty; start it with the document token": not prompt,
+            f"prompt {number} has {len(prompt)} tokens; the model's {longest} less {new} new ones leave "
+            f"{max(room, 0)}; shorten it or max_new_tokens": len(prompt) > room,
+            f"prompt {number} has a token outside the model's vocabulary of {V}; use its own tokenizer":
+                not all(0 <= token < V for token in prompt),
+        }  # fmt: skip
+    if objection := next((text for text, holds in objections.items() if holds), None):
+        raise InputError(f"sampling: {objection}")

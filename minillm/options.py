@@ -40,6 +40,7 @@ Real = Annotated[float, Limit("a finite number", math.isfinite)]
 Positive = Annotated[float, Limit("a number above 0", lambda value: 0 < value < math.inf)]
 NotNegative = Annotated[float, Limit("a number of at least 0", lambda value: 0 <= value < math.inf)]
 Share = Annotated[float, Limit("a number from 0 to 1", lambda value: 0 <= value <= 1)]
+Mass = Annotated[float, Limit("a share above 0 and at most 1", lambda value: 0 < value <= 1)]
 Part = Annotated[float, Limit("a share of at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, Limit("a share above 0 and below 1", lambda value: 0 < value < 1)]
 

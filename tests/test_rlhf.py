@@ -401,7 +401,7 @@ BAD_INPUT = {
     "a distractor without a second prompt": ("--stage sample --prompts 1 --distractors 1", "2 are needed"),
     "no prompts": ("--stage sample --prompts 0", "--prompts"),
     "greedy": ("--stage sample --temperature 0", "--temperature"),
-    "nucleus of more than all": ("--stage sample --top-p 2", "top_p"),
+    "nucleus of more than all": ("--stage sample --top-p 2", "--top-p"),
     "no room": ("--stage sample --max-new-tokens 160", "--max-new-tokens"),
     "models where responses go": ("--stage sample --models {m} --out {m} --overwrite", "this stage writes"),
     "missing model": ("--stage sample --models nowhere", "nowhere"),
