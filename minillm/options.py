@@ -1,25 +1,18 @@
 """From the command line to one frozen dataclass of options.
 
-tyro reads the dataclass: its fields are the flags. Here stand the options that every training script has,
-and what tyro does not do: errors in one line, old names of flags, and `--resume`, for which the stored
-options of the run are the defaults; an option given again is compared with them.
+tyro reads the dataclass: its fields are the flags. Here stand the options that every training script has, and
+`--resume`, for which the stored options of the run are the defaults; an option given again is compared with
+them. Words of the command line, and of run.json, become options in tools/commandline.py.
 """
 
-import contextlib
-import io
-import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 from minillm.errors import InputError
-from minillm.files import read_json
 
 # ---- What an option may be
 
@@ -241,17 +234,17 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     With `--resume`, where a script has it, every option not given is the stored run's; one given with
     another value is refused by name, unless it changes no weight or asks for more steps.
     """
-    from minillm.tools.commandline import print_help, words_as_meant
+    from minillm.tools.commandline import options_of, print_help, stored_options, words_as_meant
 
     if {"-h", "--help"} & set(arguments):
         print_help(kind)
         raise SystemExit(0)
     words = words_as_meant(kind, arguments)
-    given = _parse(kind, words)
+    given = options_of(kind, words)
     if not getattr(given, "resume", False):
         return given
     stored = stored_options(kind, given.folder / "run.json")
-    resumed = _parse(kind, words, default=replace(stored, out=given.out, resume=False, overwrite=False))
+    resumed = options_of(kind, words, default=replace(stored, out=given.out, resume=False, overwrite=False))
     changed = []
     for name in {field.name for field in fields(kind)} - kind.free_to_change:
         value, before = getattr(resumed, name), getattr(stored, name)
@@ -263,51 +256,6 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     return resumed
 
 
-def _parse(kind: type[Any], words: list[str], **how: Any) -> Any:
-    """The options of a command line, with the defaults of the class or of an instance."""
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=words, **(how or {"config": (tyro.conf.FlagCreatePairsOff,)}))
-    except SystemExit:
-        # What tyro says inside its frame, up to the first ruler.
-        lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
-        said = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
-        raise InputError(f"{said}; see --help") from None
-
-
 def options_json(options: Any) -> dict[str, Any]:
     """The options as run.json holds them."""
     return json.loads(json.dumps(asdict(options), default=str))
-
-
-def stored_options(kind: type[Any], path: Path) -> Any:
-    """The options that a run.json holds, perhaps by their names in the release before."""
-    from minillm.tools.commandline import RENAMED
-
-    if not path.exists():
-        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
-    stored, kinds = read_json(path).get("options"), get_type_hints(kind)
-    names = {field.name for field in fields(kind)}
-    if isinstance(stored, dict) and not stored.keys() <= names:
-        stored = {RENAMED.get(name, name): value for name, value in stored.items()}
-    if not isinstance(stored, dict) or not stored.keys() <= names:
-        raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
-    try:
-        return kind(**{name: _typed(name, value, kinds[name]) for name, value in stored.items()})
-    except (InputError, TypeError, OverflowError) as error:
-        raise InputError(f"{path}: holds an option that does not fit ({error})") from None
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
-    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
-        if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_typed(name, item, get_args(option)[0]) for item in value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and type(value) is int:
-            return float(value)
-        if type(value) is option:
-            return value
-    raise TypeError(f"{name} is {value!r:.60}")

@@ -26,7 +26,6 @@ from minillm.options import (
     check_limits,
     options_json,
     parse_options,
-    stored_options,
 )
 from minillm.tools import chat, commandline
 
@@ -230,7 +229,7 @@ def test_a_stored_value_is_of_its_field_s_kind_or_refused(tmp_path_factory, real
         for value in (real, whole, text, "masked", True, None, [text], [1], {}):
             path.write_text(json.dumps({"options": {name: value}}))
             try:
-                found = getattr(stored_options(Options, path), name)
+                found = getattr(commandline.stored_options(Options, path), name)
             except InputError as error:
                 assert str(path) in str(error)
             else:

@@ -1,4 +1,4 @@
-"""What a command line needs around tyro: --help in groups, old names of flags, ~ in places.
+"""What a command line needs around tyro: errors in one line, --help in groups, old flags, ~ for home.
 
 --help shows the options that people change first on top. Names, kinds and defaults are the fields of the
 options' dataclass, the explanations the lines under them.
@@ -6,16 +6,23 @@ options' dataclass, the explanations the lines under them.
 
 import ast
 import inspect
+import io
 import itertools
 import os
 import re
 import shutil
 import sys
 import textwrap
+from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from minillm.errors import InputError
+from minillm.files import read_json
 
 # ---- Words of the command line
 
@@ -51,6 +58,52 @@ def words_as_meant(kind: type[Any], arguments: list[str]) -> list[str]:
             word = re.sub(r"^(--[^=/]*=)?([^/~]*=)?~(?=/|$)", rf"\1\2{os.path.expanduser('~')}", word)
         words.append(word)
     return words
+
+
+# ---- Words, and what run.json holds, as options
+
+
+def options_of(kind: type[Any], words: list[str], **how: Any) -> Any:
+    """The options of a command line, with the defaults of the class or of an instance."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(kind, args=words, **(how or {"config": (tyro.conf.FlagCreatePairsOff,)}))
+    except SystemExit:
+        # What tyro says inside its frame, up to the first ruler.
+        lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
+        said = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
+        raise InputError(f"{said}; see --help") from None
+
+
+def stored_options(kind: type[Any], path: Path) -> Any:
+    """The options that a run.json holds, perhaps by their names in the release before."""
+    if not path.exists():
+        raise InputError(f"{path.parent}: holds no run to resume; leave --resume out to start one")
+    stored, kinds = read_json(path).get("options"), get_type_hints(kind)
+    names = {field.name for field in fields(kind)}
+    if isinstance(stored, dict) and not stored.keys() <= names:
+        stored = {RENAMED.get(name, name): value for name, value in stored.items()}
+    if not isinstance(stored, dict) or not stored.keys() <= names:
+        raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
+    try:
+        return kind(**{name: _typed(name, value, kinds[name]) for name, value in stored.items()})
+    except (InputError, TypeError, OverflowError) as error:
+        raise InputError(f"{path}: holds an option that does not fit ({error})") from None
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
+    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if get_origin(option) is tuple and isinstance(value, list):
+            return tuple(_typed(name, item, get_args(option)[0]) for item in value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    raise TypeError(f"{name} is {value!r:.60}")
 
 
 # ---- --help
