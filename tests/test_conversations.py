@@ -4,6 +4,7 @@ import gzip
 import json
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import example, given
@@ -56,17 +57,11 @@ def refusal(spec: object, opener=open_conversations) -> str:
 # ---- Files
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.jsonl", "a.jsonl.gz", "a.JSONL", "noname"])
-def test_arrays_and_lines_packed_or_not_hold_the_same_conversations(tmp_path, name):
-    records = [GOOD, {"instruction": "Why?", "input": "", "output": "Because."}]
-    source = open_one(write(tmp_path / name, records))
-    assert list(source.conversations()) == [ASKED] * 2
-    assert source.fingerprint == open_one(write(tmp_path / "other" / "b.jsonl", records)).fingerprint
-    assert (source.name, source.weight) == (name, 1)
-
-
 QA = {"prompt": "Why?", "completion": "Because."}
+LINES = [json.dumps(GOOD), json.dumps({"instruction": "Why?", "input": "", "output": "Because."})]
 HELD = [
+    *((name, "\n".join(LINES), 2) for name in ("a.jsonl", "a.jsonl.gz", "a.JSONL", "noname")),
+    *((name, f"[{LINES[0]},\n{LINES[1]}]", 2) for name in ("a.json", "a.json.gz", "noname")),
     ("a.json", json.dumps(ASKED) + "\n" + json.dumps(ASKED), 2),
     ("a.json", json.dumps(ASKED), 1),
     ("a.json", json.dumps(GOOD) + "\n" + json.dumps(GOOD), 2),
@@ -77,7 +72,6 @@ HELD = [
     ("a.json", json.dumps({"rows": [GOOD] * 2}), 2),
     ("a.json", json.dumps(GOOD, indent=1) + "\n" + json.dumps(GOOD, indent=1), 2),
     ("noname", json.dumps(ASKED) + "\n" + json.dumps(ASKED), 2),
-    ("noname", json.dumps([GOOD, GOOD], indent=2), 2),
     ("a.ndjson", json.dumps(QA), 1),
     ("a.csv", "\ufeffid,instruction,output\r\n1,Why?,Because.\r\n2,Why?,Because.\r\n", 2),
     ("a.tsv", "question\tanswer\nWhy?\tBecause.\n", 1),
@@ -90,6 +84,8 @@ HELD = [
 def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, count):
     source = open_one(write(tmp_path / name, content))
     assert list(source.conversations()) == [ASKED] * count and not source.skipped
+    assert source.fingerprint == open_one(write(tmp_path / "b.jsonl", [GOOD] * count)).fingerprint
+    assert (source.name, source.weight) == (name, 1)
 
 
 def test_specs_folders_and_globs_are_those_of_text(tmp_path):
@@ -147,21 +143,17 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_is_shown(tmp_path, 
     assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.first_skipped
 
 
-def test_a_line_that_does_not_parse_is_skipped_and_counted_where_asked_for(tmp_path):
-    file = write(tmp_path / "a.jsonl", f"{json.dumps(GOOD)}\n\n{{\n{json.dumps(GOOD)}\n")
-    source = open_one(file, errors="replace")
-    assert len(list(source.conversations())) == 2 and source.skipped == {"lines that do not parse": 1}
-
-
-def test_lines_are_read_one_at_a_time(tmp_path):
+def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_where_asked_for(tmp_path):
     line = json.dumps({"question": "w" * 5000, "answer": "w" * 5000}) + "\n"
-    file = write(tmp_path / "a.jsonl", line * 1000)
+    file = write(tmp_path / "a.jsonl", line + "\n{\n" + line * 999)
+    assert "line 3" in refusal(file)
     tracemalloc.start()
-    source = open_one(file)
+    source = open_one(file, errors="replace")
     count = sum(1 for _ in source.conversations())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 1000 and peak < file.stat().st_size / 20
+    assert source.skipped == {"lines that do not parse": 1}
 
 
 def test_a_fingerprint_follows_the_conversations_and_their_order(tmp_path):
@@ -282,41 +274,26 @@ exchanges = st.lists(st.builds(exchange, words, words), max_size=30)
 fractions = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99])
 
 
-@given(exchanges, fractions)
-@example([exchange("a", "a"), exchange("a", "b")], 0.01)
-@example([exchange("a", "a")] * 2, 0.5)
-def test_the_split_keeps_every_conversation_and_no_question_on_two_sides(conversations, fraction):
+@given(exchanges, fractions, st.randoms(use_true_random=False))
+@example([exchange("a", "a"), exchange("a", "b")], 0.01, Random(0))
+@example([exchange("a", "a")] * 2, 0.5, Random(0))
+@example([[{"role": "system", "content": str(i)}, *exchange(str(i % 7), "yes")] for i in range(70)], 0.5,
+         Random(0))  # fmt: skip
+def test_the_split_keeps_every_conversation_and_no_question_on_two_sides_in_whatever_order(
+    conversations, fraction, random
+):
     parts = list(split_conversations(a_source(conversations), fraction))
     assert [conversation for _, conversation in parts] == conversations
-    sides = {"train": set(), "val": set()}
-    questions = {"train": set(), "val": set()}
-    for side, (question, answer) in parts:
-        sides[side].add((question["content"], answer["content"]))
-        questions[side].add(question["content"])
-    assert not sides["train"] & sides["val"]
-    every = sides["train"] | sides["val"]
-    assert bool(sides["val"]) == (fraction > 0 and len(every) > 1)
-    assert bool(sides["train"]) == bool(every)
+    side_of = {json.dumps(conversation[-2:]): side for side, conversation in parts}
+    assert all(side_of[json.dumps(conversation[-2:])] == side for side, conversation in parts)
+    sides = set(side_of.values())
+    assert ("val" in sides) == (fraction > 0 and len(side_of) > 1) and ("train" in sides) == bool(side_of)
+    questions = {side: {c[-2]["content"] for s, c in parts if s == side} for side in ("train", "val")}
     if len(questions["train"] | questions["val"]) > 1:
         assert not questions["train"] & questions["val"]
-
-
-def test_a_question_stays_on_one_side_whatever_the_system_message_before_it():
-    conversations = [[{"role": "system", "content": f"{i}"}, *exchange(f"{i % 7}", "yes")] for i in range(70)]
-    sides = {"train": set(), "val": set()}
-    for side, messages in split_conversations(a_source(conversations), 0.5):
-        sides[side].add(messages[1]["content"])
-    assert sides["train"] and sides["val"] and not sides["train"] & sides["val"]
-
-
-@given(exchanges, fractions, st.randoms(use_true_random=False))
-def test_the_side_of_a_conversation_does_not_depend_on_the_order(conversations, fraction, random):
-    def key(parts):
-        return sorted((side, json.dumps(conversation)) for side, conversation in parts)
-
     shuffled = random.sample(conversations, len(conversations))
-    expected = key(split_conversations(a_source(conversations), fraction))
-    assert key(split_conversations(a_source(shuffled), fraction)) == expected
+    for side, conversation in split_conversations(a_source(shuffled), fraction):
+        assert side_of[json.dumps(conversation[-2:])] == side
 
 
 def test_about_the_fraction_asked_for_goes_to_validation():
