@@ -22,13 +22,6 @@ from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
 
 
-def implicit_rewards(
-    logprobs: Float[Tensor, " B"], ref_logprobs: Float[Tensor, " B"], beta: float
-) -> Float[Tensor, " B"]:
-    """β log π(response) / π_ref(response), of the sums over each response's tokens."""
-    return beta * (logprobs - ref_logprobs)
-
-
 def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
     mask, index = flat_index(batch.begins, batch.ends)
@@ -36,11 +29,12 @@ def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[
 
 
 def rewards_of(forward: Callable[..., Any], ref_model: LanguageModel, beta: float) -> Scores:
-    """The implicit rewards of a batch's responses. `forward` is the policy, or what wraps it."""
+    """The implicit rewards of a batch's responses, β log π(response) / π_ref(response). `forward` is the
+    policy, or what wraps it."""
 
     def rewards(batch: RankedBatch) -> Float[Tensor, " B"]:
         with torch.no_grad():
             ref_logprobs = response_logprobs(ref_model, batch)
-        return implicit_rewards(response_logprobs(forward, batch), ref_logprobs, beta)
+        return beta * (response_logprobs(forward, batch) - ref_logprobs)
 
     return rewards

@@ -114,6 +114,11 @@ class Ranking:
         ]
 
 
+def now() -> str:
+    """The time of day, for a ranking."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def new_ranking(given: ResponseSet, ranking: Sequence[Sequence[int]], annotator: str, seed: int) -> Ranking:
     """The ranking of a set, made now."""
     tied = [sorted(group) for group in ranking]
@@ -132,10 +137,6 @@ def ranking_by(values: Sequence[float | int], margin: float | int = 0) -> list[l
         else:
             ranking.append([index])
     return [sorted(tied) for tied in ranking]
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # ---- Prompts → responses
@@ -217,7 +218,7 @@ class ChatModel:
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
         found = sample_responses(self.model, asked, sampling, seeds, self.tokenizer.decode)
-        yield from zip(found.texts, found.ended, strict=True)
+        return zip(found.texts, found.ended, strict=True)
 
 
 def sample_sets(
@@ -265,20 +266,17 @@ def sample_sets(
             drawn |= draw(repeated, attempt)
             said = {slot: one["text"].strip() for slot, one in drawn.items()}
             repeated = [(i, k) for i, k in slots if said[i, k] in [said[i, j] for j in range(k)]]
-        lines = [
-            _line(prompts[i], [drawn[i, k] for k in range(count)], sum(j == i for j, _ in repeated))
-            for i in numbers
-        ]
+        lines = []
+        for i in numbers:
+            draws = [drawn[i, k] for k in range(count)]
+            line: Record = {
+                name: value for name, value in vars(prompts[i]).items() if value not in (None, ())
+            }
+            line |= {"responses": [draw.pop("text") for draw in draws], "draws": draws}
+            if alike := sum(j == i for j, _ in repeated):
+                line["note"] = f"{alike} of the responses repeat another after {ATTEMPTS} attempts"
+            lines.append(line)
         yield lines[max(0, done - first) :]
-
-
-def _line(prompt: Prompt, draws: Sequence[Record], repeated: int) -> Record:
-    line = {name: value for name, value in vars(prompt).items() if value not in (None, ())}
-    line["responses"] = [draw.pop("text") for draw in draws]
-    line["draws"] = list(draws)
-    if repeated:
-        line["note"] = f"{repeated} of the responses repeat another after {ATTEMPTS} attempts"
-    return line
 
 
 # ---- Responses → rankings: simulated annotators
@@ -320,15 +318,15 @@ class Simulated:
         self, rubric: Callable[[str], Any], given: ResponseSet, noise: float | int, seed: int
     ) -> list[list[int]]:
         """Their ranking by what `rubric` says of each text. Draws follow from seed, name and texts alone."""
-        return ranking_by(
-            [self._seen(rubric(text), given, text, noise, seed) for text in given.responses], MARGIN
-        )
 
-    def _seen(self, score: Any, given: ResponseSet, text: str, noise: float | int, seed: int) -> float:
-        # The same words seem as good each time they are read: the draw is the text's.
-        rng = random.Random(f"{seed} {self.name} {json.dumps([given.messages, text])}")
-        gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log E has that law if E is exponential
-        return score.utility + noise * self.temperature * (self.leaning(score, text) + gumbel)
+        def seen(text: str) -> float:
+            # The same words seem as good each time they are read: the draw is the text's.
+            rng = random.Random(f"{seed} {self.name} {json.dumps([given.messages, text])}")
+            gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log E has that law if E is exponential
+            score = rubric(text)
+            return score.utility + noise * self.temperature * (self.leaning(score, text) + gumbel)
+
+        return ranking_by([seen(text) for text in given.responses], MARGIN)
 
 
 def simulated_annotators(count: int) -> list[Simulated]:

@@ -57,15 +57,10 @@ class EncodedSet:
     """The position at which the responses begin, after the prompt that they share."""
 
     @property
-    def common(self) -> int:
-        """How many tokens all rows share in a forward pass: the prompt without its last, which predicts the
-        response's first, so each response has one of its own."""
-        return self.start - 1
-
-    @property
     def size(self) -> int:
-        """Positions in a forward pass."""
-        return self.common + sum(len(row) - self.common for row in self.rows)
+        """Positions in a forward pass, where all share the prompt but for its last token: that predicts the
+        response's first, so each response has one of its own."""
+        return self.start - 1 + sum(len(row) - self.start + 1 for row in self.rows)
 
 
 def encode_response(
@@ -80,9 +75,8 @@ def encode_response(
 def encode_rankings(
     rankings: Iterable[Ranking], template: ChatTemplate, longest: int
 ) -> tuple[list[EncodedSet], Counter[str]]:
-    """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings,
-    and how many rankings are left out, by reason. The same responses in another order are another set: a
-    ranking counts them as they are listed."""
+    """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings;
+    how many rankings are left out, by reason. The same responses listed otherwise are another set."""
     sets = defaultdict[str, list[Ranking]](list)
     for ranking in rankings:
         sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
@@ -152,11 +146,6 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
         found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
         for i, score in zip(numbers, found.tolist(), strict=True):
             scores[i] = score
-    return require_finite(scores)
-
-
-def require_finite(scores: list[float]) -> list[float]:
-    """These scores. InputError where one is not finite."""
     if not all(map(isfinite, scores)):
         raise InputError(
             "the reward model gives scores that are not finite; restore its folder or train it anew"
@@ -198,16 +187,12 @@ class RankedBatch:
     weight: Float[Tensor, " M"]
     """1/C(K, 2) over the number of rankings of the set, K being its responses, tied ones included."""
 
-    def to(self, device: torch.device | str) -> "RankedBatch":
-        """The same batch on `device`."""
-        return RankedBatch(*(value.to(device) for value in vars(self).values()))
 
-
-def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
+def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
     """Some sets as one batch: response b is the b-th of all."""
     from minillm.fast.shared_prompts import pack_sets
 
-    tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.common for one in encoded])
+    tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.start - 1 for one in encoded])
     places: list[tuple[int, int]] = []  # start and end of each response in its row
     pairs: list[tuple[int, int, float]] = []
     for one in encoded:
@@ -217,18 +202,16 @@ def collate(encoded: Sequence[EncodedSet]) -> RankedBatch:
         places += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(places)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)
-    return RankedBatch(tokens, shared, starts, ends, better.long(), worse.long(), weights.float())
+    batch: list[Any] = [tokens, shared, starts, ends, better.long(), worse.long(), weights.float()]
+    return RankedBatch(*(part.to(device) for part in batch))
 
 
 def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list[EncodedSet]]:
     """Sets in groups of at most `micro_tokens` positions, or of one: its responses stay together."""
     groups: list[list[EncodedSet]] = []
-    size = 0
     for one in encoded:
-        size += one.size
-        if not groups or size > micro_tokens:
+        if not groups or sum(other.size for other in groups[-1]) + one.size > micro_tokens:
             groups.append([])
-            size = one.size
         groups[-1].append(one)
     return groups
 
@@ -266,7 +249,7 @@ def ranking_backward(
     own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
     def summed(micro: Sequence[EncodedSet]) -> Tensor:
-        batch = collate(micro).to(runtime.device)
+        batch = collate(micro, runtime.device)
         return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
 
     return accumulate(forward, summed, micro_batches(own, micro_tokens), len(step), runtime)
@@ -280,7 +263,7 @@ def held_out_rankings(
     set as in training, and the accuracy, the share of untied pairs in order; equal scores count half."""
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
-        batch = collate(micro).to(runtime.device)
+        batch = collate(micro, runtime.device)
         found = scores(batch)
         totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()
         totals[1] += (1 + (found[batch.better] - found[batch.worse]).sign()).sum().item() / 2

@@ -686,8 +686,8 @@ def test_dpos_log_probabilities_are_sums_over_each_response_with_its_end_and_wit
     ]
     encoded = encode_rankings(sets, TEMPLATE, 80)[0]
     with torch.no_grad():
-        found = response_logprobs(POLICY, collate(encoded))
-        rewards = rewards_of(POLICY, REF, 0.3)(collate(encoded))
+        found = response_logprobs(POLICY, collate(encoded, CPU.device))
+        rewards = rewards_of(POLICY, REF, 0.3)(collate(encoded, CPU.device))
     at = 0
     for i, some in enumerate(texts):
         for text in some:
@@ -707,7 +707,7 @@ def test_dpos_log_probabilities_are_sums_over_each_response_with_its_end_and_wit
 
 def test_dpo_gives_the_reference_no_gradient():
     ranking = Ranking(ASKED[0], ["No cats.", "1 cat."], ranking_by([1, 0]), "a", 0, "2026-01-31")
-    batch = collate(encode_rankings([ranking], TEMPLATE, 80)[0])
+    batch = collate(encode_rankings([ranking], TEMPLATE, 80)[0], CPU.device)
     policy, ref = deepcopy(POLICY), deepcopy(REF)
     rewards_of(policy, ref, 0.3)(batch).sum().backward()
     assert all(weight.grad is None for weight in ref.parameters())

@@ -1,6 +1,4 @@
-"""PPO, GRPO and DPO as functions of tensors: every law that their mathematics promises."""
-
-import math
+"""PPO and GRPO as functions of tensors: every law that their mathematics promises."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.dpo import implicit_rewards
 from minillm.ppo import (
     KL_ESTIMATORS,
     adapted_beta,
@@ -20,7 +17,6 @@ from minillm.ppo import (
     policy_losses,
     value_losses,
 )
-from minillm.reward import ranking_loss
 from minillm.run import Runtime
 
 LAW = settings(max_examples=60)
@@ -199,23 +195,6 @@ def test_a_groups_advantages_are_in_units_of_its_own_deviation():
     )
     assert group_advantages(torch.tensor([1.0, 3.0]), 2, eps=1.0).tolist() == [-0.5, 0.5]
     assert group_advantages(torch.tensor([3.0, 3.0, 3.0, 1.0, 2.0, 3.0]), 3)[:3].eq(0).all(), "all alike"
-
-
-# ---- DPO
-
-PAIR = (torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64))
-
-
-@given(st.floats(-20, 0), st.floats(-20, 0), st.floats(0.01, 2))
-@LAW
-def test_at_the_reference_dpos_loss_is_log_two_and_pulls_the_pair_apart_by_half_of_beta(better, worse, beta):
-    logprobs = torch.tensor([better, worse], dtype=torch.float64, requires_grad=True)
-    loss = ranking_loss(implicit_rewards(logprobs, logprobs.detach(), beta), *PAIR)
-    loss.backward()
-    assert loss.item() == pytest.approx(math.log(2))
-    torch.testing.assert_close(
-        logprobs.grad, torch.tensor([-beta / 2, beta / 2], dtype=torch.float64), **CLOSE
-    )
 
 
 # ---- A bandit: all of it together, on a problem whose answer is known

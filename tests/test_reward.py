@@ -100,7 +100,7 @@ def encoded_of(drawn: tuple) -> list[EncodedSet]:
 
 def loss_of(own: list[int], scores: Tensor) -> Tensor:
     """The loss of one ranking with these scores."""
-    batch = collate([EncodedSet([ranked(own)], [[0]] * len(own))])
+    batch = collate([EncodedSet([ranked(own)], [[0]] * len(own))], CPU)
     return ranking_loss(scores, batch.better, batch.worse, batch.weight.to(scores.dtype))
 
 
@@ -139,7 +139,7 @@ def test_the_gradient_is_the_written_formula(given):
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=5))
 @LAW
 def test_every_set_weighs_the_same_however_many_its_responses_and_rankings(counts):
-    batch = collate([EncodedSet([ranked(list(range(k)))] * (1 + k % 3), [[0]] * k) for k in counts])
+    batch = collate([EncodedSet([ranked(list(range(k)))] * (1 + k % 3), [[0]] * k) for k in counts], CPU)
     assert batch.weight.sum().item() == pytest.approx(len(counts), rel=1e-6)
     loss = ranking_loss(torch.zeros(sum(counts)), batch.better, batch.worse, batch.weight)
     assert loss.item() == pytest.approx(len(counts) * math.log(2), rel=1e-5)
@@ -226,7 +226,7 @@ def test_responses_start_behind_the_prompt_though_they_begin_alike():
     alike = replace(ranked([0, 1]), responses=["No cats", "No dogs"])
     (encoded,), _ = encode_rankings([alike], chat, 60)
     assert encoded.start == len(chat.prompt(alike.messages))
-    batch = collate([encoded])
+    batch = collate([encoded], CPU)
     texts = [batch.tokens[0, a:b].tolist() for a, b in zip(batch.begins, batch.ends, strict=True)]
     assert texts == [row[encoded.start :] for row in encoded.rows]
 
@@ -244,7 +244,7 @@ def test_a_response_that_was_cut_has_no_end_in_its_row():
 
 def test_equal_texts_make_no_pair_and_the_others_keep_their_weight():
     twins = replace(ranked([0, 1, 2]), responses=["yes", "no", "yes"])
-    batch = collate([EncodedSet([twins], [[1], [2], [1]])])
+    batch = collate([EncodedSet([twins], [[1], [2], [1]])], CPU)
     assert list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True)) == [(0, 1), (1, 2)]
     assert batch.weight.tolist() == pytest.approx([1 / 3, 1 / 3])
 

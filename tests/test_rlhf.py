@@ -131,7 +131,9 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
         messages[:3], messages[:1],
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "1 replies to nothing" in printed and "1 prompts left out: too long" in printed
+    assert (
+        "1 conversations that are replies to nothing" in printed and "1 prompts left out: too long" in printed
+    )
     data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
     with pytest.raises(SystemExit):
         rlhf.main(["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")])
