@@ -1,9 +1,7 @@
 """What the tests of whole runs share: reading a run, comparing two, ending one, and its bytes."""
 
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -138,16 +136,6 @@ def killed_at_update(number: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Optimizers, "step", step_or_die)
         yield
-
-
-def wait_for_step(process: subprocess.Popen, out: Path, step: int) -> None:
-    """Returns once the run of a process has done so many steps."""
-    for _ in range(2400):
-        if (out / "metrics.jsonl").exists() and any(e["step"] >= step for e in metrics_of(out)):
-            return
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.05)
-    raise AssertionError(f"no step {step} within two minutes")
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

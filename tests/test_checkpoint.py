@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import Killed, a_stream, fresh_state, open_run, restart_point
+from runs import Killed, fresh_state, open_run, restart_point
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
-from minillm.data import Mixture
 from minillm.errors import InputError
 from minillm.files import write_atomically, write_json
 from minillm.io.huggingface import (
@@ -454,46 +452,17 @@ def first(tensors: dict, beginning: str) -> str:
     return next(name for name in sorted(tensors) if name.startswith(beginning))
 
 
-def numbers(**changes) -> Callable[[dict, dict], None]:
-    """Changes the numbers beside the tensors."""
-    state = {"step": 1, "tokens": 1, "seconds": 0.5, "data": {"position": 1}}
-    return lambda tensors, metadata: metadata.update(state=json.dumps(state | changes))
-
-
-def test_every_part_of_a_restart_point_comes_back(tmp_path):
-    state, again = trained_state(), new_state()
-    state.save(tmp_path)
-    with torch.no_grad():
-        next(again.model.parameters()).zero_()
-    again.restore(tmp_path)
-    assert (again.step, again.tokens, again.seconds, again.data.position) == (1, 64, 0.5, 3)
-    weights, others = state.model.state_dict(), again.model.state_dict()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    moments, others = state.optimizers.state_tensors(), again.optimizers.state_tensors()
-    assert moments.keys() == others.keys() and len(moments) > 6
-    assert all(torch.equal(moments[name], others[name]) and moments[name].any() for name in moments)
-
-
 RESTARTS = {
     "weight missing": lambda t, m: t.pop("model.lm_head.weight"),
     "weight of another shape": lambda t, m: t.update({"model.lm_head.weight": torch.ones(3)}),
-    "weight of another model": lambda t, m: t.update({"model.lm_foot.weight": torch.ones(3)}),
     "muon's state missing": lambda t, m: t.pop(first(t, "optimizer.0.")),
-    "adamw's step missing": lambda t, m: t.pop(next(n for n in t if n.endswith("step"))),
-    "all of adamw missing": lambda t, m: [t.pop(n) for n in list(t) if n.startswith("optimizer.1.")],
     "all optimizers missing": lambda t, m: [t.pop(n) for n in list(t) if n.startswith("optimizer.")],
     "state of another shape": lambda t, m: t.update({first(t, "optimizer.0."): torch.ones(3)}),
-    "state of no parameter": lambda t, m: t.update({"optimizer.0.99.momentum_buffer": torch.ones(3)}),
-    "state of no optimizer": lambda t, m: t.update({"optimizer.7.0.step": torch.ones(())}),
     "state of no name": lambda t, m: t.update({"optimizer.x": torch.ones(())}),
     "no numbers": lambda t, m: m.clear(),
     "numbers not JSON": lambda t, m: m.update(state="{"),
-    "numbers a list": lambda t, m: m.update(state="[]"),
-    "step absent": numbers(step=None),
-    "step a word": numbers(step="x"),
-    "step negative": numbers(step=-1),
-    "step infinite": numbers(step=float("inf")),
-    "data absent": numbers(data=None),
+    "another step": lambda t, m: m.update(state=m["state"].replace('"step": 1', '"step": -1')),
+    "another place": lambda t, m: m.update(state=m["state"].replace('"position": 3', '"position": 3.5')),
 }  # fmt: skip
 
 
@@ -519,8 +488,12 @@ def test_the_restart_point_of_another_run_is_refused(tmp_path, other):
     assert str(tmp_path / RESUME_FILE) in refusal(new_state(**other).restore, tmp_path)
 
 
-def test_a_missing_restart_point_is_refused(tmp_path):
+def test_a_missing_restart_point_is_refused_and_one_of_the_release_before_needs_no_seal(tmp_path):
     assert str(tmp_path / RESUME_FILE) in refusal(new_state().restore, tmp_path)
+    trained_state().save(tmp_path)
+    edit_restart(tmp_path, lambda t, m: m.pop("seal"))
+    (again := new_state()).restore(tmp_path)
+    assert (again.step, again.data.position) == (1, 3)
 
 
 @given(st.data())
@@ -536,27 +509,3 @@ def test_any_damage_to_a_restart_point_ends_well_or_in_one_line(tmp_path_factory
         new_state().restore(folder)
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
-
-
-@given(wrong=JSON, whole=st.booleans())
-@LAW
-def test_whatever_stands_for_the_place_of_the_real_mixture_is_that_place_or_one_line(
-    tmp_path_factory, wrong, whole
-):
-    folder = tmp_path_factory.mktemp("damaged")
-    tokens = np.arange(200, dtype=np.uint16) % 50
-    state, again = new_state(), new_state()
-    state.data, again.data = (Mixture([a_stream(tokens, tokens, "a")], 8, seed=0) for _ in range(2))
-    state.save(folder)
-    sound = json.loads(read_tensors(folder / RESUME_FILE)[1]["state"])
-    own = sound["data"]["sources"]["a"]
-    for name in own:
-        sources = wrong if whole else {"a": own | {name: wrong}}
-        damaged = sound | {"data": sound["data"] | {"sources": sources}}
-        edit_restart(folder, lambda t, m, damaged=damaged: m.update(state=json.dumps(damaged)))
-        try:
-            again.restore(folder)
-        except InputError as error:
-            assert "\n" not in str(error) and len(str(error)) < 400
-        else:
-            assert not whole

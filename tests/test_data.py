@@ -131,15 +131,6 @@ def test_about_the_fraction_asked_for_goes_to_validation():
     assert abs(sides["val"] / 20_000 - 0.1) < 4 * (0.1 * 0.9 / 20_000) ** 0.5
 
 
-def test_tinyshakespeare_is_split_as_everybody_splits_it(shared_data):
-    file = shared_data / "text" / "tinyshakespeare.txt"
-    text = file.read_text()
-    (source,) = open_sources([str(file)])
-    parts = list(split_documents(source.documents(), 0.1))
-    cut = int(len(text) * 0.9)
-    assert parts == [("train", text[:cut]), ("val", text[cut:])]
-
-
 # ---- Tokens on disk
 
 
@@ -305,13 +296,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_the_tokens_do_not_depend_on_the_number_of_processes(tmp_path):
-    texts = [text * 1500 for text in DOCUMENTS]  # a few megabytes, or one process does it all
-    alone = tokenize(a_source(texts), BYTES, tmp_path / "1")
-    shared = tokenize(a_source(texts), BYTES, tmp_path / "2", workers=2)
-    assert np.array_equal(shared.train, alone.train) and np.array_equal(shared.val, alone.val)
-
-
 # ---- Rows
 
 
@@ -342,11 +326,6 @@ def test_each_epoch_has_a_phase_and_an_order_of_its_own():
     assert len({phase for phase, _ in epochs}) > 1
     assert len({tuple(order) for _, order in epochs}) == 4
     assert all(order != sorted(order) for _, order in epochs)
-
-
-def test_sources_of_one_length_are_not_shuffled_alike():
-    a, b = Mixture([a_stream(1000, "a"), a_stream(1000, "b")], 8, 0).streams
-    assert a.order[:20].tolist() != b.order[:20].tolist()
 
 
 def test_over_the_epochs_every_token_is_seen():

@@ -394,27 +394,25 @@ def test_a_shape_that_cannot_be_computed_is_refused_by_name(wrong, named):
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-GIVEN = {
-    "hidden_size": st.integers(1, 2000), "num_attention_heads": st.sampled_from([4, 8]),
-    "num_key_value_heads": st.sampled_from([1, 2, 4]), "head_dim": st.sampled_from([2, 64]),
-    "intermediate_size": st.integers(1, 99), "tie_word_embeddings": st.booleans(),
-    "qk_norm": st.booleans(), "rope_theta": st.sampled_from([1e4, 1e6]), "causal": st.none(),
-}  # fmt: skip
-
-
-@given(st.integers(1, 40), st.fixed_dictionaries({}, optional=GIVEN))
-@LAW
-def test_the_shape_follows_from_depth_by_the_written_rules_but_for_what_is_given(depth, given):
-    if "num_key_value_heads" in given:
-        given.setdefault("num_attention_heads", 4)
-    config = config_of_depth(depth, 300, 128, **given)
-    width = given.get("hidden_size", 32 * depth)
-    head = given.get("head_dim", 32 if width <= 256 else 64 if width <= 1024 else 128)
-    heads = given.get("num_attention_heads", max(1, width // head))
-    inside = given.get("intermediate_size", 64 * -(-width // 24))  # 8/3 of the width, up to a multiple of 64
-    kv_heads = given.get("num_key_value_heads", heads)
-    others = {name: given[name] for name in ("tie_word_embeddings", "qk_norm", "rope_theta") if name in given}
-    assert config == ModelConfig(300, width, inside, depth, heads, kv_heads, head, 128, **others)
+@pytest.mark.parametrize(
+    ("depth", "given", "width", "inside", "heads", "kv_heads", "head"),
+    [
+        (1, {}, 32, 128, 1, 1, 32),
+        (8, {}, 256, 704, 8, 8, 32),
+        (9, {}, 288, 768, 4, 4, 64),
+        (32, {"qk_norm": None}, 1024, 2752, 16, 16, 64),
+        (33, {}, 1056, 2816, 8, 8, 128),
+        (4, {"hidden_size": 20, "qk_norm": False}, 20, 64, 1, 1, 32),
+        (4, {"num_attention_heads": 8, "head_dim": 6}, 128, 384, 8, 8, 6),
+        (4, {"num_key_value_heads": 2, "intermediate_size": 9, "rope_theta": 1e6}, 128, 9, 4, 2, 32),
+    ],
+)
+def test_the_shape_follows_from_depth_but_for_what_is_given(
+    depth, given, width, inside, heads, kv_heads, head
+):
+    others = {name: given[name] for name in ("qk_norm", "rope_theta") if given.get(name) is not None}
+    expected = ModelConfig(300, width, inside, depth, heads, kv_heads, head, 128, **others)
+    assert config_of_depth(depth, 300, 128, **given) == expected
 
 
 @given(configs(), SEEDS)

@@ -27,9 +27,9 @@ from minillm.data import (
     validation_batches,
 )
 from minillm.errors import InputError
-from minillm.io.conversations import ConversationSource, world_conversations
+from minillm.io.conversations import ConversationSource
 from minillm.model import LanguageModel, ModelConfig
-from minillm.world import World, assistant, user
+from minillm.world import assistant, user
 
 ROLES = {"system": 1, "user": 2, "assistant": 3}
 END = 4
@@ -120,17 +120,6 @@ def test_an_epoch_holds_every_conversation_once_whole_with_the_assistants_tokens
         documents = [document for document in segments(batch) if document != PADDING]
         assert same(documents, [alone(talk) for talk in talks])
         stream.seek(stream.epoch + 1, 0)
-
-
-def test_a_row_by_hand():
-    talks = [[user("a"), assistant("bc")], [user("d"), assistant("e")]]
-    mixture = Mixture([encoded(talks, 14)], 14, 0)
-    row = mixture.next_rows(1)
-    # The last end of a conversation is a target only. The longer one is placed first.
-    assert row.tokens.tolist() == [[2, 10, 4, 3, 11, 12, 2, 13, 4, 3, 14, 0, 0, 0]]
-    x = IGNORED
-    assert row.targets.tolist() == [[x, x, x, 11, 12, 4, x, x, x, 14, 4, x, x, x]]
-    assert row.start.tolist() == [[0, 0, 0, 0, 0, 0, 6, 6, 6, 6, 6, 11, 12, 13]]
 
 
 CONFIG = ModelConfig(
@@ -464,18 +453,3 @@ def test_validation_of_conversations_keeps_to_its_budget_by_weight():
     a, b = (encoded(some_talks(200), 40, name, weight) for name, weight in (("a", 3.0), ("b", 1.0)))
     sources = [replace(source, val=source.train) for source in (a, b)]
     assert [len(batch.tokens) for batch in validation_batches(sources, 40, 480)] == [9, 3]
-
-
-def test_the_little_world_is_packed_nearly_without_waste():
-    def in_bytes(messages: list) -> Dialogue:
-        tokens, owed = [], []
-        for message in messages:
-            said = [ROLES[message["role"]], *message["content"].encode(), END]
-            tokens += said
-            owed += [False] + [message["role"] == "assistant"] * (len(said) - 1)
-        return Dialogue(tokens, owed)
-
-    source = encode_source(world_conversations(World(0), "train", 600), in_bytes, 1024)
-    assert not source.skipped
-    (stream,) = Mixture([source], 1024, 0).streams
-    assert positions(source.train).sum() > 0.97 * 1024 * len(stream.order)

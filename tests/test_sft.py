@@ -2,10 +2,7 @@
 
 import json
 import re
-import signal
 import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +18,11 @@ from runs import (
     metrics_of,
     missing_words,
     refusal,
-    wait_for_step,
 )
 
 import sft
 import train
 from minillm.chat import ChatTemplate
-from minillm.io.conversations import open_conversations
 from minillm.io.huggingface import load_model
 from minillm.tokenizer import Tokenizer
 
@@ -145,21 +140,6 @@ def test_without_a_conversation_to_validate_on_all_are_trained_on(base, chats, t
     assert "already finished" in capfd.readouterr().out
 
 
-def test_only_what_the_assistant_says_is_learned(base, chats, tmp_path):
-    """Other words of the user's, of the same number of tokens, must not change a single target."""
-    _, tokenizer = load_model(base, torch.device("cpu"), torch.float32)
-    template = ChatTemplate(sft.with_chat_template(tokenizer))
-    sources = [sft.encode_source(s, template.encode, 64, 0.1) for s in open_conversations([str(chats)])]
-    said = []
-    for batch in sft.validation_batches([replace(s, val=s.train) for s in sources], 64, 10**6):
-        said += [tokenizer.decode(row[row != -100]) for row in batch.targets]
-    for text in said:
-        assert "How many" not in text and "Sure?" not in text
-        assert all(
-            reply in ("Yes.", *(f"{n} cats." for n in range(7))) for reply in text.split("<|end|>")[:-1]
-        )
-
-
 def test_the_saved_folder_opens_in_transformers_with_the_same_chat_format_and_end(reference, tmp_path):
     tokenizer = Tokenizer.load(reference)
     theirs = transformers.AutoTokenizer.from_pretrained(reference)
@@ -178,22 +158,6 @@ def test_a_share_of_the_rows_is_raw_text_where_some_is_given(base, chats, text, 
     sft.main(arguments(base, chats, out, "--text", str(text), "--text-share", "0.5", "--steps", "40"))
     shares = {source["name"]: source["realised"] for source in metrics_of(out)[-1]["sources"]}
     assert set(shares) == {"chats.jsonl", "tale.txt"} and 0.3 < shares["tale.txt"] < 0.7
-
-
-def test_an_imported_chat_template_is_kept(base, chats, tmp_path):
-    given, out = tmp_path / "given", tmp_path / "sft"
-    given.mkdir()
-    for name, content in folder_bytes(base).items():
-        if "/" not in name:
-            (given / name).write_bytes(content)
-    own = (
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    config = json.loads((given / "tokenizer_config.json").read_text())
-    (given / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own}))
-    sft.main(arguments(given, chats, out, "--steps", "1"))
-    assert Tokenizer.load(out).config["chat_template"] == own
 
 
 def test_on_the_little_world_the_rubric_judges_before_and_after(base, tmp_path):
@@ -217,22 +181,6 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
     assert max(e["step"] for e in metrics_of(killed)) == 5
     sft.main(["--out", str(killed), "--resume", "--cache", str(tmp_path / "cache")])
     assert_same_run(whole, killed)
-
-
-def test_a_killed_process_goes_on_with_resume_alone(base, chats, tmp_path):
-    long = ("--steps", "200", "--val-every", "100", "--save-every", "7")
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    sft.main(arguments(base, chats, whole, *long))
-    process = subprocess.Popen(
-        [sys.executable, "sft.py", *arguments(base, chats, stopped, *long)], cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_for_step(process, stopped, 20)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert metrics_of(stopped)[-1]["step"] < 200
-    sft.main(["--out", str(stopped), "--resume", "--cache", str(tmp_path / "cache")])
-    assert_same_run(whole, stopped)
 
 
 def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference):

@@ -110,23 +110,6 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
     assert_same_run(whole, killed)
 
 
-def test_a_run_killed_before_its_first_restart_point_starts_again(text, tmp_path, reference):
-    out = tmp_path / "base"
-    with killed_at_update(1):
-        run_in_process(text, out)
-    assert not (out / "resume").exists()
-    resume(out)
-    assert_same_run(reference, out)
-
-
-def test_resuming_a_finished_run_changes_no_weight(text, tmp_path):
-    out = tmp_path / "base"
-    run_in_process(text, out)
-    before = (out / "model.safetensors").read_bytes(), losses_of(metrics_of(out))
-    resume(out)
-    assert before == ((out / "model.safetensors").read_bytes(), losses_of(metrics_of(out)))
-
-
 def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference):
     out = tmp_path / "base"
     done = subprocess.run(
