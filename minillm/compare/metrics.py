@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from minillm.compare.probes import Row, choices, held_out_text, response_logprobs, token_values
+from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values
 from minillm.data import Source
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.run import read_metrics
-from minillm.tools.evaluate import Reply, text_loss
+from minillm.tools.evaluate import Reply, Row, text_loss
 from minillm.tools.judge import PairJudge, blind
 from minillm.tools.measures import (
     Estimate,

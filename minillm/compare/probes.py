@@ -18,30 +18,18 @@ from math import ceil
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from jaxtyping import Float64
 
 from minillm.data import Source, split_documents
 from minillm.model import LanguageModel
 from minillm.preferences import ChatModel, ResponseSet
+from minillm.tools.evaluate import Row, hidden_before
 from minillm.world import World
 from minillm.world.facts import state
 from minillm.world.rubric import Prompt
 
 ROWS = 64  # scored together
 CANDIDATES = 8  # answers to choose from, of which chance picks the right one in 1/8
-
-Row = tuple[Sequence[int], Sequence[int]]
-"""The tokens of a context, at least one, and those said after it."""
-
-
-def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
-    """The hidden states that predict the tokens said, row after row."""
-    inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
-    hidden = model.model(pad_sequence(inputs, batch_first=True).to(model.lm_head.weight.device))
-    parts = [own[len(context) - 1 :][: len(said)] for own, (context, said) in zip(hidden, rows, strict=True)]
-    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
@@ -39,6 +41,8 @@ from minillm.tools.render import columns
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
+Row = tuple[Sequence[int], Sequence[int]]
+"""The tokens of a context, at least one, and those said after it."""
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
 
 
@@ -88,6 +92,14 @@ def sample_replies(
     tokens = [tuple(row[start:]) for row, start in zip(said.rows, said.prompt_lengths, strict=True)]
     scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, said.texts, strict=True)]
     return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
+
+
+def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
+    """The hidden states that predict the tokens said, row after row."""
+    inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
+    hidden = model.model(pad_sequence(inputs, batch_first=True).to(model.lm_head.weight.device))
+    parts = [own[len(context) - 1 :][: len(said)] for own, (context, said) in zip(hidden, rows, strict=True)]
+    return torch.cat(parts)
 
 
 def prompts_of_each_kind(world: World, split: str, count: int) -> list[Prompt]:

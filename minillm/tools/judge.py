@@ -38,6 +38,7 @@ from minillm.model import LanguageModel, ScalarModel
 from minillm.preferences import MARGIN, ResponseSet, ranking_by
 from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
+from minillm.tools.evaluate import hidden_before
 from minillm.tools.ranking import RankingSession, rank_in_terminal
 from minillm.world import World
 
@@ -179,9 +180,6 @@ class Judge:
     @torch.inference_mode()
     def margins(self, questions: Sequence[Sequence[int]]) -> Float[Tensor, " N"]:
         """log P(" A") - log P(" B") behind each question: the difference of two logits."""
-        device = self.model.lm_head.weight.device
-        lengths = torch.tensor([len(question) for question in questions], device=device)
-        rows = [torch.tensor(question) for question in questions]
-        hidden = self.model.model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))
-        logits = self.model.logits(hidden[torch.arange(len(rows), device=device), lengths - 1])
-        return (logits[:, self.letters[0]] - logits[:, self.letters[1]]).cpu()
+        hidden = hidden_before(self.model, [(question, self.letters[:1]) for question in questions])
+        a, b = self.model.logits(hidden)[:, list(self.letters)].unbind(1)
+        return (a - b).cpu()

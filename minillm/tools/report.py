@@ -35,7 +35,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from minillm.chat import ChatTemplate
-from minillm.files import write_atomically, write_json
+from minillm.files import write_json
 from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
 from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
@@ -304,7 +304,7 @@ def report_text(card: dict[str, Any]) -> str:
 def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -> None:
     """report.json and report.png."""
     write_json(folder / "report.json", card)
-    from matplotlib.figure import Figure  # a second of import that only the end of a run needs
+    from minillm.tools.plots import Figure, save  # a second of import that only the end of a run needs
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     (calibration, accuracy), (tricks, length) = figure.subplots(2, 2)
@@ -321,7 +321,7 @@ def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -
     length.scatter(*within_prompts(scored), s=4)
     labels = {what: f"{what}, less the prompt's mean" for what in ("tokens", "score")}
     length.set(xlabel=labels["tokens"], ylabel=labels["score"], title="length")
-    write_atomically(folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    save(figure, folder / "report.png")
 
 
 def _bars(axes: Any, shares: dict[str, Estimate], title: str) -> None:
