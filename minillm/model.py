@@ -58,6 +58,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False  # whether the output matrix is the embedding
     qk_norm: bool = True  # whether queries and keys are normalised per head (the Qwen3 layout)
     qkv_bias: bool = False  # whether queries, keys and values have biases (the Qwen2 layout)
+    no_rope_layers: tuple[int, ...] = ()
+    """0 for a block whose queries and keys are not turned, 1 for another (SmolLM3); empty: all are turned."""
     causal: bool = True
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
@@ -217,8 +219,10 @@ class Decoder(nn.Module):
         cos, sin = (size * angles.cos()).to(self.compute_dtype), (size * angles.sin()).to(self.compute_dtype)
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)
+        turns = self.config.no_rope_layers or [1] * len(self.layers)
         for number, block in enumerate(self.layers):
-            x = block(x, cos, sin, partial(attend, number) if attend else within)
+            turned = (cos, sin) if turns[number] else (torch.ones_like(cos), torch.zeros_like(sin))
+            x = block(x, *turned, partial(attend, number) if attend else within)
         return self.norm(x)
 
 

@@ -31,6 +31,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 FAMILIES = {
     "llama": ("Llama", {}), "qwen3": ("Qwen3", {"head_dim": 6}), "qwen2": ("Qwen2", {}),
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}), "mistral": ("Mistral", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "smollm3 by an interval": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
     "llama3": ("Llama", {"rope": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
     "linear": ("Llama", {"rope": {"rope_type": "linear", "factor": 3.0}}),
@@ -156,6 +158,8 @@ REFUSED = [
     ({"vocab_size": True}, "vocab_size"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     ({"minillm_causal": "no"}, "minillm_causal"),
+    ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    *(({"model_type": "smollm3", "no_rope_layers": wrong}, "no_rope_layers") for wrong in ([1], [1, 2], 5)),
 ]
 
 
@@ -193,19 +197,23 @@ def test_any_value_in_any_field_of_config_json_is_a_shape_or_one_line(tmp_path_f
 def test_what_transformers_leaves_to_its_defaults_is_the_same_here(tmp_path):
     from transformers import AutoConfig
 
-    for family in ("Llama", "Qwen2", "Qwen3"):
+    for family in ("Llama", "Qwen2", "Qwen3", "SmolLM3"):
         save_model(tmp_path, LanguageModel(replace(CONFIG, qk_norm=family == "Qwen3")), TOKENIZER)
         path = edit(
             tmp_path, model_type=family.lower(), hidden_size=128, num_attention_heads=32, hidden_act="swish"
         )
         raw = json.loads(path.read_text())
-        for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
+                     "rope_parameters"):  # fmt: skip
             raw.pop(name)
         path.write_text(json.dumps(raw))
         config, expected = config_from_json(path), AutoConfig.from_pretrained(tmp_path)
         assert config.num_key_value_heads == expected.num_key_value_heads
         assert config.head_dim == (getattr(expected, "head_dim", None) or 128 // 32)
         assert config.rms_norm_eps == expected.rms_norm_eps
+        assert config.tie_word_embeddings == expected.tie_word_embeddings
+        assert config.rope_theta == expected.rope_parameters["rope_theta"]
+        assert config.no_rope_layers == tuple(getattr(expected, "no_rope_layers", ()))
 
 
 def test_bfloat16_stays_so_on_disk(tmp_path):

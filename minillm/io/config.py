@@ -19,7 +19,7 @@ from minillm.tokenizer import Tokenizer
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
+    "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
 }  # fmt: skip
 SAME_NAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -28,6 +28,7 @@ SAME_NAME = (
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {"num_key_value_heads": 32}, "mistral": {"num_key_value_heads": 8},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
 }  # fmt: skip
 ONLY = {
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
@@ -39,6 +40,7 @@ READ = {
     *SAME_NAME, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "is_causal", "minillm_causal",
     "original_max_position_embeddings", "sliding_window", "layer_types",
 }  # fmt: skip
+OF_FAMILY = {"smollm3": ("no_rope_layers", "no_rope_layer_interval")}
 HARMLESS = {*tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["harmless"]}
 """What changes nothing of what is computed."""
 ROPES = {
@@ -56,6 +58,7 @@ ROPE_FIELDS = {
 def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What config.json says of a model, in the words of old and new readers alike."""
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    family = "smollm3" if config.no_rope_layers else family
     rope = _rope_to_json(config)
     stops = list(chat_format(tokenizer).stop_ids)
     qwen = {"use_sliding_window": False, "max_window_layers": config.num_hidden_layers}
@@ -71,6 +74,8 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "sliding_window": None,
         **({"attention_bias": False} if family != "qwen2" else {}),
         **(qwen if family != "llama" else {"mlp_bias": False}),
+        # Where nothing is said of padding, transformers' SmolLM3 has that of its own vocabulary.
+        **({"no_rope_layers": turns, "pad_token_id": None} if (turns := list(config.no_rope_layers)) else {}),
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
@@ -106,7 +111,9 @@ def config_from_json(path: Path) -> ModelConfig:
     }
     kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
     shape = {name: number(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
-    shape |= _rope_from_json(raw, path)
+    shape |= _rope_from_json(raw, path, DEFAULTS[family].get("rope_theta", 10_000.0))
+    if family == "smollm3":
+        shape["no_rope_layers"] = _no_rope_from_json(raw, shape["num_hidden_layers"], path)
     causal = all(number(raw, name, bool, path, True) for name in ("is_causal", "minillm_causal"))
     try:
         return ModelConfig(**shape, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", causal=causal)
@@ -116,7 +123,7 @@ def config_from_json(path: Path) -> ModelConfig:
 
 def _refuse_unknown(raw: dict[str, Any], family: str, path: Path) -> None:
     for name, value in raw.items():
-        if value is None or name in READ or name in HARMLESS:
+        if value is None or name in READ or name in HARMLESS or name in OF_FAMILY.get(family, ()):
             continue
         if name not in ONLY or value not in ONLY[name]:
             raise InputError(f"{path}: {name} is {value!r:.60}, which this model does not compute")
@@ -133,7 +140,17 @@ def _refuse_unknown(raw: dict[str, Any], family: str, path: Path) -> None:
         raise InputError(f"{path}: sliding_window is {window!r:.60}, which this model does not compute")
 
 
-def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+def _no_rope_from_json(raw: dict[str, Any], count: int, path: Path) -> tuple[int, ...]:
+    """Whether each layer turns queries and keys, 1 or 0."""
+    interval = number(raw, "no_rope_layer_interval", int, path, 4)
+    usual = [int((i + 1) % max(1, interval) > 0) for i in range(min(count, 1000))]
+    turns = number(raw, "no_rope_layers", list, path, usual)[: max(0, count)]
+    if len(turns) != count or not all(type(turn) is int and turn in (0, 1) for turn in turns):
+        raise InputError(f"{path}: no_rope_layers is {turns!r:.60}; give 0 or 1 for each of {count} layers")
+    return tuple(turns)
+
+
+def _rope_from_json(raw: dict[str, Any], path: Path, theta: float) -> dict[str, Any]:
     """Rotary settings, from the fields of old and new versions of transformers, which must not disagree."""
     rope: dict[str, Any] = {}
     spellings = [number(raw, name, dict, path, {}) for name in ("rope_parameters", "rope_scaling")]
@@ -165,7 +182,7 @@ def _rope_from_json(raw: dict[str, Any], path: Path) -> dict[str, Any]:
                    for name in ROPES[kind])  # fmt: skip
     if any(abs(value) >= 2**53 for value in values):
         raise InputError(f"{path}: a number of its rotary positions is out of range; restore the file")
-    found = {"rope_theta": number(rope, "rope_theta", float, path, 10_000.0)}
+    found = {"rope_theta": number(rope, "rope_theta", float, path, theta)}
     return found if kind == "default" else {**found, f"rope_{kind}": values if len(values) > 1 else values[0]}
 
 

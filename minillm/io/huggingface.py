@@ -1,7 +1,7 @@
 """Hugging Face's layout on disk: config.json, model.safetensors, and the tokenizer beside them.
 
-Models of the Llama, Qwen2, Qwen3 and Mistral layouts made by others open here, sharded or not; those written
-here open in transformers with the same logits. What this model cannot compute is refused by name
+Models of the Llama, Qwen2, Qwen3, Mistral and SmolLM3 layouts made by others open here, sharded or not; those
+written here open in transformers with the same logits. What this model cannot compute is refused by name
 (config.py): sliding windows, mixtures of experts, quantised weights.
 
 A scalar model is a sequence classifier with one label there. Its classes have no bias, so that the one
