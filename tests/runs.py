@@ -123,19 +123,19 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_at_update(number: int) -> Iterator[None]:
-    """Lets a script die in the middle of its `number`-th update."""
+def killed_at_update(number: int) -> Iterator[list[tuple[float, float]]]:
+    """Lets a script die in the middle of its `number`-th update; the rate and the clip of each."""
     step, calls = Optimizers.step, []
 
-    def step_or_die(*arguments):
-        calls.append(1)
+    def step_or_die(self, rate, clip):
+        calls.append((rate, clip))
         if len(calls) == number:
             raise Killed
-        return step(*arguments)
+        return step(self, rate, clip)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Optimizers, "step", step_or_die)
-        yield
+        yield calls
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

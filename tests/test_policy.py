@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import a_stream, tiny_model
+from runs import a_stream, killed_at_update, tiny_model
 from torch import Tensor
 
 from minillm import ppo
@@ -612,6 +612,13 @@ def test_the_loss_is_the_policys_and_the_weighted_critics():
     expected = value_losses(values, old, returns, 0.01).mean().item()
     assert figures["value_loss"] == pytest.approx(expected, rel=1e-3)
     assert figures["loss"] == pytest.approx(figures["policy_loss"] + 0.7 * figures["value_loss"], rel=1e-4)
+
+
+def test_an_update_is_at_the_rate_and_the_clip_asked_for():
+    learner = Learner(clip=0.3)
+    with killed_at_update(1) as updates:
+        learner.aligner.update(learner.rollout, learner.minibatches[0], 0.25)
+    assert updates == [(0.25, 0.3)]
 
 
 def test_the_critic_can_learn_alone():

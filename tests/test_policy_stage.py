@@ -11,6 +11,7 @@ import torch
 from runs import (
     ROOT,
     TORCHRUN,
+    Killed,
     assert_same_run,
     folder_bytes,
     killed_at_update,
@@ -27,6 +28,7 @@ from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
+from minillm.optim import lr_schedule
 from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
@@ -84,7 +86,7 @@ def everything(places: dict[str, str], algorithm: str) -> list[str]:
     if algorithm == "dpo":
         return []
     raw = str(Path(places["--data"]).parent / "raw.txt")
-    moving = "--ptx 0.5 --ema-decay 0.8 --adaptive-kl-target 0.01 --group-size 4 --temperature 0.9"
+    moving = "--ptx 0.5 --ema-decay 0.8 --adaptive-kl-target 0.01 --group-size 4 --temperature 0.9 --warmup 3"
     return [*moving.split(), "--text", raw]
 
 
@@ -111,6 +113,7 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
         "generation_config.json", "run.json", "metrics.jsonl", "loss.png", "curves.png", "resume",
     }  # fmt: skip
     assert {"score", "kl", "length", "unended", "entropy"} <= vals[0].keys()
+    assert vals[-1]["step"] == final["step"], "also where the last step is no tenth"
     assert vals[0]["step"] == 0 and vals[0]["kl"] == pytest.approx(0, abs=1e-6)
     if algorithm != "dpo":
         trained = [event for event in events if event["event"] == "train"]
@@ -118,6 +121,34 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
         assert all(event["ratio_min"] <= 1 <= event["ratio_max"] for event in trained[1:])
         assert final["tokens"] == sum(round(16 * event["length"]) for event in trained)
     load_model(out, torch.device("cpu"), torch.float32)
+
+
+def test_rates_follow_their_schedule_update_by_update_and_only_a_critic_begins_alone(reference):
+    algorithm, out = reference
+    trained = [event for event in metrics_of(out) if event["event"] == "train"]
+    each, warmup = (1, 0) if algorithm == "dpo" else (4, 3)
+    for event in trained:
+        first = (event["step"] - 1) * each
+        updates = range(first, first + int(event.get("updates", 1)))
+        rates = [lr_schedule(update, each * len(trained), warmup, 1.0) for update in updates]
+        assert event["rate"] == pytest.approx(sum(rates) / len(rates))
+    if algorithm != "dpo":
+        moved = [event["step"] for event in trained if "policy_loss" in event]
+        assert moved == list(range(1 + (algorithm == "ppo"), 6)), "--critic-warmup 1"
+
+
+def test_another_seed_deals_the_prompts_in_another_order(places, tmp_path, monkeypatch):
+    asked = []
+
+    def noted(self, prompts, step):
+        asked.append([prompt.messages for prompt in prompts])
+        raise Killed
+
+    monkeypatch.setattr(rlhf.Aligner, "rollout", noted)
+    for seed in ("0", "1"):
+        with pytest.raises(Killed):
+            rlhf.main(arguments(places, tmp_path / seed, "--seed", seed))
+    assert [len(prompts) for prompts in asked] == [16, 16] and asked[0] != asked[1]
 
 
 def test_the_page_on_the_stages_explains_figures_that_a_run_has(reference):

@@ -83,6 +83,7 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference, ran
     assert final["step"] == -(-(48 - report["prompts"]) // 4), "every set once, whoever ranked it"
     assert final["accuracy"] == report["accuracy"]["value"]
     val = [event for event in events if event["event"] == "val"][-1]
+    assert val["step"] == final["step"], "also where the last step is no tenth"
     assert val["accuracy"] == pytest.approx(final["accuracy"]), "validation is on the held-out rankings too"
     texts = read_rankings(ranked)
     assert report["annotators"]["value"] == 1 and report["prompts"] <= held_out < len(texts)
@@ -149,9 +150,10 @@ def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
 
     for name in ("build_optimizers", "scores_of"):
         monkeypatch.setattr(rlhf, name, noted(getattr(rlhf, name)))
-    rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1".split()
-    with killed_at_update(1):
+    rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1 --decay 0 --clip 0.3".split()
+    with killed_at_update(2) as updates:
         rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates))
+    assert updates == [(1 / 3, 0.3), (2 / 3, 0.3)], "the schedule's rates after --warmup 2, and --clip"
     assert seen == [((LearningRates(1e-3, 2e-3, 1e-4, 0.1), "adamw"), {}), ((), {"means": True})]
 
 
