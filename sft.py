@@ -35,9 +35,7 @@ from minillm.data import (
     RowSource,
     Source,
     TokenizedSource,
-    check_names,
     encode_source,
-    source_line,
     tokenize,
     validation_batches,
 )
@@ -93,6 +91,8 @@ class Options(DataOptions):
 
 def train(options: Options, runtime: Runtime) -> None:
     """One run, from the conversations to the finished folder."""
+    from minillm.tools.sources import conversation_lines
+
     run = Run("sft", options, runtime)
     chats, texts = open_data(options)
     model, tokenizer = load_causal_model(
@@ -102,7 +102,7 @@ def train(options: Options, runtime: Runtime) -> None:
     rows, encode = runtime.rows_of_step(options.batch_tokens, block_size), ChatTemplate(tokenizer).encode
     conversations = [encode_source(chat, encode, block_size, options.val_fraction) for chat in chats]
     if runtime.is_main:
-        print(*conversations, sep="\n")
+        print(*map(conversation_lines, conversations), sep="\n")
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     cache, workers = Path(options.cache), options.workers
@@ -142,6 +142,7 @@ def train(options: Options, runtime: Runtime) -> None:
 def open_data(options: Options) -> tuple[list[Any], list[Source]]:
     """The conversations to learn from, and the raw text to mix in: the files given, or the little world's."""
     from minillm.io.conversations import open_conversations, world_conversations
+    from minillm.io.files import check_names
     from minillm.io.text import text_sources
     from minillm.world import World
 
@@ -187,6 +188,7 @@ def finish(
     """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
     from minillm.tools.evaluate import metrics_table, world_metrics
     from minillm.tools.plots import plot_loss
+    from minillm.tools.sources import tell_shares
     from minillm.world import World
 
     metrics = {}
@@ -196,9 +198,7 @@ def finish(
         models = {options.init: before, str(run.folder): (model, tokenizer)}
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)
         run.say(metrics_table(metrics))
-    sources = mixture.report()
-    for source in sources:
-        run.say(source_line(source))
+    sources = tell_shares(run.say, mixture)
     plot_loss(run.folder, "loss", "nats per target")
     run.finish(sources=sources, val_loss=val_loss, val_perplexity=perplexity, metrics=metrics)
 

@@ -30,7 +30,6 @@ from minillm.data import (
     TokenizedSource,
     document_marks,
     mask_tokens,
-    source_line,
     text_sample,
     tokenize,
     validation_batches,
@@ -39,7 +38,7 @@ from minillm.errors import InputError, one_line_errors
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
-from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize, parameter_count
+from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import (
     LearningRates,
     backward,
@@ -231,7 +230,7 @@ def start_model(
     tokenizer = Tokenizer.train(sample, options.vocab_size or 512 * depth)
     shape = {name: getattr(options, flag) for flag, name in SHAPE.items()}
     config = config_of_depth(depth, tokenizer.vocab_size, options.block_size, **shape)
-    check_memory(parameter_count(config))
+    check_memory(config)
     model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
     initialize(model, torch.Generator().manual_seed(options.seed))
     return model.to(runtime.device), tokenizer
@@ -256,15 +255,18 @@ def beginning(
     options: Options,
 ) -> str:
     """What is trained on what, in lines to read."""
+    from minillm.tools.sources import text_line
+
     size, vocabulary = sum(p.numel() for p in model.parameters()), f"{tokenizer.vocab_size:,} tokens"
     if options.vocab_size and tokenizer.vocab_size < options.vocab_size:
         vocabulary += f" (no more of the {options.vocab_size:,} asked for are in the text)"
     lines = [
         f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
         f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens",
-        *map(str, streams),
+        *map(text_line, streams),
+        *(f"validation: {text_line(stream)}" for stream in val_streams),
     ]
-    return "\n".join([*lines, *(f"validation: {stream}" for stream in val_streams)])
+    return "\n".join(lines)
 
 
 # After the loop
@@ -273,10 +275,9 @@ def beginning(
 def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
     """The plot, samples of the model that was kept, and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
+    from minillm.tools.sources import tell_shares
 
-    sources = mixture.report()
-    for source in sources:
-        run.say(source_line(source))
+    sources = tell_shares(run.say, mixture)
     if best < run.metric("val", "nats_per_byte"):
         run.say(f"validation rose after its lowest, {best:.4f} nats/byte: the model of that step is kept")
     plot_loss(run.folder, "nats_per_byte", "nats per byte")

@@ -21,8 +21,8 @@ from minillm.files import read_json
 from minillm.io.huggingface import load_model, load_scalar_model
 from minillm.preferences import MARGIN
 from minillm.reward import encode_response, score_rows
-from minillm.run import read_metrics
 from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies
+from minillm.tools.folder import read_metrics
 from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")

@@ -227,16 +227,6 @@ class TokenizedSource:
             rows.append(Row(tokens, targets, tokens == self.bos_id))
         return rows
 
-    def __str__(self) -> str:
-        """What it holds on both sides, and what was left out of it, as a line to read."""
-        sides = [
-            f"{name} {n['bytes']:,} bytes, {n['tokens']:,} tokens, {n['documents']:,} documents"
-            for name, n in (("train", self.counts["train"]), ("held out", self.counts["val"]))
-            if n["documents"]
-        ]
-        skipped = [f"{count:,} {what}" for what, count in self.skipped.items()]
-        return f"{self.name}: {'; '.join(sides)}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
-
 
 def tokenize(
     source: Source, tokenizer: Tokenizer, folder: Path, val_fraction: float = 0.1, workers: int = 1
@@ -325,13 +315,6 @@ class EncodedSource:
         """At most so many rows of the held-out conversations, the same each time."""
         packed = best_fit(positions(self.val), np.arange(len(self.val)), block_size)[:most]
         return [pack_conversations([self.val[i] for i in chosen], block_size) for chosen in packed]
-
-    def __str__(self) -> str:
-        """What it holds on both sides, and by reason what was left out or cut, in lines to read."""
-        val = len(self.val) or "none"
-        lines = [f"{self.name}: {len(self.train):,} conversations to train on, {val} to validate on"]
-        lines += [f"  left out or cut: {count:,} {reason}" for reason, count in sorted(self.skipped.items())]
-        return "\n".join(lines + [f"  the first: {self.first_skipped}"] * bool(self.first_skipped))
 
 
 def encode_source(
@@ -632,37 +615,6 @@ class Mixture:
         self.choices = _generator(self.seed)
         # One step of the generator for each row drawn.
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
-
-    def report(self) -> list[dict[str, Any]]:
-        """For each source its share by weight and as drawn so far, the positions drawn, and epochs."""
-        own = zip(self.sources, self.shares, self.drawn, self.streams, strict=True)
-        return [
-            {
-                "name": source.name,
-                "share": float(share),
-                "realised": drawn / max(1, sum(self.drawn)),
-                "tokens": drawn * self.block_size,
-                "epochs": stream.epoch + stream.position / len(stream.order),
-                "skipped": dict(source.skipped),
-            }
-            for source, share, drawn, stream in own
-        ]
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises InputError where two sources have one name."""
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(
-                f"{count} data sources are named {name!r}: name them apart, as in other=PATH, or make one of "
-                "them by a glob in quotes, as in 'PATH/*.txt'"
-            )
-
-
-def source_line(report: Mapping[str, Any]) -> str:
-    """What a mixture reports of one source, as a line to read."""
-    line = "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**report)
-    return line + "".join(f", {count} {what} skipped" for what, count in report["skipped"].items())
 
 
 def _check_same(what: str, was: Any, now: Any) -> None:

@@ -64,6 +64,8 @@ class ModelConfig:
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
     def __post_init__(self) -> None:
+        from minillm.io.rope import check_positions
+
         for name in (field.name for field in fields(self) if field.type is int):
             if getattr(self, name) < 1:
                 raise InputError(f"model: {name} is {getattr(self, name)}; give at least 1")
@@ -76,15 +78,7 @@ class ModelConfig:
             raise InputError(f"model: head_dim is {self.head_dim}; rotary positions need an even one")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise InputError(f"model: rms_norm_eps is {self.rms_norm_eps}; give 0 or more")
-        llama3 = self.rope_llama3 or (1.0, 0.5, 1.0, 1)
-        numbers = (self.rope_theta, self.rope_linear, *llama3, *(self.rope_yarn or ()))
-        in_range = all(math.isfinite(number) and number > 0 for number in numbers)
-        if not in_range or self.rope_theta == 1 or llama3[1] >= llama3[2]:
-            given = {name: value for name, value in vars(self).items() if name.startswith("rope")}
-            raise InputError(
-                f"model: a number of its rotary positions is out of range: {given}; give numbers above 0, "
-                "the base not 1, the low frequency factor below the high one"
-            )
+        check_positions(self)
 
 
 # ---- The parts of a block
@@ -458,17 +452,6 @@ def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, *
         "head_dim": head, "max_position_embeddings": max_position_embeddings,
     }  # fmt: skip
     return ModelConfig(**shape | given)
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """How many weights a model of this shape has."""
-    width, head = config.hidden_size, config.head_dim
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    norms = 2 * width + (2 * head if config.qk_norm else 0)
-    biases = (heads - config.num_attention_heads) * head if config.qkv_bias else 0
-    block = heads * head * width + 3 * width * config.intermediate_size + norms + biases
-    ends = 1 if config.tie_word_embeddings else 2
-    return ends * config.vocab_size * width + config.num_hidden_layers * block + width
 
 
 def initialize(model: nn.Module, generator: torch.Generator) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reading, reason_of, signals, writing
+from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, signals, writing
 from minillm.files import digest, read_json, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
@@ -206,7 +206,7 @@ class Run:
     def __init__(
         self, stage: str, options: TrainingOptions, runtime: Runtime, command: str | None = None
     ) -> None:
-        from minillm.tools.folder import claim_folder
+        from minillm.tools.folder import claim_folder, read_metrics
 
         self.stage, self.options, self.runtime = stage, options, runtime
         self.command = command or f"{stage}.py"
@@ -414,30 +414,3 @@ class Run:
     def finish(self, **metrics: Any) -> None:
         """The last line of metrics.jsonl, once all that a finished run leaves is there."""
         self.log("final", seconds=self.state.seconds, tokens=self.state.tokens, **metrics)
-
-
-# ---- What it told
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a last line torn by a crash is left out.
-
-    InputError for a file that cannot be read or holds anything but events; in those of training and
-    validation every metric is a number that can be plotted.
-    """
-    path, hint, events = folder / "metrics.jsonl", "restore the file or --overwrite", []
-    with reading(path, hint):
-        lines = path.read_bytes().split(b"\n")[:-1] if os.path.lexists(path) else []
-    for number, line in enumerate(lines, start=1):
-        with reading(f"{path}: line {number}", hint):
-            match json.loads(line):
-                case {"event": "train" | "val", "step": int(), **metrics} as event if not all(
-                    isinstance(metric, float) or (isinstance(metric, int) and abs(metric) < 2**63)
-                    for metric in (event["step"], *metrics.values())
-                ):
-                    raise ValueError("one of its metrics is no number")
-                case {"event": str(), "step": int()} as event:
-                    events.append(event)
-                case _:
-                    raise ValueError("it is no event")
-    return events

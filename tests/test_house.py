@@ -37,9 +37,11 @@ SEAMS = {
     },
     "sft.py": {
         "minillm/io/conversations.py",
+        "minillm/io/files.py",
         "minillm/io/text.py",
         "minillm/tools/evaluate.py",
         "minillm/tools/plots.py",
+        "minillm/tools/sources.py",
         "minillm/tools/start.py",
         "minillm/world/__init__.py",
     },
@@ -47,6 +49,7 @@ SEAMS = {
         "minillm/io/text.py",
         "minillm/tools/device.py",
         "minillm/tools/plots.py",
+        "minillm/tools/sources.py",
         "minillm/tools/start.py",
     },
 }

@@ -17,8 +17,9 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.config import config_from_json, config_to_json
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
-from minillm.model import LanguageModel, ModelConfig, initialize, parameter_count, scalar_from_language_model
+from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import parameter_count
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.train(["a little world"], 262)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runs import HERE, fresh_state, open_run
 
 from minillm.errors import InputError
-from minillm.run import Run, Runtime, read_metrics
+from minillm.run import Run, Runtime
+from minillm.tools.folder import read_metrics
 from minillm.tools.plots import plot_loss
 from minillm.tools.trackers import Tracker
 

@@ -23,10 +23,10 @@ from minillm.model import (
     config_of_depth,
     document_ends,
     initialize,
-    parameter_count,
     scalar_from_language_model,
 )
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import parameter_count
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -29,6 +29,7 @@ from minillm.data import (
 from minillm.errors import InputError
 from minillm.io.conversations import ConversationSource
 from minillm.model import LanguageModel, ModelConfig
+from minillm.tools.sources import tell_shares
 from minillm.world import assistant, user
 
 ROLES = {"system": 1, "user": 2, "assistant": 3}
@@ -267,10 +268,10 @@ def test_resuming_anywhere_any_number_of_times_changes_nothing(counts, seed):
 def test_a_mixture_can_go_back_and_its_state_is_a_few_numbers():
     mixture = mixed()
     mixture.next_rows(7)
-    state, rows, report = mixture.state_dict(), mixture.next_rows(500), mixture.report()
+    state, rows, report = mixture.state_dict(), mixture.next_rows(500), tell_shares(str, mixture)
     assert len(json.dumps(state)) < 1000
     mixture.load_state_dict(state)
-    assert fields(mixture.next_rows(500)) == fields(rows) and mixture.report() == report
+    assert fields(mixture.next_rows(500)) == fields(rows) and tell_shares(str, mixture) == report
 
 
 @pytest.mark.parametrize(
@@ -291,13 +292,13 @@ def test_another_mixture_is_not_resumed_and_the_difference_is_named(other, named
 def test_each_source_gets_its_share_and_the_report_says_it():
     # For each source 5 standard deviations: a false alarm for fewer than 1 seed in 100,000.
     mixture, rows = mixed(), 6000
-    assert [line["epochs"] for line in mixture.report()] == [0] * 4
+    assert [line["epochs"] for line in tell_shares(str, mixture)] == [0] * 4
     batch = mixture.next_rows(rows)
-    for line, share in zip(mixture.report(), (3 / 8, 1 / 4, 1 / 8, 1 / 4), strict=True):
+    for line, share in zip(tell_shares(str, mixture), (3 / 8, 1 / 4, 1 / 8, 1 / 4), strict=True):
         assert line["share"] == pytest.approx(share)
         assert abs(line["realised"] - share) < 5 * (share * (1 - share) / rows) ** 0.5
         assert line["tokens"] == round(line["realised"] * rows) * 40
-    text = mixture.report()[1]  # an epoch of 5,000 tokens has 123 or 124 rows
+    text = tell_shares(str, mixture)[1]  # an epoch of 5,000 tokens has 123 or 124 rows
     assert text["epochs"] == pytest.approx(text["tokens"] / 40 / 123.5, rel=0.01)
     is_text = batch.tokens[:, 1] >= 1000
     assert int(is_text.sum()) == mixture.drawn[1] + mixture.drawn[3]

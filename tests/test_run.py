@@ -36,11 +36,10 @@ from minillm.run import (
     RESUME_FILE,
     Run,
     TrainingState,
-    read_metrics,
     start_runtime,
 )
 from minillm.tools import plots
-from minillm.tools.folder import MODEL_FILES, claim_folder
+from minillm.tools.folder import MODEL_FILES, claim_folder, read_metrics
 from minillm.tools.lock import hold
 
 

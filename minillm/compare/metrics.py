@@ -20,8 +20,8 @@ from jaxtyping import Float64
 from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values
 from minillm.data import Source
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.run import read_metrics
 from minillm.tools.evaluate import Reply, Row, text_loss
+from minillm.tools.folder import read_metrics
 from minillm.tools.judge import PairJudge, blind
 from minillm.tools.measures import (
     Estimate,

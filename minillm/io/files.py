@@ -25,7 +25,6 @@ from functools import partial
 from itertools import chain
 from typing import IO, Any, Literal
 
-from minillm.data import check_names
 from minillm.errors import InputError
 
 PACKED = (".gz", ".zst")
@@ -99,6 +98,16 @@ def _weight(text: str, spec: str) -> float:
 
 
 # ---- A path → the files to read
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises InputError where two sources have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(
+                f"{count} data sources are named {name!r}: name them apart, as in other=PATH, or make one of "
+                "them by a glob in quotes, as in 'PATH/*.txt'"
+            )
 
 
 def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:

@@ -24,8 +24,9 @@ from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError
 from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
-from minillm.model import LanguageModel, ModelConfig, ScalarModel, parameter_count
+from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
+from minillm.tools.device import parameter_count
 
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""

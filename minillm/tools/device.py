@@ -6,6 +6,7 @@ import os
 import torch
 
 from minillm.errors import InputError
+from minillm.model import ModelConfig
 
 
 def processes() -> tuple[int, int, int]:
@@ -24,8 +25,20 @@ def processes() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def check_memory(weights: int) -> None:
+def parameter_count(config: ModelConfig) -> int:
+    """How many weights a model of this shape has."""
+    width, head = config.hidden_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    norms = 2 * width + (2 * head if config.qk_norm else 0)
+    biases = (heads - config.num_attention_heads) * head if config.qkv_bias else 0
+    block = heads * head * width + 3 * width * config.intermediate_size + norms + biases
+    ends = 1 if config.tie_word_embeddings else 2
+    return ends * config.vocab_size * width + config.num_hidden_layers * block + width
+
+
+def check_memory(config: ModelConfig) -> None:
     """InputError for a model whose weights alone this machine cannot hold, before any is made."""
+    weights = parameter_count(config)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if 4 * weights > there:
         raise InputError(

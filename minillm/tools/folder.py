@@ -2,13 +2,15 @@
 
 import errno
 import itertools
+import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from minillm.errors import InputError, writing
+from minillm.errors import InputError, reading, writing
 from minillm.files import remove_scratch, scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
@@ -94,3 +96,27 @@ def starts_from(options: TrainingOptions) -> Path | None:
     """The folder of the model that a run starts from, where it has one."""
     init = getattr(options, "init", None)
     return Path(init).resolve() if init else None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; a last line torn by a crash is left out.
+
+    InputError for a file that cannot be read or holds anything but events; in those of training and
+    validation every metric is a number that can be plotted.
+    """
+    path, hint, events = folder / "metrics.jsonl", "restore the file or --overwrite", []
+    with reading(path, hint):
+        lines = path.read_bytes().split(b"\n")[:-1] if os.path.lexists(path) else []
+    for number, line in enumerate(lines, start=1):
+        with reading(f"{path}: line {number}", hint):
+            match json.loads(line):
+                case {"event": "train" | "val", "step": int(), **metrics} as event if not all(
+                    isinstance(metric, float) or (isinstance(metric, int) and abs(metric) < 2**63)
+                    for metric in (event["step"], *metrics.values())
+                ):
+                    raise ValueError("one of its metrics is no number")
+                case {"event": str(), "step": int()} as event:
+                    events.append(event)
+                case _:
+                    raise ValueError("it is no event")
+    return events

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.files import write_atomically
-from minillm.run import read_metrics
+from minillm.tools.folder import read_metrics
 from minillm.tools.streams import printable
 
 Events = Sequence[dict[str, Any]]

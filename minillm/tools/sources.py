@@ -1,0 +1,44 @@
+"""What is told of the sources of a run: before training what they hold, after it what was drawn of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from minillm.data import EncodedSource, Mixture, TokenizedSource
+
+
+def text_line(source: TokenizedSource) -> str:
+    """What a source of text holds on both sides, and what was left out of it, as a line to read."""
+    sides = [
+        f"{name} {n['bytes']:,} bytes, {n['tokens']:,} tokens, {n['documents']:,} documents"
+        for name, n in (("train", source.counts["train"]), ("held out", source.counts["val"]))
+        if n["documents"]
+    ]
+    skipped = [f"{count:,} {what}" for what, count in source.skipped.items()]
+    return f"{source.name}: {'; '.join(sides)}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
+
+
+def conversation_lines(source: EncodedSource) -> str:
+    """What a source of conversations holds on both sides, and by reason what was left out or cut."""
+    val = len(source.val) or "none"
+    lines = [f"{source.name}: {len(source.train):,} conversations to train on, {val} to validate on"]
+    lines += [f"  left out or cut: {count:,} {reason}" for reason, count in sorted(source.skipped.items())]
+    return "\n".join(lines + [f"  the first: {source.first_skipped}"] * bool(source.first_skipped))
+
+
+def tell_shares(say: Callable[[str], None], mixture: Mixture) -> list[dict[str, Any]]:
+    """For each source its share by weight and as drawn so far, the positions drawn, and epochs; said, too."""
+    report: list[dict[str, Any]] = []
+    own = zip(mixture.sources, mixture.shares, mixture.drawn, mixture.streams, strict=True)
+    for source, share, drawn, stream in own:
+        found: dict[str, Any] = {
+            "name": source.name,
+            "share": float(share),
+            "realised": drawn / max(1, sum(mixture.drawn)),
+            "tokens": drawn * mixture.block_size,
+            "epochs": stream.epoch + stream.position / len(stream.order),
+            "skipped": dict(source.skipped),
+        }
+        line = "{name}: {tokens:,} tokens, {realised:.1%} of all, {epochs:.2f} epochs".format(**found)
+        say(line + "".join(f", {count} {what} skipped" for what, count in source.skipped.items()))
+        report.append(found)
+    return report
