@@ -303,14 +303,12 @@ def _question(fields: Record) -> Conversation:
             if isinstance(beside := fields.get(name), str) and beside not in said:
                 raise LeftOutError(f"records with a {name!r} that is not among their turns")
         return messages
-    question, (task, context) = _one(fields, QUESTIONS), [fields.get(name) for name in ABOUT]
-    if question is None and isinstance(fields.get("history"), str):
-        question = fields["history"]
-    if question is None:
-        question = _paragraphs(context, task) if task is not None and context else task or context
-    elif task or context:
-        question = _paragraphs(*((question, task, context) if "instruction" in fields
-                                 else (task, context, question)))  # fmt: skip
+    parts = [
+        _one(fields, QUESTIONS),
+        *map(fields.get, ABOUT),
+    ]  # a task stands before its input, a question last
+    parts = [part for part in (parts if "instruction" in fields else reversed(parts)) if part]
+    question = _paragraphs(*parts) if len(parts) > 1 else next(iter(parts), fields.get("history"))
     if not question:
         return []
     messages = _as_messages(question, "user", may_be_transcript=True)
