@@ -410,18 +410,14 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
         (field("eos_token", value={"content": 3}), "eos_token"),
         (field("pad_token", value=math.inf), "Infinity"))),
     ("train", "base/config.json", field("num_attention_heads", value=0), "num_attention_heads"),
-    ("train", "tale.txt", b"", "empty"),
-    ("train", "tale.txt", b"\x00", "binary"),
     ("train", "tale.txt", b"cats\xff", "byte 4"),
     ("train", "tale.txt", b"A cat.", "fewer than one row"),
     ("train --resume", "base/run.json", GONE, "no run"),
-    ("train --resume", "base/run.json", FOLDER, "folder"),
     ("train --resume", "base/run.json", field("options", value=3), "options"),
     ("train --resume", "base/run.json", field("options", "seed", value={}), "run.json"),
     ("train --resume", "base/run.json", field("options", "clip", value=NAN), "NaN"),
     ("train --resume", "base/run.json", field("options", "out", value="elsewhere"), ""),
     ("train --resume", "base/metrics.jsonl", GONE, "holds no step 2"),
-    ("train --resume", "base/metrics.jsonl", b"", "holds no step 2"),
     ("train --resume", "base/metrics.jsonl", FOLDER, "folder"),
     ("train --resume", "base/metrics.jsonl", line(0, value=[]), "line 1"),
     ("train --resume", "base/metrics.jsonl", line(1, "step", value="2"), "line 2"),
@@ -437,15 +433,11 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("sft", "chats.jsonl", line(3, value=5), ""),
     ("sft", "chats.jsonl", b"{" * 10**5 + b"\n", "line 1"),
     ("sft", "base/tokenizer_config.json", field("chat_template", value=3), "chat_template"),
-    ("sft", "base/tokenizer_config.json", field("chat_template", value="{% for %}"), "not valid Jinja"),
-    ("sft", "base/tokenizer_config.json", field("chat_template", value="{{ 1 / 0 }}"), "chat template"),
     ("sft", "base/tokenizer_config.json", field("eos_token", value="nowhere"), "eos_token"),
     ("sft", "base/chat_template.jinja", b"\xff", "chat_template.jinja"),
-    ("sft", "base/chat_template.jinja", FOLDER, "chat_template.jinja"),
     ("sft --resume", "sft/config.json", FOLDER, "folder"),
     ("sft --resume", "sft/generation_config.json", b"\xff", ""),
     ("sample", "chats.jsonl", b"\x80\n", "byte 0"),
-    ("sample", "base/model.safetensors", header("model.norm.weight", "dtype", value="I64"), "safetensors"),
     ("sample --resume", "rlhf/responses.jsonl", line(0, "messages", value=3), "other prompts"),
     ("sample --resume", "rlhf/responses.jsonl", line(0, value=[]), "line 1"),
     ("sample --resume", "rlhf/responses.jsonl", b"", ""),
@@ -461,9 +453,7 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("rank by file", "pairs.jsonl", line(1, "chosen", value={"a": 1}), ""),
     ("rank by file", "rlhf/rankings.jsonl", FOLDER, "rankings.jsonl"),
     ("rank by file", "rlhf/rank-file.json", b"{", "is not JSON"),
-    ("rank by person", "rlhf/rankings.jsonl", line(0, "ranking", value=[[0], [0], [1]]), "line 1"),
     ("rank by person", "rlhf/rankings.jsonl", line(0, "ranking", value=[[0, 1, 10**40]]), "line 1"),
-    ("rank by person", "rlhf/rankings.jsonl", line(0, "time", value="soon"), "line 1"),
     ("agreement", "rlhf/rankings.jsonl", line(3, "annotator", value=[]), "line 4"),
     ("agreement", "rlhf/rankings.jsonl", line(3, "withdraws", value=[]), "line 4"),
     ("reward", "rlhf/rankings.jsonl", line(0, "messages", 0, "role", value=3), "line 1"),
@@ -476,21 +466,17 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("dpo", "rlhf/rankings.jsonl", b"\n\n", "no ranking"),
     ("best-of-n", "sft/model.safetensors", weight("lm_head.weight", NAN), "not finite"),
     ("best-of-n", "sft/model.safetensors", weight("lm_head.weight", 3e38), "finite"),
-    ("best-of-n", "rlhf/reward/model.safetensors", weight("score.weight", math.inf), "not finite"),
     ("best-of-n", "rlhf/reward/model.safetensors", weight("score.weight", 3e38), "not finite"),
     ("ppo --resume", "rlhf/ppo/model.safetensors", b"", "not a readable safetensors file"),
     ("dpo --resume", "rlhf/dpo/model.safetensors", GONE, "missing"),
     ("ppo --resume", f"rlhf/ppo/{STATE}", state("data", "kept", "kl"), "not a restart point"),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "score", value={"a": 1}), "line 4"),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl", value=-1), ""),
-    ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "kl"), ""),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "loss"), ""),
     ("dpo --resume", "rlhf/dpo/tokenizer.json", FOLDER, "folder"),
     ("compare", "rlhf/ppo/metrics.jsonl", line(0, "kl", value=10**40), "line 1"),
     ("compare", "rlhf/ppo/run.json", field("options", value=5), ""),
     ("compare", "compare/verdicts.jsonl", line(0, "responses", value=["one"]), "line 1"),
     ("ppo", "rlhf/reward/model.safetensors", tensors(score__weight=None), "score.weight"),
-    ("ppo", "rlhf/reward/model.safetensors", tensors(score__weight=torch.ones(2, 64)), "score.weight"),
     ("ppo", "rlhf/reward/model.safetensors", tensors(lm_head__weight=torch.ones(2, 64)), "lm_head.weight"),
 ]  # fmt: skip
 
@@ -560,19 +546,13 @@ def damaged(name: str, made: dict[str, bytes], rng: random.Random) -> Damage:
 
 
 def fuzzed_tensors(raw: bytes, rng: random.Random) -> bytes:
-    """A safetensors file with another header, other numbers of its restart point, or a spoiled tensor."""
+    """A safetensors file with another header or a spoiled tensor."""
     size = struct.unpack("<Q", raw[:8])[0]
-    head, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
-    numbers = head.get("__metadata__", {}).get("state")
-    if numbers and rng.random() < 0.6:
-        head["__metadata__"]["state"] = fuzzed(numbers.encode(), rng).decode()
-    elif rng.random() < 0.5:
-        name = rng.choice([name for name in head if name != "__metadata__"])
+    if rng.random() < 0.5:
+        name = rng.choice([name for name in json.loads(raw[8 : 8 + size]) if name != "__metadata__"])
         return weight(name, rng.choice((NAN, math.inf, 3e38, 1e30, 0.0, -1.0)))(raw)
-    else:
-        head = json.loads(fuzzed(json.dumps(head).encode(), rng))
-    new = json.dumps(head).encode()
-    return struct.pack("<Q", len(new)) + new + body
+    new = fuzzed(raw[8 : 8 + size], rng)
+    return struct.pack("<Q", len(new)) + new + raw[8 + size :]
 
 
 DESTROYED = (b"", GONE, FOLDER, LOOP)

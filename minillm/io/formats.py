@@ -303,12 +303,12 @@ def _question(fields: Record) -> Conversation:
             if isinstance(beside := fields.get(name), str) and beside not in said:
                 raise LeftOutError(f"records with a {name!r} that is not among their turns")
         return messages
-    parts = [
-        _one(fields, QUESTIONS),
-        *map(fields.get, ABOUT),
-    ]  # a task stands before its input, a question last
-    parts = [part for part in (parts if "instruction" in fields else reversed(parts)) if part]
-    question = _paragraphs(*parts) if len(parts) > 1 else next(iter(parts), fields.get("history"))
+    history = fields.get("history")
+    parts = [_one(fields, QUESTIONS), *map(fields.get, ABOUT)]
+    if "instruction" not in fields:  # a task stands before what it is about, a question behind it
+        parts.reverse()
+    parts = [part for part in parts if part] or [history if isinstance(history, str) else None]
+    question = _paragraphs(*parts) if len(parts) > 1 else parts[0]
     if not question:
         return []
     messages = _as_messages(question, "user", may_be_transcript=True)
