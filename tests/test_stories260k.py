@@ -3,62 +3,41 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, ModelConfig
 
 BOS = 1
-
-
-@pytest.fixture(scope="module")
-def folder(shared_data: Path) -> Path:
-    return shared_data / "interop" / "stories260K"
+BLOCK = "model.layers.*."
+LAYOUT = ("model.embed_tokens.", BLOCK + "input_layernorm.",
+          *(f"{BLOCK}self_attn.{name}_proj." for name in "qkvo"), BLOCK + "post_attention_layernorm.",
+          *(f"{BLOCK}mlp.{name}_proj." for name in ("gate", "down", "up")), "model.norm.")  # fmt: skip
+"""The order of the weights, each kind for all layers at once."""
 
 
 def read_llama2c(path: Path) -> LanguageModel:
-    """The flat file of llama2.c: seven int32 (dim, hidden_dim, layers, heads, kv heads, vocabulary,
-    longest row; a negative vocabulary means a separate output matrix), then every weight as float32,
-    each kind for all layers at once."""
+    """The flat file of llama2.c: seven int32 (dim, hidden_dim, layers, heads, kv heads, vocabulary, longest
+    row; the output matrix is the embedding), then every weight as float32."""
     data = path.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, longest = np.frombuffer(data, "<i4", 7).tolist()
     config = ModelConfig(
-        vocab_size=abs(vocab), hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers,
+        vocab_size=vocab, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim // heads,
-        max_position_embeddings=longest, rms_norm_eps=1e-5, tie_word_embeddings=vocab > 0, qk_norm=False,
+        max_position_embeddings=longest, rms_norm_eps=1e-5, tie_word_embeddings=True, qk_norm=False,
     )  # fmt: skip
-    model = LanguageModel(config)
-    weights, offset = model.state_dict(), 28
-
-    def take(name: str, pairs: int = 0) -> None:
-        nonlocal offset
-        for key in [name.replace("*", str(i)) for i in range(layers)] if "*" in name else [name]:
-            count, shape = weights[key].numel(), weights[key].shape
-            flat = torch.from_numpy(np.frombuffer(data, "<f4", count, offset).copy())
+    model, offset = LanguageModel(config), 28
+    weights = model.state_dict()
+    for name in LAYOUT:
+        for layer in range(layers if "*" in name else 1):
+            weight = weights[name.replace("*", str(layer)) + "weight"]
+            flat = torch.from_numpy(np.frombuffer(data, "<f4", weight.numel(), offset).copy())
             # llama2.c turns neighbours (2i, 2i + 1); here they are (i, i + half) of a head.
-            if pairs:
-                flat = flat.view(pairs, -1, 2, shape[1]).transpose(1, 2)
-            weights[key], offset = flat.reshape(shape), offset + 4 * count
-
-    block = "model.layers.*."
-    take("model.embed_tokens.weight")
-    take(block + "input_layernorm.weight")
-    take(block + "self_attn.q_proj.weight", heads)
-    take(block + "self_attn.k_proj.weight", kv_heads)
-    take(block + "self_attn.v_proj.weight")
-    take(block + "self_attn.o_proj.weight")
-    take(block + "post_attention_layernorm.weight")
-    for name in ("gate_proj", "down_proj", "up_proj"):
-        take(f"{block}mlp.{name}.weight")
-    take("model.norm.weight")
-    offset += 4 * longest * config.head_dim  # tables of cosines and sines, computed here
-    if vocab < 0:
-        take("lm_head.weight")
-    else:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    assert offset == len(data)
-    model.load_state_dict(weights)
+            if name.endswith(("q_proj.", "k_proj.")):
+                flat = flat.view(-1, config.head_dim // 2, 2, dim).transpose(1, 2)
+            weight.copy_(flat.reshape(weight.shape))
+            offset += 4 * weight.numel()
+    assert offset + 4 * longest * config.head_dim == len(data)  # tables of cosines and sines, computed here
     return model
 
 
@@ -72,19 +51,12 @@ def read_pieces(path: Path, count: int) -> list[bytes]:
     return pieces
 
 
-def text_of(tokens: list[int], pieces: list[bytes]) -> bytes:
-    """Pieces joined: `<0xNN>` is a byte, and the space that opens the text is not printed."""
-    joined = b"".join(
-        bytes([int(p[3:5], 16)]) if len(p) == 6 and p.startswith(b"<0x") else p
-        for p in (pieces[t] for t in tokens)
-    )
-    return joined.removeprefix(b" ")
-
-
-def test_greedy_decoding_tells_the_story_of_the_reference_program(folder: Path):
+def test_greedy_decoding_tells_the_story_of_the_reference_program(shared_data: Path):
+    folder = shared_data / "interop" / "stories260K"
     model = read_llama2c(folder / "stories260K.bin")
     pieces = read_pieces(folder / "tok512.bin", model.config.vocab_size)
-    options = SamplingOptions(200, temperature=0, stop_ids=(BOS,))
-    (tokens,) = generate(model, [[BOS]], options, [0]).responses
-    expected = (folder / "expected_greedy_200.txt").read_bytes()
-    assert text_of(tokens, pieces) == expected
+    (tokens,) = generate(model, [[BOS]], SamplingOptions(200, temperature=0, stop_ids=(BOS,)), [0]).responses
+    # <0xNN> is a byte, and the space that opens the text is not printed.
+    said = (bytes([int(p[3:5], 16)]) if len(p) == 6 and p.startswith(b"<0x") else p
+            for p in (pieces[t] for t in tokens))  # fmt: skip
+    assert b"".join(said).removeprefix(b" ") == (folder / "expected_greedy_200.txt").read_bytes()

@@ -17,32 +17,15 @@ from minillm.files import read_json
 from minillm.model import ModelConfig
 from minillm.tokenizer import Tokenizer
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
-}  # fmt: skip
 SAME_NAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {}, "qwen2": {"num_key_value_heads": 32}, "mistral": {"num_key_value_heads": 8},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
-}  # fmt: skip
-ONLY = {
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-    "use_sliding_window": (False,), "partial_rotary_factor": (1, 1.0), "is_decoder": (True, False),
-    "use_mrope": (False,), "add_cross_attention": (False,), "tie_encoder_decoder": (False,),
-}  # fmt: skip
-"""The values with which a field changes nothing; null never does."""
+TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 READ = {
     *SAME_NAME, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "is_causal", "minillm_causal",
     "original_max_position_embeddings", "sliding_window", "layer_types",
 }  # fmt: skip
-OF_FAMILY = {"smollm3": ("no_rope_layers", "no_rope_layer_interval")}
-HARMLESS = {*tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["harmless"]}
-"""What changes nothing of what is computed."""
 ROPES = {
     "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -63,7 +46,7 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     stops = list(chat_format(tokenizer).stop_ids)
     qwen = {"use_sliding_window": False, "max_window_layers": config.num_hidden_layers}
     return {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [TABLE["families"][family]["architecture"]],
         "model_type": family,
         **{name: getattr(config, name) for name in SAME_NAME},
         "rope_theta": config.rope_theta,
@@ -98,20 +81,21 @@ def config_from_json(path: Path) -> ModelConfig:
     """The shape of a model from config.json; what this model cannot compute is refused by name."""
     raw = read_json(path)
     family = raw.get("model_type")
-    if family not in list(ARCHITECTURES):
-        raise InputError(f"{path}: model_type is {family!r:.40}; this opens {', '.join(ARCHITECTURES)}")
-    _refuse_unknown(raw, family, path)
+    if family not in list(TABLE["families"]):
+        raise InputError(f"{path}: model_type is {family!r:.40}; this opens {', '.join(TABLE['families'])}")
+    usual: dict[str, Any] = TABLE["families"][family].get("defaults", {})
+    _refuse_unknown({**usual, **raw}, path)
     heads = number(raw, "num_attention_heads", int, path)
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": number(raw, "hidden_size", int, path) // max(1, heads),
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-        **{name: value for name, value in DEFAULTS[family].items() if name not in raw},
+        **{name: value for name, value in usual.items() if name not in raw},
     }
     kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
     shape = {name: number(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
-    shape |= _rope_from_json(raw, path, DEFAULTS[family].get("rope_theta", 10_000.0))
+    shape |= _rope_from_json(raw, path, usual.get("rope_theta", 10_000.0))
     if family == "smollm3":
         shape["no_rope_layers"] = _no_rope_from_json(raw, shape["num_hidden_layers"], path)
     causal = all(number(raw, name, bool, path, True) for name in ("is_causal", "minillm_causal"))
@@ -121,23 +105,19 @@ def config_from_json(path: Path) -> ModelConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def _refuse_unknown(raw: dict[str, Any], family: str, path: Path) -> None:
-    for name, value in raw.items():
-        if value is None or name in READ or name in HARMLESS or name in OF_FAMILY.get(family, ()):
-            continue
-        if name not in ONLY or value not in ONLY[name]:
-            raise InputError(f"{path}: {name} is {value!r:.60}, which this model does not compute")
-    layers = raw.get("layer_types")
+def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
+    family, only = raw["model_type"], TABLE["only"]
+    known = READ.union(*TABLE["harmless"].values(), TABLE["families"][family].get("own", ()))
+    wrong = {name: value for name, value in raw.items()
+             if value is not None and name not in known and value not in only.get(name, ())}  # fmt: skip
+    layers, window = raw.get("layer_types"), raw.get("sliding_window")
     if layers is not None and (not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}):
-        raise InputError(f"{path}: layer_types is {layers!r:.60}, which this model does not compute")
-    window = raw.get("sliding_window", 4096)  # Mistral's, where config.json says nothing
-    longest = raw.get("max_position_embeddings")
-    if (
-        family == "mistral"
-        and window is not None
-        and not (isinstance(window, int) and isinstance(longest, int) and window >= longest)
-    ):
-        raise InputError(f"{path}: sliding_window is {window!r:.60}, which this model does not compute")
+        wrong["layer_types"] = layers
+    longest = number(raw, "max_position_embeddings", int, path)
+    if family == "mistral" and window is not None and not (type(window) is int and window >= longest):
+        wrong["sliding_window"] = window
+    for name, value in wrong.items():
+        raise InputError(f"{path}: {name} is {value!r:.60}, which this model does not compute")
 
 
 def _no_rope_from_json(raw: dict[str, Any], count: int, path: Path) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
 def load_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Opens a run folder or a Hugging Face folder of a layout that `config.ARCHITECTURES` has."""
+    """Opens a run folder or a Hugging Face folder of a layout that config.toml has."""
     config, tokenizer, tensors = _open_folder(folder)
     if kind := _kind_of_classifier(tensors):
         raise InputError(f"{folder}: is {kind} and says nothing; give a language model")

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from json import dumps
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -39,21 +40,7 @@ from minillm.chat import Conversation, Dialogue
 from minillm.errors import InputError, reason_of
 from minillm.tokenizer import Tokenizer
 
-PLAIN_TEMPLATE = """\
-{{ bos_token }}
-{%- for message in messages %}
-    {{- message['role'] | capitalize + ':\\n' }}
-    {%- if message['role'] == 'assistant' -%}
-        {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
-    {%- else %}
-        {{- message['content'] }}
-    {%- endif %}
-    {{- '\\n\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'Assistant:\\n' }}
-{%- endif %}
-"""
+PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8")
 """For a vocabulary without our control tokens. Headers are text here, so a user can imitate them, but not
 the end of a reply; each content starts a line, as text the model knows does."""
 
