@@ -42,9 +42,9 @@ def check_limits(options: Any) -> None:
     """InputError, by its name, for an option beyond its limit."""
     for name, kind in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
-        limits = [limit for part in (kind, *get_args(kind)) for limit in getattr(part, "__metadata__", ())]
-        for limit in limits if value is not None else []:
-            if not limit.holds(value):
+        marks = [mark for part in (kind, *get_args(kind)) for mark in getattr(part, "__metadata__", ())]
+        for limit in marks if value is not None else []:
+            if isinstance(limit, Limit) and not limit.holds(value):
                 raise InputError(f"--{name.replace('_', '-')} {value}: give {limit.wanted}")
 
 

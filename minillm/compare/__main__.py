@@ -34,12 +34,11 @@ from minillm.compare.probes import world_pairs
 from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, writing
 from minillm.files import read_json, write_json, write_text
-from minillm.generate import SamplingOptions
 from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import open_sources, world_sources
-from minillm.options import options_json, parse_options
+from minillm.options import Count, NotNegative, Seed, Whole, check_limits, options_json, parse_options
 from minillm.preferences import ChatModel
 from minillm.run import Runtime, start_runtime
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
@@ -78,16 +77,16 @@ class Options:
     """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
     split: Literal["dev", "test"] = "dev"
     """Prompts of the little world to choose by, or to report on."""
-    prompts: int = 100
+    prompts: Count = 100
     """Of each kind, at most."""
-    show: int = 1
+    show: Whole = 1
     """Prompts of each kind to print with every model's reply."""
 
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Of sampling, beside the greedy replies; 0 for those alone."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens of a reply at most."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the little world, of sampling and of the blind order."""
 
     judge: tuple[JudgeName, ...] | None = None
@@ -101,9 +100,9 @@ class Options:
     name: str = "person"
     """--judge person: your name, under which your judgments are kept in --out."""
 
-    pairs: int = 100
+    pairs: Count = 100
     """Pairs of a helpful and a harmful reply of each sort, from the little world."""
-    text_bytes: int = 40_000
+    text_bytes: Count = 40_000
     """Of held-out text, about."""
     out: str = "out/compare"
     """Where compare.html and compare.json go."""
@@ -113,12 +112,9 @@ class Options:
     """Of the computation; sampling on a CPU is fastest in float32."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if not self.runs:
             raise InputError("no run given: name at least one, as in out/sft")
-        for name, least in (("prompts", 1), ("show", 0), ("seed", 0), ("pairs", 1), ("text_bytes", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least {least}")
-        SamplingOptions(self.max_new_tokens, self.temperature)
         if self.data and "rubric" in self.judges:
             raise InputError("--judge rubric: knows the little world's prompts alone; leave --data out")
         if "model" in self.judges and self.judge_model is None:

@@ -57,6 +57,7 @@ class Section:
 
 @cache
 def words() -> dict[str, Any]:
+    """Titles, texts and labels."""
     return tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 
 
@@ -121,7 +122,7 @@ def changes(table: Rows, better: Mapping[str, int], sampling: str) -> Iterator[s
 
 
 def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """1 where a metric is now above its interval before, -1 where below."""
+    """1 where the interval is above that before, -1 where below, 0 where they overlap or one is unknown."""
     if None in (before["low"], after["low"]):
         return 0
     return (after["low"] > before["high"]) - (after["high"] < before["low"])

@@ -28,7 +28,7 @@ from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
-from minillm.options import parse_options
+from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits, parse_options
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
 
@@ -56,22 +56,22 @@ class Options:
     """Print the answer to this and end, instead of a conversation."""
     prompt_file: str | None = None
     """The same with the text of a file."""
-    samples: int = 1
+    samples: Count = 1
     """How many answers to print, each drawn with the next seed."""
     system: str | None = None
     """The system message."""
     thinking: bool = False
     """Let a model that knows thoughts (Qwen3, DeepSeek-R1) think before it replies."""
-    temperature: float = 0.7
+    temperature: NotNegative = 0.7
     """Divides the logits; 0 takes the most probable token."""
-    top_k: int = 0
+    top_k: Whole = 0
     """Sample among this many most probable tokens; 0 for all."""
-    top_p: float = 1.0
+    top_p: Mass = 1.0
     """Sample among the fewest most probable tokens that together reach this probability."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Tokens of a reply at most. Default: what the context leaves, up to 512. A base model goes on past its
     context, each further token following as many of the last ones as it was trained on."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first reply; each further one takes the next number."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -79,22 +79,13 @@ class Options:
     """Of the computation. auto: float32 on a CPU, where it samples faster, else bfloat16 if there is any."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("--prompt: is empty; give a text")
         if self.prompt is not None and self.prompt_file is not None:
             raise InputError("--prompt-file: --prompt gives a text already; leave one out")
-        if self.samples < 1:
-            raise InputError(f"--samples {self.samples}: give at least 1")
         if self.samples > 1 and self.prompt is None and self.prompt_file is None:
             raise InputError(f"--samples {self.samples}: say of what, with --prompt or --prompt-file")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: give 0 or more")
-        longest = 1 if self.max_new_tokens is None else self.max_new_tokens
-        self.sampling(longest)  # refuses before a model is loaded
-
-    def sampling(self, max_new_tokens: int, **more: Any) -> SamplingOptions:
-        """How a reply of at most so many tokens is sampled."""
-        return SamplingOptions(max_new_tokens, self.temperature, self.top_k, self.top_p, **more)
 
 
 # --- the conversation -----------------------------------------------------------------------------
@@ -149,7 +140,9 @@ class Chat:
             note(f"(no room for the {dropped} oldest messages: dropped)")
         if len(prompt) + longest > self.positions:
             note(f"(trained on {self.positions} tokens: past them, each follows the last {self.positions})")
-        return asked, prompt, self.options.sampling(longest, stop_ids=self.format.stop_ids, crop=self.is_base)
+        o, stop_ids = self.options, self.format.stop_ids
+        how = SamplingOptions(longest, o.temperature, o.top_k, o.top_p, stop_ids=stop_ids, crop=self.is_base)
+        return asked, prompt, how
 
     def reply(
         self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
