@@ -15,13 +15,11 @@ from hypothesis import strategies as st
 from runs import a_stream, killed_at_update, tiny_model
 from torch import Tensor
 
-from minillm import ppo
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled
 from minillm.dpo import response_logprobs, rewards_of
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
-from minillm.layout import gather_previous
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (
@@ -31,7 +29,6 @@ from minillm.ppo import (
     Rollout,
     gae,
     moments,
-    pack_responses,
     penalised_rewards,
     policy_losses,
     summary,
@@ -212,6 +209,7 @@ def test_a_rollout_is_learned_from_by_the_critic_the_unit_of_scores_and_the_beta
     rollout, metrics = aligner.rollout(PROMPTS, 0)
     expected, explained = with_advantages(rollout, aligner.unit, 0.3, aligner.options, CPU)
     assert aligner.unit != 1 and rollout.values[rollout.mask].ne(0).all()
+    assert not any(one.requires_grad for one in vars(rollout).values() if isinstance(one, Tensor))
     assert torch.equal(rollout.advantages, expected.advantages) and explained.items() <= metrics.items()
 
 
@@ -323,22 +321,6 @@ def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves()
     assert torch.equal(aligner.ref_model.lm_head.weight, POLICY.lm_head.weight)
 
 
-def test_only_the_states_before_a_responses_tokens_get_a_gradient_from_its_loss():
-    responses = sampled()
-    one = pack_responses(responses, [[2]], CPU.device)
-    hidden = POLICY.model(one.tokens, one.start).detach().requires_grad_()
-    POLICY.token_logprobs(gather_previous(hidden, one.index), one.taken).logprobs.sum().backward()
-    touched = hidden.grad[0].ne(0).any(dim=1)
-    states = range(responses.prompt_lengths[2] - 1, len(responses.rows[2]) - 1)
-    assert touched.nonzero()[:, 0].tolist() == list(states)
-
-
-def test_a_rollout_carries_no_gradient():
-    rollout, _ = rolled_out()
-    seen = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
-    assert not any(getattr(rollout, name).requires_grad for name in seen)
-
-
 def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
     """Scoring may round a token out of the nucleus that sampling took it from."""
     row = [*TOKENS[0], 66, 67, 68]  # nothing that top-k 1 would have taken
@@ -351,55 +333,26 @@ def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
 TEXTS = ["No cats.", "7 cats.", "a fine day", "1 cat, 7 cats and it"]
 
 
-def scores_of_texts(missing: float | None, ended: list[bool], shift: float = 0.0, scale: float = 1.0):
-    """The scores of four texts, after the assistant's own have set the scale."""
-    reward_model = deepcopy(REWARD)
-    with torch.no_grad():
-        reward_model.score.weight *= scale
-        reward_model.bias.mul_(scale).add_(shift)
-    aligner = aligner_of(missing_eos_score=missing, reward_model=reward_model)
-    own = aligner.score(PROMPTS[4:], TEXTS, [True] * 4)
-    return own, aligner.score(PROMPTS[:4], TEXTS, ended)
-
-
 def test_a_cut_response_scores_deviations_from_the_mean_of_the_assistants_own_or_as_its_text():
+    def scored(missing: float | None, ended: list[bool]) -> tuple[Tensor, Tensor]:
+        """The scores of the assistant's own texts, which set the scale, and of four others."""
+        aligner = aligner_of(missing_eos_score=missing)
+        own = aligner.score(PROMPTS[4:], TEXTS, [True] * 4)
+        return own, aligner.score(PROMPTS[:4], TEXTS, ended)
+
     cut, whole = [True, False, True, False], [True] * 4
-    own, plain = scores_of_texts(None, cut)
-    assert torch.equal(plain, scores_of_texts(None, whole)[1])
+    own, plain = scored(None, cut)
+    assert torch.equal(plain, scored(None, whole)[1])
     for missing in (-1.0, -3.0):
-        found = scores_of_texts(missing, cut)[1]
+        found = scored(missing, cut)[1]
         assert torch.equal(found[::2], plain[::2])
         expected = own.mean() + missing * own.std(correction=0)
         torch.testing.assert_close(found[1::2], expected.expand(2), **CLOSE)
 
 
-def test_a_cut_responses_place_among_the_scores_is_the_same_for_a_shifted_and_stretched_reward_model():
-    cut = [True, False, True, False]
-    plain, moved = (scores_of_texts(-1.0, cut, *how)[1] for how in ((0.0, 1.0), (-3.0, 5.0)))
-    torch.testing.assert_close(moved, 5 * plain - 3, **CLOSE)
-
-
-def test_a_text_has_one_score_whatever_token_ended_it_and_it_is_that_of_the_form_trained_on():
-    """The reward model is never asked about a row with another end than the reply's, nor about tokens that
-    spell a text in another way than its tokenizer does."""
-    expected = [
-        score_rows(REWARD, [encode_response(TEMPLATE, p.messages, text)])[0]
-        for p, text in zip(PROMPTS, TEXTS, strict=False)
-    ]
-    for stop in TEMPLATE.stop_ids:
-        with pytest.MonkeyPatch.context() as patch:
-            spelled = [[*text.encode(), stop] for text in TEXTS]  # byte by byte
-            rows = [[*prompt, *own] for prompt, own in zip(TOKENS, spelled, strict=False)]
-
-            def sampled(model, asked, sampling, seeds, decode, rows=rows):
-                starts = list(map(len, asked))
-                texts = [decode(row[start:-1]) for row, start in zip(rows, starts, strict=True)]
-                return Responses(rows, starts, [True] * 4, texts)
-
-            patch.setattr(ppo, "sample_responses", sampled)
-            found, scores = aligner_of().sample(POLICY, PROMPTS[:4], [0] * 4)
-        assert found.texts == TEXTS
-        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
+def score_of(text: str, prompt: int) -> float:
+    """Of a reply in the form that the reward model was trained on."""
+    return score_rows(REWARD, [encode_response(TEMPLATE, ASKED[prompt], text)])[0]
 
 
 def test_a_text_that_outgrows_the_reward_model_is_read_up_to_its_end_token():
@@ -412,13 +365,17 @@ def test_a_text_that_outgrows_the_reward_model_is_read_up_to_its_end_token():
     assert found.item() == pytest.approx(score_rows(REWARD, [[*row[: longest - 1], row[-1]]])[0], abs=1e-4)
 
 
-def test_a_response_may_end_with_each_of_the_formats_stop_tokens():
+def test_a_response_may_end_with_each_stop_token_and_its_text_has_one_score_whichever_it_was():
+    """The reward model is never asked about a row with another end than the reply's, nor about tokens that
+    spell a text in another way than its tokenizer does, as such a policy does."""
     seen = set()
     for stop in TEMPLATE.stop_ids:
         model = deepcopy(POLICY)
         with torch.no_grad():
             model.lm_head.weight[stop] = 40 * model.lm_head.weight[65].sign()
-        found, _ = aligner_of().sample(model, PROMPTS[:4], [1, 2, 3, 4])
+        found, scores = aligner_of(missing_eos_score=None).sample(model, PROMPTS[:4], [1, 2, 3, 4])
+        expected = [score_of(text, prompt) for prompt, text in enumerate(found.texts)]
+        assert scores.tolist() == pytest.approx(expected, abs=1e-4)
         seen |= {row[-1] for row, ended in zip(found.rows, found.ended, strict=True) if ended}
         own = zip(found.rows, found.prompt_lengths, found.ended, strict=True)
         assert found.texts == [TOKENIZER.decode(row[start : len(row) - ended]) for row, start, ended in own]

@@ -4,11 +4,15 @@ import json
 import math
 import re
 import subprocess
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from runs import (
+    HERE,
     ROOT,
     TORCHRUN,
     Killed,
@@ -25,12 +29,11 @@ from safetensors.torch import load_file
 
 import rlhf
 from minillm.chat import with_chat_template
-from minillm.generate import SamplingOptions
+from minillm.errors import InputError
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.optim import lr_schedule
-from minillm.preferences import ChatModel, Ranking, ranking_by, seed_of
-from minillm.run import Runtime
+from minillm.preferences import Ranking, ranking_by
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
@@ -137,7 +140,9 @@ def test_rates_follow_their_schedule_update_by_update_and_only_a_critic_begins_a
         assert moved == list(range(1 + (algorithm == "ppo"), 6)), "--critic-warmup 1"
 
 
-def test_another_seed_deals_the_prompts_in_another_order(places, tmp_path, monkeypatch):
+def test_another_seed_deals_the_prompts_in_another_order_and_a_run_of_the_critic_alone_is_told(
+    places, tmp_path, monkeypatch, capsys
+):
     asked = []
 
     def noted(self, prompts, step):
@@ -147,7 +152,8 @@ def test_another_seed_deals_the_prompts_in_another_order(places, tmp_path, monke
     monkeypatch.setattr(rlhf.Aligner, "rollout", noted)
     for seed in ("0", "1"):
         with pytest.raises(Killed):
-            rlhf.main(arguments(places, tmp_path / seed, "--seed", seed))
+            rlhf.main(arguments(places, tmp_path / seed, "--seed", seed, "--critic-warmup", "5"))
+        assert "--critic-warmup 5: only the critic learns" in capsys.readouterr().out
     assert [len(prompts) for prompts in asked] == [16, 16] and asked[0] != asked[1]
 
 
@@ -230,54 +236,29 @@ def test_no_prompt_is_trained_on_and_held_out(places):
     options = rlhf.Options(
         stage="policy", **paths, data=(places["--data"],), val_prompts=8, val_fraction=0.3, max_new_tokens=8
     )
-    aligner = rlhf.start_aligner(options, Runtime(torch.device("cpu"), torch.float32))
+    aligner = rlhf.start_aligner(options, HERE)
     both = rlhf.policy_prompts(options, aligner)
     training, held_out = ({prompt.messages[0]["content"] for prompt in prompts} for prompts in both)
     assert len(held_out) == 8 and len(training) > 20 and not training & held_out
 
 
-def test_a_reward_model_that_reads_less_than_a_prompt_and_its_response_is_refused(places, tmp_path, capfd):
-    trunk, tokenizer = tiny_model(longest=16)
-    short = scalar_from_language_model(trunk, torch.Generator())
-    save_scalar_model(tmp_path / "reward", short, with_chat_template(tokenizer))
-    given = arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward"))
-    assert "reads 16 tokens" in refusal(rlhf, given, capfd)
-
-
-def test_a_process_without_prompts_is_refused_in_one_line(places, tmp_path):
-    given = arguments(places, tmp_path / "out", "--group-size", "8", "--minibatches", "2")
-    done = subprocess.run(
-        [*TORCHRUN, "rlhf.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode and lines and all("--rollout-batch 16" in line for line in lines)
-    assert "range() arg" not in done.stderr and not (tmp_path / "out" / "ppo" / "run.json").exists()
-
-
-def test_the_last_policy_is_kept_if_asked_for(places, tmp_path):
-    options = "--iterations 4 --policy-rate 3e-3 --beta 1000 --critic-warmup 0 --val-every 2".split()
-    for keep, step in (("best", 0), ("last", 4)):
-        out = tmp_path / keep / "ppo"
-        rlhf.main(arguments(places, out.parent, *options, "--keep", keep))
-        assert final_of(out)["kept_step"] == step
-        kept, moved = load_file(out / "model.safetensors"), load_file(out / "resume" / "state.safetensors")
-        same = torch.equal(kept["lm_head.weight"], moved["model.policy.lm_head.weight"])
-        assert same == (keep == "last")
+def test_a_process_without_prompts_is_refused(places):
+    options = rlhf.Options(stage="policy", rollout_batch=16, group_size=8)
+    rlhf.check_shares(options, HERE)
+    with pytest.raises(InputError, match="--rollout-batch 16"):
+        rlhf.check_shares(options, replace(HERE, world_size=2))
 
 
 @pytest.mark.parametrize("critic", ["reward", "policy"])
-def test_the_critic_starts_as_the_reward_model_or_on_the_policys_trunk_and_may_be_all_that_learns(
-    places, tmp_path, capsys, critic
-):
-    slow = ["--policy-rate", "1e-12", "--iterations", "1", "--critic", critic]
-    rlhf.main(arguments(places, tmp_path, *slow))
-    assert "--critic-warmup 1: only the critic learns" in capsys.readouterr().out
-    found = load_file(tmp_path / "ppo" / "resume" / "state.safetensors")
-    start = load_file(Path(places["--reward" if critic == "reward" else "--init"]) / "model.safetensors")
+def test_the_critic_starts_as_a_copy_of_the_reward_model_or_on_one_of_the_policys_trunk(places, critic):
+    paths = {name: places[f"--{name}"] for name in ("init", "reward")}
+    aligner = rlhf.start_aligner(rlhf.Options(stage="policy", critic=critic, **paths), HERE)
+    found, reward = (dict(model.named_parameters()) for model in (aligner.critic, aligner.reward_model))
     trunk = "model.layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(found[f"model.critic.{trunk}"], start[trunk], rtol=0, atol=1e-9)
-    head = load_file(Path(places["--reward"]) / "model.safetensors")["score.weight"]
-    assert torch.allclose(found["model.critic.score.weight"], head, atol=1e-9) == (critic == "reward")
+    start = (reward if critic == "reward" else dict(aligner.policy.named_parameters()))[trunk]
+    assert torch.equal(found[trunk], start) and found[trunk].data_ptr() != start.data_ptr()
+    assert torch.equal(found["score.weight"], reward["score.weight"]) == (critic == "reward")
+    assert found["score.weight"].data_ptr() != reward["score.weight"].data_ptr()
 
 
 def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(places, tmp_path):
@@ -355,26 +336,23 @@ def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
     assert reports["6"]["largest_kl"] == pytest.approx(0.9584, abs=1e-4)
 
 
-def test_on_the_little_world_the_rubric_is_shown(places, tmp_path):
+def test_on_the_little_world_its_splits_are_asked_and_its_rubric_judges(places, tmp_path):
     model, tokenizer = tiny_model(longest=400)
-    for name, save in (("sft", save_model), ("reward", save_scalar_model)):
-        saved = model if name == "sft" else scalar_from_language_model(model, torch.Generator())
+    for name, saved, save in (
+        ("sft", model, save_model),
+        ("reward", scalar_from_language_model(deepcopy(model), torch.Generator()), save_scalar_model),
+    ):
         save(tmp_path / name, saved, with_chat_template(tokenizer))
-    options = ["--iterations", "2", "--init", str(tmp_path / "sft"), "--reward", str(tmp_path / "reward")]
-    given = arguments(places, tmp_path / "out", *options)
-    del given[given.index("--data") : given.index("--data") + 2]
-    rlhf.main(given)
-    vals = [event for event in metrics_of(tmp_path / "out" / "ppo") if event["event"] == "val"]
-    assert all(0 <= val["rubric"] <= 1 for val in vals)
-    # What the rubric gives the very responses that were validated, sampled anew.
-    policy, tokenizer = load_model(tmp_path / "sft", torch.device("cpu"), torch.float32)
-    world = World(0)
-    asked = world.prompts("dev", n=8)
-    respondent = ChatModel("sft", policy, tokenizer)
-    seeds = [seed_of(0, i, 0, 1) for i in range(8)]
-    texts = respondent.replies([prompt.messages for prompt in asked], SamplingOptions(8), seeds)
-    given = [world.utility(p.messages, text) for p, (text, _) in zip(asked, texts, strict=True)]
-    assert vals[0]["rubric"] == pytest.approx(sum(given) / 8, abs=1e-6)
+    paths = {name: str(tmp_path / name) for name in ("init", "reward")} | {"init": str(tmp_path / "sft")}
+    options = rlhf.Options(stage="policy", out=str(tmp_path), prompts=30, val_prompts=8, seed=3, **paths)
+    aligner, world = rlhf.start_aligner(options, HERE), World(3)
+    for prompts, split in zip(rlhf.policy_prompts(options, aligner), ("reward", "dev"), strict=True):
+        asked = world.prompts(split, n=len(prompts))
+        assert [prompt.messages for prompt in prompts] == [prompt.messages for prompt in asked]
+        texts = ["It is fine.", "I don't know, you lazy fool."]
+        for one, text in product(asked[:8], texts):
+            assert aligner.rubric(one.messages, text) == world.utility(one.messages, text)
+    assert len(prompts) == 8
 
 
 def test_two_processes_roll_out_and_learn_as_one_does(places, tmp_path):
@@ -420,28 +398,31 @@ def test_passes_are_made_until_the_last_one_found_the_policy_too_far_from_its_sa
         assert trained(name, target, 3)["updates"] == updates
 
 
-def test_what_is_kept_is_the_policy_of_the_best_validation_or_its_moving_average(places, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [("--beta 0", "best"), ("--beta 1000", "first"), ("--beta 1000 --keep last", "policy"),
+     ("--beta 0 --ema-decay 0.9 --keep last", "ema")],
+)  # fmt: skip
+def test_what_is_kept_is_the_policy_of_the_best_validation_or_the_last_or_its_moving_average(
+    places, tmp_path, options, kept
+):
     """Without a penalty the best step is that of the highest score; with a prohibitive one, the start."""
-    options = "--iterations 6 --policy-rate 3e-3 --critic-warmup 0 --val-every 1 --beta".split()
-    for beta, extra in (("0", []), ("0", ["--ema-decay", "0.9"]), ("1000", [])):
-        out = tmp_path / (beta + "".join(extra)) / "ppo"
-        rlhf.main(arguments(places, out.parent, *options, beta, *extra))
-        vals = {event["step"]: event for event in metrics_of(out) if event["event"] == "val"}
-        best = max(vals, key=lambda step: vals[step]["score"]) if beta == "0" else 0
-        final = final_of(out)
-        assert final["kept_step"] == best and final["score"] == vals[best]["score"]
-        kept, moved = load_file(out / "model.safetensors"), load_file(out / "resume" / "state.safetensors")
-        name = "model.layers.0.self_attn.q_proj.weight"
-        here = load_file(Path(places["--init"]) / "model.safetensors")[name]
-        at_end = {part: moved[f"model.{part}.{name}"] for part in ("policy", "ema")[: 1 + len(extra)]}
-        assert torch.equal(kept[name], here) == (best == 0)
-        if best == 6:
-            assert [part for part in at_end if torch.equal(kept[name], at_end[part])] == (
-                ["ema"] if extra else ["policy"]
-            )
-        if extra:  # a tenth of the way in an iteration
-            far, near = ((at_end[part] - here).norm() for part in ("policy", "ema"))
-            assert 0 < near < 0.5 * far
+    few = "--iterations 6 --policy-rate 3e-3 --critic-warmup 0 --val-every 1".split()
+    rlhf.main(arguments(places, tmp_path, *few, *options.split()))
+    out, final = tmp_path / "ppo", final_of(tmp_path / "ppo")
+    vals = {event["step"]: event for event in metrics_of(out) if event["event"] == "val"}
+    best = max(vals, key=lambda step: vals[step]["score"])
+    assert final["kept_step"] == {"best": best, "first": 0}.get(kept, 6)
+    assert final["score"] == vals[final["kept_step"]]["score"]
+    name, moved = "model.layers.0.self_attn.q_proj.weight", load_file(out / "resume" / "state.safetensors")
+    weights = {part: moved[f"model.{part}.{name}"] for part in ("policy", "ema")[: 1 + ("ema" in options)]}
+    weights["first"] = load_file(Path(places["--init"]) / "model.safetensors")[name]
+    saved = load_file(out / "model.safetensors")[name]
+    if kept in weights:
+        assert [part for part, weight in weights.items() if torch.equal(saved, weight)] == [kept]
+    if kept == "ema":  # a tenth of the way in an iteration
+        far, near = ((weights[part] - weights["first"]).norm() for part in ("policy", "ema"))
+        assert 0 < near < 0.5 * far
 
 
 def first_val(out: Path) -> dict:
@@ -465,10 +446,11 @@ def test_cut_responses_are_counted_and_said_and_score_by_deviations_from_the_mea
 
 
 def test_a_policy_that_runs_away_ends_in_one_line_and_its_best_is_kept(places, tmp_path, capfd):
-    options = ["--max-kl", "0.0001", "--beta", "0", "--policy-rate", "1e-2", "--iterations", "20"]
+    options = "--max-kl 0.0001 --beta 0 --policy-rate 1e-2 --iterations 20 --val-every 20".split()
     out = tmp_path / "out"
     line = last_refusal(arguments(places, out, *options), capfd)
     assert "nats a response from the reference" in line and "--policy-rate" in line
+    assert int(re.search(r"at step (\d+)", line)[1]) < 20, "a rollout tells, before a validation does"
     load_model(out / "ppo", torch.device("cpu"), torch.float32)
 
 
@@ -511,9 +493,12 @@ def test_a_run_that_would_write_over_its_own_reference_is_refused(places, tmp_pa
         assert "is where this stage writes" in line and folder_bytes(tmp_path) == before
 
 
-def test_a_reward_model_of_another_tokenizer_is_refused(places, tmp_path, capfd):
-    tokenizer = with_chat_template(Tokenizer.train(["Dogs and birds and other beasts, all day."], 280))
-    model = scalar_from_language_model(tiny_model()[0], torch.Generator())
-    save_scalar_model(tmp_path / "reward", model, tokenizer)
-    line = refusal(rlhf, arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward")), capfd)
-    assert "another tokenizer" in line
+@pytest.mark.parametrize("said", ["another tokenizer", "reads 16 tokens"])
+def test_a_reward_model_that_cannot_read_what_the_policy_writes_is_refused(places, tmp_path, capfd, said):
+    model, tokenizer = tiny_model(longest=16 if "16" in said else 80)
+    if "tokenizer" in said:
+        tokenizer = Tokenizer.train(["Dogs and birds and other beasts, all day."], 280)
+    scalar = scalar_from_language_model(model, torch.Generator())
+    save_scalar_model(tmp_path / "reward", scalar, with_chat_template(tokenizer))
+    given = arguments(places, tmp_path / "out", "--reward", str(tmp_path / "reward"))
+    assert said in refusal(rlhf, given, capfd)

@@ -130,18 +130,9 @@ def tokens(seed: int, count: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 @given(st.integers(0, 1000), st.floats(0.01, 0.5))
 @LAW
-def test_inside_the_clip_the_loss_is_the_unclipped_one_and_outside_it_is_no_smaller(seed, clip):
-    old, new, advantages = tokens(seed)
-    ratio = (new - old).exp()
-    plain, found = -ratio * advantages, policy_losses(new, old, advantages, clip)[0]
-    inside = (ratio - 1).abs() < clip
-    torch.testing.assert_close(found[inside], plain[inside], **CLOSE)
-    assert (found >= plain - 1e-12).all()
-
-
-@given(st.integers(0, 1000), st.floats(0.01, 0.5))
-@LAW
-def test_a_token_has_no_gradient_exactly_where_it_is_counted_as_clipped(seed, clip):
+def test_a_token_has_the_plain_loss_or_where_it_is_counted_as_clipped_no_gradient_and_no_smaller_one(
+    seed, clip
+):
     old, new, advantages = tokens(seed)
     new.requires_grad_()
     losses, clipped = policy_losses(new, old, advantages, clip)
@@ -149,17 +140,9 @@ def test_a_token_has_no_gradient_exactly_where_it_is_counted_as_clipped(seed, cl
     assert torch.equal(new.grad == 0, clipped | (advantages == 0))
     ratio = (new - old).exp()
     assert torch.equal(clipped, torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip))
-
-
-@given(st.integers(0, 1000), st.floats(0.01, 1))
-@LAW
-def test_the_value_loss_is_at_least_the_squared_error_and_equal_to_it_inside_the_clip(seed, clip):
-    generator = torch.Generator().manual_seed(seed)
-    old, move, returns = (normal(20, generator) for _ in range(3))
-    found, plain = value_losses(old + move, old, returns, clip), (old + move - returns).square() / 2
-    assert (found >= plain - 1e-12).all()
-    inside = move.abs() <= clip
-    torch.testing.assert_close(found[inside], plain[inside], **CLOSE)
+    plain = -ratio * advantages
+    torch.testing.assert_close(losses[~clipped], plain[~clipped], **CLOSE)
+    assert (losses >= plain - 1e-12).all()
 
 
 def test_the_value_clip_is_around_the_old_value():
@@ -195,37 +178,3 @@ def test_a_groups_advantages_are_in_units_of_its_own_deviation():
     )
     assert group_advantages(torch.tensor([1.0, 3.0]), 2, eps=1.0).tolist() == [-0.5, 0.5]
     assert group_advantages(torch.tensor([3.0, 3.0, 3.0, 1.0, 2.0, 3.0]), 3)[:3].eq(0).all(), "all alike"
-
-
-# ---- A bandit: all of it together, on a problem whose answer is known
-
-
-def bandit(beta: float, steps: int = 300) -> tuple[Tensor, Tensor]:
-    """PPO on one state with four actions of known reward: the policy found, and the one it started from."""
-    reward = torch.tensor([0.0, 1.0, 0.3, -1.0], dtype=torch.float64)
-    logits = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64, requires_grad=True)
-    ref = logits.detach().log_softmax(0)
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam([logits], lr=0.05, eps=1e-5)
-    for _ in range(steps):
-        old = logits.detach().log_softmax(0)
-        actions = torch.multinomial(old.exp(), 128, replacement=True, generator=generator)
-        mask = torch.ones(128, 1, dtype=torch.bool)
-        kl = (old - ref)[actions][:, None]
-        rewards = penalised_rewards(reward[actions], kl, mask, beta)
-        advantages = gae(rewards, torch.zeros(128, 1).double(), mask, 1.0, 0.95)[mask]
-        # With the mean taken off but the scale kept: what is sought is the balance of reward and KL.
-        advantages = advantages - advantages.mean()
-        for _ in range(2):
-            loss = policy_losses(logits.log_softmax(0)[actions], old[actions], advantages, 0.2)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return logits.detach().softmax(0), ref.exp()
-
-
-def test_with_a_penalty_the_bandit_ends_at_the_reference_tilted_by_the_reward():
-    """π ∝ π_ref exp(reward / β): the optimum that a KL penalty has (Rafailov et al. 2023, equation 4)."""
-    found, start = bandit(beta=1.0, steps=600)
-    best = start * (torch.tensor([0.0, 1.0, 0.3, -1.0]).double() / 1.0).exp()
-    assert (found - best / best.sum()).abs().max() < 0.04

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -99,25 +98,6 @@ def test_cut_at_any_byte_it_resumes_to_the_same_file_bit_for_bit(model, sampled,
     (out / "responses.jsonl").write_bytes(whole[: int(share * len(whole))])
     rlhf.main(["--stage", "sample", "--resume", "--out", str(out)])
     assert (out / "responses.jsonl").read_bytes() == whole
-
-
-def test_a_killed_process_resumes_to_the_same_file_bit_for_bit(model, tmp_path):
-    whole = sample(model, tmp_path / "whole", "--prompts", "120")
-    out = tmp_path / "killed"
-    words = ["--stage", "sample", "--models", str(model), "--out", str(out), *SMALL, "--prompts", "120"]
-    small = (
-        "import sys, rlhf; from minillm import preferences; preferences.ROWS = 12; rlhf.main(sys.argv[1:])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", small, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
-    path = out / "responses.jsonl"
-    while not path.exists() or path.stat().st_size < 5_000:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert path.stat().st_size < len(whole)
-    sample(model, out, "--prompts", "120", "--resume")
-    assert path.read_bytes() == whole
 
 
 def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, capsys):
