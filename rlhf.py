@@ -488,6 +488,8 @@ def align(options: Options, runtime: Runtime) -> None:
     if options.algorithm == "best-of-n":
         best_of_n(options, runtime)
         return
+    if options.algorithm != "dpo":
+        check_shares(options, runtime)
     run = Run("policy", options, runtime, f"rlhf.py --stage policy --algorithm {options.algorithm}")
     aligner = start_aligner(options, runtime)
     training, prompts = policy_prompts(options, aligner)
@@ -497,7 +499,6 @@ def align(options: Options, runtime: Runtime) -> None:
         ranked, held_out = encoded_rankings(options, aligner.template, longest, runtime)
         aligner.stream, steps = ranking_stream(ranked, options.seed), steps_of(ranked, options, runtime)
     else:
-        check_shares(options, runtime)
         aligner.stream = Shuffled(training, "prompts", options.seed, digest([p.tokens for p in training]))
         aligner.text, steps = text_mixture(options, aligner), options.iterations
     state = TrainingState(aligner.models, aligner.optimizers, aligner)

@@ -437,7 +437,8 @@ def plain(model: LanguageModel, rollout: Rollout, temperature: float = 1.0) -> T
 
 @torch.no_grad()
 def test_an_update_tells_the_loss_ratios_clipping_and_kl_of_the_tokens_of_its_minibatch():
-    learner = Learner(minibatches=2, clip_range=0.1)
+    learner = Learner(minibatches=2, clip_range=0.1, micro_tokens=80)
+    assert len(learner.minibatches[0]) > 1, "forward passes"
     new, old, advantages = learner.now()
     with torch.enable_grad():
         figures = learner.aligner.update(learner.rollout, learner.minibatches[0], 1.0)

@@ -6,8 +6,9 @@ import re
 import subprocess
 from copy import deepcopy
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from minillm.errors import InputError
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.optim import lr_schedule
+from minillm.ppo import adapted_beta
 from minillm.preferences import Ranking, ranking_by
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
@@ -126,7 +128,7 @@ def test_a_finished_run_leaves_a_complete_folder_with_the_best_policy(reference)
     load_model(out, torch.device("cpu"), torch.float32)
 
 
-def test_rates_follow_their_schedule_update_by_update_and_only_a_critic_begins_alone(reference):
+def test_rates_and_beta_follow_their_schedule_and_target_and_only_a_critic_begins_alone(reference):
     algorithm, out = reference
     trained = [event for event in metrics_of(out) if event["event"] == "train"]
     each, warmup = (1, 0) if algorithm == "dpo" else (4, 3)
@@ -138,6 +140,8 @@ def test_rates_follow_their_schedule_update_by_update_and_only_a_critic_begins_a
     if algorithm != "dpo":
         moved = [event["step"] for event in trained if "policy_loss" in event]
         assert moved == list(range(1 + (algorithm == "ppo"), 6)), "--critic-warmup 1"
+        for one, other in pairwise(trained):
+            assert other["beta"] == pytest.approx(adapted_beta(one["beta"], one["kl"], 0.01))
 
 
 def test_another_seed_deals_the_prompts_in_another_order_and_a_run_of_the_critic_alone_is_told(
@@ -242,11 +246,11 @@ def test_no_prompt_is_trained_on_and_held_out(places):
     assert len(held_out) == 8 and len(training) > 20 and not training & held_out
 
 
-def test_a_process_without_prompts_is_refused(places):
+def test_a_process_without_prompts_is_refused():
     options = rlhf.Options(stage="policy", rollout_batch=16, group_size=8)
     rlhf.check_shares(options, HERE)
-    with pytest.raises(InputError, match="--rollout-batch 16"):
-        rlhf.check_shares(options, replace(HERE, world_size=2))
+    with pytest.raises(InputError, match="--rollout-batch 16: its 2 minibatches have 1 prompts"):
+        rlhf.align(options, replace(HERE, world_size=2))
 
 
 @pytest.mark.parametrize("critic", ["reward", "policy"])
@@ -261,24 +265,20 @@ def test_the_critic_starts_as_a_copy_of_the_reward_model_or_on_one_of_the_policy
     assert found["score.weight"].data_ptr() != reward["score.weight"].data_ptr()
 
 
-def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(places, tmp_path):
-    """Where β falls, a policy that went farther for its score becomes the better one: at every validation the
-    one kept so far and the new one are held against each other at the β of now, scores in their unit."""
-    options = "--iterations 12 --policy-rate 5e-3 --beta 3 --critic-warmup 0 --val-every 2 --val-prompts 12"
-    for extra in ("--adaptive-kl-target 1000", "--adaptive-kl-target 1000 --no-scale-scores"):
-        out = tmp_path / extra[-5:] / "ppo"
-        rlhf.main(arguments(places, out.parent, *options.split(), *extra.split()))
-        events = metrics_of(out)
-        unit = 1.0 if "no-scale" in extra else first_val(out)["score_deviation"]
-        kept = None
-        for val in (event for event in events if event["event"] == "val"):
-            beta = 3 * 0.98 ** val["step"]
-            objective = val["score"] / unit - beta * val["kl"]
-            assert val["objective"] == pytest.approx(objective, rel=1e-4, abs=1e-5)
-            if kept is None or objective > kept["score"] / unit - beta * kept["kl"]:
-                kept = val
-            assert val["kept_step"] == kept["step"]
-        assert final_of(out)["kept_step"] == kept["step"]
+@pytest.mark.parametrize(("beta", "kept"), [(0.1, 0), (1.0, 4), (3.0, 4)])
+def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(beta, kept):
+    """Where β falls, a policy that went farther for its score becomes the better one, where it rises the
+    worse one: the one kept so far and the new one are held against each other at the β of now."""
+    found = iter([{"score": 3.0, "kl": 2.0, "unended": 0.0}, {"score": 2.5, "kl": 1.0, "unended": 0.0}])
+    aligner = SimpleNamespace(beta=1.0, kept={}, validate=lambda prompts: next(found))
+    aligner.objective = lambda metrics: metrics["score"] - aligner.beta * metrics["kl"]
+    logged, elsewhere = [], replace(HERE, rank=1)  # where no model is written
+    run = SimpleNamespace(runtime=elsewhere, log=lambda *_, **metrics: logged.append(metrics))
+    for step, aligner.beta in ((0, 1.0), (4, beta)):
+        run.state = SimpleNamespace(step=step)
+        rlhf.validate(run, rlhf.Options(stage="policy"), aligner, [], [])
+    assert [metrics["kept_step"] for metrics in logged] == [0, kept] == [0, aligner.kept["step"]]
+    assert [metrics["objective"] for metrics in logged] == [1.0, 2.5 - beta]
 
 
 def test_dpo_starts_from_a_validated_start_keeps_nothing_worse_and_stops_where_it_runs_away(

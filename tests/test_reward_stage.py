@@ -150,11 +150,9 @@ def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
 
     for name in ("scalar_from_language_model", "build_optimizers", "scores_of"):
         monkeypatch.setattr(rlhf, name, noted(getattr(rlhf, name)))
-    rates = (
-        "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1 --decay 0 --clip 0.3 --seed 7".split()
-    )
+    rates = "--matrix-rate 1e-3 --embedding-rate 2e-3 --weight-decay 0.1 --decay 0 --clip 0.3 --seed 7"
     with killed_at_update(2) as updates:
-        rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates))
+        rlhf.main(arguments(assistant, ranked, tmp_path / "out", *rates.split()))
     assert updates == [(1 / 3, 0.3), (2 / 3, 0.3)], "the schedule's rates after --warmup 2, and --clip"
     ((generator, blocks), _), *seen = seen
     assert (generator.initial_seed(), blocks) == (7, 1)

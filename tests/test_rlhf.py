@@ -29,15 +29,18 @@ from minillm.world import World
 SMALL = "--prompts 23 --responses 3 --distractors 0 --max-new-tokens 5 --precision float32".split()
 
 
+def folder_of(place: Path, seed: int, longest: int = 160) -> Path:
+    """A chat model that knows nothing, with weights of its own."""
+    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
+    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, longest))
+    initialize(network, torch.Generator().manual_seed(seed))
+    save_model(place, network, tokenizer)
+    return place
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A chat model that knows nothing."""
-    folder = tmp_path_factory.mktemp("model") / "sft"
-    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
-    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 160))
-    initialize(network, torch.Generator().manual_seed(0))
-    save_model(folder, network, tokenizer)
-    return folder
+    return folder_of(tmp_path_factory.mktemp("model") / "sft", 0)
 
 
 WORLD_OF = functools.cache(World)
@@ -104,15 +107,17 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = [{"role": role, "content": text} for role, text in turns]
     data = tmp_path / "chats.jsonl"
-    records = [messages, messages[:2], [messages[1]], [{"role": "user", "content": "x" * 200}, messages[1]]]
+    long = [[{"role": "user", "content": "x" * count}, messages[1]] for count in (200, 60)]
+    records = [messages, messages[:2], [messages[1]], *long]
     data.write_text("".join(json.dumps({"messages": record}) + "\n" for record in records))
-    sample(model, tmp_path / "rlhf", "--data", str(data), "--distractors", "1")
+    both = ["--models", str(model), str(folder_of(tmp_path / "short", 1, 40))]
+    sample(model, tmp_path / "rlhf", "--data", str(data), "--distractors", "1", *both)
     assert [s.messages for s in read_responses(tmp_path / "rlhf" / "responses.jsonl")] == [
         messages[:3], messages[:1],
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert (
-        "1 conversations that are replies to nothing" in printed and "1 prompts left out: too long" in printed
+        "1 conversations that are replies to nothing" in printed and "2 prompts left out: too long" in printed
     )
     data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
     with pytest.raises(SystemExit):
@@ -129,6 +134,9 @@ def test_the_last_turn_is_asked_and_prompts_without_a_reply_are_prompts(model, t
     ]  # fmt: skip
     data = tmp_path / "asked.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    sample(model, tmp_path / "two", "--data", str(data), "--prompts", "2")
+    assert "the first 2 of 5 prompts are used" in capsys.readouterr().out
+    assert len(read_responses(tmp_path / "two" / "responses.jsonl")) == 2
     sample(model, tmp_path / "rlhf", "--data", str(data))
     asked = [given.messages for given in read_responses(tmp_path / "rlhf" / "responses.jsonl")]
     assert asked[:2] == [[*hello, fox], [fox]] and asked[3] == [*hello, fox]
@@ -154,15 +162,6 @@ def test_responses_cut_at_the_longest_length_are_counted_and_marked_to_the_ranki
     assert [ranking.cut for ranking in read_rankings(out / "rankings.jsonl")] == cut
 
 
-def folder_of(place: Path, seed: int) -> Path:
-    """A model folder like the fixture's, with weights of its own."""
-    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
-    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 160))
-    initialize(network, torch.Generator().manual_seed(seed))
-    save_model(place, network, tokenizer)
-    return place
-
-
 def test_responses_of_a_model_replaced_under_its_name_or_to_other_prompts_are_not_mixed(tmp_path, capfd):
     """Replaced weights; the same again go on; and prompts that differ only behind what is answered."""
     place, out, data = folder_of(tmp_path / "model", 0), tmp_path / "rlhf", tmp_path / "asked.jsonl"
@@ -180,6 +179,9 @@ def test_responses_of_a_model_replaced_under_its_name_or_to_other_prompts_are_no
     data.write_text("".join(json.dumps(one) + "\n" for one in [*asked[:7], asked[7] | {"prompt": "Why?"}]))
     assert "other prompts" in refusal(rlhf, resume, capfd) and path.read_bytes() == begun
     data.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    path.write_bytes(begun.replace(b"3?", b"9?"))
+    assert "answers other prompts than these" in refusal(rlhf, resume, capfd)
+    path.write_bytes(begun)
     rlhf.main(resume)
     assert path.read_bytes() == whole
 
