@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/x.py` runs beside the repository's own minillm
@@ -18,15 +18,35 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/x.py` runs beside the reposi
 T = TypeVar("T")
 
 
-def parser(doc: str, runs: int | None = None) -> argparse.ArgumentParser:
-    """With --json, and where a benchmark has `runs` with --runs, also called --rounds."""
-    from kernels.dev.commandline import Parser
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses in one line, "error: what", without the usage before it; exit code 2."""
 
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser(doc: str, runs: int | None = None) -> Parser:
+    """With --json, and where a benchmark has `runs` with --runs, also called --rounds."""
     made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs is not None:
-        made.add_argument("--runs", "--rounds", type=int, default=runs, help=f"each side's, in turn ({runs})")
-    made.add_argument("--json", type=Path, help="write the results with their provenance here")
+        help = f"each side's, in turn ({runs})"
+        made.add_argument("--runs", "--rounds", type=at_least_one, default=runs, help=help)
+    made.add_argument("--json", type=new_file, help="write the results with their provenance here")
     return made
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of at least 1")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a folder, or in none; give a file in a folder there is")
+    return path
 
 
 def peer(module: str, how: str) -> ModuleType:

@@ -11,7 +11,6 @@ little world's rubric, on test prompts that no stage has seen: sampled at temper
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
 from harness import parser, script, write
@@ -57,22 +56,22 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
     arguments = options.parse_args()
     names = arguments.variants
-    results: dict[str, dict[str, dict]] = {"sft": {}, **{name: {} for name in names}}
+    results: dict[str, dict[str, dict]] = {name: {} for name in ["sft", *names]}
     for seed in arguments.seeds:
-        place = arguments.folder / str(seed)
+        place, asked = arguments.folder / str(seed), (seed, arguments.prompts)
         prepare(place, seed)
-        before = judge(place / "sft", seed, arguments.prompts)
+        before = judge(place / "sft", *asked)
         card = read_json(place / "rlhf" / "reward" / "report.json")  # the reward model bounds what follows
         reward = {name: card[name] for name in ("accuracy", "truth") if name in card}
         results["sft"][str(seed)] = figures(before, before) | {"reward": reward}
         for name in names:
             if name == BEST_OF_N:
-                found = figures(judge_best(place, seed, arguments.prompts), before)
+                found = figures(judge_best(place, *asked), before)
             else:
                 run = aligned(place, seed, name)
                 final = next(event for event in read_metrics(run) if event["event"] == "final")
                 kept = {key: final[key] for key in ("kl", "score", "seconds", "kept_step") if key in final}
-                found = figures(judge(run, seed, arguments.prompts), before) | kept
+                found = figures(judge(run, *asked), before) | kept
             results[name][str(seed)] = found
             print(line(name, [found], f"seed {seed}"), flush=True)
     for name, seeds in results.items():
@@ -84,43 +83,45 @@ def main() -> None:
 # ---- Runs
 
 
-def unless_finished(run: Path, *words: object) -> None:
-    """Runs a script anew unless it has come to its end."""
-    if not any(event["event"] == "final" for event in read_metrics(run)):
-        script(*words, "--overwrite")
+def finished(run: Path) -> bool:
+    return any(event["event"] == "final" for event in read_metrics(run))
 
 
 def prepare(place: Path, seed: int) -> None:
     """Everything up to the reward model."""
     base, sft = place / "base", place / "sft"
-    unless_finished(base, "train.py", "--out", base, "--seed", seed)
-    unless_finished(sft, "sft.py", "--init", base, "--out", sft, "--seed", seed)
+    if not finished(base):
+        script("train.py", "--out", base, "--seed", seed, "--overwrite")
+    if not finished(sft):
+        script("sft.py", "--init", base, "--out", sft, "--seed", seed, "--overwrite")
     ranked(place / "rlhf", place, seed, sft)
 
 
 def ranked(out: Path, place: Path, seed: int, asked: Path, *earlier: Path) -> list[object]:
     """Responses of the run `asked`, their rankings, and a reward model of those and `earlier` ones; the
     options that all stages in `out` share."""
-    common = ["--out", out, "--init", place / "sft", "--seed", seed]
-    if not any(event["event"] == "final" for event in read_metrics(out / "reward")):
-        script("rlhf.py", "--stage", "sample", "--models", asked, *common, "--overwrite")
-        script("rlhf.py", "--stage", "rank", *common, "--overwrite")
+    common = ["--out", out, "--init", place / "sft", "--seed", seed, "--overwrite"]
+    if not finished(out / "reward"):
+        script("rlhf.py", "--stage", "sample", "--models", asked, *common)
+        script("rlhf.py", "--stage", "rank", *common)
         files = ["--rankings", *earlier, out / "rankings.jsonl"] if earlier else []
-        script("rlhf.py", "--stage", "reward", *files, *common, "--overwrite")
+        script("rlhf.py", "--stage", "reward", *files, *common)
     return common
 
 
 def aligned(place: Path, seed: int, name: str) -> Path:
     """The folder of a variant's policy."""
+    rlhf, options = place / "rlhf", VARIANTS.get(name, [])
     if name == SECOND:  # rankings of what the first policy says too, and a reward model of both rounds
-        out, rlhf, options = place / "second", place / "rlhf", []
+        out = place / "second"
         common = ranked(out, place, seed, aligned(place, seed, "ppo"), rlhf / "rankings.jsonl")
     else:
-        out, rlhf, options = place / "variants" / name.replace(" ", "-"), place / "rlhf", VARIANTS[name]
+        out = place / "variants" / name.replace(" ", "-")
         common = ["--out", out, "--init", place / "sft", "--seed", seed, "--reward", rlhf / "reward",
-                  "--rankings", rlhf / "rankings.jsonl"]  # fmt: skip
+                  "--rankings", rlhf / "rankings.jsonl", "--overwrite"]  # fmt: skip
     run = out / (options[1] if options[:1] == ["--algorithm"] else "ppo")
-    unless_finished(run, "rlhf.py", "--stage", "policy", *common, *options)
+    if not finished(run):
+        script("rlhf.py", "--stage", "policy", *common, *options)
     return run
 
 
@@ -174,24 +175,18 @@ def figures(after: dict[str, list[Reply]], before: dict[str, list[Reply]]) -> di
 
 
 def line(name: str, of_seeds: Sequence[dict], what: str) -> str:
-    """Means over seeds, with the spread where there are several."""
+    """Means over seeds, with the spread where there are several; --json has the kinds and flaws."""
 
-    def shown(*keys: str) -> str:
-        values = []
-        for found in of_seeds:
-            one: Any = found
-            for key in keys:
-                one = one.get(key) if one else None
-            values += [] if one is None else [one]
-        spread = f"±{stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{fmean(values):.3f}{spread}" if values else "-"
+    def shown(values: list[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        spread = f"±{stdev(known):.3f}" if len(known) > 1 else ""
+        return f"{fmean(known):.3f}{spread}" if known else "-"
 
-    cells = [f"{name:26} {what:8} KL {shown('kl')} score {shown('score')} s {shown('seconds')}"]
+    cells = [f"{key} {shown([found.get(key) for found in of_seeds])}" for key in ("kl", "score", "seconds")]
     for T in TEMPERATURES:
-        kinds = " ".join(f"{kind} {shown(T, 'by_kind', kind)}" for kind in KINDS)
-        flaws = " ".join(f"{flaw} {shown(T, 'flaws', flaw)}" for flaw in FLAWS)
-        cells.append(f"   {T:8} rubric {shown(T, 'rubric')} won {shown(T, 'preferred')} | {kinds} | {flaws}")
-    return "\n".join(cells)
+        for key in ("rubric", "preferred"):
+            cells.append(f"{T} {key} {shown([found.get(T, {}).get(key) for found in of_seeds])}")
+    return f"{name:26} {what:8} {'  '.join(cells)}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ kernels behind it add, and what each addition buys:
     6. A backward pass, which recomputes  p = 2^(z - lse)  from the logarithm lse of the sum.
        `_backward_dq` goes over keys, `_backward_dkdv` over rows: two more products than one kernel for all
        three would take, but every sum has one owner and a fixed order, so gradients are equal bit for bit
-       from run to run. With bounds in any order, `_list_row_blocks` finds the rows that see a block of keys.
+       from run to run. Bounds may be in any order, so `_list_row_blocks` finds the rows that see a block.
 
 All logarithms have base 2, the one base in which GPUs have instructions.
 
@@ -95,36 +95,36 @@ def simple_attention(q: Tensor, k: Tensor, v: Tensor, BLOCK_M: int = 64, BLOCK_N
 
 
 # --- Blocks and products -------------------------------------------------------------------------
+#
+# The kernels take each operand x as a tensor [B, heads, tokens, C] with its strides: (x, x.stride()).
 
 
 @triton.jit
-def _load(x, strides, b, head, rows, count, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows [len(rows), WIDTH] of x [B, heads, tokens, C]: row r is token r // G of head `head + r % G`.
+def _pointers(x, b, head, rows, G: tl.constexpr, WIDTH: tl.constexpr):
+    """To rows [len(rows), WIDTH] of x: row r is token r // G of head `head + r % G`."""
+    tensor, strides = x[0], x[1]
+    token, head = (rows // G).to(tl.int64), (head + rows % G).to(tl.int64)
+    first = tensor + b * strides[0] + head * strides[1] + token * strides[2]
+    return first[:, None] + tl.arange(0, WIDTH).to(tl.int64)[None, :] * strides[3]
 
-    Zeros from column C on and, unless `count` is None, from row `count` on.
-    """
-    column = tl.arange(0, WIDTH)
-    pointers = _row_pointers(x, strides, b, head, rows, G)[:, None] + column.to(tl.int64) * strides[3]
+
+@triton.jit
+def _load(x, b, head, rows, count, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Those rows, with zeros from column C on and, unless `count` is None, from row `count` on."""
+    pointers, column = _pointers(x, b, head, rows, G, WIDTH), tl.arange(0, WIDTH)[None, :]
     if count is not None:
-        return tl.load(pointers, (rows[:, None] < count) & (column[None, :] < C), 0.0)
+        return tl.load(pointers, (rows[:, None] < count) & (column < C), 0.0)
     if C < WIDTH:
-        return tl.load(pointers, column[None, :] < C, 0.0)
+        return tl.load(pointers, column < C, 0.0)
     return tl.load(pointers)
 
 
 @triton.jit
-def _store(x, strides, b, head, rows, count, values, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
+def _store(x, b, head, rows, count, values, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `_load`, for the rows below `count`."""
-    column = tl.arange(0, WIDTH)
-    pointers = _row_pointers(x, strides, b, head, rows, G)[:, None] + column.to(tl.int64) * strides[3]
-    values = _narrow(values, x.dtype.element_ty)
-    tl.store(pointers, values, mask=(rows[:, None] < count) & (column[None, :] < C))
-
-
-@triton.jit
-def _row_pointers(x, strides, b, head, rows, G: tl.constexpr):
-    token, head = (rows // G).to(tl.int64), (head + rows % G).to(tl.int64)
-    return x + b * strides[0] + head * strides[1] + token * strides[2]
+    pointers, column = _pointers(x, b, head, rows, G, WIDTH), tl.arange(0, WIDTH)[None, :]
+    values = _narrow(values, x[0].dtype.element_ty)
+    tl.store(pointers, values, mask=(rows[:, None] < count) & (column < C))
 
 
 @triton.jit
@@ -156,21 +156,38 @@ def _program(blocks, K):
 
 
 @triton.jit
-def _visible(rows, start, end, start_strides, end_strides, b, T, S, G: tl.constexpr, CAUSAL: tl.constexpr):
+def _bound(bound, default, b, t, T, S):
+    """Row by row a given bound, within 0..S."""
+    if bound is None:
+        found = tl.zeros_like(t) + default
+    else:
+        given = tl.load(bound[0] + b * bound[1][0] + t.to(tl.int64) * bound[1][1], t < T, 0)
+        found = tl.minimum(tl.maximum(given, 0), S).to(tl.int32)
+    return found
+
+
+@triton.jit
+def _visible(rows, start, end, b, T, S, G: tl.constexpr, CAUSAL: tl.constexpr):
     """Row by row the first key seen and the one past the last; (S, 0) for none, or past the last row."""
     t = rows // G
-    low, high = tl.zeros_like(t), tl.zeros_like(t) + S
-    if start is not None:
-        bound = tl.load(start + b * start_strides[0] + t.to(tl.int64) * start_strides[1], t < T, 0)
-        low = tl.minimum(tl.maximum(bound, 0), S).to(tl.int32)
-    if end is not None:
-        bound = tl.load(end + b * end_strides[0] + t.to(tl.int64) * end_strides[1], t < T, 0)
-        high = tl.minimum(tl.maximum(bound, 0), S).to(tl.int32)
+    low, high = _bound(start, 0, b, t, T, S), _bound(end, S, b, t, T, S)
     if CAUSAL:
         high = tl.minimum(high, t + (S - T) + 1)
     # An empty interval must not widen what its block walks over.
     seen = (low < high) & (t < T)
     return tl.where(seen, low, S), tl.where(seen, high, 0)
+
+
+@triton.jit
+def _row_block(start, end, T, S, K, CAUSAL: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(batch, key head, rows, the rows to load, their first keys and those past the last) of this program."""
+    blocks = tl.cdiv(T * G, BLOCK_M)
+    block, b, head = _program(blocks, K)
+    # Under causality the last rows see most: the longest programs start first.
+    rows = (blocks - 1 - block) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(rows, T * G - 1)  # rows past the last one repeat it and are not stored
+    low, high = _visible(row, start, end, b, T, S, G, CAUSAL)
+    return b, head, rows, row, low, high
 
 
 @triton.jit
@@ -205,22 +222,16 @@ def _cleared(x, ACC: tl.constexpr):
 
 @triton.jit
 def _forward(
-    q, k, v, start, end, out, lse,
-    q_strides, k_strides, v_strides, start_strides, end_strides, out_strides, T, S, K,
+    q, k, v, start, end, out, lse, T, S, K,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one block of rows over the keys they see."""
     ACC: tl.constexpr = lse.dtype.element_ty
     R = T * G
-    blocks = tl.cdiv(R, BLOCK_M)
-    block, b, head = _program(blocks, K)
-    block = blocks - 1 - block  # under causality the last rows see most: the longest programs start first
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(rows, R - 1)  # rows past the last one repeat it and are not stored
-    low, high = _visible(row, start, end, start_strides, end_strides, b, T, S, G, CAUSAL)
+    b, head, rows, row, low, high = _row_block(start, end, T, S, K, CAUSAL, G, BLOCK_M)
     first, first_whole, wholes, edges = _key_blocks(low, high, BLOCK_N)
-    q_rows = _load(q, q_strides, b, head * G, row, None, G, C, WIDTH)
+    q_rows = _load(q, b, head * G, row, None, G, C, WIDTH)
     m = tl.full([BLOCK_M], LOWEST, ACC)
     total = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, WIDTH], ACC)
@@ -228,9 +239,9 @@ def _forward(
         count = S if EDGE else None
         for i in range(edges if EDGE else wholes):
             keys = _block(i, first, first_whole, wholes, EDGE) * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_rows = _load(k, k_strides, b, head, keys, count, 1, C, WIDTH)
+            k_rows = _load(k, b, head, keys, count, 1, C, WIDTH)
             z = _dot(q_rows, tl.trans(k_rows), tl.zeros([BLOCK_M, BLOCK_N], ACC))
-            v_rows = _load(v, v_strides, b, head, keys, count, 1, C, WIDTH)
+            v_rows = _load(v, b, head, keys, count, 1, C, WIDTH)
             if EDGE:  # a value that is not finite is 0 to rows that do not see it, and nan to those that do
                 v_rows, spoilt = _cleared(v_rows, ACC)
                 z += tl.where(spoilt, float("nan"), 0.0)[None, :]
@@ -242,7 +253,7 @@ def _forward(
             m, total = top, total * fade + tl.sum(p, 1)
             acc = _dot(_narrow(p, v_rows.dtype), v_rows, acc * fade[:, None])
     divisor = tl.where(total == 0, 1.0, total)
-    _store(out, out_strides, b, head * G, rows, R, acc / divisor[:, None], G, C, WIDTH)
+    _store(out, b, head * G, rows, R, acc / divisor[:, None], G, C, WIDTH)
     # +inf for a row that sees nothing, so that p = 2^(z - inf) = 0 in the backward pass.
     log_sum = tl.where(total == 0, float("inf"), m + tl.log2(divisor))
     tl.store(lse + (b * K + head) * R + rows, log_sum, mask=rows < R)
@@ -257,26 +268,19 @@ def _forward(
 
 @triton.jit
 def _backward_dq(
-    q, k, v, start, end, out, lse, d_out, dq, delta,
-    q_strides, k_strides, v_strides, start_strides, end_strides, out_strides, d_out_strides, dq_strides,
-    T, S, K,
+    q, k, v, start, end, out, d_out, dq, lse, delta, T, S, K,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one block of rows, over the keys that they see."""
     ACC: tl.constexpr = lse.dtype.element_ty
     R = T * G
-    blocks = tl.cdiv(R, BLOCK_M)
-    block, b, head = _program(blocks, K)
-    block = blocks - 1 - block
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(rows, R - 1)
-    low, high = _visible(row, start, end, start_strides, end_strides, b, T, S, G, CAUSAL)
+    b, head, rows, row, low, high = _row_block(start, end, T, S, K, CAUSAL, G, BLOCK_M)
     first, first_whole, wholes, edges = _key_blocks(low, high, BLOCK_N)
-    q_rows = _load(q, q_strides, b, head * G, row, None, G, C, WIDTH)
-    d_rows = _load(d_out, d_out_strides, b, head * G, row, None, G, C, WIDTH)
+    q_rows = _load(q, b, head * G, row, None, G, C, WIDTH)
+    d_rows = _load(d_out, b, head * G, row, None, G, C, WIDTH)
     lse_rows = tl.load(lse + (b * K + head) * R + row)
-    out_rows = _load(out, out_strides, b, head * G, row, None, G, C, WIDTH)
+    out_rows = _load(out, b, head * G, row, None, G, C, WIDTH)
     delta_rows = tl.sum(d_rows.to(ACC) * out_rows.to(ACC), 1)
     tl.store(delta + (b * K + head) * R + rows, delta_rows, mask=rows < R)
     acc = tl.zeros([BLOCK_M, WIDTH], ACC)
@@ -284,9 +288,9 @@ def _backward_dq(
         count = S if EDGE else None
         for i in range(edges if EDGE else wholes):
             keys = _block(i, first, first_whole, wholes, EDGE) * BLOCK_N + tl.arange(0, BLOCK_N)
-            k_rows = _load(k, k_strides, b, head, keys, count, 1, C, WIDTH)
+            k_rows = _load(k, b, head, keys, count, 1, C, WIDTH)
             z = _dot(q_rows, tl.trans(k_rows), tl.zeros([BLOCK_M, BLOCK_N], ACC))
-            v_rows = _load(v, v_strides, b, head, keys, count, 1, C, WIDTH)
+            v_rows = _load(v, b, head, keys, count, 1, C, WIDTH)
             dp = _dot(d_rows, tl.trans(v_rows), tl.zeros([BLOCK_M, BLOCK_N], ACC))
             dz = tl.exp2(z * (SCALE * LOG2_E) - lse_rows[:, None]) * (dp - delta_rows[:, None])
             if EDGE:
@@ -294,14 +298,12 @@ def _backward_dq(
                 dz = tl.where(seen, dz, 0.0)
                 k_rows, _ = _cleared(k_rows, ACC)
             acc = _dot(_narrow(dz, k_rows.dtype), k_rows, acc)
-    _store(dq, dq_strides, b, head * G, rows, R, acc * SCALE, G, C, WIDTH)
+    _store(dq, b, head * G, rows, R, acc * SCALE, G, C, WIDTH)
 
 
 @triton.jit
 def _backward_dkdv(
-    q, k, v, start, end, lse, d_out, delta, dk, dv, blocks_of, counts_of,
-    q_strides, k_strides, v_strides, start_strides, end_strides, d_out_strides, dk_strides, dv_strides,
-    T, S, K,
+    q, k, v, start, end, d_out, dk, dv, lse, delta, blocks_of, counts_of, T, S, K,
     SCALE: tl.constexpr, CAUSAL: tl.constexpr, G: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -312,60 +314,42 @@ def _backward_dkdv(
     key_blocks = tl.cdiv(S, BLOCK_N)
     block, b, head = _program(key_blocks, K)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_rows = _load(k, k_strides, b, head, keys, S, 1, C, WIDTH)
-    v_rows = _load(v, v_strides, b, head, keys, S, 1, C, WIDTH)
+    k_rows = _load(k, b, head, keys, S, 1, C, WIDTH)
+    v_rows = _load(v, b, head, keys, S, 1, C, WIDTH)
     lse += (b * K + head) * R
     delta += (b * K + head) * R
-    first, first_whole = 0, 0
-    if blocks_of is not None:
-        counts_of += (b * key_blocks + block) * 2
-        blocks_of += (b * key_blocks + block) * blocks
-        edges, wholes = tl.load(counts_of), tl.load(counts_of + 1)
-    else:
-        if CAUSAL:  # key s is seen from query s - (S - T) on: the first key first, the last key last
-            first = tl.minimum(tl.maximum(block * BLOCK_N + T - S, 0) * G // BLOCK_M, blocks)
-            past_key = tl.minimum(block * BLOCK_N + BLOCK_N, S)
-            first_whole = tl.minimum(tl.cdiv(tl.maximum(past_key - 1 + T - S, 0) * G, BLOCK_M), blocks)
-        wholes = tl.maximum(R // BLOCK_M, first_whole) - first_whole
-        edges = blocks - first - wholes
+    counts_of += (b * key_blocks + block) * 2
+    blocks_of += (b * key_blocks + block) * blocks
+    edges, wholes = tl.load(counts_of), tl.load(counts_of + 1)
     d_k = tl.zeros([BLOCK_N, WIDTH], ACC)
     d_v = tl.zeros([BLOCK_N, WIDTH], ACC)
     for EDGE in tl.static_range(2):
         count = R if EDGE else None
         for i in range(edges if EDGE else wholes):
-            if blocks_of is not None:
-                row_block = tl.load(blocks_of + (i if EDGE else blocks - 1 - i))
-            else:
-                row_block = _block(i, first, first_whole, wholes, EDGE)
-            rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-            if EDGE:
-                lse_rows, delta_rows = (
-                    tl.load(lse + rows, rows < R, 0.0),
-                    tl.load(delta + rows, rows < R, 0.0),
-                )
-            else:
-                lse_rows, delta_rows = tl.load(lse + rows), tl.load(delta + rows)
-            q_rows = _load(q, q_strides, b, head * G, rows, count, G, C, WIDTH)
+            rows = tl.load(blocks_of + (i if EDGE else blocks - 1 - i)) * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = rows < R if EDGE else None
+            lse_rows, delta_rows = tl.load(lse + rows, inside), tl.load(delta + rows, inside)
+            q_rows = _load(q, b, head * G, rows, count, G, C, WIDTH)
             z = _dot(k_rows, tl.trans(q_rows), tl.zeros([BLOCK_N, BLOCK_M], ACC))
             p = tl.exp2(z * (SCALE * LOG2_E) - lse_rows[None, :])
             if EDGE:
-                low, high = _visible(rows, start, end, start_strides, end_strides, b, T, S, G, CAUSAL)
+                low, high = _visible(rows, start, end, b, T, S, G, CAUSAL)
                 seen = (keys[:, None] >= low[None, :]) & (keys[:, None] < high[None, :])
                 p = tl.where(seen, p, 0.0)
-            d_rows = _load(d_out, d_out_strides, b, head * G, rows, count, G, C, WIDTH)
+            d_rows = _load(d_out, b, head * G, rows, count, G, C, WIDTH)
             d_v = _dot(_narrow(p, d_rows.dtype), d_rows, d_v)
             dp = _dot(v_rows, tl.trans(d_rows), tl.zeros([BLOCK_N, BLOCK_M], ACC))
             dz = p * (dp - delta_rows[None, :])
             if EDGE:
                 dz = tl.where(seen, dz, 0.0)
             d_k = _dot(_narrow(dz, q_rows.dtype), q_rows, d_k)
-    _store(dk, dk_strides, b, head, keys, S, d_k * SCALE, 1, C, WIDTH)
-    _store(dv, dv_strides, b, head, keys, S, d_v, 1, C, WIDTH)
+    _store(dk, b, head, keys, S, d_k * SCALE, 1, C, WIDTH)
+    _store(dv, b, head, keys, S, d_v, 1, C, WIDTH)
 
 
 @triton.jit
 def _list_row_blocks(
-    start, end, blocks_of, counts_of, start_strides, end_strides, T, S,
+    start, end, blocks_of, counts_of, T, S,
     CAUSAL: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For one block of keys, the blocks of rows that see it: in part from the front of its list, wholly
@@ -382,7 +366,7 @@ def _list_row_blocks(
     for chunk in range(0, blocks, CHUNK):
         block = chunk + tl.arange(0, CHUNK)
         rows = block[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        low, high = _visible(rows, start, end, start_strides, end_strides, b, T, S, G, CAUSAL)
+        low, high = _visible(rows, start, end, b, T, S, G, CAUSAL)
         seen = tl.max(((low < past_key) & (high > first_key)).to(tl.int32), 1)
         whole = tl.min(((low <= first_key) & (high >= past_key)).to(tl.int32), 1)
         edge = seen - whole
@@ -450,10 +434,8 @@ def attention_op(
     with torch.cuda.device_of(q):
         options = configuration("forward" if lse.shape[2] > DECODE_ROWS else "decode", C, q.dtype)
         _forward[(triton.cdiv(lse.shape[2], options["BLOCK_M"]) * B * K,)](
-            q, k, v, start, end, out, lse,
-            q.stride(), k.stride(), v.stride(), strides(start), strides(end), out.stride(), T, S, K,
-            SCALE=scale, CAUSAL=causal, G=H // K, **options,
-        )  # fmt: skip
+            *strided(q, k, v, start, end, out), lse, T, S, K, SCALE=scale, CAUSAL=causal, G=H // K, **options
+        )
     return out, lse
 
 
@@ -464,8 +446,9 @@ def outputs(q: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return q.new_empty((B, T, H, C)).transpose(1, 2), lse
 
 
-def strides(bound: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if bound is None else bound.stride()
+def strided(*tensors: Tensor | None) -> list:
+    """Each with its strides, as the kernels take them."""
+    return [None if x is None else (x, x.stride()) for x in tensors]
 
 
 @attention_op.register_fake
@@ -481,38 +464,26 @@ def attention_backward_op(
     """(dq, dk, dv)."""
     (B, H, T, C), (K, S) = q.shape, k.shape[1:3]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
-    shared = {"SCALE": scale, "CAUSAL": causal, "G": H // K}
-    bounds = strides(start), strides(end)
+    delta, R, G = torch.empty_like(lse), lse.shape[2], H // K
+    shared = {"SCALE": scale, "CAUSAL": causal, "G": G}
     with torch.cuda.device_of(q):
         options = configuration("dq", C, q.dtype)
-        _backward_dq[(triton.cdiv(lse.shape[2], options["BLOCK_M"]) * B * K,)](
-            q, k, v, start, end, out, lse, d_out, dq, delta, q.stride(), k.stride(), v.stride(), *bounds,
-            out.stride(), d_out.stride(), dq.stride(), T, S, K, **shared, **options,
-        )  # fmt: skip
+        _backward_dq[(triton.cdiv(R, options["BLOCK_M"]) * B * K,)](
+            *strided(q, k, v, start, end, out, d_out, dq), lse, delta, T, S, K, **shared, **options
+        )
         options = configuration("dkdv", C, q.dtype)
-        lists = row_block_lists(start, end, B, T, S, causal, H // K, options)
-        _backward_dkdv[(triton.cdiv(S, options["BLOCK_N"]) * B * K,)](
-            q, k, v, start, end, lse, d_out, delta, dk, dv, *lists,
-            q.stride(), k.stride(), v.stride(), *bounds, d_out.stride(), dk.stride(), dv.stride(),
-            T, S, K, **shared, **options,
+        BLOCK_M, BLOCK_N = options["BLOCK_M"], options["BLOCK_N"]
+        blocks, key_blocks = triton.cdiv(R, BLOCK_M), triton.cdiv(S, BLOCK_N)
+        blocks_of = q.new_empty((B, key_blocks, blocks), dtype=torch.int32)
+        counts_of = q.new_empty((B, key_blocks, 2), dtype=torch.int32)
+        _list_row_blocks[(B * key_blocks,)](
+            *strided(start, end), blocks_of, counts_of, T, S, causal, G, BLOCK_M, BLOCK_N, LIST_CHUNK, **FUSED
+        )
+        _backward_dkdv[(key_blocks * B * K,)](
+            *strided(q, k, v, start, end, d_out, dk, dv), lse, delta, blocks_of, counts_of, T, S, K,
+            **shared, **options,
         )  # fmt: skip
     return dq, dk, dv
-
-
-def row_block_lists(start, end, B, T, S, causal, G, options):
-    """The two tensors of `_list_row_blocks`; (None, None) without bounds, where they are plain ranges."""
-    if start is None and end is None:
-        return None, None
-    blocks, key_blocks = triton.cdiv(T * G, options["BLOCK_M"]), triton.cdiv(S, options["BLOCK_N"])
-    bound = end if start is None else start
-    blocks_of = bound.new_empty((B, key_blocks, blocks), dtype=torch.int32)
-    counts_of = bound.new_empty((B, key_blocks, 2), dtype=torch.int32)
-    _list_row_blocks[(B * key_blocks,)](
-        start, end, blocks_of, counts_of, strides(start), strides(end), T, S,
-        causal, G, options["BLOCK_M"], options["BLOCK_N"], LIST_CHUNK, **FUSED,
-    )  # fmt: skip
-    return blocks_of, counts_of
 
 
 @attention_backward_op.register_fake

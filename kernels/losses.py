@@ -66,12 +66,9 @@ PLANS = {
 
 
 def cross_entropy(
-    logits: Float[Tensor, "N V"],
-    targets: Int[Tensor, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    impl: str | None = None,
-) -> Float[Tensor, "*rows"]:
+    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"],
+    ignore_index: int = -100, reduction: str = "mean", impl: str | None = None,
+) -> Float[Tensor, "*rows"]:  # fmt: skip
     """-log softmax(logits)[targets] in nats: a scalar, or [N] for reduction "none".
 
     Rows whose target is `ignore_index` count for nothing: loss 0, gradient 0 and not in the mean's
@@ -79,58 +76,43 @@ def cross_entropy(
     logits. IndexError for a target outside 0..V-1, on a GPU nan for loss and gradient; ValueError for an
     unknown option and for shapes that do not fit.
     """
-    _check({"logits": (logits, "N V")}, targets, reduction)
-    return _row_losses(logits, None, targets.long(), ignore_index, reduction, choose_impl(impl, logits))
+    check({"logits": (logits, "N V")}, {"targets": (targets, "N")})
+    return _cross_entropy(logits, None, targets.long(), ignore_index, reduction, impl)
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    targets: Int[Tensor, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    impl: str | None = None,
-) -> Float[Tensor, "*rows"]:
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"],
+    ignore_index: int = -100, reduction: str = "mean", impl: str | None = None,
+) -> Float[Tensor, "*rows"]:  # fmt: skip
     """`cross_entropy(hidden @ weight.T, targets)` that never holds more than a chunk of the logits.
 
     The weight is cast to hidden's dtype (under autocast, both to its), and each gradient comes back in its
     operand's. On a CPU "mean" and "sum" skip ignored rows, which then cost nothing. Loss, reductions and
     errors as in `cross_entropy`.
     """
-    _check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, targets, reduction)
-    hidden, targets, impl = autocast(hidden), targets.long(), choose_impl(impl, hidden)
-    if reduction == "none":
-        return _row_losses(hidden, weight, targets, ignore_index, reduction, impl)
-    grad = torch.is_grad_enabled()
-    want = hidden.requires_grad and grad, weight.requires_grad and grad
-    total = _summed(hidden, weight, targets, ignore_index, *want, impl)[0]
-    return _mean(total, targets != ignore_index) if reduction == "mean" else total
+    check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, {"targets": (targets, "N")})
+    return _cross_entropy(autocast(hidden), weight, targets.long(), ignore_index, reduction, impl)
 
 
 def token_logprobs(
-    logits: Float[Tensor, "N V"],
-    targets: Int[Tensor, " N"],
-    temperature: float = 1.0,
-    impl: str | None = None,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"],
+    temperature: float = 1.0, impl: str | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """(log p[target], entropy of p) in nats, for p = softmax(logits / temperature).
 
     Dtypes and errors as in `cross_entropy`; ValueError for a temperature that is not positive.
     """
-    _check({"logits": (logits, "N V")}, targets)
-    return _logprobs(logits, None, targets, temperature, impl)
+    check({"logits": (logits, "N V")}, {"targets": (targets, "N")})
+    return _logprobs([logits], targets, temperature, impl)
 
 
 def linear_token_logprobs(
-    hidden: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
-    targets: Int[Tensor, " N"],
-    temperature: float = 1.0,
-    impl: str | None = None,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"],
+    temperature: float = 1.0, impl: str | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """`token_logprobs(hidden @ weight.T, targets, temperature)` that never holds many logits."""
-    _check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, targets)
-    return _logprobs(autocast(hidden), weight, targets, temperature, impl)
+    check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, {"targets": (targets, "N")})
+    return _logprobs([autocast(hidden), weight], targets, temperature, impl)
 
 
 def kl(
@@ -140,56 +122,50 @@ def kl(
 
     float32, or float64 if either is. ValueError for an unknown `impl` and for shapes that do not fit.
     """
-    _check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")})
-    return _rows("kl", p_logits, None, q_logits, None, None, 1.0, choose_impl(impl, p_logits))[0][4]
+    check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")}, {})
+    return _rows([p_logits, q_logits], None, 1.0, False, choose_impl(impl, p_logits))[0][4]
 
 
 def linear_kl(
-    p_hidden: Float[Tensor, "N P"],
-    p_weight: Float[Tensor, "V P"],
-    q_hidden: Float[Tensor, "N Q"],
-    q_weight: Float[Tensor, "V Q"],
-    impl: str | None = None,
-) -> Float[Tensor, " N"]:
+    p_hidden: Float[Tensor, "N P"], p_weight: Float[Tensor, "V P"],
+    q_hidden: Float[Tensor, "N Q"], q_weight: Float[Tensor, "V Q"], impl: str | None = None,
+) -> Float[Tensor, " N"]:  # fmt: skip
     """`kl(p_hidden @ p_weight.T, q_hidden @ q_weight.T)` that never holds many logits.
 
     The two models may differ in width.
     """
     p = {"p_hidden": (p_hidden, "N P"), "p_weight": (p_weight, "V P")}
-    _check(p | {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")})
-    impl = choose_impl(impl, p_hidden)
-    return _rows("kl", autocast(p_hidden), p_weight, autocast(q_hidden), q_weight, None, 1.0, impl)[0][4]
+    check(p | {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")}, {})
+    operands = [autocast(p_hidden), p_weight, autocast(q_hidden), q_weight]
+    return _rows(operands, None, 1.0, False, choose_impl(impl, p_hidden))[0][4]
 
 
-def _check(operands, targets: Tensor | None = None, reduction: str = "none") -> None:
-    check(operands, {"targets": (targets, "N")})
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}: there are 'mean', 'sum' and 'none'")
-
-
-def _logprobs(hidden, weight, targets, temperature, impl):
+def _logprobs(operands: list[Tensor], targets, temperature, impl):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
-    impl = choose_impl(impl, hidden)
-    result = _rows("logprob_entropy", hidden, weight, None, None, targets.long(), float(temperature), impl)[0]
+    impl, targets = choose_impl(impl, operands[0]), targets.long()
+    result = _rows(operands, targets, float(temperature), True, impl)[0]
     return result[2], result[3]
 
 
-def _row_losses(hidden, weight, targets, ignore_index, reduction, impl):
-    """The losses, or their sum or mean; an ignored row has the hidden state 0 and looks up token 0."""
-    kept = targets != ignore_index
-    if weight is not None:  # 0 * nan is nan: an ignored row must not reach dW
-        hidden = hidden.where(kept[:, None], 0.0)
-    logprobs = _rows("logprob", hidden, weight, None, None, targets.where(kept, 0), 1.0, impl)[0][2]
-    losses = (-logprobs).where(kept, 0.0)
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else _mean(losses.sum(), kept)
-
-
-def _mean(total: Tensor, kept: Tensor) -> Tensor:
-    """total over the rows kept; over no rows nan, with gradients of 0."""
-    count = kept.sum()
+def _cross_entropy(hidden, weight, targets, ignore_index, reduction, impl):
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: there are 'mean', 'sum' and 'none'")
+    impl, kept = choose_impl(impl, hidden), targets != ignore_index
+    if weight is not None and reduction != "none":
+        grad = torch.is_grad_enabled()
+        want = hidden.requires_grad and grad, weight.requires_grad and grad
+        total = _summed(hidden, weight, targets, ignore_index, *want, impl)[0]
+    else:  # an ignored row looks up token 0; of a hidden state 0, for 0 * nan must not reach dW
+        operands = [hidden] if weight is None else [hidden.where(kept[:, None], 0.0), weight]
+        logprobs = _rows(operands, targets.where(kept, 0), 1.0, False, impl)[0][2]
+        losses = (-logprobs).where(kept, 0.0)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+    if reduction == "sum":
+        return total
+    count = kept.sum()  # the mean over no rows is nan, with gradients of 0
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
 
@@ -203,66 +179,57 @@ class Logits:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor | None, want=(False, False), kept: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        want=(False, False),
+        kept: Tensor | None = None,
+        keep=True,
     ):
-        self.hidden, self.weight, self.kept = hidden, weight, kept
-        self.plan = PLANS.get(hidden.device.type, PLANS["cpu"])
-        self.N, self.V = len(hidden), hidden.shape[1] if weight is None else len(weight)
-        self.few = weight is not None and self.plan.kept >= self.N * self.V
+        plan = PLANS.get(hidden.device.type, PLANS["cpu"])
+        self.hidden, self.weight, self.want, self.kept = hidden, weight, want, kept
+        N, self.V = len(hidden), hidden.shape[1] if weight is None else len(weight)
         self.exact = accumulator(hidden.dtype)
-        self.factor = hidden.dtype if self.plan.half else self.exact
-        self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want[0] else None
-        self.d_weight = None
-        self.rooms: dict[torch.dtype, Tensor] = {}
-        if weight is not None:
-            self.h, self.W = hidden.to(self.factor), weight.to(hidden.dtype).to(self.factor)
-            self.d_weight = torch.zeros_like(weight, dtype=self.exact) if want[1] else None
+        self.few = weight is not None and keep and plan.kept >= N * self.V
+        self.size = N  # rows of a chunk
+        self.d_hidden, self.d_weight = hidden.new_empty(0), hidden.new_empty(0)
+        if want[0]:
+            self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if weight is None:
+            return
+        if not self.few:
+            self.size = min(N, max(plan.chunk // self.V // plan.rows, 1) * plan.rows)
+        # Every chunk has the same memory, in which rows begin at multiples of `align`.
+        shape = self.size, (self.V + plan.align - 1) // plan.align * plan.align
+        factor = hidden.dtype if plan.half else self.exact
+        self.h, self.W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
+        self.z = hidden.new_empty(shape, dtype=self.exact)[:, : self.V] if kept is None else kept
+        self.dz = self.z  # written over z, if that was made for it in dz's dtype
+        if any(want) and (kept is not None or factor != self.exact):
+            self.dz = hidden.new_empty(shape, dtype=factor)[:, : self.V]
+        if want[1]:
+            self.d_weight = torch.zeros_like(weight, dtype=self.exact)
 
-    def chunks(self, keep: bool = True) -> Iterator[slice]:
-        size = max(1, self.N)
-        if self.weight is not None and not (keep and self.few):
-            size = max(self.plan.chunk // self.V // self.plan.rows, 1) * self.plan.rows
-        return (slice(i, i + size) for i in range(0, max(1, self.N), size))
+    def chunks(self) -> Iterator[slice]:
+        N, size = len(self.hidden), max(1, self.size)
+        return (slice(i, i + size) for i in range(0, max(1, N), size))
 
-    def room(self, N: int, dtype: torch.dtype) -> Tensor:
-        """[N, V] whose rows begin at multiples of `align`; the next chunk gets the same memory."""
-        if dtype not in self.rooms:
-            stride = (self.V + self.plan.align - 1) // self.plan.align * self.plan.align
-            self.rooms[dtype] = self.hidden.new_empty((N, stride), dtype=dtype)[:, : self.V]
-        return self.rooms[dtype][:N]
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """A chunk's z in float32 (or float64); in their own dtype if the logits were given."""
+    def __getitem__(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """A chunk's z, in float32 (or float64) or as they were given, and the memory for its dz if wanted."""
         if self.weight is None:
-            return self.hidden[rows]
-        if self.kept is not None:
-            return self.kept[rows]
+            return self.hidden[rows], self.d_hidden[rows] if self.want[0] else None
         h = self.h[rows]
-        return _product(h, self.W.T, self.room(len(h), self.exact))
-
-    def gradient(self, rows: slice, z: Tensor) -> Tensor | None:
-        """Where a chunk's dz goes: into the result, over its z if that was made for it, or into new room."""
-        if self.weight is None:
-            return None if self.d_hidden is None else self.d_hidden[rows]
-        if self.d_hidden is None and self.d_weight is None:
-            return None
-        return z if self.kept is None and self.factor == z.dtype else self.room(len(z), self.factor)
+        z, dz = self.z[: len(h)], self.dz[: len(h)] if any(self.want) else None
+        return z if self.kept is not None else _product(h, self.W.T, z), dz
 
     def add(self, rows: slice, dz: Tensor | None) -> None:
         """One chunk's share of both gradients."""
-        if dz is None or self.weight is None:
+        if self.weight is None or dz is None:
             return
-        if self.d_hidden is not None:
+        if self.want[0]:
             _product(dz, self.W, self.d_hidden[rows])
-        if self.d_weight is not None:
+        if self.want[1]:
             _product(dz.T, self.h[rows], self.d_weight, accumulate=True)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """(d hidden, d weight, not yet in its dtype); an empty tensor for what was not wanted."""
-        d_hidden, d_weight = (
-            self.hidden.new_empty(0) if x is None else x for x in (self.d_hidden, self.d_weight)
-        )
-        return d_hidden, d_weight
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
@@ -277,7 +244,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Ten
 
 
 @contextmanager
-def _products(*hidden: Tensor) -> Iterator[None]:
+def _products(*sides: Logits) -> Iterator[None]:
     """Products as they stand: without autocast, and for bfloat16 on a CPU with factors rounded to it.
 
     h and W are so rounded already. A CPU's units for bfloat16 take several times less for the product, and
@@ -285,9 +252,9 @@ def _products(*hidden: Tensor) -> Iterator[None]:
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    with torch.autocast(hidden[0].device.type, enabled=False):
+    with torch.autocast(sides[0].hidden.device.type, enabled=False):
         try:
-            if all(not h.is_cuda and h.dtype == torch.bfloat16 for h in hidden):
+            if all(not s.hidden.is_cuda and s.hidden.dtype == torch.bfloat16 for s in sides):
                 matmul.fp32_precision = "bf16"
             yield
         finally:
@@ -313,95 +280,89 @@ def check_targets(targets: Tensor, V: int) -> None:
 
 @torch.library.custom_op("minillm::rows", mutates_args=())
 def _rows(
-    operation: str, p: Tensor, p_weight: Tensor | None, q: Tensor | None, q_weight: Tensor | None,
-    targets: Tensor | None, temperature: float, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(What the operation of `rows_torch.py` says of each row, the logits of p and of q where they are kept).
+    operands: list[Tensor], targets: Tensor | None, temperature: float, entropy: bool, impl: str
+) -> list[Tensor]:
+    """[what the operation of `rows_torch.py` says of each row, then of each side the logits if kept].
 
-    p and q are logits, or hidden states if they have a weight.
+    With targets the operation is `logprob` on one side, without it is `kl` of two. A side is one operand, its
+    logits, or two: hidden states and a weight.
     """
-    sides = _sides(p, p_weight, q, q_weight)
+    sides, module = _sides(operands, targets), import_module(f"kernels.rows_{impl}")
     if targets is not None:
         check_targets(targets, sides[0].V)
-    with _products(*(side.hidden for side in sides)):
-        results = []
+    results = []
+    with _products(*sides):
         for i in sides[0].chunks():
-            z = [side[i] for side in sides]
-            results.append(_function(impl, operation)(*z, *_options(operation, targets, temperature, i)))
-    kept = [chunk if side.few else p.new_empty(0) for side, chunk in zip(sides, z, strict=True)]
-    return torch.cat(results, 1), kept[0], kept[1] if q is not None else p.new_empty(0)
+            z = [side[i][0] for side in sides]
+            said = module.kl(*z) if targets is None else module.logprob(*z, targets[i], temperature, entropy)
+            results.append(said)
+    return [torch.cat(results, 1), *_kept(sides)]
 
 
 @_rows.register_fake
-def _(operation, p, p_weight, q, q_weight, targets, temperature, impl):
-    sides = _sides(p, p_weight, q, q_weight)
-    dtype = accumulator(torch.promote_types(p.dtype, sides[-1].hidden.dtype))
-    kept = [side.room(side.N, side.exact) if side.few else p.new_empty(0) for side in sides]
-    result = p.new_empty((import_module("kernels.rows_torch").RESULTS[operation], len(p)), dtype=dtype)
-    return result, kept[0], kept[1] if q is not None else p.new_empty(0)
+def _(operands, targets, temperature, entropy, impl):
+    sides = _sides(operands, targets)
+    dtype = accumulator(torch.promote_types(sides[0].hidden.dtype, sides[-1].hidden.dtype))
+    count = 5 if targets is None else 3 + entropy
+    return [operands[0].new_empty((count, len(operands[0])), dtype=dtype), *_kept(sides)]
 
 
 @torch.library.custom_op("minillm::rows_backward", mutates_args=())
 def _rows_backward(
-    operation: str, p: Tensor, p_weight: Tensor | None, q: Tensor | None, q_weight: Tensor | None,
-    targets: Tensor | None, temperature: float, impl: str,
-    result: Tensor, p_kept: Tensor, q_kept: Tensor, d_result: Tensor, want: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of p, p_weight, q and q_weight; an empty tensor for one that is not wanted."""
-    sides = _sides(p, p_weight, q, q_weight, want, (p_kept, q_kept))
-    with _products(*(side.hidden for side in sides)):
+    operands: list[Tensor], targets: Tensor | None, temperature: float, impl: str,
+    said: list[Tensor], d_result: Tensor, want: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of those operands for which they are wanted."""
+    result, *kept = said
+    sides, module = _sides(operands, targets, want, kept), import_module(f"kernels.rows_{impl}")
+    with _products(*sides):
         for i in sides[0].chunks():
-            z = [side[i] for side in sides]
-            outs = [side.gradient(i, chunk) for side, chunk in zip(sides, z, strict=True)]
-            options = _options(operation, targets, temperature, i)
-            _function(impl, f"{operation}_backward")(*z, *options, result[:, i], d_result[:, i], *outs)
+            z, outs = zip(*(side[i] for side in sides), strict=True)
+            rows = result[:, i], d_result[:, i]
+            if targets is None:
+                module.kl_backward(*z, *rows, *outs)
+            else:
+                module.logprob_backward(*z, targets[i], temperature, *rows, *outs)
             for side, out in zip(sides, outs, strict=True):
                 side.add(i, out)
-    found = [x for side in sides for x in side.gradients()] + [
-        p.new_empty(0) for _ in range(4 - 2 * len(sides))
-    ]
-    weights = (p_weight, q_weight)
-    d_p, d_q = (x if w is None else x.to(w.dtype) for x, w in zip(found[1::2], weights, strict=True))
-    return found[0], d_p, found[2], d_q
+    found = [x for side in sides for x in (side.d_hidden, side.d_weight)[: len(operands) // len(sides)]]
+    return [d.to(x.dtype) for d, x, wanted in zip(found, operands, want, strict=True) if wanted]
 
 
 @_rows_backward.register_fake
-def _(
-    operation, p, p_weight, q, q_weight, targets, temperature, impl, result, p_kept, q_kept, d_result, want
-):
-    operands = zip((p, p_weight, q, q_weight), want, strict=True)
-    return tuple(x.new_empty(x.shape) if wanted else p.new_empty(0) for x, wanted in operands)
+def _(operands, targets, temperature, impl, said, d_result, want):
+    return [x.new_empty(x.shape) for x, wanted in zip(operands, want, strict=True) if wanted]
 
 
-def _sides(p, p_weight, q, q_weight, want=(False,) * 4, kept=()) -> list[Logits]:
-    p_kept, q_kept = (x if x.numel() else None for x in kept) if kept else (None, None)
-    sides = [Logits(p, p_weight, want[:2], p_kept)]
-    return sides if q is None else [*sides, Logits(q, q_weight, want[2:], q_kept)]
+def _sides(operands, targets, want=(False,) * 4, kept=(None, None)) -> list[Logits]:
+    parts = len(operands) // (2 if targets is None else 1)
+    sides = []
+    for i in range(0, len(operands), parts):
+        weight, wanted = (None, (want[i], False)) if parts == 1 else (operands[i + 1], want[i : i + 2])
+        room = kept[i // parts]
+        sides.append(Logits(operands[i], weight, wanted, room if room is not None and room.numel() else None))
+    return sides
 
 
-def _function(impl: str, name: str):
-    """Of `rows_torch` or `rows_triton`, which is imported only where it runs."""
-    return getattr(import_module(f"kernels.rows_{impl}"), name)
-
-
-def _options(operation: str, targets: Tensor | None, temperature: float, rows: slice) -> tuple:
-    return () if targets is None else (targets[rows], temperature)
+def _kept(sides: list[Logits]) -> list[Tensor]:
+    return [side.z if side.few else side.hidden.new_empty(0) for side in sides]
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no tensors of zeros for the outputs that nobody differentiates
-    ctx.operation, *tensors, ctx.temperature, ctx.impl = inputs
-    ctx.save_for_backward(*tensors, *output)
+    operands, targets, ctx.temperature, _, ctx.impl = inputs
+    ctx.count = len(operands)
+    ctx.save_for_backward(*operands, targets, *output)
 
 
-def _gradients(ctx, d_result, *_):
-    if d_result is None:
-        return (None,) * 8
-    *operands, targets, result, p_kept, q_kept = ctx.saved_tensors
-    want = list(ctx.needs_input_grad[1:5])
-    options = targets, ctx.temperature, ctx.impl, result, p_kept, q_kept, d_result, want
-    found = _rows_backward(ctx.operation, *operands, *options)
-    return None, *(d if wanted else None for d, wanted in zip(found, want, strict=True)), None, None, None
+def _gradients(ctx, upstream):
+    want = ctx.needs_input_grad[0]
+    if upstream[0] is None:
+        return [None] * ctx.count, None, None, None, None
+    saved = list(ctx.saved_tensors)
+    operands, targets, said = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
+    found = iter(_rows_backward(operands, targets, ctx.temperature, ctx.impl, said, upstream[0], want))
+    return [next(found) if wanted else None for wanted in want], None, None, None, None
 
 
 _rows.register_autograd(_gradients, setup_context=_save)
@@ -416,34 +377,35 @@ def _summed(
     want_hidden: bool, want_weight: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(sum of losses [], its d hidden [N, D], its d weight [V, D], which overflows no half type before the
-    upstream gradient scales it); what is not wanted is empty."""
-    kept, want = targets != ignore_index, (want_hidden, want_weight)
-    check_targets(targets.where(kept, 0), len(weight))
+    upstream gradient scales it); what is not wanted is empty. With logits z = h W^T and p = softmax(z):
+
+    dz = p - onehot(target),  0 in rows that are ignored
+    """
+    kept: Tensor | None
+    kept, rows, shape = targets != ignore_index, None, hidden.shape
+    targets = targets.where(kept, 0)
+    check_targets(targets, len(weight))
     if not PLANS.get(hidden.device.type, PLANS["cpu"]).skip:
-        # 0 * nan is nan: an ignored row must not reach dW.
-        return _run(hidden.where(kept[:, None], 0.0), weight, targets.where(kept, 0), kept, want, impl)
-    if kept.all():
-        return _run(hidden, weight, targets, None, want, impl)
-    rows = kept.nonzero().squeeze(1)
-    total, d_hidden, d_weight = _run(hidden[rows], weight, targets[rows], None, want, impl)
-    if want_hidden:
-        d_hidden = d_hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
-    return total, d_hidden, d_weight
-
-
-def _run(hidden, weight, targets, kept, want, impl):
-    """With logits z = h W^T and p = softmax(z):  dz = p - onehot(target),  0 in rows that are not kept."""
-    logits = Logits(hidden, weight, want)
+        hidden = hidden.where(kept[:, None], 0.0)  # 0 * nan is nan: an ignored row must not reach dW
+    elif kept.all():
+        kept = None
+    else:
+        rows, kept = kept.nonzero().squeeze(1), None
+        hidden, targets = hidden[rows], targets[rows]
+    logits = Logits(hidden, weight, (want_hidden, want_weight), keep=False)
     total = hidden.new_zeros((), dtype=logits.exact)
-    with _products(hidden):
-        for i in logits.chunks(keep=False):
-            z = logits[i]
+    loss_and_gradient = import_module(f"kernels.rows_{impl}").loss_and_gradient
+    with _products(logits):
+        for i in logits.chunks():
             share = None if kept is None else kept[i].to(total.dtype)
-            out = logits.gradient(i, z)
-            losses, dz = _function(impl, "loss_and_gradient")(z, targets[i], share, out)
+            z, dz = logits[i]
+            losses, dz = loss_and_gradient(z, targets[i], share, dz)
             logits.add(i, dz)
             total += losses.sum() if kept is None else losses.where(kept[i], 0.0).sum()
-    return total, *logits.gradients()
+    d_hidden = logits.d_hidden
+    if rows is not None and want_hidden:
+        d_hidden = d_hidden.new_zeros(shape).index_copy_(0, rows, d_hidden)
+    return total, d_hidden, logits.d_weight
 
 
 @_summed.register_fake

@@ -38,13 +38,9 @@ def softmax(z: Float64[ndarray, "..."]) -> Float64[ndarray, "..."]:
 
 
 def visible_keys(
-    B: int,
-    T: int,
-    S: int,
-    start: Int[ndarray, "B T"] | None = None,
-    end: Int[ndarray, "B T"] | None = None,
+    B: int, T: int, S: int, start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
     causal: bool = True,
-) -> Bool[ndarray, "B T S"]:
+) -> Bool[ndarray, "B T S"]:  # fmt: skip
     """True where query t of row b sees key s: start <= s < end and, if causal, s <= t + S - T."""
     seen = np.ones((B, T, S), dtype=bool)
     for b, t, s in np.ndindex(B, T, S):
@@ -64,14 +60,10 @@ def attention_weights(q, k, start=None, end=None, causal=True, scale=None):
 
 
 def attention(
-    q: Float64[ndarray, "B H T C"],
-    k: Float64[ndarray, "B K S C"],
-    v: Float64[ndarray, "B K S C"],
-    start: Int[ndarray, "B T"] | None = None,
-    end: Int[ndarray, "B T"] | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> Float64[ndarray, "B H T C"]:
+    q: Float64[ndarray, "B H T C"], k: Float64[ndarray, "B K S C"], v: Float64[ndarray, "B K S C"],
+    start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
+    causal: bool = True, scale: float | None = None,
+) -> Float64[ndarray, "B H T C"]:  # fmt: skip
     """out = p v, the mean of the visible values weighted by p; zeros where no key is visible."""
     p = attention_weights(q, k, start, end, causal, scale)
     return np.einsum("bhts,bhsc->bhtc", p, repeat_heads(v, q.shape[1]))
@@ -104,14 +96,12 @@ def attention_over_blocks(
 
 def attention_backward(
     d_out: Float64[ndarray, "B H T C"],
-    q: Float64[ndarray, "B H T C"],
-    k: Float64[ndarray, "B K S C"],
-    v: Float64[ndarray, "B K S C"],
-    start: Int[ndarray, "B T"] | None = None,
-    end: Int[ndarray, "B T"] | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> tuple[Float64[ndarray, "B H T C"], Float64[ndarray, "B K S C"], Float64[ndarray, "B K S C"]]:
+    q: Float64[ndarray, "B H T C"], k: Float64[ndarray, "B K S C"], v: Float64[ndarray, "B K S C"],
+    start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
+    causal: bool = True, scale: float | None = None,
+) -> tuple[
+    Float64[ndarray, "B H T C"], Float64[ndarray, "B K S C"], Float64[ndarray, "B K S C"]
+]:  # fmt: skip
     """(dq, dk, dv) for one head, with z = scale * q k^T, p = softmax(z), out = p v:
 
         dv = p^T d_out                    product
@@ -159,29 +149,18 @@ def row_losses(logits, targets, ignore_index=-100) -> Float64[ndarray, " N"]:
 
 
 def cross_entropy(
-    logits: Float64[ndarray, "N V"],
-    targets: Int[ndarray, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], ignore_index=-100, reduction="mean"
 ) -> Float64[ndarray, "*rows"]:
     """The rows' losses in nats ("none"), their sum, or their mean over the rows not ignored."""
-    losses = row_losses(logits, targets, ignore_index)
-    if reduction == "none":
-        return losses
-    count = (targets != ignore_index).sum()
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / count if count else np.nan
-    return np.asarray(total)
+    losses, count = row_losses(logits, targets, ignore_index), (targets != ignore_index).sum()
+    mean = losses.sum() / count if count else np.nan
+    return np.asarray({"none": losses, "sum": losses.sum(), "mean": mean}[reduction])
 
 
 def cross_entropy_backward(
-    d_out: Float64[ndarray, "*rows"],
-    logits: Float64[ndarray, "N V"],
-    targets: Int[ndarray, " N"],
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Float64[ndarray, "N V"]:
+    d_out: Float64[ndarray, "*rows"], logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"],
+    ignore_index: int = -100, reduction: str = "mean",
+) -> Float64[ndarray, "N V"]:  # fmt: skip
     """d logits. With loss = log sum exp(z) - z[target], p = softmax(z), u the row's share of d_out:
 
         d log sum exp(z) / dz = p,   so   dz = u (p - onehot(target))
@@ -228,12 +207,9 @@ def token_logprobs(
 
 
 def token_logprobs_backward(
-    d_logprob: Float64[ndarray, " N"],
-    d_entropy: Float64[ndarray, " N"],
-    logits: Float64[ndarray, "N V"],
-    targets: Int[ndarray, " N"],
-    temperature: float = 1.0,
-) -> Float64[ndarray, "N V"]:
+    d_logprob: Float64[ndarray, " N"], d_entropy: Float64[ndarray, " N"],
+    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], temperature: float = 1.0,
+) -> Float64[ndarray, "N V"]:  # fmt: skip
     """d logits. With y = z / temperature and p = softmax(y):
 
         d log p[target] / dy = onehot(target) - p       cross-entropy with the sign turned

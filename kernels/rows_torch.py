@@ -23,8 +23,6 @@ from torch import Tensor
 CACHED_LOGITS = 1 << 19  # 2 MB in float32
 # Stands in for a lower u: its p is 0 even in float64, and so is p log p, but 0 * -inf would be nan.
 LOWEST = -1e4
-# How many rows the result of an operation has.
-RESULTS = {"logprob": 3, "logprob_entropy": 4, "kl": 5}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -32,23 +30,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def logprob(z: Tensor, targets: Tensor, temperature: float, count: int = RESULTS["logprob"]) -> Tensor:
-    """[max y, log S, log p[target]]."""
-    result = z.new_empty(count, len(z), dtype=accumulator(z.dtype))
+def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
+    """[max y, log S, log p[target]], and -sum p log p = log S - sum p u if the entropy is wanted."""
+    result = z.new_empty(3 + entropy, len(z), dtype=accumulator(z.dtype))
     for rows in _parts(z):
         y = _scaled(z[rows], result.dtype, temperature)
         p = y.softmax(1)
         top, log_sum = y.amax(1), -p.amax(1).log()
         result[0, rows], result[1, rows] = top, log_sum
         result[2, rows] = y.gather(1, targets[rows, None])[:, 0] - top - log_sum
-        if count == RESULTS["logprob_entropy"]:  # -sum p log p = log S - sum p u
+        if entropy:
             result[3, rows] = log_sum - _lowered(y, top).mul_(p).sum(1)
     return result
-
-
-def logprob_entropy(z: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """[max y, log S, log p[target], entropy]."""
-    return logprob(z, targets, temperature, RESULTS["logprob_entropy"])
 
 
 def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor | None) -> None:
@@ -60,16 +53,13 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
         y = _scaled(z[rows], result.dtype, temperature)
         g, target = d_y[2, rows, None], targets[rows, None]
         p = y.softmax(1)
-        if len(result) == RESULTS["logprob"]:
+        if len(result) == 3:
             dz = p.mul_(-g)
         else:
             top, log_sum, _, entropy = result[:, rows]
             h = d_y[3, rows, None]
             dz = _lowered(y, top).mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
         out[rows] = _quiet(dz.scatter_add_(1, target, g), result[:2, rows], d_result[2:, rows])
-
-
-logprob_entropy_backward = logprob_backward
 
 
 def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +76,7 @@ def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> t
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max of y_p, log S_p, max of y_q, log S_q, KL(p || q)]."""
-    result = z_p.new_empty(RESULTS["kl"], len(z_p), dtype=_joint(z_p, z_q))
+    result = z_p.new_empty(5, len(z_p), dtype=accumulator(torch.promote_types(z_p.dtype, z_q.dtype)))
     for rows in _parts(z_p):
         y_p, y_q = z_p[rows].to(result.dtype), z_q[rows].to(result.dtype)
         p = y_p.softmax(1)
@@ -119,10 +109,6 @@ def _parts(z: Tensor) -> Iterator[slice]:
     N, V = z.shape
     size = max(1, CACHED_LOGITS // V if z.device.type == "cpu" else N)
     return (slice(i, i + size) for i in range(0, N, size))
-
-
-def _joint(z_p: Tensor, z_q: Tensor) -> torch.dtype:
-    return accumulator(torch.promote_types(z_p.dtype, z_q.dtype))
 
 
 def _scaled(z: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:

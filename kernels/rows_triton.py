@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows_torch import RESULTS, accumulator
+from kernels.rows_torch import accumulator
 
 # One block of a row: 8 warps of 32 lanes, each with two loads of 16 bytes on the way.
 LANES, LANE_BYTES, WARP = 256, 32, 32
@@ -51,21 +51,10 @@ def _load(row, column, V, END: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store(row, column, V, value, END: tl.constexpr):
-    if END:
-        tl.store(row + column, value, mask=column < V)
-    else:
-        tl.store(row + column, value)
-
-
-@triton.jit
 def _range(V, BLOCK: tl.constexpr, END: tl.constexpr):
     """Where the whole blocks lie in a row, or the block at its end."""
     whole = V // BLOCK * BLOCK
-    if END:
-        return whole, V
-    else:
-        return 0, whole
+    return (whole, V) if END else (0, whole)
 
 
 @triton.jit
@@ -173,7 +162,7 @@ def logprob_backward_kernel(
                 dz = -p * factor
                 if (target >= start) & (target < start + BLOCK):
                     dz += tl.where(column == target.to(tl.int32), g, 0.0)
-            _store(out_row, column, V, dz, END)
+            tl.store(out_row + column, dz, mask=column < V if END else None)
 
 
 # --- KL --------------------------------------------------------------------------------------------
@@ -252,31 +241,26 @@ def kl_backward_kernel(
                 p = tl.exp2(log_p)
                 dz_p = g * p * (tl.where(p == 0, 0.0, (log_p - log_q) * LN_2) - divergence)
                 dz_q = g * (tl.exp2(log_q) - p)
+            mask = column < V if END else None
             if out_p is not None:
-                _store(tl.multiple_of(out_p + n * stride_out_p, ALIGN), column, V, dz_p, END)
+                tl.store(tl.multiple_of(out_p + n * stride_out_p, ALIGN) + column, dz_p, mask=mask)
             if out_q is not None:
-                _store(tl.multiple_of(out_q + n * stride_out_q, ALIGN), column, V, dz_q, END)
+                tl.store(tl.multiple_of(out_q + n * stride_out_q, ALIGN) + column, dz_q, mask=mask)
 
 
 # --- Launches --------------------------------------------------------------------------------------
 
 
-def logprob(z: Tensor, targets: Tensor, temperature: float, count: int = RESULTS["logprob"]) -> Tensor:
-    """[max z, log2 sum 2^u, log p[target]]."""
+def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
+    """[max z, log2 sum 2^u, log p[target]], and the entropy if it is wanted."""
     z, (N, V) = _rows(z), z.shape
-    result = z.new_empty(count, N, dtype=accumulator(z.dtype))
-    entropy = count == RESULTS["logprob_entropy"]
+    result = z.new_empty(3 + entropy, N, dtype=accumulator(z.dtype))
     if N:
         with torch.cuda.device_of(z):
             logprob_kernel[(N,)](
                 z, targets.contiguous(), result, z.stride(0), V, N, 1 / temperature, entropy, **_launch(z)
             )
     return result
-
-
-def logprob_entropy(z: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """[max z, log2 sum 2^u, log p[target], entropy]."""
-    return logprob(z, targets, temperature, RESULTS["logprob_entropy"])
 
 
 def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor | None) -> None:
@@ -287,16 +271,13 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
             logprob_backward_kernel[(N,)](
                 z, targets.contiguous(), result.contiguous(), d_result.contiguous(), out,
                 z.stride(0), out.stride(0), V, N, 1 / temperature,
-                len(result) == RESULTS["logprob_entropy"], **_launch(z, out),
+                len(result) == 4, **_launch(z, out),
             )  # fmt: skip
-
-
-logprob_entropy_backward = logprob_backward
 
 
 def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(-log p[target] [N], dz = share (p - onehot(target)) in `out`), where no share is 1; may use z up."""
-    result = logprob(z, targets, 1.0)
+    result = logprob(z, targets, 1.0, False)
     losses = -result[2]
     if out is not None:
         upstream = torch.empty_like(result)
@@ -308,8 +289,7 @@ def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> t
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max z_p, log2 sum 2^u_p, the same of q, KL(p || q)]."""
     z_p, z_q, (N, V) = _rows(z_p), _rows(z_q), z_p.shape
-    dtype = accumulator(torch.promote_types(z_p.dtype, z_q.dtype))
-    result = z_p.new_empty(RESULTS["kl"], N, dtype=dtype)
+    result = z_p.new_empty(5, N, dtype=accumulator(torch.promote_types(z_p.dtype, z_q.dtype)))
     if N:
         with torch.cuda.device_of(z_p):
             kl_kernel[(N,)](z_p, z_q, result, z_p.stride(0), z_q.stride(0), V, N, **_launch(z_p, z_q))

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,25 +11,22 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from kernels.dev import bench
-from kernels.dev.bench import Ceilings, Contest, attention_contest, contests, measure
+from kernels.dev.bench import Ceilings, Contest, as_tuple, attention_contest, contests, measure
+from kernels.dev.peers import PLAIN
 
 LIMITS = Ceilings(flops=1e12, moved=1e9)
 
 
 @pytest.fixture
-def only(monkeypatch, device):
-    """Leaves one operation to be validated, in float32."""
+def only(monkeypatch):
+    """Leaves one operation to be validated, in float32, by a function of the right one if given."""
 
-    def leave(operation: str):
-        [check] = [check for check in bench.checks(device) if check.operation == operation]
-        monkeypatch.setattr(bench, "checks", lambda _: [check])
+    def leave(operation: str, replaced=None):
+        right = bench.OPERATIONS[operation]
+        monkeypatch.setattr(bench, "OPERATIONS", {operation: replaced(right) if replaced else right})
         monkeypatch.setattr(bench, "FLOOR", {torch.float32: bench.FLOOR[torch.float32]})
 
     return leave
-
-
-def replaced(monkeypatch, operation: str, function) -> None:
-    monkeypatch.setitem(bench.OPERATIONS, operation, function)
 
 
 @pytest.mark.parametrize("operation", list(bench.OPERATIONS))
@@ -40,23 +38,31 @@ def test_every_operation_is_validated(only, device, operation):
     ]
 
 
-@pytest.mark.parametrize("factor", [1.001, float("nan")])
+WRONG = {
+    "a result off by a thousandth": lambda right: lambda *a, impl: right(*a, impl="torch") * 1.001,
+    "no number": lambda right: lambda *a, impl: right(*a, impl="torch") * float("nan"),
+    # 2 x - x.detach() is x, with twice its gradient.
+    "a gradient": lambda right: lambda x, *a, impl: right(2 * x - x.detach(), *a, impl="torch"),
+}
+
+
+@pytest.mark.parametrize("wrong", list(WRONG))
 @pytest.mark.parametrize("operation", ["kl", "attention"])
-def test_a_result_that_is_wrong_by_a_thousandth_or_nan_is_named(monkeypatch, device, only, operation, factor):
-    only(operation)
-    right = bench.OPERATIONS[operation]
-    replaced(monkeypatch, operation, lambda *a, impl: right(*a, impl="torch") * factor)
+def test_what_is_wrong_is_named(device, only, operation, wrong):
+    only(operation, WRONG[wrong])
     with pytest.raises(SystemExit, match=rf"wrong results.*:\n{operation} \(triton, float32\) is off by"):
         bench.validate(device)
 
 
-def test_a_wrong_gradient_is_found_behind_a_right_result(monkeypatch, device, only):
-    """2 q - q.detach() is q, with twice its gradient."""
-    only("attention")
-    right = bench.OPERATIONS["attention"]
-    replaced(monkeypatch, "attention", lambda q, *a, impl: right(2 * q - q.detach(), *a, impl="torch"))
-    with pytest.raises(SystemExit, match="attention"):
-        bench.validate(device)
+@pytest.mark.parametrize("operation", list(PLAIN))
+def test_plain_pytorch_is_the_reference_in_its_own_words(operation):
+    operands, rest = bench.small_inputs(operation, "cpu", torch.float64)
+    arrays, name = [x.numpy() for x in operands], operation.removeprefix("linear_")
+    pairs = zip(arrays[::2], arrays[1::2], strict=True) if name != operation else ()
+    logits = [hidden @ weight.T for hidden, weight in pairs] or arrays
+    expected = as_tuple(getattr(reference, name)(*logits, *(x.numpy() for x in rest)))
+    for a, e in zip(as_tuple(PLAIN[operation](*operands, *rest)), expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
 @given(
@@ -89,19 +95,13 @@ def test_contestants_compute_the_same(name):
     assert max(record["difference"].values()) < 1e-5  # float32
 
 
-@pytest.mark.parametrize("check", bench.checks("cpu"), ids=lambda check: check.operation)
-def test_plain_pytorch_is_the_reference_in_its_own_words(check):
-    plain = getattr(bench.peers, f"plain_{check.operation}")
-    assert bench.error(plain, check, torch.float64, "cpu") < 1e-5  # softmax in float32
-
-
 def contest_of(**contestants) -> Contest:
     x = torch.arange(12.0).reshape(3, 4)
     makers = {"minillm": lambda: torch.exp, "plain PyTorch": lambda: torch.exp}
     return Contest((x,), makers | contestants, flops=24_000_000, moved=96_000)
 
 
-def test_absent_and_refusing_peers_are_named_with_their_reasons():
+def test_peers_that_are_absent_or_refuse_are_named_with_their_reasons_and_our_failure_is_an_error():
     def absent():
         import a_library_that_nobody_has  # noqa: F401
 
@@ -112,14 +112,8 @@ def test_absent_and_refusing_peers_are_named_with_their_reasons():
     assert "a_library_that_nobody_has" in record["missing"].pop("lost")
     assert record["missing"] == {"shy": "RuntimeError: no kernel"}
     assert set(record["median"]) == {"minillm", "plain PyTorch"}
-
-
-def test_a_failure_of_ours_is_an_error():
-    def broken(x):
-        raise RuntimeError("ours")
-
-    with pytest.raises(RuntimeError, match="ours"):
-        measure(contest_of(minillm=lambda: broken), LIMITS, runs=1)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure(contest_of(minillm=lambda: refuse), LIMITS, runs=1)
 
 
 def test_a_record_is_consistent_with_its_times():

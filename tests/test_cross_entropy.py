@@ -323,7 +323,7 @@ def test_a_chunk_has_at_least_the_rows_that_make_adding_to_the_weight_worth_it()
         assert len(list(losses.Logits(hidden, None).chunks())) == 1
         planned(patch, kept=50 * 1000)
         assert len(list(losses.Logits(hidden, weight).chunks())) == 1
-        assert len(list(losses.Logits(hidden, weight).chunks(keep=False))) == 2
+        assert len(list(losses.Logits(hidden, weight, keep=False).chunks())) == 2
 
 
 @pytest.mark.parametrize("impl", IMPLS)

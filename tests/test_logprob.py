@@ -232,11 +232,9 @@ def test_compiled_into_one_graph_they_give_the_same(device, kind, impl, monkeypa
 def test_the_operators_keep_the_contract_of_torch_library_and_refuse_second_derivatives(device, kind, impl):
     case = {"N": 4, "D": 3, "V": 5, "T": 0.5, "layout": "transposed", "seed": 1}
     operands, targets, _ = draw(kind, case, device)
-    pairs = operands if "linear" in kind else [y for x in operands for y in (x, None)]
-    if "token" in kind:
-        arguments = ("logprob_entropy", *pairs, None, None, targets, 0.5, impl)
-    else:
-        arguments = ("kl", *pairs, None, 1.0, impl)
+    arguments = (
+        (operands, targets, 0.5, True, impl) if "token" in kind else (operands, None, 1.0, False, impl)
+    )
     for kept in (0, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
             planned(patch, kept=kept)
@@ -296,7 +294,7 @@ def test_a_target_outside_poisons_its_row_on_a_gpu_where_nobody_checks_it(device
 
     z, out = torch.zeros(2, 20, device=device), torch.zeros(2, 20, device=device)
     targets = torch.tensor([3, wrong], device=device)
-    result = rows_triton.logprob(z, targets, 1.0)
+    result = rows_triton.logprob(z, targets, 1.0, False)
     rows_triton.logprob_backward(z, targets, 1.0, result, torch.ones_like(result), out)
     assert result[2, 0].isfinite() and out[0].isfinite().all()
     assert result[2, 1].isnan() and out[1].isnan().all()

@@ -1,15 +1,15 @@
-"""Time the kernels beside their peers, after holding each to the reference.
+"""Time the kernels beside their peers, after holding each to plain PyTorch in float64.
 
     python -m kernels.bench                                  # validate, then time everything
     python -m kernels.bench --only decoding                  # only what has this in its name
     python -m kernels.bench --json benchmarks/kernels-gpu.json
 
-First every operation, forward and backward, is compared with reference.py on small shapes; one that is
-wrong is not timed. Then each contest runs ours and its peers in turn, so that a GPU that slows down slows
-all of them, and the medians count. Peers that are not installed are named, and so are those that refuse a
-shape. Every contest states its floor: the floating-point operations and bytes that no implementation can
-do without, and the time they take at the rates of a large matrix product and a large copy on the same
-device in the same run. "of the ceiling" is that time as a share of the time measured.
+An operation that is wrong on small shapes, forward or backward, is not timed. Each contest runs ours and its
+peers in turn, so that a GPU that slows down slows all of them, and the medians count. Peers that are not
+installed are named, and so are those that refuse a shape. Every contest states its floor: the floating-point
+operations and bytes that no implementation can do without, and the time they take at the rates of a large
+matrix product and a large copy on the same device in the same run. "of the ceiling" is that time as a share
+of the time measured.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which can validate them and says nothing of
 their speed: what is timed then are the PyTorch versions, beside plain PyTorch.
@@ -26,18 +26,16 @@ from importlib.util import find_spec
 from itertools import product
 from math import isnan
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.harness import in_turn, medians, parser, timed, write
-from kernels import losses, reference
+from kernels import losses
 from kernels.attention import attention
 from kernels.dev import peers
+from kernels.dev.peers import LINEAR, LOGITS, PLAIN
 
 LIBRARIES = ("liger-kernel", "quack-kernels", "cut-cross-entropy", "flash-attn", "flash-attn-4")
-LOGITS = ("cross_entropy", "token_logprobs", "kl")
-LINEAR = tuple(f"linear_{name}" for name in LOGITS)
 OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses, n) for n in LOGITS + LINEAR}}
 
 # --- Validation -----------------------------------------------------------------------------------
@@ -48,57 +46,38 @@ OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses,
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-@dataclass(frozen=True)
-class Check:
-    """An operation on small inputs, none of whose sizes divide a block."""
-
-    operation: str
-    shapes: tuple[tuple[int, ...], ...]  # of the operands, which have gradients
-    rest: tuple[Tensor, ...] = ()
-
-
-def checks(device: str) -> list[Check]:
+def small_inputs(operation: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Operands that have gradients, none of whose sizes divides a block, and what else is passed."""
     t = torch.arange(37, dtype=torch.int32, device=device)
     start = torch.stack([t // 13 * 13, t - 9])  # packed documents; a window of 10 tokens
     targets = torch.tensor([3, 0, 300, 299, 17], device=device)
-    found = [Check("attention", ((2, 4, 37, 24), (2, 2, 37, 24), (2, 2, 37, 24)), (start,))]
-    for name in LOGITS + LINEAR:
-        shapes = ((5, 24), (301, 24)) if name in LINEAR else ((5, 301),)
-        found.append(Check(name, shapes * 2) if "kl" in name else Check(name, shapes, (targets,)))
-    return found
-
-
-def error(function: Callable, check: Check, dtype: torch.dtype, device: str) -> float:
-    """The largest error of its results and gradients, against the reference on the same rounded operands.
-
-    nan counts as infinite.
-    """
+    rest: tuple[Tensor, ...] = (start,) if operation == "attention" else (targets,)
+    shapes: tuple = ((5, 24), (301, 24)) if operation in LINEAR else ((5, 301),)
+    if operation == "attention":
+        shapes = (2, 4, 37, 24), (2, 2, 37, 24), (2, 2, 37, 24)
+    if "kl" in operation:
+        shapes, rest = shapes * 2, ()
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(shape, generator=generator) for shape in check.shapes)
-    operands = [x.to(device, dtype).requires_grad_() for x in drawn]
-    results = as_tuple(function(*operands, *check.rest))
-    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in results]
-    found = (*results, *torch.autograd.grad(results, operands, upstream))
-    expected = exactly(check, [exact(x) for x in operands], [exact(x) for x in upstream])
-    shares = [float(abs(exact(x) - y).max() / abs(y).max()) for x, y in zip(found, expected, strict=True)]
+    drawn = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to(device, dtype) for x in drawn], rest
+
+
+def error(function: Callable, operation: str, dtype: torch.dtype, device: str) -> float:
+    """The largest error of its results and gradients, nan counting as infinite."""
+    operands, rest = small_inputs(operation, device, dtype)
+    exact = results_and_gradients(PLAIN[operation], [x.double() for x in operands], rest, dtype)
+    found = results_and_gradients(function, operands, rest, dtype)
+    shares = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, exact, strict=True)]
     return max(float("inf") if isnan(share) else share for share in shares)
 
 
-def exactly(check: Check, operands: list, upstream: list) -> list[np.ndarray]:
-    """Results and gradients in float64."""
-    name, rest = check.operation.removeprefix("linear_"), [exact(x) for x in check.rest]
-    pairs = list(zip(operands[::2], operands[1::2], strict=True)) if check.operation in LINEAR else []
-    known = [h @ w.T for h, w in pairs] or operands
-    results = as_tuple(getattr(reference, name)(*known, *rest))
-    gradients = as_tuple(getattr(reference, f"{name}_backward")(*upstream, *known, *rest))
-    if pairs:
-        sides = zip(gradients, pairs, strict=True)
-        gradients = tuple(d for dz, pair in sides for d in reference.linear_backward(dz, *pair))
-    return [*results, *gradients]
-
-
-def exact(x: Tensor) -> np.ndarray:
-    return (x.detach().double() if x.is_floating_point() else x).cpu().numpy()
+def results_and_gradients(function: Callable, operands: list[Tensor], rest, dtype) -> list[Tensor]:
+    """In float64; the upstream gradients are rounded to `dtype`."""
+    operands = [x.requires_grad_() for x in operands]
+    results = as_tuple(function(*operands, *rest))
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in results]
+    return [x.detach().double() for x in (*results, *torch.autograd.grad(results, operands, upstream))]
 
 
 def as_tuple(x) -> tuple:
@@ -108,14 +87,14 @@ def as_tuple(x) -> tuple:
 def validate(device: str) -> list[dict]:
     """The error of every operation, implementation and dtype; SystemExit naming those that are too large."""
     found, wrong = [], []
-    for check, (dtype, floor) in product(checks(device), FLOOR.items()):
-        plain = error(getattr(peers, f"plain_{check.operation}"), check, dtype, device)
+    for (operation, ours), (dtype, floor) in product(OPERATIONS.items(), FLOOR.items()):
+        plain = error(PLAIN[operation], operation, dtype, device)
         for impl in ("triton", "torch") if find_spec("triton") else ("torch",):
-            ours = error(partial(OPERATIONS[check.operation], impl=impl), check, dtype, device)
-            record = {"operation": check.operation, "impl": impl, "dtype": dtype_name(dtype)}
-            found.append(record | {"error": ours, "error_of_plain": plain})
-            if ours > 2 * plain + floor:
-                wrong.append(f"{check.operation} ({impl}, {dtype_name(dtype)}) is off by {ours:.1e}")
+            off = error(partial(ours, impl=impl), operation, dtype, device)
+            record = {"operation": operation, "impl": impl, "dtype": dtype_name(dtype)}
+            found.append(record | {"error": off, "error_of_plain": plain})
+            if off > 2 * plain + floor:
+                wrong.append(f"{operation} ({impl}, {dtype_name(dtype)}) is off by {off:.1e}")
     if wrong:
         raise SystemExit("\n".join(["error: wrong results, so no times:", *wrong]))
     return found
@@ -163,7 +142,7 @@ def attention_contest(name, B, H, K, T, S, C, device, dtype) -> Contest:
     start = None if pattern in ("causal", "decoding") else first.to(torch.int32).repeat(B, 1)
     contestants: peers.Makers = {
         "minillm": lambda: partial(attention, start=start),
-        "plain PyTorch": lambda: partial(peers.plain_attention, start=start),
+        "plain PyTorch": lambda: partial(PLAIN["attention"], start=start),
     }
     if device == "cuda":
         window = 1024 if pattern == "window of 1024" else None
@@ -191,7 +170,7 @@ def row_contest(operation, N, V, device, dtype, D: int | None = None) -> Contest
         operands = tuple(x * D**-0.25 for x in operands)
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
     rest = {} if sides == 2 else {"targets": targets}
-    plain = partial(getattr(peers, f"plain_{operation}"), **rest)
+    plain = partial(PLAIN[operation], **rest)
     found: peers.Makers = {
         "minillm": lambda: partial(OPERATIONS[operation], **rest),
         "plain PyTorch": lambda: plain,
@@ -332,7 +311,7 @@ def difference(x: Tensor, ours: Tensor) -> float:
 
 
 def peak(run: Callable) -> int:
-    """What one run takes on a GPU at its peak, on top of the operands."""
+    """Bytes that one run takes on a GPU at its peak, on top of the operands."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -372,13 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = options_of.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = {name: make for name, make in contests(device, options.quick).items() if options.only in name}
-    if options.runs < 1:
-        options_of.error(f"--runs {options.runs}: give at least 1")
     if not chosen:
         names = ", ".join(contests(device, options.quick))
         options_of.error(f"--only {options.only!r}: in no contest's name; these are {names}")
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        options_of.error(f"--json {options.json}: is a folder, or in none; give a file in a folder there is")
     if device == "cpu":  # Triton reads it when the first kernel is imported, which validation does
         os.environ["TRITON_INTERPRET"] = "1"
     write(options.json, run(device, chosen, options.runs))

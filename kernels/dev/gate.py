@@ -10,13 +10,7 @@ no GPU, though: a driver that claims to be an A100, an H100 or a B200 is all it 
 real steps of a model of one block on CPU tensors (a training step, a policy step, a sampling step) and turns
 every launch into a build. Nothing is launched and no result means anything, but each kernel is compiled in
 the very specialisation, to dtypes, strides, alignments and options, in which the product launches it.
-
-The rules each build is held to:
-
-    spills       no register is spilled to memory, or as much as EXCEPTIONS allows, with its reason
-    shared       shared memory fits into what the device gives one block
-    products     every product of half types runs on tensor cores, of the newest kind its tile can fill
-    loads        a kernel that reads large blocks reads them 128 bits at a time
+`faults` has the rules each build is held to.
 
 Left out: speed, which only a GPU can tell (bench.py), and results, which the tests hold.
 Sources: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (shared memory per block);
@@ -35,6 +29,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -44,8 +39,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.harness import Parser
 from kernels import attention, losses
-from kernels.dev.commandline import Parser
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKERS = ("<!-- gate: begin -->", "<!-- gate: end -->")
@@ -88,33 +83,30 @@ class Build:
 
 
 def faults(build: Build) -> list[str]:
-    """The rules a build breaks, in words."""
-    found, limit = [], SHARED_LIMITS[build.capability]
-    where = (build.capability, build.kernel, build.dtype, build.size)
-    allowed, _ = EXCEPTIONS.get(where, (0, ""))
-    if build.spilled > allowed:
-        found.append(f"spills {build.spilled} bytes a thread, {allowed} are allowed")
-    if build.shared > limit:
-        found.append(f"needs {build.shared} bytes of shared memory, the device has {limit}")
-    newest = TENSOR_CORES[build.capability]
+    """The rules a build breaks, in words:
+
+    - no register is spilled to memory, or no more than EXCEPTIONS allows, with its reason;
+    - shared memory fits into what the device gives one block;
+    - every product of half types runs on tensor cores, of the newest kind its tile can fill;
+    - a kernel that reads large blocks reads them 128 bits at a time.
+    """
+    allowed, _ = EXCEPTIONS.get((build.capability, build.kernel, build.dtype, build.size), (0, ""))
+    limit, newest = SHARED_LIMITS[build.capability], TENSOR_CORES[build.capability]
     wanted = newest if build.tile_rows >= TILE_ROWS else SMALL_TILES
-    if build.tile_rows and build.tensor_cores not in (wanted, newest):
-        found.append(f"multiplies with {build.tensor_cores or 'no tensor cores'} instead of {wanted}")
-    if build.large_loads and build.load_bits < 128 and build.kernel not in NARROW:
-        found.append(f"loads at most {build.load_bits} bits at a time")
-    return found
+    words = {
+        f"spills {build.spilled} bytes a thread, {allowed} are allowed": build.spilled > allowed,
+        f"needs {build.shared} bytes of shared memory, the device has {limit}": build.shared > limit,
+        f"multiplies with {build.tensor_cores or 'no tensor cores'} instead of {wanted}": (
+            build.tile_rows > 0 and build.tensor_cores not in (wanted, newest)
+        ),
+        f"loads at most {build.load_bits} bits at a time": (
+            build.large_loads and build.load_bits < 128 and build.kernel not in NARROW
+        ),
+    }
+    return [fault for fault, broken in words.items() if broken]
 
 
 # --- From a step to compiled kernels --------------------------------------------------------------
-
-
-class _Device:
-    """What Triton asks a driver before a launch, answered without a GPU."""
-
-    def __init__(self, capability: int):
-        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: capability  # Triton remembers builds by device number
-        self.get_current_stream = lambda device: 0
 
 
 @contextmanager
@@ -126,8 +118,13 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
         compiled.append(run(self, *args, grid=grid, warmup=True, **options))
         return compiled[-1]
 
+    device = SimpleNamespace(  # what Triton asks a driver before a launch
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # Triton remembers builds by device number
+        get_current_stream=lambda device: 0,
+    )
     with (
-        patch.object(driver, "_active", _Device(capability)),
+        patch.object(driver, "_active", device),
         patch.object(JITFunction, "run", build),
         patch.dict(losses.PLANS, cpu=losses.PLANS["cuda"]),
         patch.object(losses, "choose_impl", lambda *_: "triton"),
@@ -139,28 +136,24 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
 def inspect(compiled: CompiledKernel, capability: int, dtype: str, size: int) -> Build:
     """What the rules need to know, read from the machine code, the PTX and Triton's own first stage."""
     ptx, blocks = compiled.asm["ptx"], compiled.asm["ttir"]
-    registers, spilled = _resources(compiled.asm["cubin"])
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # Triton uses the stack for spilled registers alone.
+    [(registers, stack)] = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     rows = [int(m) for m in re.findall(r"tt\.dot .*tensor<(\d+)x\d+xb?f16> \*", blocks)]
     kinds = [kind for kind in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{kind}\.(mma|sync)", ptx)]
     loads = re.findall(r"tt\.(?:load|descriptor_load) .*tensor<(?:(\d+)x)?(\d+)x", blocks)
     return Build(
-        *(capability, compiled.metadata.name, dtype, size, registers, spilled, compiled.metadata.shared),
+        *(capability, compiled.metadata.name, dtype, size),
+        *(int(registers), int(stack), compiled.metadata.shared),
         tile_rows=max(rows, default=0),
         tensor_cores=kinds[0] if kinds else "",
         large_loads=any(int(a or 1) * int(b) >= LARGE_BLOCK for a, b in loads),
         load_bits=_widest_load(ptx),
     )
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a thread; Triton uses the stack for spilled registers alone."""
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    [(registers, stack)] = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(registers), int(stack)
 
 
 def _widest_load(ptx: str) -> int:
@@ -225,7 +218,7 @@ def builds(steps: Callable[[str, int], None], dtype: str, size: int, capability:
 def build_all(cases: Sequence[Case]) -> list[Build]:
     """What the cases lead to on all devices, in as many processes as there are cores."""
     jobs = [(*case, capability) for case in cases for capability in SHARED_LIMITS]
-    # Fresh processes rather than forks: torch's threads do not survive a fork. Ctrl-C just ends them.
+    # Fresh processes: torch's threads do not survive a fork. Ctrl-C just ends them.
     quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), *quiet) as pool:
         return [build for job in [pool.submit(builds, *job) for job in jobs] for build in job.result()]
@@ -244,26 +237,24 @@ def table(found: list[Build]) -> str:
     groups: dict[tuple[str, str, int], list[Build]] = {}
     for build in found:
         groups.setdefault((build.kernel, build.dtype, build.size), []).append(build)
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines: list[Sequence[str]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for key, group in sorted(groups.items()):
-        devices = ([b for b in group if b.capability == capability] for capability in SHARED_LIMITS)
-        cells = zip(*(_worst(device) for device in devices), strict=True)
-        lines.append((*map(str, key), *(" / ".join(c if len(set(c)) > 1 else c[:1]) for c in cells)))
+        devices = [_worst([b for b in group if b.capability == device]) for device in SHARED_LIMITS]
+        cells = [" / ".join(cell if len(set(cell)) > 1 else cell[:1]) for cell in zip(*devices, strict=True)]
+        lines.append([*map(str, key), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _worst(group: list[Build]) -> tuple[str, ...]:
+def _worst(group: list[Build]) -> list[str]:
     """The cells behind kernel, dtype and size, of builds for one device."""
     if not group:
-        return ("not built",) * (len(COLUMNS) - 3)
-    load_bits = [b.load_bits for b in group if b.large_loads]
-    return (
-        str(max(b.spilled for b in group)),
-        ", ".join(sorted({b.tensor_cores for b in group if b.tile_rows})),
-        str(min(load_bits)) if load_bits else "",
-        str(max(b.registers for b in group)),
-        f"{max(b.shared for b in group) / 1024:.0f}",
+        return ["not built"] * (len(COLUMNS) - 3)
+    load_bits = min((b.load_bits for b in group if b.large_loads), default="")
+    cores = ", ".join(sorted({b.tensor_cores for b in group if b.tile_rows}))
+    spilled, registers, shared = (
+        max(getattr(b, n) for b in group) for n in ("spilled", "registers", "shared")
     )
+    return [str(spilled), cores, str(load_bits), str(registers), f"{shared / 1024:.0f}"]
 
 
 def page(text: str, found: list[Build]) -> str:

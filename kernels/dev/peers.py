@@ -10,47 +10,51 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# --- Plain PyTorch --------------------------------------------------------------------------------
+# --- Plain PyTorch, with softmaxes in float32 or better --------------------------------------------
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def plain_attention(q, k, v, start=None):
-    """Scores in memory, float32 softmax: what fused kernels are measured against."""
     T, S = q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     key = torch.arange(S, device=q.device)
     seen = key <= torch.arange(S - T, S, device=q.device)[:, None]
     if start is not None:
         seen = (seen & (key >= start[:, :, None]))[:, None]
-    z = (q @ k.mT).float() * q.shape[3] ** -0.5
+    z = exact(q @ k.mT) * q.shape[3] ** -0.5
     return z.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v
 
 
-def plain_cross_entropy(logits, targets):
-    return F.cross_entropy(logits.float(), targets)
-
-
-def plain_token_logprobs(logits, targets):
-    p = logits.float().log_softmax(1)
-    return p.gather(1, targets[:, None])[:, 0], -(p.exp() * p).sum(1)
+def plain_token_logprobs(logits, targets, temperature=1.0):
+    log_p = (exact(logits) / temperature).log_softmax(1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
 
 
 def plain_kl(p, q):
-    p, q = p.float().log_softmax(1), q.float().log_softmax(1)
-    return (p.exp() * (p - q)).sum(1)
+    log_p, log_q = exact(p).log_softmax(1), exact(q).log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def plain_linear_cross_entropy(hidden, weight, targets):
-    return plain_cross_entropy(hidden @ weight.T, targets)
+def over_products(operation: Callable, *operands: Tensor, sides: int = 1, **rest):
+    """An operation on logits, from hidden states and a weight for each of its sides."""
+    pairs = zip(operands[: 2 * sides : 2], operands[1 : 2 * sides : 2], strict=True)
+    return operation(*(hidden @ weight.T for hidden, weight in pairs), *operands[2 * sides :], **rest)
 
 
-def plain_linear_token_logprobs(hidden, weight, targets):
-    return plain_token_logprobs(hidden @ weight.T, targets)
-
-
-def plain_linear_kl(p_hidden, p_weight, q_hidden, q_weight):
-    return plain_kl(p_hidden @ p_weight.T, q_hidden @ q_weight.T)
-
+PLAIN: dict[str, Callable] = {
+    "attention": plain_attention,
+    "cross_entropy": lambda logits, targets: F.cross_entropy(exact(logits), targets),
+    "token_logprobs": plain_token_logprobs,
+    "kl": plain_kl,
+}
+LOGITS = ("cross_entropy", "token_logprobs", "kl")
+LINEAR = tuple(f"linear_{name}" for name in LOGITS)
+PLAIN |= {f"linear_{n}": partial(over_products, PLAIN[n], sides=1 + (n == "kl")) for n in LOGITS}
 
 # --- Libraries ------------------------------------------------------------------------------------
 
@@ -62,11 +66,9 @@ def attention_peers(start, window: int | None, grouped: bool) -> Makers:
     backends = ("flash", "cudnn", "efficient")
     found: Makers = {f"SDPA {name}": partial(sdpa, name, start, grouped) for name in backends}
     found["flex_attention"] = partial(flex, start, grouped)
+    documents = start is not None and not window
     for name, package in (("flash-attn 2", "flash_attn"), ("flash-attn 4", "flash_attn.cute")):
-        if start is None or window:
-            found[name] = partial(flash_attn, package, window)
-        else:
-            found[name] = partial(flash_attn_documents, package, start)
+        found[name] = partial(flash_attn, package, start if documents else None, window)
     return found
 
 
@@ -102,31 +104,28 @@ def flex(start, grouped: bool) -> Callable:
     return run
 
 
-def flash_attn(package: str, window: int | None) -> Callable:
-    theirs = import_module(package).flash_attn_func
-    sliding = {} if window is None else {"window_size": (window - 1, 0)}
+def flash_attn(package: str, documents, window: int | None) -> Callable:
+    """Documents of all rows, by their starts [B, T], are one list of sequences of different lengths."""
+    module, options = import_module(package), {"window_size": (window - 1, 0)} if window else {}
 
-    def run(q, k, v):
-        out = theirs(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, **sliding)
+    def whole(q, k, v):
+        out = module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, **options)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-    return run
-
-
-def flash_attn_documents(package: str, start) -> Callable:
-    """Here the documents of all rows are one list of sequences of different lengths."""
-    theirs = import_module(package).flash_attn_varlen_func
-    B, T = start.shape
-    first = (start == torch.arange(T, device=start.device)).flatten().nonzero()[:, 0]
+    if documents is None:
+        return whole
+    B, T = documents.shape
+    first = (documents == torch.arange(T, device=documents.device)).flatten().nonzero()[:, 0]
     edges = F.pad(first, (0, 1), value=B * T).to(torch.int32)
     longest = int(edges.diff().max())
     lengths = {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
-    def run(q, k, v):
-        out = theirs(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), causal=True, **lengths)
+    def apart(q, k, v):
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = module.flash_attn_varlen_func(*rows, causal=True, **lengths)
         return (out[0] if isinstance(out, tuple) else out).unflatten(0, (B, T)).transpose(1, 2)
 
-    return run
+    return apart
 
 
 def row_peers(operation: str, targets) -> Makers:
@@ -136,8 +135,8 @@ def row_peers(operation: str, targets) -> Makers:
         found["torch in chunks"] = lambda: partial(
             F.linear_cross_entropy, target=targets, options=torch.nn.LinearCrossEntropyOptions()
         )
-    if targets.is_cuda:
-        for name, (module, function, keyword) in ROWS.get(operation, {}).items():
+    for of, name, module, function, keyword in ROWS:
+        if targets.is_cuda and of == operation:
             found[name] = partial(_imported, module, function, **{keyword: targets})
     return found
 
@@ -147,14 +146,11 @@ def _imported(module: str, function: str, **options) -> Callable:
 
 
 LIGER = "liger_kernel.transformers.functional"
-ROWS = {  # operation -> library -> module, function, and its word for targets
-    "cross_entropy": {
-        "liger-kernel": (LIGER, "liger_cross_entropy", "target"),
-        "quack-kernels": ("quack.cross_entropy", "cross_entropy", "target"),
-    },
-    "linear_cross_entropy": {
-        "liger-kernel": (LIGER, "liger_fused_linear_cross_entropy", "target"),
-        "quack-kernels": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", "target"),
-        "cut-cross-entropy": ("cut_cross_entropy", "linear_cross_entropy", "targets"),
-    },
-}
+ROWS = (  # operation, library, module, function, and its word for targets
+    ("cross_entropy", "liger-kernel", LIGER, "liger_cross_entropy", "target"),
+    ("cross_entropy", "quack-kernels", "quack.cross_entropy", "cross_entropy", "target"),
+    ("linear_cross_entropy", "liger-kernel", LIGER, "liger_fused_linear_cross_entropy", "target"),
+    ("linear_cross_entropy", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy",
+     "target"),
+    ("linear_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", "targets"),
+)  # fmt: skip
