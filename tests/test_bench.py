@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.dev import bench
 from kernels.dev.bench import Ceilings, Contest, as_tuple, attention_contest, contests, measure
-from kernels.dev.peers import PLAIN
 
 LIMITS = Ceilings(flops=1e12, moved=1e9)
 
@@ -22,8 +21,9 @@ def only(monkeypatch):
     """Leaves one operation to be validated, in float32, by a function of the right one if given."""
 
     def leave(operation: str, replaced=None):
-        right = bench.OPERATIONS[operation]
-        monkeypatch.setattr(bench, "OPERATIONS", {operation: replaced(right) if replaced else right})
+        if replaced:
+            monkeypatch.setitem(bench.OPERATIONS, operation, replaced(bench.OPERATIONS[operation]))
+        monkeypatch.setattr(bench, "SMALL", [x for x in bench.SMALL if x[0].split(",")[0] == operation])
         monkeypatch.setattr(bench, "FLOOR", {torch.float32: bench.FLOOR[torch.float32]})
 
     return leave
@@ -39,10 +39,10 @@ def test_every_operation_is_validated(only, device, operation):
 
 
 WRONG = {
-    "a result off by a thousandth": lambda right: lambda *a, impl: right(*a, impl="torch") * 1.001,
-    "no number": lambda right: lambda *a, impl: right(*a, impl="torch") * float("nan"),
+    "a result off by a thousandth": lambda right: lambda *a, impl, **o: right(*a, impl="torch", **o) * 1.001,
+    "no number": lambda right: lambda *a, impl, **o: right(*a, impl="torch", **o) * float("nan"),
     # 2 x - x.detach() is x, with twice its gradient.
-    "a gradient": lambda right: lambda x, *a, impl: right(2 * x - x.detach(), *a, impl="torch"),
+    "a gradient": lambda right: lambda x, *a, impl, **o: right(2 * x - x.detach(), *a, impl="torch", **o),
 }
 
 
@@ -54,14 +54,16 @@ def test_what_is_wrong_is_named(device, only, operation, wrong):
         bench.validate(device)
 
 
-@pytest.mark.parametrize("operation", list(PLAIN))
-def test_plain_pytorch_is_the_reference_in_its_own_words(operation):
-    operands, rest = bench.small_inputs(operation, "cpu", torch.float64)
-    arrays, name = [x.numpy() for x in operands], operation.removeprefix("linear_")
-    pairs = zip(arrays[::2], arrays[1::2], strict=True) if name != operation else ()
-    logits = [hidden @ weight.T for hidden, weight in pairs] or arrays
-    expected = as_tuple(getattr(reference, name)(*logits, *(x.numpy() for x in rest)))
-    for a, e in zip(as_tuple(PLAIN[operation](*operands, *rest)), expected, strict=True):
+@pytest.mark.parametrize(("name", "make"), contests(bench.SMALL, "cpu", torch.float64).items())
+def test_plain_pytorch_is_the_reference_in_its_own_words(name, make):
+    contest, name = make(), name.split(",")[0]
+    arrays = [x.numpy() for x in contest.operands]
+    function = contest.contestants["plain PyTorch"]()
+    if "linear" in name:
+        arrays = [hidden @ weight.T for hidden, weight in zip(arrays[::2], arrays[1::2], strict=True)]
+    rest = {key: x.numpy() for key, x in function.keywords.items() if isinstance(x, torch.Tensor)}
+    expected = as_tuple(getattr(reference, name.removeprefix("linear_"))(*arrays, **rest))
+    for a, e in zip(as_tuple(function(*contest.operands)), expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
@@ -87,10 +89,9 @@ def test_the_operations_of_attention_are_counted_by_the_pairs_that_see_each_othe
     )
 
 
-@pytest.mark.parametrize("name", list(contests("cpu", quick=True)))
-def test_contestants_compute_the_same(name):
-    contest = contests("cpu", quick=True)[name]()
-    record = measure(contest, LIMITS, runs=1)
+@pytest.mark.parametrize("make", contests(bench.QUICK, "cpu", torch.float32).values())
+def test_contestants_compute_the_same(make):
+    record = measure(make(), LIMITS, runs=1)
     assert set(record["median"]) >= {"minillm", "plain PyTorch"}
     assert max(record["difference"].values()) < 1e-5  # float32
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from itertools import product
 from math import isnan
 
 import torch
@@ -37,68 +36,6 @@ from kernels.dev.peers import LINEAR, LOGITS, PLAIN
 
 LIBRARIES = ("liger-kernel", "quack-kernels", "cut-cross-entropy", "flash-attn", "flash-attn-4")
 OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses, n) for n in LOGITS + LINEAR}}
-
-# --- Validation -----------------------------------------------------------------------------------
-
-# An error is a share of the exact result's largest value. Plain PyTorch in the same dtype errs too; twice
-# its error and this are allowed: a unit in the last place of half types, and in float32, where plain PyTorch
-# may happen to be right to the last digit, some for sums in another order and powers of two as exponentials.
-FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-def small_inputs(operation: str, device: str, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Operands that have gradients, none of whose sizes divides a block, and what else is passed."""
-    t = torch.arange(37, dtype=torch.int32, device=device)
-    start = torch.stack([t // 13 * 13, t - 9])  # packed documents; a window of 10 tokens
-    targets = torch.tensor([3, 0, 300, 299, 17], device=device)
-    rest: tuple[Tensor, ...] = (start,) if operation == "attention" else (targets,)
-    shapes: tuple = ((5, 24), (301, 24)) if operation in LINEAR else ((5, 301),)
-    if operation == "attention":
-        shapes = (2, 4, 37, 24), (2, 2, 37, 24), (2, 2, 37, 24)
-    if "kl" in operation:
-        shapes, rest = shapes * 2, ()
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [x.to(device, dtype) for x in drawn], rest
-
-
-def error(function: Callable, operation: str, dtype: torch.dtype, device: str) -> float:
-    """The largest error of its results and gradients, nan counting as infinite."""
-    operands, rest = small_inputs(operation, device, dtype)
-    exact = results_and_gradients(PLAIN[operation], [x.double() for x in operands], rest, dtype)
-    found = results_and_gradients(function, operands, rest, dtype)
-    shares = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, exact, strict=True)]
-    return max(float("inf") if isnan(share) else share for share in shares)
-
-
-def results_and_gradients(function: Callable, operands: list[Tensor], rest, dtype) -> list[Tensor]:
-    """In float64; the upstream gradients are rounded to `dtype`."""
-    operands = [x.requires_grad_() for x in operands]
-    results = as_tuple(function(*operands, *rest))
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).to(dtype).to(x) for x in results]
-    return [x.detach().double() for x in (*results, *torch.autograd.grad(results, operands, upstream))]
-
-
-def as_tuple(x) -> tuple:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def validate(device: str) -> list[dict]:
-    """The error of every operation, implementation and dtype; SystemExit naming those that are too large."""
-    found, wrong = [], []
-    for (operation, ours), (dtype, floor) in product(OPERATIONS.items(), FLOOR.items()):
-        plain = error(PLAIN[operation], operation, dtype, device)
-        for impl in ("triton", "torch") if find_spec("triton") else ("torch",):
-            off = error(partial(ours, impl=impl), operation, dtype, device)
-            record = {"operation": operation, "impl": impl, "dtype": dtype_name(dtype)}
-            found.append(record | {"error": off, "error_of_plain": plain})
-            if off > 2 * plain + floor:
-                wrong.append(f"{operation} ({impl}, {dtype_name(dtype)}) is off by {off:.1e}")
-    if wrong:
-        raise SystemExit("\n".join(["error: wrong results, so no times:", *wrong]))
-    return found
-
 
 # --- Contests -------------------------------------------------------------------------------------
 
@@ -114,16 +51,14 @@ class Contest:
     backward: bool = True
 
 
-def contests(device: str, quick: bool = False) -> dict[str, Callable[[], Contest]]:
+def contests(table: list, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Contest]]:
     """Name -> maker, so that the operands of only one contest at a time fill memory."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return {
-        ", ".join([name, *(f"{letter}={size}" for letter, size in sizes.items())]): partial(
-            attention_contest if name.startswith("attention") else row_contest,
-            name, **sizes, device=device, dtype=dtype,
-        )
-        for name, sizes in (QUICK if quick else GPU if device == "cuda" else CPU)
-    }  # fmt: skip
+    found: dict[str, Callable[[], Contest]] = {}
+    for name, sizes in table:
+        make = attention_contest if name.startswith("attention") else row_contest
+        of_sizes = [f"{letter}={size}" for letter, size in sizes.items()]
+        found[", ".join([name, *of_sizes])] = partial(make, name, **sizes, device=device, dtype=dtype)
+    return found
 
 
 def attention_contest(name, B, H, K, T, S, C, device, dtype) -> Contest:
@@ -141,7 +76,7 @@ def attention_contest(name, B, H, K, T, S, C, device, dtype) -> Contest:
     first = first_key(pattern, t, S)
     start = None if pattern in ("causal", "decoding") else first.to(torch.int32).repeat(B, 1)
     contestants: peers.Makers = {
-        "minillm": lambda: partial(attention, start=start),
+        "minillm": lambda: partial(OPERATIONS["attention"], start=start),
         "plain PyTorch": lambda: partial(PLAIN["attention"], start=start),
     }
     if device == "cuda":
@@ -181,14 +116,14 @@ def row_contest(operation, N, V, device, dtype, D: int | None = None) -> Contest
     return Contest(operands, found | peers.row_peers(operation, targets), sides * 6 * N * (D or 0) * V, moved)
 
 
-def normal(shapes, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def normal(shapes, device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(0)
     return tuple(torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
 
 
 LONG = {"B": 2, "H": 16, "K": 16, "T": 8192, "S": 8192}
 BOTH = ("forward", "both ways")
-GPU = [
+GPU: list = [
     *((f"attention, causal, {way}", LONG | {"C": C}) for C in (64, 128) for way in BOTH),
     *((f"attention, packed documents, {way}", LONG | {"C": 128}) for way in BOTH),
     *((f"attention, window of 1024, {way}", LONG | {"C": 128}) for way in BOTH),
@@ -199,18 +134,71 @@ GPU = [
 ]
 SHORT = {"B": 4, "H": 4, "K": 4, "T": 1024, "S": 1024, "C": 64}
 SIZES = ({"N": 4096, "D": 128, "V": 1024}, {"N": 2048, "D": 512, "V": 32768})
-CPU = [
+CPU: list = [
     *((f"attention, {pattern}, both ways", SHORT) for pattern in ("causal", "packed documents")),
     ("attention, decoding, forward", {"B": 16, "H": 8, "K": 2, "T": 1, "S": 2048, "C": 64}),
     *((name, sizes) for name in LINEAR for sizes in SIZES),
 ]
-QUICK = [
+SMALL: list = [  # to be validated: no size divides a block
+    ("attention, packed documents, both ways", {"B": 2, "H": 4, "K": 2, "T": 37, "S": 37, "C": 24}),
+    *((name, {"N": 5, "V": 301}) for name in LOGITS),
+    *((name, {"N": 5, "D": 24, "V": 301}) for name in LINEAR),
+]
+QUICK: list = [
     ("attention, packed documents, both ways", {"B": 1, "H": 4, "K": 2, "T": 128, "S": 128, "C": 32}),
     ("attention, decoding, forward", {"B": 2, "H": 4, "K": 2, "T": 1, "S": 128, "C": 32}),
     ("cross_entropy", {"N": 16, "V": 1001}),
     ("linear_cross_entropy", {"N": 2048, "D": 16, "V": 4096}),
     ("linear_kl", {"N": 64, "D": 32, "V": 1001}),
 ]
+
+# --- Validation -----------------------------------------------------------------------------------
+
+# An error is a share of the exact result's largest value. Plain PyTorch in the same dtype errs too; twice
+# its error and this are allowed: a unit in the last place of half types, and in float32, where plain PyTorch
+# may happen to be right to the last digit, some for sums in another order and powers of two as exponentials.
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def error(function: Callable, contest: Contest) -> float:
+    """The largest error of its results and gradients against float64, nan counting as infinite."""
+    plain = contest.contestants["plain PyTorch"]()
+    exact = results_and_gradients(plain, contest, torch.float64)
+    found = results_and_gradients(function, contest, contest.operands[0].dtype)
+    shares = [float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, exact, strict=True)]
+    return max(float("inf") if isnan(share) else share for share in shares)
+
+
+def results_and_gradients(function: Callable, contest: Contest, dtype: torch.dtype) -> list[Tensor]:
+    """In float64, as computed in `dtype` from operands and upstream gradients that were rounded before."""
+    operands = [x.to(dtype).detach().requires_grad_() for x in contest.operands]
+    results = as_tuple(function(*operands))
+    drawn = normal([x.shape for x in results], operands[0].device, contest.operands[0].dtype)
+    upstream = [u.to(x.dtype) for u, x in zip(drawn, results, strict=True)]
+    return [x.detach().double() for x in (*results, *torch.autograd.grad(results, operands, upstream))]
+
+
+def as_tuple(x) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def validate(device: str) -> list[dict]:
+    """The error of every operation, implementation and dtype; SystemExit naming those that are too large."""
+    found, wrong = [], []
+    for dtype, floor in FLOOR.items():
+        for name, make in contests(SMALL, device, dtype).items():
+            contest, operation, kind = make(), name.split(",")[0], dtype_name(dtype)
+            plain = error(contest.contestants["plain PyTorch"](), contest)
+            for impl in ("triton", "torch") if find_spec("triton") else ("torch",):
+                off = error(partial(contest.contestants["minillm"](), impl=impl), contest)
+                record = {"operation": operation, "impl": impl, "dtype": kind}
+                found.append(record | {"error": off, "error_of_plain": plain})
+                if off > 2 * plain + floor:
+                    wrong.append(f"{operation} ({impl}, {kind}) is off by {off:.1e}")
+    if wrong:
+        raise SystemExit("\n".join(["error: wrong results, so no times:", *wrong]))
+    return found
+
 
 # --- Measuring ------------------------------------------------------------------------------------
 
@@ -227,8 +215,7 @@ def prepare(contest: Contest, who: str) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.set_grad_enabled(contest.backward):
             results = as_tuple(function(*operands))
-            if not upstream:
-                upstream.extend(torch.ones_like(x) for x in results)
+            upstream[:] = upstream or [torch.ones_like(x) for x in results]
             if contest.backward:
                 torch.autograd.grad(results, operands, upstream)
         return results[0].detach()
@@ -288,26 +275,21 @@ def measure(contest: Contest, limits: Ceilings, runs: int, flush: Tensor | None 
         [run() for run in (*ready.values(), *ready.values())]
     sides = {who: lambda _, run=run: milliseconds(run, flush) for who, run in ready.items()}
     times = in_turn(sides, runs)
-    middle = medians(times)
+    middle, floor, right = medians(times), limits.milliseconds(contest), results["minillm"]
     others = {who: t for who, t in middle.items() if who != "minillm"}
-    ours, floor = middle["minillm"], limits.milliseconds(contest)
     return {
         "dtype": dtype_name(contest.operands[0].dtype),
         "milliseconds": times,
         "median": middle,
-        "ratio": {who: t / ours for who, t in others.items()},  # above 1: ours is faster
+        "ratio": {who: t / middle["minillm"] for who, t in others.items()},  # above 1: ours is faster
         "best_peer": min(others, key=others.__getitem__, default=None),
-        "difference": {who: difference(x, results["minillm"]) for who, x in results.items()},
+        # As a share of our largest value: a peer that computes something else is no peer.
+        "difference": {who: float((x - right).abs().max() / right.abs().max()) for who, x in results.items()},
         "floor": {"flops": contest.flops, "bytes": contest.moved, "milliseconds": floor},
         "share_of_ceiling": {who: floor / t for who, t in middle.items()},
         "peak_bytes": {who: None if flush is None else peak(run) for who, run in ready.items()},
         "missing": missing,
     }
-
-
-def difference(x: Tensor, ours: Tensor) -> float:
-    """The largest, as a share of our largest value: a peer that computes something else is no peer."""
-    return float((x - ours).abs().max() / ours.abs().max())
 
 
 def peak(run: Callable) -> int:
@@ -329,19 +311,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 def lines(contest: str, record: dict) -> Iterator[str]:
     """The floor, a line for each contestant, fastest first, and one for each that is missing."""
     floor, ours = record["floor"], record["median"]["minillm"]
-    yield (
-        f"{contest} ({record['dtype']}): no less than {floor['flops'] / 1e9:.3g} GFLOP and"
-        f" {floor['bytes'] / 1e6:.3g} MB, here {floor['milliseconds']:.3f} ms"
-    )
+    work = f"{floor['flops'] / 1e9:.3g} GFLOP and {floor['bytes'] / 1e6:.3g} MB"
+    yield f"{contest} ({record['dtype']}): no less than {work}, here {floor['milliseconds']:.3f} ms"
     for who, ms in sorted(record["median"].items(), key=lambda item: item[1]):
         taken = record["peak_bytes"][who]
+        rates = f"{floor['flops'] / ms / 1e9:9.3g} TFLOP/s {floor['bytes'] / ms / 1e6:9.3g} GB/s"
         yield (
-            f"  {who:20} {ms:10.3f} ms {ms / ours:6.2f}x {floor['flops'] / ms / 1e9:9.3g} TFLOP/s"
-            f" {floor['bytes'] / ms / 1e6:9.3g} GB/s {floor['milliseconds'] / ms:6.1%} of the ceiling"
-            f"{'' if taken is None else f' {taken / 1e6:.1f} MB'}, differs by {record['difference'][who]:.0e}"
+            f"  {who:20} {ms:10.3f} ms {ms / ours:6.2f}x {rates} {floor['milliseconds'] / ms:6.1%} of the"
+            f" ceiling{'' if taken is None else f' {taken / 1e6:.1f} MB'},"
+            f" differs by {record['difference'][who]:.0e}"
         )
-    for who, why in record["missing"].items():
-        yield f"  {who:20} not timed: {why}"
+    yield from (f"  {who:20} not timed: {why}" for who, why in record["missing"].items())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -349,27 +329,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--only", default="", metavar="NAME", help="contests with this in their names")
     options_of.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     options = options_of.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = {name: make for name, make in contests(device, options.quick).items() if options.only in name}
+    device, table, dtype = "cpu", CPU, torch.float32
+    if torch.cuda.is_available():
+        device, table, dtype = "cuda", GPU, torch.bfloat16
+    known = contests(QUICK if options.quick else table, device, dtype)
+    chosen = {name: make for name, make in known.items() if options.only in name}
     if not chosen:
-        names = ", ".join(contests(device, options.quick))
-        options_of.error(f"--only {options.only!r}: in no contest's name; these are {names}")
+        options_of.error(f"--only {options.only!r}: in no contest's name; these are {', '.join(known)}")
     if device == "cpu":  # Triton reads it when the first kernel is imported, which validation does
         os.environ["TRITON_INTERPRET"] = "1"
-    write(options.json, run(device, chosen, options.runs))
+    write(options.json, run(device, dtype, chosen, options.runs))
 
 
-def run(device: str, chosen: dict[str, Callable[[], Contest]], runs: int) -> dict:
+def run(device: str, dtype: torch.dtype, chosen: dict[str, Callable[[], Contest]], runs: int) -> dict:
     """Validate, then the contests; prints as it goes and returns the record."""
-    validation = validate(device)
-    print(f"{len(validation)} validations against the float64 reference passed")
-    if device == "cpu":
+    cuda, validation = device == "cuda", validate(device)
+    print(f"{len(validation)} validations against plain PyTorch in float64 passed")
+    if not cuda:
         print("No GPU: the Triton kernels were validated in their interpreter, and none of them is timed.")
     installed = {d.name: d.version for d in metadata.distributions()}
     libraries = {name: installed.get(name) for name in LIBRARIES}
     print(f"peers not installed: {', '.join(n for n, v in libraries.items() if v is None) or 'none'}")
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device == "cuda" else None
-    limits = ceilings(device, torch.bfloat16 if device == "cuda" else torch.float32, flush)
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if cuda else None
+    limits = ceilings(device, dtype, flush)
     print(
         f"ceilings: {limits.flops / 1e12:.3f} TFLOP/s of a product, {limits.moved / 1e9:.1f} GB/s of a copy"
     )
@@ -377,8 +359,7 @@ def run(device: str, chosen: dict[str, Callable[[], Contest]], runs: int) -> dic
     for name, make in chosen.items():
         results[name] = measure(make(), limits, runs, flush)
         print(*lines(name, results[name]), sep="\n", flush=True)
-    machine = {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpu": None}
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+    gpu = torch.cuda.get_device_name() if cuda else None
+    machine = {"threads": torch.get_num_threads(), "cuda": torch.version.cuda, "gpu": gpu}
     found = {"libraries": libraries, "validation": validation, "ceilings": vars(limits), "contests": results}
     return machine | found
