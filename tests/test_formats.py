@@ -80,6 +80,7 @@ CONVERSATIONS = [
     ({"text": "### Human: Why?### Assistant: Because."}, ASKED),
     ({"text": "\n\nHuman: Why?\n\nAssistant:Because."}, ASKED),
     ({"transcript": "Human: Why?\n\nAssistant: Because."}, ASKED),
+    ({"dialogue": "Human: Why?\n\nAssistant: Because."}, ASKED),
     ({"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "system": "Be kind."}, [SYSTEM, *ASKED]),
     ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "response": " Because."}, ASKED),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: e"},
@@ -235,6 +236,8 @@ LEFT_OUT = [
     ("conversation", {"messages": [3]}, "something else"),
     ("conversation", {"messages": [{"role": "user"}]}, "something else"),
     ("conversation", {"messages": 3}, "something else"),
+    ("conversation", {"messages": "Hello"}, "something else"),  # and no conversation of letters
+    ("conversation", {"history": [["Hi", "Hello"]], "instruction": "", "output": "x"}, "two replies"),
     ("conversation", {"instruction": 3, "input": "x", "output": "y"}, "something else"),
     ("conversation", {"prompt": {"text": "x", "replies": 3}}, "something else"),
     ("conversation", {"instruction": "a", "instances": []}, "without a conversation"),

@@ -205,12 +205,12 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked if it is of gzip or zstd; what goes wrong becomes an InputError."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
+            magic, name = file.read(4), path.lower()
             file.seek(0)
-            if magic == b"\x28\xb5\x2f\xfd":
+            if magic == b"\x28\xb5\x2f\xfd" or name.endswith(".zst"):
                 zstd = _library("zstandard", path, "packed by zstd", "unpack it by zstd -d")
                 yield io.BufferedReader(_Unpacked(file, zstd.ZstdDecompressor().decompressobj))
-            elif magic[:2] == b"\x1f\x8b" or path.lower().endswith(".gz"):
+            elif magic[:2] == b"\x1f\x8b" or name.endswith(".gz"):
                 yield io.BufferedReader(_Unpacked(file, partial(zlib.decompressobj, 31)))
             else:
                 yield file

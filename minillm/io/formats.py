@@ -218,7 +218,12 @@ def _thought_of(fields: Record) -> str:
 
 
 def _turns(turns: Any) -> Conversation:
-    """The messages of a list of turns, of one turn, or of a list of texts that the user begins."""
+    """The messages of a list of turns, of one turn, of a transcript, or of a list of texts that the user
+    begins."""
+    if isinstance(turns, str):
+        if not (messages := _parse_transcript(turns)):
+            raise TypeError(turns)
+        return messages
     turns = [turns] if isinstance(turns, dict) else turns
     if turns and all(isinstance(turn, str) for turn in turns):
         return [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
