@@ -39,14 +39,7 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import (
-    LearningRates,
-    backward,
-    build_optimizers,
-    held_out,
-    lr_schedule,
-    per_byte,
-)
+from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule, per_byte
 from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole, parse_options
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer

@@ -12,14 +12,7 @@ from torch import Tensor
 from minillm import generate as generate_module
 from minillm.errors import InputError
 from minillm.fast.decode import FoldedCache
-from minillm.generate import (
-    Samples,
-    SamplingOptions,
-    filter_logits,
-    generate,
-    stream,
-    stream_text,
-)
+from minillm.generate import Samples, SamplingOptions, filter_logits, generate, stream, stream_text
 from minillm.model import KVCache, LanguageModel, ModelConfig
 
 LAW = settings(deadline=None, max_examples=25)

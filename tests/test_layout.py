@@ -5,13 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.fast.shared_prompts import pack_sets
-from minillm.layout import (
-    flat_index,
-    forward_passes,
-    gather_previous,
-    pack_sequences,
-    pad,
-)
+from minillm.layout import flat_index, forward_passes, gather_previous, pack_sequences, pad
 
 LAW = settings(deadline=None)
 

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel, ModelConfig, initialize
-from minillm.optim import (
-    LearningRates,
-    backward,
-    build_optimizers,
-    held_out,
-    lr_schedule,
-    per_byte,
-)
+from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule, per_byte
 from minillm.run import Runtime, TrainingState
 
 LAW = settings(deadline=None, max_examples=15)

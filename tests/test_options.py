@@ -18,15 +18,7 @@ import sft
 import train
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
-from minillm.options import (
-    Count,
-    Positive,
-    Seed,
-    TrainingOptions,
-    check_limits,
-    options_json,
-    parse_options,
-)
+from minillm.options import Count, Positive, Seed, TrainingOptions, check_limits, options_json, parse_options
 from minillm.tools import chat, commandline
 
 SCRIPTS = [train, sft, rlhf, chat, compare]

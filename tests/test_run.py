@@ -32,12 +32,7 @@ import train
 from minillm.errors import InputError, one_line_errors, signals
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
-from minillm.run import (
-    RESUME_FILE,
-    Run,
-    TrainingState,
-    start_runtime,
-)
+from minillm.run import RESUME_FILE, Run, TrainingState, start_runtime
 from minillm.tools import plots
 from minillm.tools.folder import MODEL_FILES, claim_folder, read_metrics
 from minillm.tools.lock import hold

@@ -240,8 +240,7 @@ def test_special_tokens_in_a_text_are_plain_text_unless_asked_for(ours, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "meant"),
-    [("a\ud800b", "a\ufffdb"), ("\udc00", "\ufffd"), ("x\ud83d\ude80y", "x🚀y")],
+    ("text", "meant"), [("a\ud800b", "a\ufffdb"), ("\udc00", "\ufffd"), ("x\ud83d\ude80y", "x🚀y")]
 )
 def test_a_lone_surrogate_counts_as_the_replacement_character(ours, text, meant):
     assert ours.encode(text) == ours.encode(meant)
