@@ -118,6 +118,15 @@ def restart_point(folder: Path) -> tuple[dict, dict]:
     return tensors, numbers
 
 
+def assert_two_processes_follow(reference: Path, words: list[str], out: Path, rel: float) -> None:
+    """torchrun with this script: the same events, and losses but for float32's sums in another order."""
+    done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, two = (losses_of(metrics_of(folder)) for folder in (reference, out))
+    assert [x[:2] for x in one] == [x[:2] for x in two]
+    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=rel)
+
+
 class Killed(BaseException):
     """Nothing in a script may catch it, as nothing can catch kill -9."""
 

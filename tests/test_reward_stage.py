@@ -1,18 +1,15 @@
 """Whole runs of the reward stage through the command line: trained, killed, resumed, shared out, refused."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from runs import (
-    ROOT,
-    TORCHRUN,
     assert_same_run,
+    assert_two_processes_follow,
     folder_bytes,
     killed_at_update,
-    losses_of,
     metrics_of,
     missing_words,
     refusal,
@@ -192,13 +189,8 @@ def test_a_finished_run_has_nothing_to_resume(reference, capfd):
 
 def test_two_processes_follow_the_curve_of_one(assistant, ranked, tmp_path, reference):
     out = tmp_path / "rlhf"
-    done = subprocess.run(
-        [*TORCHRUN, "rlhf.py", *arguments(assistant, ranked, out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out / "reward"))
-    assert [x[:2] for x in one] == [x[:2] for x in two]
-    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=5e-3)
+    words = ["rlhf.py", *arguments(assistant, ranked, out)]
+    assert_two_processes_follow(reference, words, out / "reward", rel=5e-3)
 
 
 # Bad input: one line, exit 2, nothing lost

@@ -2,19 +2,16 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from runs import (
-    ROOT,
-    TORCHRUN,
     assert_same_run,
+    assert_two_processes_follow,
     folder_bytes,
     killed_at_update,
-    losses_of,
     metrics_of,
     missing_words,
     refusal,
@@ -184,15 +181,8 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
 
 
 def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference):
-    out = tmp_path / "sft"
-    done = subprocess.run(
-        [*TORCHRUN, "sft.py", *arguments(base, chats, out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out))
-    assert [x[:2] for x in one] == [x[:2] for x in two]
-    # float32 sums in another order, over twelve steps.
-    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=1e-3)
+    words = ["sft.py", *arguments(base, chats, tmp_path / "sft")]
+    assert_two_processes_follow(reference, words, tmp_path / "sft", rel=1e-3)
 
 
 # Bad input: one line, exit 2, nothing lost

@@ -14,6 +14,7 @@ from runs import (
     ROOT,
     TORCHRUN,
     assert_same_run,
+    assert_two_processes_follow,
     folder_bytes,
     killed_at_update,
     losses_of,
@@ -111,15 +112,8 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
 
 
 def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference):
-    out = tmp_path / "base"
-    done = subprocess.run(
-        [*TORCHRUN, "train.py", *arguments(text, out)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    one, two = losses_of(metrics_of(reference)), losses_of(metrics_of(out))
-    assert [x[:2] for x in one] == [x[:2] for x in two]
-    # float32 sums in another order, over twelve steps.
-    assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=1e-4)
+    words = ["train.py", *arguments(text, tmp_path / "base")]
+    assert_two_processes_follow(reference, words, tmp_path / "base", rel=1e-4)
 
 
 def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_path):
