@@ -1,6 +1,7 @@
 """What the tests of whole runs share: reading a run, comparing two, ending one, and its bytes."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
