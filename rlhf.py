@@ -319,7 +319,7 @@ def rank(options: Options, runtime: Runtime) -> None:
                 record_ranking(options, origin)
             file.append(rankings)
         made = file.rankings[before:]
-    print(f"{file.lines.path}: {len(made):,} rankings added to {before:,}")
+    print(f"{file.path}: {len(made):,} rankings added to {before:,}")
     if tied := sum(not ranking.pairs() for ranking in made):
         print(f"{tied:,} of them prefer nothing")
     if left and not made:

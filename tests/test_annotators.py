@@ -75,17 +75,17 @@ def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
     for number, given_set in enumerate(SETS, start=1):
         assert given_set.messages[0]["content"] in screen(session)
         assert run_command(session, "A > B = C > D") == "kept: 5 comparisons"
-        assert len(read_rankings(session.file.lines.path)) == number
+        assert len(read_rankings(session.file.path)) == number
     assert "Nothing is left" in screen(session)
     assert run_command(session, "A > B > C > D").startswith("not a ranking: there is nothing left")
 
 
 @pytest.mark.parametrize("typed", ["", "A > B > C", "A > A > B > C > D", "A > B > C > E", "best", "A>B>C>D>"])
 def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(session, typed):
-    before = session.file.lines.path.read_bytes()
+    before = session.file.path.read_bytes()
     answer = run_command(session, typed)
     assert answer.startswith("not a ranking: ") and len(answer.splitlines()) == 1
-    assert session.file.lines.path.read_bytes() == before and session.current == SETS[0]
+    assert session.file.path.read_bytes() == before and session.current == SETS[0]
 
 
 def test_undo_brings_the_last_set_back_and_skip_puts_one_off(session):

@@ -186,7 +186,7 @@ def test_a_file_cut_at_any_byte_gives_back_all_whole_lines_and_goes_on(tmp_path_
     with RankingFile(path) as file:
         assert file.rankings == made[:whole]
         torn = len(content[:cut].rpartition(b"\n")[2]) > 0 and content[cut : cut + 1] != b"\n"
-        assert bool(file.lines.mended) == torn
+        assert bool(file.mended) == torn
         file.append(made)
     assert read_rankings(path) == made[:whole] + made
     if torn:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ class JsonLines:
                 raise InputError(f"{path}: another process is writing there; wait for it or end it") from None
             self._mend(path.read_bytes())
 
-    def __enter__(self) -> "JsonLines":
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Sequence[Any]) -> None:
         """Writes a line for each record and waits until they are on the disk."""
         # In ASCII: JSON can spell what UTF-8 cannot hold, and no reader splits a line elsewhere.
         self._write("".join(json.dumps(record) + "\n" for record in records).encode())
@@ -184,30 +184,24 @@ def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Rankin
     raise ValueError("withdraws a ranking that is not before it")
 
 
-class RankingFile:
+class RankingFile(JsonLines):
     """rankings.jsonl, to add to: each ranking is on the disk before `append` returns."""
 
     def __init__(self, path: Path) -> None:
         """Opens or starts the file, mended if need be. InputError as `read_rankings` has it."""
-        self.lines = JsonLines(path)
+        super().__init__(path)
         try:
             self.rankings = read_rankings(path)
         except InputError:
-            self.lines.file.close()
+            self.file.close()
             raise
-
-    def __enter__(self) -> "RankingFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lines.file.close()
 
     def made(self) -> Counter[tuple[str, str]]:
         """How many rankings of each set each annotator has made, by (annotator, key)."""
         return Counter((ranking.annotator, ranking.key) for ranking in self.rankings)
 
     def append(self, rankings: Sequence[Ranking]) -> None:
-        self.lines.append({k: v for k, v in vars(r).items() if v not in (None, [])} for r in rankings)
+        super().append([{k: v for k, v in vars(r).items() if v not in (None, [])} for r in rankings])
         self.rankings += rankings
 
     def withdraw(self, annotator: str) -> Ranking | None:
@@ -215,7 +209,7 @@ class RankingFile:
         own = [ranking for ranking in self.rankings if ranking.annotator == annotator]
         if not own:
             return None
-        self.lines.append([{"withdraws": own[-1].key, "annotator": annotator, "time": now()}])
+        super().append([{"withdraws": own[-1].key, "annotator": annotator, "time": now()}])
         return _withdraw(self.rankings, annotator, own[-1].key)
 
 
@@ -248,8 +242,8 @@ def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
                 )
         check_origin(record, origin)
     file = RankingFile(path)
-    if file.lines.mended:
-        print(file.lines.mended)
+    if file.mended:
+        print(file.mended)
     return file
 
 
