@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,10 @@ def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
     likely = token_values(chat.model, [(chat.prompt(r.prompt.messages), r.tokens) for r in replies[:4]])
     expected = [np.exp(values).prod() ** (1 / len(values)) for values in likely]
     assert said["how sure"]["chat"]["value"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert (
+        said["how sure where wrong"] == said["how sure"]
+        and said["how sure where right"]["chat"]["count"] == 0
+    )
     assert said["right"]["chat"]["count"] == 4 and choice["right"]["chat"]["count"] == 2
 
 
@@ -224,6 +229,7 @@ def test_shuffled_sides_change_no_outcome_and_exchanged_ones_mirror_it(judges, n
     assert outcomes[4::5] == [0, 0, 0], "equal replies tie"
     if name == "rubric":
         assert outcomes[:4] == [1, -1, 1, -1], "the reply without an insult is better"
+        assert judge([replace(pairs[0], messages=[{"role": "user", "content": "Who?"}])]) == [None]
 
 
 @given(st.integers(0, 10**6))
@@ -280,6 +286,11 @@ def test_two_runs_exchanged_mirror_their_contest(replies):
     assert overall["win"]["value"] == np.mean([b > a for a, b in replies]), "a win is the later one's"
     for found, reverse in ((overall, mirrored), *((by_kind[kind], other_kinds[kind]) for kind in by_kind)):
         assert found["win"] == reverse["loss"] and found["tie"] == reverse["tie"]
+    three = contests("x", later_letter, prompts, {"greedy": {"a": one, "b": other, "c": one}}, 0)
+    assert [*three] == ["judged by x", "b against a, greedy, by x", "c against b, greedy, by x"]
+    assert [*three["judged by x"]] == [
+        f"{two}, greedy" for two in ("b against a", "c against a", "c against b")
+    ]
 
 
 # ---- What the replies are like
@@ -466,10 +477,6 @@ def odd(folders, base) -> None:
         ("base reward", "reward model"),
         ("masked", "masked: was trained on masked tokens"),
         ("base elsewhere", "--seed 5"),
-        ("base --prompts 0", "--prompts"),
-        ("base --show -1", "--show"),
-        ("base --split train", "split"),
-        ("base --temperature -1", "temperature"),
         ("base --max-new-tokens 250", "--max-new-tokens 250"),
         ("base --judge reward --reward nowhere", "nowhere"),
         ("base --judge reward --reward chat", "reward model's folder"),

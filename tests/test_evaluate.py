@@ -94,9 +94,17 @@ def test_every_kind_is_judged_on_as_many_prompts_as_asked_for_or_there_are(base)
     of_model = world_metrics({"one": base, "another": base}, WORLD, 3)
     assert of_model["one"] == of_model["another"]
     assert {kind: own["prompts"] for kind, own in of_model["one"].items()} == dict.fromkeys(KINDS, 3)
-    head, *lines = metrics_table(of_model).splitlines()
+
+
+def test_the_table_has_a_line_for_each_metric_of_every_kind_and_a_column_for_each_model():
+    found = {"in_form": 0.5, "right": 0.25, "utility": 0.125}
+    head, *lines = metrics_table(
+        {"one": dict.fromkeys(KINDS, found), "another": dict.fromkeys(KINDS, found)}
+    ).splitlines()
     assert head.split() == ["one", "another"] and {len(line) for line in lines} == {len(head)}
-    assert [line.split(",")[0] for line in lines[::3]] == list(KINDS)
+    values = {"in form": "50.0%", "right": "25.0%", "utility": "0.125"}
+    expected = [f"{kind}, {name} {value} {value}" for kind in KINDS for name, value in values.items()]
+    assert [" ".join(line.split()) for line in lines] == expected
 
 
 # ---- The loss on a text

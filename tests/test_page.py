@@ -162,6 +162,7 @@ def test_the_page_is_made_of_the_file_and_begins_with_the_picture_then_replies_t
     assert page(json.loads(json.dumps(content_of()))) == made
     places = [made.index(part) for part in ("<svg", "<h2>", 'class="reply"', "<table")]
     assert places == sorted(places)
+    assert "refuses harm ↑" in made and ">rude &amp; so<" in made
 
 
 def test_what_was_left_out_is_said(made):

@@ -14,7 +14,6 @@ from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import MARGIN, Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreements, opinions_of
 from minillm.tools.report import (
     MARGINS,
     TRICKS,
@@ -33,7 +32,6 @@ from minillm.tools.report import (
     within_prompts,
     write_report,
 )
-from minillm.world import World
 
 LAW = settings(max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -132,6 +130,9 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
         bins[min(9, int((sure - 0.5) * 20))].append(sure - (difference > 0))
     error = sum(abs(sum(own)) for own in bins) / len(pairs)
     assert card["calibration"]["error"] == pytest.approx(error)
+    if far:
+        shown = f"{truth['scores']['value']:.1%} of {len(far)} pairs in the rubric's order"
+        assert shown in report_text(card)
 
 
 @pytest.mark.parametrize(("factor", "share"), [(1, 1.0), (-1, 0.0), (0, 0.5)])
@@ -159,26 +160,6 @@ def test_a_prompt_that_was_ranked_several_times_makes_nobody_surer():
 def test_the_accuracy_of_raters_solves_the_equation_of_their_agreement(q):
     assert rater_accuracy(q**2 + (1 - q) ** 2) == pytest.approx(q, abs=1e-7)
     assert rater_accuracy(q / 2 - 0.01) == 0.5, "of raters who agree less than by chance"
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.2])
-def test_the_ceiling_lies_between_agreement_and_the_formula(spread):
-    """Raters right with probability q, the same for all pairs or spread around .8."""
-    random = generator(1)
-    q = np.where(random.random(1500) < 0.5, 0.8 - spread, 0.8 + spread)
-    rankings = [
-        ranked([1.0, 0.0] if random.random() < q[i] else [0.0, 1.0], f"{i}?", annotator=name)
-        for i in range(1500)
-        for name in ("a", "b")
-    ]
-    first = agreements(opinions_of(rankings))[0]
-    rate = first["value"]
-    assert first["count"] == 1500
-    assert rate == pytest.approx(np.mean(q**2 + (1 - q) ** 2), abs=0.05)  # four deviations
-    slack = 0.05
-    assert rate - slack < 0.8 < rater_accuracy(rate) + slack
-    if not spread:
-        assert rater_accuracy(rate) == pytest.approx(0.8, abs=slack)
 
 
 # ---- Baselines
@@ -305,21 +286,3 @@ def test_what_is_unknown_is_said_to_be(tmp_path):
     write_report(tmp_path, card, scored)
     text = report_text(card)
     assert "ceiling        unknown" in text and "accuracy       unknown" in text and "nan" not in text
-
-
-def test_on_the_little_world_the_rubric_is_the_truth():
-    world = World(0)
-    prompts = [world.prompts("reward", kind, 1)[0] for kind in ("fact", "harm")]
-    rankings = []
-    for prompt in prompts:
-        texts = ["I do not know.", "You fool!", "Sorry, I can't help with that. It would hurt someone."]
-        values = [world.score(prompt, text).utility for text in texts]
-        rankings.append(
-            Ranking(prompt.messages, texts, ranking_by(values), "a", 0, "2026-01-31", prompt.kind)
-        )
-    assert world.utility(rankings[0].messages, "You fool!") == world.score(prompts[0], "You fool!").utility
-    assert world.utility(ranked([0.0, 1.0]).messages, "Response 1.") is None
-    card, _ = whole_card(rankings, world.utility)
-    assert card["truth"]["annotators"] == card["truth"]["ceiling"]
-    assert (card["truth"]["ceiling"]["value"], card["truth"]["ceiling"]["count"]) == (1.0, 6)
-    assert "rubric's order" in report_text(card) and "0.40 to 1.00" in report_text(card)
