@@ -250,6 +250,18 @@ def test_a_step_scales_the_base_rates_and_clears_the_gradients(kind):
             assert group["lr"] == multiplier * group["base_rate"]
 
 
+@KINDS
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_no_weight_and_is_returned_as_it_is(kind, bad):
+    state = new_state(kind, tied=False)
+    before = [parameter.detach().clone() for parameter in state.model.parameters()]
+    backward(state.model, random_batch(2), 100, ONE)
+    state.model.lm_head.weight.grad[0, 0] = bad
+    assert not math.isfinite(state.optimizers.step(1.0, 1.0))
+    for parameter, old in zip(state.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old) and parameter.grad is None
+
+
 def test_adamws_steps_are_those_of_its_algorithm_by_hand():
     """Algorithm 2 of Loshchilov & Hutter, β = (.9, .95), over gradients so small that eps counts."""
     model, random = model_of(tied=False), torch.Generator().manual_seed(0)
