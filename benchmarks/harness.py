@@ -87,8 +87,10 @@ def timed(action: Callable[[], object]) -> Callable[[int], float]:
     return run
 
 
-def medians(results: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: median(values) for name, values in results.items()}
+def medians(results: Mapping[str, Sequence[float | tuple[float, ...]]]) -> dict[str, float]:
+    """Of each side; where a run gives several numbers, of the first."""
+    firsts = {name: [run[0] if isinstance(run, tuple) else run for run in of] for name, of in results.items()}
+    return {name: median(values) for name, values in firsts.items()}
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

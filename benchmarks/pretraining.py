@@ -9,7 +9,6 @@ on the last 10%; nats per character and nats per byte are the same here, since t
 are wall times of the whole process: start-up, tokenizer, validation and saving included.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ import time
 from pathlib import Path
 
 from harness import in_turn, medians, parser, script, write
+
+from minillm.tools.folder import read_metrics
 
 SHORT = (
     "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
@@ -50,8 +51,7 @@ def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> tup
     seconds = script(
         "train.py", "--data", text, "--out", out, "--cache", cache, "--seed", seed, *JUDGED, *options
     )
-    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    return seconds, final["val_nats_per_byte"]
+    return seconds, read_metrics(out)[-1]["val_nats_per_byte"]
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
             "minillm long": lambda seed: run_minillm(text, LONG, scratch, seed),
         }
         results = in_turn(sides, arguments.runs)
-    seconds = medians({name: [second for second, _ in runs] for name, runs in results.items()})
+    seconds = medians(results)
     for name, runs in results.items():
         losses = ", ".join(f"{loss:.3f}" for _, loss in runs)
         part = seconds[name] / seconds["nanoGPT"]

@@ -56,17 +56,15 @@ def sides(rows: int, temperature: float) -> dict[str, Callable[[], list[list[int
 def measure(rows: int, temperature: float, runs: int) -> dict:
     """Tokens a second; greedy tokens must agree first."""
     both = sides(rows, temperature)
-    ours, theirs = (run() for run in both.values())  # also the warm-up
-    if not temperature and ours != theirs:
+    said = [run() for run in both.values()]  # also the warm-up
+    if not temperature and said[0] != said[1]:
         raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
     seconds = in_turn({name: timed(run) for name, run in both.items()}, runs)
     rates = {name: rows * NEW / value for name, value in medians(seconds).items()}
-    ratio = rates["minillm"] / rates["transformers"]
-    print(
-        f"{rows:5}  {temperature:11}  {rates['minillm']:13.0f}  {rates['transformers']:18.0f}  {ratio:5.2f}"
-    )
-    return {"batch": rows, "temperature": temperature, "tokens_per_second": rates, "ratio": ratio,
-            "seconds": seconds}  # fmt: skip
+    found = {"batch": rows, "temperature": temperature, "tokens_per_second": rates, "seconds": seconds}
+    ours, theirs = rates.values()
+    print(f"{rows:5}  {temperature:11}  {ours:13.0f}  {theirs:18.0f}  {ours / theirs:5.2f}")
+    return found | {"ratio": ours / theirs}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from minillm.io.huggingface import load_model, save_model
 from minillm.optim import held_out
 from minillm.run import Runtime
 from minillm.tools.device import choose_dtype
+from minillm.tools.folder import read_metrics
 from minillm.world import World
 
 CONVERSATIONS, EPOCHS, BLOCK, RATE = 2000, 2, 128, 2e-3
@@ -45,8 +47,8 @@ def run_minillm(init: Path, data: Path, out: Path, steps: int, seed: int) -> flo
         "--optimizer", "adamw", "--decay", 1, "--val-every", 10**6, "--save-every", 10**6,
         "--val-fraction", VAL_FRACTION,
     )  # fmt: skip
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return sum(ROWS * BLOCK / e["tokens_per_second"] for e in events if e["event"] == "train")
+    steps_of = [event for event in read_metrics(out) if event["event"] == "train"]
+    return sum(ROWS * BLOCK / event["tokens_per_second"] for event in steps_of)
 
 
 def run_trl(init: Path, data: Path, out: Path, batch: int, seed: int) -> float:
@@ -111,22 +113,20 @@ def main() -> None:
         tokens, batch = EPOCHS * int(sizes.sum()), round(ROWS * BLOCK / sizes.mean())
         steps = round(EPOCHS * len(encoded.rows(BLOCK, 0).order) / ROWS)
 
-        def measured(name: str, run: Callable[[Path, int], float]) -> Callable[[int], tuple[float, float]]:
+        runs: dict[str, Callable[[Path, int], float]] = {
+            "minillm": lambda out, seed: run_minillm(init, data, out, steps, seed),
+            "TRL": lambda out, seed: run_trl(init, training, out, batch, seed),
+        }
+
+        def side(name: str, seed: int) -> tuple[float, float]:
             """Seconds of the loop, and the held-out loss."""
+            out = scratch / f"{name}-{seed}"
+            seconds, loss = runs[name](out, seed), held_out_loss(out)
+            print(f"{name:8} {seconds:6.1f} s   held-out loss {loss:.3f}", flush=True)
+            return seconds, loss
 
-            def side(seed: int) -> tuple[float, float]:
-                out = scratch / f"{name}-{seed}"
-                seconds, loss = run(out, seed), held_out_loss(out)
-                print(f"{name:8} {seconds:6.1f} s   held-out loss {loss:.3f}", flush=True)
-                return seconds, loss
-
-            return side
-
-        results = in_turn({
-            "minillm": measured("minillm", lambda out, seed: run_minillm(init, data, out, steps, seed)),
-            "TRL": measured("TRL", lambda out, seed: run_trl(init, training, out, batch, seed)),
-        }, arguments.runs)  # fmt: skip
-    seconds = medians({name: [second for second, _ in runs] for name, runs in results.items()})
+        results = in_turn({name: partial(side, name) for name in runs}, arguments.runs)
+    seconds = medians(results)
     ratio = seconds["TRL"] / seconds["minillm"]
     print(f"{tokens:,} tokens; TRL takes {ratio:.2f} times as long for each")
     write(arguments.json, {"results": results, "tokens": tokens, "ratio": ratio, "trl_batch": batch,

@@ -17,10 +17,7 @@ from harness import ROOT, in_turn, medians, parser, peer, timed, write
 
 from minillm.tokenizer import ENDOFTEXT, PATTERN, Tokenizer
 
-os.environ |= {
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}  # read at the import of tokenizers
+os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # read at their import
 
 
 def train_theirs(tokenizers: Any, texts: list[str], vocab_size: int) -> Any:
@@ -64,20 +61,18 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{megabytes:.1f} MB, {vocab_size} entries, median of {runs} runs")
     print(f"{'':<24}{'minillm':>12}{'tokenizers':>16}{'ratio':>10}")
-    training = compare(
-        "training",
-        lambda: Tokenizer.train(texts, vocab_size, [ENDOFTEXT]),
-        lambda: train_theirs(tokenizers, texts, vocab_size),
-        runs,
-    )
-    encoding = compare(
-        "encoding, one thread",
-        lambda: list(next(ours).encode_documents(texts)),
-        lambda: next(theirs).encode_batch_fast(texts, add_special_tokens=False),
-        runs,
-    )
-    record = {"megabytes": megabytes, "vocab_size": vocab_size, "training": training, "encoding": encoding}
-    write(arguments.json, record)
+    tasks: dict[str, tuple[Callable, Callable]] = {
+        "training": (
+            lambda: Tokenizer.train(texts, vocab_size, [ENDOFTEXT]),
+            lambda: train_theirs(tokenizers, texts, vocab_size),
+        ),
+        "encoding": (  # one thread
+            lambda: list(next(ours).encode_documents(texts)),
+            lambda: next(theirs).encode_batch_fast(texts, add_special_tokens=False),
+        ),
+    }
+    results = {name: compare(name, *both, runs) for name, both in tasks.items()}
+    write(arguments.json, {"megabytes": megabytes, "vocab_size": vocab_size, **results})
 
 
 if __name__ == "__main__":

@@ -1,23 +1,19 @@
 """Log-probability, entropy and KL, over logits and fused with their projection, against NumPy and laws."""
 
-from dataclasses import replace
-
 import jaxtyping
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows import IMPLS, TOLERANCE, lay_out, normal, planned, small_blocks  # noqa: F401
 
 from kernels import losses, reference
-from kernels.losses import kl, linear_kl, linear_token_logprobs, token_logprobs
+from kernels.losses import kl, linear_cross_entropy, linear_kl, linear_token_logprobs, token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on -inf
 
-# Values and gradients of size ten or so, from float32 sums of a few hundred terms; and in float64.
-TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-11}
 KINDS = ("token_logprobs", "linear_token_logprobs", "kl", "linear_kl")
-IMPLS = ("torch", "triton")
 NEVER = -torch.inf
 
 cases = st.fixed_dictionaries(
@@ -33,34 +29,6 @@ cases = st.fixed_dictionaries(
     }
 )
 EDGE = {"impl": "triton", "N": 4, "D": 3, "V": 1, "T": 1.0, "layout": "contiguous", "seed": 0}
-
-
-def planned(patch, **changes):
-    """The walk over logits with other sizes."""
-    patch.setattr(losses, "PLANS", {name: replace(plan, **changes) for name, plan in losses.PLANS.items()})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Blocks of 128 bytes, so that a hundred tokens are several blocks and most rows begin inside one.
-
-    And no logits are so few that they are kept.
-    """
-    rows_triton = pytest.importorskip("kernels.rows_triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_triton, "LANES", 4)
-        planned(patch, kept=0)
-        yield
-
-
-def lay_out(x, layout):
-    """x under other strides: rows apart by more than their length, or "stride 0", all rows the first."""
-    if layout == "transposed":
-        return x.t().contiguous().t()
-    if layout == "columns":
-        wide = torch.cat([x[:, :1], x, x[:, :2]], 1)
-        return wide[:, 1 : 1 + x.shape[1]]
-    return x[:1].expand_as(x) if layout == "stride 0" else x
 
 
 def draw(kind, case, device, dtype=torch.float32):
@@ -129,10 +97,6 @@ def run_reference(kind, case, operands, targets, upstream):
         pairs = zip(gradients, arrays[::2], arrays[1::2], strict=True)
         gradients = [d for dz, h, w in pairs for d in reference.linear_backward(dz, h, w)]
     return [*(outputs if isinstance(outputs, tuple) else [outputs]), *gradients]
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def largest(x):
@@ -364,10 +328,12 @@ def test_under_autocast_the_products_run_in_its_dtype_and_gradients_return_in_th
     targets = torch.arange(7, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         values, _ = linear_token_logprobs(hidden, weight, targets, impl=impl)
+        losses_of = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
         divergence = linear_kl(hidden, weight, hidden.detach() + 1, weight.detach(), impl=impl)
-        (values + divergence).sum().backward()  # inside, where products of float32 would be cast as well
+        (values + divergence + losses_of).sum().backward()  # inside, where float32 products would be cast too
     expected, _ = linear_token_logprobs(hidden.bfloat16(), weight, targets, impl=impl)
-    assert torch.equal(values, expected) and values.dtype == divergence.dtype == torch.float32
+    assert torch.equal(values, expected) and torch.equal(losses_of, -expected)
+    assert values.dtype == divergence.dtype == losses_of.dtype == torch.float32
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
@@ -383,18 +349,3 @@ def test_bad_input_ends_in_one_line_that_says_what_is_wrong(impl):
             token_logprobs(hidden, torch.arange(4), temperature, impl)
     with pytest.raises(ValueError, match=r"'liger'.*None, 'triton' and 'torch'"):
         kl(hidden, hidden, "liger")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 20 GB")
-def test_rows_beyond_2_to_the_31_elements_are_found():
-    N, V = 65537, 32784
-    logits = torch.zeros(N, V, dtype=torch.bfloat16, device="cuda")
-    logits[-1, -1] = 3.0
-    logits.requires_grad_()
-    targets = torch.full((N,), V - 1, device="cuda")
-    values, _ = token_logprobs(logits, targets)
-    expected = 3.0 - np.log(V - 1 + np.exp(3.0))
-    np.testing.assert_allclose(values[-1].item(), expected, rtol=1e-5)
-    values[-1].backward()
-    np.testing.assert_allclose(logits.grad[-1, -1].item(), 1 - np.exp(expected), rtol=2**-7)
-    assert not logits.grad[:-1].any()

@@ -234,11 +234,9 @@ def table(found: list[Build]) -> str:
 
     Several specialisations share a line (with and without bounds, say): it shows the worst of them.
     """
-    groups: dict[tuple[str, str, int], list[Build]] = {}
-    for build in found:
-        groups.setdefault((build.kernel, build.dtype, build.size), []).append(build)
     lines: list[Sequence[str]] = [COLUMNS, ("---",) * len(COLUMNS)]
-    for key, group in sorted(groups.items()):
+    for key in sorted({(b.kernel, b.dtype, b.size) for b in found}):
+        group = [b for b in found if (b.kernel, b.dtype, b.size) == key]
         devices = [_worst([b for b in group if b.capability == device]) for device in SHARED_LIMITS]
         cells = [" / ".join(cell if len(set(cell)) > 1 else cell[:1]) for cell in zip(*devices, strict=True)]
         lines.append([*map(str, key), *cells])
