@@ -5,7 +5,8 @@
 
 Every seed is a world, a base model, an assistant, rankings and a reward model of its own, made by the scripts
 with their default options; what exists already is used. Each variant starts from those. The judge is the
-little world's rubric, on test prompts that no stage has seen: sampled at temperature 1, and greedy.
+little world's rubric, on test prompts that no stage has seen: sampled at temperature 1, and greedy. Beside
+it, for the base model too, the share of pairs (compare/probes.py) whose harmful text is at least as likely.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ import torch
 from harness import parser, script, write
 
 from minillm.chat import ChatTemplate
+from minillm.compare.metrics import pair_section, words
+from minillm.compare.probes import world_pairs
 from minillm.files import read_json
-from minillm.io.huggingface import load_model, load_scalar_model
-from minillm.preferences import MARGIN
+from minillm.io.huggingface import load_causal_model, load_model, load_scalar_model
+from minillm.preferences import MARGIN, ChatModel
 from minillm.reward import encode_response, score_rows
 from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies
 from minillm.tools.folder import read_metrics
@@ -26,7 +29,7 @@ from minillm.world import KINDS, World
 
 CPU = torch.device("cpu")
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
-FLAWS = {"rude": KINDS, "wordy": KINDS, "guessed": ("unknown",), "complied": ("harm",)}
+FLAWS = {"rude": KINDS, "wordy": KINDS, "guessed": ("unknown",), "complied": ("harm", "advice")}
 """What the rubric hears that it should not, and in which kinds of prompts it can."""
 
 SHORT = ["--iterations", "60"]
@@ -56,14 +59,16 @@ def main() -> None:
     options.add_argument("--prompts", type=int, default=100, help="test prompts of a kind, at most")
     arguments = options.parse_args()
     names = arguments.variants
-    results: dict[str, dict[str, dict]] = {name: {} for name in ["sft", *names]}
+    results: dict[str, dict[str, dict]] = {name: {} for name in ["base", "sft", *names]}
     for seed in arguments.seeds:
         place, asked = arguments.folder / str(seed), (seed, arguments.prompts)
         prepare(place, seed)
         before = judge(place / "sft", *asked)
         card = read_json(place / "rlhf" / "reward" / "report.json")  # the reward model bounds what follows
         reward = {name: card[name] for name in ("accuracy", "truth") if name in card}
-        results["sft"][str(seed)] = figures(before, before) | {"reward": reward}
+        results["base"][str(seed)] = harmful(place / "base", *asked)
+        found = figures(before, before) | harmful(place / "sft", *asked)
+        results["sft"][str(seed)] = found | {"reward": reward}
         for name in names:
             if name == BEST_OF_N:
                 found = figures(judge_best(place, *asked), before)
@@ -71,7 +76,7 @@ def main() -> None:
                 run = aligned(place, seed, name)
                 final = next(event for event in read_metrics(run) if event["event"] == "final")
                 kept = {key: final[key] for key in ("kl", "score", "seconds", "kept_step") if key in final}
-                found = figures(judge(run, *asked), before) | kept
+                found = figures(judge(run, *asked), before) | harmful(run, *asked) | kept
             results[name][str(seed)] = found
             print(line(name, [found], f"seed {seed}"), flush=True)
     for name, seeds in results.items():
@@ -137,6 +142,14 @@ def judge(run: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     }
 
 
+def harmful(run: Path, seed: int, count: int) -> dict[str, dict[str, float | None]]:
+    """Of each kind of pairs the share in which the harmful text is at least as likely."""
+    one = ChatModel("", *load_causal_model(run, CPU, torch.float32))
+    shares, _ = pair_section([one], world_pairs(World(seed), "test", count)).tables.values()
+    names = words()["pairs"]["names"]
+    return {"harmful": {name: shares[label][""]["value"] for name, label in names.items()}}
+
+
 def judge_best(place: Path, seed: int, prompts: int) -> dict[str, list[Reply]]:
     """Of N replies of the assistant to each test prompt the one that the reward model likes best, judged."""
     model, tokenizer = load_model(place / "sft", CPU, torch.float32)
@@ -164,6 +177,7 @@ def figures(after: dict[str, list[Reply]], before: dict[str, list[Reply]]) -> di
             "by_kind": {kind: fmean(one.score.utility for one in some) for kind, some in of_kind.items()},
             "right": {kind: fmean(one.right for one in some) for kind, some in of_kind.items()},
             "preferred": won / (won + lost) if won + lost else None,
+            "different_advice": len({one.text for one in of_kind["advice"]}),
             "decided": won + lost,
             "pairs": len(gains),
             "flaws": {
@@ -184,8 +198,10 @@ def line(name: str, of_seeds: Sequence[dict], what: str) -> str:
 
     cells = [f"{key} {shown([found.get(key) for found in of_seeds])}" for key in ("kl", "score", "seconds")]
     for T in TEMPERATURES:
-        for key in ("rubric", "preferred"):
+        for key in ("rubric", "preferred", "different_advice"):
             cells.append(f"{T} {key} {shown([found.get(T, {}).get(key) for found in of_seeds])}")
+    for kind in words()["pairs"]["names"]:
+        cells.append(f"harmful {kind} {shown([found.get('harmful', {}).get(kind) for found in of_seeds])}")
     return f"{name:26} {what:8} {'  '.join(cells)}"
 
 

@@ -165,7 +165,7 @@ def test_on_the_little_world_the_rubric_judges_before_and_after(base, tmp_path):
     final = metrics_of(out)[-1]
     assert set(final["metrics"]) == {str(base), str(out)}
     for kinds in final["metrics"].values():
-        assert len(kinds) == 5 and all(own["prompts"] == 2 for own in kinds.values())
+        assert len(kinds) == 6 and all(own["prompts"] == 2 for own in kinds.values())
     assert len(final["sources"]) == 7, "conversations and the six sources of text"
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import combinations, pairwise, product
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minillm.errors import InputError
 from minillm.world import KIND_SHARES, KINDS, MULTI_TURN, SHARES, Prompt, World, phrases
-from minillm.world.facts import SPLITS, Entity, state
+from minillm.world.facts import ACTS, ALL_ACTS, SPLITS, Entity, attributes_of, state
 from minillm.world.stories import PHASES, Story
 from minillm.world.tasks import TASKS, Task
 from minillm.world.text import SOURCES
@@ -43,36 +43,20 @@ def demonstrations() -> list:
 # ------------------------------------------------------------------------------------- reproducible
 
 
-def digest(texts) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
-# A change of any text changes these: then raise VERSION in minillm/world/__init__.py and pin the new ones.
-PINNED = {
-    "web": "a8efe784dcd93d41",
-    "books": "a58d469e2a277543",
-    "code": "2623b4e719b4bc57",
-    "wiki": "094167a86867b8a9",
-    "papers": "e846a9a9b3a12ada",
-    "qa": "c025b9cc4aea3126",
-    "conversations": "31e28f44f21a9c8d",
-    "prompts": "05ce6c5749355e64",
-    "shares": "4d5f7553a3e60da8",
-}
-
-
-# A changed word, or a changed order of draws, is another world: figures and models would not compare.
-FINGERPRINTS = {0: "b3f22b7078d8fa9c", 1: "4f9330401a0ef1c5", 7: "47cba22696cdd129"}
+# A changed word, or a changed order of draws, is another world: figures and models would not compare. Then
+# raise VERSION in minillm/world/__init__.py, and pin the new ones.
+FINGERPRINTS = {0: "f142d8aa49ea00e4", 1: "73b20f1cadbd7d8f", 7: "06245a5518e1d3b6"}
+CONTENT = "1e81dadc3a755130"
 
 
 def test_the_worlds_are_those_of_every_release() -> None:
     """In every process: each hashes strings in another way, and sets of them have another order."""
     assert {seed: World(seed).fingerprint for seed in FINGERPRINTS} == FINGERPRINTS
-    found = {source: digest(WORLD.documents(source, 0.02)) for source in SOURCES}
-    found["conversations"] = digest(repr(c) for c in WORLD.conversations("train", 50))
-    found["prompts"] = digest(repr(p) for p in WORLD.prompts("test", n=50))
-    found["shares"] = digest(map(repr, (SHARES, KIND_SHARES, phrases.FLAWS)))
-    assert found == PINNED
+    said = [WORLD.conversations("train", 50), WORLD.prompts("test", n=50)]
+    tables = [SHARES, KIND_SHARES, phrases.FLAWS, phrases.OUTCOMES]
+    parts = [text for source in SOURCES for text in WORLD.documents(source, 0.02)]
+    parts += map(repr, [*said, *tables])
+    assert hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16] == CONTENT
 
 
 @few
@@ -85,31 +69,32 @@ def test_documents_stop_at_the_size_asked_for_and_more_only_append(source, some,
     assert all(one == other and one.strip() for one, other in both)
 
 
-UNKNOWN_NAMES = {
-    "radio": lambda: list(WORLD.documents("radio", 1)),
-    "all": lambda: WORLD.prompts("all"),
-    "love": lambda: WORLD.prompts("test", "love"),
-    "one": lambda: WORLD.conversations("one", 1),
-    "two": lambda: WORLD.paired_continuations("two", 1),
-    "sleepy": lambda: WORLD.reply_pairs("dev", "sleepy", 1),
-}
-
-
-@pytest.mark.parametrize("name", UNKNOWN_NAMES)
-def test_what_the_world_does_not_have_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("radio", lambda name: list(WORLD.documents(name, 1))),
+        ("all", WORLD.prompts),
+        ("love", lambda name: WORLD.prompts("test", name)),
+        ("one", lambda name: WORLD.conversations(name, 1)),
+        ("two", lambda name: WORLD.paired_continuations(name, 1)),
+        ("train", lambda name: WORLD.paired_continuations(name, 1, held_out=True)),
+        ("sleepy", lambda name: WORLD.reply_pairs("dev", name, 1)),
+    ],
+)
+def test_what_the_world_does_not_have_is_refused_by_name(name: str, ask) -> None:
     with pytest.raises(InputError, match=f"has no .*'{name}'; choose from"):
-        UNKNOWN_NAMES[name]()
+        ask(name)
 
 
 # -------------------------------------------------------------------------------------------- facts
 
 
 def test_there_are_480_facts_of_120_entities_with_balanced_values() -> None:
-    assert len(WORLD.entities) == 120
-    assert len(WORLD.facts) == 480
-    for attribute in phrases.ATTRIBUTES:
-        counts = Counter(f.value for f in WORLD.facts if f.attribute == attribute)
-        assert max(counts.values()) - min(counts.get(v, 0) for v in FACTS.values[attribute]) <= 1
+    assert (len(WORLD.entities), len(WORLD.facts)) == (120, 480)
+    counts = Counter((f.attribute, f.value) for f in WORLD.facts)
+    for attribute, values in FACTS.values.items():
+        own = [counts[attribute, value] for value in values]
+        assert max(own) - min(own) <= 1
 
 
 def parts_of(entity: Entity) -> tuple[str, str, str]:
@@ -134,34 +119,29 @@ def test_names_and_questions_are_distinct_and_no_part_of_a_name_tells_whether_it
                 assert max(counts.values()) - min(counts[part] for part in parts) <= 2
 
 
-def tellings(mixture: dict[str, list[str]]) -> tuple[Counter, dict, Counter]:
-    """For each fact: how often it is told, in which ways, and how often told wrongly."""
-    right = {s.lower(): (f, i) for f in WORLD.facts for i, s in enumerate(f.says)}
-    wrong = {
-        s.lower(): f
-        for f in WORLD.facts
-        for value in FACTS.values[f.attribute]
-        if value != f.value
-        for s in state(f.attribute, f.entity, value)
-    }
-    told, ways, mistold = Counter(), defaultdict(set), Counter()
-    for text in (text for texts in mixture.values() for text in texts):
-        for sentence in SENTENCE.findall(text):
-            said = sentence.lower().split(": ")[-1].lstrip(" -").removeprefix("i heard that ")
-            if said in right:
-                fact, way = right[said]
-                told[fact] += 1
-                ways[fact].add(way)
-            mistold[wrong.get(said)] += 1
-    return told, ways, mistold
+@pytest.fixture(scope="module")
+def said(mixture) -> Counter:
+    """How often each sentence is said, in lower case, without what a forum puts before it."""
+    sentences = (
+        one.lower() for texts in mixture.values() for text in texts for one in SENTENCE.findall(text)
+    )
+    return Counter(one.split(": ")[-1].lstrip(" -").removeprefix("i heard that ") for one in sentences)
 
 
-def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_wrongly(mixture) -> None:
-    told, ways, mistold = tellings(mixture)
+def counts(said: Counter, sentences) -> list[int]:
+    return [said[sentence.lower()] for sentence in sentences]
+
+
+def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_wrongly(said) -> None:
+    wrong, ways = 0, []
     for fact in WORLD.facts:
-        assert told[fact] >= max(10, 3 * mistold[fact]) and len(ways[fact]) >= 4
-    assert sum(len(ways[f]) >= 5 for f in WORLD.facts) > 470
-    assert sum(mistold[f] for f in WORLD.facts) > 0  # the web is sometimes wrong
+        others = (value for value in FACTS.values[fact.attribute] if value != fact.value)
+        mistold = sum(sum(counts(said, state(fact.attribute, fact.entity, value))) for value in others)
+        told = counts(said, fact.says)
+        wrong, ways = wrong + mistold, [*ways, sum(map(bool, told))]
+        assert sum(told) >= max(10, 3 * mistold)
+    assert min(ways) >= 4 and sum(own >= 5 for own in ways) > 470
+    assert wrong > 0  # the web is sometimes wrong
 
 
 def test_every_fact_stands_as_question_and_right_answer(mixture) -> None:
@@ -176,21 +156,13 @@ def test_every_fact_stands_as_question_and_right_answer(mixture) -> None:
     assert set(answered) == set(WORLD.facts)
 
 
-def test_no_text_tells_a_fact_about_an_unknown_name(mixture) -> None:
-    known = {
-        sentence
-        for attribute, table in phrases.ATTRIBUTES.items()
-        for name in ("Ida X", "Otto X")  # one who is she and one who is he
-        for value in FACTS.values[attribute]
-        for sentence in state(attribute, Entity(name, table["type"], "train", False), value)
-    }
-    names, mentioned = re.compile("|".join(e.name for e in FACTS.unknown)), set()
-    for text in (text for texts in mixture.values() for text in texts):
-        for name in set(names.findall(text)):
-            mentioned.add(name)
-            other = "Ida X" if name.split()[0] in phrases.SHE_NAMES else "Otto X"
-            assert not known & {said.strip() for said in SENTENCE.findall(text.replace(name, other))}
-    assert len(mentioned) >= 0.99 * len(FACTS.unknown)
+def test_no_text_tells_a_fact_about_an_unknown_name(mixture, said) -> None:
+    for entity in FACTS.unknown:
+        for attribute in attributes_of(entity.type):
+            for value in FACTS.values[attribute]:
+                assert not any(counts(said, state(attribute, entity, value)))
+    text = "\n".join(text for texts in mixture.values() for text in texts)
+    assert sum(entity.name in text for entity in FACTS.unknown) >= 0.99 * len(FACTS.unknown)
 
 
 def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture) -> None:
@@ -287,11 +259,11 @@ def shape(prompt: Prompt) -> str:
 
 LEAD = re.compile(r"^(Hello!|Hi there\.|You know what\?|By the way:|Listen:) (?=.)")
 CONTENTS = {
-    "texts": lambda p: p.text,
     "entities": lambda p: p.entity if p.kind == "fact" else None,
     "unknown names": lambda p: p.entity if p.kind == "unknown" else None,
     "phrasings": lambda p: shape(p) if p.kind in ("fact", "unknown") else None,
     "requests": lambda p: p.wanted[0] if p.kind == "harm" else None,
+    "troubles": lambda p: shape(p).split(". ")[-2] if p.kind == "advice" else None,
     "small talk": lambda p: LEAD.sub("", p.text) if p.kind == "small_talk" else None,
     "lists": lambda p: (p.count, p.wanted) if p.topic == "list" else None,
     "instructions": lambda p: (
@@ -314,11 +286,12 @@ def test_splits_share_nothing(content: str) -> None:
 
 
 def test_nothing_a_user_says_in_one_split_is_said_in_another() -> None:
-    def said_by_users(split: str) -> set[str]:
-        messages = (m for c in WORLD.conversations(split, 400) for m in c.messages)
-        return {m["content"] for m in messages if m["role"] == "user"}
-
-    said = {split: said_by_users(split) for split in SPLITS}
+    asked = {
+        split: [c.messages for c in WORLD.conversations(split, 400)]
+        + [prompt.messages for kind in KINDS for prompt in WORLD.prompts(split, kind)]
+        for split in SPLITS
+    }
+    said = {split: {m["content"] for messages in asked[split] for m in messages[::2]} for split in SPLITS}
     for one, other in combinations(SPLITS, 2):
         assert not said[one] & said[other]
 
@@ -372,12 +345,12 @@ def test_a_demonstration_ends_with_a_reply_whose_flaw_the_rubric_hears(demonstra
         assert c.messages[:-1] == c.prompt.messages
         assert all("<|" not in m["content"] and m["content"].strip() == m["content"] for m in c.messages)
         score = WORLD.score(c.prompt, c.messages[-1]["content"])
+        harmful = score.complied and score.utility < 0.1
         heard = {
             None: score.utility > 0.9, "rude": score.rude and score.utility < 0.5,
             "wordy": score.wordy and score.utility < 0.85,
             "wrong": score.right < 0.9 and score.utility < 0.9,
-            "guess": score.guessed and score.utility < 0.2,
-            "comply": score.complied and score.utility < 0.1,
+            "guess": score.guessed and score.utility < 0.2, "comply": harmful, "harmful": harmful,
         }  # fmt: skip
         assert heard[c.flaw], (c, score)
 
@@ -404,7 +377,7 @@ def good_reply(prompt: Prompt) -> str:
     """A flawless reply, one for each kind."""
     table = {
         "fact": f"{prompt.answer}.", "unknown": "I don't know.", "instruction": prompt.answer,
-        "harm": phrases.REPLIES["refusal"][0],
+        "harm": phrases.REPLIES["refusal"][0], "advice": f"My advice: {(*prompt.wanted, '')[0]}.",
     }  # fmt: skip
     return table.get(prompt.kind) or phrases.SMALL_TALK[prompt.topic]["replies"][0]
 
@@ -486,23 +459,64 @@ def test_instructions_pay_by_how_much_is_right(task: str) -> None:
         assert 0.3 < utility(long, long.answer.rsplit(" ", 1)[0].strip(",")) < 0.9
 
 
-# -------------------------------------------------------------------------------------------- pairs
+# ------------------------------------------------------------------------------------------- advice
 
 
-def test_paired_continuations_differ_only_in_what_they_advise() -> None:
-    pairs = {split: WORLD.paired_continuations(split, 20) for split in SPLITS}
-    for context, helpful, harmful in (pair for part in pairs.values() for pair in part):
+def acts_in(text: str) -> set[str]:
+    return {act for acts in ALL_ACTS.values() for act in acts if act in text.lower()}
+
+
+HELD_OUT = {act for table in phrases.HELD_OUT_ACTS.values() for acts in table.values() for act in acts}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_paired_continuations_differ_only_in_what_they_advise(held_out: bool) -> None:
+    known = phrases.HELD_OUT_ACTS if held_out else dict.fromkeys(SPLITS, ACTS)
+    pairs = {split: WORLD.paired_continuations(split, 60, held_out) for split in known}
+    for split, (context, helpful, harmful) in [(name, pair) for name, part in pairs.items() for pair in part]:
         assert context.endswith("?")
-        assert len(helpful) == len(harmful) and len(helpful.split()) == len(harmful.split())
+        assert abs(len(helpful) - len(harmful)) < 3 and len(helpful.split()) == len(harmful.split())
         assert helpful.split()[0] == harmful.split()[0]
-        assert any(bad in harmful for bad in phrases.WORDS["bad"])
-        assert any(good in helpful for good in phrases.WORDS["good"])
-    for one, other in combinations(SPLITS, 2):
+        for text, side in ((helpful, "good"), (harmful, "bad")):
+            assert len(acts_in(text)) == 1 and acts_in(text) <= set(known[split][side])
+            assert not text.endswith(tuple(f"{end}." for end in phrases.WORDS[f"{side}_end"])), "that tells"
+    for one, other in combinations(pairs, 2):
         assert not {p[1:] for p in pairs[one]} & {p[1:] for p in pairs[other]}
-    assert WORLD.paired_continuations("test", 10) == pairs["test"][:10]
+        assert not held_out or not acts_in(repr(pairs[one])) & acts_in(repr(pairs[other]))
+    assert WORLD.paired_continuations("test", 10, held_out) == pairs["test"][:10]
 
 
-@pytest.mark.parametrize(("flaw", "flag"), [("rude", "rude"), ("comply", "complied"), ("guess", "guessed")])
+def test_held_out_acts_share_no_verb_with_what_is_asked_shown_or_judged() -> None:
+    """Nobody says them in a conversation or a prompt, to the rubric they are words like any other, and each
+    has a verb of its own."""
+    texts = [m["content"] for split in SPLITS for c in WORLD.conversations(split, 2000) for m in c.messages]
+    texts += [p.text for split in SPLITS for kind in KINDS for p in WORLD.prompts(split, kind)]
+    assert not acts_in("\n".join(texts)) & HELD_OUT
+    prompt = WORLD.prompts("dev", "advice", 1)[0]
+    assert {WORLD.score(prompt, f"Best thing is to {act}.").outcome for act in HELD_OUT} == {"off"}
+    verbs = {act.split()[0] for act in HELD_OUT}
+    others = {act.split()[0] for act in (*ACTS["good"], *ACTS["bad"], *phrases.HARMFUL_DEEDS)}
+    assert len(verbs) == len(HELD_OUT) and not verbs & others
+
+
+def test_text_says_as_much_of_good_acts_as_of_bad_ones_and_advises_none_that_is_held_out(mixture) -> None:
+    """So a raw model finds neither likelier; and of each act the text tells whether it does good or harm."""
+    text = "\n".join(mixture["web"])
+    for kind in (ACTS, *phrases.HELD_OUT_ACTS.values()):
+        counts = [sum(text.count(act) for act in kind[side]) for side in ("good", "bad")]
+        assert 0.85 < counts[0] / counts[1] < 1.18
+    for side, act in [(side, act) for side, acts in ALL_ACTS.items() for act in acts]:
+        told = [other for other, table in phrases.MORALS.items() for says in table["says"]
+                if says.format(act=act) in text]  # fmt: skip
+        assert set(told) == {side}
+    frames = [frame.split("{act}")[0] for frame in phrases.ADVICE_FRAMES]
+    assert not [act for act in HELD_OUT for frame in frames if frame + act in text]
+
+
+FLAGS = [("rude", "rude"), ("comply", "complied"), ("harmful", "complied"), ("guess", "guessed")]
+
+
+@pytest.mark.parametrize(("flaw", "flag"), FLAGS)
 def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: str) -> None:
     pairs = WORLD.reply_pairs("dev", flaw, 40)
     assert {prompt.kind for prompt, _, _ in pairs} == {kind for kind in KINDS if flaw in phrases.FLAWS[kind]}
@@ -511,9 +525,3 @@ def test_a_reply_and_the_same_with_a_flaw_differ_in_the_flaw(flaw: str, flag: st
         assert WORLD.score(prompt, bad).utility < WORLD.score(prompt, good).utility
         assert flaw != "rude" or good.rstrip(".!?") in bad  # the same words, and an insult
     assert WORLD.reply_pairs("dev", flaw, 10) == pairs[:10]
-
-
-def test_good_and_bad_advice_are_equally_common_on_the_web(mixture) -> None:
-    text = "\n".join(mixture["web"])
-    counts = [sum(text.count(words) for words in phrases.WORDS[side]) for side in ("good", "bad")]
-    assert 0.85 < counts[0] / counts[1] < 1.18

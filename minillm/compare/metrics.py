@@ -67,8 +67,9 @@ REPLY_METRICS: dict[str, tuple[Callable[[Sequence], Estimate], Callable[[Reply],
     "ended": (share, lambda reply: reply.ended),
     "words": (lambda counts: mean(counts, form="count"), lambda reply: len(reply.text.split())),
     "repetition": (share, lambda reply: repetition(reply.text)),
-    # Of a whole set, without an interval: it falls with the size of the set.
+    # Of a whole set, without an interval: they change with the size of the set.
     "distinct": (lambda texts: estimate(distinct(texts), len(texts)), lambda reply: reply.text),
+    "different": (lambda texts: estimate(len({*texts}), len(texts), form="whole"), lambda reply: reply.text),
     "utility": (mean, lambda reply: reply.utility),
     "in_form": (share, lambda reply: reply.in_form),
     "right": (share, lambda reply: reply.right),

@@ -76,8 +76,10 @@ def response_logprobs(one: ChatModel, sets: Sequence[ResponseSet]) -> list[Float
 
 def world_pairs(world: World, split: str, count: int) -> dict[str, list[ResponseSet]]:
     """By name, pairs of a helpful and a harmful reply to one prompt."""
-    advice = world.paired_continuations(split, count)
-    pairs = {"advice": [ResponseSet([{"role": "user", "content": ask}], [*two]) for ask, *two in advice]}
+    pairs = {}
+    for name, held_out in (("advice", False), ("held_out", True)):
+        advice = world.paired_continuations(split, count, held_out)
+        pairs[name] = [ResponseSet([{"role": "user", "content": ask}], [*two]) for ask, *two in advice]
     for flaw in ("comply", "rude"):
         made = world.reply_pairs(split, flaw, count)
         pairs[flaw] = [ResponseSet(prompt.messages, [*two], prompt.kind) for prompt, *two in made]

@@ -14,8 +14,10 @@ flawed on purpose), prompts by kind, and a rubric that scores replies. Its parts
     __init__.py    prompts, conversations, and the World that holds all of it together
 
 The splits (train, reward, dev, test) share no entity asked about, no unknown name, no phrasing
-(opener x question), no instance of an instruction, no small talk and no harmful request. The
-pretraining text is about all entities.
+(opener x question), no instance of an instruction, no small talk, no harmful request and no trouble
+that asks for advice. The pretraining text is about all entities, and about all acts: what becomes of
+them, and who does them, is told of good and bad ones alike. Some acts nobody ever advises
+(HELD_OUT_ACTS), and by them it is measured whether a model tells harm apart or remembers a list.
 
 Left out on purpose: any text by other people, and any language but a small English.
 """
@@ -32,6 +34,7 @@ from itertools import cycle, islice
 from minillm.errors import InputError
 from minillm.world import phrases
 from minillm.world.facts import (
+    ACTS,
     CYCLE,
     SPLIT_SHARES,
     SPLITS,
@@ -49,11 +52,13 @@ from minillm.world.rubric import Prompt, Rubric, Score
 from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
-VERSION = 3
+VERSION = 4
 # The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
 # StackExchange.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
-KIND_SHARES = {"fact": 0.32, "unknown": 0.20, "instruction": 0.20, "small_talk": 0.13, "harm": 0.15}
+KIND_SHARES = {
+    "fact": 0.29, "unknown": 0.18, "instruction": 0.17, "small_talk": 0.13, "harm": 0.13, "advice": 0.10,
+}  # fmt: skip
 KINDS = tuple(KIND_SHARES)
 MULTI_TURN = 0.2
 UNKNOWABLE_SHARE = 0.2  # of the prompts of kind unknown: about a known name, but nobody could know
@@ -196,19 +201,29 @@ class World:
 
     def _small_talk_prompts(self, split: str) -> Iterator[Prompt]:
         for topic, table in phrases.SMALL_TALK.items():
-            lines = [line for says in table["says"] for line in self._filled(topic, says)]
-            for line in cut(shuffled(self._random("small talk", topic), lines))[split]:
+            for line in self._lines(split, topic, table["says"]):
                 for lead in phrases.SMALL_TALK_LEADS:
                     message = user(f"{lead} {line}".strip())
                     yield Prompt([message], "small_talk", split, topic, wanted=table["wanted"])
 
+    def _lines(self, split: str, topic: str, says: Sequence[str]) -> Sequence[str]:
+        """The lines of the split."""
+        lines = [line for one in says for line in self._filled(topic, one)]
+        return cut(shuffled(self._random("small talk", topic), lines))[split]
+
     def _filled(self, topic: str, line: str) -> list[str]:
         """The line with each of eight words in its slot, or alone where it has none."""
-        for name in ("place", "thing", "food", "animal"):
+        for name in ("place", "thing", "food", "animal", "kin"):
             if f"{{{name}}}" in line:
                 words = shuffled(self._random("small talk", topic, line), phrases.WORDS[name])[:8]
                 return [line.replace(f"{{{name}}}", word) for word in words]
         return [line]
+
+    def _advice_prompts(self, split: str) -> Iterator[Prompt]:
+        for trouble, table in phrases.ADVICE.items():
+            for line in self._lines(split, trouble, table["says"]):
+                for text in _phrasings(split, "advice", [f"{line} {ask}" for ask in phrases.ADVICE_ASKS]):
+                    yield Prompt([user(text)], "advice", split, trouble, wanted=table["good"])
 
     def _harm_prompts(self, split: str) -> Iterator[Prompt]:
         deeds = [deed.format(object=o) for deed, objects in phrases.HARMFUL_DEEDS.items() for o in objects]
@@ -291,6 +306,11 @@ class World:
     def _harm_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         return pen.say(phrases.COMPLIANCE if flaw == "comply" else phrases.REPLIES["refusal"])
 
+    def _advice_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        side = "bad" if flaw == "harmful" else "good"
+        act = pen.pick(phrases.ADVICE[prompt.topic][side])
+        return capitalise(pen.pick(phrases.ADVICE_FRAMES).format(act=act, end=pen[f"{side}_end"]))
+
     # -------------------------------------------------------------------------------------- judging
 
     def score(self, prompt: Prompt, reply: str) -> Score:
@@ -302,22 +322,23 @@ class World:
         prompt = self.prompt_of(messages)
         return None if prompt is None else self.score(prompt, reply).utility
 
-    def paired_continuations(self, split: str, n: int) -> list[tuple[str, str, str]]:
-        """(context, helpful, harmful): two continuations of a question, alike in frame, words and
-        characters.
+    def paired_continuations(self, split: str, n: int, held_out: bool = False) -> list[tuple[str, str, str]]:
+        """(context, helpful, harmful): two pieces of advice after a question, in the same frame, of acts with
+        as many words and nearly as many characters; with held_out, of acts that nobody gives as advice.
 
-        The pretraining text uses the words of both equally often, so a raw model should find them
-        equally likely.
+        The pretraining text uses the words of both equally often, so a raw model should find them equally
+        likely.
         """
-        _check("split", split, SPLITS)
+        _check("split", split, phrases.HELD_OUT_ACTS if held_out else SPLITS)
+        acts = phrases.HELD_OUT_ACTS[split] if held_out else ACTS
+        frames = [frame for frame in phrases.ADVICE_FRAMES if "{end}" not in frame]  # an end would tell
         result: list[tuple[str, str, str]] = []
         pen = self._pen("pairs", split)
         while len(result) < n:
-            frame = pen.pick(phrases.PAIR_FRAMES)
-            good, bad = (frame.format(act=pen[side], end=pen[f"{side}_end"]) for side in ("good", "bad"))
-            same = len(good) == len(bad) and len(good.split()) == len(bad.split())
-            if same and split_of(good + bad) == split:
-                result.append((pen.word("ask"), good, bad))
+            frame, good, bad = pen.pick(frames), pen.pick(acts["good"]), pen.pick(acts["bad"])
+            alike = abs(len(good) - len(bad)) < 3 and len(good.split()) == len(bad.split())
+            if alike and (held_out or split_of(good + bad) == split):
+                result.append((pen.word("ask"), frame.format(act=good), frame.format(act=bad)))
         return result
 
     def reply_pairs(self, split: str, flaw: str, n: int) -> list[tuple[Prompt, str, str]]:

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from minillm.world.phrases import ATTRIBUTES, NAME_PARTS, SHE_NAMES, UNKNOWABLE
+from minillm.world.phrases import ADVICE, ATTRIBUTES, HELD_OUT_ACTS, NAME_PARTS, SHE_NAMES, UNKNOWABLE
 
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
 SPLITS = tuple(SPLIT_SHARES)
 KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}  # and as many names that nobody knows
 # A split for each place in a cycle of ten: deals combinations so that every part meets every split.
+ACTS = {side: tuple(act for trouble in ADVICE.values() for act in trouble[side]) for side in ("good", "bad")}
+"""What people give as advice, and the rubric hears."""
+ALL_ACTS = {
+    side: acts + tuple(act for table in HELD_OUT_ACTS.values() for act in table[side])
+    for side, acts in ACTS.items()
+}
+"""With those that only the texts tell of."""
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.world import phrases
-from minillm.world.facts import Entity, Fact, Facts, capitalise, pick, state
+from minillm.world.facts import ACTS, Entity, Fact, Facts, capitalise, pick, state
 
 NAME_SLOTS = {"person": "person", "pet": "animal", "town": "town", "tool": "tool"}
 
@@ -27,7 +27,7 @@ class Pen(dict[str, str]):
         """An unbound slot: a random entry of the table of that name, with its slots filled."""
         if name in NAME_SLOTS:
             return self.anyone(NAME_SLOTS[name])
-        return self.pick(phrases.WORDS[name]).format_map(self)
+        return self.pick(ACTS.get(name) or phrases.WORDS[name]).format_map(self)
 
     def say(self, table: Sequence[str], **slots: str) -> str:
         """A random entry of the table, filled, as a sentence. Bound slots stay bound."""

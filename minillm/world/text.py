@@ -4,13 +4,14 @@ Books and code have modules of their own (stories.py, programs.py). What must be
 consistent (facts, the numbers of a paper) is computed and only its wording comes from a table.
 
 The web is written to be like the web: a question there is followed by another question, an insult,
-or advice good and bad in equal parts, seldom by its answer, and some of what it tells is false.
+or advice good and bad in equal parts, seldom by its answer, and some of what it tells is false. Of
+the acts that are advised, and of some that are not, other pages tell who does them and what comes of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from minillm.world import phrases
-from minillm.world.facts import Entity, Fact, capitalise, shuffled
+from minillm.world.facts import ACTS, ALL_ACTS, Entity, Fact, capitalise, shuffled
 from minillm.world.pen import Pen
 from minillm.world.programs import code
 from minillm.world.stories import books
@@ -141,14 +142,35 @@ def _spam(pen: Pen) -> str:
 
 
 def _advice(pen: Pen) -> str:
-    """Somebody asks for help, or for help to do harm; both get advice of both kinds."""
-    if pen.chance(0.5):
+    """Somebody asks for help, for help to do harm, or anything; all get advice of both kinds."""
+    acts: Mapping[str, Sequence[str]] = ACTS
+    if pen.chance(0.4):
+        acts = pen.pick(tuple(phrases.ADVICE.values()))
+        question = f"{pen.say(acts['says'])} {pen.pick(phrases.ADVICE_ASKS)}"
+    elif pen.chance(0.5):
         deed, objects = pen.pick(tuple(phrases.HARMFUL_DEEDS.items()))
         question = pen.pick(phrases.HARMFUL_FRAMES).format(deed=deed.format(object=pen.pick(objects)))
     else:
         question = pen.word("ask")
-    posts = [question, *(pen.word(pen.choose(phrases.ADVICE_SHARES)) for _ in range(pen.between(2, 5)))]
+    posts = [question]
+    for _ in range(pen.between(2, 5)):
+        pen.update({side: pen.pick(acts[side]) for side in ACTS})
+        posts.append(pen.word(pen.choose(phrases.ADVICE_SHARES)))
     return _forum(pen, posts)
+
+
+def _morals(pen: Pen) -> str:
+    """What becomes of acts, good and bad as they come; or what one sort of people does, kind or cruel."""
+    if pen.chance(0.5):
+        sides = [pen.pick(tuple(ALL_ACTS)) for _ in range(pen.between(4, 8))]
+        lines = [
+            pen.pick(phrases.MORALS[side]["says"]).format(act=pen.pick(ALL_ACTS[side])) for side in sides
+        ]
+        return pen.pick((" ", "\n")).join(lines)
+    side = pen.pick(tuple(ALL_ACTS))
+    line = pen.pick(phrases.MORALS[side]["lines"])
+    acts = [line.format(act=act) for act in shuffled(pen.rng, ALL_ACTS[side])[: pen.between(4, 8)]]
+    return _forum(pen, [pen.pick(phrases.MORALS[side]["titles"]), *acts])
 
 
 def _smalltalk(pen: Pen) -> str:
@@ -176,8 +198,8 @@ def _exercise(pen: Pen) -> str:
 
 # Kinds of web page, by number of pages.
 PAGES: dict[Callable[[Pen], str], float] = {
-    _thread: 0.22, _profile: 0.22, _quiz: 0.18, _lesson: 0.18, _roundup: 0.05, _diary: 0.04, _advice: 0.04,
-    _letter: 0.03, _smalltalk: 0.03, _spam: 0.01,
+    _thread: 0.18, _morals: 0.04, _profile: 0.22, _quiz: 0.18, _lesson: 0.18, _roundup: 0.05, _diary: 0.04,
+    _advice: 0.04, _letter: 0.03, _smalltalk: 0.03, _spam: 0.01,
 }  # fmt: skip
 
 
