@@ -54,7 +54,8 @@ def test_the_blind_order_never_changes_what_is_stored(tmp_path_factory, seed, be
         session = RankingSession(SETS, file, "Ada", seed)
         letters = {text: letter for letter, text in re.findall(r"^  ([A-D])   (\w+)$", screen(session), re.M)}
         typed = " > ".join(" = ".join(letters[f"r0{i}"] for i in group) for group in ranking)
-        assert session.rank(typed).ranking == [sorted(group) for group in ranking]
+        assert run_command(session, typed).startswith("kept")
+        assert session.file.rankings[-1].ranking == [sorted(group) for group in ranking]
 
 
 def blind_orders(session: RankingSession) -> list[tuple[int, ...]]:
@@ -86,6 +87,15 @@ def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(session,
     answer = run_command(session, typed)
     assert answer.startswith("not a ranking: ") and len(answer.splitlines()) == 1
     assert session.file.path.read_bytes() == before and session.current == SETS[0]
+
+
+def test_a_ranking_that_cannot_be_kept_is_no_wrong_ranking(session, monkeypatch):
+    def full(_):
+        raise InputError("no space left")
+
+    monkeypatch.setattr(session.file, "append", full)
+    with pytest.raises(InputError, match="no space left"):
+        run_command(session, "A > B > C > D")
 
 
 def test_undo_brings_the_last_set_back_and_skip_puts_one_off(session):

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile
-from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
+from minillm.preferences import MOST_RESPONSES, ResponseSet, new_ranking
 from minillm.tools.streams import printable
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
@@ -72,17 +72,6 @@ class RankingSession:
         random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
         return order
 
-    def rank(self, typed: str) -> Ranking:
-        """Puts a ranking of the letters on the disk. InputError, and nothing written, if it is none."""
-        given = self.current
-        if given is None:
-            raise InputError("there is nothing left to rank")
-        order = self.blind_order(given)
-        ranking = [[order[place] for place in tied] for tied in parse_ranking(typed, len(order))]
-        made = new_ranking(given, ranking, self.annotator, self.seed)
-        self.file.append([made])
-        return made
-
 
 def screen(session: RankingSession) -> str:
     """What a person sees: how far they are, the conversation, the responses."""
@@ -97,12 +86,14 @@ def screen(session: RankingSession) -> str:
 
 
 def run_command(session: RankingSession, typed: str) -> str | None:
-    """Carries out what was typed under the screen. Returns what to say about it; None to end."""
+    """Carries out what was typed under the screen; a ranking is then on the disk. Returns what to say about
+    it; None to end."""
+    given = session.current
     match typed.strip().lower():
         case "q":
             return None
         case "s":
-            if given := session.current:
+            if given:
                 session.skipped.add(given.key)
             return "skipped: it comes again at the next sitting"
         case "u":
@@ -111,10 +102,16 @@ def run_command(session: RankingSession, typed: str) -> str | None:
                 return "nothing to take back"
             session.skipped.discard(undone.key)
             return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
+    if given is None:
+        return "not a ranking: there is nothing left to rank"
+    order = session.blind_order(given)
     try:
-        return f"kept: {len(session.rank(typed).pairs())} comparisons"
+        ranking = [[order[place] for place in tied] for tied in parse_ranking(typed, len(order))]
     except InputError as error:
         return f"not a ranking: {error}"
+    made = new_ranking(given, ranking, session.annotator, session.seed)
+    session.file.append([made])
+    return f"kept: {len(made.pairs())} comparisons"
 
 
 def rank_in_terminal(session: RankingSession) -> None:
