@@ -56,6 +56,7 @@ from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import (
     Count,
     Fraction,
+    Mass,
     NotNegative,
     PolicyOptions,
     Positive,
@@ -116,7 +117,7 @@ class Options(PolicyOptions):
     """sample, policy: divides the logits."""
     top_k: Whole = 0
     """sample, policy: among this many most probable tokens; 0 for all."""
-    top_p: Positive = 1.0
+    top_p: Mass = 1.0
     """sample, policy: among the fewest most probable tokens that together reach this probability."""
     max_new_tokens: Count = 64
     """sample, policy: tokens of a response at most."""
@@ -205,7 +206,6 @@ def sample(options: Options, runtime: Runtime) -> None:
     from minillm.io.rankings import JsonLines, check_origin, read_json_lines
     from minillm.tools.folder import claim_folder, start_run_folder
 
-    sampling = options.sampling  # InputError where it cannot be done
     claim_folder(options, runtime)
     models = [ChatModel(name, *load_causal_model(Path(name), runtime.device, runtime.dtype))
               for name in options.models]  # fmt: skip
@@ -231,9 +231,9 @@ def sample(options: Options, runtime: Runtime) -> None:
         done = len(answered)
         if answered != [prompt.messages for prompt in prompts[:done]]:
             raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
-        counts = options.responses, options.distractors
+        how = options.responses, options.distractors, options.sampling, options.seed
         with tqdm(total=len(prompts), initial=done, unit="prompt", dynamic_ncols=True) as bar:
-            for lines in sample_sets(models, prompts, *counts, sampling, options.seed, done):
+            for lines in sample_sets(models, prompts, *how, done):
                 file.append(lines)
                 bar.update(len(lines))
     written = [record for _, record in read_json_lines(path, "")]
@@ -278,7 +278,7 @@ def with_room(
     prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, runtime: Runtime, needed: int
 ) -> list[Prompt]:
     """The prompts that leave room for a response; says how many do not. InputError where too few are left."""
-    length, kept = options.max_new_tokens, [prompt for prompt in prompts if fits(prompt)]
+    length, kept = options.max_new_tokens, list(filter(fits, prompts))
     if len(kept) < len(prompts) and runtime.is_main:
         print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
     if len(kept) < needed:

@@ -229,18 +229,6 @@ class Rollout:
     """What the critic should have said."""
 
 
-def pack_responses(responses: Responses, rows: Sequence[Sequence[int]], device: torch.device) -> Pass:
-    """These responses, by number, in the rows of one forward pass (layout.forward_passes)."""
-    numbers = list(chain(*rows))
-    tokens, start, begins = pack_sequences(responses.rows, rows)
-    bounds = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
-    mask, index = flat_index(begins + bounds[:, 0], begins + bounds[:, 1])
-    which, r = mask.nonzero(as_tuple=True)
-    cells = torch.tensor(numbers)[which].to(device), r.to(device)
-    taken = tokens.flatten()[index]
-    return Pass(tokens.to(device), start.to(device), index.to(device), taken.to(device), cells)
-
-
 def with_advantages(
     rollout: Rollout, unit: float, beta: float, options: PolicyOptions, runtime: Runtime
 ) -> tuple[Rollout, dict[str, float]]:
@@ -346,12 +334,19 @@ class Aligner:
         missing = self.scale[0] + self.options.missing_eos_score * self.scale[1]
         return torch.where(torch.tensor(ended, device=scores.device), scores, missing)
 
-    def pass_over(self, policy: LanguageModel, responses: Responses, rows: Sequence[Sequence[int]]) -> Pass:
-        """A forward pass over these rows of responses, with the tokens that the policy may choose from."""
-        one, sampling = pack_responses(responses, rows, self.runtime.device), self.sampling
+    def pack(self, policy: LanguageModel, responses: Responses, rows: Sequence[Sequence[int]]) -> Pass:
+        """A forward pass over these rows of responses (layout.forward_passes)."""
+        device, sampling, numbers = self.runtime.device, self.sampling, list(chain(*rows))
+        tokens, start, begins = pack_sequences(responses.rows, rows)
+        bounds = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
+        mask, index = flat_index(begins + bounds[:, 0], begins + bounds[:, 1])
+        which, r = mask.nonzero(as_tuple=True)
+        cells = torch.tensor(numbers)[which].to(device), r.to(device)
+        tokens, start, index = tokens.to(device), start.to(device), index.to(device)
+        one = Pass(tokens, start, index, tokens.flatten()[index], cells)
         if not sampling.top_k and sampling.top_p == 1:
             return one
-        hidden = gather_previous(policy.model(one.tokens, one.start), one.index)
+        hidden = gather_previous(policy.model(tokens, start), index)
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
         # The token taken always belongs to them: at the edge of a nucleus another pass may round otherwise.
         return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
@@ -385,7 +380,7 @@ class Aligner:
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
         passes = [
-            [self.pass_over(policy, responses, rows) for rows in forward_passes(some, responses.rows, micro)]
+            [self.pack(policy, responses, rows) for rows in forward_passes(some, responses.rows, micro)]
             for some in minibatches
         ]
         for one in chain(*passes):
@@ -481,8 +476,14 @@ class Aligner:
                 metrics["text_loss"] = backward(
                     self.wrapped_policy, self.text.next_rows(rows), options.micro_tokens, runtime, options.ptx
                 )
-        if self.critic:
-            metrics["value_loss"] = self.learn_values(rollout, passes, tokens)
+        if critic := self.wrapped_critic:
+
+            def value_loss(one: Pass) -> Float[Tensor, ""]:
+                values = gather_previous(critic(one.tokens, one.start), one.index)
+                old, returns = rollout.values[one.cells], rollout.returns[one.cells]
+                return value_losses(values, old, returns, options.value_clip).sum()
+
+            metrics["value_loss"] = accumulate(critic, value_loss, passes, tokens, runtime, options.vf_coef)
         weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
         loss = sum(weights[name] * metrics[name] for name in weights if name in metrics)
         norm = self.optimizers.step(learning_rate, options.clip)
@@ -516,17 +517,6 @@ class Aligner:
         return (
             {"policy_loss": loss} | moved | dict(zip(("old_kl", "clip_share"), means.tolist(), strict=True))
         )
-
-    def learn_values(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> float:
-        """Adds the gradient of a minibatch's loss to the critic's weights; the loss."""
-        forward = self.wrapped_critic
-
-        def value_loss(one: Pass) -> Float[Tensor, ""]:
-            values = gather_previous(forward(one.tokens, one.start), one.index)
-            old, returns = rollout.values[one.cells], rollout.returns[one.cells]
-            return value_losses(values, old, returns, self.options.value_clip).sum()
-
-        return accumulate(forward, value_loss, passes, tokens, self.runtime, self.options.vf_coef)
 
     @torch.no_grad()
     def follow(self) -> None:
