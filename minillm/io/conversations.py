@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +106,16 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
             raise InputError(f"data source {name!r}: rankings have no weight; leave the {weight:g} out")
         files, unread = list_files(name, path, EXTENSIONS)
         skipped = Skipped(unread)
-        results = list(_read(files, errors, "ranking", skipped))
-        found = [result for result in results if not isinstance(result, Example)]
-        for result in compared(result for result in results if isinstance(result, Example)):
+        results, rankings = list(_read(files, errors, "ranking", skipped)), []
+        alone = [result for result in results if isinstance(result, Example)]
+        for result in chain((r for r in results if not isinstance(r, Example)), compared(alone)):
             if isinstance(result, str):
                 skipped.add(result, f"one in {path!r} is among the {result}")
             else:
-                found.append(result)
-        if not found:
+                asked, replies, ranking = result
+                rankings.append(new_ranking(ResponseSet(asked, replies), ranking, name, 0))
+        if not rankings:
             raise _nothing_found(path, "ranking", skipped.first)
-        rankings = [
-            new_ranking(ResponseSet(asked, replies), ranking, name, 0) for asked, replies, ranking in found
-        ]
         sources.append(ComparisonSource(name, rankings, skipped.counts, skipped.first))
     return sources
 
