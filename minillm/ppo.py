@@ -10,7 +10,7 @@ A response is an episode: its state is the prompt and the response so far, its a
 known of the tokens of a rollout's responses is in rows [B, R], token r of response b at [b, r], with `mask`
 true where there is one; losses are of the tokens alone, flat [N]. What belongs to a token is computed from
 the state before it, so a prompt's tokens have neither advantage nor loss. First come pure functions, then
-`Rollout`, then `Aligner`, which holds the models. The loop is in rlhf.py.
+`Pass` and `Rollout`, then `Aligner`, which holds the models. The loop is in rlhf.py.
 
 What a run does, in the order in which it happens; the defaults are those of rlhf.py.
 

@@ -81,7 +81,9 @@ def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
     assert run_command(session, "A > B > C > D").startswith("not a ranking: there is nothing left")
 
 
-@pytest.mark.parametrize("typed", ["", "A > B > C", "A > A > B > C > D", "A > B > C > E", "best", "A>B>C>D>"])
+@pytest.mark.parametrize(
+    "typed", ["", "A > B > C", "A > A > B > C > D", "A < B < C < D", "A > B > C > E", "best", "A>B>C>D>"]
+)
 def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(session, typed):
     before = session.file.path.read_bytes()
     answer = run_command(session, typed)

@@ -79,27 +79,6 @@ def test_a_typed_ranking_is_read_as_it_was_written_with_any_spaces_and_case(orde
     assert parse_ranking(typed, sum(map(len, order))) == order
 
 
-WRONG = st.sampled_from(["missing", "twice", "unknown", "empty group", "other sign"])
-
-
-@given(orders(), WRONG, st.randoms(use_true_random=False))
-def test_a_wrong_ranking_is_refused_in_one_line(order, fault, rng):
-    count = sum(map(len, order))
-    typed = format_ranking(order)
-    letter = rng.choice(LETTERS[:count])
-    wrong = {
-        "missing": " > ".join(part for part in format_ranking(order).replace("=", ">").split(" > ")
-                              if part != letter),
-        "twice": f"{typed} > {letter}",
-        "unknown": typed.replace(letter, rng.choice("XYZ1é")),
-        "empty group": f"{typed} >",
-        "other sign": typed.replace(" > ", " < ").replace(" = ", " , "),
-    }[fault]  # fmt: skip
-    with pytest.raises(InputError) as refusal:
-        parse_ranking(wrong, count)
-    assert len(str(refusal.value).splitlines()) == 1
-
-
 # ---- A ranking
 
 
@@ -161,15 +140,6 @@ def test_a_line_that_is_no_ranking_is_refused_with_file_and_line(fault, tmp_path
 
 
 # ---- On disk
-
-
-@given(st.lists(rankings(), max_size=4))
-def test_a_file_gives_back_what_was_put_in_whatever_the_text(tmp_path_factory, made):
-    path = tmp_path_factory.mktemp("file") / "rankings.jsonl"
-    for ranking in made:
-        with RankingFile(path) as file:
-            file.append([ranking])
-    assert (read_rankings(path) if made else []) == made
 
 
 @given(st.lists(rankings(), min_size=1, max_size=3), st.data())

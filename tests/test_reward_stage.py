@@ -112,7 +112,7 @@ def test_the_best_responses_score_zero_on_average_where_there_are_no_demonstrati
     assert model.bias != 0 and model.bias == metrics_of(reference)[-1]["bias"]
 
 
-def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(assistant, tmp_path):
+def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(tmp_path):
     world, rankings = World(0), []
     for prompt in world.prompts("reward", n=30):
         texts = ["No.", "It is fine."]
@@ -120,12 +120,8 @@ def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(
         rankings.append(
             Ranking(prompt.messages, texts, ranking_by(values), "a", 0, "2026-01-31", prompt.kind)
         )
-    config = json.loads((assistant / "config.json").read_text())
-    wide, out = tmp_path / "wide", tmp_path / "out"
-    wide.mkdir()
-    for file in assistant.iterdir():
-        (wide / file.name).write_bytes(file.read_bytes())
-    (wide / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 600}))
+    wide, out, (model, tokenizer) = tmp_path / "wide", tmp_path / "out", tiny_model(longest=600)
+    save_model(wide, model, with_chat_template(tokenizer))
     path = write_rankings(tmp_path / "world.jsonl", rankings)
     rlhf.main(arguments(wide, path, out, "--val-fraction", "0.3"))
     report = json.loads((out / "reward" / "report.json").read_text())
