@@ -178,19 +178,13 @@ class Logits:
     Without a weight, hidden is the logits. Those, and those that are kept, are one chunk.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor | None,
-        want=(False, False),
-        kept: Tensor | None = None,
-        keep=True,
-    ):
+    def __init__(self, hidden: Tensor, weight: Tensor | None, want=(False, False), kept=None, keep=True):
         plan = PLANS.get(hidden.device.type, PLANS["cpu"])
-        self.hidden, self.weight, self.want, self.kept = hidden, weight, want, kept
+        self.hidden, self.weight, self.want = hidden, weight, want
         N, self.V = len(hidden), hidden.shape[1] if weight is None else len(weight)
         self.exact = accumulator(hidden.dtype)
         self.few = weight is not None and keep and plan.kept >= N * self.V
+        self.made = self.few and kept is not None  # z was made, and kept, in the forward pass
         self.size = N  # rows of a chunk
         self.d_hidden, self.d_weight = hidden.new_empty(0), hidden.new_empty(0)
         if want[0]:
@@ -203,9 +197,9 @@ class Logits:
         shape = self.size, (self.V + plan.align - 1) // plan.align * plan.align
         factor = hidden.dtype if plan.half else self.exact
         self.h, self.W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
-        self.z = hidden.new_empty(shape, dtype=self.exact)[:, : self.V] if kept is None else kept
+        self.z = kept if self.made else hidden.new_empty(shape, dtype=self.exact)[:, : self.V]
         self.dz = self.z  # written over z, if that was made for it in dz's dtype
-        if any(want) and (kept is not None or factor != self.exact):
+        if any(want) and (self.made or factor != self.exact):
             self.dz = hidden.new_empty(shape, dtype=factor)[:, : self.V]
         if want[1]:
             self.d_weight = torch.zeros_like(weight, dtype=self.exact)
@@ -220,7 +214,7 @@ class Logits:
             return self.hidden[rows], self.d_hidden[rows] if self.want[0] else None
         h = self.h[rows]
         z, dz = self.z[: len(h)], self.dz[: len(h)] if any(self.want) else None
-        return z if self.kept is not None else _product(h, self.W.T, z), dz
+        return z if self.made else _product(h, self.W.T, z), dz
 
     def add(self, rows: slice, dz: Tensor | None) -> None:
         """One chunk's share of both gradients."""
@@ -335,13 +329,10 @@ def _(operands, targets, temperature, impl, said, d_result, want):
 
 
 def _sides(operands, targets, want=(False,) * 4, kept=(None, None)) -> list[Logits]:
-    parts = len(operands) // (2 if targets is None else 1)
-    sides = []
-    for i in range(0, len(operands), parts):
-        weight, wanted = (None, (want[i], False)) if parts == 1 else (operands[i + 1], want[i : i + 2])
-        room = kept[i // parts]
-        sides.append(Logits(operands[i], weight, wanted, room if room is not None and room.numel() else None))
-    return sides
+    if len(operands) == (2 if targets is None else 1):
+        return [Logits(z, None, (wanted, False)) for z, wanted in zip(operands, want, strict=False)]
+    pairs = zip(operands[::2], operands[1::2], zip(want[::2], want[1::2], strict=True), kept, strict=False)
+    return [Logits(*pair) for pair in pairs]
 
 
 def _kept(sides: list[Logits]) -> list[Tensor]:
