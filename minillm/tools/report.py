@@ -62,6 +62,8 @@ class Scored:
 class Pair(NamedTuple):
     """Two responses of which their annotator preferred one."""
 
+    prompt: str
+    """The key of its prompt; the pairs of all rankings of a prompt share it."""
     ranking: Ranking
     difference: float
     """Score of the response that the annotator preferred less that of the other."""
@@ -89,11 +91,12 @@ def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> l
     """All pairs of different texts that their annotators ordered."""
     pairs = []
     for one in scored:
+        prompt = prompt_key(one.ranking)
         values = [rubric(one.ranking.messages, text) for text in one.ranking.responses]
         known = [value for value in values if value is not None]
         known = known if len(known) == len(values) else [0.0] * len(values)
         pairs += [
-            Pair(one.ranking, one.scores[i] - one.scores[j], known[i] - known[j])
+            Pair(prompt, one.ranking, one.scores[i] - one.scores[j], known[i] - known[j])
             for i, j in distinct_pairs(one.ranking)
         ]
     return pairs
@@ -109,7 +112,8 @@ def accuracy(
     not independent."""
     of_prompt: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
-        of_prompt[prompt_key(pair.ranking)].append((1 + np.sign(value(pair))) / 2)
+        found = value(pair)
+        of_prompt[pair.prompt].append((1 + (found > 0) - (found < 0)) / 2)
     return share([sum(own) for own in of_prompt.values()], [len(own) for own in of_prompt.values()])
 
 
