@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 from copy import deepcopy
 from dataclasses import replace
@@ -190,6 +191,19 @@ def test_resuming_a_finished_run_changes_nothing(reference, places):
     before = folder_bytes(out)
     rlhf.main(["--stage", "policy", "--algorithm", algorithm, "--out", str(out.parent), "--resume"])
     assert folder_bytes(out) == before
+
+
+def test_a_run_does_not_go_on_with_other_prompts_or_rankings(reference, places, tmp_path, capfd):
+    algorithm, out = reference
+    shutil.copytree(out, tmp_path / algorithm)
+    name = "rankings" if algorithm == "dpo" else "data"
+    (tmp_path / "other.jsonl").write_text(Path(places[f"--{name}"]).read_text().replace("on day", "on Day"))
+    run = json.loads((out / "run.json").read_text())
+    run["options"][name] = [str(tmp_path / "other.jsonl")]
+    (tmp_path / algorithm / "run.json").write_text(json.dumps(run))
+    again = ["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path), "--resume"]
+    what = "rankings" if algorithm == "dpo" else "prompts"
+    assert f"content of '{what}'" in last_refusal(again, capfd)
 
 
 @pytest.fixture(scope="module")
