@@ -127,11 +127,10 @@ def rubric_means(replies: Sequence[Reply]) -> dict[str, float | int]:
 def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]]) -> str:
     """The metrics of several models side by side, a line for each of every kind of prompt."""
     rows = [
-        [f"{kind}, {label}", *(f"{own[kind][name]:{form}}" for own in of_model.values())]
+        [f"{kind}, {name.replace('_', ' ')}", *(f"{own[kind][name]:{form}}" for own in of_model.values())]
         for kind in KINDS
-        for label, name, form in (("in form", "in_form", ".1%"), ("right", "right", ".1%"),
-                                  ("utility", "utility", ".3f"))
-    ]  # fmt: skip
+        for name, form in (("in_form", ".1%"), ("right", ".1%"), ("utility", ".3f"))
+    ]
     return columns([["", *of_model], *rows])
 
 
