@@ -249,7 +249,7 @@ def test_nothing_to_attend_from_or_to_gives_zeros_of_the_right_shape(device, imp
 
 @both_versions
 def test_bounds_of_any_integer_type_and_layout_say_the_same(device, impl):
-    operands, upstream, options = draw(MANY, device)
+    operands, upstream, options = draw(MANY | {"B": 2}, device)
     expected = run(attention, operands, upstream, **options, impl=impl)
     far = {"start": options["start"].long() * 1, "end": options["end"].long().T.contiguous().T}
     far["end"][far["end"] >= MANY["S"]] += 2**40
