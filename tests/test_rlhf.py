@@ -206,15 +206,15 @@ def test_rankings_of_other_responses_than_those_at_hand_are_counted(out, capsys)
 
 
 def test_rankings_of_a_judge_or_principles_replaced_under_their_names_are_not_mixed(out, tmp_path, capfd):
-    judge, principles = folder_of(tmp_path / "judge", 0), tmp_path / "mine.txt"
+    judge, principles = folder_of(tmp_path / "judge", 0, 400), tmp_path / "mine.txt"
     principles.write_text("Short is better.")
     options = ["--annotator", "model", "--judge", str(judge), "--principles", str(principles)]
     made = rank(out, *options)
     words = ["--stage", "rank", "--out", str(out), "--precision", "float32", *options]
     capfd.readouterr()
-    folder_of(judge, 1)
+    folder_of(judge, 1, 400)
     assert "other weights of --judge" in refusal(rlhf, words, capfd)
-    folder_of(judge, 0)
+    folder_of(judge, 0, 400)
     principles.write_text("Long is better.")
     assert "other --principles" in refusal(rlhf, words, capfd)
     principles.write_text("Short is better.")
