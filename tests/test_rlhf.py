@@ -296,7 +296,7 @@ def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_thei
     assert "left out: 1 records in no known format" in capsys.readouterr().out
 
 
-def test_sets_that_the_judge_cannot_read_are_counted(out, model, tmp_path, monkeypatch, capsys):
+def test_sets_that_the_judge_cannot_read_are_counted(out, tmp_path, monkeypatch, capsys):
     asked, rank_set = [], annotators.Judge.rank
 
     def rank_or_not(self, given):
@@ -305,7 +305,14 @@ def test_sets_that_the_judge_cannot_read_are_counted(out, model, tmp_path, monke
 
     monkeypatch.setattr(annotators.Judge, "rank", rank_or_not)
     (tmp_path / "short.txt").write_text("Short is better.")
-    options = ["--annotator", "model", "--judge", str(model), "--principles", str(tmp_path / "short.txt")]
+    options = [
+        "--annotator",
+        "model",
+        "--judge",
+        str(folder_of(tmp_path / "judge", 0, 400)),
+        "--principles",
+        str(tmp_path / "short.txt"),
+    ]
     assert len(rank(out, *options)) == 20
     assert "3 sets left out: too long for the judge" in capsys.readouterr().out
     (out / "rankings.jsonl").unlink()
