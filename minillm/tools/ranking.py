@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile
-from minillm.preferences import MOST_RESPONSES, ResponseSet, new_ranking
+from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
 from minillm.tools.streams import printable
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
@@ -72,6 +72,20 @@ class RankingSession:
         random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
         return order
 
+    def rank(self, given: ResponseSet, places: list[list[int]]) -> Ranking:
+        """Puts a ranking of the places in the blind order on the disk."""
+        order = self.blind_order(given)
+        ranking = [[order[place] for place in tied] for tied in places]
+        made = new_ranking(given, ranking, self.annotator, self.seed)
+        self.file.append([made])
+        return made
+
+    def undo(self) -> Ranking | None:
+        """Takes the last ranking of this person back, and returns it."""
+        undone = self.file.withdraw(self.annotator)
+        self.skipped -= {undone.key} if undone else set()
+        return undone
+
 
 def screen(session: RankingSession) -> str:
     """What a person sees: how far they are, the conversation, the responses."""
@@ -97,21 +111,17 @@ def run_command(session: RankingSession, typed: str) -> str | None:
                 session.skipped.add(given.key)
             return "skipped: it comes again at the next sitting"
         case "u":
-            undone = session.file.withdraw(session.annotator)
+            undone = session.undo()
             if undone is None:
                 return "nothing to take back"
-            session.skipped.discard(undone.key)
             return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
     if given is None:
         return "not a ranking: there is nothing left to rank"
-    order = session.blind_order(given)
     try:
-        ranking = [[order[place] for place in tied] for tied in parse_ranking(typed, len(order))]
+        places = parse_ranking(typed, len(given.responses))
     except InputError as error:
         return f"not a ranking: {error}"
-    made = new_ranking(given, ranking, session.annotator, session.seed)
-    session.file.append([made])
-    return f"kept: {len(made.pairs())} comparisons"
+    return f"kept: {len(session.rank(given, places).pairs())} comparisons"
 
 
 def rank_in_terminal(session: RankingSession) -> None:
