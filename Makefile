@@ -1,15 +1,16 @@
 # make demo   a fresh machine to a base model, an assistant, an aligned one, and a page that compares them
+# make play   a page on this machine, after the demo: guess, pick, train, compare
 # make test   a fresh machine to a tested checkout
 # make lint   style and types
 #
 # Interrupted and started again, the demo goes on where it was. TRAIN, SFT, SAMPLE, POLICY and ASK add options
-# to its stages.
+# to its stages, PLAY to the page's server.
 
 PYTHON ?= python3
 BIN := .venv/bin
 RESUME = $(if $(wildcard $(1)/run.json),--resume,$(2))
 
-.PHONY: demo test lint
+.PHONY: demo play test lint
 
 demo: .venv/installed
 	$(BIN)/python train.py $(call RESUME,out/base,$(TRAIN))
@@ -20,6 +21,9 @@ demo: .venv/installed
 	$(BIN)/python rlhf.py --stage reward $(call RESUME,out/rlhf/reward,)
 	$(BIN)/python rlhf.py --stage policy $(call RESUME,out/rlhf/ppo,$(POLICY))
 	$(BIN)/python -m minillm.compare out/base out/sft out/rlhf/ppo $(ASK)
+
+play: .venv/installed
+	$(BIN)/python -m minillm.play $(PLAY)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)

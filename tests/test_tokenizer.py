@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+import tiktoken
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -370,6 +371,17 @@ def test_gpt2_gives_the_published_ids(gpt2, shared_data):
     assert len(strings) == 47 == len(expected)
     assert [gpt2.encode(text) for text in strings] == expected
     assert [gpt2.decode(ids) for ids in expected] == strings
+
+
+def test_gpt2_encodes_a_play_as_tiktoken_does(gpt2, shared_data):
+    text = (shared_data / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")[:200_000]
+    # Its ranks are ids in the order of the merges: 256 bytes first, then 50,000 products.
+    special = gpt2.special_tokens
+    ranks = {token: i for token, i in gpt2.vocabulary.vocab.items() if i not in special.values()}
+    judge = tiktoken.Encoding(
+        "judge", pat_str=gpt2.vocabulary.pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    assert gpt2.encode(text) == judge.encode_ordinary(text)
 
 
 def test_save_and_load_keep_everything(ours, tmp_path):

@@ -1,0 +1,212 @@
+"""The runs by OpenAI's API, so that any chat front end and the official client can ask them.
+
+/v1/models, /v1/chat/completions and /v1/completions, streamed or not. What a request asks for and is not done
+here (n above 1, tools, penalties) is refused by name rather than ignored. Log-probabilities are those at
+temperature 1, whatever the temperature of the sampling.
+
+Source: OpenAI's API reference, "Chat" and "Completions".
+"""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from minillm.errors import InputError
+from minillm.play.shelf import Shelf, reply
+from minillm.play.web import Fields, fields_of, status_of, words_for
+from minillm.play.worker import Event, Worker
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "model": (str, ...), "stream": (bool, False), "stream_options": (dict, {}), "user": (str, None),
+    "temperature": (float, 1.0), "top_p": (float, 1.0), "stop": ((str, list), []), "seed": (int, None),
+    "max_tokens": (int, None), "n": (int, 1), "presence_penalty": (float, 0.0),
+    "frequency_penalty": (float, 0.0), "logit_bias": (dict, {}), "metadata": (dict, {}),
+}  # fmt: skip
+CHAT: Fields = COMMON | {
+    "messages": (list, ...), "max_completion_tokens": (int, None), "logprobs": (bool, False),
+    "top_logprobs": (int, 0), "response_format": (dict, {"type": "text"}), "tools": (list, []),
+    "tool_choice": (str, "none"), "parallel_tool_calls": (bool, True), "store": (bool, False),
+}  # fmt: skip
+COMPLETIONS: Fields = COMMON | {
+    "prompt": (str, ...), "logprobs": (int, None), "echo": (bool, False), "suffix": (str, ""),
+    "best_of": (int, 1),
+}  # fmt: skip
+NOT_DONE = (
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "response_format",
+    "tools",
+    "echo",
+    "suffix",
+    "best_of",
+)
+"""Fields that must ask for nothing, as their defaults do."""
+
+
+def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
+    """The three addresses."""
+
+    async def models(request: Request) -> Response:
+        listed = [
+            {"id": run["name"], "object": "model", "created": 0, "owned_by": "minillm"}
+            for run in shelf.runs()
+        ]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def complete(request: Request) -> Response:
+        try:
+            asked = Asked(await fields_of(request, CHAT if "chat" in request.url.path else COMPLETIONS))
+            shelf.folder_of(asked.model)  # InputError where there is none
+            given = (shelf, asked.model, asked.messages, asked.top or 0, asked.stop)
+            events = worker.events(partial(reply, *given, **asked.options))
+            if not asked.given["stream"]:
+                return JSONResponse(await asked.answer(events))
+            while "waiting" in (first := await anext(events)):
+                pass  # up to the first piece: what is refused is refused with its status
+            return StreamingResponse(asked.chunks(first, events), media_type="text/event-stream")
+        except Exception as error:
+            status, line = status_of(error), words_for(error)
+            kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
+            if "no such run" in line:
+                status = 404
+            told = {"message": line, "type": kind, "param": None, "code": None}
+            return JSONResponse({"error": told}, status)
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", complete, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+    ]
+
+
+class Asked:
+    """A request, and its answer in the form of its endpoint."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        """InputError for what is not done here."""
+        self.given, self.chat = given, "messages" in given
+        fields = CHAT if self.chat else COMPLETIONS
+        for name in NOT_DONE:
+            if name in given and given[name] != fields[name][1]:
+                raise InputError(f"{name} is {given[name]!r:.60}, which is not done here; leave it out")
+        self.model, stop = given["model"], given["stop"]
+        self.stop = [stop] if isinstance(stop, str) else stop
+        if len(self.stop) > 16 or not all(isinstance(one, str) and one for one in self.stop):
+            raise InputError(f"stop is {stop!r:.60}; give a text or up to 16 of them")
+        self.top = given["logprobs"]  # how many alternatives are wanted; None for no log-probabilities
+        if self.chat:
+            self.top = given["top_logprobs"] if given["logprobs"] else None
+        if not 0 <= (self.top or 0) <= 20:
+            raise InputError(f"log-probabilities of {self.top} tokens: give 0 to 20")
+        longest = [given.get("max_completion_tokens"), given["max_tokens"], None if self.chat else 16]
+        self.options = {name: given[name] for name in ("temperature", "top_p")}
+        self.options |= {
+            "seed": int.from_bytes(uuid.uuid4().bytes[:4]) if given["seed"] is None else given["seed"],
+            "max_new_tokens": next((n for n in longest if n is not None), None),
+        }
+        messages = given["messages"] if self.chat else [{"role": "user", "content": given["prompt"]}]
+        self.messages = [plain(one) for one in messages]
+        self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, chunk: bool, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """An answer, or a chunk of one."""
+        kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
+        choices = [{"index": 0, "logprobs": None, "finish_reason": None} | choice] if choice else []
+        known = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return known | {"choices": choices} | more
+
+    async def answer(self, events: AsyncGenerator[Event]) -> dict[str, Any]:
+        """The answer as one object."""
+        text, last = "", Event()
+        async with aclosing(events):
+            async for last in events:
+                text += last.get("piece", "")
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice: Event = {"message": message} if self.chat else {"text": text}
+        choice |= {"finish_reason": last["end"], "logprobs": self.logprobs(last["tokens"])}
+        return self.whole(False, choice, usage=usage_of(last))
+
+    async def chunks(self, first: Event, events: AsyncGenerator[Event]) -> AsyncIterator[str]:
+        """The answer piece by piece, as server-sent events; in one piece where log-probabilities are asked
+        for, which are known at its end."""
+
+        def line(choice: dict[str, Any], **more: Any) -> str:
+            return f"data: {json.dumps(self.whole(True, choice, **more))}\n\n"
+
+        def piece(text: str, **more: Any) -> str:
+            said = {"delta": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+            return line(said | more)
+
+        async def coming() -> AsyncIterator[Event]:
+            yield first
+            async for event in events:
+                yield event
+
+        text = ""
+        try:
+            async with aclosing(events):
+                async for event in coming():
+                    text += event.get("piece", "")
+                    if self.top is None and "piece" in event:
+                        yield piece(event["piece"])
+                    elif "end" in event:
+                        told = self.logprobs(event["tokens"])
+                        yield piece(text if told else "", finish_reason=event["end"], logprobs=told)
+                        if self.given["stream_options"].get("include_usage"):
+                            yield line({}, usage=usage_of(event))
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps({'error': {'message': words_for(error), 'type': 'server_error'}})}\n\n"
+
+    def logprobs(self, tokens: list[Event]) -> dict[str, Any] | None:
+        """The log-probabilities of the tokens, in the form of the endpoint; None where none are asked for."""
+        if self.top is None:
+            return None
+        tops = [token.get("instead", [])[: self.top] for token in tokens]
+        if not self.chat:
+            texts = [token["text"] for token in tokens]
+            return {
+                "tokens": texts, "token_logprobs": [log(token.get("p")) for token in tokens],
+                "top_logprobs": [{text: log(p) for text, p in top} for top in tops],
+                "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            }  # fmt: skip
+
+        def entry(text: str, p: float | None) -> dict[str, Any]:
+            return {"token": text, "logprob": log(p), "bytes": list(text.encode())}
+
+        content = [entry(token["text"], token.get("p")) | {"top_logprobs": [entry(*one) for one in top]}
+                   for token, top in zip(tokens, tops, strict=True)]  # fmt: skip
+        return {"content": content, "refusal": None}
+
+
+def log(p: float | None) -> float:
+    """-9999 for none, as OpenAI has it."""
+    return math.log(p) if p else -9999.0
+
+
+def plain(message: Any) -> Any:
+    """A message as ours are: a content in parts as one text, a developer as the system."""
+    if not isinstance(message, dict):
+        return message
+    content, role = message.get("content"), message.get("role")
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
+        content = "".join(str(part.get("text", "")) for part in content)
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def usage_of(last: Event) -> dict[str, int]:
+    asked, new = last["prompt_tokens"], len(last["tokens"])
+    return {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}

@@ -1,0 +1,184 @@
+"""Two parts of the page: guessing the next word, and picking the better response."""
+
+import itertools
+import random
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from minillm.chat import ChatTemplate
+from minillm.data import split_documents
+from minillm.errors import InputError
+from minillm.files import read_json
+from minillm.io.rankings import RankingFile, read_responses
+from minillm.io.text import open_sources, text_sources
+from minillm.play.shelf import Shelf, pieces
+from minillm.play.words import LONGEST, likeliest_words
+from minillm.preferences import ResponseSet
+from minillm.reward import encode_response, score_rows
+from minillm.tools.ranking import RankingSession, parse_ranking
+
+PASSAGES = 12
+"""Of each source of text."""
+FEWEST_TOKENS, MOST_TOKENS = 12, 96
+"""Before the word to be guessed."""
+PROSE = 0.85  # letters and spaces of a text: a program has fewer, and is no game
+MOST_SETS = 500
+"""Of responses to be ranked."""
+
+
+# ---- Guess the next word
+
+
+class Guessing:
+    """Held-out text that stops before a word. Question n of a run is always the same."""
+
+    def __init__(self, shelf: Shelf, text: tuple[str, ...]) -> None:
+        self.shelf, self.text, self.kept = shelf, text, dict[str, list[tuple[str, str]]]()
+
+    def question(self, run: str, number: int) -> dict[str, Any]:
+        """The text as the model's tokens, and four words of which one is the next."""
+        model, tokenizer = self.shelf.model(run)
+        source, context, truth = self._place(run, number)
+        tokens = tokenizer.encode(context)
+        words, _ = likeliest_words(model, tokenizer, self._context(run, context), truth, 4)
+        choices = [truth, *[word for word, _ in words if word != truth][:3]]
+        random.Random(number).shuffle(choices)
+        shown = [piece for piece in pieces(tokenizer, tokens) if piece]
+        return {"source": source, "pieces": shown, "choices": choices}
+
+    def answer(self, run: str, number: int, temperature: float) -> dict[str, Any]:
+        """The word that came, and what the model had expected."""
+        if not 0.1 <= temperature <= 5:
+            raise InputError(f"temperature {temperature}: give 0.1 to 5")
+        model, tokenizer = self.shelf.model(run)
+        _, context, truth = self._place(run, number)
+        words, p = likeliest_words(model, tokenizer, self._context(run, context), truth, 10, temperature)
+        return {"truth": truth, "words": words, "p": p}
+
+    def _context(self, run: str, context: str) -> list[int]:
+        _, tokenizer = self.shelf.model(run)
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return bos + tokenizer.encode(context)
+
+    def _place(self, run: str, number: int) -> tuple[str, str, str]:
+        """Source, text and next word of a question."""
+        if run not in self.kept:
+            self.kept[run] = list(self._passages(run))
+        model, tokenizer = self.shelf.model(run)
+        most = min(MOST_TOKENS, model.config.max_position_embeddings - LONGEST - 1)
+        rng = random.Random(number)
+        for source, text in rng.sample(self.kept[run], len(self.kept[run])):
+            tokens = tokenizer.encode(text[:2000])
+            least, head = len(tokenizer.decode(tokens[:FEWEST_TOKENS])), tokenizer.decode(tokens[:most])
+            # Words between others, followed by something: a word may be cut by the end of the head.
+            words = re.finditer(r"(?<=[\w,;]) ([^\W\d_]+)(?=\W)", head)
+            if found := [word for word in words if word.start() >= least]:
+                word = rng.choice(found)
+                return source, head[: word.start()], word[1]
+        raise InputError("the held-out text has no words to guess; give other text with --text")
+
+    def _passages(self, run: str) -> Iterator[tuple[str, str]]:
+        """Documents: those given, or what this run or the base model held out; else the little world's."""
+        stages = {one["name"]: one["stage"] for one in self.shelf.runs()}
+        bases = [name for name in (run, *stages) if stages.get(name) == "train"]
+        options = read_json(self.shelf.folder / bases[0] / "run.json")["options"] if bases else {}
+        how = options.get("errors", "strict"), options.get("encoding", "utf-8"), options.get("field")
+        if given := self.text or options.get("val_data"):
+            sources, held_out = open_sources(given, *how), 1.0
+        else:
+            megabytes, held_out = options.get("world_megabytes", 12.0), options.get("val_fraction", 0.05)
+            sources = text_sources(options.get("data", []), options.get("seed", 0), megabytes, *how)
+        for source in sources:
+            sides = split_documents(source.documents(), held_out, source.size)
+            for text in itertools.islice((text for side, text in sides if side == "val"), PASSAGES):
+                if sum(c.isalpha() or c == " " for c in text) > PROSE * len(text):
+                    yield source.name, text
+
+
+# ---- Pick the better response
+
+
+class Picking:
+    """The visitors' rankings of what stage sample left, each on the disk before the next set shows."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf, self.responses = shelf, shelf.folder / "rlhf" / "responses.jsonl"
+        self.rankings = shelf.folder / "play" / "rankings.jsonl"
+        self.sessions, self.lock = dict[str, RankingSession](), threading.Lock()
+        self.sets = list[ResponseSet]()
+        self.file: RankingFile | None = None
+
+    def _opened(self) -> RankingFile:
+        if self.file is None:
+            self.sets = read_responses(self.responses)[:MOST_SETS]
+            self.file = RankingFile(self.rankings)
+        return self.file
+
+    def _session(self, name: str) -> RankingSession:
+        if not name.strip() or len(name) > 60:
+            raise InputError(f"name {name!r:.80}: give 1 to 60 characters")
+        if name not in self.sessions:
+            file = self._opened()
+            self.sessions[name] = RankingSession(self.sets, file, name, 0)
+        return self.sessions[name]
+
+    def current(self, name: str) -> dict[str, Any]:
+        """The set to be ranked, its responses in blind order; without a key once all are."""
+        with self.lock:
+            session = self._session(name)
+            shown = {"done": session.done, "of": len(session.sets), "skipped": len(session.skipped)}
+            given = session.current
+            if given is None:
+                return shown
+            responses = [given.responses[i] for i in session.blind_order(given)]
+            return shown | {"key": given.key, "messages": given.messages, "responses": responses}
+
+    def act(self, name: str, key: str, action: str) -> tuple[Any, list[str]] | None:
+        """A ranking in letters ("B > A = C"), "skip" or "undo"; messages and responses that were ranked.
+
+        InputError where another set than that of `key` is to be ranked: the page is out of date.
+        """
+        with self.lock:
+            session = self._session(name)
+            if action == "undo":
+                if session.undo() is None:
+                    raise InputError("nothing to take back")
+                return None
+            given = session.current
+            if given is None or given.key != key:
+                raise InputError("this set has been ranked in another window; go on with the next")
+            if action == "skip":
+                session.skipped.add(given.key)
+                return None
+            session.rank(given, parse_ranking(action, len(given.responses)))
+            order = session.blind_order(given)
+            return given.messages, [given.responses[i] for i in order]
+
+    def scores(self, messages: Any, responses: list[str]) -> dict[str, Any]:
+        """What the reward model says of the responses; nothing where there is none."""
+        opened = self.shelf.reward_model("rlhf/reward")
+        if opened is None:
+            return {}
+        model, tokenizer = opened
+        rows = [encode_response(ChatTemplate(tokenizer), messages, text) for text in responses]
+        return {"scores": score_rows(model, rows)}
+
+    def count(self) -> int:
+        """Rankings that stand, of all visitors; -1 where there is nothing to rank."""
+        with self.lock:
+            return len(self._opened().rankings) if self.responses.exists() else -1
+
+
+def five_prompts(picking: Picking) -> list[Any]:
+    """The prompts whose answers are watched during a training: of the little world one of each kind, which
+    nobody ranks and no training asks; else the first that are ranked."""
+    sets = picking.sets or read_responses(picking.responses)[:MOST_SETS]
+    seed = sets[0].world
+    if seed is None:
+        return [given.messages for given in sets[:5]]
+    from minillm.world import KINDS, World
+
+    world = World(seed)
+    return [world.prompts("dev", kind, 1)[0].messages for kind in KINDS[:5]]

@@ -1,0 +1,201 @@
+"""The runs in a folder and their models, opened when first asked for and anew once their weights change.
+
+What is asked of a model: a reply to messages token by token (`reply`), and afterwards how probable each of
+its tokens was and what the model would have said instead (`alternatives`).
+"""
+
+import codecs
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.chat import chat_format, check_messages
+from minillm.errors import InputError
+from minillm.files import read_json
+from minillm.generate import SamplingOptions, generate, stream
+from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.model import LanguageModel
+from minillm.play.worker import Event
+from minillm.tokenizer import Tokenizer
+from minillm.tools.chat import Chat
+from minillm.tools.chat import Options as ChatOptions
+
+MOST_OPEN = 8
+"""Models in memory; the one not asked for the longest goes first."""
+DEEPEST = 4
+"""Folders below the folder of runs in which runs are looked for."""
+
+
+class Shelf:
+    """The models of a folder of runs, by name: their paths in it, as in "sft" or "rlhf/ppo"."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self.device, self.opened = folder, device, OrderedDict[tuple[str, int], Any]()
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The language models there are: name, stage, and whether they chat. In order of their stages."""
+        found = []
+        for depth in range(1, DEEPEST + 1):
+            for path in sorted(self.folder.glob("*/" * depth + "config.json")):
+                if kind_of(path) == "language model" and (path.parent / "model.safetensors").exists():
+                    found.append(self._describe(path.parent))
+        order = ["train", "sft", "policy"]
+        return sorted(found, key=lambda run: order.index(run["stage"]) if run["stage"] in order else 3)
+
+    def _describe(self, folder: Path) -> dict[str, Any]:
+        stage, path = None, folder / "run.json"
+        if path.exists():
+            stage = read_json(path).get("stage")
+        chats = (folder / "generation_config.json").exists() or (folder / "chat_template.jinja").exists()
+        return {"name": folder.relative_to(self.folder).as_posix(), "stage": stage, "chats": chats}
+
+    def folder_of(self, name: str) -> Path:
+        """Where a run is. InputError where there is none of that name."""
+        names = [run["name"] for run in self.runs()]
+        if name not in names:
+            there = ", ".join(names) or "none; make demo makes some"
+            raise InputError(f"{name!r:.80}: no such run here; there are: {there}")
+        return self.folder / name
+
+    def model(self, name: str) -> tuple[LanguageModel, Tokenizer]:
+        """InputError where there is no such run."""
+        self.folder_of(name)
+        return self._open(name, load_causal_model)
+
+    def reward_model(self, name: str) -> Any:
+        """A reward model and its tokenizer; None where there is none."""
+        path = self.folder / name / "config.json"
+        if not path.exists() or kind_of(path) == "language model":
+            return None
+        return self._open(name, load_scalar_model)
+
+    def _open(self, name: str, load: Any) -> Any:
+        key = name, (self.folder / name / "model.safetensors").stat().st_mtime_ns
+        if key not in self.opened:
+            for old in [old for old in self.opened if old[0] == name]:
+                del self.opened[old]
+            self.opened[key] = load(self.folder / name, self.device, torch.float32)
+        self.opened.move_to_end(key)
+        while len(self.opened) > MOST_OPEN:
+            self.opened.popitem(last=False)
+        return self.opened[key]
+
+
+def kind_of(config: Path) -> str:
+    """What a config.json is of."""
+    named = read_json(config).get("architectures") or [""]
+    return "language model" if str(named[0]).endswith("CausalLM") else "another"
+
+
+# ---- Replies
+
+
+def reply(
+    shelf: Shelf, name: str, messages: Any, top: int = 3, stop: Sequence[str] = (), **options: Any
+) -> Iterator[Event]:
+    """A model's reply to messages of which the last is the user's, as events:
+
+    {"note": …} for each thing there is to say before, such as messages dropped from the context;
+    {"piece": text} for each token;
+    {"end": "stop" or "length", "prompt_tokens": n, "tokens": [{"text", "p", "instead": [[text, p], …]}, …]}.
+
+    It ends before the first of the `stop` texts. `options` are of `python -m minillm.chat`.
+    """
+    checked = check_messages(messages)
+    if checked[-1]["role"] != "user":
+        raise InputError("messages: the last is not the user's; add what is to be answered")
+    model, tokenizer = shelf.model(name)
+    chat, notes = Chat(model, tokenizer, ChatOptions(run=name, **options)), list[str]()
+    chat.messages = tuple(checked[:-1])
+    _, prompt, sampling = chat.ask(checked[-1]["content"], notes.append)
+    yield from ({"note": note} for note in notes)
+    said, end = list[int](), "length"
+
+    def tokens() -> Iterator[int]:
+        nonlocal end
+        for token in stream(model, prompt, sampling, chat.options.seed):
+            if token in sampling.stop_ids:
+                end = "stop"
+                return
+            said.append(token)
+            yield token
+
+    for piece, stopped in until(pieces(tokenizer, tokens()), stop):
+        yield {"piece": piece}
+        end = "stop" if stopped else end
+    told = alternatives(model, tokenizer, prompt, said, top)
+    yield {"end": end, "prompt_tokens": len(prompt), "tokens": told}
+
+
+def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of each token; one in the middle of a character has none, and the last of them all of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(tokenizer.decode_bytes([token]))
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """The texts up to the first of `stops`, and with the last whether there was one.
+
+    What may be the beginning of a stop is held back until it is known not to be.
+    """
+    held = ""
+    for text in texts:
+        held += text
+        if found := [place for one in stops if (place := held.find(one)) >= 0]:
+            yield held[: min(found)], True
+            return
+        keep = max((n for one in stops for n in range(1, len(one)) if held.endswith(one[:n])), default=0)
+        if not keep or len(held) > keep:
+            yield held[: len(held) - keep], False
+            held = held[len(held) - keep :]
+    if held:
+        yield held, False
+
+
+@torch.inference_mode()
+def alternatives(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], said: list[int], top: int
+) -> list[Event]:
+    """Of each token said: its text, its probability at temperature 1, and the `top` most probable there.
+
+    Where the context was cropped in between, nothing but the texts.
+    """
+    texts = [tokenizer.decode([token]) for token in said]
+    if not said or len(prompt) + len(said) > model.config.max_position_embeddings:
+        return [{"text": text} for text in texts]
+    tokens = torch.tensor([prompt + said], device=model.lm_head.weight.device)
+    hidden = model.model(tokens)[0, len(prompt) - 1 : -1]
+    probabilities = model.logits(hidden).softmax(1)
+    best = probabilities.topk(max(1, min(top, probabilities.shape[1])), dim=1)
+    chosen = probabilities[torch.arange(len(said)), said].tolist()
+    return [
+        {
+            "text": text,
+            "p": p,
+            "instead": [[tokenizer.decode([i]), q] for i, q in zip(ids, values, strict=True)][:top],
+        }
+        for text, p, ids, values in zip(
+            texts, chosen, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
+
+
+def answers(shelf: Shelf, name: str, prompts: Sequence[Any]) -> list[Event]:
+    """A model's most probable reply to each of some prompts (messages)."""
+    model, tokenizer = shelf.model(name)
+    form = chat_format(tokenizer)
+    asked = [form.prompt(messages) for messages in prompts]
+    room = model.config.max_position_embeddings - max(map(len, asked))
+    sampling = SamplingOptions(min(64, room), temperature=0, stop_ids=form.stop_ids)
+    found = generate(model, asked, sampling, [0] * len(asked)).responses
+    texts = [tokenizer.decode([token for token in one if token not in form.stop_ids]) for one in found]
+    return [
+        {"prompt": messages[-1]["content"], "text": text}
+        for messages, text in zip(prompts, texts, strict=True)
+    ]

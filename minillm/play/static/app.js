@@ -1,0 +1,37 @@
+// The parts of the page by their address: #guess, #pick, #train, #chat, #results.
+
+import { $, get, make, trouble } from "./page.js";
+import * as guess from "./guess.js";
+import * as pick from "./pick.js";
+import * as train from "./train.js";
+import * as chat from "./chat.js";
+
+const results = {
+  show(state) {
+    if (!state.results) throw new Error("no comparison yet; make demo makes one, or: python -m minillm.compare out/base out/sft out/rlhf/ppo");
+    if (!$("results-frame").firstChild) {
+      $("results-frame").append(make("iframe", { src: "/results", title: "Comparison of the models" }));
+    }
+  },
+};
+
+const parts = { guess, pick, train, chat, results };
+
+async function show() {
+  const name = parts[location.hash.slice(1)] ? location.hash.slice(1) : "guess";
+  for (const part of Object.keys(parts)) $(part).hidden = part !== name;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  trouble(null);
+  try {
+    await parts[name].show(await get("/api/state"));
+  } catch (error) {
+    trouble(error);
+  }
+}
+
+for (const part of Object.values(parts)) part.begin?.();
+addEventListener("hashchange", show);
+show();

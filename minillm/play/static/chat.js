@@ -1,0 +1,86 @@
+// Part 4: one message to several models at once, streamed; what each was sure of.
+
+import { $, doing, events, make, percent } from "./page.js";
+
+const talks = new Map(); // name → its messages so far
+let stopping = null;
+let seed = 0;
+
+export function begin() {
+  $("chat-form").addEventListener("submit", doing(send));
+  $("chat-stop").addEventListener("click", () => stopping?.abort());
+  $("chat-reset").addEventListener("click", () => { talks.clear(); drawColumns(); });
+}
+
+export async function show(state) {
+  if (!state.runs.length) throw new Error("no model yet: run make demo, then load this page again");
+  const before = new Set(chosen());
+  const wanted = before.size ? before : new Set(["base", "sft", "rlhf/ppo"]);
+  const boxes = state.runs.map((run) => make("label", {},
+    make("input", { type: "checkbox", value: run.name, checked: wanted.has(run.name), onchange: drawColumns }), run.name));
+  $("chat-runs").replaceChildren(make("legend", {}, "Models"), ...boxes);
+  if (!chosen().length) $("chat-runs").querySelector("input").checked = true;
+  drawColumns();
+}
+
+const chosen = () => [...$("chat-runs").querySelectorAll("input:checked")].map((box) => box.value);
+
+function drawColumns() {
+  $("chat-columns").replaceChildren(...chosen().map((name) => {
+    const column = make("div", { "data-run": name }, make("h3", {}, name));
+    for (const message of talks.get(name) ?? []) column.append(make("p", { class: "said" }, make("span", { class: "who" }, `${message.role}: `), message.content));
+    return column;
+  }));
+}
+
+async function send() {
+  const text = $("chat-text").value.trim();
+  if (!text) return;
+  stopping = new AbortController();
+  $("chat-stop").hidden = false;
+  $("chat-text").value = "";
+  seed += 1;
+  try {
+    const asked = [...$("chat-columns").children].map((column) => ask(column, text, stopping.signal));
+    const failed = (await Promise.allSettled(asked)).find((one) => one.status === "rejected");
+    if (failed) throw failed.reason;
+  } finally {
+    $("chat-stop").hidden = true;
+  }
+}
+
+async function ask(column, text, signal) {
+  const name = column.dataset.run;
+  const messages = [...(talks.get(name) ?? []), { role: "user", content: text }];
+  const note = make("p", { class: "quiet" });
+  const said = make("p", { class: "said" }, make("span", { class: "who" }, "assistant: "));
+  column.append(make("p", { class: "said" }, make("span", { class: "who" }, "user: "), text), note, said);
+  let whole = "";
+  try {
+    const asked = { run: name, messages, temperature: Number($("chat-temperature").value), seed };
+    for await (const event of events("/api/chat", asked, signal)) {
+      if (event.waiting) note.textContent = `waiting: ${event.waiting} in the queue`;
+      else if (event.note) note.textContent = event.note;
+      else if (event.piece !== undefined) {
+        if (note.textContent.startsWith("waiting")) note.textContent = "";
+        whole += event.piece;
+        said.append(event.piece);
+      } else if (event.end) {
+        said.replaceChildren(said.firstChild, ...event.tokens.map(token), event.end === "length" ? " [cut]" : "");
+      }
+    }
+  } finally {
+    talks.set(name, [...messages, { role: "assistant", content: whole }]);
+  }
+}
+
+// A token whose probability shows at the pointer or in focus.
+function token(one) {
+  const element = make("span", { class: "token", tabindex: one.p === undefined ? false : 0 }, one.text);
+  if (one.p === undefined) return element;
+  const instead = one.instead.map(([text, p]) => `“${text}” ${percent(p)}`).join(", ");
+  const line = `“${one.text}” had ${percent(one.p)}; most probable here: ${instead}`;
+  element.title = line;
+  for (const kind of ["mouseenter", "focus"]) element.addEventListener(kind, () => { $("chat-token").textContent = line; });
+  return element;
+}

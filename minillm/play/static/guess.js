@@ -1,0 +1,84 @@
+// Part 1: a text stops, the visitor and the model guess the next word.
+
+import { $, bars, doing, get, keys, make, percent, post } from "./page.js";
+
+const OTHER_WORDS = 1000; // among which a visitor's doubt is spread
+const score = { rounds: 0, you: 0, it: 0, yours: 0, its: 0 };
+let number = Math.floor(Math.random() * 1e9);
+let question = null;
+let told = false;
+
+export function begin() {
+  $("guess-form").addEventListener("submit", doing(() => guess($("guess-typed").value.trim())));
+  $("guess-next").addEventListener("click", doing(next));
+  $("guess-run").addEventListener("change", doing(ask));
+  $("guess-temperature").addEventListener("input", doing(async () => {
+    $("guess-temperature-shown").textContent = Number($("guess-temperature").value).toFixed(1);
+    if (told) await expectations();
+  }));
+  keys("guess", (event) => {
+    if (!told && question && /^[1-4]$/.test(event.key)) $("guess-choices").children[event.key - 1]?.click();
+    else if (told && event.key === "n") $("guess-next").click();
+  });
+}
+
+export async function show(state) {
+  if (!state.runs.length) throw new Error("no model yet: run make demo, which makes some in about ten minutes, then load this page again");
+  const before = $("guess-run").value;
+  $("guess-run").replaceChildren(...state.runs.map((run) => make("option", { value: run.name }, run.name)));
+  if (before) $("guess-run").value = before;
+  if (!question || $("guess-run").value !== before) await ask();
+}
+
+async function ask() {
+  question = await get(`/api/guess?run=${encodeURIComponent($("guess-run").value)}&number=${number}`);
+  told = false;
+  const pieces = question.pieces.map((piece) => make("span", { class: "token" }, piece));
+  $("guess-text").replaceChildren(...pieces, make("span", { class: "gap" }, " ?"));
+  $("guess-source").textContent = `From “${question.source}”, held out. The shading shows the model's tokens.`;
+  $("guess-choices").replaceChildren(...question.choices.map((word, i) =>
+    make("button", { type: "button", onclick: doing(() => guess(word)) }, `${i + 1} ${word}`)));
+  $("guess-typed").value = "";
+  $("guess-form").hidden = false;
+  $("guess-told").hidden = true;
+}
+
+async function next() {
+  number += 1;
+  await ask();
+  $("guess-choices").firstChild.focus();
+}
+
+async function guess(word) {
+  if (!word || told) return;
+  const sure = Number(document.querySelector("input[name=sure]:checked").value);
+  const found = await expectations();
+  told = true;
+  const right = word.toLowerCase() === found.truth.toLowerCase();
+  const its = found.words[0]?.[0] === found.truth;
+  score.rounds += 1;
+  score.you += right;
+  score.it += its;
+  score.yours -= Math.log(right ? sure : (1 - sure) / OTHER_WORDS);
+  score.its -= Math.log(Math.max(found.p, 1e-9));
+  $("guess-verdict").textContent = `“${found.truth}” came. You said “${word}”, ${right ? "right" : "wrong"}. ` +
+    `The model's first guess was “${found.words[0]?.[0]}”, ${its ? "right" : "wrong"}; it gave the true word ${percent(found.p)}.`;
+  $("guess-text").lastChild.textContent = ` ${found.truth}`;
+  $("guess-form").hidden = true;
+  $("guess-told").hidden = false;
+  for (const [id, count] of [["guess-you", score.you], ["guess-it", score.it]]) {
+    $(id).textContent = `${count} of ${score.rounds}`;
+  }
+  $("guess-your-nats").textContent = `${(score.yours / score.rounds).toFixed(2)} nats`;
+  $("guess-its-nats").textContent = `${(score.its / score.rounds).toFixed(2)} nats`;
+  $("guess-next").focus();
+}
+
+async function expectations() {
+  const asked = { run: $("guess-run").value, number, temperature: Number($("guess-temperature").value) };
+  const found = await post("/api/guess", asked);
+  const rows = found.words.map(([word, p]) => [word, p, percent(p), word === found.truth]);
+  if (!rows.some((row) => row[3])) rows.push([found.truth, found.p, percent(found.p), true]);
+  bars($("guess-bars"), rows);
+  return found;
+}

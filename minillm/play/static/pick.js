@@ -1,0 +1,103 @@
+// Part 2: responses in blind order; a pick of the best, or an order of all, with ties.
+
+import { $, bars, doing, get, keys, make, post } from "./page.js";
+
+const LETTERS = "ABCDEFGHI";
+let shown = null; // the set, by /api/rank
+let order = []; // of indices, in groups of ties, as far as the visitor has ordered them
+let tie = false; // whether the next goes beside the last
+let dragged = null;
+
+export function begin() {
+  $("pick-name").addEventListener("change", doing(load));
+  $("pick-all").addEventListener("change", () => reorder([]));
+  $("pick-send").addEventListener("click", doing(() => send(letters(order))));
+  $("pick-tie").addEventListener("click", doing(() => send(letters([shown.responses.map((_, i) => i)]))));
+  $("pick-skip").addEventListener("click", doing(() => send("skip")));
+  $("pick-undo").addEventListener("click", doing(() => send("undo")));
+  keys("pick", (event) => {
+    if (/^[1-9]$/.test(event.key) && shown?.responses[event.key - 1] !== undefined) choose(event.key - 1);
+    else if (event.key === "=" && $("pick-all").checked && order.length) tie = true;
+    else if (event.key === "Escape") reorder([]);
+    else if (event.key === "Enter" && !event.target.matches("button, a") && !$("pick-send").hidden) $("pick-send").click();
+    else ({ t: $("pick-tie"), s: $("pick-skip"), u: $("pick-undo") })[event.key]?.click();
+  });
+}
+
+export async function show(state) {
+  if (state.ranked < 0) throw new Error("no responses to pick from yet: run make demo, or python rlhf.py --stage sample, then load this page again");
+  await load();
+}
+
+async function load() {
+  shown = await get(`/api/rank?name=${encodeURIComponent($("pick-name").value)}`);
+  $("pick-count").textContent = `${shown.done} of ${shown.of} ranked by ${$("pick-name").value}` + (shown.skipped ? `, ${shown.skipped} skipped` : "");
+  $("pick-messages").replaceChildren(...(shown.messages ?? []).map((message) =>
+    make("p", {}, make("span", { class: "who" }, `${message.role}: `), message.content)));
+  if (!shown.key) $("pick-messages").replaceChildren(make("p", {}, "Nothing is left to rank."));
+  shown.responses ??= [];
+  reorder([]);
+}
+
+const letters = (groups) => groups.map((tied) => tied.map((i) => LETTERS[i]).join(" = ")).join(" > ");
+
+// A pick of the best, or, when all are ranked, the next best.
+const choose = doing(async (index) => {
+  if (!$("pick-all").checked) {
+    const rest = shown.responses.map((_, i) => i).filter((i) => i !== index);
+    return send(letters(rest.length ? [[index], rest] : [[index]]));
+  }
+  const without = order.map((tied) => tied.filter((i) => i !== index)).filter((tied) => tied.length);
+  if (order.some((tied) => tied.includes(index))) return reorder(without); // named again: taken out
+  if (tie && without.length) without.at(-1).push(index);
+  else without.push([index]);
+  reorder(without);
+});
+
+// Draws the responses: those ordered first, best on top.
+function reorder(groups) {
+  order = groups;
+  tie = false;
+  const all = $("pick-all").checked;
+  const placed = order.flat();
+  const rest = shown.responses.map((_, i) => i).filter((i) => !placed.includes(i));
+  const place = (i) => (placed.includes(i) ? String(order.findIndex((tied) => tied.includes(i)) + 1) : "");
+  $("pick-responses").replaceChildren(...shown.responses.map((text, i) => {
+    const action = all ? (placed.includes(i) ? "Take out" : "Next best") : "Best";
+    const box = make("div", { class: "response", draggable: all },
+      make("p", {}, make("span", { class: "place" }, place(i)), " ", text || "(nothing)"),
+      make("button", { type: "button", "aria-label": `${action}: response ${i + 1}`, onclick: () => choose(i) }, action));
+    box.addEventListener("dragstart", () => { dragged = i; });
+    box.addEventListener("dragover", (event) => { event.preventDefault(); box.classList.add("over"); });
+    box.addEventListener("dragleave", () => box.classList.remove("over"));
+    box.addEventListener("drop", (event) => { event.preventDefault(); drop(i); });
+    return make("li", {}, box);
+  }));
+  $("pick-send").hidden = !all || rest.length > 0 || !shown.key;
+  for (const id of ["pick-tie", "pick-skip"]) $(id).disabled = !shown.key;
+}
+
+// Dropped on another: the dragged one is better than it, and all that were not ordered yet follow in their order.
+function drop(target) {
+  if (dragged === null || dragged === target) return;
+  const placed = order.flat();
+  const groups = [...order, ...shown.responses.map((_, i) => i).filter((i) => !placed.includes(i)).map((i) => [i])]
+    .map((tied) => tied.filter((i) => i !== dragged)).filter((tied) => tied.length);
+  groups.splice(groups.findIndex((tied) => tied.includes(target)), 0, [dragged]);
+  dragged = null;
+  reorder(groups);
+}
+
+async function send(action) {
+  const before = shown;
+  const found = await post("/api/rank", { name: $("pick-name").value, key: shown.key ?? "", action });
+  await load();
+  const scores = found.scores;
+  $("pick-candy").hidden = !scores;
+  if (!scores) return;
+  const [low, high] = [Math.min(...scores), Math.max(...scores)];
+  bars($("pick-scores"), before.responses.map((text, i) => [
+    text.length > 60 ? `${text.slice(0, 60)}…` : text || "(nothing)",
+    (scores[i] - low + 0.1) / (high - low + 0.1), scores[i].toFixed(2), scores[i] === high,
+  ]));
+}

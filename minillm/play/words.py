@@ -1,0 +1,86 @@
+"""The likeliest next words of a model: of whole words, though it knows only tokens.
+
+A word is a space and letters. Its probability is that of its tokens, one after the other, times that of no
+letter coming next; tokens of letters alone go on with a word, all others end it. The question is which word
+comes if one does, so all is divided by the probability of that.
+
+The search keeps the most probable beginnings of words and reads all of them one token further at once. No
+word is more probable than any of its beginnings: it ends once the best beginning left is less probable
+than the least of the words wanted. A word that tokens spell in several ways has the sum of those it met.
+"""
+
+import re
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from minillm.model import LanguageModel
+from minillm.tokenizer import Tokenizer
+
+WIDTH = 32
+"""Beginnings read together."""
+LONGEST = 8
+"""Tokens of a word."""
+
+
+@lru_cache(maxsize=16)
+def kinds_of_tokens(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Which tokens begin a word (the space alone is one), and which go on with one: masks [V]."""
+    texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+    begins = [bool(re.fullmatch(r" [^\W\d_]*", text)) for text in texts]
+    goes_on = [bool(re.fullmatch(r"[^\W\d_]+", text)) for text in texts]
+    return torch.tensor(begins), torch.tensor(goes_on)
+
+
+@torch.inference_mode()
+def likeliest_words(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    context: list[int],
+    truth: str,
+    count: int = 10,
+    temperature: float = 1.0,
+) -> tuple[list[tuple[str, float]], float]:
+    """The `count` likeliest words behind the context, and the probability of the true one."""
+    begins, goes_on = kinds_of_tokens(tokenizer)
+    device, true_tokens = model.lm_head.weight.device, tuple(tokenizer.encode(f" {truth}"))
+    words: dict[str, float] = {}
+    any_word = (
+        0.0  # the probability that a word comes: whatever begins one but the space, and what follows it
+    )
+    reached: dict[tuple[int, ...], float] = {(): 1.0}
+    for length in range(LONGEST):
+        rows = torch.tensor([[*context, *prefix] for prefix in reached], device=device)
+        ahead = (model.logits(model.model(rows)[:, -1]).cpu() / temperature).softmax(1)
+        coming: dict[tuple[int, ...], float] = {}
+        for (prefix, reach), p in zip(reached.items(), ahead, strict=True):
+            p = p * (goes_on if prefix else begins)
+            going_on, word = float(p.sum()), tokenizer.decode(list(prefix)).strip()
+            if word:
+                words[word] = words.get(word, 0.0) + reach * (1 - going_on)
+            else:
+                any_word += reach * (
+                    going_on - (0 if prefix else sum(float(p[i]) for i in spaces(tokenizer)))
+                )
+            best = p.topk(min(WIDTH, len(p)))
+            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                coming[*prefix, token] = reach * value
+            for token in [*true_tokens[length : length + 1], *([] if prefix else spaces(tokenizer))]:
+                if true_tokens[:length] == prefix:
+                    coming[*prefix, token] = reach * float(p[token])
+        kept = sorted(coming, key=lambda prefix: -coming[prefix])[:WIDTH]
+        on_the_way = {(space,) for space in spaces(tokenizer)} | {true_tokens[: length + 1]}
+        kept += [prefix for prefix in coming if prefix in on_the_way and prefix not in kept]
+        least = sorted(words.values(), reverse=True)[count - 1 : count] or [0.0]
+        if length > len(true_tokens) and coming[kept[0]] <= least[0]:
+            break
+        reached = {prefix: coming[prefix] for prefix in kept}
+    found = sorted(((word, p / any_word) for word, p in words.items()), key=lambda item: -item[1])
+    return found[:count], dict(found).get(truth, 0.0)
+
+
+@lru_cache(maxsize=16)
+def spaces(tokenizer: Tokenizer) -> list[int]:
+    """The token that is a space and nothing else."""
+    return [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]) == " "]
