@@ -23,7 +23,6 @@ queries: Ainslie et al. 2023, "GQA" (arXiv 2305.13245), section 2. `reference.py
 """
 
 from functools import reduce
-from importlib import import_module
 from operator import and_
 
 import torch
@@ -64,11 +63,15 @@ def attention(
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     if T == 1:  # a single query is the last one: nothing lies ahead of it
         causal = False
-    # Triton is imported only here, because where its kernels never run it may be missing.
-    triton = choose_impl(impl, q) == "triton"
-    attend = import_module("kernels.attention_triton").attention if triton else _torch
+    attend = _triton if choose_impl(impl, q) == "triton" else _torch
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, start, end, causal, scale)
+
+
+def _triton(q, k, v, start, end, causal, scale):
+    from kernels import attention_triton  # here, because where the kernels never run Triton may be missing
+
+    return attention_triton.attention(q, k, v, start, end, causal, scale)
 
 
 def _torch(q, k, v, start, end, causal, scale):

@@ -309,7 +309,7 @@ def test_metrics_of_replies_are_those_of_their_texts():
     assert values == {
         "answers in form": 0.75, "known facts right": 0.5, "admits what it cannot know": None, "rude": 0,
         "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "refuses anything else": 0,
-        "helps to do harm": 0.5,
+        "helps to do harm": 0.5, "advises harm": None, "different pieces of advice": 0,
     }  # fmt: skip
     manner = headline({"greedy": {"run": replies}}, False).tables["greedy"]
     assert manner["ends by itself"]["run"]["value"] == 0.75
@@ -393,7 +393,9 @@ def test_the_command_writes_metrics_of_every_judge_and_a_page_made_of_them_alone
     assert "── In short ──" in printed and "KL in nats" in printed
     again, _ = command("base", "chat", "--show", "1", *judges)
     assert content | {"seconds": 0} == again | {"seconds": 0}
-    other, _ = command("base", "chat", "--seed", "1")
+    other, _ = command("base", "chat", "--seed", "1", "--split", "test")
+    asked = [prompt.messages for kind in KINDS for prompt in World(1).prompts("test", kind, 2)]
+    assert sorted(map(str, asked)) == sorted(str(record["messages"]) for record in other["replies"])
     assert said_by(other, SAMPLED, "chat") != said_by(content, SAMPLED, "chat")
 
 

@@ -75,7 +75,10 @@ def data_files() -> list[str]:
 
 
 def test_no_code_hides_in_a_data_file():
-    assert {file.rpartition(".")[2] for file in data_files()} <= {"toml", "txt", "css", "j2"}
+    allowed = {"toml", "txt", "css", "j2"}
+    for file in data_files():  # what a browser runs is code, and stands in the page's folder alone
+        page = {"html", "js"} if file.startswith("minillm/play/static/") else set()
+        assert file.rpartition(".")[2] in allowed | page, file
 
 
 def test_the_core_opens_the_outer_ring_only_inside_functions_and_at_named_seams():
@@ -131,8 +134,9 @@ def test_an_installed_copy_has_every_package_and_every_data_file():
     found = [path.parent.relative_to(ROOT) for top in TOPS for path in (ROOT / top).rglob("__init__.py")]
     assert sorted(setup["options"]["packages"].split()) == sorted(".".join(path.parts) for path in found)
     listed = {
-        f"{package.replace('.', '/')}/{name.strip()}"
+        file.relative_to(ROOT).as_posix()
         for package, names in setup["options.package_data"].items()
         for name in names.split(",")
+        for file in (ROOT / package.replace(".", "/")).glob(name.strip())
     }
     assert listed == set(data_files())
