@@ -42,8 +42,9 @@ def chat(address: str, seed: int) -> dict[str, float]:
         "temperature": 1,
         "seed": seed,
     }
-    times = [seconds for seconds, event in events(address, "/api/chat", asked) if "piece" in event]
-    return {"first_token": times[0], "tokens": len(times), "tokens_per_second": len(times) / times[-1]}
+    heard = [one for one in events(address, "/api/chat", asked) if "waiting" not in one[1]]
+    tokens, seconds = len(heard) - 1, heard[-1][0]  # the last event is the end; a reply may be empty
+    return {"first_token": heard[0][0], "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 
 def train(address: str) -> dict[str, Any]:
