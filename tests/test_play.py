@@ -24,12 +24,13 @@ from runs import ROOT
 
 from minillm.chat import with_chat_template
 from minillm.files import write_json
+from minillm.generate import stream_text
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import read_rankings
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.play import __main__ as play
 from minillm.play import training
-from minillm.play.shelf import Shelf, pieces, until
+from minillm.play.shelf import Shelf, until
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import Worker
 from minillm.tokenizer import Tokenizer
@@ -152,8 +153,11 @@ def test_a_reply_is_cut_before_its_first_stop_however_it_comes_in_pieces(texts, 
 def test_pieces_join_to_the_text_whatever_characters_tokens_cut(runs):
     _, tokenizer = Shelf(runs, torch.device("cpu")).model("base")
     text = "naïve 🦊 Ωμέγα"
-    assert "".join(pieces(tokenizer, tokenizer.encode(text))) == text
-    assert "".join(pieces(tokenizer, tokenizer.encode("🦊")[:2])) == "\N{REPLACEMENT CHARACTER}"
+    assert "".join(stream_text(tokenizer.decode_bytes, tokenizer.encode(text))) == text
+    assert (
+        "".join(stream_text(tokenizer.decode_bytes, tokenizer.encode("🦊")[:2]))
+        == "\N{REPLACEMENT CHARACTER}"
+    )
 
 
 # ---- The queue

@@ -18,10 +18,10 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from minillm.errors import InputError, one_line_errors
-from minillm.options import parse_options
+from minillm.options import Count, Limit, check_limits, parse_options
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,17 @@ class Options:
     """Text to guess the words of, read as train.py --data reads it. Default: what the run held out."""
     host: str = "127.0.0.1"
     """The address to serve on. Any but this machine's own needs a --token."""
-    port: int = 8017
+    port: Annotated[int, Limit("0 to 65535", lambda value: 0 <= value < 2**16)] = 8017
     """The port; 0 takes a free one."""
     token: str | None = None
     """A secret that visitors from other machines must know, of 16 characters or more."""
-    together: int = 4
+    together: Count = 4
     """Replies under way at once; more wait in a queue."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise InputError(f"--port {self.port}: give 0 to 65535")
-        if self.together < 1:
-            raise InputError(f"--together {self.together}: give at least 1")
+        check_limits(self)
         if self.token is not None and (
             len(self.token) < 16 or not self.token.isascii() or not self.token.isalnum()
         ):

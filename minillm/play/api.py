@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from minillm.errors import InputError
-from minillm.play.shelf import Shelf, reply
+from minillm.play.shelf import NoSuchRun, Shelf, reply
 from minillm.play.web import Fields, fields_of, status_of, words_for
 from minillm.play.worker import Event, Worker
 
@@ -67,7 +67,7 @@ def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
     async def complete(request: Request) -> Response:
         try:
             asked = Asked(await fields_of(request, CHAT if "chat" in request.url.path else COMPLETIONS))
-            shelf.folder_of(asked.model)  # InputError where there is none
+            shelf.folder_of(asked.model)  # NoSuchRun where there is none
             given = (shelf, asked.model, asked.messages, asked.top or 0, asked.stop)
             events = worker.events(partial(reply, *given, **asked.options))
             if not asked.given["stream"]:
@@ -78,7 +78,7 @@ def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
         except Exception as error:
             status, line = status_of(error), words_for(error)
             kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-            if "no such run" in line:
+            if isinstance(error, NoSuchRun):
                 status = 404
             told = {"message": line, "type": kind, "param": None, "code": None}
             return JSONResponse({"error": told}, status)

@@ -5,18 +5,22 @@ import random
 import re
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
-from minillm.chat import ChatTemplate
+from minillm.chat import ChatTemplate, Completion
 from minillm.data import split_documents
 from minillm.errors import InputError
 from minillm.files import read_json
+from minillm.generate import stream_text
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources
-from minillm.play.shelf import Shelf, pieces
+from minillm.model import LanguageModel
+from minillm.play.shelf import Shelf
 from minillm.play.words import LONGEST, likeliest_words
 from minillm.preferences import ResponseSet
 from minillm.reward import encode_response, score_rows
+from minillm.tokenizer import Tokenizer
 from minillm.tools.ranking import RankingSession, parse_ranking
 
 PASSAGES = 12
@@ -40,12 +44,12 @@ class Guessing:
     def question(self, run: str, number: int) -> dict[str, Any]:
         """The text as the model's tokens, and four words of which one is the next."""
         model, tokenizer = self.shelf.model(run)
-        source, context, truth = self._place(run, number)
-        tokens = tokenizer.encode(context)
-        words, _ = likeliest_words(model, tokenizer, self._context(run, context), truth, 4)
+        source, context, truth = self._place(run, number, model, tokenizer)
+        begun = Completion(tokenizer).prompt([{"content": context}])
+        words, _ = likeliest_words(model, tokenizer, begun, truth, 4)
         choices = [truth, *[word for word, _ in words if word != truth][:3]]
         random.Random(number).shuffle(choices)
-        shown = [piece for piece in pieces(tokenizer, tokens) if piece]
+        shown = list(stream_text(tokenizer.decode_bytes, tokenizer.encode(context)))
         return {"source": source, "pieces": shown, "choices": choices}
 
     def answer(self, run: str, number: int, temperature: float) -> dict[str, Any]:
@@ -53,20 +57,17 @@ class Guessing:
         if not 0.1 <= temperature <= 5:
             raise InputError(f"temperature {temperature}: give 0.1 to 5")
         model, tokenizer = self.shelf.model(run)
-        _, context, truth = self._place(run, number)
-        words, p = likeliest_words(model, tokenizer, self._context(run, context), truth, 10, temperature)
+        _, context, truth = self._place(run, number, model, tokenizer)
+        begun = Completion(tokenizer).prompt([{"content": context}])
+        words, p = likeliest_words(model, tokenizer, begun, truth, 10, temperature)
         return {"truth": truth, "words": words, "p": p}
 
-    def _context(self, run: str, context: str) -> list[int]:
-        _, tokenizer = self.shelf.model(run)
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(context)
-
-    def _place(self, run: str, number: int) -> tuple[str, str, str]:
+    def _place(
+        self, run: str, number: int, model: LanguageModel, tokenizer: Tokenizer
+    ) -> tuple[str, str, str]:
         """Source, text and next word of a question."""
         if run not in self.kept:
             self.kept[run] = list(self._passages(run))
-        model, tokenizer = self.shelf.model(run)
         most = min(MOST_TOKENS, model.config.max_position_embeddings - LONGEST - 1)
         rng = random.Random(number)
         for source, text in rng.sample(self.kept[run], len(self.kept[run])):
@@ -170,15 +171,15 @@ class Picking:
         with self.lock:
             return len(self._opened().rankings) if self.responses.exists() else -1
 
+    @cached_property
+    def watched(self) -> list[Any]:
+        """The prompts whose answers are watched during a training: of the little world one of each of five
+        kinds, which nobody ranks and no training asks; else the first that are ranked."""
+        sets = self.sets or read_responses(self.responses)[:MOST_SETS]
+        seed = sets[0].world
+        if seed is None:
+            return [given.messages for given in sets[:5]]
+        from minillm.world import KINDS, World
 
-def five_prompts(picking: Picking) -> list[Any]:
-    """The prompts whose answers are watched during a training: of the little world one of each kind, which
-    nobody ranks and no training asks; else the first that are ranked."""
-    sets = picking.sets or read_responses(picking.responses)[:MOST_SETS]
-    seed = sets[0].world
-    if seed is None:
-        return [given.messages for given in sets[:5]]
-    from minillm.world import KINDS, World
-
-    world = World(seed)
-    return [world.prompts("dev", kind, 1)[0].messages for kind in KINDS[:5]]
+        world = World(seed)
+        return [world.prompts("dev", kind, 1)[0].messages for kind in KINDS[:5]]

@@ -4,7 +4,6 @@ What is asked of a model: a reply to messages token by token (`reply`), and afte
 its tokens was and what the model would have said instead (`alternatives`).
 """
 
-import codecs
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 
-from minillm.chat import chat_format, check_messages
+from minillm.chat import check_messages
 from minillm.errors import InputError
 from minillm.files import read_json
-from minillm.generate import SamplingOptions, generate, stream
+from minillm.generate import SamplingOptions, stream, stream_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import LanguageModel
 from minillm.play.worker import Event
+from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
 from minillm.tools.chat import Chat
 from minillm.tools.chat import Options as ChatOptions
@@ -29,6 +29,10 @@ DEEPEST = 4
 """Folders below the folder of runs in which runs are looked for."""
 
 
+class NoSuchRun(InputError):
+    """A name that no run here has."""
+
+
 class Shelf:
     """The models of a folder of runs, by name: their paths in it, as in "sft" or "rlhf/ppo"."""
 
@@ -36,7 +40,7 @@ class Shelf:
         self.folder, self.device, self.opened = folder, device, OrderedDict[tuple[str, int], Any]()
 
     def runs(self) -> list[dict[str, Any]]:
-        """The language models there are: name, stage, and whether they chat. In order of their stages."""
+        """The language models there are, by name and stage, in the order of their stages."""
         found = []
         for depth in range(1, DEEPEST + 1):
             for path in sorted(self.folder.glob("*/" * depth + "config.json")):
@@ -49,19 +53,18 @@ class Shelf:
         stage, path = None, folder / "run.json"
         if path.exists():
             stage = read_json(path).get("stage")
-        chats = (folder / "generation_config.json").exists() or (folder / "chat_template.jinja").exists()
-        return {"name": folder.relative_to(self.folder).as_posix(), "stage": stage, "chats": chats}
+        return {"name": folder.relative_to(self.folder).as_posix(), "stage": stage}
 
     def folder_of(self, name: str) -> Path:
-        """Where a run is. InputError where there is none of that name."""
+        """Where a run is. NoSuchRun where there is none of that name."""
         names = [run["name"] for run in self.runs()]
         if name not in names:
             there = ", ".join(names) or "none; make demo makes some"
-            raise InputError(f"{name!r:.80}: no such run here; there are: {there}")
+            raise NoSuchRun(f"{name!r:.80}: no such run here; there are: {there}")
         return self.folder / name
 
     def model(self, name: str) -> tuple[LanguageModel, Tokenizer]:
-        """InputError where there is no such run."""
+        """NoSuchRun where there is none."""
         self.folder_of(name)
         return self._open(name, load_causal_model)
 
@@ -99,7 +102,7 @@ def reply(
     """A model's reply to messages of which the last is the user's, as events:
 
     {"note": …} for each thing there is to say before, such as messages dropped from the context;
-    {"piece": text} for each token;
+    {"piece": text} for each token, one that ends in the middle of a character with the next;
     {"end": "stop" or "length", "prompt_tokens": n, "tokens": [{"text", "p", "instead": [[text, p], …]}, …]}.
 
     It ends before the first of the `stop` texts. `options` are of `python -m minillm.chat`.
@@ -123,20 +126,11 @@ def reply(
             said.append(token)
             yield token
 
-    for piece, stopped in until(pieces(tokenizer, tokens()), stop):
+    for piece, stopped in until(stream_text(tokenizer.decode_bytes, tokens()), stop):
         yield {"piece": piece}
         end = "stop" if stopped else end
     told = alternatives(model, tokenizer, prompt, said, top)
     yield {"end": end, "prompt_tokens": len(prompt), "tokens": told}
-
-
-def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of each token; one in the middle of a character has none, and the last of them all of it."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(tokenizer.decode_bytes([token]))
-    if rest := decoder.decode(b"", final=True):
-        yield rest
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -188,14 +182,8 @@ def alternatives(
 
 def answers(shelf: Shelf, name: str, prompts: Sequence[Any]) -> list[Event]:
     """A model's most probable reply to each of some prompts (messages)."""
-    model, tokenizer = shelf.model(name)
-    form = chat_format(tokenizer)
-    asked = [form.prompt(messages) for messages in prompts]
-    room = model.config.max_position_embeddings - max(map(len, asked))
-    sampling = SamplingOptions(min(64, room), temperature=0, stop_ids=form.stop_ids)
-    found = generate(model, asked, sampling, [0] * len(asked)).responses
-    texts = [tokenizer.decode([token for token in one if token not in form.stop_ids]) for one in found]
-    return [
-        {"prompt": messages[-1]["content"], "text": text}
-        for messages, text in zip(prompts, texts, strict=True)
-    ]
+    asked = ChatModel(name, *shelf.model(name))
+    room = asked.model.config.max_position_embeddings - max(len(asked.prompt(one)) for one in prompts)
+    said = asked.replies(prompts, SamplingOptions(min(64, room), temperature=0), [0] * len(prompts))
+    told = zip(prompts, said, strict=True)
+    return [{"prompt": messages[-1]["content"], "text": text} for messages, (text, _) in told]

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from minillm.errors import InputError
-from minillm.play.parts import Picking, five_prompts
+from minillm.play.parts import Picking
 from minillm.play.shelf import answers
 from minillm.play.worker import Event, Worker
 
@@ -96,9 +96,10 @@ class Training:
             told = await self._tell(stage, run, told)
         lines = log.read_text(errors="replace").splitlines()
         log.unlink()
-        died = f"error: it ended with code {self.process.returncode}"
-        return (
-            "" if ending.result() == 0 else next((line for line in lines if line.startswith("error:")), died)
+        if (code := ending.result()) == 0:
+            return ""
+        return next(
+            (line for line in lines if line.startswith("error:")), f"error: it ended with code {code}"
         )
 
     async def _tell(self, stage: str, run: Path, told: int) -> int:
@@ -114,7 +115,7 @@ class Training:
             name = run.relative_to(self.runs).as_posix()
 
             def asked() -> Event:
-                return {"answers": answers(self.picking.shelf, name, five_prompts(self.picking))}
+                return {"answers": answers(self.picking.shelf, name, self.picking.watched)}
 
             await self._say(await self.worker.result(asked) | {"step": events[-1]["step"]})
         return told + len(whole)

@@ -46,9 +46,7 @@ def likeliest_words(
     begins, goes_on = kinds_of_tokens(tokenizer)
     device, true_tokens = model.lm_head.weight.device, tuple(tokenizer.encode(f" {truth}"))
     words: dict[str, float] = {}
-    any_word = (
-        0.0  # the probability that a word comes: whatever begins one but the space, and what follows it
-    )
+    any_word = 0.0  # the probability of one: of what begins it but the space, and of what follows that
     reached: dict[tuple[int, ...], float] = {(): 1.0}
     for length in range(LONGEST):
         rows = torch.tensor([[*context, *prefix] for prefix in reached], device=device)
@@ -60,9 +58,8 @@ def likeliest_words(
             if word:
                 words[word] = words.get(word, 0.0) + reach * (1 - going_on)
             else:
-                any_word += reach * (
-                    going_on - (0 if prefix else sum(float(p[i]) for i in spaces(tokenizer)))
-                )
+                space = 0.0 if prefix else sum(float(p[i]) for i in spaces(tokenizer))
+                any_word += reach * (going_on - space)
             best = p.topk(min(WIDTH, len(p)))
             for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 coming[*prefix, token] = reach * value

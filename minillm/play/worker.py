@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from minillm.errors import InputError
@@ -33,7 +33,7 @@ class Job:
     left: bool = False
     """Nobody listens any more."""
     iterator: Iterator[Event] | None = None
-    told: int = field(default=0)
+    told: int = 0
     """The place in the queue that was said last."""
 
 
