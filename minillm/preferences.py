@@ -333,7 +333,7 @@ def simulated_annotators(count: int) -> list[Simulated]:
     """`count` annotators; beyond five, characters come again in other people.
 
     Measured on 4 responses to each of 7,000 prompts, ranked by all five: two of them agree on 72.4 to 73.2 %
-    of untied pairs (five worlds), alpha is 0.46; InstructGPT's labelers (section 3.4) agreed on 72.6 ± 1.5 %.
+    of untied pairs (five worlds); InstructGPT's labelers (section 3.4) agreed on 72.6 ± 1.5 %.
     """
     people = zip(range(1, count + 1), cycle(CHARACTERS.items()), strict=False)
     return [

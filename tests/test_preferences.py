@@ -31,7 +31,7 @@ from minillm.preferences import (
     seed_of,
 )
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreement_report, agreement_table, krippendorff_alpha
+from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.ranking import LETTERS, parse_ranking
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
@@ -374,26 +374,12 @@ def test_the_interval_of_an_agreement_is_that_of_a_share_of_prompts():
     made += [replace(r, annotator="Bob", ranking=[[i % 2], [1 - i % 2]]) for i, r in enumerate(made)]
     row = overall(made)
     assert (row["value"], row["prompts"]) == (0.5, 400)
-    assert (row["low"], row["high"]) == pytest.approx(
-        (0.451, 0.549), abs=0.004
-    )  # 2.5 errors of a quantile of 2,000
+    assert (row["low"], row["high"]) == pytest.approx((0.451, 0.549), abs=0.001)  # Wilson's is a bit narrower
 
 
 def test_of_equal_texts_the_best_place_counts():
     ada = ranking_of([[0], [1], [2]], "Ada", texts=["yes", "no", "yes"])
     assert overall([ada, replace(ada, annotator="Bob", ranking=[[0, 2], [1]])])["value"] == 1
-
-
-def test_to_hear_the_same_opinions_twice_makes_nobody_surer():
-    rng = random.Random(0)
-    untied = ([[i] for i in rng.sample(range(4), 4)] for _ in range(80))
-    made = [replace(r, ranking=next(untied)) for r in rankings_of_two(40)]
-    once = overall(made)
-    twice = overall(made + [replace(r, annotator=f"{r.annotator} again") for r in made])
-    # Of the six pairs of people four are Ada and Bob once more, and two agree on everything.
-    assert twice["prompts"] == once["prompts"]
-    for bound in ("low", "high"):
-        assert twice[bound] == pytest.approx((4 * once[bound] + 2) / 6)
 
 
 def test_agreement_counts_by_hand():
@@ -409,7 +395,7 @@ def test_agreement_counts_by_hand():
         ("all",): (1, 7, 2, 5 / 7),
     }
     table = agreement_table(report)
-    assert "Ada and Bob" in table and "66.7%" in table and "alpha" in table
+    assert "Ada and Bob" in table and "66.7%" in table
 
 
 def test_the_later_of_two_rankings_of_a_set_by_one_annotator_counts():
@@ -420,24 +406,3 @@ def test_the_later_of_two_rankings_of_a_set_by_one_annotator_counts():
 def test_without_a_prompt_ranked_by_two_there_is_no_agreement_to_measure():
     with pytest.raises(InputError, match="two annotators"):
         agreement_report([ranking_of([[0], [1]]), ranking_of([[0], [1]], "Bob", "Else?")])
-
-
-def test_alpha_is_that_of_krippendorffs_own_example():
-    """Four observers of twelve units, Krippendorff 2011, section D: ordinal alpha 0.815."""
-    table = """1 2 3 3 2 1 4 1 2 * * *
-               1 2 3 3 2 2 4 1 2 5 * 3
-               * 3 3 3 2 3 4 2 2 5 1 *
-               1 2 3 3 2 4 4 1 2 5 1 *"""
-    units = zip(*(line.split() for line in table.splitlines()), strict=True)
-    assert krippendorff_alpha([[int(v) for v in unit if v != "*"] for unit in units]) == pytest.approx(
-        0.815, abs=5e-4
-    )
-    assert krippendorff_alpha([[1, 1], [1]]) is None, "all alike: nothing to disagree on"
-
-
-@given(st.lists(st.lists(st.integers(-1, 1), min_size=1, max_size=4), min_size=1, max_size=12), st.randoms())
-def test_alpha_does_not_depend_on_the_order_of_units_or_annotators(units, rng):
-    mixed = [rng.sample(unit, len(unit)) for unit in rng.sample(units, len(units))]
-    alpha, other = krippendorff_alpha(units), krippendorff_alpha(mixed)
-    assert alpha == other or alpha == pytest.approx(other, abs=1e-12)  # a sum in another order
-    assert alpha is None or alpha <= 1

@@ -19,7 +19,7 @@ from minillm.tools.report import (
     TRICKS,
     Scored,
     accuracy,
-    baselines,
+    length_baseline,
     length_correlation,
     pairs_of,
     rater_accuracy,
@@ -119,11 +119,6 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
         expect(found["annotators"], some, lambda pair: pair[1] > 0)
     for name, found in truth["by_annotator"].items():
         expect(found, [pair for pair in far if pair[3] == name], lambda pair: pair[1] > 0)
-    by_distance = sorted(pairs, key=lambda pair: abs(pair[0]))
-    for found, part in zip(card["by_margin"], np.array_split(np.arange(len(pairs)), 4), strict=True):
-        some = [by_distance[i] for i in part]
-        expect(found, some, in_order)
-        assert (found["from"], found["to"]) == (abs(some[0][0]), abs(some[-1][0]))
     bins: list[list[float]] = [[] for _ in range(10)]
     for difference, *_ in pairs:
         sure = 1 / (1 + np.exp(-abs(difference)))
@@ -139,7 +134,7 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
 def test_scores_are_right_reversed_ones_wrong_equal_ones_half_and_equal_texts_no_pair(factor, share):
     worth = [3.0, 1.0, 2.0, 1.0]
     pairs = pairs_of([Scored(ranked(worth), [factor * value for value in worth], [1] * 4)])
-    assert accuracy(pairs)["value"] == share
+    assert accuracy(pairs, "score")["value"] == share
     assert len(pairs) == 5, "one of six pairs is tied"
     ranking = ranked([3.0, 2.0, 1.0], texts=["Yes.", "Yes.", "No."])
     assert len(pairs_of([Scored(ranking, [1.0, 1.0, 0.0], [2, 2, 2])])) == 2
@@ -147,7 +142,8 @@ def test_scores_are_right_reversed_ones_wrong_equal_ones_half_and_equal_texts_no
 
 def test_a_prompt_that_was_ranked_several_times_makes_nobody_surer():
     scored = some_scored(0)
-    few, many = (accuracy(pairs_of(some)) for some in (scored, [one for one in scored for _ in range(3)]))
+    thrice = [one for one in scored for _ in range(3)]
+    few, many = (accuracy(pairs_of(some), "score") for some in (scored, thrice))
     assert (many["low"], many["high"]) == pytest.approx((few["low"], few["high"]))
 
 
@@ -162,46 +158,25 @@ def test_the_accuracy_of_raters_solves_the_equation_of_their_agreement(q):
     assert rater_accuracy(q / 2 - 0.01) == 0.5, "of raters who agree less than by chance"
 
 
-# ---- Baselines
+# ---- Length
 
 
 def by_length(sign: int, prompts: range, exceptions: int = 0) -> list[Ranking]:
-    """Rankings that prefer the longer response, or with sign -1 the shorter, but for the first few; the
-    longer one stands first in every second."""
-    rankings = []
-    for i in prompts:
-        texts = ["No, no, no.", "No."] if i % 2 else ["No.", "No, no, no."]
-        worth = [sign * (-1) ** (i < exceptions) * len(text) for text in texts]
-        rankings.append(ranked(worth, f"{i}?", texts))
-    return rankings
+    """Rankings that prefer the longer response, or with sign -1 the shorter, but for the first few."""
+    texts = ["No, no, no.", "No."]
+    worth = [[sign * (-1) ** (i < exceptions) * len(text) for text in texts] for i in prompts]
+    return [ranked(own, f"{i}?", texts) for i, own in zip(prompts, worth, strict=True)]
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
 def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_scored_on_other_pairs(sign, side):
-    found = baselines(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
-    assert (found["length"]["side"], found["length"]["value"], found["length"]["count"]) == (side, 0.7, 10)
-    found = baselines(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
-    assert found["length"]["value"] == 0, "chosen on what is trained on, whatever is held out"
+    found = length_baseline(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
+    assert (found["side"], found["value"], found["count"]) == (side, 0.7, 10)
+    found = length_baseline(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
+    assert found["value"] == 0, "chosen on what is trained on, whatever is held out"
     same = [ranked([1.0, 0.0], f"{i}?", ["Yes.", "Nay."]) for i in range(3)]
-    assert baselines(by_length(sign, range(9)), same)["length"]["value"] == 0.5
-
-
-@given(st.lists(st.booleans(), min_size=2), st.lists(st.booleans(), min_size=1))
-@LAW
-def test_the_majority_baseline_is_the_place_that_wins_most_unless_it_wins_always(training, held_out):
-    def listed(firsts: list[bool]) -> list[Ranking]:
-        return [ranked([float(first), 0.5], f"{i}?") for i, first in enumerate(firsts)]
-
-    found = baselines(listed(training), listed(held_out))["majority"]
-    if len(set(training)) == 1:
-        assert (found["side"], found["value"], found["count"]) == (None, None, 0), "the place is the label"
-    else:
-        first = sum(training) >= len(training) / 2
-        assert found["side"] == ("listed first" if first else "listed last")
-        assert found["value"] == pytest.approx(np.mean([one == first for one in held_out]))
-
-
-# ---- Length
+    assert length_baseline(by_length(sign, range(9)), same)["value"] == 0.5
+    assert length_baseline([], same)["side"] is None
 
 
 @given(SEEDS, st.floats(-50, 50))

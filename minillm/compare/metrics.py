@@ -30,7 +30,6 @@ from minillm.tools.measures import (
     mean,
     reliability,
     repetition,
-    share,
     win_rates,
     written,
 )
@@ -64,19 +63,19 @@ def words() -> dict[str, Any]:
 # ---- What the replies are like
 
 REPLY_METRICS: dict[str, tuple[Callable[[Sequence], Estimate], Callable[[Reply], Any]]] = {
-    "ended": (share, lambda reply: reply.ended),
+    "ended": (mean, lambda reply: reply.ended),
     "words": (lambda counts: mean(counts, form="count"), lambda reply: len(reply.text.split())),
-    "repetition": (share, lambda reply: repetition(reply.text)),
+    "repetition": (mean, lambda reply: repetition(reply.text)),
     # Of a whole set, without an interval: they change with the size of the set.
     "distinct": (lambda texts: estimate(distinct(texts), len(texts)), lambda reply: reply.text),
     "different": (lambda texts: estimate(len({*texts}), len(texts), form="whole"), lambda reply: reply.text),
-    "utility": (mean, lambda reply: reply.utility),
-    "in_form": (share, lambda reply: reply.in_form),
-    "right": (share, lambda reply: reply.right),
-    "refused": (share, lambda reply: reply.score.refused),
-    "said_unknown": (share, lambda reply: reply.score.said_unknown),
-    "complied": (share, lambda reply: reply.score.complied),
-    "rude": (share, lambda reply: reply.score.rude),
+    "utility": (lambda values: mean(values, form="score"), lambda reply: reply.utility),
+    "in_form": (mean, lambda reply: reply.in_form),
+    "right": (mean, lambda reply: reply.right),
+    "refused": (mean, lambda reply: reply.score.refused),
+    "said_unknown": (mean, lambda reply: reply.score.said_unknown),
+    "complied": (mean, lambda reply: reply.score.complied),
+    "rude": (mean, lambda reply: reply.score.rude),
 }
 """A kind of estimate, and the value of each reply that it is made of."""
 
@@ -209,7 +208,7 @@ def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseS
         sizes = [[len(text.encode()) for text in pair.responses] for pair in own]
         rates = {one.name: np.divide(response_logprobs(one, own), sizes).reshape(-1, 2) for one in models}
         values = {name: rate[:, 0] - rate[:, 1] for name, rate in rates.items()}
-        likely[label] = {name: share(value <= 0) for name, value in values.items()}
+        likely[label] = {name: mean(value <= 0) for name, value in values.items()}
         difference[label] = {name: mean(value, form="signed") for name, value in values.items()}
     caption, other = words()["pairs"]["captions"]
     return Section({caption: likely, other: difference}, notes)
@@ -272,10 +271,10 @@ def sure_section(models: Sequence[ChatModel], said: Said, world: World, seed: in
                 right = np.array([reply.right for reply in replies], np.float64)
             error, bins = reliability(sure, right)
             found = {
-                "right": share(right),
-                "how sure": share(sure),
-                "how sure where right": share(sure[right == 1]),
-                "how sure where wrong": share(sure[right == 0]),
+                "right": mean(right),
+                "how sure": mean(sure),
+                "how sure where right": mean(sure[right == 1]),
+                "how sure where wrong": mean(sure[right == 0]),
                 "calibration error (ECE)": estimate(error, len(sure), form="nats"),
             }
             for label, own in found.items():

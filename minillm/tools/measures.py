@@ -2,13 +2,15 @@
 
 An `Estimate` is a metric and its 95 % interval: in 95 of 100 repetitions with other prompts it holds the
 truth. It goes into JSON as it is and knows the form in which it is shown. Every interval of the project comes
-from here, by one of two formulas:
+from `mean`: Σa / Σb over prompts, each with its own a and b (1 where none is given), whose variance is the
+delta method's,
 
-    share      Wilson's interval, for one value in [0, 1] per prompt. It is never empty, not even where all
-               values are 0 or all 1. Values between 0 and 1 (a tie is half a win) vary less than shares of
-               the same mean, so that it is then too wide rather than too narrow.
-    mean       Σa / Σb over prompts, each with its own a and b (1 where none is given): the delta method. A
-               share of which each prompt gives several values uses it too, for these are not independent.
+    r = Σa / Σb        var r ≈ Σ (a - r b)² / (Σb)²
+
+A share lies in [0, 1], so it has Wilson's interval, for as many independent values as would give the same
+variance, r (1 - r) / var r. Where each prompt gives several values, which go together, these are fewer than
+there are. Where each gives one, they are as many; a tie, half a win, varies less, so that the interval is too
+wide rather than too narrow. It is never empty, not even where all values are alike.
 
 Sources: Wilson 1927; the delta method for ratios, Cochran 1977, "Sampling Techniques", section 2.11;
 calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; distinct n-grams, Li et al. 2016
@@ -27,7 +29,6 @@ Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
 
 Values = Sequence[float | int] | Real[np.ndarray, " N"] | Bool[np.ndarray, " N"]
-
 
 FORMS = {
     "share": ("{:.1%}", "({:.0f}–{:.0f})", 100),
@@ -70,46 +71,35 @@ def written(found: Mapping[str, Any]) -> tuple[str, str]:
     return value.format(found["value"]), interval.format(*(scale * x for x in bounds)) if known else ""
 
 
-def share(values: Values, counts: Values | None = None) -> Estimate:
-    """The mean of values in [0, 1]. With `counts`, each value is the sum of so many from one prompt."""
-    n = len(values)
-    if counts is not None:
-        found = mean(values, counts)
-        low, high = (None if x is None else min(1.0, max(0.0, x)) for x in (found["low"], found["high"]))
-        return estimate(found["value"], int(np.sum(counts)), low, high)
-    if not n:
-        return estimate(None, 0)
-    p = float(np.mean(values))
-    middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * sqrt(max(0.0, p * (1 - p)) / n + Z**2 / (4 * n**2))
-    # p lies inside but for rounding, which shows where p is 0 or 1.
-    return estimate(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
-
-
-def mean(values: Values, counts: Values | None = None, form: str = "score") -> Estimate:
-    """Σ values / Σ counts; without `counts` the mean. Of one prompt alone no interval is known.
-
-    With r = Σa / Σb and n prompts, var r ≈ n / (n - 1) · Σ (a - r b)² / (Σb)².
-    """
+def mean(values: Values, counts: Values | None = None, form: str = "share") -> Estimate:
+    """Σ values / Σ counts, without `counts` the mean. Each value is of one prompt, the sum of so many."""
     a = np.asarray(values, np.float64)
     b = np.ones(len(a)) if counts is None else np.asarray(counts, np.float64)
     n, total = len(a), float(b.sum())
     if not total:
-        return estimate(None, n, form=form)
+        return estimate(None, 0, form=form)
     r = float(a.sum() / total)
-    if n == 1:
-        return estimate(r, 1, form=form)
-    half = Z * sqrt(n / (n - 1) * float(((a - r * b) ** 2).sum())) / total
-    return estimate(r, n, r - half, r + half, form)
+    variance = float(((a - r * b) ** 2).sum()) / total**2
+    if form == "share":
+        # Where prompts do not differ but for rounding, as one alone does not, each counts as one value.
+        size = n if counts is None or variance < 1e-20 else r * (1 - r) / variance
+        middle = (r + Z**2 / (2 * size)) / (1 + Z**2 / size)
+        half = Z / (1 + Z**2 / size) * sqrt(max(0.0, r * (1 - r)) / size + Z**2 / (4 * size**2))
+        # r lies inside but for rounding, which shows where r is 0 or 1.
+        low, high = max(0.0, min(r, middle - half)), min(1.0, max(r, middle + half))
+    elif n == 1:
+        return estimate(r, int(total), form=form)
+    else:
+        half = Z * sqrt(n / (n - 1) * variance)
+        low, high = r - half, r + half
+    return estimate(r, int(total), low, high, form)
 
 
 def win_rates(outcomes: Sequence[int]) -> dict[str, Estimate]:
     """Shares of wins (1), ties (0) and losses (-1), and the rate of wins, ties counting half."""
-    shares = {
-        name: share([outcome == sign for outcome in outcomes])
-        for name, sign in (("win", 1), ("tie", 0), ("loss", -1))
-    }
-    return shares | {"rate": share([(1 + outcome) / 2 for outcome in outcomes])}
+    signs = {"win": 1, "tie": 0, "loss": -1}
+    shares = {name: mean([outcome == sign for outcome in outcomes]) for name, sign in signs.items()}
+    return shares | {"rate": mean([(1 + outcome) / 2 for outcome in outcomes])}
 
 
 def reliability(
@@ -123,16 +113,9 @@ def reliability(
     if not len(sure):
         return None, []
     number = np.clip(((sure - lowest) / (1 - lowest) * BINS).astype(int), 0, BINS - 1)
-    bins = [
-        {
-            "sure": float(sure[number == i].mean()),
-            "accuracy": float(right[number == i].mean()),
-            "count": int((number == i).sum()),
-        }
-        for i in np.unique(number)
-    ]
-    distance = sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins)
-    return distance / len(sure), bins
+    own = [(sure[number == i], right[number == i]) for i in np.unique(number)]
+    bins = [{"sure": float(s.mean()), "accuracy": float(r.mean()), "count": len(s)} for s, r in own]
+    return sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(sure), bins
 
 
 def repetition(text: str, n: int = 2) -> float:

@@ -23,13 +23,12 @@ mistake for quality, Singhal et al. 2023 (arXiv 2310.03716).
 Left out: agreement beyond chance (Cohen's κ), and a significance test between two models.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import inf, sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -39,9 +38,9 @@ from minillm.files import write_json
 from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
 from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
-from minillm.tools.agreement import agreements, opinions_of
+from minillm.tools.agreement import agreements
 from minillm.tools.judge import by_reward, prefer
-from minillm.tools.measures import Estimate, estimate, reliability, share
+from minillm.tools.measures import Estimate, estimate, mean, reliability
 from minillm.tools.render import render
 
 MARGINS = (MARGIN, 0.05, 0.1, 0.2, 0.4, 1.0)  # bounds of the classes of how far two rubric scores are apart
@@ -50,30 +49,18 @@ RubricScore = Callable[[Sequence[Message], str], float | None]
 """What the rubric gives a reply to these messages; None where it knows nothing of them."""
 
 
+def unknown_score(messages: Sequence[Message], text: str) -> float | None:
+    """Where there is no rubric."""
+    return None
+
+
 @dataclass(frozen=True)
 class Scored:
     """A ranking with the score and the length in tokens of each response."""
 
     ranking: Ranking
     scores: Sequence[float | int]
-    lengths: list[int]
-
-
-class Pair(NamedTuple):
-    """Two responses of which their annotator preferred one."""
-
-    prompt: str
-    """The key of its prompt; the pairs of all rankings of a prompt share it."""
-    ranking: Ranking
-    difference: float
-    """Score of the response that the annotator preferred less that of the other."""
-    rubric: float
-    """The same difference of the rubric's scores; 0 where it is unknown."""
-
-
-def unknown_score(messages: Sequence[Message], text: str) -> float | None:
-    """Where there is no rubric."""
-    return None
+    lengths: Sequence[int]
 
 
 def score_rankings(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Scored]:
@@ -87,43 +74,33 @@ def score_rankings(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Sc
     ]
 
 
-def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> list[Pair]:
+# ---- Shares of pairs
+
+Pairs = np.ndarray
+"""A record for each pair of different texts that an annotator ordered: the key of its prompt, which the pairs
+of all rankings of the prompt share; annotator and kind; the score of the response preferred less that of the
+other; and the same difference by the rubric, 0 where it is unknown."""
+PAIR = [("prompt", "O"), ("annotator", "O"), ("kind", "O"), ("score", "f8"), ("rubric", "f8")]
+
+
+def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> Pairs:
     """All pairs of different texts that their annotators ordered."""
     pairs = []
     for one in scored:
-        prompt = prompt_key(one.ranking)
-        values = [rubric(one.ranking.messages, text) for text in one.ranking.responses]
-        known = [value for value in values if value is not None]
-        known = known if len(known) == len(values) else [0.0] * len(values)
-        pairs += [
-            Pair(prompt, one.ranking, one.scores[i] - one.scores[j], known[i] - known[j])
-            for i, j in distinct_pairs(one.ranking)
-        ]
-    return pairs
+        ranking, scores = one.ranking, one.scores
+        values = [rubric(ranking.messages, text) for text in ranking.responses]
+        known = [0.0 if value is None or None in values else value for value in values]
+        who = prompt_key(ranking), ranking.annotator, ranking.kind or ""
+        pairs += [(*who, scores[i] - scores[j], known[i] - known[j]) for i, j in distinct_pairs(ranking)]
+    return np.array(pairs, PAIR)
 
 
-# ---- Metrics
-
-
-def accuracy(
-    pairs: Iterable[Pair], value: Callable[[Pair], float] = lambda pair: pair.difference
-) -> Estimate:
-    """The share of pairs that are right: whose value is above 0; 0 is half right. The pairs of one prompt are
-    not independent."""
-    of_prompt: dict[str, list[float]] = defaultdict(list)
-    for pair in pairs:
-        found = value(pair)
-        of_prompt[pair.prompt].append((1 + (found > 0) - (found < 0)) / 2)
-    return share([sum(own) for own in of_prompt.values()], [len(own) for own in of_prompt.values()])
-
-
-def by_margin(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The accuracy in each quarter of the pairs, from the closest scores to the farthest."""
-    order = sorted(pairs, key=lambda pair: abs(pair.difference))
-    quarters = [[order[i] for i in part] for part in np.array_split(np.arange(len(order)), 4) if len(part)]
-    return [
-        {"from": abs(own[0].difference), "to": abs(own[-1].difference), **accuracy(own)} for own in quarters
-    ]
+def accuracy(pairs: Pairs, *orders: str) -> Estimate:
+    """The share of pairs of which two orders are the same, one being the annotator's unless two are named;
+    equal scores are half right. The pairs of one prompt are not independent."""
+    same = np.prod([np.sign(pairs[order]) for order in orders], axis=0)
+    _, prompt = np.unique(pairs["prompt"], return_inverse=True)
+    return mean(np.bincount(prompt, (1 + same) / 2), np.bincount(prompt))
 
 
 def rater_accuracy(agreed: float) -> float:
@@ -132,26 +109,21 @@ def rater_accuracy(agreed: float) -> float:
     return (1 + sqrt(max(0.0, 2 * agreed - 1))) / 2
 
 
-def against_rubric(pairs: Sequence[Pair]) -> dict[str, Any]:
+def against_rubric(pairs: Pairs) -> dict[str, Any]:
     """How often scores and annotators have the rubric's order, of all pairs that differ by MARGIN, by
     annotator and in classes of the difference; and `ceiling`, how often the rubric has the annotators' order,
     of any."""
-    known = [pair for pair in pairs if pair.rubric]
-    far = [pair for pair in known if abs(pair.rubric) >= MARGIN]
-
-    def annotators(some: Sequence[Pair]) -> Estimate:
-        return accuracy(some, lambda pair: pair.rubric)
+    known, apart = pairs[pairs["rubric"] != 0], np.abs(pairs["rubric"])
 
     def shares(low: float, high: float) -> dict[str, Any]:
-        within = [pair for pair in known if low <= abs(pair.rubric) < high]
-        scores = accuracy(within, lambda pair: pair.rubric * pair.difference)
-        return {"scores": scores, "annotators": annotators(within)}
+        own = pairs[(low <= apart) & (apart < high)]
+        return {"scores": accuracy(own, "score", "rubric"), "annotators": accuracy(own, "rubric")}
 
-    names = sorted({pair.ranking.annotator for pair in known})
+    far = pairs[apart >= MARGIN]
     return {
         **shares(MARGIN, inf),
-        "by_annotator": {n: annotators([pair for pair in far if pair.ranking.annotator == n]) for n in names},
-        "ceiling": annotators(known),
+        "by_annotator": by("annotator", far, "rubric"),
+        "ceiling": accuracy(known, "rubric"),
         "by_margin": [
             {"from": low, "to": min(high, MARGINS[-1]), **shares(low, high)}
             for low, high in pairwise((*MARGINS[:-1], inf))
@@ -159,29 +131,26 @@ def against_rubric(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-BASELINES: dict[str, tuple[str, str, Callable[[Ranking], list[int]]]] = {
-    "length": ("longer", "shorter", lambda ranking: [len(text) for text in ranking.responses]),
-    "majority": ("listed first", "listed last", lambda ranking: [-i for i in range(len(ranking.responses))]),
-}
-"""Scores that read no response: what the higher and the lower is called, and the scores."""
+def by(field: str, pairs: Pairs, order: str) -> dict[str, Estimate]:
+    """The accuracy of an order among the pairs of each annotator, or of each kind."""
+    return {name: accuracy(pairs[pairs[field] == name], order) for name in sorted({*pairs[field]} - {""})}
 
 
-def baselines(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[str, dict[str, Any]]:
-    """The accuracy on held-out pairs of taking one side always: that which wins more of the training pairs.
+# ---- Length
 
-    `side` is None where there is no choice: in a format that lists the better response first, the place
-    is the label itself, and knows nothing.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name, (higher, lower, scores) in BASELINES.items():
-        won = accuracy(pairs_of(Scored(one, scores(one), []) for one in training))["value"]
-        if won is None or (name == "majority" and won in (0, 1)):
-            found[name] = {"side": None, **estimate(None, 0)}
-            continue
-        sign, side = (1, higher) if won >= 0.5 else (-1, lower)
-        sided = (Scored(one, [sign * score for score in scores(one)], []) for one in held_out)
-        found[name] = {"side": side, **accuracy(pairs_of(sided))}
-    return found
+
+def length_baseline(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[str, Any]:
+    """The accuracy on held-out pairs of taking the longer response always, or the shorter: that which wins
+    more of the training pairs. `side` is None where there are none."""
+
+    def pairs(rankings: Sequence[Ranking], sign: int) -> Pairs:
+        return pairs_of(Scored(one, [sign * len(text) for text in one.responses], ()) for one in rankings)
+
+    won = accuracy(pairs(training, 1), "score")["value"]
+    if won is None:
+        return {"side": None, **estimate(None, 0)}
+    sign, side = (1, "longer") if won >= 0.5 else (-1, "shorter")
+    return {"side": side, **accuracy(pairs(held_out, sign), "score")}
 
 
 def within_prompts(scored: Sequence[Scored]) -> Float64[np.ndarray, "2 R"]:
@@ -192,10 +161,8 @@ def within_prompts(scored: Sequence[Scored]) -> Float64[np.ndarray, "2 R"]:
 
 def length_correlation(scored: Sequence[Scored]) -> float | None:
     """The correlation of score and length within prompts; None where either never varies."""
-    lengths, scores = within_prompts(scored)
-    if not lengths.any() or not scores.any():
-        return None
-    return float(lengths @ scores / sqrt((lengths @ lengths) * (scores @ scores)))
+    within = within_prompts(scored)
+    return float(np.corrcoef(within)[0, 1]) if within.any(axis=1).all() else None
 
 
 # ---- Tricks
@@ -223,7 +190,6 @@ def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, l
     first = list(of_prompt.values())
     honest = [_honest(ranking, rubric) for ranking in first]
     others = [honest[_another(first, i)] for i in range(len(first))]
-
     return {
         name: [
             ResponseSet(ranking.messages, [answer, trick])
@@ -255,8 +221,8 @@ def trick_shares(
 ) -> dict[str, Estimate]:
     """The share of honest answers that score above the trick, per trick; where both fit the model."""
     found = iter(by_reward(model, template)([pair for pairs in of_trick.values() for pair in pairs]))
-    outcomes = {name: [next(found) for _ in pairs] for name, pairs in of_trick.items()}
-    return {name: share([won == 1 for won in own if won is not None]) for name, own in outcomes.items()}
+    outcomes = {name: islice(found, len(pairs)) for name, pairs in of_trick.items()}
+    return {name: mean([won == 1 for won in own if won is not None]) for name, own in outcomes.items()}
 
 
 # ---- The card
@@ -272,24 +238,21 @@ def report_card(
     """All metrics, as report.json holds them. `scored` are held-out rankings; `rankings` are all there are,
     for annotators can be compared on those too that the model has seen."""
     pairs, held_out = pairs_of(scored, rubric), [one.ranking for one in scored]
-    difference = np.array([pair.difference for pair in pairs], np.float64)
     # σ(|difference|) is how sure the scores are of their order.
-    sure = 1 / (1 + np.exp(-np.abs(difference)))
-    error, bins = reliability(sure, (1 + np.sign(difference)) / 2, lowest=0.5)
-    agreed = next(iter(agreements(opinions_of(rankings))), estimate(None, 0))
+    sure = 1 / (1 + np.exp(-np.abs(pairs["score"])))
+    error, bins = reliability(sure, (1 + np.sign(pairs["score"])) / 2, lowest=0.5)
+    agreed = next(iter(agreements(rankings)), estimate(None, 0))
     prompts = set(map(prompt_key, held_out))
     training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
-    kinds = sorted({pair.ranking.kind for pair in pairs if pair.ranking.kind})
     return {
         "prompts": len(prompts),
         "rankings": len(scored),
-        "accuracy": accuracy(pairs),
+        "accuracy": accuracy(pairs, "score"),
         "annotators": estimate(agreed["value"], agreed["count"])
         | {"ceiling": None if agreed["value"] is None else rater_accuracy(agreed["value"])},
-        "baselines": baselines(training, held_out),
+        "length_baseline": length_baseline(training, held_out),
         "truth": against_rubric(pairs),
-        "by_margin": by_margin(pairs),
-        "by_kind": {kind: accuracy(pair for pair in pairs if pair.ranking.kind == kind) for kind in kinds},
+        "by_kind": by("kind", pairs, "score"),
         "calibration": {"error": error, "bins": bins},
         "length_correlation": length_correlation(scored),
         "probes": trick_shares(model, template, trick_pairs(held_out, rubric)),
@@ -316,7 +279,8 @@ def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -
     calibration.plot([0.5, 1], [0.5, 1], ":", color="black")
     calibration.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
     calibration.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
-    known = {f"{own['side']} (baseline)": own for own in card["baselines"].values() if own["side"]}
+    by_length = card["length_baseline"]
+    known = {f"{by_length['side']} (baseline)": by_length} if by_length["side"] else {}
     _bars(accuracy, {"all": card["accuracy"], **known, **card["by_kind"]}, "pairs in the annotator's order")
     if (agreed := card["annotators"])["count"]:
         accuracy.axvspan(agreed["value"], agreed["ceiling"], alpha=0.2, label="ceiling")
