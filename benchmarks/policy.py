@@ -6,7 +6,7 @@
 Every seed is a world, a base model, an assistant, rankings and a reward model of its own, made by the scripts
 with their default options; what exists already is used. Each variant starts from those. The judge is the
 little world's rubric, on test prompts that no stage has seen: sampled at temperature 1, and greedy. Beside
-it, for the base model too, the share of pairs (compare/probes.py) whose harmful text is at least as likely.
+it, for the base model too, the share of pairs (compare/metrics.py) whose harmful text is at least as likely.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,7 @@ import torch
 from harness import parser, script, write
 
 from minillm.chat import ChatTemplate
-from minillm.compare.metrics import pair_section, words
-from minillm.compare.probes import world_pairs
+from minillm.compare.metrics import pair_section, words, world_pairs
 from minillm.files import read_json
 from minillm.io.huggingface import load_causal_model, load_model, load_scalar_model
 from minillm.preferences import MARGIN, ChatModel

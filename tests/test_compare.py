@@ -17,17 +17,18 @@ from minillm.compare import __main__ as compare
 from minillm.compare.__main__ import names_of
 from minillm.compare.metrics import (
     changes,
-    choose,
+    choices,
     contests,
     cost_section,
     headline,
+    held_out_text,
     pair_section,
+    response_logprobs,
     sure_section,
     text_table,
-    training_section,
+    token_values,
 )
 from minillm.compare.page import page
-from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values
 from minillm.data import Source, unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
@@ -43,7 +44,7 @@ from minillm.world import KINDS, World
 ROOT = Path(__file__).parents[1]
 WORLD = World(0)
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
-SECTIONS = ["headline", "by_kind", "contests", "manner", "pairs", "cost", "sure", "training"]
+SECTIONS = ["headline", "by_kind", "contests", "manner", "pairs", "cost", "sure"]
 SAMPLED = "sampled at temperature 1"
 SMALL = "--prompts 2 --pairs 2 --text-bytes 900 --max-new-tokens 12 --show 0".split()
 
@@ -164,17 +165,28 @@ def test_the_right_answer_is_the_first_of_those_to_choose_from():
     assert choices(WORLD, facts, 0) == choices(WORLD, facts, 0) != choices(WORLD, facts, 1)
 
 
-def test_a_choice_is_as_sure_as_the_share_of_its_probability(base, chat):
-    questions = choices(WORLD, WORLD.prompts("dev", "fact", 3), 0)
+def test_a_choice_is_as_sure_as_the_share_of_its_probability_and_right_where_the_answer_is_likeliest(
+    base, chat
+):
+    facts = WORLD.prompts("dev", "fact", 3)
+    said = {one.name: [Reply(prompt, "", True, (5,)) for prompt in facts] for one in (base, chat)}
+    for replies in said.values():
+        replies[:] = [replace(one, score=WORLD.score(one.prompt, "")) for one in replies]
+    table, _ = sure_section([base, chat], {"greedy": said}, WORLD, 0).tables.values()
     for one in (base, chat):
-        for given_set, sure, right in zip(questions, *choose(one, questions), strict=True):
-            rows = [
-                (one.prompt(given_set.messages), one.tokenizer.encode(text)) for text in given_set.responses
-            ]
-            logs = np.array([values.sum() for values in token_values(one.model, rows)])
-            shares = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
-            assert sure == pytest.approx(shares.max(), rel=1e-3) and 1 / 8 <= sure <= 1
-            assert right == (shares.argmax() == 0)
+        answers = [
+            np.exp(own) / np.exp(own).sum() for own in response_logprobs(one, choices(WORLD, facts, 0))
+        ]
+        assert table["how sure"][one.name]["value"] == pytest.approx(np.mean([own.max() for own in answers]))
+        assert table["right"][one.name]["value"] == np.mean([own.argmax() == 0 for own in answers])
+
+
+def test_the_probability_of_a_response_is_that_of_its_tokens(base, chat):
+    (given_set,) = choices(WORLD, WORLD.prompts("dev", "fact", 1), 0)
+    for one in (base, chat):
+        rows = [(one.prompt(given_set.messages), one.tokenizer.encode(text)) for text in given_set.responses]
+        expected = [naive(one, *row)[range(len(row[1])), row[1]].sum().item() for row in rows]
+        assert response_logprobs(one, [given_set])[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
@@ -342,22 +354,6 @@ def test_models_of_other_vocabularies_have_no_kl_and_all_others_do(base, chat):
     assert len(found.notes) == 2 and all("other and" in note for note in found.notes)
 
 
-def test_what_a_run_logged_of_score_and_kl_is_shown_and_nothing_else(tmp_path):
-    events = [
-        {"event": "train", "step": 1, "score": 0.5, "rubric": 0.4, "kl": 0.25},
-        {"event": "val", "step": 2, "rubric": 0.4, "kl": 4.0, "loss": 3.0},
-        {"event": "train", "step": 3, "loss": 1.0},
-        {"event": "val", "step": 4, "score": 1.0, "kl": float("nan")},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    plots = training_section({"run": str(tmp_path), "none": str(tmp_path / "absent")}).plots
-    lines = {caption: plot["lines"] for caption, plot in plots.items()}
-    assert lines == {
-        "run: score": {"train prompts": [(0.5, 0.5, 0.2)], "val prompts": []},
-        "run: rubric": {"train prompts": [(0.5, 0.4, 0.2)], "val prompts": [(2.0, 0.4, 0.2)]},
-    }
-
-
 # ---- The command
 
 
@@ -423,10 +419,9 @@ def test_without_the_little_world_there_are_the_metrics_that_need_no_rubric(comm
     content, printed = command("base", "chat", "--data", str(data), "--text", str(text), "--temperature", "0")
     assert content["prompts"] == {"prompts": 2} and content["left_out"] == {"prompts beyond --prompts": 3}
     metrics = content["metrics"]
-    assert [*metrics] == ["headline", "contests", "cost", "training"] and not metrics["contests"]["tables"]
+    assert [*metrics] == ["headline", "contests", "cost"] and not metrics["contests"]["tables"]
     assert [*metrics["headline"]["tables"]] == ["greedy"] and not metrics["headline"]["notes"]
-    values = {"text", "ended", "words", "repetition"}
-    assert said_by(content, "greedy", "base")[0].keys() == values
+    assert said_by(content, "greedy", "base")[0].keys() == {"text", "ended"}
     text, kl = metrics["cost"]["tables"].values()
     assert text["nats per byte"]["base"]["value"] > 0 and kl["chat from base"]["token"]["value"] > 0
     assert "Left out: 3 prompts beyond --prompts." in (tmp_path / "compare.html").read_text()

@@ -56,6 +56,13 @@ def test_an_answer_is_in_form_if_it_ends_and_speaks_for_itself_alone_and_right_i
         assert (one.in_form, one.right) == expected, text
 
 
+def test_words_are_what_spaces_divide_and_repetition_the_share_of_pairs_of_them_said_before():
+    asked = Prompt([], "prompts", "")
+    said = {"a b a b": (4, 1 / 3), "A  b\na B": (4, 1 / 3), "one": (1, 0), "": (0, 0)}
+    replies = {text: Reply(asked, text, True) for text in said}
+    assert {text: (one.words, pytest.approx(one.repetition)) for text, one in replies.items()} == said
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_people_said_without_flaw_is_right_and_in_form(kind):
     said = [c for c in WORLD.conversations("dev", 300) if c.kind == kind and c.flaw is None]

@@ -12,7 +12,6 @@ from minillm.tools.measures import (
     estimate,
     mean,
     reliability,
-    repetition,
     win_rates,
     written,
 )
@@ -143,24 +142,9 @@ def test_bins_divide_what_lies_between_the_lowest_and_one():
 # ---- Words
 
 
-@given(texts, st.integers(1, 3))
-@example("", 2)
-@example("cat", 2)
-def test_repetition_is_a_share_and_nothing_where_no_run_comes_twice(text, n):
-    assert 0 <= repetition(text, n) < 1
-    words = text.lower().split()
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    assert (repetition(text, n) == 0) == (len(set(runs)) == len(runs))
-
-
-@given(st.lists(texts, min_size=1, max_size=5))
-def test_to_say_everything_twice_halves_what_is_distinct(said):
-    once, twice = distinct(said), distinct(said * 2)
-    assert (once is None) == (twice is None)
-    if once is not None:
-        assert 0 < once <= 1 and twice == pytest.approx(once / 2)
-
-
-def test_words_are_what_spaces_divide():
-    assert repetition("a b a b") == pytest.approx(1 / 3)
-    assert distinct(["a b", "b c", "A b"]) == pytest.approx(2 / 3)
+@given(st.lists(texts, min_size=1, max_size=5), st.integers(1, 3))
+def test_distinct_is_the_share_of_different_runs_and_to_say_everything_twice_halves_it(said, n):
+    words = [text.lower().split() for text in said]
+    runs = [tuple(own[i : i + n]) for own in words for i in range(len(own) - n + 1)]
+    assert distinct(said, n) == (pytest.approx(len({*runs}) / len(runs)) if runs else None)
+    assert distinct(said * 2, n) == (pytest.approx(len({*runs}) / len(runs) / 2) if runs else None)

@@ -10,8 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.compare.metrics import words
-from minillm.compare.page import page, terminal_text
-from minillm.compare.plots import curves, intervals
+from minillm.compare.page import curves, intervals, page, terminal_text
 from minillm.tools.measures import estimate
 from minillm.tools.streams import printable
 
@@ -27,11 +26,8 @@ def shares() -> dict:
 
 def content_of(text: str = "It is red.", plotted: bool = True) -> dict:
     """What a comparison of three models finds, every reply being this text."""
-    lines = {run: [(0.4, 0.3, 0.9), (0.8, 0.9, 0.1)] for run in RUNS}
-    plot, reply = (
-        {"lines": lines, "x_label": "x", "y_label": "y"},
-        {"text": text, "ended": True, "utility": 0.9},
-    )
+    plot = {run: [(0.4, 0.3, 0.9), (0.8, 0.9, 0.1)] for run in RUNS}
+    reply = {"text": text, "ended": True, "utility": 0.9}
     return {
         "runs": RUNS, "folders": {run: f"out/{run}" for run in RUNS},
         "options": {"seed": 0, "show": 1, "judge": ["x"]},
@@ -222,15 +218,14 @@ points = st.lists(st.tuples(values, values, values), max_size=5)
 
 
 @settings(max_examples=5)
-@given(st.lists(points, min_size=1, max_size=9), st.booleans())
-@example([[(0.5, 2.0, 0.0)]], False)  # an axis without extent
-def test_curves_have_a_dot_for_each_point_and_the_diagonal_if_asked_for(series, diagonal):
-    svg = curves({str(i): own for i, own in enumerate(series)}, "caption", "x", "y", diagonal).svg
+@given(st.lists(points, min_size=1, max_size=9))
+def test_curves_have_a_dot_for_each_point_beside_the_diagonal(series):
+    svg = curves("caption", {str(i): own for i, own in enumerate(series)}).svg
     assert "nan" not in svg
     assert len(re.findall(r'<use xlink:href="#\w+" x="[^"]*" y="[^"]*" style="fill: var\(--c', svg)) == sum(
         map(len, series)
     )
-    assert svg.count("stroke-dasharray: 1") == diagonal
+    assert svg.count("stroke-dasharray: 1") == 1
     assert Reader(svg).open == []
 
 

@@ -30,7 +30,6 @@ if __name__ == "__main__":
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
-from minillm.compare.probes import world_pairs
 from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, writing
 from minillm.files import read_json, write_json, write_text
@@ -176,12 +175,10 @@ def open_prompts(
     if world is not None:
         prompts = prompts_of_each_kind(world, options.split, options.prompts)
     else:
-        every: list[list[dict[str, str]]] = []
+        asked: list[Prompt] = []
         for source in conversations.open_prompts(options.data, options.errors):
             left_out += source.skipped
-            every += source.conversations()
-        asked = [Prompt(messages, UNNAMED, "") for messages in every if messages]
-        left_out["replies to nothing"] = len(every) - len(asked)
+            asked += [Prompt(messages, UNNAMED, "") for messages in source.conversations()]
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
         prompts = asked[: options.prompts]
     length = options.max_new_tokens
@@ -226,19 +223,18 @@ def open_judge(
 
 def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     """What compare.json holds. All that can be wrong with files shows before the first reply is sampled."""
-    began = time.perf_counter()
-    world = None if options.data else World(options.seed)
+    began, length, seed = time.perf_counter(), options.max_new_tokens, options.seed
+    world = None if options.data else World(seed)
     models = open_models(options, runtime)
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
     kinds = dict(Counter(prompt.kind for prompt in prompts))
-    sources, origin = open_text(options, world)
+    text = open_text(options, world)
     with writing(options.out, "give another --out"):
         Path(options.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
     with ExitStack() as stack:
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
-        length, seed = options.max_new_tokens, options.seed
         said = {
             name: {
                 one.name: sample_replies(one.model, one.tokenizer, prompts, T, length, seed, world)
@@ -251,16 +247,17 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = dict([list(said.items())[-1]]) if name == "person" else said
             contests |= metrics.contests(*judge, prompts, shown, seed)
-    sections = {
-        "headline": metrics.headline(said, world is not None),
-        "contests": metrics.Section(contests),
-        "cost": metrics.cost_section(models, said, sources, origin, options.text_bytes),
-        "training": metrics.training_section(folders),
-    }
+    sections = {"headline": metrics.headline(said, world is not None)}
     if world is not None:
         sections["by_kind"] = metrics.by_kind(said, [*kinds])
+    sections["contests"] = metrics.Section(contests)
+    if world is not None:
         sections["manner"] = metrics.Section(metrics.reply_tables(metrics.words()["metrics"]["manner"], said))
-        sections["pairs"] = metrics.pair_section(models, world_pairs(world, options.split, options.pairs))
+        sections["pairs"] = metrics.pair_section(
+            models, metrics.world_pairs(world, options.split, options.pairs)
+        )
+    sections["cost"] = metrics.cost_section(models, said, *text, options.text_bytes)
+    if world is not None:
         sections["sure"] = metrics.sure_section(models, said, world, seed)
     return {
         "runs": list(folders),
@@ -271,8 +268,8 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "on_world": world is not None,
         "prompts": kinds,
         "left_out": left_out,
-        "metrics": {name: vars(sections[name]) for name in metrics.words() if name in sections},
-        "replies": metrics.replies_json(prompts, said, world is not None),
+        "metrics": {name: vars(section) for name, section in sections.items()},
+        "replies": metrics.replies_json(prompts, said),
         "seconds": time.perf_counter() - began,
     }
 

@@ -1,43 +1,46 @@
-"""The metrics of a comparison, section by section as the page shows them.
+"""The metrics of a comparison, section by section as the page shows them, and what they read of a model.
 
 A `Section` is tables of estimates (tools/measures.py) with notes and curves beside them: plain content of
 compare.json, from which the page and the terminal are made. What cannot be had is left out: without the
 little world no rubric, no pairs. Titles, texts and the rows of the replies' metrics are in words.toml.
+
+What is likely is read of rows, a context and the tokens said after it, each model in its own form: a chat
+model after its chat template, a base model after the question as a line of text.
+
+Sources: KL between policies over the whole vocabulary, Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155),
+section 3.5; answers chosen by likelihood, Kadavath et al. 2022 (arXiv 2207.05221), section 2; what alignment
+does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
 """
 
+import random
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, pairwise
-from math import isfinite, sqrt
+from math import ceil, sqrt
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 
-from minillm.compare.probes import choices, held_out_text, response_logprobs, token_values
-from minillm.data import Source
+from minillm.data import Source, split_documents
+from minillm.model import LanguageModel
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.tools.evaluate import Reply, Row, text_loss
-from minillm.tools.folder import read_metrics
+from minillm.tools.evaluate import Reply, Row, hidden_before, text_loss
 from minillm.tools.judge import PairJudge, blind
-from minillm.tools.measures import (
-    Estimate,
-    distinct,
-    estimate,
-    mean,
-    reliability,
-    repetition,
-    win_rates,
-    written,
-)
+from minillm.tools.measures import Estimate, distinct, estimate, mean, reliability, win_rates, written
 from minillm.world import World
+from minillm.world.facts import state
 from minillm.world.rubric import Prompt
 
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
 GREEDY = "greedy"
+ROWS = 64  # scored together
+CANDIDATES = 8  # answers to choose from, of which chance picks the right one in 1/8
 
 Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 """By sampling and model, the reply to each prompt."""
@@ -50,8 +53,8 @@ class Section:
     tables: dict[str, Rows] = field(default_factory=dict)
     """By caption."""
     notes: list[str] = field(default_factory=list)
-    plots: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By caption, the arguments of `curves` (plots.py)."""
+    plots: dict[str, dict[str, list[tuple[float, float, float]]]] = field(default_factory=dict)
+    """By caption and model, how sure it is, how often right, and the size of the dot, from 0 to 1."""
 
 
 @cache
@@ -62,31 +65,23 @@ def words() -> dict[str, Any]:
 
 # ---- What the replies are like
 
-REPLY_METRICS: dict[str, tuple[Callable[[Sequence], Estimate], Callable[[Reply], Any]]] = {
-    "ended": (mean, lambda reply: reply.ended),
-    "words": (lambda counts: mean(counts, form="count"), lambda reply: len(reply.text.split())),
-    "repetition": (mean, lambda reply: repetition(reply.text)),
-    # Of a whole set, without an interval: they change with the size of the set.
-    "distinct": (lambda texts: estimate(distinct(texts), len(texts)), lambda reply: reply.text),
-    "different": (lambda texts: estimate(len({*texts}), len(texts), form="whole"), lambda reply: reply.text),
-    "utility": (lambda values: mean(values, form="score"), lambda reply: reply.utility),
-    "in_form": (mean, lambda reply: reply.in_form),
-    "right": (mean, lambda reply: reply.right),
-    "refused": (mean, lambda reply: reply.score.refused),
-    "said_unknown": (mean, lambda reply: reply.score.said_unknown),
-    "complied": (mean, lambda reply: reply.score.complied),
-    "rude": (mean, lambda reply: reply.score.rude),
+SETS: dict[str, Callable[[list[str]], Estimate]] = {
+    "distinct": lambda texts: estimate(distinct(texts), len(texts)),
+    "different": lambda texts: estimate(len({*texts}), len(texts), form="whole"),
 }
-"""A kind of estimate, and the value of each reply that it is made of."""
+"""Metrics of all replies together, without an interval, for they change with their number. Every other metric
+of words.toml is the mean of what it names of a `Reply`."""
 
 
 def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Rows]:
     """By sampling, these metrics of the replies to prompts of the kinds that they are of, or of all."""
 
     def found(row: Mapping[str, Any], replies: Sequence[Reply]) -> Estimate:
-        estimated, value = REPLY_METRICS[row["metric"]]
-        kinds = row.get("kinds")
-        return estimated([value(one) for one in replies if kinds is None or one.prompt.kind in kinds])
+        metric, kinds = row["metric"], row.get("kinds")
+        own = [one for one in replies if kinds is None or one.prompt.kind in kinds]
+        if metric in SETS:
+            return SETS[metric]([one.text for one in own])
+        return mean([attrgetter(metric)(one) for one in own], form=row.get("form", "share"))
 
     return {
         sampling: {row["label"]: {name: found(row, own) for name, own in of_model.items()} for row in rows}
@@ -131,20 +126,19 @@ def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 def by_kind(said: Said, kinds: Sequence[str]) -> Section:
     """The rubric and what is right, of each kind of prompts and of all."""
     tables: dict[str, Rows] = {}
-    for title, metric in (("rubric", "utility"), ("in form and right", "right")):
-        rows: list[dict[str, Any]] = [{"label": kind, "metric": metric, "kinds": [kind]} for kind in kinds]
-        made = reply_tables([*rows, {"label": "all", "metric": metric}], said)
-        tables |= {f"{title}, {sampling}": table for sampling, table in made.items()}
+    for metric in words()["metrics"]["by_kind"]:
+        rows = [metric | {"label": kind, "kinds": [kind]} for kind in kinds] + [metric | {"label": "all"}]
+        made = reply_tables(rows, said)
+        tables |= {f"{metric['label']}, {sampling}": table for sampling, table in made.items()}
     return Section(tables)
 
 
-def replies_json(prompts: Sequence[Prompt], said: Said, on_world: bool) -> list[dict[str, Any]]:
-    """Every prompt with what each model said, and the value of every metric of it."""
-    rows = [row for name in ("manner", "headline")[: 1 + on_world] for row in words()["metrics"][name]]
+def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:
+    """Every prompt with what each model said, whether it ended, and the rubric's score if there is one."""
 
     def record(reply: Reply) -> dict[str, Any]:
-        values = {row["metric"]: REPLY_METRICS[row["metric"]][1](reply) for row in rows}
-        return {"text": values.pop("distinct")} | values
+        rubric = {"utility": reply.utility} if reply.score else {}
+        return {"text": reply.text, "ended": reply.ended} | rubric
 
     return [
         {
@@ -177,19 +171,58 @@ def contests(
     outcomes, last = iter(blind(judge, pairs, seed)), [*said][-1]
     overall, tables = Rows(), dict[str, Rows]()
     for sampling, earlier, later in keys:
-        label, of_kind = f"{later} against {earlier}, {sampling}", dict[str, list[int]]()
+        label = f"{later} against {earlier}, {sampling}"
         own = [(prompt.kind, next(outcomes)) for prompt in prompts]
-        for kind, outcome in own:
-            of_kind.setdefault(kind, []).extend([] if outcome is None else [outcome])
-        known = [outcome for some in of_kind.values() for outcome in some]
+        known = [(kind, outcome) for kind, outcome in own if outcome is not None]
         left_out = estimate(len(own) - len(known), len(own), form="whole")
-        overall[label] = win_rates(known) | {"not judged": left_out}
+        overall[label] = win_rates([outcome for _, outcome in known]) | {"not judged": left_out}
         if sampling == last and (earlier, later) in pairwise(said[last]):
-            tables[f"{label}, by {name}"] = {kind: win_rates(some) for kind, some in of_kind.items()}
+            tables[f"{label}, by {name}"] = {
+                kind: win_rates([outcome for k, outcome in known if k == kind]) for kind in dict(own)
+            }
     return {f"judged by {name}": overall, **tables} if keys else {}
 
 
 # ---- What is likely
+
+
+@torch.no_grad()
+def token_values(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    earlier: LanguageModel | None = None,
+    earlier_rows: Sequence[Row] = (),
+) -> list[Float64[np.ndarray, " _"]]:
+    """For every row, of each token said: log p, or with an earlier model KL(model ‖ earlier) in nats.
+
+    The earlier model's rows say the same tokens, after contexts of its own; the two have one vocabulary.
+    """
+    # Rows of similar lengths together, for little padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    found: dict[int, np.ndarray] = {}
+    for first in range(0, len(order), ROWS):
+        batch, reference = order[first : first + ROWS], None
+        hidden = hidden_before(model, [rows[i] for i in batch])
+        if earlier is not None:
+            reference = hidden_before(earlier, [earlier_rows[i] for i in batch]), earlier.lm_head.weight
+        said = torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64)
+        scored = model.token_logprobs(hidden, said.to(hidden.device), reference=reference)
+        values = (scored.logprobs if scored.kl is None else scored.kl).double().cpu()
+        parts = values.split([len(rows[i][1]) for i in batch])
+        found |= {i: part.numpy() for i, part in zip(batch, parts, strict=True)}
+    return [found[i] for i in range(len(rows))]
+
+
+def response_logprobs(one: ChatModel, sets: Sequence[ResponseSet]) -> list[Float64[np.ndarray, " _"]]:
+    """log p of every response of each set, without the tokens that would end it."""
+    rows = [
+        (context, one.tokenizer.encode(text))
+        for given in sets
+        for context in [one.prompt(given.messages)]
+        for text in given.responses
+    ]
+    totals = iter([float(values.sum()) for values in token_values(one.model, rows)])
+    return [np.array([next(totals) for _ in given.responses]) for given in sets]
 
 
 def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Section:
@@ -264,11 +297,12 @@ def sure_section(models: Sequence[ChatModel], said: Said, world: World, seed: in
             replies = [reply for reply in said[GREEDY][one.name] if reply.prompt.kind in ("fact", "unknown")]
             if measure == "choice":
                 facts = [reply.prompt for reply in replies if reply.prompt.kind == "fact"]
-                sure, right = choose(one, choices(world, facts, seed))
+                answers = response_logprobs(one, choices(world, facts, seed))
+                picked = [(1 / np.exp(own - own.max()).sum(), own.argmax() == 0) for own in answers]
             else:  # the geometric mean of the probabilities of a reply's tokens
                 values = token_values(one.model, reply_rows(one, replies))
-                sure = np.exp([row.mean() for row in values])
-                right = np.array([reply.right for reply in replies], np.float64)
+                picked = [(np.exp(own.mean()), r.right) for own, r in zip(values, replies, strict=True)]
+            sure, right = np.array(picked, np.float64).reshape(-1, 2).T
             error, bins = reliability(sure, right)
             found = {
                 "right": mean(right),
@@ -281,42 +315,53 @@ def sure_section(models: Sequence[ChatModel], said: Said, world: World, seed: in
                 rows.setdefault(label, {})[one.name] = own
             # A dot's area is the bin's share of all.
             lines[one.name] = [(b["sure"], b["accuracy"], sqrt(b["count"] / len(sure))) for b in bins]
-        labels = {"x_label": "how sure", "y_label": "how often right"}
         section.tables[caption] = rows
-        section.plots[caption] = labels | {"lines": lines, "unit_square": True}
+        section.plots[caption] = lines
     return section
 
 
-def choose(
-    one: ChatModel, questions: Sequence[ResponseSet]
-) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
-    """How sure the model is of the likeliest answer to each, of those given, and whether it is the first."""
-    logprobs = response_logprobs(one, questions)
-    sure = [1 / np.exp(own - own.max()).sum() for own in logprobs]
-    return np.array(sure, np.float64), np.array([own.argmax() == 0 for own in logprobs], np.float64)
+# ---- What there is to score
 
 
-# ---- What training logged
+def world_pairs(world: World, split: str, count: int) -> dict[str, list[ResponseSet]]:
+    """By name, pairs of a helpful and a harmful reply to one prompt."""
+    pairs = {}
+    for name, held_out in (("advice", False), ("held_out", True)):
+        advice = world.paired_continuations(split, count, held_out)
+        pairs[name] = [ResponseSet([{"role": "user", "content": ask}], [*two]) for ask, *two in advice]
+    for flaw in ("comply", "rude"):
+        made = world.reply_pairs(split, flaw, count)
+        pairs[flaw] = [ResponseSet(prompt.messages, [*two], prompt.kind) for prompt, *two in made]
+    return pairs
 
 
-def training_section(folders: Mapping[str, str]) -> Section:
-    """Score and rubric of runs against a reward model over √KL, in which Gao et al. 2023 (arXiv 2210.10760)
-    find them simplest."""
+def choices(world: World, prompts: Sequence[Prompt], seed: int) -> list[ResponseSet]:
+    """To each question of fact its right answer, and after it others in the same words, with other values."""
+    entities = {entity.name: entity for entity in world.entities}
+    values: dict[str, set[str]] = {}
+    for fact in world.facts:
+        values.setdefault(fact.attribute, set()).add(fact.value)
+    found = []
+    for prompt in prompts:
+        wrong = sorted(values[prompt.topic] - {prompt.answer, prompt.entity})
+        others = random.Random(f"{seed} {prompt.text}").sample(wrong, min(CANDIDATES - 1, len(wrong)))
+        entity = entities[prompt.entity]
+        said = [state(prompt.topic, entity, value, "answers")[0] for value in (prompt.answer, *others)]
+        found.append(ResponseSet(prompt.messages, said, prompt.kind))
+    return found
 
-    def points(events: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float, float]]:
-        both: list[Any] = [(event.get("kl"), event.get(key)) for event in events]
-        known = [two for two in both if all(isinstance(x, int | float) and isfinite(x) for x in two)]
-        return [(sqrt(max(0.0, kl)), value, 0.2) for kl, value in known]
 
-    plots: dict[str, dict[str, Any]] = {}
-    for name, folder in folders.items():
-        events = read_metrics(Path(folder))
-        for key in ("score", "rubric"):
-            lines = {
-                f"{kind} prompts": points([one for one in events if one["event"] == kind], key)
-                for kind in ("train", "val")
-            }
-            if any(lines.values()):
-                labels = {"x_label": "√KL, nats a reply", "y_label": key}
-                plots[f"{name}: {key}"] = labels | {"lines": lines}
-    return Section(plots=plots)
+def held_out_text(sources: Iterable[Source], val_fraction: float, size: int) -> Iterator[str]:
+    """Documents that no training with this fraction has seen, `size` bytes of them, each source giving its
+    share of the weights, the last one cut; all there are where that is less."""
+    sources = list(sources)
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        left = ceil(size * source.weight / total)
+        for side, text in split_documents(source.documents(), val_fraction, source.size):
+            if side == "val":
+                cut = text.encode()[:left].decode(errors="ignore")
+                yield cut
+                left -= len(cut.encode())
+                if cut != text or not left:
+                    break

@@ -37,6 +37,7 @@ from minillm.options import parse_options
 from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
+from minillm.tools.measures import distinct
 from minillm.tools.render import columns
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
@@ -73,6 +74,17 @@ class Reply:
     def utility(self) -> float:
         """The rubric's score of all of it."""
         return self.score.utility
+
+    @property
+    def words(self) -> int:
+        """How many it has."""
+        return len(self.text.split())
+
+    @property
+    def repetition(self) -> float:
+        """The share of its pairs of words that it has had before; 0 where it has none."""
+        different = distinct([self.text])
+        return 0.0 if different is None else 1 - different
 
 
 def sample_replies(

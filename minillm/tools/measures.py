@@ -118,12 +118,6 @@ def reliability(
     return sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(sure), bins
 
 
-def repetition(text: str, n: int = 2) -> float:
-    """The share of a text's runs of n words that it has had before; 0 of a text too short for two."""
-    different = distinct([text], n)
-    return 0.0 if different is None else 1 - different
-
-
 def distinct(texts: Sequence[str], n: int = 2) -> float | None:
     """The share of different ones among all runs of n words of all texts: little where all sound alike."""
     words = [text.lower().split() for text in texts]
