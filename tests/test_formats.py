@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.io.formats import Example, compared, read_record
+from minillm.io.formats import compared, read_record
+from minillm.preferences import ranking_by
 
 
 def chat(*texts: str) -> list[dict]:
@@ -172,8 +173,8 @@ RANKINGS = [
 
 
 def spelled(ranking: tuple) -> str:
-    _, responses, places = ranking
-    return " > ".join(" = ".join(responses[i] for i in tied) for tied in places)
+    replies, scores = zip(*ranking[1].items(), strict=True)
+    return " > ".join(" = ".join(replies[i] for i in tied) for tied in ranking_by(scores))
 
 
 @pytest.mark.parametrize(("record", "expected"), RANKINGS)
@@ -199,7 +200,6 @@ def test_replies_rated_one_by_one_are_compared_where_their_prompts_repeat():
     rows = [("Why?", "a", False), ("Who?", "x", True), ("Why?", "b", True), ("Why?", "c", False)]
     records = [{"prompt": question, "completion": reply, "label": label} for question, reply, label in rows]
     alone = [result for record in records for result in read_record(record, "ranking")]
-    assert all(isinstance(result, Example) for result in alone)
     ranking, reason = compared(alone)
     assert spelled(ranking) == "b > a = c" and "each alone with its prompt" in reason
 
@@ -325,4 +325,4 @@ def test_of_a_tree_every_reply_on_the_path_is_the_best_ranked_then_the_first(chi
     st.sampled_from(["conversation", "prompt", "ranking"]))  # fmt: skip
 def test_no_record_whatever_its_fields_hold_is_more_than_left_out(record, purpose):
     for result in read_record(record, purpose):
-        assert isinstance(result, str | Example) or json.dumps(result)
+        assert json.dumps(result)

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from minillm.chat import Conversation
 from minillm.errors import InputError
 from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
-from minillm.io.formats import FORMATS, Example, Purpose, compared, known, nearest, read_record
+from minillm.io.formats import FORMATS, Purpose, compared, known, nearest, read_record
 from minillm.io.rankings import read_rankings
-from minillm.preferences import Ranking, ResponseSet, new_ranking
+from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
 from minillm.world import World
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -106,14 +105,14 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
             raise InputError(f"data source {name!r}: rankings have no weight; leave the {weight:g} out")
         files, unread = list_files(name, path, EXTENSIONS)
         skipped = Skipped(unread)
-        results, rankings = list(_read(files, errors, "ranking", skipped)), []
-        alone = [result for result in results if isinstance(result, Example)]
-        for result in chain((r for r in results if not isinstance(r, Example)), compared(alone)):
+        rankings = []
+        for result in compared(_read(files, errors, "ranking", skipped)):
             if isinstance(result, str):
                 skipped.add(result, f"one in {path!r} is among the {result}")
             else:
-                asked, replies, ranking = result
-                rankings.append(new_ranking(ResponseSet(asked, replies), ranking, name, 0))
+                asked, scores = result
+                given = ResponseSet(asked, list(scores))
+                rankings.append(new_ranking(given, ranking_by(list(scores.values())), name, 0))
         if not rankings:
             raise _nothing_found(path, "ranking", skipped.first)
         sources.append(ComparisonSource(name, rankings, skipped.counts, skipped.first))

@@ -29,26 +29,18 @@ from minillm.io.files import UNNAMED
 
 Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
-Judged = tuple[Sequence[Any], Sequence[float]]
-"""The replies in a record, and the cost of each: the lowest is the best, equal ones tie."""
-Comparison = tuple[Conversation, list[str], list[list[int]]]
-"""What is asked, the replies, and their ranking: the numbers of those in each place, best first."""
+Score = float | None
+"""The highest is the best, equal ones tie; None is that of a reply alone which nobody judged."""
+Replies = Sequence[tuple[Any, Score]]
+"""The replies in a record, each a text, a message or a whole conversation."""
+Example = Sequence[tuple[Conversation, Score]]
+"""Conversations alike but for their last message. One alone is a demonstration, or a prompt without reply."""
+Comparison = tuple[Conversation, dict[str, float]]
+"""What is asked, and the score of each reply: of one alone, until others to the same prompt are found."""
 
 
 class LeftOutError(Exception):
     """Why a record is left out, as a plural that a count can precede."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """Conversations alike but for their last message. One alone is a demonstration, or a prompt that nobody
-    has answered."""
-
-    candidates: list[Conversation]
-    costs: Sequence[float] = (0.0,)
-    """One a candidate: the lowest is the best, equal ones tie."""
-    rating: float | None = None
-    """What a reply that stands alone was rated; 0 or less is bad."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Format:
     obeys: tuple[str, ...]
     """Further fields that change what a record says, and are understood."""
     gives: tuple[Purpose, ...]
-    replies: Callable[[Record], Judged] | None = None
+    replies: Callable[[Record], Replies] = lambda fields: ()
     """The replies to what is asked."""
     parts: Callable[[Record, Purpose], list[Record]] | None = None
     """The records of other rows that a record holds in place of replies of its own."""
@@ -87,7 +79,7 @@ def _examples(record: object, purpose: Purpose) -> list[Example]:
     try:
         if form.parts:
             return [example for part in form.parts(fields, purpose) for example in _examples(part, purpose)]
-        return [_example(fields, *(form.replies(fields) if form.replies else ((), ())))]
+        return [_example(fields, form.replies(fields))]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise LeftOutError("records whose fields hold something else than their format has") from error
 
@@ -208,7 +200,8 @@ def _turn(turn: Record) -> list[Message]:
             raise LeftOutError("conversations with a weight other than 0 and 1")
         if 0 in weights:
             message["train"] = False
-    return [message]
+    # Some data says by a system message of nothing that there is none.
+    return [message] if message["role"] != "system" or message["content"] else []
 
 
 def _thought_of(fields: Record) -> str:
@@ -217,28 +210,23 @@ def _thought_of(fields: Record) -> str:
     return f"<think>\n{thought}\n</think>\n\n" if thought else ""
 
 
-def _turns(turns: Any) -> Conversation:
-    """The messages of a list of turns, of one turn, of a transcript, or of a list of texts that the user
-    begins."""
-    if isinstance(turns, str):
-        if not (messages := _parse_transcript(turns)):
-            raise TypeError(turns)
-        return messages
-    turns = [turns] if isinstance(turns, dict) else turns
-    if turns and all(isinstance(turn, str) for turn in turns):
-        return [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
-    return [message for turn in turns for message in _turn(turn)]
-
-
-def _as_messages(said: Any, role: str, may_be_transcript: bool = False) -> Conversation:
-    """A text as a message of `role`, or as the transcript that it may be; a list of messages as it is."""
+def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conversation:
+    """The messages in a list of turns, in one turn, in a transcript, in a list of texts that the user
+    begins, or in a text that `role` says."""
     if isinstance(said, str):
-        return (_parse_transcript(said) if may_be_transcript else []) or [_message(role, said)]
-    if isinstance(said, dict) and not said.keys() & {"role", "from"}:
-        return [_message(role, _first(said, ("full_text", "text", "content", "value")))]
-    if not isinstance(said, list | dict):
+        found = _parse_transcript(said) if may_be_transcript else []
+        if not (found or role):
+            raise TypeError(said)
+        return found or [_message(role, said)]
+    if isinstance(said, dict):
+        if role and not said.keys() & {"role", "from"}:
+            return [_message(role, _first(said, ("full_text", "text", "content", "value")))]
+        said = [said]
+    if not isinstance(said, list):
         raise TypeError(said)
-    return _turns(said)
+    if said and all(isinstance(turn, str) for turn in said):
+        return [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+    return [message for turn in said for message in _turn(turn)]
 
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant|User|System):|(?:^|\n|(?<=\S))### (Human|Assistant):")
@@ -269,15 +257,14 @@ def _paragraphs(*parts: str | None) -> str:
 # ---- What is asked, and what is replied
 
 
-def _example(fields: Record, replies: Sequence[Any], costs: Sequence[float]) -> Example:
+def _example(fields: Record, replies: Replies) -> Example:
     """What a record asks, before each of its replies."""
     asked = _asked(fields)
-    if len(replies) > 1 and any(asked[-1:] == _as_messages(said, "assistant")[-1:] for said in replies):
+    last = [_messages(said, "assistant", may_be_transcript=False)[-1:] for said, _ in replies]
+    if len(replies) > 1 and asked[-1:] in last:
         asked = asked[:-1]  # turns that hold a reply already
-    candidates = [_reply(asked, said) for said in replies] or [asked]
-    # Some data says by a system message of nothing that there is none.
-    said = [[m for m in messages if m["role"] != "system" or m["content"]] for messages in candidates]
-    return Example(said, costs or (0.0,), _rating(fields) if len(said) == 1 else None)
+    found = [(_reply(asked, said), score) for said, score in replies]
+    return found if len(found) > 1 else [(found[0][0] if found else asked, _rating(fields))]
 
 
 def _asked(fields: Record) -> Conversation:
@@ -287,7 +274,7 @@ def _asked(fields: Record) -> Conversation:
         history = []
     elif all(isinstance(turn, list) for turn in history):
         history = [text for turn in history for text in turn]
-    messages, system = _turns(history) + _question(fields), _one(fields, SYSTEM)
+    messages, system = _messages(history) + _question(fields), _one(fields, SYSTEM)
     if _is_empty(system):
         return messages
     first = _message("system", system)
@@ -302,7 +289,7 @@ def _question(fields: Record) -> Conversation:
     turns = _one(fields, TURNS[:-1])
     turns = fields.get("data") if turns is None else turns
     if turns is not None:
-        messages = _turns(turns)
+        messages = _messages(turns)
         said = "\n".join(message["content"] for message in messages)
         for name in QUESTIONS + ABOUT:
             if isinstance(beside := fields.get(name), str) and beside not in said:
@@ -316,7 +303,7 @@ def _question(fields: Record) -> Conversation:
     question = _paragraphs(*parts) if len(parts) > 1 else parts[0]
     if not question:
         return []
-    messages = _as_messages(question, "user", may_be_transcript=True)
+    messages = _messages(question, "user")
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         return messages[:-1]  # a transcript that ends with the name of who is to speak
     return messages if not isinstance(question, str) else [_message("user", question)]
@@ -325,7 +312,7 @@ def _question(fields: Record) -> Conversation:
 def _reply(asked: Conversation, said: Any) -> Conversation:
     """The conversation that a reply makes of what was asked; the reply may hold that, too."""
     nothing_asked = all(message["role"] == "system" for message in asked)
-    messages = _as_messages(said, "assistant", may_be_transcript=nothing_asked)
+    messages = _messages(said, "assistant", may_be_transcript=nothing_asked)
     if not messages or messages[0]["role"] in ("assistant", "tool"):
         if asked and asked[-1]["role"] == "assistant":
             raise LeftOutError("records with two replies in a row")
@@ -343,33 +330,33 @@ def _reply(asked: Conversation, said: Any) -> Conversation:
 # ---- The replies in a record, by its format
 
 
-def _answer(fields: Record) -> Judged:
+def _answer(fields: Record) -> Replies:
     """The one answer, if it is not among the turns already."""
     answer, thought, turns = _one(fields, ANSWERS), _thought_of(fields), _first(fields, TURNS)
-    if answer is None or (turns and _turns(turns)[-1]["role"] != "user"):
-        return (), ()
-    return (thought + answer if thought else answer,), (0.0,)
+    if answer is None or (turns and _messages(turns)[-1]["role"] != "user"):
+        return ()
+    return [(thought + answer if thought else answer, None)]
 
 
-def _transcript(fields: Record) -> Judged:
+def _transcript(fields: Record) -> Replies:
     text = _first(fields, ("transcript", "chosen", "text"))
     if isinstance(text, str) and not _parse_transcript(text):
         raise LeftOutError("records without a conversation")
-    return (text,), (0.0,)
+    return [(text, None)]
 
 
-def _chosen_and_rejected(fields: Record) -> Judged:
-    costs = [_cost_beside(fields, name) for name in ("chosen", "rejected")]
-    costs = [0.0, 1.0] if None in costs else costs
-    if costs[0] > costs[1]:
+def _chosen_and_rejected(fields: Record) -> Replies:
+    scores = [_score_beside(fields, name) for name in ("chosen", "rejected")]
+    better, worse = (1.0, 0.0) if None in scores else scores
+    if better < worse:
         raise LeftOutError("pairs whose scores contradict their order")
-    return (_one(fields, CHOSEN), _one(fields, REJECTED)), costs
+    return [(_one(fields, CHOSEN), better), (_one(fields, REJECTED), worse)]
 
 
-def _cost_beside(fields: Record, *names: str) -> Any:
-    """The cost by the score that the record has for a reply of one of these names."""
+def _score_beside(fields: Record, *names: str) -> Any:
+    """The score that the record has for a reply of one of these names."""
     score = _first(fields, [form.format(name) for name in names for form in SCORES])
-    return None if score is None else -float(score)
+    return None if score is None else float(score)
 
 
 NUMBERED = re.compile(
@@ -387,67 +374,67 @@ def _numbered(fields: Record) -> Record:
     return {"numbered": replies} if len(replies[1]) > 1 else {}
 
 
-def _numbered_replies(fields: Record) -> Judged:
+def _numbered_replies(fields: Record) -> Replies:
     (stem, replies), found = fields["numbered"], []
     for mark, said in sorted(replies.items()):
         names = (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
-        found.append((said, _cost_beside(fields, *names), set(names)))
+        found.append((said, _score_beside(fields, *names), set(names)))
     return _judged(fields, found)
 
 
-def _listed_replies(fields: Record) -> Judged:
+def _listed_replies(fields: Record) -> Replies:
     texts = ("text", "response", "answer", "completion", "content", "output", "value")
     replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _first(fields, REPLIES)]
-    found = [(_first(reply, texts), _cost(reply), {str(i)}) for i, reply in enumerate(replies)]
+    found = [(_first(reply, texts), _score(reply), {str(i)}) for i, reply in enumerate(replies)]
     return _judged(fields, found)
 
 
-def _judged(fields: Record, replies: Sequence[tuple[Any, float | None, set[str]]]) -> Judged:
-    """Replies with their own costs and names, judged by what the record says of them, else by their costs."""
+def _judged(fields: Record, replies: Sequence[tuple[Any, Score, set[str]]]) -> Replies:
+    """Replies with their own scores and names, judged by what the record says of them, else by those."""
     said, own, names = zip(*replies, strict=True)
-    costs = _verdict(fields, names) or _costs_beside(fields, len(replies)) or own
-    rated = [(text, float(cost)) for text, cost in zip(said, costs, strict=True) if cost is not None]
+    scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or own
+    rated = [(text, float(score)) for text, score in zip(said, scores, strict=True) if score is not None]
     if len(rated) < 2:
         raise LeftOutError("records with no verdict on two replies")
-    return [text for text, _ in rated], [cost for _, cost in rated]
+    return rated
 
 
 def _verdict(fields: Record, names: Sequence[set[str]]) -> list[float] | None:
-    """The costs by a field that names the best of some replies, or a tie; None where there is none."""
+    """The scores by a field that names the best of some replies, or a tie; None where there is none."""
     verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
     if verdict is None:
-        return [float(signed), 0.0] if signed is not None and len(names) == 2 else None
+        return [0.0, float(signed)] if signed is not None and len(names) == 2 else None
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     word = str(verdict).strip().lower()
     if word.startswith("tie") or word in ("both", "equal", "same"):
         return [0.0] * len(names)
-    costs = [float(word not in name) for name in names]
-    if sum(costs) != len(names) - 1:
+    scores = [float(word in name) for name in names]
+    if sum(scores) != 1:
         raise LeftOutError("records with a verdict that names none of their replies")
-    return costs
+    return scores
 
 
-def _costs_beside(fields: Record, count: int) -> list[Any] | None:
-    """The costs by a list beside the replies; our own rankings hold lists of places, best first."""
+def _scores_beside(fields: Record, count: int) -> list[Any] | None:
+    """The scores by a list beside the replies; our own rankings hold lists of places, best first."""
     if ranking := fields.get("ranking"):
         place = {i: rank for rank, tied in enumerate(ranking) for i in tied}
-        return [place[i] for i in range(count)]
-    for names, sign in ((RATINGS[:3], -1), (RATINGS[3:], 1)):
+        return [-place[i] for i in range(count)]
+    for names, sign in ((RATINGS[:3], 1), (RATINGS[3:], -1)):
         if values := next((fields[name] for name in names if fields.get(name)), None):
             return [None if value is None else sign * float(value) for value in values]
     return None
 
 
-def _cost(reply: Record) -> float | None:
-    """The cost by a reply's own rank or rating; None for one that has none."""
+def _score(reply: Record) -> Score:
+    """The score by a reply's own rank or rating; None for one that has none."""
     if reply.get("rank") is not None:
-        return float(reply["rank"])
+        return -float(reply["rank"])
     if (rating := _rating(reply)) is not None:
-        return -rating
+        return rating
     aspects = reply.get("annotations") or {}
     found = [float(a["Rating"]) for a in aspects.values() if str(a.get("Rating", "")).isdigit()]
-    return -fmean(found) if found else None
+    return fmean(found) if found else None
 
 
 def _rating(fields: Record) -> float | None:
@@ -522,9 +509,9 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
 
     It ends at the last reply: nothing behind that is learned.
     """
-    if example.rating is not None and example.rating <= 0:
+    messages, score = max(example, key=itemgetter(1))
+    if len(example) == 1 and score is not None and score <= 0:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
-    messages = min(zip(example.costs, example.candidates, strict=True), key=itemgetter(0))[1]
     calls = next((i for i, m in enumerate(messages) if m["role"] == "tool"), len(messages))
     kept, empty = messages[:calls], False
     while kept and (kept[-1]["role"] != "assistant" or not kept[-1]["content"].strip()):
@@ -545,7 +532,7 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
 
 def prompt(example: Example) -> Iterator[Conversation | str]:
     """What is asked: all before the last reply, or all where nobody has replied."""
-    messages = example.candidates[0]
+    messages = example[0][0]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     yield checked([{"role": message["role"], "content": message["content"]} for message in messages])
@@ -567,41 +554,43 @@ def checked(messages: Conversation) -> Conversation:
     return messages
 
 
-def comparison(example: Example) -> Iterator[Any]:
-    """What is asked, the different replies and their ranking; a rated reply alone waits for others."""
-    if not all(messages and messages[-1]["role"] == "assistant" for messages in example.candidates):
+def comparison(example: Example) -> Iterator[Comparison]:
+    """What is asked, and the scores of the different replies."""
+    if not all(messages and messages[-1]["role"] == "assistant" for messages, _ in example):
         raise LeftOutError("records without a reply of the assistant's to rank")
-    candidates = [checked(messages) for messages in example.candidates]
-    asked, costs = candidates[0][:-1], dict[str, float]()
-    if any(messages[:-1] != asked for messages in candidates):
+    asked = checked(example[0][0])[:-1]
+    if any(checked(messages)[:-1] != asked for messages, _ in example):
         raise LeftOutError("comparisons of replies to different prompts")
-    if len(candidates) < 2:
-        if example.rating is None:
-            raise LeftOutError("records with one reply and nothing that compares it")
-        yield example
-        return
-    for messages, cost in zip(candidates, example.costs, strict=True):
-        if costs.setdefault(messages[-1]["content"], cost) != cost:
-            raise LeftOutError("comparisons of equal responses")
-    if len(costs) < 2:
+    if example[0][1] is None:
+        raise LeftOutError("records with one reply and nothing that compares it")
+    yield asked, _different([(messages[-1]["content"], score) for messages, score in example])
+
+
+def _different(replies: Replies) -> dict[str, float]:
+    """The scores of replies, which must be as different as they are."""
+    scores: dict[str, Any] = dict(replies)
+    if len(scores) < min(2, len(replies)) or any(scores[text] != score for text, score in replies):
         raise LeftOutError("comparisons of equal responses")
-    tied = [[i for i, cost in enumerate(costs.values()) if cost == c] for c in sorted(set(costs.values()))]
-    yield asked, list(costs), tied
+    return scores
 
 
-def compared(alone: Iterable[Example]) -> Iterator[Comparison | str]:
-    """Replies that were rated one by one, those to one prompt together, or why they compare nothing."""
-    by_prompt: dict[str, list[Example]] = {}
-    for example in alone:
-        by_prompt.setdefault(repr(example.candidates[0][:-1]), []).append(example)
+def compared(judged: Iterable[Comparison]) -> Iterator[Comparison | str]:
+    """Comparisons, the replies that were judged one by one with all others to their prompt; or, as texts,
+    why they compare nothing."""
+    by_prompt: dict[str, list[Comparison]] = {}
+    for asked, scores in judged:
+        if len(scores) > 1:
+            yield asked, scores
+        else:
+            by_prompt.setdefault(repr(asked), []).append((asked, scores))
     for same in by_prompt.values():
-        costs = [-(example.rating or 0.0) for example in same]
-        if len(set(costs)) < 2:
+        replies = [reply for _, scores in same for reply in scores.items()]
+        if len({score for _, score in replies}) < 2:
             how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
             yield f"replies judged one by one, {how}"
         else:
             try:
-                yield from comparison(Example([example.candidates[0] for example in same], costs))
+                yield same[0][0], _different(replies)
             except LeftOutError as reason:
                 yield str(reason)
 
