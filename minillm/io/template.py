@@ -24,16 +24,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from json import dumps
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minillm.chat import Conversation, Dialogue
@@ -53,19 +51,9 @@ Shape = tuple[tuple[str, bool], ...]
 FIRST_MARKER = 0xF0000
 """A content is marked by a character for private use from here on: no trimming takes it away."""
 MARKER = re.compile("([\U000f0000-\U0010ffff])")
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a template makes of a conversation of a certain shape, with markers in place of the contents."""
-
-    rendered: list[str]
-    """Texts of its own, and every second one a marker."""
-    plan: list[tuple[list[int] | str, int]]
-    """As encoded: tokens of its own, or a marker; and the message whose reply they belong to, or -1 where
-    nobody is to produce them."""
-    learned: frozenset[int]
-    """The messages that are learned."""
+Plan = list[tuple[list[int] | str, int]]
+"""What is encoded, in pieces: tokens of the template's own, or a marker; and the message whose reply they
+belong to, or -1 where nobody is to produce them."""
 
 
 class ForeignFormat:
@@ -80,7 +68,7 @@ class ForeignFormat:
         texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
         self._variables = {name: text for name, text in texts.items() if isinstance(text, str)}
         self._frame = cache(self._new_frame)
-        self._thinks = "think>" in source and self._knows_thoughts()
+        self._thinks = "think>" in source
         exchange = (("user", False), ("assistant", False))
         self.ends = [self._end_behind(exchange)]
         """The token that ends a reply, and the one that ends it once another message follows."""
@@ -89,20 +77,19 @@ class ForeignFormat:
 
     def encode(self, messages: Conversation) -> Dialogue:
         """As `ChatTemplate.encode`."""
-        frame, pieces = self._fill(messages, generate=False, thinking=False)
+        pieces = self._pieces(messages, generate=False, thinking=False)
         wanted = {i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)}
         mask = [owner in wanted for ids, owner in pieces for _ in ids]
-        return Dialogue([token for ids, _ in pieces for token in ids], mask, len(wanted - frame.learned))
+        unlearned = len(wanted.difference(owner for ids, owner in pieces if ids))
+        return Dialogue([token for ids, _ in pieces for token in ids], mask, unlearned)
 
     def prompt(self, messages: Conversation, thinking: bool) -> list[int]:
         """As `ChatTemplate.prompt`."""
-        _, pieces = self._fill(messages, True, thinking and self._thinks)
+        pieces = self._pieces(messages, True, thinking and self._thinks)
         return [token for ids, _ in pieces for token in ids]
 
-    def _fill(
-        self, messages: Conversation, generate: bool, thinking: bool
-    ) -> tuple[Frame, list[tuple[list[int], int]]]:
-        """The frame of a conversation, and the tokens of its plan, each piece with its owner."""
+    def _pieces(self, messages: Conversation, generate: bool, thinking: bool) -> list[tuple[list[int], int]]:
+        """The tokens of a conversation, each piece with its owner."""
         if len(messages) > MOST_MESSAGES:
             raise InputError(f"{len(messages):,} messages: its chat template is read up to {MOST_MESSAGES:,}")
         contents: dict[str, str] = {}
@@ -110,11 +97,11 @@ class ForeignFormat:
             contents |= self._contents(i, message)
         shape = tuple((message["role"], _mark(i, True) in contents) for i, message in enumerate(messages))
         thinking = thinking if generate else shape[-1][1]
-        frame = self._frame(shape, generate, thinking)
+        around, plan = self._frame(shape, generate, thinking)
         rendered = self._render(_messages(shape, contents.__getitem__), generate, thinking)
-        contents |= _find(frame.rendered, contents, rendered)
+        contents |= _find(around, contents, rendered)
         encode = self.tokenizer.encode
-        return frame, [(encode(contents[w]) if isinstance(w, str) else w, owner) for w, owner in frame.plan]
+        return [(encode(contents[w]) if isinstance(w, str) else w, owner) for w, owner in plan]
 
     def _contents(self, i: int, message: dict[str, Any]) -> dict[str, str]:
         """The text of message i, and the thought before it where there is one and the template knows any."""
@@ -125,23 +112,16 @@ class ForeignFormat:
         thought = thought.strip().removeprefix("<think>").strip("\n")
         return {_mark(i): text.lstrip("\n")} | ({_mark(i, True): thought} if thought else {})
 
-    def _knows_thoughts(self) -> bool:
-        """Whether the template treats a thought in a reply otherwise than text, or asks for one."""
-        shapes = ((("user", False), ("assistant", thinks)) for thinks in (False, True))
-        plain, thought = (_messages(shape) for shape in shapes)
-        expected = self._render(plain, False, False).replace(plain[1]["content"], thought[1]["content"])
-        asked = self._render(plain[:1], True, True)
-        return asked.rstrip().endswith("<think>") or self._render(thought, False, False) != expected
+    # --- a shape: what is written around its contents, and what is encoded
 
-    # --- frames
-
-    def _new_frame(self, shape: Shape, generate: bool, thinking: bool) -> Frame:
-        rendered, starts = self._marked(shape, generate, thinking), dict[int, int]()
+    def _new_frame(self, shape: Shape, generate: bool, thinking: bool) -> tuple[list[str], Plan]:
+        """What the template writes, every second text a marker, and the plan."""
+        rendered = self._marked(shape, generate, thinking)
         if generate:
-            encoded = self._asked(shape, thinking)
+            plan = self._plan(self._asked(shape, thinking), {})
         else:
-            encoded, starts = self._learned(shape, rendered)
-        return Frame(MARKER.split(rendered), self._plan(encoded, starts), frozenset(starts))
+            plan = self._plan(*self._learned(shape, rendered))
+        return MARKER.split(rendered), plan
 
     def _marked(self, shape: Shape, generate: bool, thinking: bool) -> str:
         """What it writes, with markers. InputError unless each text is in it, and once."""
@@ -199,9 +179,9 @@ class ForeignFormat:
                 starts[i] = len(asked)
         return encoded, starts
 
-    def _plan(self, encoded: str, starts: dict[int, int]) -> list[tuple[list[int] | str, int]]:
+    def _plan(self, encoded: str, starts: dict[int, int]) -> Plan:
         """A marked text as tokens and markers, cut where each reply begins to be learned."""
-        plan: list[tuple[list[int] | str, int]] = []
+        plan: Plan = []
         position, message, is_thought = 0, -1, 0
         for text in MARKER.split(encoded):
             if MARKER.fullmatch(text):
@@ -285,12 +265,14 @@ def _compile(config: Mapping[str, Any], now: datetime) -> tuple[str, Template]:
         source = named.get("default")
     if not isinstance(source, str):
         raise InputError("tokenizer_config.json: has no chat_template; train a chat model from it first")
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    # {% generation %} … {% endgeneration %}, with which some templates mark a reply, writes nothing.
+    program = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     # Jinja's own filter escapes what HTML reads as markup; a model reads no HTML.
     environment.filters["tojson"] = lambda value, **how: dumps(value, **{"ensure_ascii": False, **how})
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
     with _refusing("tokenizer_config.json: chat_template is not valid Jinja"):
-        return source, environment.from_string(source)
+        return source, environment.from_string(program)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -303,16 +285,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if max(sizes) > (most := 1000 if operator == "**" else 10**6):
             raise OverflowError(f"{operator} of a number above {most:,}")
         return super().call_binop(context, operator, left, right)
-
-
-class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}, with which some templates mark a reply, writes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _raise_exception(message: str) -> NoReturn:
