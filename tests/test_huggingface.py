@@ -281,7 +281,8 @@ def test_a_base_folder_puts_bos_in_front_of_a_text_and_a_chat_folder_leaves_it_t
     assert "token_type_ids" not in base("a world")
     _, tokenizer = load_model(tmp_path / "base", CPU, torch.float32)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint and tokenizer.config == TOKENIZER.config | {
-        "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+        "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"]}  # fmt: skip
     save_model(tmp_path / "chat", LanguageModel(CONFIG), with_chat_template(tokenizer))
     chat = AutoTokenizer.from_pretrained(tmp_path / "chat")
     assert chat("a world")["input_ids"] == TOKENIZER.encode("a world")

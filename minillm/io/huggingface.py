@@ -34,19 +34,16 @@ STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """config.json, tokenizer files and model.safetensors, the weights last: in float32, or in bfloat16 where
-    they came so.
-
-    For a chat model also generation_config.json: there transformers looks up where a reply ends.
+    they came so. For a chat model also generation_config.json: transformers looks there where a reply ends.
     """
-    dtype = model.stored_dtype
-    named = str(dtype).removeprefix("torch.")
+    named = str(model.stored_dtype).removeprefix("torch.")
     raw = config_to_json(model.config, tokenizer) | {"dtype": named, "torch_dtype": named}
     write_json(folder / "config.json", raw)
     _for_others(tokenizer).save(folder)
     if tokenizer.config.get("chat_template") is not None:
         stops = list(ChatTemplate(tokenizer).stop_ids)
         write_json(folder / "generation_config.json", {"eos_token_id": stops})
-    weights = {name: tensor.to(dtype) for name, tensor in model_tensors(model).items()}
+    weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
@@ -81,7 +78,7 @@ def _for_others(tokenizer: Tokenizer) -> Tokenizer:
     writes its own.
     """
     config: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"], **tokenizer.config}
-    vocabulary = tokenizer.vocabulary
+    vocabulary, bos = tokenizer.vocabulary, _bos_in_front(tokenizer)
     if config.get("chat_template") == TEMPLATE:
         ends = [name for name, i in tokenizer.special_tokens.items() if i in ChatTemplate(tokenizer).stop_ids]
         config["response_template"] = {
@@ -89,8 +86,8 @@ def _for_others(tokenizer: Tokenizer) -> Tokenizer:
             "start_anchor": "<|assistant|>",
             "fields": {"content": {"close": ends, "content": "text"}},
         }
-    elif "chat_template" not in config and isinstance(vocabulary, Vocabulary):
-        vocabulary = replace(vocabulary, post_processor=vocabulary.post_processor or _bos_in_front(tokenizer))
+    if isinstance(vocabulary, Vocabulary) and vocabulary.post_processor in (None, bos):
+        vocabulary = replace(vocabulary, post_processor=None if "chat_template" in config else bos)
     return Tokenizer(vocabulary, config)
 
 
@@ -99,8 +96,8 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
     name = next((name for name, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id), None)
     if name is None:
         return None
-    bos, texts = {"SpecialToken": {"id": name, "type_id": 0}}, "AB"
-    first, second = ({"Sequence": {"id": text, "type_id": i}} for i, text in enumerate(texts))
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": text, "type_id": i}} for i, text in enumerate("AB"))
     return {
         "type": "TemplateProcessing",
         "single": [bos, first],
@@ -110,22 +107,17 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _from_others(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, without what `_for_others` added, and with the stops that came beside it."""
+    """The tokenizer of a folder, with the stops that came beside it in generation_config.json."""
     tokenizer = Tokenizer.load(folder)
-    vocabulary, config = tokenizer.vocabulary, dict(tokenizer.config)
-    if isinstance(vocabulary, Vocabulary) and vocabulary.post_processor == _bos_in_front(tokenizer):
-        vocabulary = replace(vocabulary, post_processor=None)
-    for name in ("model_input_names", "response_template"):
-        config.pop(name, None)
-    # A template that does not work is told where it is used; generation_config.json is no part of the model.
+    # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
         stops = read_json(folder / "generation_config.json").get("eos_token_id")
         names = {i: name for name, i in tokenizer.special_tokens.items()}
         own = ChatTemplate(tokenizer).stop_ids
         listed = stops if isinstance(stops, list) else [stops]
         if kept := [names[stop] for stop in listed if stop in names and stop not in own]:
-            config["minillm_stop_tokens"] = kept
-    return Tokenizer(vocabulary, config)
+            return Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "minillm_stop_tokens": kept})
+    return tokenizer
 
 
 def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
@@ -214,21 +206,22 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
 
 def _instead_of_a_model(folder: Path) -> str | None:
     """What a folder holds that is no model this opens, and the way out; None where it may be one."""
+    gguf = "a GGUF file, for llama.cpp; give the Hugging Face folder that it was made from"
     if not folder.is_dir():
         if folder.suffix == ".gguf":
-            return "is a GGUF file, for llama.cpp; give the Hugging Face folder that it was made from"
-        hub = not folder.is_absolute() and len(folder.parts) == 2
-        way = (
-            f"; if it is a model on the Hugging Face hub: hf download {folder} --local-dir DIR" if hub else ""
-        )
-        return f"no such folder; give a run folder or a Hugging Face model folder{way}"
+            return f"is {gguf}"
+        way = f"; if it is a model on the Hugging Face hub: hf download {folder} --local-dir DIR"
+        is_hub = not folder.is_absolute() and len(folder.parts) == 2
+        return f"no such folder; give a run folder or a Hugging Face model folder{way * is_hub}"
     names = {path.name for path in folder.iterdir()}
-    weights = any(name.endswith(".safetensors") for name in names) or "model.safetensors.index.json" in names
+    endings = {Path(name).suffix for name in names}
+    if "model.safetensors.index.json" in names:
+        endings.add(".safetensors")
     if "adapter_config.json" in names and "config.json" not in names:
         return "is a LoRA adapter; merge it into its model with PEFT (merge_and_unload, save_pretrained)"
-    if not weights and any(name.endswith(".gguf") for name in names):
-        return "holds a GGUF file, for llama.cpp; give the Hugging Face folder that it was made from"
-    if not weights and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+    if ".safetensors" not in endings and ".gguf" in endings:
+        return f"holds {gguf}"
+    if ".safetensors" not in endings and endings & {".bin", ".pth", ".pt"}:
         return "holds its weights as pickles; open it with transformers and save_pretrained it as safetensors"
     if "tokenizer.json" not in names and names & {"merges.txt", "vocab.json", "tokenizer.model"}:
         return "has no tokenizer.json; AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one"
