@@ -10,12 +10,10 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -56,43 +54,33 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """`function(item)` for each item, in order, worked out by `workers` processes.
+    """`function(item)` for each item, in order, worked out by `workers` processes in turn, each with one item
+    or result at a time.
 
-    One thread for each process hands it an item and waits; at most two items or results a process
-    are in memory. The function (at the start, once) and the items travel by pickle. InputError if
-    a process dies; what it says of a failure is on stderr.
+    The function (at the start, once) and the items travel by pickle. InputError if a process dies; what it
+    says of a failure is on stderr.
     """
     code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.fast.workers as w; w._serve()"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # A session of its own, so that Ctrl-C reaches the main process only.
     processes: Any = [subprocess.Popen(command, start_new_session=True, **pipes) for _ in range(workers)]
-    idle, threads, pending = SimpleQueue[Any](), ThreadPoolExecutor(workers), deque[Future]()
-
-    def ask(item: Any) -> Any:
-        process = idle.get()
-        try:
-            _send(process.stdin, item)
-            return pickle.load(process.stdout)
-        finally:
-            idle.put(process)
-
+    pending = deque[Any]()  # processes that have an item, the one with the earliest first
     try:
         for process in processes:
             _send(process.stdin, function)
-            idle.put(process)
-        for item in items:
-            pending.append(threads.submit(ask, item))
-            if len(pending) == 2 * workers:
-                yield pending.popleft().result()
+        for number, item in enumerate(items):
+            answers = [pickle.load(pending.popleft().stdout)] if number >= workers else []
+            pending.append(processes[number % workers])
+            _send(pending[-1].stdin, item)
+            yield from answers
         while pending:
-            yield pending.popleft().result()
+            yield pickle.load(pending.popleft().stdout)
     except (EOFError, OSError, pickle.UnpicklingError):
         raise InputError("a worker process died (no memory?): use fewer workers") from None
     finally:
         for process in processes:
             process.kill()
-        threads.shutdown(cancel_futures=True)
         for process in processes:
             process.communicate()
 
