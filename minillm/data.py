@@ -3,14 +3,10 @@
     text:           Source ──tokenize──► TokenizedSource, on disk ──┐
     conversations:  messages ──encode_source──► EncodedSource ──────┴──► Mixture ──► Batch
 
-A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it. A row of
-conversations holds whole ones side by side. `Batch.start` keeps the bounds of both and attention does not
-cross them: packing equals running every piece alone. A document cut by the end of a row goes on in another
-row without its beginning: that context is lost, and no position is.
-
-A sample begins with the document token, so the model must have seen what follows it. Where documents are few
-(a book, a play), some rows are therefore made to begin as documents do: the document token, then the text
-from the beginning of a paragraph (`TextRows`).
+A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it: one cut
+by the end of a row goes on in another without its beginning. A row of conversations holds whole ones side by
+side. `Batch.start` keeps the bounds of both, which attention does not cross: packing equals running every
+piece alone.
 
 Which conversations share a row is found by best-fit decreasing (Johnson et al. 1974), as Ding et al. 2024
 (arXiv 2404.10830) pack pretraining text. The masked objective is BERT's (Devlin et al. 2019,
@@ -60,10 +56,7 @@ FORMAT_VERSION = 2  # of the tokens on disk and the split: part of every cache's
 
 @dataclass(frozen=True)
 class Source:
-    """A named stream of documents with a weight in the mixture.
-
-    `documents()` starts a new pass, over the same documents in the same order each time.
-    """
+    """A named stream of documents with a weight in the mixture; `documents()` starts a new pass over it."""
 
     name: str
     weight: float
@@ -92,10 +85,10 @@ def split_documents(
 ) -> Iterator[tuple[Side, str]]:
     """Give every document to train or validation, about `val_fraction` of the text to validation.
 
-    A document goes to validation when its hash is below `val_fraction`: the copies of a document in a source
-    land on one side. So that validation is never empty, the smallest hash of the first 20 goes there too.
-    A document that is much of the text, of `size` bytes, is cut instead, and so is each where there are fewer
-    than 20: its last `val_fraction` of bytes, from the beginning of a character, is validation.
+    A document goes there when its hash is below `val_fraction`, so that its copies land on one side, and the
+    smallest hash of the first 20, so that there is some. One that is much of the text, of `size` bytes, is
+    cut instead, as each is where there are fewer than 20: the last `val_fraction` of its bytes, from the
+    beginning of a character, is validation.
     """
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
@@ -132,11 +125,8 @@ def split_by_hash(
 
 
 def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, Conversation]]:
-    """Every conversation of `source` (io/conversations.py) and its side.
-
-    The side follows from the first user message: two answers to one question never land on two sides. Where
-    all begin alike, it follows from the whole conversation.
-    """
+    """Every conversation of `source` (io/conversations.py) and its side, by its first user message: two
+    answers to one question never land on two sides. Where all begin alike, by the whole conversation."""
     for key in (_first_question, json.dumps):
         hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
         if len(set(hashes)) > 1:
@@ -150,11 +140,8 @@ def _first_question(conversation: Conversation) -> str:
 
 
 def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
-    """Training text for a tokenizer: of every source as many characters as its share.
-
-    A source of known size is read to its end, and of its text every so many parts are taken; one without,
-    whose documents are in no order, is read until there is enough.
-    """
+    """Training text for a tokenizer: of every source as many characters as its share, from all over it where
+    its size is known, else from its beginning."""
     total = sum(source.weight for source in sources)
     for source in sources:
         wanted, read, taken = characters * source.weight / total, 0, 0
@@ -178,10 +165,9 @@ def text_sample(sources: Sequence[Source], val_fraction: float, characters: int 
 class TokenizedSource:
     """A source as two token streams mapped from disk.
 
-    A stream is one long array of tokens: every document is [bos] + its tokens, followed by [eos] only where
-    eos is another token than bos. Where they are the same token (in our own tokenizers), the one that opens
-    a document also ends the one before it, and one more closes the stream: every token of text has a next
-    token to predict.
+    A stream is one long array: [bos] and the tokens of a document, then [eos] where that is another token.
+    Where it is the same (in our own tokenizers), the one that opens a document also ends the one before it,
+    and one more closes the stream: every token of text has a next token to predict.
     """
 
     name: str
@@ -201,23 +187,16 @@ class TokenizedSource:
     def rows(self, block_size: int, seed: int) -> "TextRows":
         """The rows of the training text. Raises InputError where it is shorter than one row."""
         if len(self.train) <= block_size:
-            raise InputError(
-                f"data source {self.name!r}: {len(self.train)} training tokens, fewer than "
-                f"one row of {block_size} + 1; give more text or a smaller block size"
-            )
+            short = f"{len(self.train)} training tokens, fewer than one row of {block_size} + 1"
+            raise InputError(f"data source {self.name!r}: {short}; give more text or a smaller block size")
         return TextRows(self, block_size, seed)
 
     def val_rows(self, block_size: int, most: int) -> "list[Row]":
         """At most so many rows of the held-out text, the same each time: windows side by side from its first
-        token, evenly spaced ones where they are more.
-
-        The last is filled up on the right with `bos` and targets IGNORED. InputError where there is none.
-        """
+        token, evenly spaced ones where they are more, the last filled up with `bos` and targets IGNORED."""
         if len(self.val) < 2:
-            raise InputError(
-                f"data source {self.name!r}: no text for validation; "
-                "give more text or a larger validation fraction"
-            )
+            what = f"data source {self.name!r}: no text for validation"
+            raise InputError(f"{what}; give more text or a larger validation fraction")
         windows, rows = -(-(len(self.val) - 1) // block_size), []
         count = min(windows, most)
         for begin in np.arange(count) * windows // count * block_size:
@@ -231,11 +210,8 @@ class TokenizedSource:
 def tokenize(
     source: Source, tokenizer: Tokenizer, folder: Path, val_fraction: float = 0.1, workers: int = 1
 ) -> TokenizedSource:
-    """The token streams of `source`: from the cache in `folder`, or written there now.
-
-    The name of a cache is a digest of content, tokenizer and `val_fraction`. `workers` processes encode.
-    Raises InputError for what is wrong in the source, and where the disk refuses.
-    """
+    """The token streams of `source`: from the cache in `folder`, or written there now by `workers` processes.
+    The name of a cache is a digest of content, tokenizer and `val_fraction`."""
     from minillm.fast.cache import cached_streams
 
     bos, eos = document_marks(tokenizer)
@@ -323,8 +299,8 @@ def encode_source(
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
     A longer one is cut behind the last reply with which it fits. Where none does, where `encode` raises
-    InputError, or where no token of it is the assistant's, it is left out; all is counted. Raises InputError
-    where nothing is left to train on. There may be none to validate on.
+    InputError, or where no token of it is the assistant's, it is left out; all is counted. InputError where
+    nothing is left to train on; there may be none to validate on.
     """
     skipped, first = Counter(source.skipped), source.first_skipped
     kept: dict[Side, list[Encoded]] = {side: [] for side in SIDES}
@@ -346,10 +322,8 @@ def encode_source(
             first = first or f"conversation {number} of {source.name!r} is among the {reason}"
     train, val = kept["train"], kept["val"]
     if not train:
-        raise InputError(
-            f"data source {source.name!r}: no conversation to train on ({first or 'too few'}); "
-            "give more, a larger block size or another validation fraction"
-        )
+        what = f"data source {source.name!r}: no conversation to train on ({first or 'too few'})"
+        raise InputError(f"{what}; give more, a larger block size or another validation fraction")
     fingerprint = digest(len(train), *(numbers for dialogue in train + val for numbers in dialogue))
     return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(+skipped), first)
 
@@ -405,10 +379,10 @@ class Shuffled(Generic[Item]):
     """Items without end, every one once an epoch, in an order that follows from (seed, name, epoch).
 
     Where it stands is two numbers, the epoch and how many of its items were given: only they need saving.
+    `name` says what the items are; their `fingerprint` changes with their content.
     """
 
     def __init__(self, items: Any, name: str, seed: int, fingerprint: str) -> None:
-        """`name` says what the items are; their `fingerprint` changes with their content."""
         self.items, self.name, self.seed, self.fingerprint = items, name, seed, fingerprint
         self.seek(0, 0)
 
@@ -461,13 +435,12 @@ LINE_END, BLANK_LINE = re.compile(rb"\n\s*\Z"), re.compile(rb"\n\s*\n\s*\Z")
 class TextRows(Shuffled[Row]):
     """The rows of one stream of text.
 
-    Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. An
-    epoch leaves out fewer than 2T tokens, before the phase and behind the last whole row. Phase
-    and order are drawn anew for each epoch. The order takes 8 bytes a row in memory.
+    Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. Phase and
+    order are drawn anew for each epoch, which leaves out fewer than 2T tokens at the two ends.
 
-    Where fewer than BEGINNING_SHARE of the rows can hold the beginning of a document, chance chooses others
-    that begin as one: with bos in front of the next paragraph's beginning. Such a row sees no less before
-    its tokens than any other, and nothing teaches that a document ends before a paragraph.
+    A sample begins with bos, so the model must have seen what follows it. Where fewer than BEGINNING_SHARE of
+    the rows can hold the beginning of a document (a book, a play), chance chooses others that begin as one:
+    with bos in front of the next paragraph. Nothing teaches that a document ends before a paragraph.
     """
 
     def __init__(self, source: TokenizedSource, block_size: int, seed: int) -> None:
@@ -572,13 +545,12 @@ RowSource = TokenizedSource | EncodedSource
 class Mixture:
     """Rows drawn from several sources: each row's source by weight, its rows in shuffled order.
 
-    All rows are equally long, so in expectation a source's share of the tokens is exactly its share
-    of the weights. The sequence of rows is a function of sources, weights, block size and seed
-    alone: not of how many are asked for at a time, nor of being stopped and resumed.
+    All rows are equally long, so in expectation a source's share of the tokens is exactly its share of the
+    weights. The rows follow from sources (each with a name of its own), weights, block size and seed alone:
+    not from how many are asked for at a time, nor from being stopped and resumed.
     """
 
     def __init__(self, sources: Sequence[RowSource], block_size: int, seed: int) -> None:
-        """Raises InputError for a source too short to give a row. Each has a name of its own."""
         weights = np.array([source.weight for source in sources])
         self.sources, self.block_size, self.seed = list(sources), block_size, seed
         self.shares = weights / weights.sum()
@@ -612,8 +584,7 @@ class Mixture:
         for i, stream in enumerate(self.streams):
             stream.load_state_dict(saved[stream.name])
             self.drawn[i] = saved[stream.name]["rows"]
-        self.choices = _generator(self.seed)
-        # One step of the generator for each row drawn.
+        self.choices = _generator(self.seed)  # takes one step for each row drawn
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
 
 

@@ -25,8 +25,7 @@ BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
 
 
 def encode_in_processes(tokenizer: Tokenizer, texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
-    """What `tokenizer.encode_documents` gives, of more than one batch by `workers` processes; at most two
-    batches for each of them (or its longest texts) are in memory."""
+    """What `tokenizer.encode_documents` gives, of more than one batch by `workers` processes."""
     batches = _batches(texts)
     head, encode = list(islice(batches, 2)), partial(_encode, tokenizer)
     if len(head) < 2:
