@@ -1,13 +1,12 @@
 """Files written whole or not at all; text and JSON read with errors in one line.
 
-A file is written in a folder `.NAME.tmp` beside its place, synced and renamed over the old one, so that a
-reader, or a machine that stops in between, finds the old file or the new one and never half of either.
+A file is written as `.NAME.tmp` beside its place, synced and renamed over the old one, so that a reader, or a
+machine that stops in between, finds the old file or the new one and never half of either.
 """
 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,29 +23,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with writing(path, "what was there before is unchanged; free some space or choose another folder"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_scratch(scratch)  # of a process that was killed
-            scratch.mkdir()
-            file = scratch / "file"
-            write(file)
-            file.chmod(scratch.stat().st_mode & 0o666)  # as the umask has it, whatever the writer chose
-            sync(file)
-            os.replace(file, path)
+            scratch.unlink(missing_ok=True)  # of a process that was killed
+            scratch.touch()
+            mode = scratch.stat().st_mode  # as the umask has it, whatever the writer chooses
+            write(scratch)
+            scratch.chmod(mode)
+            sync(scratch)
+            os.replace(scratch, path)
             sync(path.parent)
         finally:
-            remove_scratch(scratch)
+            scratch.unlink(missing_ok=True)
 
 
 def scratch_of(path: Path) -> Path:
-    """The folder in which a file is written."""
+    """The name under which a file is written."""
     return path.with_name(f".{path.name[:60]}.tmp")
-
-
-def remove_scratch(path: Path) -> None:
-    """Removes what `write_atomically` left, in whatever form; a folder's contents with it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- Writing
 
 
-@pytest.mark.parametrize("step", ["mkdir", "write", "chmod", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["open", "write", "chmod", "fsync", "replace"])
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), TypeError("ours"), Killed()]
 )

@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 from minillm.errors import InputError, reading, writing
-from minillm.files import remove_scratch, scratch_of, write_json
+from minillm.files import scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
 from minillm.tools.lock import hold
@@ -51,7 +51,7 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
             # Scratch of files.py, and what safetensors leaves where it is killed.
             if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
-                remove_scratch(path)
+                path.unlink(missing_ok=True)
 
 
 def _remove_empty(folders: list[Path]) -> None:
