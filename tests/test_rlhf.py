@@ -264,7 +264,7 @@ def test_rankings_of_other_settings_are_not_mixed_and_overwriting_keeps_the_old_
     made = rank(out)
     capfd.readouterr()
     words = ["--stage", "rank", "--out", str(out), "--noise", "2"]
-    assert "--noise 2.0: " in refusal(rlhf, words, capfd)
+    assert "other --noise, 1.0 and not 2.0" in refusal(rlhf, words, capfd)
     assert rank(out, "--noise", "2", "--overwrite") != made
     kept = [(r.annotator, r.messages, r.ranking) for r in read_rankings(out / "rankings.jsonl.old1")]
     assert kept == made

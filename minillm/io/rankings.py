@@ -231,16 +231,7 @@ def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
         path.rename(aside)
         print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
     elif path.exists() and record.exists():
-        earlier = read_json(record).get("options")
-        if not isinstance(earlier, dict):
-            raise InputError(f"{record}: holds no options; restore it, or --overwrite")
-        for name in DECISIVE.get(options.annotator, ()):
-            if earlier.get(name) != (value := getattr(options, name)):
-                raise InputError(
-                    f"--{name} {value}: {path} was begun with {earlier.get(name)}; give that, or "
-                    "--overwrite, which puts all rankings aside"
-                )
-        check_origin(record, origin)
+        check_origin(record, _whole_origin(options, origin))
     file = RankingFile(path)
     if file.mended:
         print(file.mended)
@@ -251,16 +242,22 @@ def record_ranking(options: Any, origin: Mapping[str, str]) -> None:
     """Says beside the rankings how those of this kind of annotator are made."""
     from minillm.tools.provenance import provenance
 
-    record = options.folder / f"rank-{options.annotator}.json"
-    write_json(record, {"options": options_json(options), "origin": dict(origin), **provenance()})
+    how = {"options": options_json(options), "origin": _whole_origin(options, origin)}
+    write_json(options.folder / f"rank-{options.annotator}.json", how | provenance())
 
 
-def check_origin(record: Path, origin: Mapping[str, str]) -> None:
-    """InputError where what is to go on was begun with other prompts or weights, by the record beside it."""
-    earlier = read_json(record).get("origin", {})
-    for name, fingerprint in origin.items():
-        if earlier.get(name, fingerprint) != fingerprint:
-            raise InputError(f"{record}: was begun with other {name}; put back the old ones, or --overwrite")
+def _whole_origin(options: Any, origin: Mapping[str, str]) -> dict[str, Any]:
+    return {f"--{name}": getattr(options, name) for name in DECISIVE.get(options.annotator, ())} | {**origin}
+
+
+def check_origin(record: Path, origin: Mapping[str, Any]) -> None:
+    """InputError where what is to go on was begun with other prompts, weights or options, by the record."""
+    if not isinstance(earlier := read_json(record).get("origin", {}), dict):
+        raise InputError(f"{record}: does not say what was ranked; restore it, or --overwrite")
+    for name, value in origin.items():
+        if (was := earlier.get(name, value)) != value:
+            what = f"{record}: was begun with other {name}, {was} and not {value}"
+            raise InputError(f"{what}; put back the old ones, or --overwrite")
 
 
 # ---- Whose prompts they are of
