@@ -463,9 +463,9 @@ def finish_reward_model(
     world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     center(model, demonstrations(training, world, template))
     run.save_model()
-    scored = score_rankings(model, held_out)
-    card = report_card(model, template, scored, rankings, world.utility if world else unknown_score)
-    write_report(run.folder, card, scored)
+    rubric = world.utility if world else unknown_score
+    card = report_card(model, template, score_rankings(model, held_out), rankings, rubric)
+    write_report(run.folder, card)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.say(report_text(card))
     run.finish(val_loss=val_loss, accuracy=card["accuracy"]["value"], bias=model.bias.item())

@@ -19,7 +19,6 @@ from minillm.tools.report import (
     TRICKS,
     Scored,
     accuracy,
-    length_baseline,
     length_correlation,
     pairs_of,
     rater_accuracy,
@@ -29,7 +28,6 @@ from minillm.tools.report import (
     trick_pairs,
     trick_shares,
     unknown_score,
-    within_prompts,
     write_report,
 )
 
@@ -90,7 +88,10 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
         known = [rubric(one.ranking.messages, text) for text in one.ranking.responses]
         for i, j in one.ranking.pairs():
             gap = 0.0 if None in known else known[i] - known[j]
-            pairs.append((one.scores[i] - one.scores[j], gap, one.ranking.kind, one.ranking.annotator))
+            longer = np.sign(one.lengths[i] - one.lengths[j])
+            pairs.append(
+                (one.scores[i] - one.scores[j], gap, one.ranking.kind, one.ranking.annotator, longer)
+            )
 
     def expect(found: dict, some: list, right) -> None:
         assert found["count"] == len(some)
@@ -104,6 +105,7 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
 
     card = report_card(MODEL, CHAT, scored, [one.ranking for one in scored], rubric)
     expect(card["accuracy"], pairs, in_order)
+    expect(card["longer"], pairs, lambda pair: (1 + pair[4]) / 2)
     assert card["by_kind"].keys() == {"fact", "harm"}
     for kind, found in card["by_kind"].items():
         expect(found, [pair for pair in pairs if pair[2] == kind], in_order)
@@ -161,30 +163,13 @@ def test_the_accuracy_of_raters_solves_the_equation_of_their_agreement(q):
 # ---- Length
 
 
-def by_length(sign: int, prompts: range, exceptions: int = 0) -> list[Ranking]:
-    """Rankings that prefer the longer response, or with sign -1 the shorter, but for the first few."""
-    texts = ["No, no, no.", "No."]
-    worth = [[sign * (-1) ** (i < exceptions) * len(text) for text in texts] for i in prompts]
-    return [ranked(own, f"{i}?", texts) for i, own in zip(prompts, worth, strict=True)]
-
-
-@pytest.mark.parametrize(("sign", "side"), [(1, "longer"), (-1, "shorter")])
-def test_the_length_baseline_takes_the_side_that_won_in_training_and_is_scored_on_other_pairs(sign, side):
-    found = length_baseline(by_length(sign, range(10, 30)), by_length(sign, range(10), exceptions=3))
-    assert (found["side"], found["value"], found["count"]) == (side, 0.7, 10)
-    found = length_baseline(by_length(sign, range(10, 30)), by_length(-sign, range(10)))
-    assert found["value"] == 0, "chosen on what is trained on, whatever is held out"
-    same = [ranked([1.0, 0.0], f"{i}?", ["Yes.", "Nay."]) for i in range(3)]
-    assert length_baseline(by_length(sign, range(9)), same)["value"] == 0.5
-    assert length_baseline([], same)["side"] is None
-
-
 @given(SEEDS, st.floats(-50, 50))
 @LAW
 def test_length_and_score_are_correlated_within_prompts_alone(seed, shift):
     scored = some_scored(seed)
     moved = [Scored(j.ranking, [s + i * shift for s in j.scores], j.lengths) for i, j in enumerate(scored)]
-    expected = np.corrcoef(*within_prompts(scored))[0, 1]
+    within = [[np.subtract(own, np.mean(own)) for own in (one.lengths, one.scores)] for one in scored]
+    expected = np.corrcoef(*(np.concatenate(own) for own in zip(*within, strict=True)))[0, 1]
     assert length_correlation(scored) == pytest.approx(expected, abs=1e-9)
     assert length_correlation(moved) == pytest.approx(expected, abs=1e-6)
     flat = [Scored(one.ranking, [2.0] * 4, one.lengths) for one in scored]
@@ -229,10 +214,9 @@ def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
 # ---- The card
 
 
-def whole_card(rankings: list[Ranking], worth=unknown_score) -> tuple[dict, list[Scored]]:
+def whole_card(rankings: list[Ranking]) -> dict:
     encoded, _ = encode_rankings(rankings, CHAT, 400)
-    scored = score_rankings(MODEL, encoded)
-    return report_card(MODEL, CHAT, scored, rankings, worth), scored
+    return report_card(MODEL, CHAT, score_rankings(MODEL, encoded), rankings)
 
 
 def test_every_ranking_has_the_scores_of_its_rows():
@@ -245,8 +229,8 @@ def test_every_ranking_has_the_scores_of_its_rows():
 
 def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
     rankings = [one.ranking for one in some_scored(3)]
-    card, scored = whole_card(rankings)
-    write_report(tmp_path, card, scored)
+    card = whole_card(rankings)
+    write_report(tmp_path, card)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(card))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert card["accuracy"]["low"] <= card["accuracy"]["value"] <= card["accuracy"]["high"]
@@ -257,7 +241,7 @@ def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path):
-    card, scored = whole_card([ranked([1.0, 1.0], texts=["", ""])])
-    write_report(tmp_path, card, scored)
+    card = whole_card([ranked([1.0, 1.0], texts=["", ""])])
+    write_report(tmp_path, card)
     text = report_text(card)
     assert "ceiling        unknown" in text and "accuracy       unknown" in text and "nan" not in text

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
 from minillm.chat import ChatTemplate
 from minillm.files import write_json
@@ -78,20 +77,21 @@ def score_rankings(model: ScalarModel, encoded: Sequence[EncodedSet]) -> list[Sc
 
 Pairs = np.ndarray
 """A record for each pair of different texts that an annotator ordered: the key of its prompt, which the pairs
-of all rankings of the prompt share; annotator and kind; the score of the response preferred less that of the
-other; and the same difference by the rubric, 0 where it is unknown."""
-PAIR = [("prompt", "O"), ("annotator", "O"), ("kind", "O"), ("score", "f8"), ("rubric", "f8")]
+of all rankings of the prompt share; annotator and kind; and by how much more the response preferred has of
+score, of length in tokens, and of what the rubric gives, 0 where that is unknown."""
+PAIR = [(name, "O") for name in ("prompt", "annotator", "kind")]
+PAIR += [(name, "f8") for name in ("score", "length", "rubric")]
 
 
 def pairs_of(scored: Iterable[Scored], rubric: RubricScore = unknown_score) -> Pairs:
     """All pairs of different texts that their annotators ordered."""
     pairs = []
     for one in scored:
-        ranking, scores = one.ranking, one.scores
+        ranking = one.ranking
         values = [rubric(ranking.messages, text) for text in ranking.responses]
         known = [0.0 if value is None or None in values else value for value in values]
-        who = prompt_key(ranking), ranking.annotator, ranking.kind or ""
-        pairs += [(*who, scores[i] - scores[j], known[i] - known[j]) for i, j in distinct_pairs(ranking)]
+        who, what = (prompt_key(ranking), ranking.annotator, ranking.kind), (one.scores, one.lengths, known)
+        pairs += [(*who, *(own[i] - own[j] for own in what)) for i, j in distinct_pairs(ranking)]
     return np.array(pairs, PAIR)
 
 
@@ -133,35 +133,14 @@ def against_rubric(pairs: Pairs) -> dict[str, Any]:
 
 def by(field: str, pairs: Pairs, order: str) -> dict[str, Estimate]:
     """The accuracy of an order among the pairs of each annotator, or of each kind."""
-    return {name: accuracy(pairs[pairs[field] == name], order) for name in sorted({*pairs[field]} - {""})}
-
-
-# ---- Length
-
-
-def length_baseline(training: Sequence[Ranking], held_out: Sequence[Ranking]) -> dict[str, Any]:
-    """The accuracy on held-out pairs of taking the longer response always, or the shorter: that which wins
-    more of the training pairs. `side` is None where there are none."""
-
-    def pairs(rankings: Sequence[Ranking], sign: int) -> Pairs:
-        return pairs_of(Scored(one, [sign * len(text) for text in one.responses], ()) for one in rankings)
-
-    won = accuracy(pairs(training, 1), "score")["value"]
-    if won is None:
-        return {"side": None, **estimate(None, 0)}
-    sign, side = (1, "longer") if won >= 0.5 else (-1, "shorter")
-    return {"side": side, **accuracy(pairs(held_out, sign), "score")}
-
-
-def within_prompts(scored: Sequence[Scored]) -> Float64[np.ndarray, "2 R"]:
-    """All lengths and scores, each less the mean of its ranking."""
-    own = [np.array([one.lengths, one.scores], np.float64) for one in scored]
-    return np.concatenate([values - values.mean(1, keepdims=True) for values in own], axis=1)
+    return {name: accuracy(pairs[pairs[field] == name], order) for name in sorted({*pairs[field]} - {None})}
 
 
 def length_correlation(scored: Sequence[Scored]) -> float | None:
-    """The correlation of score and length within prompts; None where either never varies."""
-    within = within_prompts(scored)
+    """The correlation of score and length within prompts: each less the mean of its ranking. None where
+    either never varies."""
+    own = [np.array([one.lengths, one.scores], np.float64) for one in scored]
+    within = np.concatenate([values - values.mean(1, keepdims=True) for values in own], axis=1)
     return float(np.corrcoef(within)[0, 1]) if within.any(axis=1).all() else None
 
 
@@ -242,18 +221,16 @@ def report_card(
     sure = 1 / (1 + np.exp(-np.abs(pairs["score"])))
     error, bins = reliability(sure, (1 + np.sign(pairs["score"])) / 2, lowest=0.5)
     agreed = next(iter(agreements(rankings)), estimate(None, 0))
-    prompts = set(map(prompt_key, held_out))
-    training = [ranking for ranking in rankings if prompt_key(ranking) not in prompts]
     return {
-        "prompts": len(prompts),
+        "prompts": len(set(map(prompt_key, held_out))),
         "rankings": len(scored),
         "accuracy": accuracy(pairs, "score"),
         "annotators": estimate(agreed["value"], agreed["count"])
         | {"ceiling": None if agreed["value"] is None else rater_accuracy(agreed["value"])},
-        "length_baseline": length_baseline(training, held_out),
         "truth": against_rubric(pairs),
         "by_kind": by("kind", pairs, "score"),
         "calibration": {"error": error, "bins": bins},
+        "longer": accuracy(pairs, "length"),
         "length_correlation": length_correlation(scored),
         "probes": trick_shares(model, template, trick_pairs(held_out, rubric)),
     }
@@ -268,32 +245,14 @@ def report_text(card: dict[str, Any]) -> str:
     return render(Path(__file__).with_name("report.txt.j2"), card, percent=percent).rstrip()
 
 
-def write_report(folder: Path, card: dict[str, Any], scored: Sequence[Scored]) -> None:
-    """report.json and report.png."""
+def write_report(folder: Path, card: dict[str, Any]) -> None:
+    """report.json, and report.png: how often the scores' order is right where they are so sure of it."""
     write_json(folder / "report.json", card)
     from minillm.tools.plots import Figure, save  # a second of import that only the end of a run needs
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    (calibration, accuracy), (tricks, length) = figure.subplots(2, 2)
-    bins = card["calibration"]["bins"]
-    calibration.plot([0.5, 1], [0.5, 1], ":", color="black")
-    calibration.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
-    calibration.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
-    by_length = card["length_baseline"]
-    known = {f"{by_length['side']} (baseline)": by_length} if by_length["side"] else {}
-    _bars(accuracy, {"all": card["accuracy"], **known, **card["by_kind"]}, "pairs in the annotator's order")
-    if (agreed := card["annotators"])["count"]:
-        accuracy.axvspan(agreed["value"], agreed["ceiling"], alpha=0.2, label="ceiling")
-        accuracy.legend()
-    _bars(tricks, card["probes"], "tricks below the honest answer")
-    length.scatter(*within_prompts(scored), s=4)
-    labels = {what: f"{what}, less the prompt's mean" for what in ("tokens", "score")}
-    length.set(xlabel=labels["tokens"], ylabel=labels["score"], title="length")
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes, bins = figure.add_subplot(), card["calibration"]["bins"]
+    axes.plot([0.5, 1], [0.5, 1], ":", color="black")
+    axes.plot([b["sure"] for b in bins], [b["accuracy"] for b in bins], "o-")
+    axes.set(xlabel="σ(difference of scores)", ylabel="accuracy", title="calibration")
     save(figure, folder / "report.png")
-
-
-def _bars(axes: Any, shares: dict[str, Estimate], title: str) -> None:
-    names = [f"{name} ({own['count']})" for name, own in shares.items()]
-    axes.barh(names, [own["value"] or 0.0 for own in shares.values()])
-    axes.set(xlim=(0, 1), title=title)
-    axes.invert_yaxis()
