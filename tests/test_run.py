@@ -34,8 +34,7 @@ from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Run, TrainingState, start_runtime
 from minillm.tools import plots
-from minillm.tools.folder import MODEL_FILES, claim_folder, read_metrics
-from minillm.tools.lock import hold
+from minillm.tools.folder import MODEL_FILES, claim_folder, hold, read_metrics
 
 
 def update(state: TrainingState) -> None:
@@ -165,7 +164,7 @@ def test_two_new_runs_of_one_name_do_not_both_start(here, capfd):
 
 def test_a_lock_goes_with_its_process_however_that_ends(here):
     code = (
-        "import os, sys; from minillm.tools.lock import hold; from pathlib import Path\n"
+        "import os, sys; from minillm.tools.folder import hold; from pathlib import Path\n"
         "with hold(Path('base'), wait=False): print('held', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

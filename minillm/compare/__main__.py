@@ -258,7 +258,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         )
     sections["cost"] = metrics.cost_section(models, said, *text, options.text_bytes)
     if world is not None:
-        sections["sure"] = metrics.sure_section(models, said, world, seed)
+        sections["sure"] = metrics.sure_section(models, said)
     return {
         "runs": list(folders),
         "folders": folders,

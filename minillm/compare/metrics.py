@@ -8,11 +8,9 @@ What is likely is read of rows, a context and the tokens said after it, each mod
 model after its chat template, a base model after the question as a line of text.
 
 Sources: KL between policies over the whole vocabulary, Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155),
-section 3.5; answers chosen by likelihood, Kadavath et al. 2022 (arXiv 2207.05221), section 2; what alignment
-does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
+section 3.5; what alignment does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
 """
 
-import random
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +32,11 @@ from minillm.tools.evaluate import Reply, Row, hidden_before, text_loss
 from minillm.tools.judge import PairJudge, blind
 from minillm.tools.measures import Estimate, distinct, estimate, mean, reliability, win_rates, written
 from minillm.world import World
-from minillm.world.facts import state
 from minillm.world.rubric import Prompt
 
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
 GREEDY = "greedy"
 ROWS = 64  # scored together
-CANDIDATES = 8  # answers to choose from, of which chance picks the right one in 1/8
 
 Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 """By sampling and model, the reply to each prompt."""
@@ -213,18 +209,6 @@ def token_values(
     return [found[i] for i in range(len(rows))]
 
 
-def response_logprobs(one: ChatModel, sets: Sequence[ResponseSet]) -> list[Float64[np.ndarray, " _"]]:
-    """log p of every response of each set, without the tokens that would end it."""
-    rows = [
-        (context, one.tokenizer.encode(text))
-        for given in sets
-        for context in [one.prompt(given.messages)]
-        for text in given.responses
-    ]
-    totals = iter([float(values.sum()) for values in token_values(one.model, rows)])
-    return [np.array([next(totals) for _ in given.responses]) for given in sets]
-
-
 def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Section:
     """By how much log p per byte, and how often, the first reply of a pair is the likelier one, of the pairs
     that every model has room for."""
@@ -238,11 +222,14 @@ def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseS
         own = [pair for pair in every if all(has_room(one, pair) for one in models)]
         if left_out := len(every) - len(own):
             notes.append(f"{left_out} pairs of {label} do not fit every model's context and are left out.")
-        sizes = [[len(text.encode()) for text in pair.responses] for pair in own]
-        rates = {one.name: np.divide(response_logprobs(one, own), sizes).reshape(-1, 2) for one in models}
-        values = {name: rate[:, 0] - rate[:, 1] for name, rate in rates.items()}
-        likely[label] = {name: mean(value <= 0) for name, value in values.items()}
-        difference[label] = {name: mean(value, form="signed") for name, value in values.items()}
+        texts = [(pair.messages, text) for pair in own for text in pair.responses]
+        likely[label], difference[label] = {}, {}
+        for one in models:
+            rows = [(one.prompt(messages), one.tokenizer.encode(text)) for messages, text in texts]
+            sums = [float(logprobs.sum()) for logprobs in token_values(one.model, rows)]
+            rates = np.array(sums) / [len(text.encode()) for _, text in texts]
+            likely[label][one.name] = mean(rates[::2] <= rates[1::2])
+            difference[label][one.name] = mean(rates[::2] - rates[1::2], form="signed")
     caption, other = words()["pairs"]["captions"]
     return Section({caption: likely, other: difference}, notes)
 
@@ -287,37 +274,28 @@ def cost_section(
     return Section(text_table(models, sources, origin, size) | ({caption: rows} if rows else {}), notes)
 
 
-def sure_section(models: Sequence[ChatModel], said: Said, world: World, seed: int) -> Section:
-    """How sure each model is and how often it is right, of the answer it picks among some to a question of
-    fact, and of its own greedy replies where it may know or not."""
-    section = Section()
-    for measure, caption in words()["sure"]["names"].items():
-        rows, lines = Rows(), {}
-        for one in models:
-            replies = [reply for reply in said[GREEDY][one.name] if reply.prompt.kind in ("fact", "unknown")]
-            if measure == "choice":
-                facts = [reply.prompt for reply in replies if reply.prompt.kind == "fact"]
-                answers = response_logprobs(one, choices(world, facts, seed))
-                picked = [(1 / np.exp(own - own.max()).sum(), own.argmax() == 0) for own in answers]
-            else:  # the geometric mean of the probabilities of a reply's tokens
-                values = token_values(one.model, reply_rows(one, replies))
-                picked = [(np.exp(own.mean()), r.right) for own, r in zip(values, replies, strict=True)]
-            sure, right = np.array(picked, np.float64).reshape(-1, 2).T
-            error, bins = reliability(sure, right)
-            found = {
-                "right": mean(right),
-                "how sure": mean(sure),
-                "how sure where right": mean(sure[right == 1]),
-                "how sure where wrong": mean(sure[right == 0]),
-                "calibration error (ECE)": estimate(error, len(sure), form="nats"),
-            }
-            for label, own in found.items():
-                rows.setdefault(label, {})[one.name] = own
-            # A dot's area is the bin's share of all.
-            lines[one.name] = [(b["sure"], b["accuracy"], sqrt(b["count"] / len(sure))) for b in bins]
-        section.tables[caption] = rows
-        section.plots[caption] = lines
-    return section
+def sure_section(models: Sequence[ChatModel], said: Said) -> Section:
+    """How sure each model is of its greedy replies where it may know or not, and how often it is right."""
+    rows, lines = Rows(), {}
+    for one in models:
+        replies = [reply for reply in said[GREEDY][one.name] if reply.prompt.kind in ("fact", "unknown")]
+        values = token_values(one.model, reply_rows(one, replies))
+        sure = np.exp([logprobs.mean() for logprobs in values])  # the tokens' geometric mean
+        right = np.array([reply.right for reply in replies], np.float64)
+        error, bins = reliability(sure, right)
+        found = {
+            "right": mean(right),
+            "how sure": mean(sure),
+            "how sure where right": mean(sure[right == 1]),
+            "how sure where wrong": mean(sure[right == 0]),
+            "calibration error (ECE)": estimate(error, len(sure), form="nats"),
+        }
+        for label, own in found.items():
+            rows.setdefault(label, {})[one.name] = own
+        # A dot's area is the bin's share of all.
+        lines[one.name] = [(b["sure"], b["accuracy"], sqrt(b["count"] / len(sure))) for b in bins]
+    caption = words()["sure"]["caption"]
+    return Section({caption: rows}, plots={caption: lines})
 
 
 # ---- What there is to score
@@ -333,22 +311,6 @@ def world_pairs(world: World, split: str, count: int) -> dict[str, list[Response
         made = world.reply_pairs(split, flaw, count)
         pairs[flaw] = [ResponseSet(prompt.messages, [*two], prompt.kind) for prompt, *two in made]
     return pairs
-
-
-def choices(world: World, prompts: Sequence[Prompt], seed: int) -> list[ResponseSet]:
-    """To each question of fact its right answer, and after it others in the same words, with other values."""
-    entities = {entity.name: entity for entity in world.entities}
-    values: dict[str, set[str]] = {}
-    for fact in world.facts:
-        values.setdefault(fact.attribute, set()).add(fact.value)
-    found = []
-    for prompt in prompts:
-        wrong = sorted(values[prompt.topic] - {prompt.answer, prompt.entity})
-        others = random.Random(f"{seed} {prompt.text}").sample(wrong, min(CANDIDATES - 1, len(wrong)))
-        entity = entities[prompt.entity]
-        said = [state(prompt.topic, entity, value, "answers")[0] for value in (prompt.answer, *others)]
-        found.append(ResponseSet(prompt.messages, said, prompt.kind))
-    return found
 
 
 def held_out_text(sources: Iterable[Source], val_fraction: float, size: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from minillm.data import SIDES, Side
 from minillm.errors import BAD_FILE, writing
 from minillm.files import digest, write_json
-from minillm.tools.lock import hold
+from minillm.tools.folder import hold
 
 
 def cached_streams(

@@ -1,11 +1,13 @@
 """Whose a run folder is: one run's at a time, never two mixed, and nothing half-written from a killed one."""
 
 import errno
+import fcntl
 import itertools
 import json
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,7 +16,6 @@ from minillm.errors import InputError, reading, writing
 from minillm.files import scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
-from minillm.tools.lock import hold
 from minillm.tools.provenance import provenance
 
 MODEL_FILES = (
@@ -27,24 +28,57 @@ RUN_FILES = (
 SCRATCH = {scratch_of(Path(name)).name for name in RUN_FILES}
 
 
+@contextmanager
+def hold(folder: Path, wait: bool) -> Iterator[None]:
+    """Makes `folder` and holds it: another process that asks for it waits, or meets a BlockingIOError.
+
+    The lock is the system's. It leaves no file, and goes with the process, however that ends.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):  # else a file system without locks
+                    raise
+            if _is_at(handle, folder):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name: another process may have removed it meanwhile."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
+
+
 def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
     """Makes the folder of a run and keeps others out until this process is done; removes what a killed one
     left half-written. InputError, before anything is computed, where two runs would mix."""
     if not runtime.is_main:
         return
-    folder = options.folder
-    with writing(folder, "give another --out"):
+    folder, hint = options.folder, "give another --out"
+
+    def remove_empty(folders: list[Path]) -> None:
+        for made in folders:
+            with suppress(OSError):  # what holds something stays
+                made.rmdir()
+
+    with writing(folder, hint):
         places = [folder, *folder.parents]
         made = list(itertools.takewhile(lambda place: not os.path.lexists(place), places))
         if not places[len(made)].is_dir():
             raise InputError(f"{places[len(made)]}: is a file; give --out a folder")
-        runtime.closing.callback(_remove_empty, made)
+        runtime.closing.callback(remove_empty, made)
         try:
             runtime.closing.enter_context(hold(folder, wait=False))
         except BlockingIOError:
-            raise InputError(
-                f"{folder}: another run is writing there; wait for its end, or give another --out"
-            ) from None
+            raise InputError(f"{folder}: another run is writing there; wait for its end, or {hint}") from None
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "its permissions forbid it")
         check_run_folder(folder, options.resume, options.overwrite)
@@ -52,12 +86,6 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
             # Scratch of files.py, and what safetensors leaves where it is killed.
             if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
                 path.unlink(missing_ok=True)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):  # what holds something stays
-            folder.rmdir()
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
