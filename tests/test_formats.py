@@ -211,6 +211,7 @@ LEFT_OUT = [
     ("conversation", {"messages": ASKED, "images": ["a.png"]}, "'images'"),
     ("conversation", {"messages": ASKED, "documents": ["a"]}, "'documents'"),
     ("conversation", {"messages": [SYSTEM, *ASKED], "system": "Be rude."}, "two system messages"),
+    ("conversation", {"history": "Hi", "question": "Why?", "answer": "Because."}, "'history'"),
     ("conversation", {**KTO, "label": False}, "judged bad"),
     ("conversation", {**KTO, "label": "false"}, "judged bad"),
     ("conversation", {**KTO, "is_safe": False}, "judged bad"),

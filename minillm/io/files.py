@@ -27,7 +27,6 @@ from typing import IO, Any, Literal
 
 from minillm.errors import InputError
 
-PACKED = (".gz", ".zst")
 LINE_LIMIT = 256 * 2**20  # characters of one record
 WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is held in memory
 UNNAMED = "values_without_a_column"  # the field of what a table's row has too much, as by a comma not quoted
@@ -61,7 +60,7 @@ class Reading:
 
 
 def parse_specs(specs: Sequence[str]) -> list[tuple[str, str, float]]:
-    """The name, path and weight of each spec, [NAME=]PATH[:WEIGHT]. Raises InputError for wrong ones.
+    """The name, path and weight of each spec, [NAME=]PATH[:WEIGHT]. InputError for wrong ones.
 
     The weight is 1 unless given; the name is the path's last component. A path may itself hold '=' and ':':
     of all readings the most literal one that exists on disk is taken.
@@ -81,42 +80,34 @@ def _parse(spec: str) -> tuple[str, str, float]:
     readings = [(name, os.path.expanduser(path), weight) for name, path, weight in whole + weighted]
     for name, path, weight in readings:
         if os.path.exists(path) or _matches(path):
-            return name or os.path.basename(os.path.abspath(path)) or path, path, _weight(weight, spec)
+            with suppress(ValueError):
+                if 0 < float(weight) < math.inf:
+                    return name or os.path.basename(os.path.abspath(path)) or path, path, float(weight)
+            wrong = f"weight {weight!r} is not a positive number, as in books:0.15"
+            raise InputError(f"data source {spec!r}: {wrong}")
     path = min((path for _, path, _ in readings), key=len)
     what = "no file matches" if glob.has_magic(path) else "no such file or folder:"
     raise InputError(f"data source {spec!r}: {what} {path!r}; check the path")
 
 
-def _weight(text: str, spec: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"data source {spec!r}: weight {text!r} is not a positive number, as in books:0.15")
-    return weight
+def check_names(names: Iterable[str]) -> None:
+    """InputError where two sources have one name."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            way = "as in other=PATH, or make them one by a glob in quotes, as in 'PATH/*.txt'"
+            raise InputError(f"{count} data sources are named {name!r}: name them apart, {way}")
 
 
 # ---- A path → the files to read
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises InputError where two sources have one name."""
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise InputError(
-                f"{count} data sources are named {name!r}: name them apart, as in other=PATH, or make one of "
-                "them by a glob in quotes, as in 'PATH/*.txt'"
-            )
 
 
 def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:
     """The files to read under `path`, sorted, each once, and a count of those left out, by reason.
 
     A file that is named, or that a glob matches, is read whatever it ends in; of a folder only those with one
-    of `extensions`, packed or not. Raises InputError, for the source `name`, where there are none.
+    of `extensions`, packed or not. InputError, for the source `name`, where there are none.
     """
-    endings = tuple(extension + packed for extension in extensions for packed in ("", *PACKED))
+    endings = tuple(extension + packed for extension in extensions for packed in ("", ".gz", ".zst"))
     tops = [path] if os.path.exists(path) else _matches(path)
     asked = {top for top in tops if not os.path.isdir(top)}
     every = {os.path.realpath(file): file for top in reversed(tops) for file in reversed(list(_walk(top)))}
@@ -126,16 +117,13 @@ def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[st
     files = [file for file in found if os.path.getsize(file)]
     kinds = Counter(extension_of(file) or "without an extension" for file in {*every.values()} - {*found})
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    skipped = Counter(
-        {f"files of another kind ({shown})": kinds.total(), "empty files": len(found) - len(files)}
-    )
+    counts = {f"files of another kind ({shown})": kinds.total(), "empty files": len(found) - len(files)}
+    skipped = +Counter(counts)
     if not files:
-        why = ", ".join(f"{what}: {count}" for what, count in (+skipped).items()) or "an empty folder"
-        raise InputError(
-            f"data source {name!r}: nothing to read in {path!r} ({why}); give {', '.join(extensions)} files, "
-            "or name others by a glob in quotes, as in 'src/**/*.c'"
-        )
-    return files, +skipped
+        why = ", ".join(f"{what}: {count}" for what, count in skipped.items()) or "an empty folder"
+        way = f"give {', '.join(extensions)} files, or name others by a glob in quotes, as in 'src/**/*.c'"
+        raise InputError(f"data source {name!r}: nothing to read in {path!r} ({why}); {way}")
+    return files, skipped
 
 
 def extension_of(path: str) -> str:
@@ -149,8 +137,7 @@ def _unpacked_name(path: str) -> str:
 
 
 def _walk(top: str) -> Iterator[str]:
-    """Every file under `top` that is not hidden, each folder once however it is linked; `top` where it is
-    none."""
+    """Every file under `top` that is not hidden, each folder once however it is linked; or a file itself."""
     if not os.path.isdir(top):
         yield top
         return
@@ -254,10 +241,8 @@ def _library(package: str, path: str, what: str, instead: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        top = package.partition(".")[0]
-        raise InputError(
-            f"{path!r}: is {what}, which needs {top} (pip install {top}); install it or {instead}"
-        ) from None
+        needs = f"which needs {(top := package.partition('.')[0])} (pip install {top})"
+        raise InputError(f"{path!r}: is {what}, {needs}; install it or {instead}") from None
 
 
 SIGNATURES = {
@@ -298,10 +283,7 @@ def kind_of(path: str, read: Reading) -> str:
 
 @contextmanager
 def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
-    """A file's text without its byte order mark, its line ends as they are.
-
-    InputError with the offset of bytes that are not of the encoding.
-    """
+    """A file's text without its byte order mark, its line ends as they are."""
     encoding = "utf-8-sig" if codecs.lookup(read.encoding).name == "utf-8" else read.encoding
     with unpacked(path) as file:
         text = io.TextIOWrapper(file, encoding, read.errors, newline="\n")
@@ -309,10 +291,8 @@ def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
             yield text
         except UnicodeError as error:
             rest = error.object[error.start :] if isinstance(error, UnicodeDecodeError) else b""
-            raise InputError(
-                f"{path!r}: invalid {read.encoding.upper()} at byte {file.tell() - len(rest)}; convert it, "
-                "give its --encoding, or use --errors replace"
-            ) from error
+            wrong = f"{path!r}: invalid {read.encoding.upper()} at byte {file.tell() - len(rest)}"
+            raise InputError(f"{wrong}; convert it, give its --encoding, or use --errors replace") from error
 
 
 def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:
@@ -385,10 +365,8 @@ def _whole(path: str, read: Reading) -> Iterator[Any]:
     with open_text(path, read) as file:
         text, decoder, at = file.read(WHOLE_LIMIT + 1).strip(), json.JSONDecoder(), 0
     if len(text) > WHOLE_LIMIT:
-        raise InputError(
-            f"{path!r}: JSON of over {WHOLE_LIMIT >> 20} million characters; make a record a line of it, "
-            "as by jq -c '.[]'"
-        )
+        long = f"{path!r}: JSON of over {WHOLE_LIMIT >> 20} million characters"
+        raise InputError(f"{long}; make a record a line of it, as by jq -c '.[]'")
     while at < len(text):
         try:
             record, at = decoder.raw_decode(text, at)

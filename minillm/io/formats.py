@@ -93,11 +93,13 @@ def known(record: object) -> tuple[Format | None, Record]:
     fields = {re.sub("[- ]", "_", str(name).lower()): value for name, value in record.items()}
     if isinstance(fields.get("turns"), int):
         del fields["turns"]  # how many there are
+    if isinstance(fields.get("history"), list):
+        fields["earlier turns"] = fields.pop("history")  # a text is the question
     for name in ("input", "info"):  # where OpenAI's preferences have what is asked
         fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
     fields |= _numbered(fields)
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
-        fields["tree"] = fields["prompt"]
+        fields[TREE] = fields["prompt"]
     has = {name for name, value in fields.items() if value is not None}
     return next((form for form in FORMATS if all(has & set(group) for group in form.known_by)), None), fields
 
@@ -114,8 +116,6 @@ def nearest(record: object, purpose: Purpose) -> str:
     forms = [form for form in FORMATS if purpose in form.gives]
     form = min(forms, key=lambda form: (len(lacking(form)) / len(form.known_by), form.name != "messages"))
     wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form)) or "other content in its fields"
-    for name, fields_of_it in (("numbered", "response_a and response_b"), ("tree", "a prompt with replies")):
-        wanted = wanted.replace(name, fields_of_it)
     has = ", ".join(map(str, record)) or "none"
     return f"its fields: {has}; the nearest format is {form.name}, for which it lacks {wanted}"
 
@@ -129,10 +129,11 @@ REPLIES, SYSTEM, HISTORY, THOUGHT = (FIELDS[of] for of in ("replies", "system", 
 CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected", "verdicts", "signed"))
 RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
+NUMBERED, TREE = "response_a and response_b", "a prompt with replies"  # made by `known`
 PLACEHOLDER = re.compile(r"<(image|video|audio)>")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
 ASKED = (*QUESTIONS, *ABOUT, *SYSTEM, *HISTORY)
-MEANING = {*PAIR_SCORES, UNNAMED}.union(*FIELDS.values()).difference(FIELDS["origins"])
+MEANING = {*PAIR_SCORES, NUMBERED, UNNAMED}.union(*FIELDS.values()).difference(FIELDS["origins"])
 """The fields that change what a record says."""
 
 
@@ -269,12 +270,10 @@ def _example(fields: Record, replies: Replies) -> Example:
 
 def _asked(fields: Record) -> Conversation:
     """All that stands before a reply: the system message, earlier turns, the question."""
-    history = fields.get("history") or []
-    if isinstance(history, str):
-        history = []
-    elif all(isinstance(turn, list) for turn in history):
-        history = [text for turn in history for text in turn]
-    messages, system = _messages(history) + _question(fields), _one(fields, SYSTEM)
+    earlier = fields.get("earlier turns") or []
+    if all(isinstance(turn, list) for turn in earlier):
+        earlier = [text for turn in earlier for text in turn]
+    messages, system = _messages(earlier) + _question(fields), _one(fields, SYSTEM)
     if _is_empty(system):
         return messages
     first = _message("system", system)
@@ -295,14 +294,13 @@ def _question(fields: Record) -> Conversation:
             if isinstance(beside := fields.get(name), str) and beside not in said:
                 raise LeftOutError(f"records with a {name!r} that is not among their turns")
         return messages
-    history = fields.get("history")
     parts = [_one(fields, QUESTIONS), *map(fields.get, ABOUT)]
     if "instruction" not in fields:  # a task stands before what it is about, a question behind it
         parts.reverse()
-    parts = [part for part in parts if part] or [history if isinstance(history, str) else None]
-    question = _paragraphs(*parts) if len(parts) > 1 else parts[0]
-    if not question:
+    parts = [part for part in parts if part]
+    if not parts:
         return []
+    question = _paragraphs(*parts) if len(parts) > 1 else parts[0]
     messages = _messages(question, "user")
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         return messages[:-1]  # a transcript that ends with the name of who is to speak
@@ -359,23 +357,23 @@ def _score_beside(fields: Record, *names: str) -> Any:
     return None if score is None else float(score)
 
 
-NUMBERED = re.compile(
+MARKED = re.compile(
     r"(output|response|answer|completion|reply|conversation|summary|human_ref|generation)_?(\d|[a-i])"
 )
 
 
 def _numbered(fields: Record) -> Record:
-    """The replies that several fields hold, as in response_a and response_b: {"numbered": {"a": …}}."""
+    """The replies that several fields hold, as in response_a and response_b: their stem and {"a": …}."""
     stems: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
-        if (match := NUMBERED.fullmatch(name)) and not _is_empty(value):
+        if (match := MARKED.fullmatch(name)) and not _is_empty(value):
             stems.setdefault(match[1], {})[match[2]] = value
     replies = max(stems.items(), key=lambda stem: len(stem[1]), default=("", {}))
-    return {"numbered": replies} if len(replies[1]) > 1 else {}
+    return {NUMBERED: replies} if len(replies[1]) > 1 else {}
 
 
 def _numbered_replies(fields: Record) -> Replies:
-    (stem, replies), found = fields["numbered"], []
+    (stem, replies), found = fields[NUMBERED], []
     for mark, said in sorted(replies.items()):
         names = (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
         found.append((said, _score_beside(fields, *names), set(names)))
@@ -463,12 +461,12 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
     """Of a tree, the path along the replies ranked best (unranked ones last, ties to the first); or, to rank,
     the replies to each message that bear a rank, where there are two or more."""
     if purpose != "ranking":
-        path, nodes = [], [fields["tree"]]
+        path, nodes = [], [fields[TREE]]
         while nodes:
             path.append(min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0)))
             nodes = path[-1].get("replies") or []
         return [{"messages": path}]
-    records, paths = [], [[fields["tree"]]]
+    records, paths = [], [[fields[TREE]]]
     while paths:
         path = paths.pop()
         replies = path[-1].get("replies") or []
@@ -487,9 +485,9 @@ FORMATS = (
     Format("chosen and rejected replies", (CHOSEN, REJECTED),
            (*TURNS, *ASKED, *ANSWERS, *REPLIES, "rating", "ratings", "score", "scores",
             *PAIR_SCORES), ANYTHING, _chosen_and_rejected),
-    Format("numbered replies with a verdict", (("numbered",),),
+    Format("numbered replies with a verdict", ((NUMBERED,),),
            (*TURNS, *ASKED, *VERDICTS, *SIGNED), ANYTHING, _numbered_replies),
-    Format("OpenAssistant's tree of replies", (("tree",),), ("prompt",), ANYTHING, parts=_branches),
+    Format("OpenAssistant's tree of replies", ((TREE,),), ("prompt",), ANYTHING, parts=_branches),
     Format("rated replies", ((*TURNS, *QUESTIONS, *ABOUT), REPLIES),
            (*ASKED, *RATINGS, *VERDICTS, "ranking"), ANYTHING, _listed_replies),
     Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING), ANYTHING, _answer),
