@@ -7,7 +7,7 @@ machine that stops in between, finds the old file or the new one and never half 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,12 @@ def sync(path: Path) -> None:
 
 
 def digest(*parts: Any) -> str:
-    """32 hex digits that follow from the content of the parts, each JSON or bytes (an array counts as its
-    bytes), in their order."""
+    """32 hex digits that follow from the content of the parts, see `digest_of`."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """The digest of a stream of parts, each JSON or bytes (an array counts as its bytes), in their order."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         is_json = part is None or isinstance(part, str | int | float | list | tuple | dict)

@@ -7,17 +7,16 @@ ends with the assistant. A reply with "train": False is not learned. What cannot
 counted by reason, and the first such record is shown.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from minillm.chat import Conversation
 from minillm.errors import InputError
+from minillm.files import digest_of
 from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
 from minillm.io.formats import FORMATS, Purpose, compared, known, nearest, read_record
 from minillm.io.rankings import read_rankings
@@ -30,19 +29,17 @@ EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 @dataclass(frozen=True)
 class ConversationSource:
-    """A named stream of conversations, or of prompts, with a weight in the mixture.
-
-    `conversations()` starts a new pass, over the same ones in the same order each time. `fingerprint` is a
-    digest of them. `skipped` counts what was left out, by reason; `first_skipped` is a line about the first
-    of it: where it is, the reason, and the fields it has.
-    """
+    """A named stream of conversations or prompts with a weight in the mixture; `conversations()` starts a new
+    pass over it."""
 
     name: str
     weight: float
     conversations: Callable[[], Iterator[Conversation]]
     fingerprint: str
     skipped: Counter[str] = field(default_factory=Counter)
+    """What was left out, by reason."""
     first_skipped: str | None = None
+    """A line about the first of it: where it is, the reason, and the fields it has."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,13 @@ def open_conversations(
     """Open conversations given as files, folders or globs of JSON, tables or Parquet.
 
     A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same.
-    Every file is read whole once here, so that what is wrong shows before anything is trained: InputError
-    for specs and files that are wrong, and for a file that holds no conversation.
+    Every file is read whole once here, so that what is wrong shows before anything is trained.
     """
     sources = []
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, path, EXTENSIONS)
         skipped = Skipped(unread)
-        fingerprint = _fingerprint(_read(files, errors, purpose, skipped))
+        fingerprint = digest_of(_read(files, errors, purpose, skipped))
         again = partial(_read, files, errors, purpose, Skipped(Counter()))
         sources.append(ConversationSource(name, weight, again, fingerprint, skipped.counts, skipped.first))
     return sources
@@ -83,14 +79,7 @@ def open_prompts(specs: Sequence[str], errors: Errors = "strict") -> list[Conver
 def world_conversations(world: World, split: str, n: int) -> ConversationSource:
     """`n` demonstrations of the little world. Its splits share no question."""
     messages = [conversation.messages for conversation in world.conversations(split, n)]
-    return ConversationSource("conversations", 1.0, lambda: iter(messages), _fingerprint(messages))
-
-
-def _fingerprint(conversations: Iterable[Conversation]) -> str:
-    digest = blake2b(digest_size=16)
-    for conversation in conversations:
-        digest.update(json.dumps(conversation).encode())
-    return digest.hexdigest()
+    return ConversationSource("conversations", 1.0, lambda: iter(messages), digest_of(messages))
 
 
 # ---- Rankings

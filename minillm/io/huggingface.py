@@ -153,9 +153,8 @@ def load_causal_model(
     """Opens a model that goes on with a text. InputError for one that sees both sides of a token."""
     model, tokenizer = load_model(folder, device, compute_dtype)
     if not model.config.causal:
-        raise InputError(
-            f"{folder}: was trained on masked tokens and cannot go on with a text; give a causal model"
-        )
+        what = f"{folder}: was trained on masked tokens and cannot go on with a text"
+        raise InputError(f"{what}; give a causal model")
     return model, tokenizer
 
 
@@ -165,9 +164,8 @@ def load_scalar_model(
     """Opens a reward model: a run folder or a Hugging Face sequence classifier with one label."""
     config, tokenizer, tensors = _open_folder(folder)
     if (kind := _kind_of_classifier(tensors)) != "a reward model":
-        raise InputError(
-            f"{folder}: by score.weight {kind or 'a language model'}; give a reward model's folder"
-        )
+        what = f"{folder}: by score.weight {kind or 'a language model'}"
+        raise InputError(f"{what}; give a reward model's folder")
     model = ScalarModel(config, compute_dtype)
     load_weights(model, tensors, folder)
     path = folder / "config.json"
@@ -185,18 +183,14 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
     config = config_from_json(folder / "config.json")
     tokenizer = _from_others(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens but config.json says "
-            f"{config.vocab_size}; the two belong to different models"
-        )
+        what = f"tokenizer.json has {tokenizer.vocab_size} tokens but config.json says {config.vocab_size}"
+        raise InputError(f"{folder}: {what}; the two belong to different models")
     tensors = read_weights(folder)
     held = sum(tensor.numel() for tensor in tensors.values())
     # Told before a model is made: a wrong number must not ask for more memory than there is.
     if parameter_count(config) > 2 * held:
-        raise InputError(
-            f"{folder}: config.json describes {parameter_count(config):,} weights but the weight files "
-            f"hold {held:,}; the two belong to different models"
-        )
+        what = f"config.json describes {parameter_count(config):,} weights but the weight files hold {held:,}"
+        raise InputError(f"{folder}: {what}; the two belong to different models")
     # Others fill the vocabulary up with rows that no token has; a sample must not fall on one.
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors and len(tensors[name]) == config.vocab_size:
@@ -237,10 +231,8 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
         expected.pop("lm_head.weight", None)
         head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
         if head is not None and embedding is not None and not torch.equal(head, embedding):
-            raise InputError(
-                f"{origin}: weight lm_head.weight differs from the embedding, though config.json ties them; "
-                "set tie_word_embeddings to false, or take the weight out"
-            )
+            what = f"{origin}: weight lm_head.weight differs from the embedding, though config.json ties them"
+            raise InputError(f"{what}; set tie_word_embeddings to false, or take the weight out")
     for names, what in ((expected.keys() - tensors.keys(), "missing"),
                         (tensors.keys() - expected.keys(), "not part of this model")):  # fmt: skip
         if names:

@@ -129,10 +129,9 @@ class ForeignFormat:
         for i, (role, _) in enumerate(shape):
             count = rendered.count(_mark(i))
             if count != 1 or rendered.count(_mark(i, True)) > 1:
-                raise InputError(
-                    f"the chat template writes the content of message {i} ({role}) {count} times; it must "
-                    f"once, in these messages: {', '.join(role for role, _ in shape)}"
-                )
+                what = f"the chat template writes the content of message {i} ({role}) {count} times"
+                roles = ", ".join(role for role, _ in shape)
+                raise InputError(f"{what}; it must once, in these messages: {roles}")
         return rendered
 
     def _asked(self, shape: Shape, thinking: bool) -> str:
@@ -171,10 +170,8 @@ class ForeignFormat:
                 plain = self._render(_messages((*shape[:-1], ("assistant", False))), False, thought)
                 before, text, end = plain.partition(_mark(i))
                 if not asked.startswith(before):
-                    raise InputError(
-                        "the chat template asks for a reply with another text than it writes before one, so "
-                        "no reply can be learned; change the template"
-                    )
+                    what = "the chat template asks for a reply with another text than it writes before one"
+                    raise InputError(f"{what}, so no reply can be learned; change the template")
                 encoded = asked + (f"{_mark(i, True)}\n</think>\n\n" if thought else "") + text + end
                 starts[i] = len(asked)
         return encoded, starts
@@ -211,10 +208,8 @@ class ForeignFormat:
             raise InputError("the chat template ends a reply with no control token; add eos_token behind it")
         if ids[count - 1] not in self.tokenizer.special_tokens.values():
             name = self.tokenizer.decode([ids[count - 1]])
-            raise InputError(
-                f"the chat template ends a reply with {name!r}, which any text may contain; "
-                "make it special in tokenizer.json"
-            )
+            what = f"the chat template ends a reply with {name!r}, which any text may contain"
+            raise InputError(f"{what}; make it special in tokenizer.json")
         return count
 
     def _render(self, messages: list[dict[str, str]], generate: bool, thinking: bool) -> str:

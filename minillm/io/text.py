@@ -10,7 +10,6 @@ each cut after a newline. Documents are encoded one by one and none attends to a
 on where another document was cut. Left out: cleaning of text.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ from typing import Any
 
 from minillm.data import Source
 from minillm.errors import InputError
-from minillm.files import digest
+from minillm.files import digest, digest_of
 from minillm.io.files import (
     BLOCK,
     KINDS,
@@ -56,8 +55,7 @@ def open_sources(
 
     A folder is read recursively, in sorted order, links followed, without hidden files; files that do not
     end in one of EXTENSIONS, or cannot be read, are counted in `skipped`. Every byte is read here once, for
-    the fingerprint. InputError for specs and files that are wrong; for what only decoding can show,
-    `documents()` raises it.
+    the fingerprint, but only `documents()` meets what is wrong in it.
     """
     read = Reading(errors, encoding, field)
     alike: dict[Any, list[tuple[str, str, float]]] = defaultdict(list)
@@ -80,12 +78,13 @@ def text_sources(specs: Sequence[str], seed: int, megabytes: float, *how: Any) -
 
 def world_sources(world: World, megabytes: float) -> list[Source]:
     """The little world's sources: `megabytes` of text, shared out by what are also the weights."""
-    sources = []
-    for name, share in SHARES.items():
-        size = megabytes * share / sum(SHARES.values())
-        fingerprint = digest(world.fingerprint, name, size)
-        sources.append(Source(name, share, partial(world.documents, name, size), fingerprint))
-    return sources
+    sizes = {name: megabytes * share / sum(SHARES.values()) for name, share in SHARES.items()}
+    return [
+        Source(
+            name, SHARES[name], partial(world.documents, name, size), digest(world.fingerprint, name, size)
+        )
+        for name, size in sizes.items()
+    ]
 
 
 def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> Source:
@@ -104,10 +103,10 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
                 raise InputError(f"{file!r}: {kind}; leave it out, or give its --encoding if it is text")
             skipped[f"files left out ({kind})"] += 1
             continue
-        file_digest, file_size = _digest_file(file)
         kinds.append((file, kind))
-        digests.append((kind, file_digest))
-        size += file_size
+        with unpacked(file) as content:
+            digests.append((kind, digest_of(iter(partial(content.read, BLOCK), b""))))
+            size += content.tell()
     if not kinds:
         raise InputError(f"data source {name!r}: nothing to read in {paths[0]!r} ({'; '.join(skipped)})")
     dropped = Counter[str]()
@@ -115,16 +114,6 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
     return Source(
         name, weight, partial(_documents, name, kinds, read, dropped), fingerprint, size, skipped, dropped
     )
-
-
-def _digest_file(path: str) -> tuple[str, int]:
-    """A digest of a file's content, read as a stream, and its bytes."""
-    state, size = hashlib.blake2b(digest_size=16), 0
-    with unpacked(path) as file:
-        while raw := file.read(BLOCK):
-            state.update(raw)
-            size += len(raw)
-    return state.hexdigest(), size
 
 
 # ---- Files → documents
@@ -147,10 +136,8 @@ def _documents(
             else:
                 dropped["empty documents"] += 1
     if not found:
-        raise InputError(
-            f"data source {name!r}: no document with text in {files[0][0]!r} "
-            f"and {len(files) - 1} more files; check what they hold"
-        )
+        where = f"{files[0][0]!r} and {len(files) - 1} more files"
+        raise InputError(f"data source {name!r}: no document with text in {where}; check what they hold")
 
 
 def _texts(path: str, read: Reading) -> Iterator[str]:

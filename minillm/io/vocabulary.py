@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -138,27 +138,21 @@ def _bare(value: Any) -> Any:
     return [_bare(inner) for inner in value] if isinstance(value, list) else value
 
 
-@cache
-def _letter_of_byte() -> dict[int, str]:
-    """A byte that prints is written as itself, the others as the letters from U+0100 on (GPT-2)."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printing]
-    return {b: chr(b) for b in printing} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    return {letter: byte for byte, letter in _letter_of_byte().items()}
+PRINTING = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+OTHERS = [byte for byte in range(256) if byte not in PRINTING]
+LETTERS = {b: chr(b) for b in PRINTING} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+"""A byte that prints is written as itself, the others as the letters from U+0100 on (GPT-2)."""
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 
 def spell(token: bytes) -> str:
     """The letters that stand for a token's bytes on disk: b" the" → "Ġthe"."""
-    return token.decode("latin-1").translate(_letter_of_byte())
+    return token.decode("latin-1").translate(LETTERS)
 
 
 def unspell(letters: str) -> bytes:
     """The bytes that letters stand for: "Ġthe" → b" the". KeyError for any other letter."""
-    return bytes(map(_byte_of_letter().__getitem__, letters))
+    return bytes(map(BYTES.__getitem__, letters))
 
 
 # ---- Other programs'
@@ -186,9 +180,8 @@ class LibraryVocabulary:
             return self._library.encode(text, add_special_tokens=False).ids
         except BaseException as error:
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise InputError(
-                    f"the tokenizers library cannot encode a text ({error}); use another tokenizer.json"
-                ) from None
+                what = f"the tokenizers library cannot encode a text ({error})"
+                raise InputError(f"{what}; use another tokenizer.json") from None
             raise
 
     @cached_property
@@ -210,16 +203,13 @@ class LibraryVocabulary:
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Tokens that are read in a text only when asked for."""
-        return self._added(lambda token: token.special)
+        decoder = self._library.get_added_tokens_decoder()
+        return {name: i for name, i in self.added_tokens.items() if decoder[i].special}
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
         """Special tokens, and others that are read in any text."""
-        return self._added(lambda token: True)
-
-    def _added(self, wanted: Any) -> dict[str, int]:
-        added = self._library.get_added_tokens_decoder().items()
-        return {token.content: i for i, token in sorted(added) if wanted(token)}
+        return {token.content: i for i, token in sorted(self._library.get_added_tokens_decoder().items())}
 
     @cached_property
     def tokens(self) -> list[bytes]:
@@ -240,11 +230,8 @@ def _read_foreign(file: Path, document: Mapping[str, Any]) -> LibraryVocabulary:
     try:
         vocabulary.tokens  # noqa: B018
     except ImportError:
-        raise InputError(
-            f"{file}: is another program's vocabulary; pip install tokenizers, which opens it"
-        ) from None
-    except InputError:
-        raise
+        what = f"{file}: is another program's vocabulary"
+        raise InputError(f"{what}; pip install tokenizers, which opens it") from None
     except Exception as error:
         raise ValueError(f"the tokenizers library says: {error}") from None
     return vocabulary
@@ -254,7 +241,7 @@ def _bytes_of_token(document: Mapping[str, Any]) -> Any:
     """What turns the name of an ordinary token into its bytes, by the kind of the file."""
     model, decoder = document["model"], json.dumps(document.get("decoder"))
     if '"ByteLevel"' in decoder or '"ByteLevel"' in json.dumps(document.get("pre_tokenizer")):
-        return lambda name: bytes(_byte_of_letter().get(letter, 0x3F) for letter in name)
+        return lambda name: bytes(BYTES.get(letter, 0x3F) for letter in name)
     if model.get("type") == "WordPiece":
         prefix = model.get("continuing_subword_prefix", "##")
         return lambda name: (name[len(prefix) :] if name.startswith(prefix) else f" {name}").encode()
