@@ -14,7 +14,7 @@ import torch
 from minillm.chat import check_messages
 from minillm.errors import InputError
 from minillm.files import read_json
-from minillm.generate import SamplingOptions, stream, stream_text
+from minillm.generate import SamplingOptions
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import LanguageModel
 from minillm.play.worker import Event
@@ -112,25 +112,16 @@ def reply(
         raise InputError("messages: the last is not the user's; add what is to be answered")
     model, tokenizer = shelf.model(name)
     chat, notes = Chat(model, tokenizer, ChatOptions(run=name, **options)), list[str]()
-    chat.messages = tuple(checked[:-1])
-    _, prompt, sampling = chat.ask(checked[-1]["content"], notes.append)
-    yield from ({"note": note} for note in notes)
-    said, end = list[int](), "length"
-
-    def tokens() -> Iterator[int]:
-        nonlocal end
-        for token in stream(model, prompt, sampling, chat.options.seed):
-            if token in sampling.stop_ids:
-                end = "stop"
-                return
-            said.append(token)
-            yield token
-
-    for piece, stopped in until(stream_text(tokenizer.decode_bytes, tokens()), stop):
+    chat.messages, end = tuple(checked[:-1]), "length"
+    for piece, stopped in until(chat.reply(checked[-1]["content"], notes.append), stop):
+        yield from ({"note": note} for note in notes)
+        notes.clear()
         yield {"piece": piece}
         end = "stop" if stopped else end
-    told = alternatives(model, tokenizer, prompt, said, top)
-    yield {"end": end, "prompt_tokens": len(prompt), "tokens": told}
+    yield from ({"note": note} for note in notes)
+    told = alternatives(model, tokenizer, chat.asked, chat.tokens, top)
+    end = end if chat.cut else "stop"
+    yield {"end": end, "prompt_tokens": len(chat.asked), "tokens": told}
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:

@@ -114,7 +114,7 @@ class Chat:
                 f"--max-new-tokens {self.reserved}: the model has {self.positions} positions; give less"
             )
         self.messages: tuple[Message, ...] = ()
-        self.replies, self.cut = 0, False
+        self.replies, self.cut, self.tokens = 0, False, list[int]()
         self.set_system(options.system or "")
 
     def ask(self, text: str, note: Note = print) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
@@ -133,9 +133,8 @@ class Chat:
                 f"too long: of the model's {self.positions} tokens {self.reserved} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        longest = self.options.max_new_tokens
-        if longest is None:
-            longest = min(LONGEST_REPLY, max(self.positions - len(prompt), self.reserved))
+        most = min(LONGEST_REPLY, max(self.positions - len(prompt), self.reserved))
+        longest = self.options.max_new_tokens or most
         if dropped := len(said) - len(asked):
             note(f"(no room for the {dropped} oldest messages: dropped)")
         if len(prompt) + longest > self.positions:
@@ -149,26 +148,29 @@ class Chat:
     ) -> Iterator[str]:
         """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped.
 
-        After the last piece it becomes part of the conversation. `cut` says whether its end is missing.
+        After the last piece it becomes part of the conversation. `cut` says whether its end is missing,
+        `asked` and `tokens` which tokens were read and said.
         """
-        asked, prompt, sampling = self.ask(text, note)
-        tokens = stream(self.model, prompt, sampling, self.options.seed + self.replies)
-        self.replies, self.cut, said = self.replies + 1, True, ""
-        for piece in stream_text(self.tokenizer.decode_bytes, self._until_end(tokens)):
+        messages, self.asked, sampling = self.ask(text, note)
+        tokens = stream(self.model, self.asked, sampling, self.options.seed + self.replies)
+        self.replies, self.cut, self.tokens, said = self.replies + 1, True, [], ""
+
+        def until_end() -> Iterator[int]:
+            for token in tokens:
+                if token in sampling.stop_ids:
+                    self.cut = False
+                    return
+                self.tokens.append(token)
+                yield token
+
+        for piece in stream_text(self.tokenizer.decode_bytes, until_end()):
             said += piece
             yield piece
             if stopped():
                 break
         if not self.is_base and (said or not self.cut):
             mark = {"cut": True} if self.cut else {}
-            self.messages = (*asked, {"role": "assistant", "content": said, **mark})
-
-    def _until_end(self, tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
-            if token in self.format.stop_ids:
-                self.cut = False
-                return
-            yield token
+            self.messages = (*messages, {"role": "assistant", "content": said, **mark})
 
     def set_system(self, text: str) -> None:
         """Sets, or with an empty text removes, the system message."""
@@ -264,11 +266,10 @@ def take_turn(chat: Chat, entry: str) -> bool:
 
 def answer(chat: Chat, text: str) -> None:
     """The reply alone, or several; what there is to say about them goes to standard error."""
-    note = partial(print, file=sys.stderr)
+    note, options = partial(print, file=sys.stderr), chat.options
     if chat.is_base:
         note(greeting(chat))
-    count = chat.options.samples
-    if count == 1:
+    if options.samples == 1:
         for piece in chat.reply(text, note):
             print(piece, end="", flush=True)
         print()
@@ -276,10 +277,10 @@ def answer(chat: Chat, text: str) -> None:
             note("[cut]")
         return
     _, prompt, sampling = chat.ask(text, note)
-    seeds = range(chat.options.seed, chat.options.seed + count)
-    for number, response in enumerate(generate(chat.model, [prompt] * count, sampling, seeds).responses):
-        ended = response[-1] in sampling.stop_ids
-        print(f"--- sample {number} ---\n{chat.tokenizer.decode(response[: len(response) - ended])}")
+    seeds = range(options.seed, options.seed + options.samples)
+    found = generate(chat.model, [prompt] * len(seeds), sampling, seeds)
+    for number, (said, ended) in enumerate(zip(found.responses, found.stopped, strict=True)):
+        print(f"--- sample {number} ---\n{chat.tokenizer.decode(said[: len(said) - ended])}")
         if not ended:
             note(f"[sample {number} cut]")
 
