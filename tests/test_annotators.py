@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -25,9 +26,9 @@ from minillm.preferences import (
     simulated_annotators,
 )
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreement_report
-from minillm.tools.judge import DEFAULT_PRINCIPLES, Judge, read_principles
+from minillm.tools.annotators import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.ranking import RankingSession, run_command, screen
+from minillm.tools.report import agreement_report
 from minillm.world import World
 
 # ---- A person
@@ -285,11 +286,11 @@ def test_the_choice_is_the_difference_of_the_letters_log_probabilities(chat):
 @example([(2.0, 2.0)] * 4)  # a judge that always says A
 def test_a_choice_that_goes_with_the_place_is_a_tie(margins):
     judge = tiny_judge(0, True)
-    judge.margins = lambda questions: torch.tensor(margins).flatten()
+    judge.margins = lambda questions: np.array(margins).flatten()
     for (as_a, as_b), outcome in zip(
         margins, judge([replace(SETS[0], responses=["a", "b"])] * len(margins)), strict=True
     ):
-        wins = torch.tensor(as_a).sign().item(), -torch.tensor(as_b).sign().item()
+        wins = np.sign(as_a), -np.sign(as_b)
         assert outcome == (wins[0] if wins[0] == wins[1] else 0)
 
 

@@ -21,6 +21,7 @@ from minillm.compare.metrics import (
     cost_section,
     headline,
     held_out_text,
+    manner,
     pair_section,
     sure_section,
     text_table,
@@ -34,8 +35,8 @@ from minillm.io.text import world_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.tokenizer import Tokenizer
+from minillm.tools.annotators import Judge, blind, by_person, by_reward, by_rubric, exchanged, prefer
 from minillm.tools.evaluate import Reply, sample_replies, text_loss
-from minillm.tools.judge import Judge, blind, by_person, by_reward, by_rubric, exchanged, prefer
 from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
 
@@ -281,7 +282,7 @@ def test_metrics_of_replies_are_those_of_their_texts():
         Reply(prompt, text, not text.endswith("man."), score=WORLD.score(prompt, text))
         for prompt, text in zip([*facts, *harm], said, strict=True)
     ]
-    found = headline({"greedy": {"run": replies}}, True).tables["greedy"]
+    found = headline({"greedy": {"run": replies}}).tables["greedy"]
     values = {label: row["run"]["value"] for label, row in found.items()}
     assert values.pop("score by the rubric") == np.mean([one.utility for one in replies])
     assert values == {
@@ -289,9 +290,9 @@ def test_metrics_of_replies_are_those_of_their_texts():
         "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "refuses anything else": 0,
         "helps to do harm": 0.5, "advises harm": None, "different pieces of advice": 0,
     }  # fmt: skip
-    manner = headline({"greedy": {"run": replies}}, False).tables["greedy"]
-    assert manner["ends by itself"]["run"]["value"] == 0.75
-    assert manner["words in a reply"]["run"]["value"] == np.mean([len(text.split()) for text in said])
+    found = manner({"greedy": {"run": replies}}).tables["greedy"]
+    assert found["ends by itself"]["run"]["value"] == 0.75
+    assert found["words in a reply"]["run"]["value"] == np.mean([len(text.split()) for text in said])
 
 
 def test_metrics_that_moved_beyond_their_intervals_are_named_and_no_others():

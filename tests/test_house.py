@@ -26,7 +26,6 @@ SEAMS = {
         "minillm/io/conversations.py",
         "minillm/io/rankings.py",
         "minillm/io/text.py",
-        "minillm/tools/agreement.py",
         "minillm/tools/annotators.py",
         "minillm/tools/folder.py",
         "minillm/tools/plots.py",

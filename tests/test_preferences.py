@@ -31,8 +31,8 @@ from minillm.preferences import (
     seed_of,
 )
 from minillm.tokenizer import Tokenizer
-from minillm.tools.agreement import agreement_report, agreement_table
 from minillm.tools.ranking import LETTERS, parse_ranking
+from minillm.tools.report import agreement_report, agreement_table
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
 

@@ -30,26 +30,16 @@ if __name__ == "__main__":
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
-from minillm.data import Source
 from minillm.errors import InputError, one_line_errors, writing
 from minillm.files import read_json, write_json, write_text
-from minillm.io import conversations
+from minillm.io import conversations, text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
-from minillm.io.text import open_sources, world_sources
 from minillm.options import Count, NotNegative, Seed, Whole, check_limits, options_json, parse_options
 from minillm.preferences import ChatModel
 from minillm.run import Runtime, start_runtime
+from minillm.tools import annotators
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
-from minillm.tools.judge import (
-    DEFAULT_PRINCIPLES,
-    Judge,
-    PairJudge,
-    by_person,
-    by_reward,
-    by_rubric,
-    read_principles,
-)
 from minillm.tools.provenance import provenance
 from minillm.world import World
 from minillm.world.rubric import Prompt
@@ -94,7 +84,7 @@ class Options:
     """--judge reward: the reward model."""
     judge_model: str | None = None
     """--judge model: the model that judges, a run folder or a Hugging Face folder."""
-    principles: str = str(DEFAULT_PRINCIPLES)
+    principles: str = str(annotators.DEFAULT_PRINCIPLES)
     """--judge model: a text file that says what makes a reply better."""
     name: str = "person"
     """--judge person: your name, under which your judgments are kept in --out."""
@@ -138,12 +128,16 @@ class Options:
 
 
 def open_models(options: Options, runtime: Runtime) -> list[ChatModel]:
-    """The models under short names. InputError for one that cannot reply, or that knows another world."""
+    """The models under short names. InputError for one that cannot reply, or that was trained in the little
+    world of another seed, whose facts are other ones."""
     models = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
         models.append(ChatModel(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
-        if not options.data:
-            check_world(Path(run), options.seed)
+        path = Path(run, "run.json")
+        trained = read_json(path).get("options") if path.exists() and not options.data else None
+        on_world = trained if isinstance(trained, dict) and trained.get("data") == [] else {}
+        if (seed := on_world.get("seed", options.seed)) != options.seed:
+            raise InputError(f"{run}: was trained in the little world of seed {seed}; give --seed {seed}")
     return models
 
 
@@ -154,16 +148,6 @@ def names_of(runs: Sequence[str]) -> list[str]:
     names = shorts if len(set(shorts)) == len(set(runs)) else list(runs)
     counts = [names[:i].count(name) for i, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, counts, strict=True)]
-
-
-def check_world(run: Path, seed: int) -> None:
-    """InputError where a run was trained in the little world of another seed, whose facts are other ones."""
-    path = run / "run.json"
-    trained = read_json(path).get("options") if path.exists() else None
-    if isinstance(trained, dict) and trained.get("data") == [] and trained.get("seed", seed) != seed:
-        raise InputError(
-            f"{run}: was trained in the little world of seed {trained['seed']}; give --seed {trained['seed']}"
-        )
 
 
 def open_prompts(
@@ -192,30 +176,24 @@ def open_prompts(
     return fit, {what: count for what, count in left_out.items() if count}
 
 
-def open_text(options: Options, world: World | None) -> tuple[list[Source], str]:
-    """The text of which a part was held out, and whose it is; none where none is known."""
-    if options.text:
-        return open_sources(options.text, options.errors), ", ".join(options.text)
-    return [] if world is None else world_sources(world, WORLD_MEGABYTES), "the little world"
-
-
 def open_judge(
-    judge: JudgeName, options: Options, world: World | None, runtime: Runtime, stack: ExitStack
-) -> tuple[str, PairJudge]:
+    name: JudgeName, options: Options, world: Any, runtime: Runtime, stack: ExitStack
+) -> tuple[str, annotators.PairJudge]:
     """What a judge is called, and the judge."""
-    match judge:
+    match name:
         case "reward":
             scalar, tokenizer = load_scalar_model(Path(options.reward), runtime.device, runtime.dtype)
-            return f"the reward model {options.reward}", by_reward(scalar, ChatTemplate(tokenizer))
+            judge = annotators.by_reward(scalar, ChatTemplate(tokenizer))
+            return f"the reward model {options.reward}", judge
         case "model":
-            principles = read_principles(Path(options.principles))
+            principles = annotators.read_principles(Path(options.principles))
             model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
-            return f"the model {options.judge_model}", Judge(*model, principles)
+            return f"the model {options.judge_model}", annotators.Judge(*model, principles)
         case "person":
             file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
-            return options.name, by_person(file, options.name, options.seed)
+            return options.name, annotators.by_person(file, options.name, options.seed)
         case _:
-            return "the rubric", by_rubric(world or World(options.seed))
+            return "the rubric", annotators.by_rubric(world)
 
 
 # ---- All of it
@@ -229,7 +207,9 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
     kinds = dict(Counter(prompt.kind for prompt in prompts))
-    text = open_text(options, world)
+    sources, origin = [] if world is None else text.world_sources(world, WORLD_MEGABYTES), "the little world"
+    if options.text:
+        sources, origin = text.open_sources(options.text, options.errors), ", ".join(options.text)
     with writing(options.out, "give another --out"):
         Path(options.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -247,16 +227,15 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = dict([list(said.items())[-1]]) if name == "person" else said
             contests |= metrics.contests(*judge, prompts, shown, seed)
-    sections = {"headline": metrics.headline(said, world is not None)}
+    sections = {"headline": metrics.headline(said) if world else metrics.manner(said)}
     if world is not None:
         sections["by_kind"] = metrics.by_kind(said, [*kinds])
     sections["contests"] = metrics.Section(contests)
     if world is not None:
-        sections["manner"] = metrics.Section(metrics.reply_tables(metrics.words()["metrics"]["manner"], said))
-        sections["pairs"] = metrics.pair_section(
-            models, metrics.world_pairs(world, options.split, options.pairs)
-        )
-    sections["cost"] = metrics.cost_section(models, said, *text, options.text_bytes)
+        sections["manner"] = metrics.manner(said)
+        pairs = metrics.world_pairs(world, options.split, options.pairs)
+        sections["pairs"] = metrics.pair_section(models, pairs)
+    sections["cost"] = metrics.cost_section(models, said, sources, origin, options.text_bytes)
     if world is not None:
         sections["sure"] = metrics.sure_section(models, said)
     return {

@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
+from torch import Tensor
 
 from minillm.data import Source, split_documents
 from minillm.model import LanguageModel
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.tools.evaluate import Reply, Row, hidden_before, text_loss
-from minillm.tools.judge import PairJudge, blind
+from minillm.tools.annotators import PairJudge, blind
+from minillm.tools.evaluate import Reply, Row, hidden_before, text_loss, values_of
 from minillm.tools.measures import Estimate, distinct, estimate, mean, reliability, win_rates, written
 from minillm.world import World
 from minillm.world.rubric import Prompt
 
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
 GREEDY = "greedy"
-ROWS = 64  # scored together
 
 Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 """By sampling and model, the reply to each prompt."""
@@ -85,11 +85,15 @@ def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Row
     }
 
 
-def headline(said: Said, on_world: bool) -> Section:
-    """The metrics that matter most, without a rubric those that need none; and which of them moved."""
-    rows = words()["metrics"]["headline" if on_world else "manner"]
-    tables = reply_tables(rows, said)
-    better = {row["label"]: row["better"] for row in rows if "better" in row}
+def manner(said: Said) -> Section:
+    """The metrics that need no rubric."""
+    return Section(reply_tables(words()["metrics"]["manner"], said))
+
+
+def headline(said: Said) -> Section:
+    """The metrics that matter most, and which of them moved."""
+    rows = words()["metrics"]["headline"]
+    tables, better = reply_tables(rows, said), {row["label"]: row["better"] for row in rows}
     return Section(
         tables, [note for sampling, own in tables.items() for note in changes(own, better, sampling)]
     )
@@ -102,14 +106,15 @@ def changes(table: Rows, better: Mapping[str, int], sampling: str) -> Iterator[s
         sides: dict[str, list[str]] = {"better": [], "worse": [], "no clear change": []}
         for label, sign in better.items():
             before, after = table[label][earlier], table[label][later]
-            side = ("no clear change", "better", "worse")[sign * moved(before, after)]
-            values = f" {written(before)[0]} → {written(after)[0]}" if moved(before, after) else ""
-            sides[side].append(label + values)
+            if change := moved(before, after):
+                values = f"{written(before)[0]} → {written(after)[0]}"
+                sides["better" if change == sign else "worse"].append(f"{label} {values}")
+            else:
+                sides["no clear change"].append(label)
         said = "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides.items() if labels)
         if not sides["better"] and not sides["worse"]:
             said = "no clear change in any of these metrics"
-        if better:
-            yield f"From {earlier} to {later}, {sampling}: {said}."
+        yield f"From {earlier} to {later}, {sampling}: {said}."
 
 
 def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
@@ -182,7 +187,6 @@ def contests(
 # ---- What is likely
 
 
-@torch.no_grad()
 def token_values(
     model: LanguageModel,
     rows: Sequence[Row],
@@ -193,20 +197,18 @@ def token_values(
 
     The earlier model's rows say the same tokens, after contexts of its own; the two have one vocabulary.
     """
-    # Rows of similar lengths together, for little padding.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    found: dict[int, np.ndarray] = {}
-    for first in range(0, len(order), ROWS):
-        batch, reference = order[first : first + ROWS], None
-        hidden = hidden_before(model, [rows[i] for i in batch])
+
+    def values(hidden: Tensor, batch: list[int]) -> Tensor:
+        said, reference = (
+            torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64),
+            None,
+        )
         if earlier is not None:
             reference = hidden_before(earlier, [earlier_rows[i] for i in batch]), earlier.lm_head.weight
-        said = torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64)
         scored = model.token_logprobs(hidden, said.to(hidden.device), reference=reference)
-        values = (scored.logprobs if scored.kl is None else scored.kl).double().cpu()
-        parts = values.split([len(rows[i][1]) for i in batch])
-        found |= {i: part.numpy() for i, part in zip(batch, parts, strict=True)}
-    return [found[i] for i in range(len(rows))]
+        return scored.logprobs if scored.kl is None else scored.kl
+
+    return values_of(model, rows, values)
 
 
 def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Section:

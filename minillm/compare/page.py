@@ -21,8 +21,7 @@ from markupsafe import Markup
 
 from minillm.compare.metrics import Rows, words
 from minillm.tools.measures import written
-from minillm.tools.render import columns, render
-from minillm.tools.streams import printable
+from minillm.tools.streams import columns, printable, render
 
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all are in compare.json

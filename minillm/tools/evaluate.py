@@ -15,16 +15,17 @@ minillm/compare asks through this several models at once, and sft.py the one bef
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,12 +39,13 @@ from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.measures import distinct
-from minillm.tools.render import columns
+from minillm.tools.streams import columns
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
 Row = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, at least one, and those said after it."""
+ROWS = 64  # of a forward pass
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
 
 
@@ -106,6 +108,23 @@ def sample_replies(
     return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
 
 
+@torch.no_grad()
+def values_of(
+    model: LanguageModel, rows: Sequence[Row], values: Callable[[Float[Tensor, "N D"], list[int]], Tensor]
+) -> list[Float64[np.ndarray, " _"]]:
+    """For every row, of each token said, what `values` makes of the hidden states that predict the tokens of
+    some rows, which it is given with the numbers of these rows."""
+    # Rows of similar lengths together, for little padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    found: dict[int, np.ndarray] = {}
+    for first in range(0, len(order), ROWS):
+        batch = order[first : first + ROWS]
+        made = values(hidden_before(model, [rows[i] for i in batch]), batch).double().cpu()
+        parts = made.split([len(rows[i][1]) for i in batch])
+        found |= {i: part.numpy() for i, part in zip(batch, parts, strict=True)}
+    return [found[i] for i in range(len(rows))]
+
+
 def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
     """The hidden states that predict the tokens said, row after row."""
     inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
@@ -149,7 +168,6 @@ def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]
 # ---- The loss on a text
 
 PIECE = 1 << 20  # characters read and encoded together
-WINDOWS = 64  # rows of a forward pass
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,7 @@ def text_loss(
         yield from [eos] * ended
 
     stream, nats, tokens = encoded(), 0.0, 0
-    while block := list(islice(stream, WINDOWS * T)):
+    while block := list(islice(stream, ROWS * T)):
         windows = (torch.tensor(own, device=device).split(T) for own in ([last, *block[:-1]], block))
         inputs, targets = (pad_sequence(own, True, pad) for own, pad in zip(windows, (0, -100), strict=True))
         nats += model(inputs, targets=targets).item()
