@@ -64,8 +64,6 @@ class ModelConfig:
     """False for a model trained on masked tokens, which sees both sides and cannot generate."""
 
     def __post_init__(self) -> None:
-        from minillm.io.rope import check_positions
-
         for name in (field.name for field in fields(self) if field.type is int):
             if getattr(self, name) < 1:
                 raise InputError(f"model: {name} is {getattr(self, name)}; give at least 1")
@@ -78,7 +76,6 @@ class ModelConfig:
             raise InputError(f"model: head_dim is {self.head_dim}; rotary positions need an even one")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
             raise InputError(f"model: rms_norm_eps is {self.rms_norm_eps}; give 0 or more")
-        check_positions(self)
 
 
 # ---- The parts of a block

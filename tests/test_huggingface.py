@@ -149,6 +149,9 @@ REFUSED = [
     # what is no setting
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"rope_parameters": {**LLAMA3, "factor": "8"}}, "factor"),
+    ({"rope_parameters": {**LLAMA3, "factor": 0}}, "factor"),
+    ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+    *(({"rope_theta": theta, "rope_parameters": None}, "rope_theta") for theta in (0.0, 1, 1e300)),
     ({"rope_parameters": 5}, "rope_parameters"),
     ({"rope_parameters": {"rope_type": ["default"]}}, "rotary"),
     ({"rope_theta": "big", "rope_parameters": None}, "rope_theta"),

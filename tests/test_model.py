@@ -380,12 +380,8 @@ def test_bfloat16_errs_at_most_twice_as_far_as_transformers_in_bfloat16(tmp_path
         ({"num_key_value_heads": 3}, "key/value heads"),
         ({"num_attention_heads": 2, "num_key_value_heads": 4}, "key/value heads"),
         ({"head_dim": 5}, "head_dim"),
-        ({"rope_theta": 0.0}, "rope_theta"),
-        ({"rope_theta": float("nan")}, "rope_theta"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
-        ({"rope_llama3": (0.0, 1.0, 4.0, 32)}, "rope_llama3"),
-        ({"rope_llama3": (4.0, 1.0, 1.0, 32)}, "rope_llama3"),
     ],
 )
 def test_a_shape_that_cannot_be_computed_is_refused_by_name(wrong, named):

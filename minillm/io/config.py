@@ -160,9 +160,11 @@ def _rope_from_json(raw: dict[str, Any], path: Path, theta: float) -> dict[str, 
     whole = {"original_max_position_embeddings"}
     values = tuple(number(rope, name, int if name in whole else float, path, defaults.get(name))
                    for name in ROPES[kind])  # fmt: skip
-    if any(abs(value) >= 2**53 for value in values):
-        raise InputError(f"{path}: a number of its rotary positions is out of range; restore the file")
     found = {"rope_theta": number(rope, "rope_theta", float, path, theta)}
+    in_range = found["rope_theta"] > 1 and all(0 < value < 2**53 for value in (*found.values(), *values))
+    if not in_range or (kind == "llama3" and values[1] >= values[2]):
+        wrong = f"{path}: a number of its rotary positions is out of range: {rope | found}"
+        raise InputError(f"{wrong}; the base must be above 1, the low frequency factor below the high one")
     return found if kind == "default" else {**found, f"rope_{kind}": values if len(values) > 1 else values[0]}
 
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.errors import InputError
 from minillm.model import ModelConfig
 
 
@@ -35,16 +34,3 @@ def stretched(frequencies: Float[Tensor, " half"], config: ModelConfig) -> Float
     else:
         return frequencies / config.rope_linear
     return frequencies * (kept + (1 - kept) / factor)
-
-
-def check_positions(config: ModelConfig) -> None:
-    """InputError for numbers of rotary positions that nothing can be computed by."""
-    llama3 = config.rope_llama3 or (1.0, 0.5, 1.0, 1)
-    numbers = (config.rope_theta, config.rope_linear, *llama3, *(config.rope_yarn or ()))
-    in_range = all(math.isfinite(number) and number > 0 for number in numbers)
-    if not in_range or config.rope_theta == 1 or llama3[1] >= llama3[2]:
-        given = {name: value for name, value in vars(config).items() if name.startswith("rope")}
-        raise InputError(
-            f"model: a number of its rotary positions is out of range: {given}; give numbers above 0, "
-            "the base not 1, the low frequency factor below the high one"
-        )
