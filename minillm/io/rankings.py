@@ -71,19 +71,15 @@ class JsonLines:
                 kept.write(torn + b"\n")
             sync(aside)
             os.ftruncate(self.file.fileno(), len(content) - len(torn))
-            self.mended = (
-                f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps; "
-                f"it is now in {self.path.name}.torn"
-            )
+            what = f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps"
+            self.mended = f"{what}; it is now in {aside.name}"
         elif content and not content.endswith(b"\n"):
             self._write(b"\n")
 
 
 def read_json_lines(path: Path, hint: str) -> Iterator[tuple[str, Record]]:
-    """Each line's place and record. A torn last line is left out, with a word on standard error.
-
-    InputError for a file that cannot be read, which ends in `hint`, and for a line that is no JSON object.
-    """
+    """Each line's place and record; a torn last line is left out, with a word on standard error. `hint` says
+    what to do where the file cannot be read."""
     with reading(path, hint):
         lines, torn = _split_lines(path.read_bytes())
     if torn:
@@ -116,7 +112,7 @@ def _json_object(line: bytes) -> Record | None:
 
 
 def read_responses(path: Path) -> list[ResponseSet]:
-    """The sets of responses.jsonl. InputError naming file and line, and where there are none."""
+    """The sets of responses.jsonl, one at least."""
     sets = []
     for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
         with _mending(place):
@@ -128,7 +124,7 @@ def read_responses(path: Path) -> list[ResponseSet]:
 
 
 def read_rankings(path: Path) -> list[Ranking]:
-    """The rankings that stand, in the order of the file. InputError naming file and line."""
+    """The rankings that stand, in the order of the file."""
     rankings: list[Ranking] = []
     for place, record in read_json_lines(path, "python rlhf.py --stage rank makes it"):
         with _mending(place):
@@ -275,17 +271,13 @@ def check_world_is_meant(options: Any, is_main: bool) -> None:
     for path in (out / "responses.jsonl", *ranked):
         kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
         others = sum(kind not in KINDS for kind in kinds)
+        what = f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's"
         if others and others == len(kinds):
             known = " ".join(_stored(out, "data")) if path.name == "responses.jsonl" else ""
-            raise InputError(
-                f"{path}: holds prompts that are not the little world's; name the prompts to train on with "
-                f"--data{known and f', as in --data {known}'}"
-            )
+            way = f"name the prompts to train on with --data{known and f', as in --data {known}'}"
+            raise InputError(f"{what}; {way}")
         if others and is_main:
-            print(
-                f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's, and the "
-                "policy trains on the little world's alone; see --data"
-            )
+            print(f"{what}, and the policy trains on the little world's alone; see --data")
 
 
 def _stored(folder: Path, option: str) -> list[str]:
