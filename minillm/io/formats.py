@@ -6,13 +6,11 @@ A row names the fields by which its format is known and those that it obeys. A r
 that would change what it says (MEANING: a system message, tools, a label, an image, …) is left out and
 counted, never half-read. Whatever else a record holds (an id, a source, a category) is ignored.
 
-Known are: messages as OpenAI and ShareGPT have them; UltraChat; Alpaca (Taori et al. 2023) and other pairs
-of a question and an answer, Dolly among them; Self-Instruct (Wang et al. 2022, arXiv 2212.10560);
-transcripts and pairs of them as in Bai et al. 2022 (arXiv 2204.05862); OpenAssistant's ranked trees (Köpf
-et al. 2023, arXiv 2304.07327); two replies and a verdict, as in LLMBar (Zeng et al. 2023,
-arXiv 2310.07641); lists of rated replies, as in UltraFeedback (Cui et al. 2023, arXiv 2310.01377); single
-replies judged good or bad, as in KTO (Ethayarajh et al. 2024, arXiv 2402.01306). Left out: tool calls,
-images, and roles beside system, user and assistant.
+Known are: messages as OpenAI and ShareGPT have them; UltraChat; pairs of a question and an answer, as in
+Alpaca and Dolly; Self-Instruct (arXiv 2212.10560); transcripts and pairs of them (arXiv 2204.05862);
+OpenAssistant's ranked trees (arXiv 2304.07327); two replies and a verdict, as in LLMBar (arXiv 2310.07641);
+lists of rated replies, as in UltraFeedback (arXiv 2310.01377); single replies judged good or bad, as in KTO
+(arXiv 2402.01306). Left out: tool calls, images, and roles beside system, user and assistant.
 """
 
 import re
