@@ -105,23 +105,25 @@ def split_documents(
             yield SIDES[held_out], text
 
 
-def hold_out(hashes: Sequence[float], fraction: float) -> list[bool]:
-    """Which of the items with these hashes are held out: about a share `fraction`, and equal ones together.
+def hold_out(hashes: Sequence[float], fraction: float) -> list[Side]:
+    """The side of each item by its hash: about a share `fraction` is held out, and equal ones together.
 
     The smallest hash always is and the largest never, so that no side is empty where there are two.
     """
     smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
-    return [fraction > 0 and (value < fraction or value == smallest) and value < largest for value in hashes]
+    return [
+        SIDES[fraction > 0 and (value < fraction or value == smallest) and value < largest]
+        for value in hashes
+    ]
 
 
 def split_by_hash(
     items: Sequence[Item], key: Callable[[Item], str], fraction: float
 ) -> tuple[list[Item], list[Item]]:
     """The items to train on and those held out, see `hold_out`."""
-    sides: tuple[list[Item], list[Item]] = [], []
-    for held, item in zip(hold_out([unit_hash(key(item)) for item in items], fraction), items, strict=True):
-        sides[held].append(item)
-    return sides
+    sides = hold_out([unit_hash(key(item)) for item in items], fraction)
+    train, val = ([item for own, item in zip(sides, items, strict=True) if own == side] for side in SIDES)
+    return train, val
 
 
 def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, Conversation]]:
@@ -131,8 +133,7 @@ def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side
         hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
         if len(set(hashes)) > 1:
             break
-    for held, conversation in zip(hold_out(hashes, val_fraction), source.conversations(), strict=True):
-        yield SIDES[held], conversation
+    yield from zip(hold_out(hashes, val_fraction), source.conversations(), strict=True)
 
 
 def _first_question(conversation: Conversation) -> str:
@@ -387,11 +388,10 @@ class Shuffled(Generic[Item]):
         self.seek(0, 0)
 
     def arrange(self, random: np.random.Generator) -> Any:
-        """The items of an epoch in their order, each as `take` knows it."""
+        """The items of an epoch in their order, each as what `take` gives it for."""
         return random.permutation(len(self.items))
 
     def take(self, which: Any) -> Item:
-        """The item that is so known."""
         return self.items[which]
 
     def seek(self, epoch: int, position: int) -> None:
@@ -400,7 +400,6 @@ class Shuffled(Generic[Item]):
         self.order = self.arrange(epoch_generator(self.seed, self.name, epoch))
 
     def next(self, count: int = 1) -> list[Item]:
-        """The next `count` items."""
         taken = []
         for _ in range(count):
             if self.position == len(self.order):
@@ -539,7 +538,6 @@ def stack(rows: Sequence[Row], block_size: int) -> Batch:
 
 
 RowSource = TokenizedSource | EncodedSource
-"""What a mixture draws from."""
 
 
 class Mixture:
@@ -559,7 +557,6 @@ class Mixture:
         self.choices = _generator(seed)
 
     def next_rows(self, n: int) -> Batch:
-        """The next `n` rows."""
         # The shares divide [0, 1): each row's number falls into the part of its source.
         bounds = self.shares.cumsum()[:-1]
         chosen = np.searchsorted(bounds, self.choices.random(n), side="right").tolist()

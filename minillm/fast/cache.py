@@ -33,18 +33,14 @@ def cached_streams(
     """
     dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
     with writing(folder, "free some space or give another --cache"), hold(folder, wait=True):
-        if not (counts := _whole(folder, dtype, vocab_size)):
+        if not (sealed := _whole(folder, dtype, vocab_size)):
             try:
-                _write(folder, dtype, parts, dropped)
+                sealed = _write(folder, dtype, parts, dropped)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            counts = json.loads((folder / "counts.json").read_text())
-        return (
-            {side: _map(folder / f"{side}.bin", dtype) for side in SIDES},
-            counts["sides"],
-            counts["dropped"],
-        )
+        streams = {side: _map(folder / f"{side}.bin", dtype) for side in SIDES}
+        return streams, sealed["sides"], sealed["dropped"]
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -54,7 +50,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 def _write(
     folder: Path, dtype: np.dtype, parts: Iterable[tuple[Side, np.ndarray, int]], dropped: Mapping[str, int]
-) -> None:
+) -> dict[str, Any]:
     for damaged in folder.iterdir():  # what another process has mapped outlives its name
         damaged.unlink()
     counts = {side: dict.fromkeys(("tokens", "bytes", "documents", "checksum"), 0) for side in SIDES}
@@ -69,6 +65,7 @@ def _write(
             count["checksum"] = zlib.crc32(raw, count["checksum"])
     sealed = {"sides": counts, "dropped": dict(dropped)}
     write_json(folder / "counts.json", {**sealed, "checksum": digest(sealed)})
+    return sealed
 
 
 def _whole(folder: Path, dtype: np.dtype, vocab_size: int) -> dict[str, Any] | None:

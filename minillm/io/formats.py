@@ -371,31 +371,31 @@ def _numbered(fields: Record) -> Record:
 
 
 def _numbered_replies(fields: Record) -> Replies:
-    (stem, replies), found = fields[NUMBERED], []
-    for mark, said in sorted(replies.items()):
-        names = (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
-        found.append((said, _score_beside(fields, *names), set(names)))
-    return _judged(fields, found)
+    stem, replies = fields[NUMBERED]
+    marks = sorted(replies)
+    names = [(mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}") for mark in marks]
+    own = [_score_beside(fields, *of) for of in names]
+    return _judged(fields, [replies[mark] for mark in marks], names, own)
 
 
 def _listed_replies(fields: Record) -> Replies:
     texts = ("text", "response", "answer", "completion", "content", "output", "value")
     replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _first(fields, REPLIES)]
-    found = [(_first(reply, texts), _score(reply), {str(i)}) for i, reply in enumerate(replies)]
-    return _judged(fields, found)
+    own = _scores_beside(fields, len(replies)) or list(map(_score, replies))
+    names = [(str(i),) for i in range(len(replies))]
+    return _judged(fields, [_first(reply, texts) for reply in replies], names, own)
 
 
-def _judged(fields: Record, replies: Sequence[tuple[Any, Score, set[str]]]) -> Replies:
-    """Replies with their own scores and names, judged by what the record says of them, else by those."""
-    said, own, names = zip(*replies, strict=True)
-    scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or own
+def _judged(fields: Record, said: Sequence[Any], names: Sequence[tuple[str, ...]], own: list[Any]) -> Replies:
+    """Replies by a field that names the best of them, else by their own scores; without those of none."""
+    scores = _verdict(fields, names) or own
     rated = [(text, float(score)) for text, score in zip(said, scores, strict=True) if score is not None]
     if len(rated) < 2:
         raise LeftOutError("records with no verdict on two replies")
     return rated
 
 
-def _verdict(fields: Record, names: Sequence[set[str]]) -> list[float] | None:
+def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | None:
     """The scores by a field that names the best of some replies, or a tie; None where there is none."""
     verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
     if verdict is None:

@@ -5,15 +5,14 @@ here it gives the same text. It is run in a sandbox, for it comes with other peo
 
 Rendering alone loses which characters were a message's. So each sequence of roles is rendered once with a
 marker for every content. What stands between the markers is the template's own text, read with its control
-tokens; contents are encoded apart, as plain text. Hence nobody can end a turn by typing "<|end|>", and no
-token straddles the border of a reply. Every conversation is rendered as it is, too: if the contents are not
-found between the same texts, the template is refused.
+tokens; contents are encoded apart, as plain text: nobody ends a turn by typing "<|end|>". Every conversation
+is rendered as it is, too: if the contents are not found between the same texts, the template is refused.
 
-A reply is learned behind exactly the text with which the model is asked for one. Three things follow:
-a thought, "<think> … </think>" before a reply, is a content of its own, which a template may drop from
-earlier turns; a generation prompt that opens a thought, as DeepSeek-R1's does, is followed by the thought,
-or by its end where there is none; and an earlier reply that the template writes anew once another message
-follows (Qwen3's, without its thought) is context and not learned.
+A reply is learned behind exactly the text with which the model is asked for one. So a thought,
+"<think> … </think>" before a reply, is a content of its own, which a template may drop from earlier turns; a
+generation prompt that opens a thought, as DeepSeek-R1's does, is followed by the thought, or by its end where
+there is none; and an earlier reply that the template writes anew once another message follows (Qwen3's,
+without its thought) is context and not learned.
 
 Left out: tools, documents, images. Added tokens that a vocabulary reads in any text, such as <think> in some,
 are read in contents too.

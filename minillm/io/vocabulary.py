@@ -2,8 +2,7 @@
 
 Ours is a byte-level BPE with one split pattern (tokenizer.py); the `tokenizers` library reads what is
 written here and gives the same ids. Every other file (GPT-2's, Llama's, Qwen's, SentencePiece's and
-Unigram's, WordPiece's) is run by that library itself, which the extra [hf] installs. What a file says of
-truncation and padding is ignored: they belong to a call.
+Unigram's, WordPiece's) is run by that library itself, which the extra [hf] installs.
 
 A SentencePiece vocabulary puts a space before every text, and decoding shows it. WordPiece forgets white
 space, and often capitals: what it decodes, and its bytes, are near the text and not the same.
