@@ -63,7 +63,8 @@ CONVERSATIONS = [
     *(({question: "Why?", answer: "Because."}, ASKED) for question, answer in (
         ("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("query", "response"),
         ("input", "output"), ("question", "answer"), ("inputs", "targets"), ("problem", "solution"),
-        ("Question", "Answer"), ("context", "continuation"), ("instruction", "output"))),
+        ("Question", "Answer"), ("context", "continuation"), ("instruction", "output"),
+        ("instruction", "generation"))),
     ({"problem": "Why?", "solution": "Because.", "answer": "cause"}, ASKED),
     ({"instruction": "Why?", "context": "", "response": "Because.", "category": "open_qa"}, ASKED),
     ({"context": "Why?", "chain_of_thought": "hm", "answer": "Because."}, ASKED),
@@ -145,7 +146,7 @@ RANKINGS = [
     ({"instruction": "Why?", "input": "", "output_1": "a", "output_2": "b", "preference": 2}, "b > a"),
     ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
     ({"prompt": "Why?", **TWO, "winner": "B"}, "b > a"),
-    ({"prompt": "Why?", **TWO, "winner": "tie"}, "a = b"),
+    *(({"prompt": "Why?", **TWO, "winner": word}, "a = b") for word in ("tie", "both_bad", "equal")),
     ({"conversation_a": chat("Why?", "a"), "conversation_b": chat("Why?", "b"), "winner": "model_b"},
      "b > a"),
     ({"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 1}, "b > a"),
@@ -221,6 +222,7 @@ LEFT_OUT = [
     ("conversation", {"messages": [USER, {**BOT, "weight": 0}]}, "weight 0"),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight other"),
     ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),
+    ("conversation", {"messages": [USER, BOT, TOOL, BOT]}, "tool call"),  # BOT is the call, as a text
     ("conversation", {"instruction": "What is it?\n<image>", "output": "A cat."}, "image"),
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),

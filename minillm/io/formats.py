@@ -403,7 +403,7 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     word = str(verdict).strip().lower()
-    if word.startswith("tie") or word in ("both", "equal", "same"):
+    if word.startswith(("tie", "both")) or word in ("equal", "same"):
         return [0.0] * len(names)
     scores = [float(word in name) for name in names]
     if sum(scores) != 1:
@@ -510,6 +510,8 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
     calls = next((i for i, m in enumerate(messages) if m["role"] == "tool"), len(messages))
     kept, empty = messages[:calls], False
+    if calls < len(messages) and kept and kept[-1]["role"] == "assistant":
+        kept.pop()  # the call itself, spelled as a text
     while kept and (kept[-1]["role"] != "assistant" or not kept[-1]["content"].strip()):
         empty |= kept.pop()["role"] == "assistant"
     if not kept and calls < len(messages):
