@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.dispatch import autocast, check, choose_impl
+from kernels.dispatch import check
 
 # Where gradients are wanted, half types on a CPU are computed in float32 up to this many scores a head: the
 # backward pass of torch's fused kernel for them is up to ten times slower there, and nowhere more exact.
@@ -46,13 +46,11 @@ def attention(
 
     H is a multiple of K: consecutive groups of H / K query heads share a key/value head. `start`
     and `end` are positions in 0..S (int32); `scale` is 1 / sqrt(C) unless given. `impl` is "triton",
-    "torch", or None for the faster one. Under autocast the operands are cast to its dtype first.
-    ValueError for shapes that do not fit, H not a multiple of K, mixed dtypes, an unknown `impl`, and, in
-    Triton, C > 256.
+    "torch", or None for the faster one. Autocast changes nothing. ValueError for shapes that do not fit, H
+    not a multiple of K, mixed dtypes, an unknown `impl`, and, in Triton, C > 256.
     """
-    q, k, v = autocast(q), autocast(k), autocast(v)
     operands = {"q": (q, "B H T C"), "k": (k, "B K S C"), "v": (v, "B K S C")}
-    check(operands, {"start": (start, "B T"), "end": (end, "B T")})
+    impl = check(operands, {"start": (start, "B T"), "end": (end, "B T")}, impl)
     H, T, K = q.shape[1], q.shape[2], k.shape[1]
     if K == 0 or H % K:
         raise ValueError(f"{H} query heads do not share {K} key heads evenly")
@@ -63,56 +61,46 @@ def attention(
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     if T == 1:  # a single query is the last one: nothing lies ahead of it
         causal = False
-    attend = _triton if choose_impl(impl, q) == "triton" else _torch
+    attend = _torch
+    if impl == "triton":  # imported here, because where the kernels never run Triton may be missing
+        from kernels.attention_triton import attention as attend
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, start, end, causal, scale)
 
 
-def _triton(q, k, v, start, end, causal, scale):
-    from kernels import attention_triton  # here, because where the kernels never run Triton may be missing
-
-    return attention_triton.attention(q, k, v, start, end, causal, scale)
-
-
 def _torch(q, k, v, start, end, causal, scale):
-    dtype, cpu = q.dtype, q.device.type == "cpu"
+    dtype, cpu, (T, S) = q.dtype, q.device.type == "cpu", (q.shape[2], k.shape[2])
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if cpu and grad and dtype.itemsize == 2 and q.shape[2] * k.shape[2] <= FLOAT32_SCORES:
+    if cpu and grad and dtype.itemsize == 2 and T * S <= FLOAT32_SCORES:
         q, k, v = q.float(), k.float(), v.float()
-    if cpu and not torch.compiler.is_compiling():
-        out = _sdpa(q, k, v, start, end, causal, scale)
+    eager, visible = cpu and not torch.compiler.is_compiling(), None
+    if start is not None or end is not None or (causal and T != S):
+        if not eager:
+            return _apart(q, k, v, start, end, causal, scale).to(dtype)
+        visible = _visible(q, S, start, end, causal)
+    out = F.scaled_dot_product_attention(
+        q, k, v, visible, is_causal=causal and visible is None, scale=scale,
+        enable_gqa=bool(q.shape[1] != k.shape[1]),
+    )  # fmt: skip
+    if eager:
         # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
         # `out`, and still reach a gradient.
         sums = [x.detach().sum(dtype=torch.float32) for x in ((out, k) if grad else (out,))]
         if not sum(sums).isfinite():
             out = _apart(q, k, v, start, end, causal, scale)
-    else:
-        attend = _sdpa if start is None and end is None else _apart
-        out = attend(q, k, v, start, end, causal, scale)
     return out.to(dtype)
 
 
-def _sdpa(q, k, v, start, end, causal, scale):
-    """torch's own, which the keys that a query does not see reach if they are not finite."""
-    visible = empty = None
-    if start is not None or end is not None or (causal and q.shape[2] != k.shape[2]):
-        visible, causal = _visible(q, k.shape[2], start, end, causal), False
-    if visible is not None and q.device.type != "cpu":  # the CPU's gives zeros for rows without keys
-        empty = ~visible.any(-1, keepdim=True)  # these look at every key, and the answer is dropped
-        visible = visible | empty
-    grouped = bool(q.shape[1] != k.shape[1])
-    out = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return out if empty is None else out.masked_fill(empty, 0.0)
-
-
 def _apart(q, k, v, start, end, causal, scale):
-    """Keys that are not finite count as 0, and the rows that see one are nan."""
+    """Keys that are not finite, which torch's attention lets reach queries that do not see them, count as 0,
+    and the rows that see one are nan."""
     spoilt = ~(k.isfinite() & v.isfinite()).all(-1)  # [B, K, S]
     k, v = (x.masked_fill(spoilt[..., None], 0.0) for x in (k, v))
-    seen = _visible(q, k.shape[2], start, end, causal) & spoilt[:, :, None]
-    group = q.shape[1] // k.shape[1]
-    hit = seen.any(-1, keepdim=True).repeat_interleave(group, 1)
-    return _sdpa(q, k, v, start, end, causal, scale).masked_fill(hit, torch.nan)
+    visible, group = _visible(q, k.shape[2], start, end, causal), q.shape[1] // k.shape[1]
+    hit = (visible & spoilt[:, :, None]).any(-1, keepdim=True).repeat_interleave(group, 1)
+    empty = ~visible.any(-1, keepdim=True)  # these look at every key, and the answer is dropped
+    out = F.scaled_dot_product_attention(q, k, v, visible | empty, scale=scale, enable_gqa=bool(group != 1))
+    return out.masked_fill(empty, 0.0).masked_fill(hit, torch.nan)
 
 
 def _visible(q, S, start, end, causal) -> Bool[Tensor, "#B 1 T {S}"]:

@@ -10,20 +10,24 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-IMPLEMENTATIONS = ("triton", "torch")
 TRITON = find_spec("triton") is not None
 CAPABILITY = (8, 0)  # older GPUs have neither the shared memory that the tiles need nor bfloat16
 Arguments = Mapping[str, tuple[Tensor | None, str]]  # name -> the tensor, and its shape as letters
 
 
-def check(operands: Arguments, positions: Arguments) -> None:
-    """Floating `operands` and integer `positions` on one device, in shapes where a letter is one size.
+def check(operands: Arguments, positions: Arguments, impl: str | None, reduction: str = "sum") -> str:
+    """The version that runs, for floating `operands` and integer `positions` on one device, in shapes where
+    a letter is one size.
 
     ValueError, or TypeError for a dtype, naming the argument. NotImplementedError under forward-mode
     differentiation, where a custom operator would answer with a derivative of zero.
     """
+    if impl not in (None, "triton", "torch"):
+        raise ValueError(f"unknown impl {impl!r}: there are None, 'triton' and 'torch'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: there are 'mean', 'sum' and 'none'")
     sizes: dict[str, int] = {}
-    device = next(x.device for x, _ in operands.values() if x is not None)
+    first = next(x for x, _ in operands.values() if x is not None)
     for name, (x, letters) in {**operands, **positions}.items():
         if x is None:
             continue
@@ -33,32 +37,19 @@ def check(operands: Arguments, positions: Arguments) -> None:
         ):
             known = ", ".join(f"{s}={sizes[s]}" for s in shape if s in sizes)
             raise ValueError(f"{name} has the shape {list(x.shape)}, not [{', '.join(shape)}] with {known}")
-        if x.device != device:
-            raise ValueError(f"{name} is on {x.device}, other arguments are on {device}")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, other arguments are on {first.device}")
         if x.is_floating_point() != (name in operands) or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(f"{name} is {x.dtype}; give {'floats' if name in operands else 'integers'}")
         if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: no forward-mode derivatives; use backward()")
     if sizes.get("V") == 0:
         raise ValueError("a vocabulary of no tokens has no softmax")
+    return impl or ("triton" if first.is_cuda and runs_triton(first) else "torch")
 
 
-def choose_impl(impl: str | None, operand: Tensor) -> str:
-    """The version asked for; by default Triton's on CUDA from sm_80 on and PyTorch's everywhere else.
-
-    float64 exists for tests, and goes to PyTorch unless asked for otherwise. ValueError for an unknown name.
-    """
-    if impl in IMPLEMENTATIONS:
-        return impl
-    if impl is not None:
-        raise ValueError(f"unknown impl {impl!r}: there are None, 'triton' and 'torch'")
-    if not operand.is_cuda or operand.dtype == torch.float64 or not TRITON:
-        return "torch"
-    device = torch.cuda.get_device_properties(operand.device.index)  # which torch.compile takes as constant
-    return "triton" if (device.major, device.minor) >= CAPABILITY else "torch"
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where one is in force."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's version is the one for a tensor on CUDA: from sm_80 on, and not in float64, which is
+    for tests."""
+    device = torch.cuda.get_device_properties(x.device.index)  # which torch.compile takes as constant
+    return TRITON and x.dtype != torch.float64 and (device.major, device.minor) >= CAPABILITY

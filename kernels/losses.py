@@ -39,8 +39,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import autocast, check, choose_impl
-from kernels.rows_torch import accumulator
+from kernels.dispatch import check
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,12 @@ def cross_entropy(
     logits. IndexError for a target outside 0..V-1, on a GPU nan for loss and gradient; ValueError for an
     unknown option and for shapes that do not fit.
     """
-    check({"logits": (logits, "N V")}, {"targets": (targets, "N")})
-    return _cross_entropy(logits, None, targets.long(), ignore_index, reduction, impl)
+    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl, reduction)
+    targets = targets.long()
+    losses = _row_losses([logits], targets, ignore_index, impl)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), targets != ignore_index)
 
 
 def linear_cross_entropy(
@@ -86,12 +89,16 @@ def linear_cross_entropy(
 ) -> Float[Tensor, "*rows"]:  # fmt: skip
     """`cross_entropy(hidden @ weight.T, targets)` that never holds more than a chunk of the logits.
 
-    The weight is cast to hidden's dtype (under autocast, both to its), and each gradient comes back in its
-    operand's. On a CPU "mean" and "sum" skip ignored rows, which then cost nothing. Loss, reductions and
-    errors as in `cross_entropy`.
+    The weight is cast to hidden's dtype, and each gradient comes back in its operand's. On a CPU "mean" and
+    "sum" skip ignored rows, which then cost nothing. Loss, reductions and errors as in `cross_entropy`.
     """
-    check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, {"targets": (targets, "N")})
-    return _cross_entropy(autocast(hidden), weight, targets.long(), ignore_index, reduction, impl)
+    operands = {"hidden": (hidden, "N D"), "weight": (weight, "V D")}
+    impl, targets = check(operands, {"targets": (targets, "N")}, impl, reduction), targets.long()
+    if reduction == "none":
+        return _row_losses([hidden, weight], targets, ignore_index, impl)
+    want = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    total = _summed(hidden, weight, targets, ignore_index, *want, impl)[0]
+    return total if reduction == "sum" else _mean(total, targets != ignore_index)
 
 
 def token_logprobs(
@@ -102,7 +109,7 @@ def token_logprobs(
 
     Dtypes and errors as in `cross_entropy`; ValueError for a temperature that is not positive.
     """
-    check({"logits": (logits, "N V")}, {"targets": (targets, "N")})
+    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl)
     return _logprobs([logits], targets, temperature, impl)
 
 
@@ -111,8 +118,9 @@ def linear_token_logprobs(
     temperature: float = 1.0, impl: str | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """`token_logprobs(hidden @ weight.T, targets, temperature)` that never holds many logits."""
-    check({"hidden": (hidden, "N D"), "weight": (weight, "V D")}, {"targets": (targets, "N")})
-    return _logprobs([autocast(hidden), weight], targets, temperature, impl)
+    operands = {"hidden": (hidden, "N D"), "weight": (weight, "V D")}
+    impl = check(operands, {"targets": (targets, "N")}, impl)
+    return _logprobs([hidden, weight], targets, temperature, impl)
 
 
 def kl(
@@ -122,8 +130,8 @@ def kl(
 
     float32, or float64 if either is. ValueError for an unknown `impl` and for shapes that do not fit.
     """
-    check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")}, {})
-    return _rows([p_logits, q_logits], None, 1.0, False, choose_impl(impl, p_logits))[0][4]
+    impl = check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")}, {}, impl)
+    return _rows([p_logits, q_logits], None, 1.0, False, impl)[0][4]
 
 
 def linear_kl(
@@ -135,95 +143,80 @@ def linear_kl(
     The two models may differ in width.
     """
     p = {"p_hidden": (p_hidden, "N P"), "p_weight": (p_weight, "V P")}
-    check(p | {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")}, {})
-    operands = [autocast(p_hidden), p_weight, autocast(q_hidden), q_weight]
-    return _rows(operands, None, 1.0, False, choose_impl(impl, p_hidden))[0][4]
+    q = {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")}
+    return _rows([p_hidden, p_weight, q_hidden, q_weight], None, 1.0, False, check(p | q, {}, impl))[0][4]
 
 
-def _logprobs(operands: list[Tensor], targets, temperature, impl):
+def _logprobs(operands, targets, temperature, impl):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
-    impl, targets = choose_impl(impl, operands[0]), targets.long()
-    result = _rows(operands, targets, float(temperature), True, impl)[0]
+    result = _rows(operands, targets.long(), float(temperature), True, impl)[0]
     return result[2], result[3]
 
 
-def _cross_entropy(hidden, weight, targets, ignore_index, reduction, impl):
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"unknown reduction {reduction!r}: there are 'mean', 'sum' and 'none'")
-    impl, kept = choose_impl(impl, hidden), targets != ignore_index
-    if weight is not None and reduction != "none":
-        grad = torch.is_grad_enabled()
-        want = hidden.requires_grad and grad, weight.requires_grad and grad
-        total = _summed(hidden, weight, targets, ignore_index, *want, impl)[0]
-    else:  # an ignored row looks up token 0; of a hidden state 0, for 0 * nan must not reach dW
-        operands = [hidden] if weight is None else [hidden.where(kept[:, None], 0.0), weight]
-        logprobs = _rows(operands, targets.where(kept, 0), 1.0, False, impl)[0][2]
-        losses = (-logprobs).where(kept, 0.0)
-        if reduction == "none":
-            return losses
-        total = losses.sum()
-    if reduction == "sum":
-        return total
-    count = kept.sum()  # the mean over no rows is nan, with gradients of 0
+def _row_losses(operands, targets, ignore_index, impl):
+    """An ignored row looks up token 0; of a hidden state 0, for 0 * nan must not reach dW."""
+    kept = targets != ignore_index
+    if len(operands) == 2:
+        operands = [operands[0].where(kept[:, None], 0.0), operands[1]]
+    return (-_rows(operands, targets.where(kept, 0), 1.0, False, impl)[0][2]).where(kept, 0.0)
+
+
+def _mean(total, kept):
+    """Over the rows that are kept; over none it is nan, with gradients of 0."""
+    count = kept.sum()
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
 
 # --- The walk ------------------------------------------------------------------------------------
 
 
-class Logits:
-    """z = hidden @ weight.T [N, V] chunk by chunk, and from chunks of dz the gradients that are wanted.
+def _walk(
+    hidden: Tensor, weight: Tensor | None, d_hidden: Tensor | None = None, d_weight: Tensor | None = None,
+    kept: Tensor | None = None, made: bool = False,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:  # fmt: skip
+    """Chunk by chunk some rows, their logits z = hidden @ weight.T in float32 (or float64), and the memory
+    for their dz, which goes into the gradients that are given before the next chunk is made.
 
-    Without a weight, hidden is the logits. Those, and those that are kept, are one chunk.
+    Without a weight, hidden is the logits, whose gradient is dz: one chunk. So are logits that are `kept`: in
+    this memory, if it is not empty, and perhaps `made` already, by the forward pass.
     """
+    if weight is None:
+        yield slice(0, len(hidden)), hidden, d_hidden
+        return
+    plan, N, V = PLANS.get(hidden.device.type, PLANS["cpu"]), len(hidden), len(weight)
+    wanted = d_hidden is not None or d_weight is not None
+    kept = kept if kept is not None and kept.numel() else None
+    made = made and kept is not None
+    size = N if kept is not None else min(N, max(plan.chunk // V // plan.rows, 1) * plan.rows)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    factor = hidden.dtype if plan.half else exact
+    h, W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
+    # Every chunk has the same memory, in which rows begin at multiples of `align`.
+    shape = size, -(-V // plan.align) * plan.align
+    z = hidden.new_empty(shape, dtype=exact)[:, :V] if kept is None else kept
+    dz = z  # written over z, if that was made for it in dz's dtype
+    if wanted and (made or factor != exact):
+        dz = hidden.new_empty(shape, dtype=factor)[:, :V]
+    for first in range(0, max(N, 1), max(size, 1)):
+        rows = slice(first, first + size)
+        z, dz = z[: len(h[rows])], dz[: len(h[rows])]  # the last chunk may be smaller
+        if not made:
+            _product(h[rows], W.T, z)
+        yield rows, z, dz if wanted else None
+        if d_hidden is not None:
+            _product(dz, W, d_hidden[rows])
+        if d_weight is not None:
+            _product(dz.T, h[rows], d_weight, accumulate=True)
 
-    def __init__(self, hidden: Tensor, weight: Tensor | None, want=(False, False), kept=None, keep=True):
-        plan = PLANS.get(hidden.device.type, PLANS["cpu"])
-        self.hidden, self.weight, self.want = hidden, weight, want
-        N, self.V = len(hidden), hidden.shape[1] if weight is None else len(weight)
-        self.exact = accumulator(hidden.dtype)
-        self.few = weight is not None and keep and plan.kept >= N * self.V
-        self.made = self.few and kept is not None  # z was made, and kept, in the forward pass
-        self.size = N  # rows of a chunk
-        self.d_hidden, self.d_weight = hidden.new_empty(0), hidden.new_empty(0)
-        if want[0]:
-            self.d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if weight is None:
-            return
-        if not self.few:
-            self.size = min(N, max(plan.chunk // self.V // plan.rows, 1) * plan.rows)
-        # Every chunk has the same memory, in which rows begin at multiples of `align`.
-        shape = self.size, (self.V + plan.align - 1) // plan.align * plan.align
-        factor = hidden.dtype if plan.half else self.exact
-        self.h, self.W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
-        self.z = kept if self.made else hidden.new_empty(shape, dtype=self.exact)[:, : self.V]
-        self.dz = self.z  # written over z, if that was made for it in dz's dtype
-        if any(want) and (self.made or factor != self.exact):
-            self.dz = hidden.new_empty(shape, dtype=factor)[:, : self.V]
-        if want[1]:
-            self.d_weight = torch.zeros_like(weight, dtype=self.exact)
 
-    def chunks(self) -> Iterator[slice]:
-        N, size = len(self.hidden), max(1, self.size)
-        return (slice(i, i + size) for i in range(0, max(1, N), size))
-
-    def __getitem__(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """A chunk's z, in float32 (or float64) or as they were given, and the memory for its dz if wanted."""
-        if self.weight is None:
-            return self.hidden[rows], self.d_hidden[rows] if self.want[0] else None
-        h = self.h[rows]
-        z, dz = self.z[: len(h)], self.dz[: len(h)] if any(self.want) else None
-        return z if self.made else _product(h, self.W.T, z), dz
-
-    def add(self, rows: slice, dz: Tensor | None) -> None:
-        """One chunk's share of both gradients."""
-        if self.weight is None or dz is None:
-            return
-        if self.want[0]:
-            _product(dz, self.W, self.d_hidden[rows])
-        if self.want[1]:
-            _product(dz.T, self.h[rows], self.d_weight, accumulate=True)
+def _room(hidden: Tensor, weight: Tensor | None) -> Tensor:
+    """Memory for the logits, if they are so few that they are kept for the backward pass, else none."""
+    plan = PLANS.get(hidden.device.type, PLANS["cpu"])
+    if weight is None or len(hidden) * len(weight) > plan.kept:
+        return hidden.new_empty(0)
+    shape = len(hidden), -(-len(weight) // plan.align) * plan.align
+    return hidden.new_empty(shape, dtype=torch.promote_types(hidden.dtype, torch.float32))[:, : len(weight)]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
@@ -238,7 +231,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Ten
 
 
 @contextmanager
-def _products(*sides: Logits) -> Iterator[None]:
+def _products(*hidden: Tensor) -> Iterator[None]:
     """Products as they stand: without autocast, and for bfloat16 on a CPU with factors rounded to it.
 
     h and W are so rounded already. A CPU's units for bfloat16 take several times less for the product, and
@@ -246,27 +239,23 @@ def _products(*sides: Logits) -> Iterator[None]:
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    with torch.autocast(sides[0].hidden.device.type, enabled=False):
+    with torch.autocast(hidden[0].device.type, enabled=False):
         try:
-            if all(not s.hidden.is_cuda and s.hidden.dtype == torch.bfloat16 for s in sides):
+            if all(not h.is_cuda and h.dtype == torch.bfloat16 for h in hidden):
                 matmul.fp32_precision = "bf16"
             yield
         finally:
             matmul.fp32_precision = before
 
 
-def check_targets(targets: Tensor, V: int) -> None:
-    """IndexError naming the first target outside 0..V-1.
+def _outside(targets: Tensor, wrong: Tensor, V: int) -> IndexError:
+    """Names the first target outside 0..V-1.
 
     On a GPU nothing is checked, for reading the answer would stall it: PyTorch's kernels assert their bounds
     themselves, and Triton's give nan for such a row.
     """
-    if targets.is_cuda:
-        return
-    wrong = (targets < 0) | (targets >= V)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise IndexError(f"target {int(targets[row])} in row {row} is outside 0..{V - 1}")
+    row = int(wrong.nonzero()[0])
+    return IndexError(f"target {int(targets[row])} in row {row} is outside 0..{V - 1}")
 
 
 # --- Operations on rows, as operators that torch.compile keeps whole -------------------------------
@@ -281,24 +270,28 @@ def _rows(
     With targets the operation is `logprob` on one side, without it is `kl` of two. A side is one operand, its
     logits, or two: hidden states and a weight.
     """
-    sides, module = _sides(operands, targets), import_module(f"kernels.rows_{impl}")
-    if targets is not None:
-        check_targets(targets, sides[0].V)
-    results = []
-    with _products(*sides):
-        for i in sides[0].chunks():
-            z = [side[i][0] for side in sides]
-            said = module.kl(*z) if targets is None else module.logprob(*z, targets[i], temperature, entropy)
-            results.append(said)
-    return [torch.cat(results, 1), *_kept(sides)]
+    sides, module, results = _sides(operands, targets), import_module(f"kernels.rows_{impl}"), []
+    V = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
+    if targets is not None and not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
+        raise _outside(targets, wrong, V)
+    kept = [_room(*side) for side in sides]
+    walks = [_walk(*side, kept=room) for side, room in zip(sides, kept, strict=True)]
+    with _products(*(hidden for hidden, _ in sides)):
+        for chunks in zip(*walks, strict=True):
+            rows, z = chunks[0][0], [z for _, z, _ in chunks]
+            if targets is None:
+                results.append(module.kl(*z))
+            else:
+                results.append(module.logprob(*z, targets[rows], temperature, entropy))
+    return [torch.cat(results, 1), *kept]
 
 
 @_rows.register_fake
 def _(operands, targets, temperature, entropy, impl):
     sides = _sides(operands, targets)
-    dtype = accumulator(torch.promote_types(sides[0].hidden.dtype, sides[-1].hidden.dtype))
-    count = 5 if targets is None else 3 + entropy
-    return [operands[0].new_empty((count, len(operands[0])), dtype=dtype), *_kept(sides)]
+    dtype = torch.promote_types(torch.promote_types(sides[0][0].dtype, sides[-1][0].dtype), torch.float32)
+    result = operands[0].new_empty((5 if targets is None else 3 + entropy, len(operands[0])), dtype=dtype)
+    return [result, *(_room(*side) for side in sides)]
 
 
 @torch.library.custom_op("minillm::rows_backward", mutates_args=())
@@ -308,19 +301,26 @@ def _rows_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of those operands for which they are wanted."""
     result, *kept = said
-    sides, module = _sides(operands, targets, want, kept), import_module(f"kernels.rows_{impl}")
-    with _products(*sides):
-        for i in sides[0].chunks():
-            z, outs = zip(*(side[i] for side in sides), strict=True)
-            rows = result[:, i], d_result[:, i]
+    sides, module = _sides(operands, targets), import_module(f"kernels.rows_{impl}")
+    found, walks, wanted = [], [], iter(want)
+    for (hidden, weight), room in zip(sides, kept, strict=True):
+        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if next(wanted) else None
+        d_weight = None
+        if weight is not None and next(wanted):
+            d_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        found += [d for d in (d_hidden, d_weight) if d is not None]
+        walks.append(_walk(hidden, weight, d_hidden, d_weight, room, made=True))
+    with _products(*(hidden for hidden, _ in sides)):
+        for chunks in zip(*walks, strict=True):  # strict, for all of them to be walked to the end
+            rows, z, outs = chunks[0][0], [z for _, z, _ in chunks], [dz for _, _, dz in chunks]
             if targets is None:
-                module.kl_backward(*z, *rows, *outs)
+                module.kl_backward(*z, result[:, rows], d_result[:, rows], *outs)
             else:
-                module.logprob_backward(*z, targets[i], temperature, *rows, *outs)
-            for side, out in zip(sides, outs, strict=True):
-                side.add(i, out)
-    found = [x for side in sides for x in (side.d_hidden, side.d_weight)[: len(operands) // len(sides)]]
-    return [d.to(x.dtype) for d, x, wanted in zip(found, operands, want, strict=True) if wanted]
+                module.logprob_backward(
+                    *z, targets[rows], temperature, result[:, rows], d_result[:, rows], *outs
+                )
+    asked = [x for x, wanted in zip(operands, want, strict=True) if wanted]
+    return [d.to(x.dtype) for d, x in zip(found, asked, strict=True)]
 
 
 @_rows_backward.register_fake
@@ -328,15 +328,11 @@ def _(operands, targets, temperature, impl, said, d_result, want):
     return [x.new_empty(x.shape) for x, wanted in zip(operands, want, strict=True) if wanted]
 
 
-def _sides(operands, targets, want=(False,) * 4, kept=(None, None)) -> list[Logits]:
+def _sides(operands, targets) -> list[tuple[Tensor, Tensor | None]]:
+    """(hidden states, weight) or (logits, None)."""
     if len(operands) == (2 if targets is None else 1):
-        return [Logits(z, None, (wanted, False)) for z, wanted in zip(operands, want, strict=False)]
-    pairs = zip(operands[::2], operands[1::2], zip(want[::2], want[1::2], strict=True), kept, strict=False)
-    return [Logits(*pair) for pair in pairs]
-
-
-def _kept(sides: list[Logits]) -> list[Tensor]:
-    return [side.z if side.few else side.hidden.new_empty(0) for side in sides]
+        return [(z, None) for z in operands]
+    return list(zip(operands[::2], operands[1::2], strict=True))
 
 
 def _save(ctx, inputs, output):
@@ -373,35 +369,34 @@ def _summed(
     dz = p - onehot(target),  0 in rows that are ignored
     """
     kept: Tensor | None
-    kept, rows, shape = targets != ignore_index, None, hidden.shape
+    rows, kept, N, V = None, targets != ignore_index, len(hidden), len(weight)
     targets = targets.where(kept, 0)
-    check_targets(targets, len(weight))
+    if not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
+        raise _outside(targets, wrong, V)
     if not PLANS.get(hidden.device.type, PLANS["cpu"]).skip:
         hidden = hidden.where(kept[:, None], 0.0)  # 0 * nan is nan: an ignored row must not reach dW
-    elif kept.all():
-        kept = None
     else:
-        rows, kept = kept.nonzero().squeeze(1), None
-        hidden, targets = hidden[rows], targets[rows]
-    logits = Logits(hidden, weight, (want_hidden, want_weight), keep=False)
-    total = hidden.new_zeros((), dtype=logits.exact)
+        if not kept.all():
+            rows = kept.nonzero().squeeze(1)
+            hidden, targets = hidden[rows], targets[rows]
+        kept = None
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.new_zeros((), dtype=exact)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
     loss_and_gradient = import_module(f"kernels.rows_{impl}").loss_and_gradient
-    with _products(logits):
-        for i in logits.chunks():
-            share = None if kept is None else kept[i].to(total.dtype)
-            z, dz = logits[i]
-            losses, dz = loss_and_gradient(z, targets[i], share, dz)
-            logits.add(i, dz)
-            total += losses.sum() if kept is None else losses.where(kept[i], 0.0).sum()
-    d_hidden = logits.d_hidden
-    if rows is not None and want_hidden:
-        d_hidden = d_hidden.new_zeros(shape).index_copy_(0, rows, d_hidden)
-    return total, d_hidden, logits.d_weight
+    with _products(hidden):
+        for i, z, dz in _walk(hidden, weight, d_hidden, d_weight):
+            total += loss_and_gradient(z, targets[i], None if kept is None else kept[i], dz).sum()
+    if d_hidden is not None and rows is not None:
+        d_hidden = d_hidden.new_zeros(N, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
+    d_hidden, d_weight = (hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight))
+    return total, d_hidden, d_weight
 
 
 @_summed.register_fake
 def _(hidden, weight, targets, ignore_index, want_hidden, want_weight, impl):
-    exact = accumulator(hidden.dtype)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
     d_hidden = hidden.new_empty(hidden.shape if want_hidden else 0)
     d_weight = weight.new_empty(weight.shape, dtype=exact) if want_weight else hidden.new_empty(0)
     return hidden.new_empty((), dtype=exact), d_hidden, d_weight

@@ -25,14 +25,9 @@ CACHED_LOGITS = 1 << 19  # 2 MB in float32
 LOWEST = -1e4
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of softmaxes and sums: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
     """[max y, log S, log p[target]], and -sum p log p = log S - sum p u if the entropy is wanted."""
-    result = z.new_empty(3 + entropy, len(z), dtype=accumulator(z.dtype))
+    result = z.new_empty(3 + entropy, len(z), dtype=torch.promote_types(z.dtype, torch.float32))
     for rows in _parts(z):
         y = _scaled(z[rows], result.dtype, temperature)
         p = y.softmax(1)
@@ -62,21 +57,25 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
         out[rows] = _quiet(dz.scatter_add_(1, target, g), result[:2, rows], d_result[2:, rows])
 
 
-def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(-log p[target] [N], dz = share (p - onehot(target)) in out's dtype), where no share is 1."""
-    target, y = targets[:, None], z.to(accumulator(z.dtype))
-    p = y.softmax(1)
-    losses = y.amax(1) - y.gather(1, target)[:, 0] - p.amax(1).log()
-    if out is None:
-        return losses, None
-    dz = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-    dz = dz if share is None else dz.mul_(share[:, None])
-    return losses, dz if dz.dtype == out.dtype else out.copy_(dz)
+def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Tensor:
+    """-log p[target] [N], and out = dz = p - onehot(target); 0 in rows that are not `kept`. May use z up."""
+    target, top = targets[:, None], z.amax(1)
+    z_target = z.gather(1, target)[:, 0]
+    p = torch.softmax(z, 1, out=out if out is not None and out.dtype == z.dtype else None)
+    losses = top - z_target - p.amax(1).log()
+    if out is not None:
+        p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+        if kept is not None:
+            p.mul_(kept[:, None])
+        if p is not out:
+            out.copy_(p)
+    return losses if kept is None else losses.where(kept, 0.0)
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max of y_p, log S_p, max of y_q, log S_q, KL(p || q)]."""
-    result = z_p.new_empty(5, len(z_p), dtype=accumulator(torch.promote_types(z_p.dtype, z_q.dtype)))
+    dtype = torch.promote_types(torch.promote_types(z_p.dtype, z_q.dtype), torch.float32)
+    result = z_p.new_empty(5, len(z_p), dtype=dtype)
     for rows in _parts(z_p):
         y_p, y_q = z_p[rows].to(result.dtype), z_q[rows].to(result.dtype)
         p = y_p.softmax(1)

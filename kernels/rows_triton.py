@@ -29,8 +29,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows_torch import accumulator
-
 # One block of a row: 8 warps of 32 lanes, each with two loads of 16 bytes on the way.
 LANES, LANE_BYTES, WARP = 256, 32, 32
 # Where maxima start: finite, so that no difference of maxima is ever inf - inf. No float32 is lower.
@@ -177,7 +175,8 @@ def kl_kernel(
     KL = sum p (log p - log q) = ln 2 (d / s_p - log2 s_p + log2 s_q)
     """
     ACC: tl.constexpr = result.dtype.element_ty
-    PIECE: tl.constexpr = ALIGN * 8 // z_p.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = z_p.dtype.element_ty.primitive_bitwidth
+    PIECE: tl.constexpr = ALIGN * 8 // BITS if ALIGN * 8 > BITS else 1  # z_q may be narrower
     n = tl.program_id(0).to(tl.int64)
     row_p = tl.multiple_of(z_p + n * stride_p, ALIGN)
     row_q = tl.multiple_of(z_q + n * stride_q, ALIGN)
@@ -254,7 +253,7 @@ def kl_backward_kernel(
 def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
     """[max z, log2 sum 2^u, log p[target]], and the entropy if it is wanted."""
     z, (N, V) = _rows(z), z.shape
-    result = z.new_empty(3 + entropy, N, dtype=accumulator(z.dtype))
+    result = z.new_empty(3 + entropy, N, dtype=torch.promote_types(z.dtype, torch.float32))
     if N:
         with torch.cuda.device_of(z):
             logprob_kernel[(N,)](
@@ -275,21 +274,21 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
             )  # fmt: skip
 
 
-def loss_and_gradient(z, targets, share: Tensor | None, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(-log p[target] [N], dz = share (p - onehot(target)) in `out`), where no share is 1; may use z up."""
+def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Tensor:
+    """-log p[target] [N], and out = dz = p - onehot(target); 0 in rows that are not `kept`. May use z up."""
     result = logprob(z, targets, 1.0, False)
-    losses = -result[2]
     if out is not None:
         upstream = torch.empty_like(result)
-        upstream[2] = -1.0 if share is None else -share
+        upstream[2] = -1.0 if kept is None else -kept.to(result.dtype)
         logprob_backward(z, targets, 1.0, result, upstream, out)
-    return losses, out
+    return -result[2] if kept is None else (-result[2]).where(kept, 0.0)
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max z_p, log2 sum 2^u_p, the same of q, KL(p || q)]."""
     z_p, z_q, (N, V) = _rows(z_p), _rows(z_q), z_p.shape
-    result = z_p.new_empty(5, N, dtype=accumulator(torch.promote_types(z_p.dtype, z_q.dtype)))
+    dtype = torch.promote_types(torch.promote_types(z_p.dtype, z_q.dtype), torch.float32)
+    result = z_p.new_empty(5, N, dtype=dtype)
     if N:
         with torch.cuda.device_of(z_p):
             kl_kernel[(N,)](z_p, z_q, result, z_p.stride(0), z_q.stride(0), V, N, **_launch(z_p, z_q))

