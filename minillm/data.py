@@ -106,10 +106,8 @@ def split_documents(
 
 
 def hold_out(hashes: Sequence[float], fraction: float) -> list[Side]:
-    """The side of each item by its hash: about a share `fraction` is held out, and equal ones together.
-
-    The smallest hash always is and the largest never, so that no side is empty where there are two.
-    """
+    """The side of each item by its hash: about a share `fraction` is held out, equal ones together, always
+    the smallest hash and never the largest, so that no side is empty where there are two."""
     smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
     return [
         SIDES[fraction > 0 and (value < fraction or value == smallest) and value < largest]
@@ -227,10 +225,8 @@ def tokenize(
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other.
-
-    Where there is no bos, eos may be the end of a chat's reply (Qwen's): <|endoftext|> comes before it.
-    """
+    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other. Where there
+    is no bos, eos may be the end of a chat's reply (Qwen's): <|endoftext|> comes before it."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if tokenizer.config.get("bos_token") is None:
         bos = eos = tokenizer.special_tokens.get(ENDOFTEXT, eos)
@@ -465,10 +461,8 @@ class TextRows(Shuffled[Row]):
         return Row(ids[:-1], ids[1:], ids[:-1] == bos)
 
     def _paragraph(self, begin: int) -> int:
-        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`.
-
-        A token begins one where the two before it end in a blank line, or a line, and it is not indented.
-        """
+        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`. A
+        token begins one where the two before it end in a blank line, or a line, and it is not indented."""
         near = [self.source.vocabulary[i] for i in self.items[begin : begin + PARAGRAPH_TOKENS].tolist()]
         for ending in (BLANK_LINE, LINE_END):
             for i in range(2, len(near)):

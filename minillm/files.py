@@ -15,10 +15,8 @@ from minillm.errors import InputError, reading, writing
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file, syncs it, and renames it to `path`.
-
-    Raises InputError where the disk is full or the folder cannot be written; `path` is then as it was.
-    """
+    """Lets `write` fill a temporary file, syncs it, and renames it to `path`. Raises InputError where the
+    disk is full or the folder cannot be written; `path` is then as it was."""
     scratch = scratch_of(path)
     with writing(path, "what was there before is unchanged; free some space or choose another folder"):
         try:

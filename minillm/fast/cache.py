@@ -26,11 +26,9 @@ from minillm.tools.folder import hold
 def cached_streams(
     folder: Path, vocab_size: int, parts: Iterable[tuple[Side, np.ndarray, int]], dropped: Mapping[str, int]
 ) -> tuple[dict[Side, np.ndarray], dict[Side, dict[str, int]], dict[str, int]]:
-    """The two streams, mapped, their counts, and what reading dropped; all from `folder` if it is whole.
-
-    Else `parts` are written there: the side, the tokens and the bytes of each document, and whatever has no
-    bytes. `dropped` is complete when they have been read. InputError where the disk refuses.
-    """
+    """The two streams, mapped, their counts, and what reading dropped; all from `folder` if it is whole. Else
+    `parts` are written there: the side, the tokens and the bytes of each document, and whatever has no bytes.
+    `dropped` is complete when they have been read. InputError where the disk refuses."""
     dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
     with writing(folder, "free some space or give another --cache"), hold(folder, wait=True):
         if not (sealed := _whole(folder, dtype, vocab_size)):

@@ -54,11 +54,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
     """`function(item)` for each item, in order, worked out by `workers` processes in turn, each with one item
-    or result at a time.
-
-    The function (at the start, once) and the items travel by pickle. InputError if a process dies; what it
-    says of a failure is on stderr.
-    """
+    or result at a time. The function (at the start, once) and the items travel by pickle. InputError if a
+    process dies; what it says of a failure is on stderr."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.fast.workers as w; w._serve()"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

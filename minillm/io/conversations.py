@@ -55,11 +55,9 @@ class ComparisonSource:
 def open_conversations(
     specs: Sequence[str], errors: Errors = "strict", purpose: Purpose = "conversation"
 ) -> list[ConversationSource]:
-    """Open conversations given as files, folders or globs of JSON, tables or Parquet.
-
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same.
-    Every file is read whole once here, so that what is wrong shows before anything is trained.
-    """
+    """Open conversations given as files, folders or globs of JSON, tables or Parquet. A spec is
+    [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same. Every file
+    is read whole once here, so that what is wrong shows before anything is trained."""
     sources = []
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, path, EXTENSIONS)

@@ -60,11 +60,9 @@ class Reading:
 
 
 def parse_specs(specs: Sequence[str]) -> list[tuple[str, str, float]]:
-    """The name, path and weight of each spec, [NAME=]PATH[:WEIGHT]. InputError for wrong ones.
-
-    The weight is 1 unless given; the name is the path's last component. A path may itself hold '=' and ':':
-    of all readings the most literal one that exists on disk is taken.
-    """
+    """The name, path and weight of each spec, [NAME=]PATH[:WEIGHT]. InputError for wrong ones. The weight is
+    1 unless given; the name is the path's last component. A path may itself hold '=' and ':': of all readings
+    the most literal one that exists on disk is taken."""
     if not specs:
         raise InputError("no data given: name a file or folder, as in books=../books:0.15")
     parsed = [_parse(spec) for spec in specs]
@@ -102,11 +100,9 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The files to read under `path`, sorted, each once, and a count of those left out, by reason.
-
-    A file that is named, or that a glob matches, is read whatever it ends in; of a folder only those with one
-    of `extensions`, packed or not. InputError, for the source `name`, where there are none.
-    """
+    """The files to read under `path`, sorted, each once, and a count of those left out, by reason. A file
+    that is named, or that a glob matches, is read whatever it ends in; of a folder only those with one of
+    `extensions`, packed or not. InputError, for the source `name`, where there are none."""
     endings = tuple(extension + packed for extension in extensions for packed in ("", ".gz", ".zst"))
     tops = [path] if os.path.exists(path) else _matches(path)
     asked = {top for top in tops if not os.path.isdir(top)}
@@ -315,10 +311,8 @@ def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:
 def records(
     path: str, kind: str, read: Reading, dropped: Counter[str], unwrap: Callable[[Any], Iterable[Any]]
 ) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place, as in "line 3"; `unwrap` gives those in a line or a JSON text.
-
-    A line that is no JSON, or longer than LINE_LIMIT, raises InputError or is counted in `dropped`.
-    """
+    """Every record of a file and its place, as in "line 3"; `unwrap` gives those in a line or a JSON text. A
+    line that is no JSON, or longer than LINE_LIMIT, raises InputError or is counted in `dropped`."""
     if kind == "lines":
         for number, record in _lines(path, read, dropped):
             yield from ((f"line {number}", held) for held in unwrap(record))

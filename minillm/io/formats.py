@@ -146,9 +146,7 @@ def _first(fields: Record, names: Iterable[str]) -> Any:
 
 def _one(fields: Record, names: Sequence[str]) -> Any:
     """The field of these names that holds something. LeftOutError where two of them say different things.
-
-    Where one says all that the others do, it counts: a solution that ends with the answer, say.
-    """
+    Where one says all that the others do, it counts: a solution that ends with the answer, say."""
     found = {name: fields[name] for name in names if not _is_empty(fields.get(name))}
     if not found:
         return _first(fields, names)
@@ -233,10 +231,8 @@ SPEAKER = re.compile(r"\n\n(Human|Assistant|User|System):|(?:^|\n|(?<=\S))### (H
 
 def _parse_transcript(text: str) -> Conversation:
     """The conversation in a transcript; nothing where the text is not one. An open last turn is no message.
-
     Where somebody speaks twice in a row, the second is a paragraph of the first: replies that begin a
-    paragraph with their speaker's name look like that.
-    """
+    paragraph with their speaker's name look like that."""
     before, *parts = SPEAKER.split("\n\n" + text.lstrip())
     if before.strip() or not parts:
         return []
@@ -501,10 +497,8 @@ FORMATS = (
 
 
 def demonstration(example: Example) -> Iterator[Conversation | str]:
-    """The conversation to learn from, and why some or all of it is left out.
-
-    It ends at the last reply: nothing behind that is learned.
-    """
+    """The conversation to learn from, and why some or all of it is left out. It ends at the last reply:
+    nothing behind that is learned."""
     messages, score = max(example, key=itemgetter(1))
     if len(example) == 1 and score is not None and score <= 0:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")

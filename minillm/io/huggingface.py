@@ -72,11 +72,8 @@ def padding_token(tokenizer: Tokenizer) -> str | None:
 
 
 def _for_others(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with what other people's tools want to be told.
-
-    Every document of a base model began with bos, so a text that is encoded for one must; a chat template
-    writes its own.
-    """
+    """The tokenizer with what other people's tools want to be told. Every document of a base model began with
+    bos, so a text that is encoded for one must; a chat template writes its own."""
     config: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"], **tokenizer.config}
     vocabulary, bos = tokenizer.vocabulary, _bos_in_front(tokenizer)
     if config.get("chat_template") == TEMPLATE:

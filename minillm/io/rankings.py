@@ -26,11 +26,8 @@ from minillm.preferences import Ranking, Record, ResponseSet, now
 
 
 class JsonLines:
-    """A file of JSON lines that only grows. A line is on the disk when `append` returns.
-
-    One process writes at a time. A last line that a crash tore is moved to FILE.torn at opening, and
-    `mended` says so.
-    """
+    """A file of JSON lines that only grows. A line is on the disk when `append` returns. One process writes
+    at a time. A last line that a crash tore is moved to FILE.torn at opening, and `mended` says so."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.mended = path, ""
@@ -92,10 +89,8 @@ def read_json_lines(path: Path, hint: str) -> Iterator[tuple[str, Record]]:
 
 
 def _split_lines(content: bytes) -> tuple[list[bytes], bytes]:
-    """All whole lines, and what is behind them: the beginning of a line whose writing was cut off.
-
-    A last line that lacks only its newline is whole: no beginning of a JSON object is one.
-    """
+    """All whole lines, and what is behind them: the beginning of a line whose writing was cut off. A last
+    line that lacks only its newline is whole: no beginning of a JSON object is one."""
     *lines, rest = content.split(b"\n")
     return ([*lines, rest], b"") if _json_object(rest) is not None else (lines, rest)
 

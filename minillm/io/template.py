@@ -134,10 +134,8 @@ class ForeignFormat:
         return rendered
 
     def _asked(self, shape: Shape, thinking: bool) -> str:
-        """The generation prompt with all that stands between it and a reply, marked.
-
-        A model trained on " [/INST] Hello" with "Hello" to produce is to be asked with the space, and one
-        trained on an empty thought with that.
+        """The generation prompt with all that stands between it and a reply, marked: a model trained to
+        produce "Hello" of " [/INST] Hello" is to be asked with the space, one after an empty thought with it.
         """
         prompt = self._render(_messages(shape), True, thinking)
         if thinking:

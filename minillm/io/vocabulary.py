@@ -27,9 +27,7 @@ SWITCHES = ("single_word", "lstrip", "rstrip", "normalized")
 
 def read_vocabulary(file: Path) -> "Vocabulary | LibraryVocabulary":
     """The vocabulary in a tokenizer.json, with the tokens that only tokenizer_config.json beside it names.
-
-    InputError if a file is broken or needs a missing library.
-    """
+    InputError if a file is broken or needs a missing library."""
     document, settings = read_json(file), file.with_name("tokenizer_config.json")
     config = read_json(settings) if settings.exists() else {}
     with reading(file, "give a tokenizer.json as the tokenizers library writes it"):
