@@ -257,7 +257,8 @@ LEFT_OUT = [
     ("ranking", {"prompt": "Why?", **TWO, "label": 1}, "verdict that names none"),
     ("ranking", {"prompt": "Why?", **TWO}, "no verdict"),
     ("ranking", {"prompt": "Why?", "responses": ["a", "b"]}, "no verdict"),
-    ("ranking", {"prompt": "Why?", "responses": ["a", "a", "b"], "scores": [1, 2, 3]}, "equal responses"),
+    *(("ranking", {"prompt": "Why?", "responses": texts, "scores": scores}, "equal responses")
+      for texts, scores in ((["a", "a", "b"], [1, 2, 3]), (["a", "a"], [1, 1]))),
     ("ranking", KTO, "one reply and nothing that compares it"),
     ("ranking", {"prompt": "Why?"}, "without a reply"),
     ("ranking", {"input": {"messages": [USER], "tools": [1]}, "preferred_output": [BOT],

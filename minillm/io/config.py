@@ -22,20 +22,8 @@ SAME_NAME = (
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
 TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-READ = {
-    *SAME_NAME, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "is_causal", "minillm_causal",
-    "original_max_position_embeddings", "sliding_window", "layer_types",
-}  # fmt: skip
-ROPES = {
-    "default": (), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
-}  # fmt: skip
-"""The ways to turn queries and keys that are computed here, and the fields of each."""
-ROPE_FIELDS = {
-    "rope_type", "rope_theta", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor",
-    *(name for names in ROPES.values() for name in names),
-}  # fmt: skip
+ROPES: dict[str, list[str]] = TABLE["ropes"]
+"""The ways to turn queries and keys that are computed here, and the numbers of each."""
 
 
 def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -44,7 +32,6 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     family = "smollm3" if config.no_rope_layers else family
     rope = _rope_to_json(config)
     stops = list(chat_format(tokenizer).stop_ids)
-    qwen = {"use_sliding_window": False, "max_window_layers": config.num_hidden_layers}
     return {
         "architectures": [TABLE["families"][family]["architecture"]],
         "model_type": family,
@@ -53,19 +40,14 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         # transformers before version 5 and mlx-lm read the first, later versions the second.
         "rope_scaling": rope if rope["rope_type"] != "default" else None,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
         "sliding_window": None,
-        **({"attention_bias": False} if family != "qwen2" else {}),
-        **(qwen if family != "llama" else {"mlp_bias": False}),
+        "max_window_layers": config.num_hidden_layers,
+        **TABLE["families"][family]["written"],
+        **TABLE["written"],
         # Where nothing is said of padding, transformers' SmolLM3 has that of its own vocabulary.
         **({"no_rope_layers": turns, "pad_token_id": None} if (turns := list(config.no_rope_layers)) else {}),
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-        "dtype": "float32",
-        "torch_dtype": "float32",
         **({} if config.causal else {"is_causal": False}),
     }
 
@@ -107,7 +89,9 @@ def config_from_json(path: Path) -> ModelConfig:
 
 def _refuse_unknown(raw: dict[str, Any], path: Path) -> None:
     family, only = raw["model_type"], TABLE["only"]
-    known = READ.union(*TABLE["harmless"].values(), TABLE["families"][family].get("own", ()))
+    known = {*SAME_NAME}.union(
+        TABLE["read"], *TABLE["harmless"].values(), TABLE["families"][family].get("own", ())
+    )
     wrong = {name: value for name, value in raw.items()
              if value is not None and name not in known and value not in only.get(name, ())}  # fmt: skip
     layers, window = raw.get("layer_types"), raw.get("sliding_window")
@@ -140,7 +124,7 @@ def _rope_from_json(raw: dict[str, Any], path: Path, theta: float) -> dict[str, 
         for name, value in {**spelling, "rope_type": kind}.items():
             if value is None or name == "type":
                 continue
-            if name not in ROPE_FIELDS:
+            if name not in TABLE["rope"] and not any(name in names for names in ROPES.values()):
                 raise InputError(f"{path}: rotary positions with {name!r:.60}, which this does not compute")
             if rope.setdefault(name, value) != value:
                 raise InputError(f"{path}: {name} is {rope[name]!r:.60} and {value!r:.60}; remove one")
