@@ -99,29 +99,22 @@ def headline(said: Said) -> Section:
     )
 
 
-def changes(table: Rows, better: Mapping[str, int], sampling: str) -> Iterator[str]:
+def changes(table: Mapping[str, Any], better: Mapping[str, int], sampling: str) -> Iterator[str]:
     """Which metrics moved from model to model so far that their intervals do not overlap; `better` is 1 for
     those of which more is better, -1 for those of which less is."""
     for earlier, later in pairwise(next(iter(table.values()))):
         sides: dict[str, list[str]] = {"better": [], "worse": [], "no clear change": []}
         for label, sign in better.items():
             before, after = table[label][earlier], table[label][later]
-            if change := moved(before, after):
-                values = f"{written(before)[0]} → {written(after)[0]}"
-                sides["better" if change == sign else "worse"].append(f"{label} {values}")
-            else:
-                sides["no clear change"].append(label)
+            change = 0
+            if before["low"] is not None and after["low"] is not None:
+                change = (after["low"] > before["high"]) - (after["high"] < before["low"])
+            values = f" {written(before)[0]} → {written(after)[0]}" if change else ""
+            sides[("no clear change", "better", "worse")[sign * change]].append(label + values)
         said = "; ".join(f"{side}: {', '.join(labels)}" for side, labels in sides.items() if labels)
         if not sides["better"] and not sides["worse"]:
             said = "no clear change in any of these metrics"
         yield f"From {earlier} to {later}, {sampling}: {said}."
-
-
-def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """1 where the interval is above that before, -1 where below, 0 where they overlap or one is unknown."""
-    if None in (before["low"], after["low"]):
-        return 0
-    return (after["low"] > before["high"]) - (after["high"] < before["low"])
 
 
 def by_kind(said: Said, kinds: Sequence[str]) -> Section:

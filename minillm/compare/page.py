@@ -21,8 +21,9 @@ from markupsafe import Markup
 
 from minillm.compare.metrics import Rows, words
 from minillm.tools.measures import written
-from minillm.tools.streams import columns, printable, render
+from minillm.tools.streams import columns, render
 
+HERE = Path(__file__).parent
 SHOWN = 3  # prompts of each kind in sight
 FOLDED = 17  # further ones under a fold; all are in compare.json
 
@@ -40,33 +41,21 @@ class Plot:
 
 def page(content: Content) -> str:
     """The whole file."""
-    return filled("page.html.j2", content)
+    helpers = {"curves": curves, "glance": partial(glance, content), "shown": SHOWN, "folded": FOLDED}
+    return render(HERE / "page.html.j2", content, words=words(), written=written, **helpers)
 
 
 def terminal_text(content: Content) -> str:
     """The same sections without the plots, and the first replies of each kind."""
-    return re.sub(r"\n{3,}", "\n\n", filled("terminal.txt.j2", content)).strip()
-
-
-def filled(template: str, content: Content) -> str:
-    """A template with the content and all that helps to show it."""
-    helpers = {
-        "words": words(), "written": written, "table_text": table_text, "in_one_line": in_one_line,
-        "curves": curves, "glance": partial(glance, content), "shown": SHOWN, "folded": FOLDED,
-    }  # fmt: skip
-    return render(Path(__file__).with_name(template), content, **helpers)
+    helpers = {"table_text": table_text, "in_one_line": partial(shorten, width=100, placeholder=" …")}
+    text = render(HERE / "terminal.txt.j2", content, words=words(), **helpers)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def table_text(rows: Rows) -> str:
     """A table as text."""
-    head = ["", *next(iter(rows.values()))]
-    return columns(
-        [head, *([label, *(" ".join(written(x)) for x in own.values())] for label, own in rows.items())]
-    )
-
-
-def in_one_line(text: str) -> str:
-    return shorten(" ".join(printable(text).split()), 100, placeholder=" …")
+    cells = [[label, *(" ".join(written(x)) for x in own.values())] for label, own in rows.items()]
+    return columns([["", *next(iter(rows.values()))], *cells])
 
 
 def glance(content: Content) -> Plot:

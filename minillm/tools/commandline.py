@@ -129,10 +129,11 @@ GROUPS: dict[str, str] = {
 
 def print_help(kind: type[Any]) -> None:
     """The description of a script's options and all of them, grouped."""
-    program, house = Path(sys.argv[0]).resolve().with_suffix(""), Path(__file__).parents[2]
-    command = f"{program.name}.py"
+    program, house = Path(sys.argv[0]).resolve(), Path(__file__).parents[2]
+    command = program.name
     if program.is_relative_to(house / "minillm"):
-        command = f"-m {'.'.join(program.relative_to(house).parts).removesuffix('.__main__')}"
+        module = ".".join(program.relative_to(house).with_suffix("").parts)
+        command = f"-m {module.removesuffix('.__main__')}"
     print(f"usage: python {command} [options]\n\n{inspect.getdoc(kind)}")
     explained, kinds = explanations(kind), get_type_hints(kind)
     width = min(110, shutil.get_terminal_size().columns)
@@ -148,24 +149,21 @@ def print_help(kind: type[Any]) -> None:
 
 def grouped(kind: type[Any]) -> dict[str, list[Field]]:
     """The fields by title."""
-    left = {field.name: field for field in fields(kind)}
-    found = {
-        title: [left.pop(name) for name in names.split() if name in left] for title, names in GROUPS.items()
-    }
-    found["more"] = list(left.values())
-    return {title: members for title, members in found.items() if members}
+    known, found = {field.name: field for field in fields(kind)}, {}
+    for title, names in GROUPS.items():
+        if members := [known.pop(name) for name in names.split() if name in known]:
+            found[title] = members
+    return found | ({"more": list(known.values())} if known else {})
 
 
 def explanations(kind: type[Any]) -> dict[str, str]:
     """The string under each field, in one line; a subclass's stands for its base's."""
     found = {}
-    for part in reversed([base for base in kind.__mro__ if base is not object]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, text in itertools.pairwise(statements):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                    found[name] = " ".join(words.split())
+    for part in reversed(kind.__mro__[:-1]):
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        for field, text in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     return found
 
 

@@ -47,6 +47,8 @@ Row = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, at least one, and those said after it."""
 ROWS = 64  # of a forward pass
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
+RUBRIC = {"in_form": ".1%", "right": ".1%", "utility": ".3f"}
+"""What is said of a kind of prompt, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,7 @@ def world_metrics(
 
 def rubric_means(replies: Sequence[Reply]) -> dict[str, float | int]:
     """How many replies there are, and the means of what the rubric says of them."""
-    values = {name: fmean(getattr(one, name) for one in replies) for name in ("in_form", "right", "utility")}
-    return {"prompts": len(replies)} | values
+    return {"prompts": len(replies)} | {n: fmean(getattr(one, n) for one in replies) for n in RUBRIC}
 
 
 def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]]) -> str:
@@ -160,7 +161,7 @@ def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]
     rows = [
         [f"{kind}, {name.replace('_', ' ')}", *(f"{own[kind][name]:{form}}" for own in of_model.values())]
         for kind in KINDS
-        for name, form in (("in_form", ".1%"), ("right", ".1%"), ("utility", ".3f"))
+        for name, form in RUBRIC.items()
     ]
     return columns([["", *of_model], *rows])
 

@@ -29,6 +29,7 @@ Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
 
 Values = Sequence[float | int] | Real[np.ndarray, " N"] | Bool[np.ndarray, " N"]
+Known = float | int | None
 
 FORMS = {
     "share": ("{:.1%}", "({:.0f}–{:.0f})", 100),
@@ -44,19 +45,15 @@ FORMS = {
 class Estimate(TypedDict):
     """A metric, its interval (None where it is unknown), the number of values it rests on, and its form."""
 
-    value: float | int | None
-    low: float | None
-    high: float | None
+    value: Known
+    low: Known
+    high: Known
     count: int
     form: str
 
 
 def estimate(
-    value: float | int | None,
-    count: int,
-    low: float | None = None,
-    high: float | None = None,
-    form: str = "share",
+    value: Known, count: int, low: Known = None, high: Known = None, form: str = "share"
 ) -> Estimate:
     return {"value": value, "low": low, "high": high, "count": count, "form": form}
 

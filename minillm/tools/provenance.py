@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -12,36 +13,25 @@ PACKAGES = ("minillm", "torch", "triton", "numpy", "regex", "tokenizers", "trans
 
 def provenance() -> dict:
     """What made a figure; commit and dirty are None outside git, absent packages are left out."""
-    status = _git("status", "--porcelain")
+    status, cpuinfo, versions = _git("status", "--porcelain"), Path("/proc/cpuinfo"), {}
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""  # only Linux has that
+    named = re.search(r"^model name\s*:\s*(.*)", text, re.MULTILINE)
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else status != "",
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": versions,
     }
 
 
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _cpu() -> str:
-    """The processor's own name, which only Linux has in a file."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    named = re.search(r"^model name\s*:\s*(.*)", text, re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
