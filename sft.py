@@ -186,7 +186,8 @@ def finish(
     run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options, validated: bool
 ) -> None:
     """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
-    from minillm.tools.evaluate import metrics_table, world_metrics
+    from minillm.compare.metrics import world_metrics
+    from minillm.tools.measures import table_text
     from minillm.tools.plots import plot_loss
     from minillm.tools.sources import tell_shares
     from minillm.world import World
@@ -197,7 +198,8 @@ def finish(
         before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
         models = {options.init: before, str(run.folder): (model, tokenizer)}
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)
-        run.say(metrics_table(metrics))
+        for caption, rows in metrics.items():
+            run.say(f"{caption}:\n{table_text(rows)}")
     sources = tell_shares(run.say, mixture)
     plot_loss(run.folder, "loss", "nats per target")
     run.finish(sources=sources, val_loss=val_loss, val_perplexity=perplexity, metrics=metrics)

@@ -25,7 +25,7 @@ from minillm.compare.metrics import (
     pair_section,
     sure_section,
     text_table,
-    token_values,
+    world_metrics,
 )
 from minillm.compare.page import page
 from minillm.data import Source, unit_hash
@@ -36,7 +36,7 @@ from minillm.model import LanguageModel, config_of_depth, initialize, scalar_fro
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.tokenizer import Tokenizer
 from minillm.tools.annotators import Judge, blind, by_person, by_reward, by_rubric, exchanged, prefer
-from minillm.tools.evaluate import Reply, sample_replies, text_loss
+from minillm.tools.evaluate import Reply, sample_replies, text_loss, token_values
 from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
 
@@ -293,6 +293,21 @@ def test_metrics_of_replies_are_those_of_their_texts():
     found = manner({"greedy": {"run": replies}}).tables["greedy"]
     assert found["ends by itself"]["run"]["value"] == 0.75
     assert found["words in a reply"]["run"]["value"] == np.mean([len(text.split()) for text in said])
+
+
+def test_models_are_judged_on_as_many_prompts_of_each_kind_as_asked_for_or_there_are(base, chat):
+    models = {one.name: (one.model, one.tokenizer) for one in (base, chat)}
+    tables = world_metrics(models | {"again": models["chat"]}, WORLD, 3)
+    asked = [prompt for kind in KINDS for prompt in WORLD.prompts("dev", kind, 3)]
+    replies = sample_replies(*models["chat"], asked, world=WORLD)
+    for name, metric in (("rubric", "utility"), ("in form", "in_form"), ("in form and right", "right")):
+        rows = tables[f"{name}, greedy"]
+        assert {kind: own["base"]["count"] for kind, own in rows.items()} == dict.fromkeys(KINDS, 3) | {
+            "all": 18
+        }
+        for kind, own in rows.items():
+            values = [getattr(one, metric) for one in replies if kind in (one.prompt.kind, "all")]
+            assert own["again"] == own["chat"] and own["chat"]["value"] == pytest.approx(np.mean(values))
 
 
 def test_metrics_that_moved_beyond_their_intervals_are_named_and_no_others():

@@ -35,10 +35,11 @@ SEAMS = {
         "minillm/world/__init__.py",
     },
     "sft.py": {
+        "minillm/compare/metrics.py",
         "minillm/io/conversations.py",
         "minillm/io/files.py",
         "minillm/io/text.py",
-        "minillm/tools/evaluate.py",
+        "minillm/tools/measures.py",
         "minillm/tools/plots.py",
         "minillm/tools/sources.py",
         "minillm/tools/start.py",

@@ -22,6 +22,7 @@ import train
 from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_model
 from minillm.tokenizer import Tokenizer
+from minillm.world import KINDS
 
 SHORT = (
     "--steps 12 --val-every 4 --save-every 3 --batch-tokens 128 --block-size 64 --precision float32".split()
@@ -163,9 +164,12 @@ def test_on_the_little_world_the_rubric_judges_before_and_after(base, tmp_path):
     places = ["--init", str(base), "--out", str(out), "--cache", str(tmp_path / "cache")]
     sft.main([*places, *SHORT, "--steps", "2", *sizes.split()])
     final = metrics_of(out)[-1]
-    assert set(final["metrics"]) == {str(base), str(out)}
+    assert [*final["metrics"]] == ["rubric, greedy", "in form, greedy", "in form and right, greedy"]
     for kinds in final["metrics"].values():
-        assert len(kinds) == 6 and all(own["prompts"] == 2 for own in kinds.values())
+        assert {kind: own[str(out)]["count"] for kind, own in kinds.items()} == dict.fromkeys(KINDS, 2) | {
+            "all": 12
+        }
+        assert all(set(own) == {str(base), str(out)} for own in kinds.values())
     assert len(final["sources"]) == 7, "conversations and the six sources of text"
 
 

@@ -22,17 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float64
-from torch import Tensor
 
 from minillm.data import Source, split_documents
 from minillm.model import LanguageModel
 from minillm.preferences import ChatModel, ResponseSet
+from minillm.tokenizer import Tokenizer
 from minillm.tools.annotators import PairJudge, blind
-from minillm.tools.evaluate import Reply, Row, hidden_before, text_loss, values_of
-from minillm.tools.measures import Estimate, distinct, estimate, mean, reliability, win_rates, written
-from minillm.world import World
+from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values
+from minillm.tools.measures import Estimate, Rows, distinct, estimate, mean, reliability, win_rates, written
+from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
@@ -40,8 +38,6 @@ GREEDY = "greedy"
 
 Said = Mapping[str, Mapping[str, Sequence[Reply]]]
 """By sampling and model, the reply to each prompt."""
-Rows = dict[str, dict[str, Estimate]]
-"""A table: by row and column. The columns are the models unless a table is of something else."""
 
 
 @dataclass
@@ -127,6 +123,15 @@ def by_kind(said: Said, kinds: Sequence[str]) -> Section:
     return Section(tables)
 
 
+def world_metrics(
+    models: Mapping[str, tuple[LanguageModel, Tokenizer]], world: World, prompts_per_kind: int
+) -> dict[str, Rows]:
+    """What the rubric says of several models' greedy replies to development prompts, by kind."""
+    prompts = prompts_of_each_kind(world, "dev", prompts_per_kind)
+    replies = {name: sample_replies(*model, prompts, world=world) for name, model in models.items()}
+    return by_kind({GREEDY: replies}, KINDS).tables
+
+
 def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:
     """Every prompt with what each model said, whether it ended, and the rubric's score if there is one."""
 
@@ -178,30 +183,6 @@ def contests(
 
 
 # ---- What is likely
-
-
-def token_values(
-    model: LanguageModel,
-    rows: Sequence[Row],
-    earlier: LanguageModel | None = None,
-    earlier_rows: Sequence[Row] = (),
-) -> list[Float64[np.ndarray, " _"]]:
-    """For every row, of each token said: log p, or with an earlier model KL(model ‖ earlier) in nats.
-
-    The earlier model's rows say the same tokens, after contexts of its own; the two have one vocabulary.
-    """
-
-    def values(hidden: Tensor, batch: list[int]) -> Tensor:
-        said, reference = (
-            torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64),
-            None,
-        )
-        if earlier is not None:
-            reference = hidden_before(earlier, [earlier_rows[i] for i in batch]), earlier.lm_head.weight
-        scored = model.token_logprobs(hidden, said.to(hidden.device), reference=reference)
-        return scored.logprobs if scored.kl is None else scored.kl
-
-    return values_of(model, rows, values)
 
 
 def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseSet]]) -> Section:

@@ -19,9 +19,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from minillm.compare.metrics import Rows, words
-from minillm.tools.measures import written
-from minillm.tools.streams import columns, render
+from minillm.compare.metrics import words
+from minillm.tools.measures import table_text, written
+from minillm.tools.streams import render
 
 HERE = Path(__file__).parent
 SHOWN = 3  # prompts of each kind in sight
@@ -50,25 +50,6 @@ def terminal_text(content: Content) -> str:
     helpers = {"table_text": table_text, "in_one_line": partial(shorten, width=100, placeholder=" …")}
     text = render(HERE / "terminal.txt.j2", content, words=words(), **helpers)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def table_text(rows: Rows) -> str:
-    """A table as text."""
-    cells = [[label, *(" ".join(written(x)) for x in own.values())] for label, own in rows.items()]
-    return columns([["", *next(iter(rows.values()))], *cells])
-
-
-def glance(content: Content) -> Plot:
-    """What each stage did, in one picture: the shares of the headline, of every model."""
-    sampling, table = [*content["metrics"]["headline"]["tables"].items()][-1]
-    arrows = {row["label"]: {1: " ↑", -1: " ↓"}[row["better"]] for row in words()["metrics"]["headline"]}
-    rows = {
-        label + arrows.get(label, ""): [*found.values()]
-        for label, found in table.items()
-        if all(one["form"] in ("share", "score") for one in found.values())
-    }
-    key = " ↑ more is better, ↓ less is better." if content["on_world"] else ""
-    return intervals(rows, f"{sampling}; strokes are 95 % intervals.{key}", content["runs"])
 
 
 # ---- Plots
@@ -112,6 +93,19 @@ def drawing(height: float, draw: Callable[[Any], None]) -> Markup:
     for name, number in COLOURS.items():
         svg = svg.replace(number, f"var(--{name})")
     return Markup(svg)
+
+
+def glance(content: Content) -> Plot:
+    """What each stage did, in one picture: the shares of the headline, of every model."""
+    sampling, table = [*content["metrics"]["headline"]["tables"].items()][-1]
+    arrows = {row["label"]: {1: " ↑", -1: " ↓"}[row["better"]] for row in words()["metrics"]["headline"]}
+    rows = {
+        label + arrows.get(label, ""): [*found.values()]
+        for label, found in table.items()
+        if all(one["form"] in ("share", "score") for one in found.values())
+    }
+    key = " ↑ more is better, ↓ less is better." if content["on_world"] else ""
+    return intervals(rows, f"{sampling}; strokes are 95 % intervals.{key}", content["runs"])
 
 
 def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, names: Sequence[str]) -> Plot:

@@ -1,4 +1,4 @@
-"""Asking models, and what the little world's rubric says of their replies, by kind of prompt.
+"""Asking models, and what the little world's rubric says of their replies.
 
     python -m minillm.tools.evaluate out/base --text book.txt     the loss of any model on any text
 
@@ -10,16 +10,15 @@ line of a text and goes on as it likes: that is what aligning it is compared wit
               could know, the task done, a fitting word, a refusal of harm
     utility   the rubric's score of the whole reply, manners and brevity included
 
-minillm/compare asks through this several models at once, and sft.py the one before and the one after.
+minillm/compare makes tables of that, of several models at once; sft.py shows one of before and after.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
@@ -39,7 +38,6 @@ from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.measures import distinct
-from minillm.tools.streams import columns
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -47,8 +45,6 @@ Row = tuple[Sequence[int], Sequence[int]]
 """The tokens of a context, at least one, and those said after it."""
 ROWS = 64  # of a forward pass
 IN_ROLE = 0.5  # the rubric gives less to another speaker's line and to a question back
-RUBRIC = {"in_form": ".1%", "right": ".1%", "utility": ".3f"}
-"""What is said of a kind of prompt, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +123,30 @@ def values_of(
     return [found[i] for i in range(len(rows))]
 
 
+def token_values(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    earlier: LanguageModel | None = None,
+    earlier_rows: Sequence[Row] = (),
+) -> list[Float64[np.ndarray, " _"]]:
+    """For every row, of each token said: log p, or with an earlier model KL(model ‖ earlier) in nats.
+
+    The earlier model's rows say the same tokens, after contexts of its own; the two have one vocabulary.
+    """
+
+    def values(hidden: Tensor, batch: list[int]) -> Tensor:
+        said, reference = (
+            torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64),
+            None,
+        )
+        if earlier is not None:
+            reference = hidden_before(earlier, [earlier_rows[i] for i in batch]), earlier.lm_head.weight
+        scored = model.token_logprobs(hidden, said.to(hidden.device), reference=reference)
+        return scored.logprobs if scored.kl is None else scored.kl
+
+    return values_of(model, rows, values)
+
+
 def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N D"]:
     """The hidden states that predict the tokens said, row after row."""
     inputs = [torch.tensor([*context, *said[:-1]]) for context, said in rows]
@@ -138,32 +158,6 @@ def hidden_before(model: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "N
 def prompts_of_each_kind(world: World, split: str, count: int) -> list[Prompt]:
     """The first `count` prompts of every kind, fewer where there are fewer."""
     return [prompt for kind in KINDS for prompt in world.prompts(split, kind)[:count]]
-
-
-def world_metrics(
-    models: Mapping[str, tuple[LanguageModel, Tokenizer]], world: World, prompts_per_kind: int
-) -> dict[str, dict[str, dict[str, float | int]]]:
-    """What the rubric says of several models' greedy replies to development prompts, by name and kind."""
-    prompts, found = prompts_of_each_kind(world, "dev", prompts_per_kind), {}
-    for name, model in models.items():
-        replies = sample_replies(*model, prompts, world=world)
-        found[name] = {kind: rubric_means([r for r in replies if r.prompt.kind == kind]) for kind in KINDS}
-    return found
-
-
-def rubric_means(replies: Sequence[Reply]) -> dict[str, float | int]:
-    """How many replies there are, and the means of what the rubric says of them."""
-    return {"prompts": len(replies)} | {n: fmean(getattr(one, n) for one in replies) for n in RUBRIC}
-
-
-def metrics_table(of_model: Mapping[str, Mapping[str, Mapping[str, float | int]]]) -> str:
-    """The metrics of several models side by side, a line for each of every kind of prompt."""
-    rows = [
-        [f"{kind}, {name.replace('_', ' ')}", *(f"{own[kind][name]:{form}}" for own in of_model.values())]
-        for kind in KINDS
-        for name, form in RUBRIC.items()
-    ]
-    return columns([["", *of_model], *rows])
 
 
 # ---- The loss on a text

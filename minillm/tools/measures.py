@@ -25,6 +25,8 @@ from typing import Any, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float64, Real
 
+from minillm.tools.streams import columns
+
 Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
 
@@ -52,6 +54,10 @@ class Estimate(TypedDict):
     form: str
 
 
+Rows = dict[str, dict[str, Estimate]]
+"""A table: by row and column."""
+
+
 def estimate(
     value: Known, count: int, low: Known = None, high: Known = None, form: str = "share"
 ) -> Estimate:
@@ -66,6 +72,12 @@ def written(found: Mapping[str, Any]) -> tuple[str, str]:
     bounds = [found["low"], found["high"]]
     known = None not in bounds
     return value.format(found["value"]), interval.format(*(scale * x for x in bounds)) if known else ""
+
+
+def table_text(rows: Rows) -> str:
+    """A table as text."""
+    cells = [[label, *(" ".join(written(x)) for x in own.values())] for label, own in rows.items()]
+    return columns([["", *next(iter(rows.values()))], *cells])
 
 
 def mean(values: Values, counts: Values | None = None, form: str = "share") -> Estimate:
