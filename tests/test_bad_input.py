@@ -740,7 +740,8 @@ def test_an_option_of_training_changes_the_run(made, restored, monkeypatch, name
         (bench, "--only nothing", "--only"),
         *((bench, f"--json {path}", "--json") for path in ("no/such/folder/x.json", ".")),
         (bench, "--fast", "--fast"),
-        (gate, "--write --all", "--write"),
+        (gate, "--write --sizes 64", "--write"),
+        (gate, "--sizes 0", "--sizes"),
         (gate, "stray", "stray"),
     ],
 )

@@ -1,18 +1,16 @@
 """The compile gate: the kernels that the product launches, built for three GPUs on a machine with none.
 
-    python -m kernels.gate            # builds, prints the table, fails if a kernel breaks a rule
-    python -m kernels.gate --write    # and puts the table into docs/kernels.md
-    python -m kernels.gate --only 64  # heads of this width
-    python -m kernels.gate --all      # widths of other models and float32 as well
+    python -m kernels.gate                    # builds, prints the table, fails if a rule is broken
+    python -m kernels.gate --write            # and puts the table into docs/kernels.md
+    python -m kernels.gate --sizes 96 256     # heads of other widths, other vocabularies
 
 Triton's interpreter shows that a kernel is right and nothing of the code a GPU gets. Triton's compiler needs
 no GPU, though: a driver that claims to be an A100, an H100 or a B200 is all it asks for. So the gate runs
 real steps of a model of one block on CPU tensors (a training step, a policy step, a sampling step) and turns
 every launch into a build. Nothing is launched and no result means anything, but each kernel is compiled in
 the very specialisation, to dtypes, strides, alignments and options, in which the product launches it.
-`faults` has the rules each build is held to.
 
-Left out: speed, which only a GPU can tell (bench.py), and results, which the tests hold.
+Left out: speed, which only a GPU can tell (bench.py), and results, which the tests hold; float32.
 Sources: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (shared memory per block);
 "PTX ISA", sections "mma", "wgmma.mma_async" and "tcgen05.mma" (tile sizes).
 """
@@ -39,30 +37,26 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness import Parser
+from benchmarks.harness import Parser, at_least_one
 from kernels import attention, losses
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARKERS = ("<!-- gate: begin -->", "<!-- gate: end -->")
 
-# Shared memory one block may use, in bytes, by compute capability: A100, H100, B200.
+# By compute capability (A100, H100, B200): the bytes of shared memory that one block may use, and the newest
+# tensor-core instruction. Tiles of under 64 rows can fill none but the oldest.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# The newest tensor-core instruction of each, and the older one that tiles of under 64 rows are left with.
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
-SMALL_TILES, TILE_ROWS = "mma", 64
 # Blocks of fewer elements are not worth a rule: a thread may have less than 128 bits of them.
 LARGE_BLOCK = 1024
 
-# (capability, kernel, dtype, size): bytes a thread may spill, and why that is the better choice.
-PACKED = "ptxas stops at 128 registers, which let another block onto the multiprocessor"
-EXCEPTIONS: dict[tuple[int, str, str, int], tuple[int, str]] = {
-    (80, "_backward_dq", "bfloat16", 32): (8, PACKED),
-    (80, "_forward", "float32", 64): (16, PACKED),
-}
-# Kernels that may load narrowly, and why.
-NARROW = {
-    "_list_row_blocks": "reads the bounds, 4 bytes a query, and the same ones for every head of a group"
-}
+# What the product launches: the widths of heads that the dial of depth leads to, and GPT-2's vocabulary,
+# whose rows of logits are padded. A size up to WIDEST, the most that the kernels take, is a width of heads.
+SIZES, WIDEST, DTYPE = [32, 64, 128, 50257], 256, torch.bfloat16
+
+# (capability, kernel, size): bytes a thread may spill where that is the better choice. Here ptxas stops at
+# 128 registers, which let another block onto the multiprocessor.
+SPILLS = {(80, "_backward_dq", 32): 8}
 
 
 @dataclass(frozen=True)
@@ -71,42 +65,65 @@ class Build:
 
     capability: int
     kernel: str
-    dtype: str
     size: int
     registers: int  # a thread
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     tile_rows: int  # of its largest product of half types; 0 without one
     tensor_cores: str  # the newest instruction in it, "" for none
-    large_loads: bool  # reads blocks of at least LARGE_BLOCK elements
-    load_bits: int  # its widest load from global memory
+    load_bits: int  # its widest load from global memory; 128 where it reads no block of LARGE_BLOCK elements
 
 
 def faults(build: Build) -> list[str]:
-    """The rules a build breaks, in words:
-
-    - no register is spilled to memory, or no more than EXCEPTIONS allows, with its reason;
-    - shared memory fits into what the device gives one block;
-    - every product of half types runs on tensor cores, of the newest kind its tile can fill;
-    - a kernel that reads large blocks reads them 128 bits at a time.
-    """
-    allowed, _ = EXCEPTIONS.get((build.capability, build.kernel, build.dtype, build.size), (0, ""))
+    """The rules a build breaks: no register is spilled to memory, or no more than SPILLS allows; a block's
+    shared memory is what the device has; every product of half types runs on the newest tensor cores that
+    its tile can fill; large blocks are read 128 bits at a time."""
+    allowed = SPILLS.get((build.capability, build.kernel, build.size), 0)
     limit, newest = SHARED_LIMITS[build.capability], TENSOR_CORES[build.capability]
-    wanted = newest if build.tile_rows >= TILE_ROWS else SMALL_TILES
-    words = {
+    wanted = newest if build.tile_rows >= 64 else TENSOR_CORES[80]
+    broken = {
         f"spills {build.spilled} bytes a thread, {allowed} are allowed": build.spilled > allowed,
         f"needs {build.shared} bytes of shared memory, the device has {limit}": build.shared > limit,
         f"multiplies with {build.tensor_cores or 'no tensor cores'} instead of {wanted}": (
             build.tile_rows > 0 and build.tensor_cores not in (wanted, newest)
         ),
-        f"loads at most {build.load_bits} bits at a time": (
-            build.large_loads and build.load_bits < 128 and build.kernel not in NARROW
-        ),
+        f"loads at most {build.load_bits} bits at a time": build.load_bits < 128,
     }
-    return [fault for fault, broken in words.items() if broken]
+    return [fault for fault, is_broken in broken.items() if is_broken]
 
 
-# --- From a step to compiled kernels --------------------------------------------------------------
+# --- From a step to builds ------------------------------------------------------------------------
+
+
+def attention_steps(width: int) -> None:
+    """Training over packed documents, and sampling: prompts of two lengths and one token more."""
+    from minillm.model import KVCache
+
+    model, tokens = _model(width, 256)
+    model.model(tokens, torch.zeros_like(tokens, dtype=torch.int32)).sum().backward()
+    with torch.inference_mode():
+        cache = KVCache(model, len(tokens), 256)
+        cache.prefill(tokens, torch.tensor([128, 64]))
+        cache.step(tokens[:, 0])
+
+
+def row_steps(vocabulary: int) -> None:
+    """The loss of a step of train.py, and the log-probabilities, entropies and KL of one of PPO."""
+    model, tokens = _model(64, vocabulary)
+    hidden = torch.randn(256, 64, dtype=DTYPE, requires_grad=True)
+    other = hidden.detach(), model.lm_head.weight.detach()
+    losses.linear_cross_entropy(hidden, model.lm_head.weight, tokens.flatten(), reduction="sum").backward()
+    said = model.token_logprobs(hidden, tokens.flatten(), 0.7, None, other)
+    torch.stack(said).sum().backward()
+
+
+def _model(width: int, vocabulary: int):
+    """A model of one block with two heads, and two rows of tokens for it."""
+    from minillm.model import LanguageModel, config_of_depth
+
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": width}
+    config = config_of_depth(2, vocabulary, 256, **shape)
+    return LanguageModel(config, DTYPE), torch.zeros(2, 128, dtype=torch.int64)
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
         yield compiled
 
 
-def inspect(compiled: CompiledKernel, capability: int, dtype: str, size: int) -> Build:
+def inspect(compiled: CompiledKernel, capability: int, size: int) -> Build:
     """What the rules need to know, read from the machine code, the PTX and Triton's own first stage."""
     ptx, blocks = compiled.asm["ptx"], compiled.asm["ttir"]
     with NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,78 +163,32 @@ def inspect(compiled: CompiledKernel, capability: int, dtype: str, size: int) ->
     rows = [int(m) for m in re.findall(r"tt\.dot .*tensor<(\d+)x\d+xb?f16> \*", blocks)]
     kinds = [kind for kind in ("tcgen05", "wgmma", "mma") if re.search(rf"\b{kind}\.(mma|sync)", ptx)]
     loads = re.findall(r"tt\.(?:load|descriptor_load) .*tensor<(?:(\d+)x)?(\d+)x", blocks)
+    plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsfu](\d+)\b", ptx)
+    # Asynchronous copies count too: cp.async states its bytes, the tensor engine moves lines.
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], .*?\], (0x[0-9a-f]+|\d+)", ptx)
+    widths = [int(n or 1) * int(bits) for n, bits in plain] + [8 * int(count, 0) for count in copies]
+    widths += [128] * ("cp.async.bulk" in ptx)
+    large = any(int(a or 1) * int(b) >= LARGE_BLOCK for a, b in loads)
     return Build(
-        *(capability, compiled.metadata.name, dtype, size),
+        *(capability, compiled.metadata.name, size),
         *(int(registers), int(stack), compiled.metadata.shared),
         tile_rows=max(rows, default=0),
         tensor_cores=kinds[0] if kinds else "",
-        large_loads=any(int(a or 1) * int(b) >= LARGE_BLOCK for a, b in loads),
-        load_bits=_widest_load(ptx),
+        load_bits=max(widths, default=0) if large else 128,
     )
 
 
-def _widest_load(ptx: str) -> int:
-    """In bits. Asynchronous copies count too: cp.async states its bytes, the tensor engine moves lines."""
-    plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bsfu](\d+)\b", ptx)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], .*?\], (0x[0-9a-f]+|\d+)", ptx)
-    widths = [int(n or 1) * int(bits) for n, bits in plain] + [8 * int(size, 0) for size in copies]
-    return 128 if "cp.async.bulk" in ptx else max(widths, default=0)
-
-
-# --- The steps ------------------------------------------------------------------------------------
-
-
-def attention_steps(dtype: str, width: int) -> None:
-    """Training over packed documents, and sampling: prompts of two lengths and one token more."""
-    from minillm.model import KVCache
-
-    model, tokens = _model(dtype, width, 256)
-    model.model(tokens, torch.zeros_like(tokens, dtype=torch.int32)).sum().backward()
-    with torch.inference_mode():
-        cache = KVCache(model, len(tokens), 256)
-        cache.prefill(tokens, torch.tensor([128, 64]))
-        cache.step(tokens[:, 0])
-
-
-def row_steps(dtype: str, vocabulary: int) -> None:
-    """The loss of a step of train.py, and the log-probabilities, entropies and KL of one of PPO."""
-    model, tokens = _model(dtype, 64, vocabulary)
-    hidden = torch.randn(256, 64, dtype=getattr(torch, dtype), requires_grad=True)
-    other = hidden.detach(), model.lm_head.weight.detach()
-    losses.linear_cross_entropy(hidden, model.lm_head.weight, tokens.flatten(), reduction="sum").backward()
-    said = model.token_logprobs(hidden, tokens.flatten(), 0.7, None, other)
-    torch.stack(said).sum().backward()
-
-
-def _model(dtype: str, width: int, vocabulary: int):
-    """A model of one block with two heads, and two rows of tokens for it."""
-    from minillm.model import LanguageModel, ModelConfig
-
-    config = ModelConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=width,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
-    return LanguageModel(config, getattr(torch, dtype)), torch.zeros(2, 128, dtype=torch.int64)
-
-
-Case = tuple[Callable[[str, int], None], str, int]
-# The widths of heads that the dial of depth leads to; GPT-2's vocabulary, whose rows of logits are padded.
-PRODUCT: list[Case] = [(attention_steps, "bfloat16", C) for C in (32, 64, 128)]
-PRODUCT += [(row_steps, "bfloat16", 50257)]
-OTHERS: list[Case] = [(attention_steps, "bfloat16", 96), (attention_steps, "bfloat16", 256)]
-OTHERS += [(attention_steps, "float32", 64), (row_steps, "float32", 50257)]
-
-
-def builds(steps: Callable[[str, int], None], dtype: str, size: int, capability: int) -> list[Build]:
+def builds(steps: Callable[[int], None], size: int, capability: int) -> list[Build]:
     """What the steps launch, each kernel and specialisation once."""
     with compiling(capability) as compiled:
-        steps(dtype, size)
-    return [inspect(kernel, capability, dtype, size) for kernel in {x.hash: x for x in compiled}.values()]
+        steps(size)
+    return [inspect(kernel, capability, size) for kernel in {x.hash: x for x in compiled}.values()]
 
 
-def build_all(cases: Sequence[Case]) -> list[Build]:
-    """What the cases lead to on all devices, in as many processes as there are cores."""
-    jobs = [(*case, capability) for case in cases for capability in SHARED_LIMITS]
+def build_all(sizes: Sequence[int]) -> list[Build]:
+    """What these sizes lead to on all devices, in as many processes as there are cores."""
+    steps = [(attention_steps if size <= WIDEST else row_steps, size) for size in sizes]
+    jobs = [(*of_size, capability) for of_size in steps for capability in SHARED_LIMITS]
     # Fresh processes: torch's threads do not survive a fork. Ctrl-C just ends them.
     quiet = signal.signal, (signal.SIGINT, signal.SIG_DFL)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), *quiet) as pool:
@@ -226,59 +197,46 @@ def build_all(cases: Sequence[Case]) -> list[Build]:
 
 # --- The table ------------------------------------------------------------------------------------
 
-COLUMNS = ("kernel", "dtype", "size", "spilled", "tensor cores", "load bits", "registers", "shared KB")
+# The worst of several specialisations of a kernel (with and without bounds, say) on one device.
+COLUMNS: dict[str, Callable[[list[Build]], object]] = {
+    "spilled": lambda own: max(b.spilled for b in own),
+    "tensor cores": lambda own: ", ".join(sorted({b.tensor_cores for b in own if b.tile_rows})),
+    "load bits": lambda own: min(b.load_bits for b in own),
+    "registers": lambda own: max(b.registers for b in own),
+    "shared KB": lambda own: f"{max(b.shared for b in own) / 1024:.0f}",
+}
 
 
 def table(found: list[Build]) -> str:
-    """One line a kernel, dtype and size; where the devices differ, "sm_80 / sm_90 / sm_100".
-
-    Several specialisations share a line (with and without bounds, say): it shows the worst of them.
-    """
-    lines: list[Sequence[str]] = [COLUMNS, ("---",) * len(COLUMNS)]
-    for key in sorted({(b.kernel, b.dtype, b.size) for b in found}):
-        group = [b for b in found if (b.kernel, b.dtype, b.size) == key]
-        devices = [_worst([b for b in group if b.capability == device]) for device in SHARED_LIMITS]
-        cells = [" / ".join(cell if len(set(cell)) > 1 else cell[:1]) for cell in zip(*devices, strict=True)]
-        lines.append([*map(str, key), *cells])
+    """A line for each kernel and size; "sm_80 / sm_90 / sm_100" where the devices differ."""
+    lines: list[list[str]] = [["kernel", "size", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    for kernel, size in sorted({(b.kernel, b.size) for b in found}):
+        group = [b for b in found if (b.kernel, b.size) == (kernel, size)]
+        devices = [[b for b in group if b.capability == device] for device in SHARED_LIMITS]
+        cells = [[str(worst(own)) if own else "not built" for own in devices] for worst in COLUMNS.values()]
+        lines.append([kernel, str(size), *(" / ".join(c if len({*c}) > 1 else c[:1]) for c in cells)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _worst(group: list[Build]) -> list[str]:
-    """The cells behind kernel, dtype and size, of builds for one device."""
-    if not group:
-        return ["not built"] * (len(COLUMNS) - 3)
-    load_bits = min((b.load_bits for b in group if b.large_loads), default="")
-    cores = ", ".join(sorted({b.tensor_cores for b in group if b.tile_rows}))
-    spilled, registers, shared = (
-        max(getattr(b, n) for b in group) for n in ("spilled", "registers", "shared")
-    )
-    return [str(spilled), cores, str(load_bits), str(registers), f"{shared / 1024:.0f}"]
 
 
 def page(text: str, found: list[Build]) -> str:
     """The page `text` with this table between the markers."""
-    before, rest = text.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
+    before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
     return f"{before}{MARKERS[0]}\nTriton {triton.__version__}\n\n{table(found)}{MARKERS[1]}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
-    parser.add_argument("--all", action="store_true", help="widths of other models and float32 as well")
-    parser.add_argument("--only", type=int, metavar="SIZE", help="one width of heads, or one vocabulary")
+    help = f"widths of heads, up to {WIDEST}, and vocabularies"
+    parser.add_argument("--sizes", nargs="+", type=at_least_one, default=SIZES, metavar="SIZE", help=help)
     options = parser.parse_args(arguments)
-    if options.write and (options.all or options.only is not None):
-        parser.error("--write: the page holds the product's own builds; leave out --all and --only")
+    if options.write and options.sizes != SIZES:
+        parser.error("--write: the page holds the product's own builds; leave out --sizes")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    known = PRODUCT + (OTHERS if options.all else [])
-    cases = [case for case in known if options.only in (None, case[2])]
-    if not cases:
-        parser.error(f"--only {options.only}: there are {', '.join(str(case[2]) for case in known)}")
-    found = build_all(cases)
+    found = build_all(options.sizes)
     print(f"Triton {triton.__version__}\n\n{table(found)}", end="")
     if options.write:
         PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    broken = [f"sm_{b.capability} {b.kernel} {b.dtype} {b.size}: {f}" for b in found for f in faults(b)]
+    broken = [f"sm_{b.capability} {b.kernel} {b.size}: {f}" for b in found for f in faults(b)]
     sys.exit("\n".join(broken) if broken else 0)
