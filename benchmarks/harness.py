@@ -1,21 +1,23 @@
-"""What the benchmarks share: options, peers, scripts, runs in turn, medians, and records with provenance."""
+"""What the benchmarks share: options, programs that run, sides that race in turn, records with provenance."""
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/x.py` runs beside the repository's own minillm
 
-T = TypeVar("T")
+Side = Callable[[int], dict[str, float]]
+"""One run of a side, given the run's number: its figures by name, first the one that counts."""
+Figures = dict[str, dict[str, list[float]]]
+"""Of every side, every figure of its runs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,11 +29,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(doc: str, runs: int | None = None) -> Parser:
-    """With --json, and where a benchmark has `runs` with --runs, also called --rounds."""
+    """With --json, and where a benchmark has `runs` with --runs."""
     made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs is not None:
-        help = f"each side's, in turn ({runs})"
-        made.add_argument("--runs", "--rounds", type=at_least_one, default=runs, help=help)
+        made.add_argument("--runs", type=at_least_one, default=runs, help=f"each side's, in turn ({runs})")
     made.add_argument("--json", type=new_file, help="write the results with their provenance here")
     return made
 
@@ -49,48 +50,43 @@ def new_file(text: str) -> Path:
     return path
 
 
-def peer(module: str, how: str) -> ModuleType:
-    """What minillm is compared with; one line that says how to get it where it is not there."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        sys.exit(f"{module} is not there ({error}): {how}")
-
-
-def script(*words: object) -> float:
-    """Runs a Python file from the repository's root to its end; the seconds."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+def program(*words: object, folder: Path = ROOT) -> str:
+    """Runs a Python program to its end; what it printed. Where it fails, its last words."""
+    command, own = [sys.executable, *map(str, words)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+        last = (done.stderr.strip() or "failed").splitlines()[-1]
+        sys.exit(f"error: {' '.join(command[1:])[:200]}: {last}")
+    return done.stdout
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
     return time.perf_counter() - began
 
 
-def in_turn(sides: Mapping[str, Callable[[int], T]], runs: int) -> dict[str, list[T]]:
-    """What each side returns, run after run: they alternate, so that a busy machine slows both. A side is
-    given the number of its run."""
-    results: dict[str, list[T]] = {name: [] for name in sides}
+def in_turn(sides: Mapping[str, Side], runs: int) -> Figures:
+    """All figures, run after run: the sides alternate, so that a busy machine slows all of them."""
+    found: Figures = {name: {} for name in sides}
     for number in range(runs):
         for name, run in sides.items():
-            results[name].append(run(number))
-    return results
+            for figure, value in run(number).items():
+                found[name].setdefault(figure, []).append(value)
+    return found
 
 
-def timed(action: Callable[[], object]) -> Callable[[int], float]:
-    """The seconds that an action takes."""
-
-    def run(number: int) -> float:
-        began = time.perf_counter()
-        action()
-        return time.perf_counter() - began
-
-    return run
-
-
-def medians(results: Mapping[str, Sequence[float | tuple[float, ...]]]) -> dict[str, float]:
-    """Of each side; where a run gives several numbers, of the first."""
-    firsts = {name: [run[0] if isinstance(run, tuple) else run for run in of] for name, of in results.items()}
-    return {name: median(values) for name, values in firsts.items()}
+def race(title: str, sides: Mapping[str, Side], runs: int) -> Figures:
+    """The same, and a line for each side: the medians, and how many times the first side's its first is."""
+    found, ours = in_turn(sides, runs), 0.0
+    print(title)
+    for name, figures in found.items():
+        middle = {figure: median(values) for figure, values in figures.items()}
+        first = next(iter(middle.values()))
+        ours = ours or first
+        shown = "".join(f"{value:12.5g} {figure}" for figure, value in middle.items())
+        print(f"  {name:16}{shown}{first / ours:8.3f}x", flush=True)
+    return found
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:

@@ -11,13 +11,10 @@ are wall times of the whole process: start-up, tokenizer, validation and saving 
 
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-from harness import in_turn, medians, parser, script, write
+from harness import parser, program, race, seconds, write
 
 from minillm.tools.folder import read_metrics
 
@@ -35,23 +32,20 @@ NANOGPT = (
 JUDGED = "--val-fraction 0.1 --val-tokens 1000000 --overwrite --samples 0".split()
 
 
-def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> tuple[float, float]:
-    """Seconds, and nats a byte."""
-    data = checkout / "data" / "shakespeare_char"
+def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> dict[str, float]:
+    data, printed = checkout / "data" / "shakespeare_char", list[str]()
     shutil.copy(text, data / "input.txt")
-    script(data / "prepare.py")  # not timed: ours tokenizes in its time
-    began, command = time.perf_counter(), [sys.executable, *NANOGPT, f"--out_dir={scratch / 'nanogpt'}"]
-    printed = subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True).stdout
-    return time.perf_counter() - began, float(re.findall(r"val loss ([\d.]+)", printed)[-1])
+    program(data / "prepare.py")  # not timed: ours tokenizes in its time
+    command = [*NANOGPT, f"--out_dir={scratch / 'nanogpt'}"]
+    taken = seconds(lambda: printed.append(program(*command, folder=checkout)))
+    return {"s": taken, "nats/byte": float(re.findall(r"val loss ([\d.]+)", printed[0])[-1])}
 
 
-def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> tuple[float, float]:
-    """Seconds, and nats a byte."""
+def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> dict[str, float]:
     out, cache = scratch / "minillm", tempfile.mkdtemp(dir=scratch)
-    seconds = script(
-        "train.py", "--data", text, "--out", out, "--cache", cache, "--seed", seed, *JUDGED, *options
-    )
-    return seconds, read_metrics(out)[-1]["val_nats_per_byte"]
+    command = ["train.py", "--data", text, "--out", out, "--cache", cache, "--seed", seed, *JUDGED, *options]
+    taken = seconds(lambda: program(*command))
+    return {"s": taken, "nats/byte": read_metrics(out)[-1]["val_nats_per_byte"]}
 
 
 def main() -> None:
@@ -61,20 +55,15 @@ def main() -> None:
     arguments = options.parse_args()
     text, checkout = arguments.text.resolve(), arguments.nanogpt.resolve()
     if not (checkout / "data" / "shakespeare_char" / "prepare.py").exists():
-        raise SystemExit(f"{checkout} is no nanoGPT: git clone https://github.com/karpathy/nanoGPT")
+        options.error(f"--nanogpt {checkout}: is none; git clone https://github.com/karpathy/nanoGPT")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         sides = {
-            "minillm short": lambda seed: run_minillm(text, SHORT, scratch, seed),
             "nanoGPT": lambda _: run_nanogpt(checkout, text, scratch),  # the run does not change its seed
+            "minillm short": lambda seed: run_minillm(text, SHORT, scratch, seed),
             "minillm long": lambda seed: run_minillm(text, LONG, scratch, seed),
         }
-        results = in_turn(sides, arguments.runs)
-    seconds = medians(results)
-    for name, runs in results.items():
-        losses = ", ".join(f"{loss:.3f}" for _, loss in runs)
-        part = seconds[name] / seconds["nanoGPT"]
-        print(f"{name:14} {seconds[name]:6.1f} s ({part:.3f} of nanoGPT's)   nats/byte: {losses}")
+        results = race("tinyshakespeare", sides, arguments.runs)
     write(arguments.json, {"results": results, "short": SHORT, "long": LONG, "nanogpt": NANOGPT})
 
 

@@ -9,10 +9,11 @@ turns, and the median of the runs counts. Prefill, set-up and the choice of toke
 time on both sides. transformers runs with its default cache.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from harness import in_turn, medians, parser, peer, timed, write
+import transformers
+from harness import Figures, parser, race, seconds, write
 
 from minillm.generate import SamplingOptions, generate
 from minillm.io.config import SAME_NAME
@@ -22,22 +23,23 @@ PROMPT, NEW = 32, 128
 CONFIG = config_of_depth(4, 1024, PROMPT + NEW)
 
 
-def sides(rows: int, temperature: float) -> dict[str, Callable[[], list[list[int]]]]:
-    """Each gives the responses to the same prompts, by the same weights."""
-    transformers = peer("transformers", "pip install transformers")
-    transformers.logging.set_verbosity_error()
+def measure(rows: int, temperature: float, runs: int) -> Figures:
+    """Both sides' tokens a second; greedy tokens must agree first."""
     ours, generator = LanguageModel(CONFIG), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-    shape = {name: getattr(CONFIG, name) for name in (*SAME_NAME, "rope_theta")}
-    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, **no_tokens)).eval()
+    shape: dict[str, Any] = {name: getattr(CONFIG, name) for name in (*SAME_NAME, "rope_theta")}
+    config = transformers.Qwen3Config(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
     theirs.load_state_dict(ours.state_dict())
     prompts = torch.randint(CONFIG.vocab_size, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
     options, lists = SamplingOptions(NEW, temperature), prompts.tolist()
     choice = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+
+    def minillm_generate() -> list[list[int]]:
+        return generate(ours, lists, options, range(rows)).responses
 
     @torch.inference_mode()
     def transformers_generate() -> list[list[int]]:
@@ -47,32 +49,22 @@ def sides(rows: int, temperature: float) -> dict[str, Callable[[], list[list[int
         )
         return found[:, PROMPT:].tolist()
 
-    return {
-        "minillm": lambda: generate(ours, lists, options, range(rows)).responses,
-        "transformers": transformers_generate,
-    }
-
-
-def measure(rows: int, temperature: float, runs: int) -> dict:
-    """Tokens a second; greedy tokens must agree first."""
-    both = sides(rows, temperature)
-    said = [run() for run in both.values()]  # also the warm-up
-    if not temperature and said[0] != said[1]:
+    same = minillm_generate() == transformers_generate()  # also the warm-up
+    if not temperature and not same:
         raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
-    seconds = in_turn({name: timed(run) for name, run in both.items()}, runs)
-    rates = {name: rows * NEW / value for name, value in medians(seconds).items()}
-    found = {"batch": rows, "temperature": temperature, "tokens_per_second": rates, "seconds": seconds}
-    ours, theirs = rates.values()
-    print(f"{rows:5}  {temperature:11}  {ours:13.0f}  {theirs:18.0f}  {ours / theirs:5.2f}")
-    return found | {"ratio": ours / theirs}
+    sides = {
+        "minillm": lambda _: {"tokens/s": rows * NEW / seconds(minillm_generate)},
+        "transformers": lambda _: {"tokens/s": rows * NEW / seconds(transformers_generate)},
+    }
+    return race(f"batch {rows}, temperature {temperature:g}", sides, runs)
 
 
 def main() -> None:
+    transformers.logging.set_verbosity_error()
     arguments = parser(__doc__, runs=7).parse_args()
-    threads = torch.get_num_threads()
-    print(f"{threads} threads\nbatch  temperature  minillm tok/s  transformers tok/s  ratio")
-    results = [measure(rows, T, arguments.runs) for rows in (1, 64) for T in (0.0, 1.0)]
-    write(arguments.json, {"threads": threads, "results": results})
+    cases = [(rows, temperature) for rows in (1, 64) for temperature in (0.0, 1.0)]
+    results = [{"batch": rows, "temperature": T, **measure(rows, T, arguments.runs)} for rows, T in cases]
+    write(arguments.json, {"threads": torch.get_num_threads(), "results": results})
 
 
 if __name__ == "__main__":

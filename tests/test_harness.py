@@ -4,16 +4,29 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
+
 HARNESS = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "harness.py"))
 
 
-def test_sides_alternate_and_each_run_knows_its_number():
+def test_sides_alternate_and_each_run_knows_its_number(capsys):
     order = []
-    sides = {name: lambda number, name=name: order.append((name, number)) or 10 * number for name in "ab"}
-    results = HARNESS["in_turn"](sides, 3)
+
+    def side(name, seconds):
+        return lambda number: order.append((name, number)) or {"s": seconds[number], "loss": number}
+
+    results = HARNESS["race"]("both", {"ours": side("a", [9.0, 2.0, 1.0]), "theirs": side("b", [4.0] * 3)}, 3)
     assert order == [(name, number) for number in range(3) for name in "ab"]
-    assert results == {"a": [0, 10, 20], "b": [0, 10, 20]}
-    assert HARNESS["medians"]({"a": [9.0, 1.0, 2.0]}) == {"a": 2.0}
+    assert results == {
+        "ours": {"s": [9.0, 2.0, 1.0], "loss": [0, 1, 2]},
+        "theirs": {"s": [4.0] * 3, "loss": [0, 1, 2]},
+    }
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown == [
+        ["both"],
+        ["ours", "2", "s", "1", "loss", "1.000x"],
+        ["theirs", "4", "s", "1", "loss", "2.000x"],
+    ]
 
 
 def test_a_record_is_written_with_what_made_it_and_nothing_without_a_path(tmp_path):
@@ -24,6 +37,10 @@ def test_a_record_is_written_with_what_made_it_and_nothing_without_a_path(tmp_pa
     assert record["ratio"] == 1.5 and record["versions"]["torch"] and "commit" in record
 
 
-def test_runs_may_be_called_rounds():
-    parser = HARNESS["parser"]("What it is.", runs=4)
-    assert [parser.parse_args(words).runs for words in ([], ["--rounds", "2"], ["--runs", "3"])] == [4, 2, 3]
+def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "import minillm; print('said'); raise SystemExit(*__import__('sys').argv[1:])"
+    )
+    assert HARNESS["program"]("x.py", folder=tmp_path) == "said\n"
+    with pytest.raises(SystemExit, match=r"x.py no: no$"):
+        HARNESS["program"]("x.py", "no", folder=tmp_path)
