@@ -292,7 +292,7 @@ def test_documents_stream_and_an_abandoned_stream_ends_its_workers(ours, monkeyp
     stream = ours.encode_documents(endless(), workers=2)
     assert next(stream).tolist() == ours.encode(document)
     stream.close()
-    assert len(taken) <= 5  # two batches a worker, and the one that was asked for
+    assert len(taken) <= 3  # a batch a worker, and the one that was asked for
 
 
 def test_tokenizing_loads_no_torch():

@@ -19,6 +19,10 @@ def test_results_come_in_the_order_of_the_items(items, workers):
     assert list(map_in_processes(abs, (-i for i in numbers), workers)) == list(numbers)
 
 
+def test_every_process_gets_its_share():
+    assert len(set(map_in_processes(eval, ["__import__('os').getpid()"] * 6, 3))) == 3
+
+
 def test_what_a_function_prints_does_not_disturb_its_results():
     assert list(map_in_processes(print, ["aloud"], 1)) == [None]
 
