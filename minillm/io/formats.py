@@ -95,6 +95,14 @@ def known(record: object) -> tuple[Format | None, Record]:
         fields["earlier turns"] = fields.pop("history")  # a text is the question
     for name in ("input", "info"):  # where OpenAI's preferences have what is asked
         fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
+    if "instruction" in fields and "### Instruction:" in str(fields.get("prompt")):
+        del fields["prompt"]  # the other fields, put into a template
+    if fields.keys() & {*TURNS, *ANSWERS} and not fields.keys() & {*RATINGS, *VERDICTS, "ranking"}:
+        for name in REPLIES:  # samples that nobody judged
+            if isinstance(fields.get(name), list) and not any(
+                isinstance(reply, dict) for reply in fields[name]
+            ):
+                del fields[name]
     fields |= _numbered(fields)
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
         fields[TREE] = fields["prompt"]
