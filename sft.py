@@ -44,6 +44,7 @@ from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
 from minillm.options import Count, DataOptions, Length, Part, Positive, Whole, parse_options
+from minillm.preferences import ChatModel
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
@@ -196,7 +197,7 @@ def finish(
     val_loss, perplexity = (run.metric("val", name) if validated else None for name in ("loss", "perplexity"))
     if options.on_world and options.eval_prompts:
         before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
-        models = {options.init: before, str(run.folder): (model, tokenizer)}
+        models = [ChatModel(options.init, *before), ChatModel(str(run.folder), model, tokenizer)]
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)
         for caption, rows in metrics.items():
             run.say(f"{caption}:\n{table_text(rows)}")

@@ -162,7 +162,7 @@ def test_words_are_as_sure_as_the_geometric_mean_of_their_probabilities(chat):
         *WORLD.prompts("dev", "unknown", 2),
         *WORLD.prompts("dev", "harm", 1),
     ]
-    replies = sample_replies(chat.model, chat.tokenizer, asked, 0.0, 9, world=WORLD)
+    replies = sample_replies(chat, asked, 0.0, 9, world=WORLD)
     (said,) = sure_section([chat], {"greedy": {"chat": replies}}).tables.values()
     likely = token_values(chat.model, [(chat.prompt(r.prompt.messages), r.tokens) for r in replies[:4]])
     expected = [np.exp(values).prod() ** (1 / len(values)) for values in likely]
@@ -296,10 +296,9 @@ def test_metrics_of_replies_are_those_of_their_texts():
 
 
 def test_models_are_judged_on_as_many_prompts_of_each_kind_as_asked_for_or_there_are(base, chat):
-    models = {one.name: (one.model, one.tokenizer) for one in (base, chat)}
-    tables = world_metrics(models | {"again": models["chat"]}, WORLD, 3)
+    tables = world_metrics([base, chat, ChatModel("again", chat.model, chat.tokenizer)], WORLD, 3)
     asked = [prompt for kind in KINDS for prompt in WORLD.prompts("dev", kind, 3)]
-    replies = sample_replies(*models["chat"], asked, world=WORLD)
+    replies = sample_replies(chat, asked, world=WORLD)
     for name, metric in (("rubric", "utility"), ("in form", "in_form"), ("in form and right", "right")):
         rows = tables[f"{name}, greedy"]
         assert {kind: own["base"]["count"] for kind, own in rows.items()} == dict.fromkeys(KINDS, 3) | {

@@ -11,6 +11,7 @@ from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import (
     Reply,
@@ -69,13 +70,13 @@ def test_what_people_said_without_flaw_is_right_and_in_form(kind):
 
 
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
-    asked = WORLD.prompts("dev", n=5)
-    together = sample_replies(*base, asked, 1.0, 12, seed=7)
+    one, asked = ChatModel("", *base), WORLD.prompts("dev", n=5)
+    together = sample_replies(one, asked, 1.0, 12, seed=7)
     monkeypatch.setattr(preferences, "ROWS", 2)
-    assert sample_replies(*base, asked, 1.0, 12, seed=7) == together
-    assert sample_replies(*base, asked[3:], 1.0, 12, seed=10) == together[3:]
-    scored = sample_replies(*base, asked, 1.0, 12, seed=7, world=WORLD)
-    assert [one.score for one in scored] == [WORLD.score(one.prompt, one.text) for one in together]
+    assert sample_replies(one, asked, 1.0, 12, seed=7) == together
+    assert sample_replies(one, asked[3:], 1.0, 12, seed=10) == together[3:]
+    scored = sample_replies(one, asked, 1.0, 12, seed=7, world=WORLD)
+    assert [reply.score for reply in scored] == [WORLD.score(reply.prompt, reply.text) for reply in together]
 
 
 def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_text(base):
@@ -92,7 +93,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
         tokens, ended = samples.responses[0], samples.stopped[0]
         question = Prompt(asked, "prompts", "")
         expected = Reply(question, known.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
-        assert sample_replies(model, known, [question], 0.0, 9) == [expected]
+        assert sample_replies(ChatModel("", model, known), [question], 0.0, 9) == [expected]
 
 
 # ---- The loss on a text

@@ -8,7 +8,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.tools.measures import (
-    distinct,
     estimate,
     mean,
     reliability,
@@ -137,14 +136,3 @@ def test_bins_divide_what_lies_between_the_lowest_and_one():
         (1.0, 1.0, 1),
     ]
     assert reliability(np.ones(0), np.zeros(0)) == (None, [])
-
-
-# ---- Words
-
-
-@given(st.lists(texts, min_size=1, max_size=5), st.integers(1, 3))
-def test_distinct_is_the_share_of_different_runs_and_to_say_everything_twice_halves_it(said, n):
-    words = [text.lower().split() for text in said]
-    runs = [tuple(own[i : i + n]) for own in words for i in range(len(own) - n + 1)]
-    assert distinct(said, n) == (pytest.approx(len({*runs}) / len(runs)) if runs else None)
-    assert distinct(said * 2, n) == (pytest.approx(len({*runs}) / len(runs) / 2) if runs else None)

@@ -216,10 +216,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     with ExitStack() as stack:
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
         said = {
-            name: {
-                one.name: sample_replies(one.model, one.tokenizer, prompts, T, length, seed, world)
-                for one in models
-            }
+            name: {one.name: sample_replies(one, prompts, T, length, seed, world) for one in models}
             for name, T in options.samplings.items()
         }
         contests: dict[str, metrics.Rows] = {}

@@ -12,7 +12,7 @@ section 3.5; what alignment does to calibration, OpenAI 2023, "GPT-4" (arXiv 230
 """
 
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, pairwise
@@ -24,12 +24,10 @@ from typing import Any
 import numpy as np
 
 from minillm.data import Source, split_documents
-from minillm.model import LanguageModel
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.tokenizer import Tokenizer
 from minillm.tools.annotators import PairJudge, blind
 from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values
-from minillm.tools.measures import Estimate, Rows, distinct, estimate, mean, reliability, win_rates, written
+from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, win_rates, written
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -57,22 +55,16 @@ def words() -> dict[str, Any]:
 
 # ---- What the replies are like
 
-SETS: dict[str, Callable[[list[str]], Estimate]] = {
-    "distinct": lambda texts: estimate(distinct(texts), len(texts)),
-    "different": lambda texts: estimate(len({*texts}), len(texts), form="whole"),
-}
-"""Metrics of all replies together, without an interval, for they change with their number. Every other metric
-of words.toml is the mean of what it names of a `Reply`."""
-
 
 def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Rows]:
-    """By sampling, these metrics of the replies to prompts of the kinds that they are of, or of all."""
+    """By sampling, the means of what these rows of words.toml name of a `Reply`, to prompts of their kinds or
+    of all; `different` is how many replies there are that are not the same."""
 
     def found(row: Mapping[str, Any], replies: Sequence[Reply]) -> Estimate:
         metric, kinds = row["metric"], row.get("kinds")
         own = [one for one in replies if kinds is None or one.prompt.kind in kinds]
-        if metric in SETS:
-            return SETS[metric]([one.text for one in own])
+        if metric == "different":  # without an interval, for it changes with the number of replies
+            return estimate(len({one.text for one in own}), len(own), form="whole")
         return mean([attrgetter(metric)(one) for one in own], form=row.get("form", "share"))
 
     return {
@@ -123,13 +115,12 @@ def by_kind(said: Said, kinds: Sequence[str]) -> Section:
     return Section(tables)
 
 
-def world_metrics(
-    models: Mapping[str, tuple[LanguageModel, Tokenizer]], world: World, prompts_per_kind: int
-) -> dict[str, Rows]:
+def world_metrics(models: Sequence[ChatModel], world: World, prompts_per_kind: int) -> dict[str, Rows]:
     """What the rubric says of several models' greedy replies to development prompts, by kind."""
     prompts = prompts_of_each_kind(world, "dev", prompts_per_kind)
-    replies = {name: sample_replies(*model, prompts, world=world) for name, model in models.items()}
-    return by_kind({GREEDY: replies}, KINDS).tables
+    return by_kind(
+        {GREEDY: {one.name: sample_replies(one, prompts, world=world) for one in models}}, KINDS
+    ).tables
 
 
 def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:

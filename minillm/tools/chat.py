@@ -6,8 +6,7 @@
     python -m minillm.chat out/base                         a base model goes on with the text it is given
     python -m minillm.chat out/base --prompt-file tale.txt --samples 5    in five ways
 
-First the conversation, which knows no terminal: `Chat` holds the messages, drops the oldest when they
-no longer fit, and gives replies piece by piece. After it the terminal: lines in, pieces out, Ctrl-C.
+First the conversation, which knows no terminal; after it the terminal: lines in, pieces out, Ctrl-C.
 """
 
 import signal
@@ -96,10 +95,8 @@ Note = Callable[[str], None]
 
 
 class Chat:
-    """A conversation with a model: its messages so far, and the next reply.
-
-    A model whose tokenizer has no chat template is a base model: it goes on with each text by itself.
-    """
+    """A conversation with a model: its messages, the oldest dropped where they no longer fit, and the next
+    reply. A base model, which has no chat template, goes on with each text by itself."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
         """InputError for options that cannot work with this model, before the first message."""
@@ -119,9 +116,7 @@ class Chat:
 
     def ask(self, text: str, note: Note = print) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
         """The messages with a text of the user's, the oldest exchanges dropped; their tokens; how to reply.
-
-        What there is to say about that goes to `note`.
-        """
+        `note` is told what there is to say about that."""
         said = (*self.messages, {"role": "user", "content": text})
         system = said[: said[0]["role"] == "system"]
         for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
@@ -146,11 +141,9 @@ class Chat:
     def reply(
         self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped.
-
-        After the last piece it becomes part of the conversation. `cut` says whether its end is missing,
-        `asked` and `tokens` which tokens were read and said.
-        """
+        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped; then
+        it becomes part of the conversation. `cut` says whether its end is missing, `asked` and `tokens` which
+        tokens were read and said."""
         messages, self.asked, sampling = self.ask(text, note)
         tokens = stream(self.model, self.asked, sampling, self.options.seed + self.replies)
         self.replies, self.cut, self.tokens, said = self.replies + 1, True, [], ""

@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +37,6 @@ from minillm.options import parse_options
 from minillm.preferences import ChatModel, sample_responses
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import choose_device, choose_dtype
-from minillm.tools.measures import distinct
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -83,13 +82,12 @@ class Reply:
     @property
     def repetition(self) -> float:
         """The share of its pairs of words that it has had before; 0 where it has none."""
-        different = distinct([self.text])
-        return 0.0 if different is None else 1 - different
+        pairs = list(pairwise(self.text.lower().split()))
+        return 1 - len(set(pairs)) / max(1, len(pairs)) if pairs else 0.0
 
 
 def sample_replies(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
+    one: ChatModel,
     prompts: Sequence[Prompt],
     temperature: float = 0.0,
     max_new_tokens: int = 64,
@@ -97,10 +95,9 @@ def sample_replies(
     world: World | None = None,
 ) -> list[Reply]:
     """A reply to each prompt, the i-th drawn with `seed` + i; with the rubric's score in a `world`."""
-    chat = ChatModel("", model, tokenizer)
-    options = SamplingOptions(max_new_tokens, temperature, stop_ids=chat.form.stop_ids)
-    rows = [chat.prompt(prompt.messages) for prompt in prompts]
-    said = sample_responses(model, rows, options, range(seed, seed + len(rows)), tokenizer.decode)
+    options = SamplingOptions(max_new_tokens, temperature, stop_ids=one.form.stop_ids)
+    rows = [one.prompt(prompt.messages) for prompt in prompts]
+    said = sample_responses(one.model, rows, options, range(seed, seed + len(rows)), one.tokenizer.decode)
     tokens = [tuple(row[start:]) for row, start in zip(said.rows, said.prompt_lengths, strict=True)]
     scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, said.texts, strict=True)]
     return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
@@ -135,12 +132,9 @@ def token_values(
     """
 
     def values(hidden: Tensor, batch: list[int]) -> Tensor:
-        said, reference = (
-            torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64),
-            None,
-        )
-        if earlier is not None:
-            reference = hidden_before(earlier, [earlier_rows[i] for i in batch]), earlier.lm_head.weight
+        said = torch.tensor([token for i in batch for token in rows[i][1]], dtype=torch.int64)
+        others = [earlier_rows[i] for i in batch] if earlier else []
+        reference = (hidden_before(earlier, others), earlier.lm_head.weight) if earlier else None
         scored = model.token_logprobs(hidden, said.to(hidden.device), reference=reference)
         return scored.logprobs if scored.kl is None else scored.kl
 

@@ -53,15 +53,15 @@ def export(options: Options) -> None:
         )
     pattern = getattr(Tokenizer.load(options.run).vocabulary, "pattern", None)  # others: in the list
     name = PRE_TOKENIZERS.get(pattern, "")
-    own = [sys.executable, "-m", "minillm.tools.export", str(converter), name]
-    command = [*own, options.run, "--outfile", options.gguf]
-    if subprocess.run(command, check=False).returncode:
+    code = "import sys; from minillm.tools.export import convert; convert(*sys.argv[1:])"
+    words = [str(converter), name, options.run, "--outfile", options.gguf]
+    if subprocess.run([sys.executable, "-c", code, *words], check=False).returncode:
         raise InputError(f"{options.run}: llama.cpp's converter refused it, for the reason above")
     write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {Path(options.gguf).resolve()}\n")
     print(f"{options.gguf} and {options.gguf}.Modelfile are written")
 
 
-def convert(converter: str, name: str, arguments: list[str]) -> None:
+def convert(converter: str, name: str, *arguments: str) -> None:
     """Runs the converter as a program whose models answer `name` when they are asked how text is split.
 
     Without a name it looks the tokenizer up in its own list.
@@ -73,7 +73,7 @@ def convert(converter: str, name: str, arguments: list[str]) -> None:
     kinds = [kind for place in places for kind in vars(place).values() if isinstance(kind, type)]
     asked = [kind for kind in kinds if "get_vocab_base_pre" in vars(kind)]
     if name and not asked:
-        raise InputError(f"{converter}: has no get_vocab_base_pre; take another version of llama.cpp")
+        sys.exit(f"{converter}: has no get_vocab_base_pre; take another version of llama.cpp")
     for kind in asked if name else []:
         setattr(kind, "get_vocab_base_pre", lambda self, tokenizer: name)  # noqa: B010
     program.main()
@@ -82,11 +82,3 @@ def convert(converter: str, name: str, arguments: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         export(parse_options(Options, arguments))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1].endswith("convert_hf_to_gguf.py"):
-        with one_line_errors():
-            convert(sys.argv[1], sys.argv[2], sys.argv[3:])
-    else:
-        main(sys.argv[1:])

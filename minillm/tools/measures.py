@@ -1,4 +1,4 @@
-"""Estimates with their uncertainty, as pure functions of numbers and texts, and how they are written.
+"""Estimates with their uncertainty, as pure functions of numbers, and how they are written.
 
 An `Estimate` is a metric and its 95 % interval: in 95 of 100 repetitions with other prompts it holds the
 truth. It goes into JSON as it is and knows the form in which it is shown. Every interval of the project comes
@@ -13,8 +13,7 @@ there are. Where each gives one, they are as many; a tie, half a win, varies les
 wide rather than too narrow. It is never empty, not even where all values are alike.
 
 Sources: Wilson 1927; the delta method for ratios, Cochran 1977, "Sampling Techniques", section 2.11;
-calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2; distinct n-grams, Li et al. 2016
-(arXiv 1510.03055), section 5.
+calibration error, Guo et al. 2017 (arXiv 1706.04599), section 2.
 Left out: corrections for many comparisons. One interval in twenty misses.
 """
 
@@ -125,10 +124,3 @@ def reliability(
     own = [(sure[number == i], right[number == i]) for i in np.unique(number)]
     bins = [{"sure": float(s.mean()), "accuracy": float(r.mean()), "count": len(s)} for s, r in own]
     return sum(b["count"] * abs(b["sure"] - b["accuracy"]) for b in bins) / len(sure), bins
-
-
-def distinct(texts: Sequence[str], n: int = 2) -> float | None:
-    """The share of different ones among all runs of n words of all texts: little where all sound alike."""
-    words = [text.lower().split() for text in texts]
-    runs = [run for own in words for run in zip(*(own[i:] for i in range(n)), strict=False)]
-    return len(set(runs)) / len(runs) if runs else None

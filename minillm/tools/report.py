@@ -247,8 +247,9 @@ def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, l
 
 def _honest(ranking: Ranking, rubric: RubricScore) -> str:
     """The response that the rubric gives most, or the annotator's best where it is unknown."""
+    scores = [rubric(ranking.messages, text) for text in ranking.responses]
     known = [
-        (value, text) for text in ranking.responses if (value := rubric(ranking.messages, text)) is not None
+        (score, text) for score, text in zip(scores, ranking.responses, strict=True) if score is not None
     ]
     return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
 
