@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
-from minillm.files import write_atomically, write_json
+from minillm.files import digest, write_atomically, write_json
 from minillm.io.huggingface import (
     load_model,
     load_scalar_model,
@@ -68,6 +68,7 @@ def test_whatever_ends_a_write_at_whatever_step_leaves_the_old_file_and_no_other
 ):
     path = tmp_path / "weights"
     path.write_bytes(b"old")
+    (tmp_path / ".weights.tmp").symlink_to(tmp_path / "not ours")  # must not be written through
 
     def fail(*_, **__):
         raise error
@@ -105,6 +106,10 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
     assert "model.safetensors" in message and "No space left" in message
     refusal(trained_state().save, tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_digest_follows_its_parts_and_where_they_end():
+    assert len({digest(b"ab", b"c"), digest(b"a", b"bc"), digest(b"abc"), digest("abc"), digest()}) == 5
 
 
 def test_options_with_file_names_of_any_bytes_can_be_written(tmp_path):
