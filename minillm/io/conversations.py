@@ -60,7 +60,7 @@ def open_conversations(
     is read whole once here, so that what is wrong shows before anything is trained."""
     sources = []
     for name, path, weight in parse_specs(specs):
-        files, unread = list_files(name, path, EXTENSIONS)
+        files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
         fingerprint = digest_of(_read(files, errors, purpose, skipped))
         again = partial(_read, files, errors, purpose, Skipped(Counter()))
@@ -90,7 +90,7 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
     for name, path, weight in parse_specs(specs):
         if weight != 1:
             raise InputError(f"data source {name!r}: rankings have no weight; leave the {weight:g} out")
-        files, unread = list_files(name, path, EXTENSIONS)
+        files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
         rankings = []
         for result in compared(_read(files, errors, "ranking", skipped)):

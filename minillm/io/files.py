@@ -99,12 +99,12 @@ def check_names(names: Iterable[str]) -> None:
 # ---- A path → the files to read
 
 
-def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The files to read under `path`, sorted, each once, and a count of those left out, by reason. A file
+def list_files(name: str, paths: list[str], extensions: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The files to read under `paths`, sorted, each once, and a count of those left out, by reason. A file
     that is named, or that a glob matches, is read whatever it ends in; of a folder only those with one of
     `extensions`, packed or not. InputError, for the source `name`, where there are none."""
     endings = tuple(extension + packed for extension in extensions for packed in ("", ".gz", ".zst"))
-    tops = [path] if os.path.exists(path) else _matches(path)
+    tops = [top for path in paths for top in ([path] if os.path.exists(path) else _matches(path))]
     asked = {top for top in tops if not os.path.isdir(top)}
     every = {os.path.realpath(file): file for top in reversed(tops) for file in reversed(list(_walk(top)))}
     # A pipe or device would block, or differ at the second reading.
@@ -118,7 +118,7 @@ def list_files(name: str, path: str, extensions: Iterable[str]) -> tuple[list[st
     if not files:
         why = ", ".join(f"{what}: {count}" for what, count in skipped.items()) or "an empty folder"
         way = f"give {', '.join(extensions)} files, or name others by a glob in quotes, as in 'src/**/*.c'"
-        raise InputError(f"data source {name!r}: nothing to read in {path!r} ({why}); {way}")
+        raise InputError(f"data source {name!r}: nothing to read in {paths[0]!r} ({why}); {way}")
     return files, skipped
 
 

@@ -80,26 +80,20 @@ def world_sources(world: World, megabytes: float) -> list[Source]:
     """The little world's sources: `megabytes` of text, shared out by what are also the weights."""
     sizes = {name: megabytes * share / sum(SHARES.values()) for name, share in SHARES.items()}
     return [
-        Source(
-            name, SHARES[name], partial(world.documents, name, size), digest(world.fingerprint, name, size)
-        )
-        for name, size in sizes.items()
+        Source(n, SHARES[n], partial(world.documents, n, size), digest(world.fingerprint, n, size))
+        for n, size in sizes.items()
     ]
 
 
 def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> Source:
-    files, skipped = [], Counter[str]()
-    for path in paths:
-        found, left_out = list_files(name, path, EXTENSIONS)
-        files += found
-        skipped += left_out
+    files, skipped = list_files(name, paths, EXTENSIONS)
     kinds, digests, size = [], [], 0
     for file in files:
         kind = kind_of(file, read)
         if kind == "objects":
             kind = "JSON, but neither records, one a line, nor an array of them"
         if kind != "text" and kind not in KINDS:
-            if files == paths:
+            if set(files) <= set(paths):
                 raise InputError(f"{file!r}: {kind}; leave it out, or give its --encoding if it is text")
             skipped[f"files left out ({kind})"] += 1
             continue
