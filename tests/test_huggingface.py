@@ -131,7 +131,7 @@ REFUSED = [
     ({"rope_scaling": {"rope_theta": 7.0}}, "rope_theta"),
     ({"rope_parameters": {**YARN, "original_max_position_embeddings": 8}, "rope_scaling": YARN}, "original"),
     ({"rope_parameters": YARN, "original_max_position_embeddings": 8}, "original_max_position"),
-    ({"rope_parameters": {**YARN, "truncate": False}}, "truncated"),
+    ({"rope_parameters": {**YARN, "truncate": False}}, "truncate"),
     ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     ({"logit_scale": 0.5}, "logit_scale"),

@@ -124,15 +124,15 @@ def _rope_from_json(raw: dict[str, Any], path: Path, theta: float) -> dict[str, 
         for name, value in {**spelling, "rope_type": kind}.items():
             if value is None or name == "type":
                 continue
-            if name not in TABLE["rope"] and not any(name in names for names in ROPES.values()):
-                raise InputError(f"{path}: rotary positions with {name!r:.60}, which this does not compute")
+            known = {*TABLE["rope"]}.union(*ROPES.values())
+            if name not in known and value not in TABLE["only"].get(name, ()):
+                wrong = f"{path}: rotary positions with {name!r:.60}: {value!r:.60}"
+                raise InputError(f"{wrong}, which this does not compute")
             if rope.setdefault(name, value) != value:
                 raise InputError(f"{path}: {name} is {rope[name]!r:.60} and {value!r:.60}; remove one")
     kind, longest = rope.get("rope_type", "default"), number(raw, "max_position_embeddings", int, path)
     if kind not in list(ROPES):
         raise InputError(f"{path}: rotary positions of type {kind!r:.40}; this computes {', '.join(ROPES)}")
-    if rope.get("partial_rotary_factor", 1) != 1 or not rope.get("truncate", True):
-        raise InputError(f"{path}: rotary positions in part or not truncated, which this does not compute")
     defaults: dict[str, Any] = {"original_max_position_embeddings": longest}
     if kind == "yarn":
         original = number(rope, "original_max_position_embeddings", int, path, longest)

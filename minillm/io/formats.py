@@ -97,7 +97,7 @@ def known(record: object) -> tuple[Format | None, Record]:
         fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
     if "instruction" in fields and "### Instruction:" in str(fields.get("prompt")):
         del fields["prompt"]  # the other fields, put into a template
-    if fields.keys() & {*TURNS, *ANSWERS} and not fields.keys() & {*RATINGS, *VERDICTS, "ranking"}:
+    if fields.keys() & set(ANSWERS) and not fields.keys() & {*RATINGS, *VERDICTS, "ranking"}:
         for name in REPLIES:  # samples that nobody judged
             if isinstance(fields.get(name), list) and not any(
                 isinstance(reply, dict) for reply in fields[name]

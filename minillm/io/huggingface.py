@@ -242,11 +242,9 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
         elif not tensor.isfinite().all():
             wrong = "holds values that are not finite; restore the file"
         else:
+            expected[name].copy_(tensor)
             continue
         raise InputError(f"{origin}: weight {name} {wrong}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            expected[name].copy_(tensor)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
