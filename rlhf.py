@@ -337,11 +337,12 @@ def rank(options: Options, runtime: Runtime) -> None:
 def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
     from minillm.io.rankings import read_rankings
+    from minillm.tools.measures import table_text
     from minillm.tools.provenance import provenance
-    from minillm.tools.report import agreement_report, agreement_table
+    from minillm.tools.report import agreement_report
 
     found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
-    print(agreement_table(found))
+    print(table_text(found["rows"]))
     write_json(options.folder / "agreement.json", found | provenance())
 
 

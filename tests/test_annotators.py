@@ -237,7 +237,7 @@ def test_five_people_agree_about_as_often_as_the_labelers_of_instructgpt():
         ResponseSet(prompt.messages, [good, rude, rng.choice(triples)[1], "I don't know."], prompt.kind, 0)
         for prompt, good, rude in triples
     ]
-    rate = agreement_report(simulate(sets, 1, count=5))["rows"][0]["value"]
+    rate = agreement_report(simulate(sets, 1, count=5))["rows"]["all"]["agreement"]["value"]
     assert 0.70 < rate < 0.77
 
 

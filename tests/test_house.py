@@ -28,6 +28,7 @@ SEAMS = {
         "minillm/io/text.py",
         "minillm/tools/annotators.py",
         "minillm/tools/folder.py",
+        "minillm/tools/measures.py",
         "minillm/tools/plots.py",
         "minillm/tools/provenance.py",
         "minillm/tools/report.py",

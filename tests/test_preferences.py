@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,8 +32,9 @@ from minillm.preferences import (
     seed_of,
 )
 from minillm.tokenizer import Tokenizer
+from minillm.tools.measures import table_text
 from minillm.tools.ranking import LETTERS, parse_ranking
-from minillm.tools.report import agreement_report, agreement_table
+from minillm.tools.report import agreement_report
 
 TEXTS = st.text(st.characters(), max_size=20)  # lone surrogates too: JSON can spell them
 
@@ -354,7 +356,7 @@ def relabelled(ranking: Ranking, rng: random.Random) -> Ranking:
 
 def overall(made: list[Ranking]) -> dict:
     """The agreement of all annotators."""
-    return agreement_report(made)["rows"][0]
+    return agreement_report(made)["rows"]["all"]["agreement"]
 
 
 @given(st.integers(0, 1000))
@@ -373,7 +375,7 @@ def test_the_interval_of_an_agreement_is_that_of_a_share_of_prompts():
     made = [ranking_of([[0], [1]], "Ada", f"{i}?") for i in range(400)]
     made += [replace(r, annotator="Bob", ranking=[[i % 2], [1 - i % 2]]) for i, r in enumerate(made)]
     row = overall(made)
-    assert (row["value"], row["prompts"]) == (0.5, 400)
+    assert (row["value"], row["count"]) == (0.5, 400)
     assert (row["low"], row["high"]) == pytest.approx((0.451, 0.549), abs=0.001)  # Wilson's is a bit narrower
 
 
@@ -385,17 +387,17 @@ def test_of_equal_texts_the_best_place_counts():
 def test_agreement_counts_by_hand():
     made = [ranking_of([[0], [1], [2]], "Ada"), ranking_of([[0], [2], [1]], "Bob"),
             ranking_of([[0, 1], [2]], "Cid"), ranking_of([[0], [1], [2]], "Dan", "alone?")]  # fmt: skip
-    report = agreement_report(made)
-    rows = {tuple(row["annotators"]): tuple(row[name] for name in ("prompts", "count", "ties", "value"))
-            for row in report["rows"]}  # fmt: skip
-    assert rows == {
-        ("Ada", "Bob"): (1, 3, 0, 2 / 3),  # they differ on 1 and 2
-        ("Ada", "Cid"): (1, 2, 1, 1.0),
-        ("Bob", "Cid"): (1, 2, 1, 0.5),
-        ("all",): (1, 7, 2, 5 / 7),
+    rows = agreement_report(made)["rows"]
+    shown = ("prompts", "pairs", "ties", "agreement")
+    found = {names: tuple(own[name]["value"] for name in shown) for names, own in rows.items()}
+    assert found == {
+        "all": (1, 7, 2, 5 / 7),
+        "Ada and Bob": (1, 3, 0, 2 / 3),  # they differ on 1 and 2
+        "Ada and Cid": (1, 2, 1, 1.0),
+        "Bob and Cid": (1, 2, 1, 0.5),
     }
-    table = agreement_table(report)
-    assert "Ada and Bob" in table and "66.7%" in table
+    assert next(iter(rows)) == "all"
+    assert re.search(r"Ada and Bob +66.7% .* 1 +3 +0", table_text(rows))
 
 
 def test_the_later_of_two_rankings_of_a_set_by_one_annotator_counts():

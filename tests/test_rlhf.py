@@ -249,7 +249,7 @@ def test_simulated_annotators_give_each_set_their_opinions(out):
     assert rank(out, "--opinions", "2") == made, "nothing is left to rank"
     rlhf.main(["--stage", "agreement", "--out", str(out)])
     report = json.loads((out / "agreement.json").read_text())
-    assert report["rows"][0]["annotators"] == ["all"] and report["rows"][0]["prompts"] == len(asked)
+    assert report["rows"]["all"]["prompts"]["value"] == len(asked)
 
 
 def test_ranking_stopped_at_any_byte_goes_on_to_the_same_rankings(out):

@@ -182,16 +182,16 @@ def test_a_lock_goes_with_its_process_however_that_ends(here):
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(here):
     out = pretrain()
-    (out / ".model.safetensors.tmp").mkdir()
-    (out / ".model.safetensors.tmp" / ".tmpAb3dEf").write_bytes(b"half")
-    (out / "resume" / ".tmpAb3dEf").write_bytes(b"half")
+    (out / ".run.json.tmp").mkdir()  # as the release before wrote
+    gone = {".run.json.tmp/file", ".model.safetensors.tmp", ".tmpAb3dEf", "resume/.tmpAb3dEf"}
+    for name in gone:
+        (out / name).write_bytes(b"half")
     mine = {"resume/.hidden": b"mine", ".mine.tmp": b"mine", ".tmp": b"mine"}
     for name, content in mine.items():
         (out / name).write_bytes(content)
     before = set(folder_bytes(out))
     resume()
-    gone = {".model.safetensors.tmp/.tmpAb3dEf", "resume/.tmpAb3dEf"}
-    assert before - set(folder_bytes(out)) == gone and not (out / ".model.safetensors.tmp").exists()
+    assert before - set(folder_bytes(out)) == gone and not (out / ".run.json.tmp").exists()
 
 
 def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(here):

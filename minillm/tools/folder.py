@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,18 +44,14 @@ def hold(folder: Path, wait: bool) -> Iterator[None]:
             except OSError as error:
                 if isinstance(error, BlockingIOError):  # else a file system without locks
                     raise
-            if _is_at(handle, folder):
+            is_there = False
+            with suppress(FileNotFoundError):  # another process may have removed it meanwhile
+                is_there = os.path.samestat(os.fstat(handle), os.stat(folder))
+            if is_there:
                 yield
                 return
         finally:
             os.close(handle)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name: another process may have removed it meanwhile."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    return False
 
 
 def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
@@ -85,7 +82,7 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
             # Scratch of files.py, and what safetensors leaves where it is killed.
             if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:

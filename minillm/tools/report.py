@@ -45,12 +45,12 @@ from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
 from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
 from minillm.tools.annotators import by_reward, prefer
-from minillm.tools.measures import Estimate, estimate, mean, reliability, written
-from minillm.tools.streams import columns, render
+from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability
+from minillm.tools.streams import render
 
 # ---- How far annotators agree
 
-ALL = ("all",)
+ALL = "all"
 
 
 def agreement_report(rankings: Iterable[Ranking]) -> dict[str, Any]:
@@ -62,46 +62,37 @@ def agreement_report(rankings: Iterable[Ranking]) -> dict[str, Any]:
     )
 
 
-def agreements(rankings: Iterable[Ranking]) -> list[dict[str, Any]]:
-    """Of all annotators, then of each two who share a prompt, an estimate of the share of pairs on which they
-    agree, with their names, the prompts, and the ties: pairs left out, for one of the two holds the responses
-    equal. Empty where nobody shares a prompt. Of two rankings of a set by one annotator the later counts."""
+def agreements(rankings: Iterable[Ranking]) -> Rows:
+    """Of all annotators, then of each two who share a prompt: the share of pairs on which they agree, the
+    prompts, the pairs, and the ties: pairs left out, for one of the two holds the responses equal. Of two
+    rankings of a set by one annotator the later counts."""
     by_prompt: dict[str, dict[str, Int64[np.ndarray, " _"]]] = defaultdict(dict)
     for ranking in rankings:
         by_prompt[ranking.key][ranking.annotator] = preferences(ranking)
-    counts: dict[tuple[str, ...], list[Sequence[int]]] = defaultdict(list)  # of each prompt: +, -, ties
+    counts: dict[str, list[Sequence[int]]] = defaultdict(list)  # of each prompt: +, -, ties
     for own in by_prompt.values():
-        compared = {(a, b): own[a] * own[b] for a, b in combinations(sorted(own), 2)}
+        compared = {f"{a} and {b}": own[a] * own[b] for a, b in combinations(sorted(own), 2)}
         for pair, products in compared.items():
             counts[pair].append([int((products == product).sum()) for product in (1, -1, 0)])
         if compared:
             counts[ALL].append(np.sum([counts[pair][-1] for pair in compared], axis=0))
-    rows = []
+    rows = {}
     for names in sorted(counts, key=lambda names: (names != ALL, names)):
         agreed, differed, ties = np.array(counts[names]).T
-        row = {"annotators": list(names), "prompts": len(agreed), "ties": int(ties.sum())}
-        rows.append(row | mean(agreed, agreed + differed))
+        found = mean(agreed, agreed + differed)
+        whole = {"prompts": len(agreed), "pairs": found["count"], "ties": int(ties.sum())}
+        rows[names] = {"agreement": found} | {n: estimate(x, x, form="whole") for n, x in whole.items()}
     return rows
 
 
 def preferences(ranking: Ranking) -> Int64[np.ndarray, " _"]:
     """What a ranking says of each two different texts, in the order of the alphabet: 1 for the first, -1 for
     the second, 0. Of equal texts the best place counts."""
-    rank: dict[str, int] = {}
-    for text, place in zip(ranking.responses, ranking.ranks(), strict=True):
-        rank[text] = min(place, rank.get(text, place))
+    places = reversed(list(enumerate(ranking.ranking)))
+    rank = {ranking.responses[index]: place for place, tied in places for index in tied}
     ranks = np.array([rank[text] for text in sorted(rank)], np.int64)
     first, second = np.triu_indices(len(ranks), 1)
     return np.sign(ranks[second] - ranks[first])
-
-
-def agreement_table(report: dict[str, Any]) -> str:
-    """The report as text, a line for each two annotators."""
-    rows = [["", "prompts", "pairs", "ties", "agreement"]]
-    for row in report["rows"]:
-        counts = [str(row[name]) for name in ("prompts", "count", "ties")]
-        rows.append([" and ".join(row["annotators"]), *counts, " ".join(written(row))])
-    return columns(rows)
 
 
 # ---- A reward model
@@ -285,12 +276,12 @@ def report_card(
     # σ(|difference|) is how sure the scores are of their order.
     sure = 1 / (1 + np.exp(-np.abs(pairs["score"])))
     error, bins = reliability(sure, (1 + np.sign(pairs["score"])) / 2, lowest=0.5)
-    agreed = next(iter(agreements(rankings)), estimate(None, 0))
+    agreed = agreements(rankings).get(ALL, {"agreement": estimate(None, 0)})["agreement"]
     return {
         "prompts": len(set(map(prompt_key, held_out))),
         "rankings": len(scored),
         "accuracy": accuracy(pairs, "score"),
-        "annotators": estimate(agreed["value"], agreed["count"])
+        "annotators": agreed
         | {"ceiling": None if agreed["value"] is None else rater_accuracy(agreed["value"])},
         "truth": against_rubric(pairs),
         "by_kind": by("kind", pairs, "score"),
