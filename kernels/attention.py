@@ -51,21 +51,24 @@ def attention(
     """
     operands = {"q": (q, "B H T C"), "k": (k, "B K S C"), "v": (v, "B K S C")}
     impl = check(operands, {"start": (start, "B T"), "end": (end, "B T")}, impl)
-    H, T, K = q.shape[1], q.shape[2], k.shape[1]
+    (_, H, T, C), K = q.shape, k.shape[1]
     if K == 0 or H % K:
         raise ValueError(f"{H} query heads do not share {K} key heads evenly")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v share no dtype: {q.dtype}, {k.dtype} and {v.dtype}")
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = C**-0.5 if scale is None else scale
     if scale <= 0:  # the fast versions compare scores before they are scaled
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     if T == 1:  # a single query is the last one: nothing lies ahead of it
         causal = False
-    attend = _torch
     if impl == "triton":  # imported here, because where the kernels never run Triton may be missing
-        from kernels.attention_triton import attention as attend
+        from kernels.attention_triton import MAX_WIDTH, attention_op
+
+        if C > MAX_WIDTH:
+            raise ValueError(f"heads are {C} wide, Triton's take up to {MAX_WIDTH}: use impl='torch'")
+        return attention_op(q, k, v, start, end, causal, scale)[0]
     with torch.autocast(q.device.type, enabled=False):
-        return attend(q, k, v, start, end, causal, scale)
+        return _torch(q, k, v, start, end, causal, scale)
 
 
 def _torch(q, k, v, start, end, causal, scale):

@@ -501,10 +501,3 @@ def _backward(ctx, d_out, d_lse):
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
-
-
-def attention(q, k, v, start, end, causal: bool, scale: float) -> Tensor:
-    """The operator's output; `attention.attention` says what it is. ValueError for a C above MAX_WIDTH."""
-    if q.shape[3] > MAX_WIDTH:
-        raise ValueError(f"heads are {q.shape[3]} wide, Triton's take up to {MAX_WIDTH}: use impl='torch'")
-    return attention_op(q, k, v, start, end, causal, scale)[0]

@@ -48,16 +48,16 @@ class Plan:
 
     chunk: int  # logits in a chunk ...
     rows: int  # ... but no fewer rows: adding to dW is a pass over a [V, D] tensor for every chunk
-    kept: int  # so few logits are kept for the backward pass: making them again is a quarter of its products
+    once: int  # so few logits are one chunk where the backward pass makes them again: larger products
     align: int  # logits between the starts of two rows are a multiple of this: wide loads, fast products
     skip: bool  # leave ignored rows out; on a GPU, to know how many they are would stall it
     half: bool  # half types are multiplied as they are; a CPU takes them as float32 (see `_products`)
 
 
 PLANS = {
-    "cpu": Plan(chunk=1 << 19, rows=256, kept=1 << 21, align=1, skip=True, half=False),
+    "cpu": Plan(chunk=1 << 19, rows=256, once=1 << 21, align=1, skip=True, half=False),
     # 256 MB of float32 and 128 MB of their gradients in a half type.
-    "cuda": Plan(chunk=1 << 26, rows=256, kept=1 << 26, align=64, skip=False, half=True),
+    "cuda": Plan(chunk=1 << 26, rows=256, once=1 << 26, align=64, skip=False, half=True),
 }
 
 
@@ -131,7 +131,7 @@ def kl(
     float32, or float64 if either is. ValueError for an unknown `impl` and for shapes that do not fit.
     """
     impl = check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")}, {}, impl)
-    return _rows([p_logits, q_logits], None, 1.0, False, impl)[0][4]
+    return _rows([p_logits, q_logits], None, 1.0, False, impl)[4]
 
 
 def linear_kl(
@@ -144,13 +144,13 @@ def linear_kl(
     """
     p = {"p_hidden": (p_hidden, "N P"), "p_weight": (p_weight, "V P")}
     q = {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")}
-    return _rows([p_hidden, p_weight, q_hidden, q_weight], None, 1.0, False, check(p | q, {}, impl))[0][4]
+    return _rows([p_hidden, p_weight, q_hidden, q_weight], None, 1.0, False, check(p | q, {}, impl))[4]
 
 
 def _logprobs(operands, targets, temperature, impl):
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
-    result = _rows(operands, targets.long(), float(temperature), True, impl)[0]
+    result = _rows(operands, targets.long(), float(temperature), True, impl)
     return result[2], result[3]
 
 
@@ -159,7 +159,7 @@ def _row_losses(operands, targets, ignore_index, impl):
     kept = targets != ignore_index
     if len(operands) == 2:
         operands = [operands[0].where(kept[:, None], 0.0), operands[1]]
-    return (-_rows(operands, targets.where(kept, 0), 1.0, False, impl)[0][2]).where(kept, 0.0)
+    return (-_rows(operands, targets.where(kept, 0), 1.0, False, impl)[2]).where(kept, 0.0)
 
 
 def _mean(total, kept):
@@ -173,50 +173,40 @@ def _mean(total, kept):
 
 def _walk(
     hidden: Tensor, weight: Tensor | None, d_hidden: Tensor | None = None, d_weight: Tensor | None = None,
-    kept: Tensor | None = None, made: bool = False,
+    once: bool = True,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:  # fmt: skip
     """Chunk by chunk some rows, their logits z = hidden @ weight.T in float32 (or float64), and the memory
     for their dz, which goes into the gradients that are given before the next chunk is made.
 
-    Without a weight, hidden is the logits, whose gradient is dz: one chunk. So are logits that are `kept`: in
-    this memory, if it is not empty, and perhaps `made` already, by the forward pass.
+    Without a weight, hidden is the logits and dz their gradient.
     """
+    plan, N = PLANS.get(hidden.device.type, PLANS["cpu"]), len(hidden)
     if weight is None:
-        yield slice(0, len(hidden)), hidden, d_hidden
+        size = max(N if hidden.is_cuda else plan.chunk // hidden.shape[1], 1)
+        for rows in (slice(first, first + size) for first in range(0, max(N, 1), size)):
+            yield rows, hidden[rows], None if d_hidden is None else d_hidden[rows]
         return
-    plan, N, V = PLANS.get(hidden.device.type, PLANS["cpu"]), len(hidden), len(weight)
-    wanted = d_hidden is not None or d_weight is not None
-    kept = kept if kept is not None and kept.numel() else None
-    made = made and kept is not None
-    size = N if kept is not None else min(N, max(plan.chunk // V // plan.rows, 1) * plan.rows)
+    V, size = len(weight), N
+    if not once or plan.once < N * V:
+        size = min(N, max(plan.chunk // V // plan.rows, 1) * plan.rows)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     factor = hidden.dtype if plan.half else exact
     h, W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
-    # Every chunk has the same memory, in which rows begin at multiples of `align`.
+    # All chunks have the same memory, in which rows begin at multiples of `align`, and dz that of z if it has
+    # its dtype.
     shape = size, -(-V // plan.align) * plan.align
-    z = hidden.new_empty(shape, dtype=exact)[:, :V] if kept is None else kept
-    dz = z  # written over z, if that was made for it in dz's dtype
-    if wanted and (made or factor != exact):
+    z = dz = hidden.new_empty(shape, dtype=exact)[:, :V]
+    wanted = d_hidden is not None or d_weight is not None
+    if wanted and factor != exact:
         dz = hidden.new_empty(shape, dtype=factor)[:, :V]
     for first in range(0, max(N, 1), max(size, 1)):
         rows = slice(first, first + size)
         z, dz = z[: len(h[rows])], dz[: len(h[rows])]  # the last chunk may be smaller
-        if not made:
-            _product(h[rows], W.T, z)
-        yield rows, z, dz if wanted else None
+        yield rows, _product(h[rows], W.T, z), dz if wanted else None
         if d_hidden is not None:
             _product(dz, W, d_hidden[rows])
         if d_weight is not None:
             _product(dz.T, h[rows], d_weight, accumulate=True)
-
-
-def _room(hidden: Tensor, weight: Tensor | None) -> Tensor:
-    """Memory for the logits, if they are so few that they are kept for the backward pass, else none."""
-    plan = PLANS.get(hidden.device.type, PLANS["cpu"])
-    if weight is None or len(hidden) * len(weight) > plan.kept:
-        return hidden.new_empty(0)
-    shape = len(hidden), -(-len(weight) // plan.align) * plan.align
-    return hidden.new_empty(shape, dtype=torch.promote_types(hidden.dtype, torch.float32))[:, : len(weight)]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
@@ -264,8 +254,8 @@ def _outside(targets: Tensor, wrong: Tensor, V: int) -> IndexError:
 @torch.library.custom_op("minillm::rows", mutates_args=())
 def _rows(
     operands: list[Tensor], targets: Tensor | None, temperature: float, entropy: bool, impl: str
-) -> list[Tensor]:
-    """[what the operation of `rows_torch.py` says of each row, then of each side the logits if kept].
+) -> Tensor:
+    """What the operation of `rows_torch.py` says of each row.
 
     With targets the operation is `logprob` on one side, without it is `kl` of two. A side is one operand, its
     logits, or two: hidden states and a weight.
@@ -274,42 +264,38 @@ def _rows(
     V = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
     if targets is not None and not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
         raise _outside(targets, wrong, V)
-    kept = [_room(*side) for side in sides]
-    walks = [_walk(*side, kept=room) for side, room in zip(sides, kept, strict=True)]
     with _products(*(hidden for hidden, _ in sides)):
-        for chunks in zip(*walks, strict=True):
+        for chunks in zip(*(_walk(*side) for side in sides), strict=True):
             rows, z = chunks[0][0], [z for _, z, _ in chunks]
             if targets is None:
                 results.append(module.kl(*z))
             else:
                 results.append(module.logprob(*z, targets[rows], temperature, entropy))
-    return [torch.cat(results, 1), *kept]
+    return torch.cat(results, 1)
 
 
 @_rows.register_fake
 def _(operands, targets, temperature, entropy, impl):
     sides = _sides(operands, targets)
     dtype = torch.promote_types(torch.promote_types(sides[0][0].dtype, sides[-1][0].dtype), torch.float32)
-    result = operands[0].new_empty((5 if targets is None else 3 + entropy, len(operands[0])), dtype=dtype)
-    return [result, *(_room(*side) for side in sides)]
+    return operands[0].new_empty((5 if targets is None else 3 + entropy, len(operands[0])), dtype=dtype)
 
 
 @torch.library.custom_op("minillm::rows_backward", mutates_args=())
 def _rows_backward(
     operands: list[Tensor], targets: Tensor | None, temperature: float, impl: str,
-    said: list[Tensor], d_result: Tensor, want: list[bool],
+    result: Tensor, d_result: Tensor, want: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of those operands for which they are wanted."""
-    result, *kept = said
     sides, module = _sides(operands, targets), import_module(f"kernels.rows_{impl}")
     found, walks, wanted = [], [], iter(want)
-    for (hidden, weight), room in zip(sides, kept, strict=True):
+    for hidden, weight in sides:
         d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if next(wanted) else None
         d_weight = None
         if weight is not None and next(wanted):
             d_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
         found += [d for d in (d_hidden, d_weight) if d is not None]
-        walks.append(_walk(hidden, weight, d_hidden, d_weight, room, made=True))
+        walks.append(_walk(hidden, weight, d_hidden, d_weight))
     with _products(*(hidden for hidden, _ in sides)):
         for chunks in zip(*walks, strict=True):  # strict, for all of them to be walked to the end
             rows, z, outs = chunks[0][0], [z for _, z, _ in chunks], [dz for _, _, dz in chunks]
@@ -324,7 +310,7 @@ def _rows_backward(
 
 
 @_rows_backward.register_fake
-def _(operands, targets, temperature, impl, said, d_result, want):
+def _(operands, targets, temperature, impl, result, d_result, want):
     return [x.new_empty(x.shape) for x, wanted in zip(operands, want, strict=True) if wanted]
 
 
@@ -336,19 +322,14 @@ def _sides(operands, targets) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no tensors of zeros for the outputs that nobody differentiates
     operands, targets, ctx.temperature, _, ctx.impl = inputs
-    ctx.count = len(operands)
-    ctx.save_for_backward(*operands, targets, *output)
+    ctx.save_for_backward(output, targets, *operands)
 
 
-def _gradients(ctx, upstream):
+def _gradients(ctx, d_result):
+    result, targets, *operands = ctx.saved_tensors
     want = ctx.needs_input_grad[0]
-    if upstream[0] is None:
-        return [None] * ctx.count, None, None, None, None
-    saved = list(ctx.saved_tensors)
-    operands, targets, said = saved[: ctx.count], saved[ctx.count], saved[ctx.count + 1 :]
-    found = iter(_rows_backward(operands, targets, ctx.temperature, ctx.impl, said, upstream[0], want))
+    found = iter(_rows_backward(operands, targets, ctx.temperature, ctx.impl, result, d_result, want))
     return [next(found) if wanted else None for wanted in want], None, None, None, None
 
 
@@ -386,7 +367,7 @@ def _summed(
     d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
     loss_and_gradient = import_module(f"kernels.rows_{impl}").loss_and_gradient
     with _products(hidden):
-        for i, z, dz in _walk(hidden, weight, d_hidden, d_weight):
+        for i, z, dz in _walk(hidden, weight, d_hidden, d_weight, once=False):
             total += loss_and_gradient(z, targets[i], None if kept is None else kept[i], dz).sum()
     if d_hidden is not None and rows is not None:
         d_hidden = d_hidden.new_zeros(N, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)

@@ -1,7 +1,7 @@
 """Operations on rows of logits in PyTorch: what a CPU runs. `losses.py` says what each computes.
 
-Each takes logits z [N, V] and works through them in parts that fit into a core's cache, where a pass
-over them costs a fraction of one over memory. The algebra stands in `reference.py`. Throughout
+Each takes logits z [N, V], on a CPU few enough to stay in a core's cache. The algebra stands in
+`reference.py`. Throughout
 
     y = z / temperature,    p = softmax(y),    u = y - max y,    log p = u - log S,    S = sum e^u
 
@@ -15,46 +15,37 @@ takes less time than its exp, and `masked_fill` more than twice that.
 row whose upstream gradients are 0 passes a gradient of 0, whatever is in it.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-CACHED_LOGITS = 1 << 19  # 2 MB in float32
 # Stands in for a lower u: its p is 0 even in float64, and so is p log p, but 0 * -inf would be nan.
 LOWEST = -1e4
 
 
 def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
     """[max y, log S, log p[target]], and -sum p log p = log S - sum p u if the entropy is wanted."""
-    result = z.new_empty(3 + entropy, len(z), dtype=torch.promote_types(z.dtype, torch.float32))
-    for rows in _parts(z):
-        y = _scaled(z[rows], result.dtype, temperature)
-        p = y.softmax(1)
-        top, log_sum = y.amax(1), -p.amax(1).log()
-        result[0, rows], result[1, rows] = top, log_sum
-        result[2, rows] = y.gather(1, targets[rows, None])[:, 0] - top - log_sum
-        if entropy:
-            result[3, rows] = log_sum - _lowered(y, top).mul_(p).sum(1)
-    return result
+    y = _scaled(z, temperature)
+    p = y.softmax(1)
+    top, log_sum = y.amax(1), -p.amax(1).log()
+    said = [top, log_sum, y.gather(1, targets[:, None])[:, 0] - top - log_sum]
+    if entropy:
+        said.append(log_sum - _lowered(y, top).mul_(p).sum(1))
+    return torch.stack(said)
 
 
 def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor | None) -> None:
     """out = dz = (d_logprob (onehot(target) - p) - d_entropy p (log p + H)) / temperature."""
     if out is None:
         return
-    d_y = d_result / temperature
-    for rows in _parts(z):
-        y = _scaled(z[rows], result.dtype, temperature)
-        g, target = d_y[2, rows, None], targets[rows, None]
-        p = y.softmax(1)
-        if len(result) == 3:
-            dz = p.mul_(-g)
-        else:
-            top, log_sum, _, entropy = result[:, rows]
-            h = d_y[3, rows, None]
-            dz = _lowered(y, top).mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
-        out[rows] = _quiet(dz.scatter_add_(1, target, g), result[:2, rows], d_result[2:, rows])
+    y, d_y = _scaled(z, temperature), d_result / temperature
+    p, g = y.softmax(1), d_y[2][:, None]
+    if len(result) == 3:
+        dz = p.mul_(-g)
+    else:
+        top, log_sum, _, entropy = result
+        h = d_y[3][:, None]
+        dz = _lowered(y, top).mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
+    out.copy_(_quiet(dz.scatter_add_(1, targets[:, None], g), result[:2], d_result[2:]))
 
 
 def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Tensor:
@@ -74,44 +65,32 @@ def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Te
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max of y_p, log S_p, max of y_q, log S_q, KL(p || q)]."""
-    dtype = torch.promote_types(torch.promote_types(z_p.dtype, z_q.dtype), torch.float32)
-    result = z_p.new_empty(5, len(z_p), dtype=dtype)
-    for rows in _parts(z_p):
-        y_p, y_q = z_p[rows].to(result.dtype), z_q[rows].to(result.dtype)
-        p = y_p.softmax(1)
-        part = torch.stack((y_p.amax(1), -p.amax(1).log(), y_q.amax(1), -y_q.softmax(1).amax(1).log()))
-        result[:4, rows] = part
-        # Only p = 0 makes a nan, with q = 0; a row that is nan throughout is so in log S too.
-        result[4, rows] = _ratio(y_p, y_q, part).mul_(p).nansum(1) - part[1] + part[3]
-    return result
+    exact = torch.promote_types(torch.promote_types(z_p.dtype, z_q.dtype), torch.float32)
+    y_p, y_q = z_p.to(exact), z_q.to(exact)
+    p = y_p.softmax(1)
+    part = torch.stack((y_p.amax(1), -p.amax(1).log(), y_q.amax(1), -y_q.softmax(1).amax(1).log()))
+    # Only p = 0 makes a nan, with q = 0; a row that is nan throughout is so in log S too.
+    divergence = _ratio(y_p, y_q, part).mul_(p).nansum(1) - part[1] + part[3]
+    return torch.cat((part, divergence[None]))
 
 
 def kl_backward(z_p, z_q, result, d_result, out_p: Tensor | None, out_q: Tensor | None) -> None:
     """out_p = d_kl p (log p - log q - KL) and out_q = d_kl (q - p); None for what is not wanted."""
-    for rows in _parts(z_p):
-        part, g = result[:, rows], d_result[4, rows, None]
-        y_p, y_q = z_p[rows].to(result.dtype), z_q[rows].to(result.dtype)
-        p = y_p.softmax(1)
-        if out_q is not None:
-            dz_q = _quiet(y_q.softmax(1).sub_(p).mul_(g), part, g.T)
-        if out_p is not None:
-            dz_p = _ratio(y_p, y_q, part).sub_((part[1] - part[3] + part[4])[:, None]).mul_(p)
-            dz_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # p = 0, as above
-            # nan where KL is inf or nan
-            out_p[rows] = _quiet(dz_p.mul_(g + 0 * part[4][:, None]), part, g.T)
-        if out_q is not None:
-            out_q[rows] = dz_q
+    g, y_p, y_q = d_result[4][:, None], z_p.to(result.dtype), z_q.to(result.dtype)
+    p, dz_p = y_p.softmax(1), _ratio(y_p, y_q, result)
+    if out_q is not None:  # which may be z_q: y_q is used up
+        out_q.copy_(_quiet(y_q.softmax(1).sub_(p).mul_(g), result, g.T))
+    if out_p is not None:
+        dz_p.sub_((result[1] - result[3] + result[4])[:, None]).mul_(p)
+        dz_p.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # p = 0, as above
+        # nan where KL is inf or nan
+        out_p.copy_(_quiet(dz_p.mul_(g + 0 * result[4][:, None]), result, g.T))
 
 
-def _parts(z: Tensor) -> Iterator[slice]:
-    """The rows in runs whose intermediate results stay in a core's cache; on a GPU all at once."""
-    N, V = z.shape
-    size = max(1, CACHED_LOGITS // V if z.device.type == "cpu" else N)
-    return (slice(i, i + size) for i in range(0, N, size))
-
-
-def _scaled(z: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    return z.to(dtype) if temperature == 1.0 else z.to(dtype) / temperature
+def _scaled(z: Tensor, temperature: float) -> Tensor:
+    """y in the type of softmaxes and sums: float32, or float64 for float64."""
+    y = z.to(torch.promote_types(z.dtype, torch.float32))
+    return y if temperature == 1.0 else y / temperature
 
 
 def _lowered(y: Tensor, top: Tensor) -> Tensor:

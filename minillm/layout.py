@@ -69,13 +69,6 @@ def flat_index(
     return mask, (begins[:, None] + offsets)[mask]
 
 
-def gather_previous(
-    per_position: Float[Tensor, "P T *X"], index: Int64[Tensor, " N"]
-) -> Float[Tensor, " N *X"]:
-    """What is at the position before each of these: its hidden state, or its value."""
-    return per_position.flatten(0, 1)[index - 1]
-
-
 def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Numbers of the tokens [N] as rows, 0 where a response has none."""
     padded = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)

@@ -82,10 +82,7 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    """A matrix, mostly without bias, that computes in the precision of its input (weights stay float32)."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=bias)
+    """A matrix that computes in the precision of its input (weights stay float32)."""
 
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -98,14 +95,6 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotate(
-    x: Float[Tensor, "B heads T C"], cos: Float[Tensor, "... T half"], sin: Float[Tensor, "... T half"]
-) -> Float[Tensor, "B heads T C"]:
-    """Turns the channel pairs (i, i + C/2) of every position by that position's angles."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,28 +103,31 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, config.num_attention_heads * head, config.qkv_bias)
         self.k_proj = Linear(width, config.num_key_value_heads * head, config.qkv_bias)
         self.v_proj = Linear(width, config.num_key_value_heads * head, config.qkv_bias)
-        self.o_proj = Linear(config.num_attention_heads * head, width)
+        self.o_proj = Linear(config.num_attention_heads * head, width, bias=False)
         self.q_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]
     ) -> Float[Tensor, "B T D"]:
-        """`attend`: what queries [B, H, T, C] gather from keys and values [B, K, T, C]."""
+        """`attend`: what queries [B, H, T, C] gather from keys and values [B, K, T, C]. Rotary positions turn
+        the channels (i, i + C/2) of queries and keys by their position's angles."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        seen = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        halves = (x.chunk(2, dim=-1) for x in (q, k))
+        q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
+        seen = attend(q, k, v)
         return self.o_proj(seen.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -161,14 +153,13 @@ class Block(nn.Module):
 
 @runtime_checkable
 class Attend(Protocol):
-    """How queries meet keys where not within their own rows: `KVCache`, fast.SharedPrompts."""
+    """How the queries of a block, by number, meet keys where not within their own rows: `KVCache`,
+    fast.SharedPrompts."""
 
-    @property
-    def positions(self) -> Int[Tensor, "... T"]:
-        """Of each token in its text: [T], or [B, 1, T] where rows differ."""
+    positions: Any
+    """Of each token in its text: [T], or [B, 1, T] where rows differ."""
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the queries [B, H, T, C] of a block gather from keys and values [B, K, T, C]."""
+    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
 class Decoder(nn.Module):
@@ -252,7 +243,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, compute_dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -264,16 +255,14 @@ class LanguageModel(nn.Module):
         *,
         targets: Int[Tensor, "B T"] | None = None,
         of: Int[Tensor, " N"] | None = None,
-        temperature: float = 1.0,
-        allowed: Bool[Tensor, "N V"] | None = None,
-        reference: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
+        **options: Any,
     ) -> Any:
         """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or, of an index `of`
-        into the flattened tokens, the `TokenLogprobs` of those tokens, each from the state before it.
+        into the flattened tokens, their `token_logprobs` with these options, each from the state before it.
         """
         hidden = self.model(tokens, start, attend).flatten(0, 1)
         if of is not None:
-            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], temperature, allowed, reference)
+            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], **options)
         assert targets is not None, "ask for the loss of targets or the log-probabilities of tokens"
         return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
 
@@ -323,7 +312,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config, compute_dtype)
-        self.score = Linear(config.hidden_size, 1)
+        self.score = Linear(config.hidden_size, 1, bias=False)
         self.register_buffer("bias", torch.zeros(()), persistent=False)
 
     def forward(

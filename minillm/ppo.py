@@ -66,7 +66,7 @@ from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.layout import flat_index, forward_passes, gather_previous, pack_sequences
+from minillm.layout import flat_index, forward_passes, pack_sequences
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import (
     LearningRates,
@@ -346,7 +346,7 @@ class Aligner:
         one = Pass(tokens, start, index, tokens.flatten()[index], cells)
         if not sampling.top_k and sampling.top_p == 1:
             return one
-        hidden = gather_previous(policy.model(tokens, start), index)
+        hidden = policy.model(tokens, start).flatten(0, 1)[index - 1]
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
         # The token taken always belongs to them: at the edge of a nucleus another pass may round otherwise.
         return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
@@ -359,7 +359,7 @@ class Aligner:
 
     def reference(self, one: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
-        hidden = gather_previous(self.ref_model.model(one.tokens, one.start), one.index)
+        hidden = self.ref_model.model(one.tokens, one.start).flatten(0, 1)[one.index - 1]
         return hidden, self.ref_model.lm_head.weight
 
     @torch.no_grad()
@@ -388,7 +388,7 @@ class Aligner:
             said = self.read(policy, one, reference)._asdict()
             said["ref_logprobs"] = self.ref_model.token_logprobs(reference[0], one.taken, T).logprobs
             if critic:
-                said["values"] = gather_previous(critic(one.tokens, one.start), one.index)
+                said["values"] = critic(one.tokens, one.start).flatten(0, 1)[one.index - 1]
             for name, numbers in said.items():
                 grids[name][one.cells] = numbers
         return Rollout(responses, scores, passes, mask, **grids)
@@ -479,7 +479,7 @@ class Aligner:
         if critic := self.wrapped_critic:
 
             def value_loss(one: Pass) -> Float[Tensor, ""]:
-                values = gather_previous(critic(one.tokens, one.start), one.index)
+                values = critic(one.tokens, one.start).flatten(0, 1)[one.index - 1]
                 old, returns = rollout.values[one.cells], rollout.returns[one.cells]
                 return value_losses(values, old, returns, options.value_clip).sum()
 
