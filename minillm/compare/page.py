@@ -58,6 +58,7 @@ SERIES = 8  # colours of models; further ones begin anew
 WIDTH = 5  # inches, at 72 units of the drawing each
 VARIABLES = ("ink", "soft", "rule", *(f"c{number}" for number in range(SERIES)))
 COLOURS = {name: f"#0000{number + 16:02x}" for number, name in enumerate(VARIABLES)}
+OF_MODELS = [*COLOURS.values()][3:]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "minillm", "text.parse_math": False, "font.size": 11,
     "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["rule"],
@@ -69,11 +70,6 @@ UNWANTED = (
     r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:xlink)?="[^"]*"| id="[A-Za-z]+_[\d_]+"'
     r'| (width|height)="[\d.]+pt"'
 )
-
-
-def colour(number: int) -> str:
-    """Of the n-th model, the same in every plot."""
-    return COLOURS[f"c{number % SERIES}"]
 
 
 def drawing(height: float, draw: Callable[[Any], None]) -> Markup:
@@ -116,7 +112,7 @@ def intervals(rows: Mapping[str, Sequence[Mapping[str, Any]]], caption: str, nam
         for row, (label, estimates) in enumerate(rows.items()):
             axes.text(0, row * step, label, va="center")
             for number, own in enumerate(estimates):
-                y, shade = row * step + number + 1.2, colour(number)
+                y, shade = row * step + number + 1.2, OF_MODELS[number % SERIES]
                 if own["low"] is not None:
                     axes.plot([max(0, own["low"]), min(1, own["high"])], [y, y], color=shade, linewidth=2)
                 if own["value"] is not None:
@@ -134,9 +130,9 @@ def curves(caption: str, lines: Mapping[str, Sequence[Sequence[float | int]]]) -
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], ":", color=COLOURS["soft"], linewidth=1)
         for number, points in enumerate(lines.values()):
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour(number))
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=OF_MODELS[number % SERIES])
             for x, y, size in points:
-                axes.plot(x, y, "o", color=colour(number), markersize=3 + 6 * size)
+                axes.plot(x, y, "o", color=OF_MODELS[number % SERIES], markersize=3 + 6 * size)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="how sure", ylabel="how often right")
 
     return Plot(caption, drawing(3.3, draw), list(lines))

@@ -287,9 +287,8 @@ def main(arguments: list[str]) -> None:
             if not text:
                 raise InputError(f"--prompt-file {options.prompt_file}: is empty; write a text in it")
         device = choose_device(options.device, 0)
-        dtype = getattr(torch, options.precision, None)
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else choose_dtype(device)
+        auto = torch.float32 if device.type == "cpu" else choose_dtype(device)
+        dtype = getattr(torch, options.precision, auto)
         chat = Chat(*load_causal_model(Path(options.run), device, dtype), options)
         if text is None:
             converse(chat)

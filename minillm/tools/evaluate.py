@@ -35,8 +35,8 @@ from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.preferences import ChatModel, sample_responses
+from minillm.run import start_runtime
 from minillm.tokenizer import Tokenizer
-from minillm.tools.device import choose_device, choose_dtype
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -229,9 +229,9 @@ def main(arguments: list[str]) -> None:
         first = next(pieces, "")  # before the model, so that a wrong name costs no wait
         if not first:
             raise InputError(f"--text {options.text}: is empty; give a text")
-        device = choose_device(options.device, 0)
-        model, tokenizer = load_causal_model(Path(options.run), device, choose_dtype(device))
-        print(text_loss(model, tokenizer, chain([first], pieces)))
+        with start_runtime(options.device) as runtime:
+            model = load_causal_model(Path(options.run), runtime.device, runtime.dtype)
+            print(text_loss(*model, chain([first], pieces)))
 
 
 if __name__ == "__main__":

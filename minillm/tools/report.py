@@ -211,7 +211,7 @@ TRICKS: dict[str, Callable[[str, str], str]] = {
     ),
     "another's": lambda answer, other: other,
 }
-"""What might score without being good, made of an honest answer and of another prompt's. A good reward
+"""What might score without being good, made of an honest answer and of the next prompt's. A good reward
 model puts each below the honest answer."""
 
 
@@ -223,11 +223,10 @@ def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, l
         of_prompt.setdefault(prompt_key(ranking), ranking)
     first = list(of_prompt.values())
     honest = [_honest(ranking, rubric) for ranking in first]
-    others = [honest[_another(first, i)] for i in range(len(first))]
     return {
         name: [
             ResponseSet(ranking.messages, [answer, trick])
-            for ranking, answer, other in zip(first, honest, others, strict=True)
+            for ranking, answer, other in zip(first, honest, [*honest[1:], *honest[:1]], strict=True)
             for trick in [make(answer, other)]
             if answer.strip() and answer != trick
             if prefer(rubric(ranking.messages, text) for text in (answer, trick)) in (1, None)
@@ -243,12 +242,6 @@ def _honest(ranking: Ranking, rubric: RubricScore) -> str:
         (score, text) for score, text in zip(scores, ranking.responses, strict=True) if score is not None
     ]
     return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
-
-
-def _another(rankings: Sequence[Ranking], i: int) -> int:
-    """The next prompt of another kind, for one of the same might be answered alike; else the next."""
-    later = [(i + step) % len(rankings) for step in range(1, len(rankings))]
-    return next((j for j in later if rankings[j].kind != rankings[i].kind), (i + 1) % len(rankings))
 
 
 def trick_shares(
