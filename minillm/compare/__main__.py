@@ -224,17 +224,16 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = dict([list(said.items())[-1]]) if name == "person" else said
             contests |= metrics.contests(*judge, prompts, shown, seed)
-    sections = {"headline": metrics.headline(said) if world else metrics.manner(said)}
-    if world is not None:
-        sections["by_kind"] = metrics.by_kind(said, [*kinds])
-    sections["contests"] = metrics.Section(contests)
-    if world is not None:
-        sections["manner"] = metrics.manner(said)
-        pairs = metrics.world_pairs(world, options.split, options.pairs)
-        sections["pairs"] = metrics.pair_section(models, pairs)
-    sections["cost"] = metrics.cost_section(models, said, sources, origin, options.text_bytes)
-    if world is not None:
-        sections["sure"] = metrics.sure_section(models, said)
+    pairs = world and metrics.world_pairs(world, options.split, options.pairs)
+    sections = {
+        "headline": metrics.headline(said) if world else metrics.manner(said),
+        "by_kind": world and metrics.by_kind(said, [*kinds]),
+        "contests": metrics.Section(contests),
+        "manner": world and metrics.manner(said),
+        "pairs": pairs and metrics.pair_section(models, pairs),
+        "cost": metrics.cost_section(models, said, sources, origin, options.text_bytes),
+        "sure": world and metrics.sure_section(models, said),
+    }
     return {
         "runs": list(folders),
         "folders": folders,
@@ -244,7 +243,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         "on_world": world is not None,
         "prompts": kinds,
         "left_out": left_out,
-        "metrics": {name: vars(section) for name, section in sections.items()},
+        "metrics": {name: vars(section) for name, section in sections.items() if section},
         "replies": metrics.replies_json(prompts, said),
         "seconds": time.perf_counter() - began,
     }
