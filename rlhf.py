@@ -256,7 +256,7 @@ def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
         own = [Prompt(messages) for messages in source.conversations()]
         prompts += own
         if runtime.is_main:
-            print_counts(source.name, len(own), "prompts", source.skipped, source.first_skipped)
+            print_counts(source.name, len(own), "prompts", source.skipped)
     if len(prompts) > options.prompts and runtime.is_main:
         print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
     return prompts[: options.prompts]

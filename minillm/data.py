@@ -265,6 +265,17 @@ positions of a row: every token but the last goes in, and the next one is the ta
 assistant's."""
 
 
+class Skipped(Counter[str]):
+    """What was left out, by reason."""
+
+    first: str | None = None
+    """A line about the first of it."""
+
+    def add(self, reason: str, line: str) -> None:
+        self[reason] += 1
+        self.first = self.first or line
+
+
 @dataclass(frozen=True)
 class EncodedSource:
     """A source of conversations as tokens; to a mixture the same as a TokenizedSource."""
@@ -275,10 +286,8 @@ class EncodedSource:
     """Of the tokens, their split, and which are the assistant's."""
     train: list[Encoded]
     val: list[Encoded]
-    skipped: Mapping[str, int]
-    """What reading and encoding left out, by reason."""
-    first_skipped: str | None
-    """A line about the first of it."""
+    skipped: Skipped
+    """What reading and encoding left out."""
 
     def rows(self, block_size: int, seed: int) -> "PackedRows":
         """The rows of the training conversations, which are no longer than `block_size`."""
@@ -299,30 +308,32 @@ def encode_source(
     InputError, or where no token of it is the assistant's, it is left out; all is counted. InputError where
     nothing is left to train on; there may be none to validate on.
     """
-    skipped, first = Counter(source.skipped), source.first_skipped
+    skipped = Skipped(source.skipped)
+    skipped.first = source.skipped.first
     kept: dict[Side, list[Encoded]] = {side: [] for side in SIDES}
     parts = split_conversations(source, val_fraction)
     bar = tqdm(parts, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
     for number, (side, conversation) in enumerate(bar, start=1):
+        place = f"conversation {number} of {source.name!r}"
         try:
             dialogue, reason = _fitted(conversation, encode, block_size + 1)
         except InputError as error:
-            dialogue, reason = None, "conversations that the chat template refuses"
-            first = first or f"conversation {number} of {source.name!r}: {error}"
+            skipped.add("conversations that the chat template refuses", f"{place}: {error}")
+            continue
         if dialogue:
             ids = np.array(dialogue.tokens, np.uint32)
             small = ids.astype(np.uint16) if ids.max() < 2**16 else ids
             kept[side].append((small, np.array(dialogue.assistant)))
-            skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
+            if dialogue.unlearned:
+                skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
-            skipped[reason] += 1
-            first = first or f"conversation {number} of {source.name!r} is among the {reason}"
+            skipped.add(reason, f"{place} is among the {reason}")
     train, val = kept["train"], kept["val"]
     if not train:
-        what = f"data source {source.name!r}: no conversation to train on ({first or 'too few'})"
+        what = f"data source {source.name!r}: no conversation to train on ({skipped.first or 'too few'})"
         raise InputError(f"{what}; give more, a larger block size or another validation fraction")
     fingerprint = digest(len(train), *(numbers for dialogue in train + val for numbers in dialogue))
-    return EncodedSource(source.name, source.weight, fingerprint, train, val, dict(+skipped), first)
+    return EncodedSource(source.name, source.weight, fingerprint, train, val, skipped)
 
 
 def _fitted(

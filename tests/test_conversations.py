@@ -137,10 +137,10 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_is_shown(tmp_path, 
         assert list(source.skipped.values()) == [2, 1]
     place, fields = "record 2" if suffix == ".json" else "line 2", "its fields: title, text"
     for words in (place, f"a{suffix}", fields, *source.skipped):
-        assert words in source.first_skipped or words.startswith("conversations")
+        assert words in source.skipped.first or words.startswith("conversations")
     write(tmp_path / f"0{suffix}", [GOOD, {"other": 1}])
     both = open_one(tmp_path)
-    assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.first_skipped
+    assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.skipped.first
 
 
 def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_where_asked_for(tmp_path):
@@ -195,7 +195,7 @@ def test_prompts_and_rankings_are_opened_as_such(tmp_path):
     assert [ranking.responses for ranking in rankings.rankings] == [["b", "a"], ["Because.", "No."]]
     assert [ranking.annotator for ranking in rankings.rankings] == ["friends"] * 2
     assert source.skipped == rankings.skipped == {"records in no known format": 1}
-    assert rankings.first_skipped.startswith("line 4 of ")
+    assert rankings.skipped.first.startswith("line 4 of ")
     with pytest.raises(InputError, match="no weight"):
         open_comparisons([f"{path}:2"])
 

@@ -376,14 +376,14 @@ def test_a_conversation_too_long_is_cut_behind_the_last_reply_that_fits_or_left_
     cut, out = bool(fitting) and fitting[-1] != talk, not fitting
     expected = {"ends of conversations longer than a row": cut, "conversations longer than a row": out}
     assert source.skipped == {reason: 1 for reason, holds in expected.items() if holds}
-    assert (source.first_skipped is not None) == (cut or out)
+    assert (source.skipped.first is not None) == (cut or out)
 
 
 def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_shown():
     good, refused = [user("a"), assistant("b")], [user("refuse"), assistant("b")]
     source = encoded([good, refused, good, refused], 40)
     assert source.skipped == {"conversations that the chat template refuses": 2}
-    assert source.first_skipped == "conversation 2 of 's': no such talk"
+    assert source.skipped.first == "conversation 2 of 's': no such talk"
     assert len(source.train) == 2
 
     def silent(messages: list) -> Dialogue:
@@ -398,12 +398,13 @@ def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_sh
 
 def test_what_reading_left_out_is_passed_on():
     talks = [*some_talks(), [user("refuse"), assistant("b")]]
-    source = replace(a_source(talks), first_skipped="line 1 of 'x'")
-    source.skipped["records in no known format"] = 3
+    source = a_source(talks)
+    source.skipped["records in no known format"] = 2
+    source.skipped.add("records in no known format", "line 1 of 'x'")
     found = encode_source(source, encode, 40, 0.0)
     refused = "conversations that the chat template refuses"
     assert found.skipped == {"records in no known format": 3, refused: 1}
-    assert found.first_skipped == "line 1 of 'x'" and source.skipped.total() == 3
+    assert found.skipped.first == "line 1 of 'x'" and source.skipped.total() == 3
 
 
 def test_a_source_of_which_nothing_is_left_ends_in_one_line():

@@ -8,13 +8,14 @@ counted by reason, and the first such record is shown.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minillm.chat import Conversation
+from minillm.data import Skipped
 from minillm.errors import InputError
 from minillm.files import digest_of
 from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
@@ -36,10 +37,7 @@ class ConversationSource:
     weight: float
     conversations: Callable[[], Iterator[Conversation]]
     fingerprint: str
-    skipped: Counter[str] = field(default_factory=Counter)
-    """What was left out, by reason."""
-    first_skipped: str | None = None
-    """A line about the first of it: where it is, the reason, and the fields it has."""
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class ComparisonSource:
 
     name: str
     rankings: list[Ranking]
-    skipped: Counter[str]
-    first_skipped: str | None
+    skipped: Skipped
 
 
 def open_conversations(
@@ -63,8 +60,8 @@ def open_conversations(
         files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
         fingerprint = digest_of(_read(files, errors, purpose, skipped))
-        again = partial(_read, files, errors, purpose, Skipped(Counter()))
-        sources.append(ConversationSource(name, weight, again, fingerprint, skipped.counts, skipped.first))
+        again = partial(_read, files, errors, purpose, Skipped())
+        sources.append(ConversationSource(name, weight, again, fingerprint, skipped))
     return sources
 
 
@@ -102,7 +99,7 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
                 rankings.append(new_ranking(given, ranking_by(list(scores.values())), name, 0))
         if not rankings:
             raise _nothing_found(path, "ranking", skipped.first)
-        sources.append(ComparisonSource(name, rankings, skipped.counts, skipped.first))
+        sources.append(ComparisonSource(name, rankings, skipped))
     return sources
 
 
@@ -114,46 +111,35 @@ def rankings_of_file(file: str) -> list[Ranking]:
     if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
         return read_rankings(Path(file))
     (source,) = open_comparisons([file])
-    print_counts(file, len(source.rankings), "rankings", source.skipped, source.first_skipped)
+    print_counts(file, len(source.rankings), "rankings", source.skipped)
     return source.rankings
 
 
-def print_counts(name: str, count: int, what: str, skipped: Mapping[str, int], first: str | None) -> None:
+def print_counts(name: str, count: int, what: str, skipped: Skipped) -> None:
     """Says how much a source gave and what was left out of it."""
     print(f"{name}: {count:,} {what}")
     for reason, number in sorted(skipped.items()):
         print(f"  left out: {number:,} {reason}")
-    if first:
-        print(f"  the first: {first}")
+    if skipped.first:
+        print(f"  the first: {skipped.first}")
 
 
 # ---- Files → what their records hold
 
 
-@dataclass
-class Skipped:
-    """What is left out: how often for which reason, and a line about the first of it."""
-
-    counts: Counter[str]
-    first: str | None = None
-
-    def add(self, reason: str, line: str) -> None:
-        self.counts[reason] += 1
-        self.first = self.first or line
-
-
 def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
     """One pass over what the records of `files` give for a purpose; puts into `skipped` what is left out."""
     for file in files:
-        found, own = False, Skipped(skipped.counts)
-        for place, record in _records(file, errors, skipped.counts):
+        found, own = False, Skipped()
+        for place, record in _records(file, errors, skipped):
             for result in read_record(record, purpose):
                 if isinstance(result, str):
-                    own.add(result, f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}")
+                    line = f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}"
+                    own.add(result, line)
+                    skipped.add(result, line)
                 else:
                     found = True
                     yield result
-        skipped.first = skipped.first or own.first
         if not found:
             raise _nothing_found(file, purpose, own.first)
 

@@ -241,7 +241,7 @@ def published(options: Any) -> list[Job]:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
     jobs: list[Job] = []
     for source in open_comparisons(options.data, options.errors):
-        print_counts(source.name, len(source.rankings), "rankings", source.skipped, source.first_skipped)
+        print_counts(source.name, len(source.rankings), "rankings", source.skipped)
         jobs += [(source.name, one.key, partial(replace, one)) for one in source.rankings]
     return jobs
 

@@ -22,7 +22,7 @@ def conversation_lines(source: EncodedSource) -> str:
     val = len(source.val) or "none"
     lines = [f"{source.name}: {len(source.train):,} conversations to train on, {val} to validate on"]
     lines += [f"  left out or cut: {count:,} {reason}" for reason, count in sorted(source.skipped.items())]
-    return "\n".join(lines + [f"  the first: {source.first_skipped}"] * bool(source.first_skipped))
+    return "\n".join(lines + [f"  the first: {source.skipped.first}"] * bool(source.skipped.first))
 
 
 def tell_shares(say: Callable[[str], None], mixture: Mixture) -> list[dict[str, Any]]:
