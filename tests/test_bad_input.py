@@ -365,11 +365,9 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
         (b'{"vocab_size": 1' + b"0" * 5000 + b"}", "is not JSON"), (field("rms_norm_eps", value=NAN), "NaN"),
         (field("rope_parameters", "rope_theta", value=math.inf), "Infinity"),
         (field("vocab_size", value=10**12), "different models"),
-        (field("hidden_size", value=10**40), "different models"),
         (field("num_hidden_layers", value=10**12), "different models"),
         (field("num_hidden_layers", value=2), "missing"), (field("num_hidden_layers", value=0), "num_hidden"),
         (field("hidden_size", value=62), "config.json asks for"),
-        (field("num_attention_heads", value=3), "config.json asks for"),
         (field("model_type", value="llama"), "not part of this model"),
         (field("vocab_size", value=261), "tokenizer.json"),
         (field("max_position_embeddings", value=2), "give less"))),
@@ -577,16 +575,12 @@ def clean_weights(command: Command, restored, file: str, damage: Damage) -> dict
     return expected
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_whatever_happens_to_a_file_a_command_ends_in_one_line_or_does_no_harm(made, restored, capfd, name):
-    fuzz(name, 4, 0, made, restored, capfd)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize("name", COMMANDS)
-def test_many_times_over(made, restored, capfd, name, seed):
-    fuzz(name, 30, seed, made, restored, capfd)
+def test_whatever_happens_to_a_file_a_command_ends_in_one_line_or_does_no_harm(
+    made, restored, capfd, name, seed
+):
+    fuzz(name, 30 if seed else 4, seed, made, restored, capfd)
 
 
 def test_a_finished_run_whose_restart_point_was_deleted_is_left_alone(made, restored, capfd):

@@ -327,8 +327,9 @@ def test_each_epoch_has_a_phase_and_an_order_of_its_own_so_that_every_token_is_s
 
 
 def test_a_row_keeps_the_bounds_of_its_documents(tmp_path):
-    found = tokenize(a_source(DOCUMENTS), BYTES, tmp_path)
-    batch = Mixture([found], 32, 0).next_rows(50)
+    mixture = Mixture([tokenize(a_source(DOCUMENTS), BYTES, tmp_path)], 32, 0)
+    batch = mixture.next_rows(50)
+    assert mixture.streams[0].made_share == 0, "of many documents no row is made to begin as one"
     for tokens, targets, starts in zip(*fields(batch), strict=True):
         assert tokens[1:] == targets[:-1]
         for t, start in enumerate(starts):
@@ -377,12 +378,6 @@ def test_where_no_blank_line_is_near_a_row_begins_with_a_line_or_anywhere(tmp_pa
     for row in begins:
         # The first row of the stream begins a document of its own accord.
         assert first is None or bytes(row.targets.astype(np.uint8)).startswith(first)
-
-
-def test_rows_of_many_documents_stay_as_they_are(tmp_path):
-    found = tokenize(a_source(DOCUMENTS), BYTES, tmp_path)
-    (stream,) = Mixture([found], 32, 0).streams
-    assert stream.made_share == 0 and not stream.made.any()
 
 
 def test_a_stream_shorter_than_a_row_is_refused_by_name_and_one_row_is_enough():

@@ -397,8 +397,6 @@ def test_a_tokenizer_without_a_template_gets_ours_and_keeps_it_or_its_own_on_dis
     ("messages", "words"),
     [
         ([], "at least one"),
-        ("Hello", "at least one"),
-        (None, "at least one"),
         ({"role": "user", "content": "Hello"}, "at least one"),
         ([message("user", "Hello"), "there"], "message 1: is 'there'"),
         ([{"content": "Hello"}], "message 0: its role is None"),

@@ -99,9 +99,7 @@ def known(record: object) -> tuple[Format | None, Record]:
         del fields["prompt"]  # the other fields, put into a template
     if fields.keys() & set(ANSWERS) and not fields.keys() & {*RATINGS, *VERDICTS, "ranking"}:
         for name in REPLIES:  # samples that nobody judged
-            if isinstance(fields.get(name), list) and not any(
-                isinstance(reply, dict) for reply in fields[name]
-            ):
+            if isinstance(held := fields.get(name), list) and not any(isinstance(r, dict) for r in held):
                 del fields[name]
     fields |= _numbered(fields)
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
