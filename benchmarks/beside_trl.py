@@ -21,6 +21,7 @@ too. In bfloat16 its weights are that, which is its fastest; ours stay float32.
 
 import json
 import tempfile
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -68,7 +69,6 @@ def sft_sides(init: Path, scratch: Path) -> dict[str, Side]:
     others = encode_source(world_conversations(WORLD, "dev", 400), encode, BLOCK, 1)  # all held out
     batch = round(ROWS * BLOCK / positions(training.train).mean())
     steps = round(EPOCHS * len(training.rows(BLOCK, 0).order) / ROWS)
-    print(f"{EPOCHS * positions(training.train).sum():,} tokens in {EPOCHS} passes")
 
     def figures(out: Path, taken: float) -> dict[str, float]:
         trained, _ = load_model(out, CPU, torch.float32)
@@ -108,12 +108,16 @@ def sft_sides(init: Path, scratch: Path) -> dict[str, Side]:
 
 # ---- PPO
 
-ITERATIONS, MINIBATCHES, PASSES = 4, 2, 2
-RESPONSES, LENGTH, POLICY_RATE, BETA = 64, 64, 1e-7, 0.1
+RESPONSES, LENGTH, ITERATIONS, MINIBATCHES, PASSES, BETA, POLICY_RATE = 64, 64, 4, 2, 2, 0.1, 1e-7
 
 
 def ppo_sides(init: Path, reward: Path, scratch: Path, precision: str) -> dict[str, Side]:
-    """Tokens of responses a second."""
+    """Tokens of responses a second, in the median iteration of a run."""
+    template = ChatTemplate(with_chat_template(load_model(init, CPU, torch.float32)[1]))
+    prompts = [template.prompt(prompt.messages) for prompt in WORLD.prompts("reward", n=RESPONSES)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(init, padding_side="left")
+    tokenizer.pad_token = tokenizer.mask_token  # which pads prompts, for <|endoftext|> begins them
+    truncate = ppo_trainer.truncate_response
 
     def ours(number: int) -> dict[str, float]:
         out = scratch / f"minillm-{number}"
@@ -128,54 +132,42 @@ def ppo_sides(init: Path, reward: Path, scratch: Path, precision: str) -> dict[s
         return {"tokens/s": median(event["tokens_per_second"] for event in steps[1:])}
 
     def theirs(number: int) -> dict[str, float]:
-        return {"tokens/s": median(trl_ppo(init, reward, scratch / f"TRL-{number}", precision)[1:])}
+        counts, times = list[int](), list[float]()
+
+        def counting(*arguments: Any) -> Any:
+            """Counts the tokens up to each response's end."""
+            responses = truncate(*arguments)
+            counts.append(int((responses != tokenizer.pad_token_id).sum()))
+            return responses
+
+        class Clock(transformers.TrainerCallback):
+            def on_train_begin(self, args, state, control, **_):
+                times.append(perf_counter())
+
+            on_step_end = on_train_begin
+
+        config = ppo_trainer.PPOConfig(
+            output_dir=str(scratch / f"TRL-{number}"), total_episodes=RESPONSES * ITERATIONS,
+            # Gradient accumulation would make one update of several minibatches: a batch is the rollout.
+            per_device_train_batch_size=RESPONSES, gradient_accumulation_steps=1,
+            num_mini_batches=MINIBATCHES, num_ppo_epochs=PASSES, response_length=LENGTH,
+            local_rollout_forward_batch_size=RESPONSES, stop_token_id=template.stop_ids[0], temperature=1.0,
+            kl_coef=BETA, learning_rate=POLICY_RATE, bf16=False, use_cpu=True, report_to=[],
+            gradient_checkpointing=False, num_sample_generations=0, save_strategy="no",
+            logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        # PPOTrainer gives its precision to nobody: with bf16=True it computes in float32, as here in both.
+        lm, scorer = (partial(kind.from_pretrained, dtype=getattr(torch, precision)) for kind in (LM, SCORER))
+        ppo_trainer.truncate_response = counting
+        ppo_trainer.PPOTrainer(
+            args=config, processing_class=tokenizer, callbacks=[Clock()], model=lm(init), ref_model=lm(init),
+            reward_model=scorer(reward), value_model=scorer(reward),
+            train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        ).train()  # fmt: skip
+        spans = zip(counts, pairwise(times), strict=True)
+        return {"tokens/s": median([count / (end - begin) for count, (begin, end) in spans][1:])}
 
     return {"minillm": ours, "TRL": theirs}
-
-
-def trl_ppo(init: Path, reward: Path, out: Path, precision: str) -> list[float]:
-    """Tokens of responses a second, of each iteration. A prompt may be padded with the mask token, for
-    <|endoftext|> begins it."""
-    template = ChatTemplate(with_chat_template(load_model(init, CPU, torch.float32)[1]))
-    prompts = [template.prompt(prompt.messages) for prompt in WORLD.prompts("reward", n=RESPONSES)]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(init, padding_side="left")
-    tokenizer.pad_token = tokenizer.mask_token
-    truncate, counts, times = ppo_trainer.truncate_response, list[int](), list[float]()
-
-    def counting(*arguments: Any) -> Any:
-        """Counts the tokens up to each response's end."""
-        responses = truncate(*arguments)
-        counts.append(int((responses != tokenizer.pad_token_id).sum()))
-        return responses
-
-    class Clock(transformers.TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            times.append(perf_counter())
-
-        on_step_end = on_train_begin
-
-    config = ppo_trainer.PPOConfig(
-        output_dir=str(out), total_episodes=RESPONSES * ITERATIONS, response_length=LENGTH,
-        # Gradient accumulation would make one update of several minibatches: a device batch is the rollout.
-        per_device_train_batch_size=RESPONSES, gradient_accumulation_steps=1,
-        num_mini_batches=MINIBATCHES, num_ppo_epochs=PASSES,
-        local_rollout_forward_batch_size=RESPONSES, stop_token_id=template.stop_ids[0], temperature=1.0,
-        kl_coef=BETA, learning_rate=POLICY_RATE, bf16=False, use_cpu=True, report_to=[],
-        gradient_checkpointing=False, num_sample_generations=0, save_strategy="no", logging_strategy="no",
-        disable_tqdm=True,
-    )  # fmt: skip
-    # PPOTrainer gives its precision to nobody: with bf16=True it computes in float32, as here in both.
-    how = {"dtype": getattr(torch, precision)}
-    trainer = ppo_trainer.PPOTrainer(
-        args=config, processing_class=tokenizer, callbacks=[Clock()],
-        model=LM.from_pretrained(init, **how), ref_model=LM.from_pretrained(init, **how),
-        reward_model=SCORER.from_pretrained(reward, **how), value_model=SCORER.from_pretrained(reward, **how),
-        train_dataset=Dataset.from_dict({"input_ids": prompts}),
-    )  # fmt: skip
-    ppo_trainer.truncate_response = counting
-    trainer.train()
-    ppo_trainer.truncate_response = truncate
-    return [count / (end - begin) for count, (begin, end) in zip(counts, pairwise(times), strict=True)]
 
 
 def main() -> None:

@@ -50,14 +50,15 @@ def new_file(text: str) -> Path:
     return path
 
 
-def program(*words: object, folder: Path = ROOT) -> str:
-    """Runs a Python program to its end; what it printed. Where it fails, its last words."""
-    command, own = [sys.executable, *map(str, words)], os.environ | {"PYTHONPATH": str(ROOT)}
+def program(*words: object, folder: Path = ROOT) -> tuple[float, str]:
+    """Runs a Python program to its end: the seconds, and what it printed. Where it fails, its last words."""
+    began, command = time.perf_counter(), [sys.executable, *map(str, words)]
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "failed").splitlines()[-1]
         sys.exit(f"error: {' '.join(command[1:])[:200]}: {last}")
-    return done.stdout
+    return time.perf_counter() - began, done.stdout
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -76,15 +77,18 @@ def in_turn(sides: Mapping[str, Side], runs: int) -> Figures:
     return found
 
 
+def medians(found: Figures) -> dict[str, dict[str, float]]:
+    return {name: {figure: median(own) for figure, own in of.items()} for name, of in found.items()}
+
+
 def race(title: str, sides: Mapping[str, Side], runs: int) -> Figures:
-    """The same, and a line for each side: the medians, and how many times the first side's its first is."""
+    """The figures; shows medians, and how many times the first side's first figure another's is."""
     found, ours = in_turn(sides, runs), 0.0
     print(title)
-    for name, figures in found.items():
-        middle = {figure: median(values) for figure, values in figures.items()}
-        first = next(iter(middle.values()))
+    for name, figures in medians(found).items():
+        first = next(iter(figures.values()))
         ours = ours or first
-        shown = "".join(f"{value:12.5g} {figure}" for figure, value in middle.items())
+        shown = "".join(f"{value:12.5g} {figure}" for figure, value in figures.items())
         print(f"  {name:16}{shown}{first / ours:8.3f}x", flush=True)
     return found
 

@@ -5,19 +5,21 @@
 
 Every seed is a world, a base model, an assistant, rankings and a reward model of its own, made by the scripts
 with their default options; what exists already is used. Each variant starts from those, and is compared with
-the assistant by minillm.compare, on test prompts of the little world that no stage has seen.
+the assistant by minillm.compare, on test prompts of the little world that no stage has seen. Shown are means
+over the seeds of what it has in short.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from harness import ROOT, parser, program, write
 
 from minillm.files import read_json
 from minillm.tools.folder import read_metrics
 
-SHORT = ["--iterations", "60"]
-"""Half of the default: what shows a difference need not be the best there is."""
+SHORT = ["--iterations", "60"]  # half of the default: what shows a difference need not be the best there is
 VARIANTS: dict[str, list[str]] = {
     "ppo": [],
     "ppo, half as long": SHORT,
@@ -46,13 +48,14 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         runs = ["base", "sft", *made(place, seed, arguments.variants)]
         options_of = ["--split", "test", "--seed", seed, "--out", "compare"]
-        print(program("-m", "minillm.compare", *runs, *options_of, folder=place), flush=True)
+        program("-m", "minillm.compare", *runs, *options_of, folder=place)
         compared = read_json(place / "compare" / "compare.json")["metrics"]
         found[seed] = {
             "compared": {name: section["tables"] for name, section in compared.items()},
             "ends": {run: read_metrics(place / run)[-1] for run in runs},
             "reward": read_json(place / "rlhf" / "reward" / "report.json"),
         }
+    print(*means([of_seed["compared"]["headline"] for of_seed in found.values()]), sep="\n")
     variants = {name: VARIANTS[name] for name in arguments.variants}
     write(arguments.json, {"variants": variants, "seeds": found})
 
@@ -76,6 +79,15 @@ def made(place: Path, seed: int, variants: Sequence[str]) -> Iterator[str]:
         given = ["--reward", "rlhf/reward", "--rankings", "rlhf/rankings.jsonl", "--out", out]
         make(run, [*rlhf, "policy", *given, *options])
         yield run
+
+
+def means(of_seeds: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each run, with its means; a heading for each metric, of each sampling."""
+    for sampling, rows in of_seeds[0].items():
+        for label, cells in rows.items():
+            yield f"{label}, {sampling}"
+            for run in cells:
+                yield f"  {run:40} {fmean(one[sampling][label][run]['value'] for one in of_seeds):8.3f}"
 
 
 if __name__ == "__main__":

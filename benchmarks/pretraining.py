@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from harness import parser, program, race, seconds, write
+from harness import parser, program, race, write
 
 from minillm.tools.folder import read_metrics
 
@@ -33,18 +33,17 @@ JUDGED = "--val-fraction 0.1 --val-tokens 1000000 --overwrite --samples 0".split
 
 
 def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> dict[str, float]:
-    data, printed = checkout / "data" / "shakespeare_char", list[str]()
+    data = checkout / "data" / "shakespeare_char"
     shutil.copy(text, data / "input.txt")
     program(data / "prepare.py")  # not timed: ours tokenizes in its time
-    command = [*NANOGPT, f"--out_dir={scratch / 'nanogpt'}"]
-    taken = seconds(lambda: printed.append(program(*command, folder=checkout)))
-    return {"s": taken, "nats/byte": float(re.findall(r"val loss ([\d.]+)", printed[0])[-1])}
+    taken, printed = program(*NANOGPT, f"--out_dir={scratch / 'nanogpt'}", folder=checkout)
+    return {"s": taken, "nats/byte": float(re.findall(r"val loss ([\d.]+)", printed)[-1])}
 
 
 def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> dict[str, float]:
     out, cache = scratch / "minillm", tempfile.mkdtemp(dir=scratch)
-    command = ["train.py", "--data", text, "--out", out, "--cache", cache, "--seed", seed, *JUDGED, *options]
-    taken = seconds(lambda: program(*command))
+    given = ["--data", text, "--out", out, "--cache", cache, "--seed", seed]
+    taken, _ = program("train.py", *given, *JUDGED, *options)
     return {"s": taken, "nats/byte": read_metrics(out)[-1]["val_nats_per_byte"]}
 
 

@@ -38,24 +38,19 @@ def measure(rows: int, temperature: float, runs: int) -> Figures:
     options, lists = SamplingOptions(NEW, temperature), prompts.tolist()
     choice = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
 
-    def minillm_generate() -> list[list[int]]:
-        return generate(ours, lists, options, range(rows)).responses
-
     @torch.inference_mode()
     def transformers_generate() -> list[list[int]]:
-        mask = torch.ones_like(prompts)
-        found = theirs.generate(
-            prompts, attention_mask=mask, max_new_tokens=NEW, do_sample=temperature > 0, **choice
-        )
-        return found[:, PROMPT:].tolist()
+        every = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": NEW}
+        return theirs.generate(prompts, do_sample=temperature > 0, **every, **choice)[:, PROMPT:].tolist()
 
-    same = minillm_generate() == transformers_generate()  # also the warm-up
-    if not temperature and not same:
-        raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
-    sides = {
-        "minillm": lambda _: {"tokens/s": rows * NEW / seconds(minillm_generate)},
-        "transformers": lambda _: {"tokens/s": rows * NEW / seconds(transformers_generate)},
+    both = {
+        "minillm": lambda: generate(ours, lists, options, range(rows)).responses,
+        "transformers": transformers_generate,
     }
+    said = [run() for run in both.values()]  # also the warm-up
+    if not temperature and said[0] != said[1]:
+        raise SystemExit(f"batch {rows}: the greedy tokens differ, so the times mean nothing")
+    sides = {name: lambda _, run=run: {"tokens/s": rows * NEW / seconds(run)} for name, run in both.items()}
     return race(f"batch {rows}, temperature {temperature:g}", sides, runs)
 
 

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from math import inf, isnan
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import in_turn, parser, seconds, write
+from benchmarks.harness import in_turn, medians, parser, seconds, write
 from kernels import losses
 from kernels.attention import attention
-from kernels.dev.peers import LIBRARIES, LINEAR, LOGITS, PLAIN, Peers, attention_peers, row_peers
+from kernels.dev.peers import LINEAR, LOGITS, PLAIN, ROWS, Peers, attention_peers, row_peers
 
 OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses, n) for n in LOGITS + LINEAR}}
 
@@ -140,7 +139,8 @@ def prepare(function: Callable, contest: Contest) -> Run:
 
     def run() -> list[Tensor]:
         with torch.set_grad_enabled(contest.backward):
-            results = as_tuple(function(*operands))
+            found = function(*operands)
+        results = found if isinstance(found, tuple) else (found,)
         if not contest.backward:
             return list(results)
         if not upstream:
@@ -151,10 +151,6 @@ def prepare(function: Callable, contest: Contest) -> Run:
     return run
 
 
-def as_tuple(x) -> tuple:
-    return x if isinstance(x, tuple) else (x,)
-
-
 def difference(found: list[Tensor], ours: list[Tensor]) -> float:
     """The largest one, as a share of the largest value of our result or gradient; nan counts as infinite."""
     pairs = [(x.double(), y.double()) for x, y in zip(found, ours, strict=True)]
@@ -162,26 +158,21 @@ def difference(found: list[Tensor], ours: list[Tensor]) -> float:
     return max(inf if isnan(share) else share for share in shares)
 
 
-def milliseconds(run: Callable, flush: Tensor | None) -> float:
-    """One run. On a GPU `flush`, larger than its cache, is overwritten first: the operands come from memory,
-    and while that goes on the launches of the run queue up behind it."""
+def figures(run: Callable, flush: Tensor | None) -> dict[str, float]:
+    """Of one run: milliseconds, and on a GPU megabytes at its peak, on top of the operands. There `flush`,
+    larger than the cache, is overwritten first: the operands come from memory, and while that goes on the
+    launches of the run queue up behind it."""
     if flush is None:
-        return 1e3 * seconds(run)
+        return {"ms": 1e3 * seconds(run)}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     flush.zero_()
     start.record()
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
-
-
-def peak(run: Callable) -> int:
-    """Bytes that one run takes on a GPU at its peak, on top of the operands."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    return {"ms": start.elapsed_time(end), "MB": (torch.cuda.max_memory_allocated() - before) / 1e6}
 
 
 def ceilings(device: str, dtype: torch.dtype, flush: Tensor | None) -> dict[str, float]:
@@ -192,7 +183,7 @@ def ceilings(device: str, dtype: torch.dtype, flush: Tensor | None) -> dict[str,
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     work = (lambda: a @ a, lambda: target.copy_(source))
-    product_ms, copy_ms = (min(milliseconds(run, flush) for _ in range(40)) for run in work)
+    product_ms, copy_ms = (min(figures(run, flush)["ms"] for _ in range(40)) for run in work)
     return {"flops": 2e3 * n**3 / product_ms, "bytes": 2e3 * size / copy_ms}
 
 
@@ -211,18 +202,15 @@ def measure(name: str, contest: Contest, limits: dict[str, float], runs: int, fl
     off, dtype = differences.get("plain PyTorch", 0.0), contest.operands[0].dtype
     if off > TOLERANCE[dtype]:
         raise SystemExit(f"error: {name} differs from plain PyTorch by {off:.1e}, so it is not timed")
-    # On a GPU allocators and clocks settle over the first runs.
-    peaks = {who: peak(run) for who, run in [*ready.items()] * 2 if flush is not None}
-    sides = {who: lambda _, run=run: {"ms": milliseconds(run, flush)} for who, run in ready.items()}
-    times = {who: own["ms"] for who, own in in_turn(sides, runs).items()}
+    sides = {who: lambda _, run=run: figures(run, flush) for who, run in ready.items()}
+    if flush is not None:
+        in_turn(sides, 2)  # on a GPU allocators and clocks settle over the first runs
     work = {"flops": contest.flops, "bytes": contest.moved}
     return {
         "dtype": str(dtype).removeprefix("torch."),
-        "milliseconds": times,
-        "median": {who: median(own) for who, own in times.items()},
+        "figures": in_turn(sides, runs),
         "difference": differences,
-        "floor": work | {"milliseconds": 1e3 * max(work[what] / limits[what] for what in work)},
-        "peak_bytes": peaks,
+        "floor": work | {"ms": 1e3 * max(work[what] / limits[what] for what in work)},
         "missing": missing,
     }
 
@@ -232,16 +220,15 @@ def measure(name: str, contest: Contest, limits: dict[str, float], runs: int, fl
 
 def lines(name: str, record: dict) -> Iterator[str]:
     """The floor, a line for each contestant, fastest first, and one for each that is missing."""
-    floor, ours = record["floor"], record["median"]["minillm"]
+    floor, middle = record["floor"], medians(record["figures"])
     work = f"{floor['flops'] / 1e9:.3g} GFLOP and {floor['bytes'] / 1e6:.3g} MB"
-    yield f"{name} ({record['dtype']}): no less than {work}, here {floor['milliseconds']:.3f} ms"
-    for who, ms in sorted(record["median"].items(), key=lambda item: item[1]):
-        taken = f" {record['peak_bytes'][who] / 1e6:.1f} MB" if record["peak_bytes"] else ""
-        yield (
-            f"  {who:20} {ms:10.3f} ms {ms / ours:6.2f}x {floor['milliseconds'] / ms:6.1%} of the ceiling"
-            f"{taken}, differs by {record['difference'][who]:.0e}"
-        )
-    yield from (f"  {who:20} not timed: {why}" for who, why in record["missing"].items())
+    yield f"{name} ({record['dtype']}): no less than {work}, here {floor['ms']:.3f} ms"
+    for who, own in sorted(middle.items(), key=lambda item: item[1]["ms"]):
+        shown = "".join(f"{value:11.3f} {figure}" for figure, value in own.items())
+        ratio, share = own["ms"] / middle["minillm"]["ms"], floor["ms"] / own["ms"]
+        off = f"differs by {record['difference'][who]:.0e}"
+        yield f"  {who:16}{shown} {ratio:6.2f}x {share:6.1%} of the ceiling, {off}"
+    yield from (f"  {who:16} not timed: {why}" for who, why in record["missing"].items())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -264,6 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, make in chosen.items():
         results[name] = measure(name, make(), limits, options.runs, flush)
         print(*lines(name, results[name]), sep="\n", flush=True)
-    libraries = {d.name: d.version for d in metadata.distributions() if d.name in LIBRARIES}
+    libraries = {d.name: d.version for d in metadata.distributions() if d.name in {row[1] for row in ROWS}}
     machine = {"gpu": gpu, "threads": torch.get_num_threads(), "libraries": libraries, "ceilings": limits}
     write(options.json, machine | {"contests": results})

@@ -81,12 +81,11 @@ def faults(build: Build) -> list[str]:
     allowed = SPILLS.get((build.capability, build.kernel, build.size), 0)
     limit, newest = SHARED_LIMITS[build.capability], TENSOR_CORES[build.capability]
     wanted = newest if build.tile_rows >= 64 else TENSOR_CORES[80]
+    slow = build.tile_rows > 0 and build.tensor_cores not in (wanted, newest)
     broken = {
         f"spills {build.spilled} bytes a thread, {allowed} are allowed": build.spilled > allowed,
         f"needs {build.shared} bytes of shared memory, the device has {limit}": build.shared > limit,
-        f"multiplies with {build.tensor_cores or 'no tensor cores'} instead of {wanted}": (
-            build.tile_rows > 0 and build.tensor_cores not in (wanted, newest)
-        ),
+        f"multiplies with {build.tensor_cores or 'no tensor cores'} instead of {wanted}": slow,
         f"loads at most {build.load_bits} bits at a time": build.load_bits < 128,
     }
     return [fault for fault, is_broken in broken.items() if is_broken]
@@ -170,12 +169,10 @@ def inspect(compiled: CompiledKernel, capability: int, size: int) -> Build:
     widths += [128] * ("cp.async.bulk" in ptx)
     large = any(int(a or 1) * int(b) >= LARGE_BLOCK for a, b in loads)
     return Build(
-        *(capability, compiled.metadata.name, size),
-        *(int(registers), int(stack), compiled.metadata.shared),
-        tile_rows=max(rows, default=0),
-        tensor_cores=kinds[0] if kinds else "",
+        capability, compiled.metadata.name, size, int(registers), int(stack), compiled.metadata.shared,
+        tile_rows=max(rows, default=0), tensor_cores=kinds[0] if kinds else "",
         load_bits=max(widths, default=0) if large else 128,
-    )
+    )  # fmt: skip
 
 
 def builds(steps: Callable[[int], None], size: int, capability: int) -> list[Build]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-LIBRARIES = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 Peers = dict[str, Callable]  # library -> a function of the operands
 
 # --- Plain PyTorch, with softmaxes in float32 or better --------------------------------------------
