@@ -124,11 +124,13 @@ SPILLS = "spills 8 bytes a thread, 0 are allowed"
         ({"spilled": 8}, None),  # as SPILLS allows this kernel, and no more
         ({"spilled": 12}, "spills 12 bytes a thread, 8 are allowed"),
         ({"spilled": 8, "size": 128}, SPILLS),
+        ({"shared": 227 << 10}, None),
         ({"shared": (227 << 10) + 1}, "needs 232449 bytes of shared memory, the device has 232448"),
         ({"capability": 80, "tensor_cores": "mma", "shared": (163 << 10) + 1}, "needs 166913 bytes"),
         ({"tensor_cores": ""}, "multiplies with no tensor cores instead of wgmma"),
         ({"tensor_cores": "mma"}, "multiplies with mma instead of wgmma"),
         ({"tile_rows": 16, "tensor_cores": ""}, "multiplies with no tensor cores instead of mma"),
+        ({"tile_rows": 16}, None),  # newer than it need be
         ({"load_bits": 64}, "loads at most 64 bits at a time"),
     ],
 )
@@ -140,11 +142,12 @@ def test_every_rule_can_fail_at_its_bound_and_exceptions_have_bounds_too(change,
 
 
 def test_a_line_of_the_table_shows_the_worst_of_its_builds_for_each_device():
-    found = [replace(GOOD, registers=r, shared=s << 10) for r, s in ((100, 80), (120, 60))]
+    two = ((100, 80, 32), (120, 60, 128))
+    found = [replace(GOOD, registers=r, shared=s << 10, load_bits=bits) for r, s, bits in two]
     found.append(replace(GOOD, capability=80, tensor_cores="mma", registers=90, load_bits=64))
     [_, _, line] = table(found).splitlines()
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "forward", "64", "0 / 0 / not built", "mma / wgmma / not built", "64 / 128 / not built",
+        "forward", "64", "0 / 0 / not built", "mma / wgmma / not built", "64 / 32 / not built",
         "90 / 120 / not built", "64 / 80 / not built",
     ]  # fmt: skip
 
@@ -155,6 +158,15 @@ def test_writing_the_table_keeps_the_page_around_it_and_is_stable():
     assert once.startswith(before + MARKERS[0]) and once.endswith(MARKERS[1] + after)
     assert table([GOOD]) in once
     assert page(once, [GOOD]) == once
+
+
+def test_a_broken_rule_is_named_after_the_table_and_ends_the_gate_with_1(monkeypatch, capsys):
+    monkeypatch.setattr(gate.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(gate, "build_all", lambda sizes: [GOOD, replace(GOOD, spilled=8)])
+    with pytest.raises(SystemExit) as ended:
+        gate.main(["--sizes", "64"])
+    assert ended.value.code == f"sm_90 forward 64: {SPILLS}"  # which Python prints, exiting with 1
+    assert capsys.readouterr().out.count("| forward | 64 | ") == 1
 
 
 def test_the_gate_refuses_to_run_where_nothing_would_be_compiled():
