@@ -245,12 +245,12 @@ def sample(options: Options, runtime: Runtime) -> None:
 
 def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
-    from minillm.io.conversations import open_prompts, print_counts
+    from minillm.io.conversations import open_conversations, print_counts
 
     if not options.data:
         return world_prompts(options.seed, "reward", options.prompts)
     prompts: list[Prompt] = []
-    for source in open_prompts(options.data, options.errors):
+    for source in open_conversations(options.data, options.errors, "prompt"):
         if source.weight != 1:
             raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
         own = [Prompt(messages) for messages in source.conversations()]

@@ -453,7 +453,6 @@ TABLE: list[tuple[str, str, Damage | Callable[[bytes], bytes], str]] = [
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "score", value={"a": 1}), "line 4"),
     ("dpo --resume", "rlhf/dpo/metrics.jsonl", line(3, "loss"), ""),
     ("dpo --resume", "rlhf/dpo/tokenizer.json", FOLDER, "folder"),
-    ("compare", "rlhf/ppo/metrics.jsonl", line(0, "kl", value=10**40), "line 1"),
     ("compare", "rlhf/ppo/run.json", field("options", value=5), ""),
     ("compare", "compare/verdicts.jsonl", line(0, "responses", value=["one"]), "line 1"),
     ("ppo", "rlhf/reward/model.safetensors", tensors(score__weight=None), "score.weight"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -16,7 +17,6 @@ from minillm.io.conversations import (
     ConversationSource,
     open_comparisons,
     open_conversations,
-    open_prompts,
     rankings_of_file,
     world_conversations,
 )
@@ -175,7 +175,7 @@ def test_a_fingerprint_follows_the_conversations_and_their_order(tmp_path):
             ("prompt, chosen", "lacks rejected"),
         ),
         (open_comparisons, {**QA, "label": True}, ("judged one by one", "known formats")),
-        (open_prompts, {"name": "x"}, ("name", "messages", "conversations")),
+        (partial(open_conversations, purpose="prompt"), {"name": "x"}, ("name", "messages", "conversations")),
     ],
 )
 def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(tmp_path, opener, record, words):
@@ -189,7 +189,7 @@ def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(tmp_
 def test_prompts_and_rankings_are_opened_as_such(tmp_path):
     records = [PAIR, {**QA, "label": True}, {**QA, "label": False, "completion": "No."}, {"id": 1}]
     path = str(write(tmp_path / "p.jsonl", records))
-    (source,) = open_prompts([path])
+    (source,) = open_conversations([path], purpose="prompt")
     assert list(source.conversations()) == [ASKED[:1]] * 3
     (rankings,) = open_comparisons([f"friends={path}"])
     assert [ranking.responses for ranking in rankings.rankings] == [["b", "a"], ["Because.", "No."]]

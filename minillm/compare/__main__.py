@@ -160,7 +160,7 @@ def open_prompts(
         prompts = prompts_of_each_kind(world, options.split, options.prompts)
     else:
         asked: list[Prompt] = []
-        for source in conversations.open_prompts(options.data, options.errors):
+        for source in conversations.open_conversations(options.data, options.errors, "prompt"):
             left_out += source.skipped
             asked += [Prompt(messages, UNNAMED, "") for messages in source.conversations()]
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])

@@ -52,9 +52,12 @@ class ComparisonSource:
 def open_conversations(
     specs: Sequence[str], errors: Errors = "strict", purpose: Purpose = "conversation"
 ) -> list[ConversationSource]:
-    """Open conversations given as files, folders or globs of JSON, tables or Parquet. A spec is
-    [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same. Every file
-    is read whole once here, so that what is wrong shows before anything is trained."""
+    """Open conversations given as files, folders or globs of JSON, tables or Parquet; or prompts, which are
+    all messages before the last reply, or all where nobody has replied.
+
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same.
+    Every file is read whole once here, so that what is wrong shows before anything is trained.
+    """
     sources = []
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, [path], EXTENSIONS)
@@ -63,12 +66,6 @@ def open_conversations(
         again = partial(_read, files, errors, purpose, Skipped())
         sources.append(ConversationSource(name, weight, again, fingerprint, skipped))
     return sources
-
-
-def open_prompts(specs: Sequence[str], errors: Errors = "strict") -> list[ConversationSource]:
-    """As `open_conversations`, but what is read is what the model is asked: all messages before the last
-    reply, or all where nobody has replied."""
-    return open_conversations(specs, errors, "prompt")
 
 
 def world_conversations(world: World, split: str, n: int) -> ConversationSource:
