@@ -30,7 +30,6 @@ section 4.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -51,7 +50,7 @@ class Plan:
     once: int  # so few logits are one chunk where the backward pass makes them again: larger products
     align: int  # logits between the starts of two rows are a multiple of this: wide loads, fast products
     skip: bool  # leave ignored rows out; on a GPU, to know how many they are would stall it
-    half: bool  # half types are multiplied as they are; a CPU takes them as float32 (see `_products`)
+    half: bool  # half types are multiplied as they are; a CPU takes them as float32 (see `_product`)
 
 
 PLANS = {
@@ -191,6 +190,7 @@ def _walk(
         size = min(N, max(plan.chunk // V // plan.rows, 1) * plan.rows)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     factor = hidden.dtype if plan.half else exact
+    rounded = not hidden.is_cuda and hidden.dtype == torch.bfloat16
     h, W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
     # All chunks have the same memory, in which rows begin at multiples of `align`, and dz that of z if it has
     # its dtype.
@@ -202,38 +202,31 @@ def _walk(
     for first in range(0, max(N, 1), max(size, 1)):
         rows = slice(first, first + size)
         z, dz = z[: len(h[rows])], dz[: len(h[rows])]  # the last chunk may be smaller
-        yield rows, _product(h[rows], W.T, z), dz if wanted else None
+        yield rows, _product(h[rows], W.T, z, rounded), dz if wanted else None
         if d_hidden is not None:
-            _product(dz, W, d_hidden[rows])
+            _product(dz, W, d_hidden[rows], rounded)
         if d_weight is not None:
-            _product(dz.T, h[rows], d_weight, accumulate=True)
+            _product(dz.T, h[rows], d_weight, rounded, accumulate=True)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    """out = a b, or out += a b, summed in float32 or better whatever the factors are."""
-    if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
-        return out.add_(a @ b) if accumulate else out.copy_(a @ b)
-    if accumulate:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, accumulate: bool = False) -> Tensor:
+    """out = a b, or out += a b, summed in float32 or better whatever the factors are, autocast or not.
 
-
-@contextmanager
-def _products(*hidden: Tensor) -> Iterator[None]:
-    """Products as they stand: without autocast, and for bfloat16 on a CPU with factors rounded to it.
-
-    h and W are so rounded already. A CPU's units for bfloat16 take several times less for the product, and
-    still give it in float32.
+    `rounded`: a CPU may round factors in float32 to bfloat16, as h and W are already. Its units for bfloat16
+    take several times less for the product, and still give it in float32.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    with torch.autocast(hidden[0].device.type, enabled=False):
+    with torch.autocast(a.device.type, enabled=False):
         try:
-            if all(not h.is_cuda and h.dtype == torch.bfloat16 for h in hidden):
-                matmul.fp32_precision = "bf16"
-            yield
+            matmul.fp32_precision = "bf16" if rounded else before
+            if a.dtype == out.dtype:
+                return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+            if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
+                return out.add_(a @ b) if accumulate else out.copy_(a @ b)
+            if accumulate:
+                return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            return torch.mm(a, b, out_dtype=out.dtype, out=out)
         finally:
             matmul.fp32_precision = before
 
@@ -264,13 +257,12 @@ def _rows(
     V = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
     if targets is not None and not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
         raise _outside(targets, wrong, V)
-    with _products(*(hidden for hidden, _ in sides)):
-        for chunks in zip(*(_walk(*side) for side in sides), strict=True):
-            rows, z = chunks[0][0], [z for _, z, _ in chunks]
-            if targets is None:
-                results.append(module.kl(*z))
-            else:
-                results.append(module.logprob(*z, targets[rows], temperature, entropy))
+    for chunks in zip(*(_walk(*side) for side in sides), strict=True):
+        rows, z = chunks[0][0], [z for _, z, _ in chunks]
+        if targets is None:
+            results.append(module.kl(*z))
+        else:
+            results.append(module.logprob(*z, targets[rows], temperature, entropy))
     return torch.cat(results, 1)
 
 
@@ -296,15 +288,12 @@ def _rows_backward(
             d_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
         found += [d for d in (d_hidden, d_weight) if d is not None]
         walks.append(_walk(hidden, weight, d_hidden, d_weight))
-    with _products(*(hidden for hidden, _ in sides)):
-        for chunks in zip(*walks, strict=True):  # strict, for all of them to be walked to the end
-            rows, z, outs = chunks[0][0], [z for _, z, _ in chunks], [dz for _, _, dz in chunks]
-            if targets is None:
-                module.kl_backward(*z, result[:, rows], d_result[:, rows], *outs)
-            else:
-                module.logprob_backward(
-                    *z, targets[rows], temperature, result[:, rows], d_result[:, rows], *outs
-                )
+    for chunks in zip(*walks, strict=True):  # strict, for all of them to be walked to the end
+        rows, z, outs = chunks[0][0], [z for _, z, _ in chunks], [dz for _, _, dz in chunks]
+        if targets is None:
+            module.kl_backward(*z, result[:, rows], d_result[:, rows], *outs)
+        else:
+            module.logprob_backward(*z, targets[rows], temperature, result[:, rows], d_result[:, rows], *outs)
     asked = [x for x, wanted in zip(operands, want, strict=True) if wanted]
     return [d.to(x.dtype) for d, x in zip(found, asked, strict=True)]
 
@@ -366,9 +355,8 @@ def _summed(
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
     d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
     loss_and_gradient = import_module(f"kernels.rows_{impl}").loss_and_gradient
-    with _products(hidden):
-        for i, z, dz in _walk(hidden, weight, d_hidden, d_weight, once=False):
-            total += loss_and_gradient(z, targets[i], None if kept is None else kept[i], dz).sum()
+    for i, z, dz in _walk(hidden, weight, d_hidden, d_weight, once=False):
+        total += loss_and_gradient(z, targets[i], None if kept is None else kept[i], dz).sum()
     if d_hidden is not None and rows is not None:
         d_hidden = d_hidden.new_zeros(N, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
     d_hidden, d_weight = (hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight))
