@@ -1,6 +1,7 @@
 """bench.py: it times nothing that is wrong, counts work as it says, and writes down what it promises."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from kernels.dev import bench
-from kernels.dev.bench import Contest, attention_contest, contests, measure, prepare
+from kernels.dev.bench import Contest, attention_contest, contests, measure
 from kernels.dev.peers import LINEAR, LOGITS, attention_peers
 
 SMALL: list = [  # no size divides a block
@@ -34,9 +35,7 @@ WRONG = {
 def test_what_is_wrong_is_named_and_not_timed(monkeypatch, name, wrong):
     operation = name.split(",")[0]
     monkeypatch.setitem(bench.OPERATIONS, operation, WRONG[wrong](bench.OPERATIONS[operation]))
-    with pytest.raises(
-        SystemExit, match=f"error: {name} differs from plain PyTorch by .*, so it is not timed"
-    ):
+    with pytest.raises(SystemExit, match=f"error: {name} differs from plain PyTorch by .*: not timed"):
         measure(name, contests(SMALL, "cpu", torch.float32)[name](), LIMITS, runs=1)
 
 
@@ -71,19 +70,16 @@ def test_the_operations_of_attention_are_counted_by_the_pairs_that_see_each_othe
 
 @pytest.mark.parametrize("make", contests(SMALL, "cpu", torch.float32).values())
 def test_contestants_compute_the_same(make):
-    record = measure("small", make(), LIMITS, runs=1)
-    assert set(record["figures"]) >= {"minillm", "plain PyTorch"}
+    contest = make()
+    everybody = {"minillm", "plain PyTorch"}
+    if len(contest.operands) == 3:  # of the peers on a GPU, this one runs here too
+        q, k, _ = contest.operands
+        peers = attention_peers(q, k, contest.contestants["minillm"].keywords["start"])
+        contest.contestants["SDPA flash"] = peers["SDPA flash"]
+        everybody.add("SDPA flash")
+    record = measure("small", contest, LIMITS, runs=1)
+    assert set(record["figures"]) >= everybody
     assert max(record["difference"].values()) < 1e-5  # float32
-
-
-@pytest.mark.parametrize("name", ["attention, packed documents, both ways", "attention, decoding, forward"])
-def test_fused_attention_as_pytorch_has_it_computes_the_same(name):
-    sizes = dict(SMALL)[name]
-    contest = attention_contest(name, **sizes, device="cpu", dtype=torch.float32)
-    q, k, _ = contest.operands
-    ours = contest.contestants["minillm"]
-    flash = attention_peers(q, k, ours.keywords["start"])["SDPA flash"]
-    assert bench.difference(prepare(flash, contest)(), prepare(ours, contest)()) < 1e-5  # float32
 
 
 def contest_of(**contestants) -> Contest:
@@ -120,10 +116,8 @@ def test_operands_that_a_peer_overwrites_stay_its_own():
         with torch.no_grad():
             return torch.exp(x.zero_())
 
-    contest = contest_of(rude=overwrite)
-    record = measure(
-        "it", Contest(contest.operands, contest.contestants, 1, 1, backward=False), LIMITS, runs=1
-    )
+    contest = replace(contest_of(rude=overwrite), backward=False)
+    record = measure("it", contest, LIMITS, runs=1)
     assert record["difference"]["plain PyTorch"] == 0
     assert contest.operands[0].max() == 11
 
