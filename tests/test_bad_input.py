@@ -33,7 +33,7 @@ import train
 from kernels.dev import bench, gate
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
-from minillm.io.rankings import DECISIVE, RankingFile, read_responses
+from minillm.io.rankings import RankingFile, read_responses
 from minillm.options import parse_options
 from minillm.preferences import new_ranking
 from minillm.tools import chat, plots
@@ -671,8 +671,7 @@ def test_every_option_is_read_somewhere():
     read = {node.attr for node in shipped() if isinstance(node, ast.Attribute)}
     for template in ROOT.glob("minillm/**/*.j2"):
         read |= set(re.findall(r"\boptions\.(\w+)", template.read_text(encoding="utf-8")))
-    # The shape of train.py's model is read by names in a table; what is decisive for a ranking too.
-    by_name = {*train.SHAPE, *(name for names in DECISIVE.values() for name in names)}
+    by_name = {*train.SHAPE}  # the shape of train.py's model, in a table
     for script, module in SCRIPTS.items():
         unread = {option.name for option in fields(module.Options)} - read - by_name
         assert not unread, f"{script}: nothing reads {sorted(unread)}"

@@ -206,14 +206,8 @@ class RankingFile(JsonLines):
 
 # ---- How they were made, so that a file does not mix them
 
-DECISIVE: dict[str, tuple[str, ...]] = {
-    "simulated": ("seed", "annotators", "opinions", "noise"),
-    "model": ("judge",),
-}
-"""The options without which a ranking would be another one: a file must not mix them."""
 
-
-def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
+def open_rankings(options: Any, origin: Mapping[str, Any]) -> RankingFile:
     """rankings.jsonl to add to. InputError where rankings of this kind were made in another way before."""
     path, record = options.folder / "rankings.jsonl", options.folder / f"rank-{options.annotator}.json"
     if options.overwrite and path.exists():
@@ -222,23 +216,19 @@ def open_rankings(options: Any, origin: Mapping[str, str]) -> RankingFile:
         path.rename(aside)
         print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
     elif path.exists() and record.exists():
-        check_origin(record, _whole_origin(options, origin))
+        check_origin(record, origin)
     file = RankingFile(path)
     if file.mended:
         print(file.mended)
     return file
 
 
-def record_ranking(options: Any, origin: Mapping[str, str]) -> None:
+def record_ranking(options: Any, origin: Mapping[str, Any]) -> None:
     """Says beside the rankings how those of this kind of annotator are made."""
     from minillm.tools.provenance import provenance
 
-    how = {"options": options_json(options), "origin": _whole_origin(options, origin)}
+    how = {"options": options_json(options), "origin": dict(origin)}
     write_json(options.folder / f"rank-{options.annotator}.json", how | provenance())
-
-
-def _whole_origin(options: Any, origin: Mapping[str, str]) -> dict[str, Any]:
-    return {f"--{name}": getattr(options, name) for name in DECISIVE.get(options.annotator, ())} | {**origin}
 
 
 def check_origin(record: Path, origin: Mapping[str, Any]) -> None:

@@ -190,12 +190,15 @@ Job = tuple[str, str, Callable[[], Ranking | None]]
 ranked."""
 
 
-def jobs_of(options: Any, runtime: Runtime) -> tuple[list[Job], dict[str, str]]:
-    """What there is to rank for anybody but a person, and fingerprints of what the rankings hang on."""
+def jobs_of(options: Any, runtime: Runtime) -> tuple[list[Job], dict[str, Any]]:
+    """What there is to rank for anybody but a person, and what a file of rankings must not mix."""
     if options.annotator == "file":
         return published(options), {}
     sets = read_responses(options.folder / "responses.jsonl")
-    return judged(options, runtime, sets) if options.annotator == "model" else (simulated(options, sets), {})
+    if options.annotator == "model":
+        return judged(options, runtime, sets)
+    origin = {f"--{name}": getattr(options, name) for name in ("seed", "annotators", "opinions", "noise")}
+    return simulated(options, sets), origin
 
 
 def simulated(options: Any, sets: Sequence[ResponseSet]) -> list[Job]:
@@ -219,7 +222,7 @@ def simulated(options: Any, sets: Sequence[ResponseSet]) -> list[Job]:
     return jobs
 
 
-def judged(options: Any, runtime: Runtime, sets: Sequence[ResponseSet]) -> tuple[list[Job], dict[str, str]]:
+def judged(options: Any, runtime: Runtime, sets: Sequence[ResponseSet]) -> tuple[list[Job], dict[str, Any]]:
     """Each set to the judge; the fingerprints of it and of its principles."""
     if options.judge is None:
         raise InputError("--annotator model: name a --judge, as in out/sft")
@@ -231,7 +234,8 @@ def judged(options: Any, runtime: Runtime, sets: Sequence[ResponseSet]) -> tuple
         ranking = judge.rank(given)
         return None if ranking is None else new_ranking(given, ranking, model.name, options.seed)
 
-    origin = {"weights of --judge": model.fingerprint, "--principles": digest(principles)}
+    origin = {"--judge": options.judge, "weights of --judge": model.fingerprint}
+    origin["--principles"] = digest(principles)
     return [(model.name, given.key, partial(make, given)) for given in sets], origin
 
 
