@@ -210,25 +210,24 @@ def _walk(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, accumulate: bool = False) -> Tensor:
-    """out = a b, or out += a b, summed in float32 or better whatever the factors are, autocast or not.
+    """out = a b, or out += a b, summed in float32 or better whatever the factors are.
 
     `rounded`: a CPU may round factors in float32 to bfloat16, as h and W are already. Its units for bfloat16
     take several times less for the product, and still give it in float32.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    with torch.autocast(a.device.type, enabled=False):
-        try:
-            matmul.fp32_precision = "bf16" if rounded else before
-            if a.dtype == out.dtype:
-                return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-            if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
-                return out.add_(a @ b) if accumulate else out.copy_(a @ b)
-            if accumulate:
-                return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-            return torch.mm(a, b, out_dtype=out.dtype, out=out)
-        finally:
-            matmul.fp32_precision = before
+    try:
+        matmul.fp32_precision = "bf16" if rounded else before
+        if a.dtype == out.dtype:
+            return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+        if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
+            return out.add_(a @ b) if accumulate else out.copy_(a @ b)
+        if accumulate:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    finally:
+        matmul.fp32_precision = before
 
 
 def _outside(targets: Tensor, wrong: Tensor, V: int) -> IndexError:

@@ -1,7 +1,7 @@
 """Operations on rows of logits in PyTorch: what a CPU runs. `losses.py` says what each computes.
 
-Each takes logits z [N, V], on a CPU few enough to stay in a core's cache. The algebra stands in
-`reference.py`. Throughout
+Each takes a chunk of logits z [N, V], which on a CPU should fit into a core's cache: a pass over it then
+costs a fraction of one over memory. The algebra stands in `reference.py`. Throughout
 
     y = z / temperature,    p = softmax(y),    u = y - max y,    log p = u - log S,    S = sum e^u
 
