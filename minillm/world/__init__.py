@@ -52,7 +52,7 @@ from minillm.world.rubric import Prompt, Rubric, Score
 from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
-VERSION = 4
+VERSION = 5
 # The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
 # StackExchange.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
