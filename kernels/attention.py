@@ -22,9 +22,6 @@ Method: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), sec
 queries: Ainslie et al. 2023, "GQA" (arXiv 2305.13245), section 2. `reference.py` has the algebra.
 """
 
-from functools import reduce
-from operator import and_
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -109,12 +106,9 @@ def _apart(q, k, v, start, end, causal, scale):
 def _visible(q, S, start, end, causal) -> Bool[Tensor, "#B 1 T {S}"]:
     """Which keys each query sees: every bound that is given must hold."""
     T, key = q.shape[2], torch.arange(S, dtype=torch.int32, device=q.device)
-    bounds = []
+    seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(S - T)
     if start is not None:
-        bounds.append(key >= start[:, None, :, None])
-    if end is not None:
-        bounds.append(key < end[:, None, :, None])
-    if causal or not bounds:
-        every = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device)
-        bounds.append(every.tril(S - T) if causal else every)
-    return reduce(and_, bounds)
+        seen = seen & (key >= start[:, None, :, None])
+    return seen if end is None else seen & (key < end[:, None, :, None])
