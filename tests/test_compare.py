@@ -238,6 +238,9 @@ def test_a_person_sees_no_origin_judges_each_pair_once_and_goes_on_later(tmp_pat
         second = blind(by_person(file, "Ada", 0), pairs, 0)
         again = blind(by_person(file, "Ada", 0), [exchanged(one) for one in pairs], 0)
     assert None not in second and again == [-outcome for outcome in second]
+    best = {made.key: made.responses[made.ranking[0][0]] for made in file.rankings}
+    for one, outcome in zip(pairs, second, strict=True):
+        assert outcome == 0 or one.responses[outcome < 0] == best[one.key]
     assert [s for f, s in zip(first, second, strict=True) if f is not None] == [*judged, 0]
     assert "rubric" not in capsys.readouterr().out
 

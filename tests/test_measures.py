@@ -53,6 +53,13 @@ def test_the_interval_of_a_ratio_holds_the_truth_about_95_times_of_100():
     assert 0.92 < np.mean([one["low"] <= 0.7 <= one["high"] for one in found]) < 0.97
 
 
+def test_several_values_a_prompt_that_have_nothing_in_common_count_one_by_one():
+    draws = np.random.default_rng(0).random((2000, 6)) < 0.3
+    found, alone = mean(draws.sum(1), [6] * 2000), mean(draws.flatten())
+    width, expected = (one["high"] - one["low"] for one in (found, alone))
+    assert found["value"] == alone["value"] and width == pytest.approx(expected, rel=0.08)
+
+
 def test_intervals_worked_out_by_hand():
     """Wilson's of 8 in 10; 1.96 standard errors of a mean; of a ratio with residuals -.5, -1 and 1.5."""
     eight = mean([True] * 8 + [False] * 2)

@@ -74,12 +74,13 @@ MODEL = small_model(TOKENIZER)
 @given(SEEDS, st.floats(0.001, 0.2))
 @settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
-    """Counted pair by pair. Prompt 0 is none of the rubric's; scores of the rubric are `step` apart."""
+    """Counted pair by pair. Prompt 0 is none of the rubric's, nor is a response to prompt 1; its scores are
+    `step` apart."""
     scored = some_scored(seed)
 
     def rubric(messages: list, text: str) -> float | None:
         prompt = messages[0]["content"]
-        if prompt == "0?" or not re.fullmatch(r"Response \d\.", text):
+        if prompt == "0?" or not re.fullmatch(r"Response \d\.", text) or (prompt, text[9]) == ("1?", "2"):
             return None
         return step * generator(seed + int(prompt[:-1])).permutation(4)[int(text[9])]
 
