@@ -53,7 +53,7 @@ def new_file(text: str) -> Path:
 def program(*words: object, folder: Path = ROOT) -> tuple[float, str]:
     """Runs a Python program to its end: the seconds, and what it printed. Where it fails, its last words."""
     began, command = time.perf_counter(), [sys.executable, *map(str, words)]
-    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    own = os.environ | {"PYTHONPATH": str(ROOT)}  # for `python -m` in another folder
     done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "failed").splitlines()[-1]
