@@ -1,5 +1,6 @@
 """The frame around every training loop: what it counts, when it acts, and how it ends."""
 
+import fcntl
 import json
 import math
 import os
@@ -178,6 +179,20 @@ def test_a_lock_goes_with_its_process_however_that_ends(here):
     holder.communicate()
     with hold(Path("base"), wait=False):
         pass
+
+
+def test_a_folder_that_is_removed_while_it_is_waited_for_is_made_and_held_anew(tmp_path, monkeypatch):
+    flock, asked, folder = fcntl.flock, [], tmp_path / "held"
+
+    def removed_at_first(handle: int, how: int) -> None:
+        flock(handle, how)
+        asked.append(how)
+        if len(asked) == 1:
+            folder.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", removed_at_first)
+    with hold(folder, wait=True):
+        assert folder.is_dir() and len(asked) == 2
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(here):
