@@ -53,7 +53,7 @@ cases = st.fixed_dictionaries(
     }
 )
 CASE = {"impl": "triton", "N": 4, "D": 3, "V": 37, "temperature": 0.5, "reduction": "mean", "ignored": 0.3}
-CASE |= {"ignore_index": -100, "layout": "contiguous", "seed": 1}
+CASE |= {"ignore_index": -100, "layout": "contiguous", "seed": 3}  # one row of the four is ignored
 
 
 @pytest.fixture(autouse=True, scope="module")
