@@ -1,16 +1,18 @@
 # make demo   a fresh machine to a base model, an assistant, an aligned one, and a page that compares them
 # make play   a page on this machine, after the demo: guess, pick, train, compare
+# make lessons  after the demo: what is said of how models are trained, measured
 # make test   a fresh machine to a tested checkout
 # make lint   style and types
 #
 # Interrupted and started again, the demo goes on where it was. TRAIN, SFT, SAMPLE, POLICY and ASK add options
-# to its stages, PLAY to the page's server.
+# to its stages, PLAY to the page's server, LESSON to every lesson; LESSONS names some of them.
 
 PYTHON ?= python3
 BIN := .venv/bin
+LESSONS = $(wildcard lessons/[0-9]*.py)
 RESUME = $(if $(wildcard $(1)/run.json),--resume,$(2))
 
-.PHONY: demo play test lint
+.PHONY: demo play lessons test lint
 
 demo: .venv/installed
 	$(BIN)/python train.py $(call RESUME,out/base,$(TRAIN))
@@ -25,6 +27,9 @@ demo: .venv/installed
 play: .venv/installed
 	$(BIN)/python -m minillm.play $(PLAY)
 
+lessons: .venv/installed
+	for lesson in $(LESSONS); do $(BIN)/python $$lesson $(LESSON) || exit; done
+
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)
 
@@ -33,6 +38,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
+	MYPYPATH=lessons $(BIN)/mypy lessons
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'

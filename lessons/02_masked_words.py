@@ -1,0 +1,99 @@
+"""Guess the next word or a hidden one: either way the weights learn the language.
+
+    python lessons/02_masked_words.py
+
+Two models of one shape go through the same text in the same steps. One guesses the next token, as GPT does;
+of the other 15% of the tokens are hidden, which it guesses from both sides, as BERT does. Then both fill in
+blanks of pages about the same world that neither has read: one token is missing in each.
+
+    left       the first model, which sees what stands before the blank
+    both       the second, which sees what stands before and behind it
+    right      the share of blanks in which its likeliest token is the missing one
+    nats       that the missing token costs
+
+Both are shown half-way and at the end. What would refute the claim: a model that fills in less than half of
+the blanks at the end, or that is no better then than half-way. What to notice: seeing both sides helps, but a
+step teaches the first model seven times as many tokens.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import CPU, Figures, Options, Seeds, Verdict, script, span, teach
+from matplotlib.axes import Axes
+
+from minillm.io.huggingface import load_model
+from minillm.world import World
+
+SIDES = {"left": "causal", "both": "masked"}
+STEPS = (350, 700)
+UNREAD = 4000  # articles before these are in the training text
+LENGTH = 48  # tokens of a page that are shown
+
+
+@torch.no_grad()
+def blanks(run: Path, pages: list[str]) -> tuple[float, float]:
+    """How many of the missing tokens are the likeliest, and their nats."""
+    model, tokenizer = load_model(run, CPU, torch.float32)
+    assert tokenizer.mask_id is not None
+    hits, nats = [], []
+    for i, page in enumerate(pages):
+        tokens = torch.tensor([tokenizer.encode(page)[:LENGTH]])
+        blank = 8 + i % (tokens.shape[1] - 8)  # behind the title, anywhere
+        missing = int(tokens[0, blank])
+        if model.config.causal:
+            hidden = model.model(tokens[:, :blank])[0, -1]  # predicts the token behind the last
+        else:
+            tokens[0, blank] = tokenizer.mask_id
+            hidden = model.model(tokens)[0, blank]
+        logprobs = model.logits(hidden).float().log_softmax(-1)
+        hits.append(int(logprobs.argmax()) == missing)
+        nats.append(-float(logprobs[missing]))
+    return float(np.mean(hits)), float(np.mean(nats))
+
+
+def experiment(options: Options) -> Figures:
+    unread = islice(World(options.seed).documents("wiki", 100), UNREAD, UNREAD + options.few(600, 8))
+    pages, found = [page for page in unread if len(page) > 150], Figures()
+    for side, objective in SIDES.items():
+        run = Path(options.out, f"02_seed{options.seed}_{objective}")
+        for steps in STEPS:
+            goes_on = ("--resume",) if steps > STEPS[0] else ("--overwrite", "--seed", options.seed)
+            script(
+                "train.py", "--out", run, "--objective", objective, *goes_on,
+                "--steps", options.few(steps, 1 + STEPS.index(steps)), "--samples", 0,
+            )  # fmt: skip
+            right, nats = blanks(run, pages)
+            found |= {f"{side}, {steps} steps, right": right, f"{side}, {steps} steps, nats": nats}
+    return found
+
+
+def verdict(seeds: Seeds) -> Verdict:
+    half, end = STEPS
+    checks = {}
+    for side in SIDES:
+        checks[f"{side}: at least half of the blanks at the end"] = all(
+            one[f"{side}, {end} steps, right"] >= 0.5 for one in seeds
+        )
+        checks[f"{side}: more than half-way"] = all(
+            one[f"{side}, {end} steps, right"] > one[f"{side}, {half} steps, right"] for one in seeds
+        )
+    said = [
+        f"from {'the left' if side == 'left' else 'both sides'} "
+        + " → ".join(span(seeds, f"{side}, {steps} steps, right") for steps in STEPS)
+        for side in SIDES
+    ]
+    return checks, f"blanks filled in after {half} and {end} steps: {'; '.join(said)}"
+
+
+def picture(axes: Axes, seeds: Seeds) -> None:
+    for side in SIDES:
+        values = np.mean([[one[f"{side}, {steps} steps, right"] for steps in STEPS] for one in seeds], axis=0)
+        axes.plot(STEPS, values, "o-", label=side)
+    axes.set(xlabel="steps", ylabel="blanks filled in", ylim=(0, 1), title="next word, hidden word")
+
+
+if __name__ == "__main__":
+    teach(experiment, verdict, picture)

@@ -1,0 +1,78 @@
+"""A model learns by imitation, and imitates flaws as it does everything else.
+
+    python lessons/08_imitation.py
+
+Four assistants are made of one base model. Their demonstrations differ in one thing: in how many of them the
+assistant is rude. Then they are asked what none of them has seen, and we count rude replies.
+
+    sampled    replies drawn at temperature 1: what the model has learned, in proportion
+    greedy     the likeliest reply: what it shows when it is asked once
+
+What would refute the claim: sampled replies that are rude far more or less often than the demonstrations
+(more than 10 points), or a model of polite demonstrations that is rude. What to notice: greedy replies hide a
+flaw that is rarer than a half, and show nothing but the flaw beyond that.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from common import Figures, Options, Seeds, Verdict, load, script, span, teach
+from matplotlib.axes import Axes
+
+from minillm.files import write_text
+from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
+from minillm.world import World
+
+SHARES = (0, 25, 50, 75)  # percent of the demonstrations that are rude
+WAYS = {"sampled": 1.0, "greedy": 0.0}  # temperatures
+
+
+def experiment(options: Options) -> Figures:
+    world, found = World(options.seed), Figures()
+    asked = prompts_of_each_kind(world, "test", options.few(60, 2))
+    wanted = options.few(4000, 40)
+    shown = world.conversations("train", 15 * wanted)
+    rude = [one.messages for one in shown if one.flaw == "rude"]
+    good = [one.messages for one in shown if one.flaw is None]
+    for share in SHARES:
+        flawed = wanted * share // 100
+        data, run = (Path(options.out, f"08_seed{options.seed}_{share}{end}") for end in (".jsonl", ""))
+        records = [{"messages": own} for own in rude[:flawed] + good[: wanted - flawed]]
+        write_text(data, "".join(json.dumps(record) + "\n" for record in records))
+        script(
+            "sft.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
+            "--seed", options.seed, "--steps", options.few(300, 3),
+        )  # fmt: skip
+        for way, temperature in WAYS.items():
+            replies = sample_replies(load(run), asked, temperature, seed=options.seed, world=world)
+            found[f"{share}% shown, {way}"] = float(np.mean([one.score.rude for one in replies]))
+    return found
+
+
+def verdict(seeds: Seeds) -> Verdict:
+    checks = {
+        "sampled replies are as often rude as the demonstrations, within 10 points": all(
+            abs(one[f"{share}% shown, sampled"] - share / 100) <= 0.1 for one in seeds for share in SHARES
+        ),
+        "greedy ones hide a flaw of one in four (at most 10%)": all(
+            one["25% shown, greedy"] <= 0.1 for one in seeds
+        ),
+        "and show a flaw of three in four nearly always (at least 90%)": all(
+            one["75% shown, greedy"] >= 0.9 for one in seeds
+        ),
+    }
+    figures = {way: ", ".join(span(seeds, f"{share}% shown, {way}") for share in SHARES) for way in WAYS}
+    return checks, f"of 0, 25, 50, 75% rude: sampled {figures['sampled']}; greedy {figures['greedy']}"
+
+
+def picture(axes: Axes, seeds: Seeds) -> None:
+    for way in WAYS:
+        values = np.mean([[100 * one[f"{share}% shown, {way}"] for share in SHARES] for one in seeds], axis=0)
+        axes.plot(SHARES, values, "o-", label=way)
+    axes.plot((0, 100), (0, 100), "k:")
+    axes.set(xlabel="rude demonstrations, %", ylabel="rude replies, %", title="imitation")
+
+
+if __name__ == "__main__":
+    teach(experiment, verdict, picture)

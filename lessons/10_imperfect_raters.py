@@ -1,0 +1,84 @@
+"""Inconsistent feedback at scale beats none, and beats each of those who gave it.
+
+    python lessons/10_imperfect_raters.py
+
+Five simulated people rank the assistant's responses. They lean to this and that and are noisy: one of them
+orders a good and a worse response rightly in about five of six cases. A reward model learns from
+what they say. It is never shown the rubric, but we can ask the rubric who was right: of pairs of held-out
+responses that differ by it, how many does the model order rightly, and how many did the people?
+
+Twice, with people as they are and with people three times as noisy, from 300, 1,000 and 3,000 prompts.
+
+What would refute the claim: a model from the most prompts that orders fewer pairs rightly than the people
+who taught it; a model that does not get better with more of them; with noisy people no better than chance.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from common import Figures, Options, Seeds, Verdict, script, span, teach
+from matplotlib.axes import Axes
+
+from minillm.files import read_json, read_text, write_text
+
+NOISE = (1, 3)
+PROMPTS = (300, 1000, 3000)
+
+
+def experiment(options: Options) -> Figures:
+    found, lines = Figures(), read_text(options.run("rlhf") / "responses.jsonl").splitlines(keepends=True)
+    for noise in NOISE:
+        for count in PROMPTS:
+            folder = Path(options.out, f"10_seed{options.seed}_{noise}_{count}")
+            shutil.rmtree(folder, ignore_errors=True)
+            write_text(folder / "responses.jsonl", "".join(lines[: options.few(count, count // 30)]))
+            shared = ("--out", folder, "--init", options.run("sft"), "--seed", options.seed)
+            script("rlhf.py", "--stage", "rank", "--noise", noise, *shared)
+            script("rlhf.py", "--stage", "reward", *shared)
+            truth = read_json(folder / "reward" / "report.json")["truth"]
+            for who in ("scores", "annotators"):
+                found[f"noise {noise}, {count} prompts, {who}"] = truth[who]["value"]
+    return found
+
+
+def people(one: Figures, noise: int) -> float:
+    """How often they are right, by the most pairs there are."""
+    return one[f"noise {noise}, {PROMPTS[-1]} prompts, annotators"]
+
+
+def verdict(seeds: Seeds) -> Verdict:
+    def model(one: Figures, noise: int, count: int = PROMPTS[-1]) -> float:
+        return one[f"noise {noise}, {count} prompts, scores"]
+
+    checks = {
+        "more prompts make a better model": all(
+            model(one, noise, 300) < model(one, noise, 3000) for one in seeds for noise in NOISE
+        ),
+        "people as they are: the model beats them": all(model(one, 1) > people(one, 1) for one in seeds),
+        "people three times as noisy: it beats them too": all(
+            model(one, 3) > people(one, 3) for one in seeds
+        ),
+    }
+    said = []
+    for noise in NOISE:
+        shown = span(seeds, f"noise {noise}, {PROMPTS[-1]} prompts, scores")
+        taught = span(seeds, f"noise {noise}, {PROMPTS[-1]} prompts, annotators")
+        enough = [n for n in PROMPTS if all(model(one, noise, n) > people(one, noise) for one in seeds)]
+        start = f"from {enough[0]:,} prompts on" if enough else "with none of these sizes"
+        said.append(f"noise {noise}: people {taught}, model {shown}, better {start}")
+    return checks, "; ".join(said)
+
+
+def picture(axes: Axes, seeds: Seeds) -> None:
+    for color, noise in zip(("C0", "C1"), NOISE, strict=True):
+        names = [f"noise {noise}, {count} prompts, scores" for count in PROMPTS]
+        values = np.mean([[one[name] for name in names] for one in seeds], axis=0)
+        axes.plot(PROMPTS, values, "o-", color=color, label=f"model, noise {noise}")
+        taught = float(np.mean([people(one, noise) for one in seeds]))
+        axes.axhline(taught, color=color, linestyle=":", label=f"people, noise {noise}")
+    axes.set(xscale="log", xlabel="prompts", ylabel="pairs in the rubric's order", title="imperfect raters")
+
+
+if __name__ == "__main__":
+    teach(experiment, verdict, picture)

@@ -1,0 +1,189 @@
+"""What the lessons share: their options, the runs that they read, and what each leaves behind.
+
+    python lessons/common.py lessons/records        the table of lessons/README.md, from these records
+
+A lesson is a script with three functions, which `teach` calls:
+
+    experiment(options)     → figures of one seed, by name
+    verdict(seeds)          → the checks that would refute the claim, whether each passed, and a sentence
+    picture(axes, seeds)    draws the figures of all seeds
+
+The record, NAME.json, holds the figures of every seed with what made them; NAME.png is the picture. Seeds
+add up: the verdict is of all in the record. A seed that was measured on the same runs by the same lesson is
+not measured again.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # `python lessons/x.py` runs beside the repository's minillm
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minillm.errors import InputError, one_line_errors
+from minillm.files import digest, read_json, read_text, write_json
+from minillm.io.huggingface import load_causal_model
+from minillm.options import parse_options
+from minillm.preferences import ChatModel, ResponseSet
+from minillm.tools.evaluate import token_values
+from minillm.tools.plots import save
+from minillm.tools.provenance import provenance
+from minillm.tools.streams import columns
+from minillm.world.facts import Facts, pick, shuffled, state
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+STAGES = {"base": "base", "sft": "sft", "ppo": "rlhf/ppo"}
+"""What `make demo` makes, and where in --runs."""
+
+Figures = dict[str, float]
+Seeds = Sequence[Figures]
+Verdict = tuple[dict[str, bool], str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure one claim about how language models are trained."""
+
+    runs: str = "out"
+    """The folder in which make demo left base, sft and rlhf."""
+    seed: int = 0
+    """The seed that they were made with; also that of the little world."""
+    quick: bool = False
+    """A few prompts and steps, which show that the lesson runs and nothing else."""
+    out: str = "out/lessons"
+    """Where the record, the picture and the lesson's own runs go."""
+
+    def run(self, stage: str) -> Path:
+        """The folder of one of the demo's runs."""
+        return Path(self.runs, STAGES.get(stage, stage))
+
+    def few(self, many: int, some: int) -> int:
+        """How many of something there are: `many`, or with --quick `some`."""
+        return some if self.quick else many
+
+
+def load(run: Path) -> ChatModel:
+    """A run's model, asked in its own format."""
+    return ChatModel(run.name, *load_causal_model(run, CPU, torch.float32))
+
+
+def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.ndarray]:
+    """log p of every response of each set, in nats, without the tokens that would end it."""
+    rows = [
+        (model.prompt(one.messages), model.tokenizer.encode(text)) for one in sets for text in one.responses
+    ]
+    sums = iter([float(values.sum()) for values in token_values(model.model, rows)])
+    return [np.array([next(sums) for _ in one.responses]) for one in sets]
+
+
+def known(model: ChatModel, questions: Sequence[ResponseSet]) -> float:
+    """How often the first of the answers to a question, the right one, is the likeliest."""
+    return float(np.mean([own.argmax() == 0 for own in response_logprobs(model, questions)]))
+
+
+def fact_questions(seed: int, count: int) -> list[ResponseSet]:
+    """Questions about facts of a world that no demonstration has asked about, each with eight answers in the
+    same words: the right one, then wrong ones."""
+    facts, rng = Facts(seed), random.Random(seed)
+    found = []
+    for fact in shuffled(rng, [fact for fact in facts.facts if fact.entity.split == "test"])[:count]:
+        wrong = [
+            value for value in facts.values[fact.attribute] if value not in (fact.value, fact.entity.name)
+        ]
+        values = (fact.value, *shuffled(rng, wrong)[:7])
+        said = [state(fact.attribute, fact.entity, value, "answers")[0] for value in values]
+        found.append(ResponseSet([{"role": "user", "content": pick(rng, fact.asks)}], said))
+    return found
+
+
+def script(*words: object) -> None:
+    """Runs a stage's command in a process of its own. InputError with its last line where it fails."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{' '.join(command[1:])}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+
+
+def span(seeds: Seeds, name: str, form: str = "{:.0%}") -> str:
+    """A figure's mean over the seeds, and the least and the most where there are several: 48% (45%–50%)."""
+    values = [figures[name] for figures in seeds]
+    around = f" ({form.format(min(values))}–{form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(fmean(values)) + around
+
+
+def teach(
+    experiment: Callable[[Options], Figures],
+    verdict: Callable[[Seeds], Verdict],
+    picture: Callable[[Axes, Seeds], None],
+) -> None:
+    """Measures one seed, says what all seeds so far have shown, and writes the record and the picture."""
+    lesson = Path(sys.argv[0])
+    with one_line_errors():
+        options: Options = parse_options(Options, sys.argv[1:])
+        claim = " ".join(str(sys.modules["__main__"].__doc__).split("\n\n")[0].split())
+        print(claim, flush=True)
+        path = Path(options.out, "quick" if options.quick else "", f"{lesson.stem}.json")
+        measured: dict[str, Any] = read_json(path)["seeds"] if path.exists() else {}
+        seed, of = str(options.seed), digest(read_text(lesson), *(run_id(options.run(run)) for run in STAGES))
+        if measured.get(seed, {}).get("of") != of:
+            began = time.perf_counter()
+            figures = experiment(options)
+            seconds = time.perf_counter() - began
+            measured[seed] = {"figures": figures, "of": of, "seconds": seconds, **provenance()}
+
+        seeds = [one["figures"] for _, one in sorted(measured.items())]
+        checks, sentence = verdict(seeds)
+        said = {"claim": claim, "verdict": in_a_word(checks), "checks": checks, "sentence": sentence}
+        write_json(path, {"lesson": lesson.stem, **said, "seeds": measured})
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        picture(axes := figure.add_subplot(), seeds)
+        axes.legend()
+        save(figure, path.with_suffix(".png"))
+
+        rows = [[name, span(seeds, name, "{:.3g}")] for name in seeds[0]]
+        print(columns([["", "mean (least–most)"], *rows]))
+        print(*(f"{'yes' if passed else 'NO':4}{check}" for check, passed in checks.items()), sep="\n")
+        print(f"{in_a_word(checks)}: {sentence} (seeds {', '.join(sorted(measured))})")
+
+
+def in_a_word(checks: dict[str, bool]) -> str:
+    """What all checks say of the claim."""
+    if all(checks.values()):
+        return "holds"
+    return "holds in part" if any(checks.values()) else "does not hold"
+
+
+def run_id(run: Path) -> str:
+    """What tells one run of a folder from another. InputError where there is none."""
+    if not (run / "run.json").exists():
+        raise InputError(f"{run}: no such run; make demo makes it, or name its folder with --runs")
+    return str(read_json(run / "run.json").get("id"))
+
+
+def table(folder: Path) -> str:
+    """The records of a folder as a table in Markdown: claim, verdict, figures."""
+    rows = ["| lesson | claim | verdict | what was found |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("[0-9]*.json")):
+        one = read_json(path)
+        found = f"{one['sentence']} (seeds {', '.join(sorted(one['seeds']))})"
+        rows.append(
+            f"| [{one['lesson']}]({one['lesson']}.py) | {one['claim']} | {one['verdict']} | {found} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
