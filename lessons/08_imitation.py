@@ -9,8 +9,9 @@ assistant is rude. Then they are asked what none of them has seen, and we count 
     greedy     the likeliest reply: what it shows when it is asked once
 
 What would refute the claim: sampled replies that are rude far more or less often than the demonstrations
-(more than 10 points), or a model of polite demonstrations that is rude. What to notice: greedy replies hide a
-flaw that is rarer than a half, and show nothing but the flaw beyond that.
+(more than 10 points), or a model of polite demonstrations that is rude. Greedy replies should hide a flaw
+that is rarer than a half and show one that is more frequent; but they are the likeliest wording, not the
+likeliest manner, and there are more ways to be rude than to be polite.
 """
 
 import json
@@ -32,7 +33,7 @@ def experiment(options: Options) -> Figures:
     world, found = World(options.seed), Figures()
     asked = prompts_of_each_kind(world, "test", options.few(60, 2))
     wanted = options.few(4000, 40)
-    shown = world.conversations("train", 15 * wanted)
+    shown = [one for one in world.conversations("train", 20 * wanted) if len(one.messages) == 2]
     rude = [one.messages for one in shown if one.flaw == "rude"]
     good = [one.messages for one in shown if one.flaw is None]
     for share in SHARES:
