@@ -20,6 +20,7 @@ import torch
 import uvicorn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from runs import ROOT
 
 from minillm.chat import with_chat_template
@@ -69,6 +70,9 @@ def make_runs(folder: Path) -> Path:
     compared = folder / "compare" / "compare.html"
     compared.parent.mkdir()
     compared.write_text("<!doctype html><html lang=en><title>Compared</title><p>Three models</p></html>")
+    lesson = {"lesson": "06_a", "claim": "A <b>claim</b>.", "verdict": "holds", "sentence": "50% → 8%"}
+    write_json(folder / "lessons" / "06_a.json", lesson)
+    Figure().savefig(folder / "lessons" / "06_a.png")
     return folder
 
 
@@ -538,6 +542,16 @@ def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
 def test_results_are_shown(page):
     page.goto(f"{page.url.partition('#')[0]}#results")
     page.frame_locator("iframe").get_by_text("Three models").wait_for()
+    visible(page, "A <b>claim</b>.").wait_for()
+    visible(page, "holds: 50% → 8%").wait_for()
+    picture = page.get_by_role("img", name="lesson 06_a")
+    picture.scroll_into_view_if_needed()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+
+
+@pytest.mark.parametrize("name", ["07_none", "..%2f06_a", "06_a.png%00", "..%5c..%5csft"])
+def test_only_pictures_of_lessons_are_shown_as_such(name, address):
+    assert httpx.get(f"{address}/lessons/{name}.png").status_code in (400, 404)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -111,7 +111,7 @@ def build(options: Options, port: int) -> tuple[Any, Any]:
     shelf, worker = Shelf(runs, choose_device(options.device, 0)), Worker(options.together)
     picking, guessing = Picking(shelf), Guessing(shelf, options.text)
     training = Training(runs, picking, worker)
-    app = build_app(shelf, worker, guessing, picking, training, runs / "compare" / "compare.html")
+    app = build_app(shelf, worker, guessing, picking, training, runs)
     hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
     return Door(app, hosts if options.is_local else set(), options.token), training
 

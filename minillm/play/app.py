@@ -13,6 +13,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from minillm.errors import InputError, reading
+from minillm.files import read_json
 from minillm.play.api import openai_routes
 from minillm.play.parts import Guessing, Picking
 from minillm.play.shelf import Shelf, reply
@@ -25,9 +26,10 @@ RESULTS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; 
 
 
 def build_app(
-    shelf: Shelf, worker: Worker, guessing: Guessing, picking: Picking, training: Training, results: Path
+    shelf: Shelf, worker: Worker, guessing: Guessing, picking: Picking, training: Training, runs: Path
 ) -> Starlette:
-    """The application; `results` is the page that minillm.compare made."""
+    """The application; in `runs` are also the page of minillm.compare and the records of lessons/."""
+    results, records = runs / "compare" / "compare.html", runs / "lessons"
 
     async def computed(compute: Callable[[], Event]) -> Response:
         return JSONResponse(await worker.result(compute))
@@ -98,6 +100,20 @@ def build_app(
             text = await run_in_threadpool(results.read_text, encoding="utf-8")
         return HTMLResponse(text, headers={"content-security-policy": RESULTS_POLICY})
 
+    async def lessons(request: Request) -> Response:
+        def found() -> Event:
+            read = [read_json(path) for path in sorted(records.glob("[0-9]*.json"))]
+            shown = ("lesson", "claim", "verdict", "sentence")
+            return {"lessons": [{name: str(one.get(name, "")) for name in shown} for one in read]}
+
+        return JSONResponse(await run_in_threadpool(found))
+
+    async def picture(request: Request) -> Response:
+        path = records / f"{request.path_params['lesson']}.png"
+        if not path.is_file():
+            raise InputError(f"{path.name}: no such picture; make lessons makes them")
+        return FileResponse(path)
+
     async def page(request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
 
@@ -108,6 +124,8 @@ def build_app(
         routes=[
             Route("/", page),
             Route("/results", compared),
+            Route("/lessons/{lesson}.png", picture),
+            Route("/api/lessons", lessons),
             Route("/api/state", state),
             Route("/api/guess", question),
             Route("/api/guess", guess, methods=["POST"]),

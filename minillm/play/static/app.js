@@ -6,8 +6,18 @@ import * as pick from "./pick.js";
 import * as train from "./train.js";
 import * as chat from "./chat.js";
 
+async function showLessons() {
+  const { lessons } = await get("/api/lessons");
+  $("lessons").hidden = lessons.length === 0;
+  $("lessons-found").replaceChildren(...lessons.map(({ lesson, claim, verdict, sentence }) => make("div", {},
+    make("h4", {}, claim),
+    make("p", {}, make("strong", {}, `${verdict}: `), sentence),
+    make("img", { src: `/lessons/${lesson}.png`, alt: `The figures of lesson ${lesson}` }))));
+}
+
 const results = {
-  show(state) {
+  async show(state) {
+    await showLessons();
     if (!state.results) throw new Error("no comparison yet; make demo makes one, or: python -m minillm.compare out/base out/sft out/rlhf/ppo");
     if (!$("results-frame").firstChild) {
       $("results-frame").append(make("iframe", { src: "/results", title: "Comparison of the models" }));
