@@ -12,7 +12,7 @@
     out/sft ──sample──► responses.jsonl ──rank──► rankings.jsonl ──reward──► reward/ ──policy──► ppo/
 
 Each stage reads what the one before it wrote into --out, and has a section of its own below. `--resume`
-goes on with sample, reward or policy after Ctrl-C, a crash or a kill; rank goes on by itself where it
+continues sample, reward or policy after Ctrl-C, a crash or a kill; rank continues by itself where it
 stopped, and several annotators may add to one file, one after another. Under torchrun, reward and policy
 train in several processes.
 
@@ -107,7 +107,7 @@ class Options(PolicyOptions):
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
     prompts: Count = 7000
-    """sample, policy: how many prompts; of --data at most so many."""
+    """sample, policy: how many prompts; of --data at most this many."""
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
     distractors: Whole = 1
@@ -131,7 +131,7 @@ class Options(PolicyOptions):
     opinions: Count = 5
     """rank --annotator simulated: how many of them rank each set; more reduce the noise of its labels."""
     noise: NotNegative = 1.0
-    """rank --annotator simulated: factor to how far they stray from the rubric; 0 for not at all."""
+    """rank --annotator simulated: factor on how far they stray from the rubric; 0 for not at all."""
     judge: str | None = None
     """rank --annotator model: the model that judges, a run folder or a Hugging Face folder."""
     principles: str | None = None
@@ -145,7 +145,7 @@ class Options(PolicyOptions):
     decay: Share = 1.0
     """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
     new_blocks: Whole = 1
-    """reward: blocks on top of the assistant's, where the token that it expected meets the one that came."""
+    """reward: new blocks on top of the assistant's, see minillm/reward.py."""
     epochs: Count = 1
     """reward, dpo: passes over the rankings; more than one soon learns them by heart."""
     batch_sets: Count = 16
@@ -202,7 +202,7 @@ class Options(PolicyOptions):
 
 
 def sample(options: Options, runtime: Runtime) -> None:
-    """Writes a line of responses.jsonl for each prompt, in order, going on behind those that are there."""
+    """Writes a line of responses.jsonl for each prompt, in order, after those that are there."""
     from minillm.io.rankings import JsonLines, check_origin, read_json_lines
     from minillm.tools.folder import claim_folder, start_run_folder
 
@@ -302,19 +302,18 @@ def rank(options: Options, runtime: Runtime) -> None:
         return
     jobs, origin = jobs_of(options, runtime)
     with open_rankings(options, origin) as file:
-        there, left = file.made(), []
+        existing, missing = file.made(), []  # counts by annotator and set; what makes the other rankings
         for annotator, key, make in jobs:
-            # Some files rank a set twice: as many are left as are not there.
-            if there[annotator, key]:
-                there[annotator, key] -= 1
+            if existing[annotator, key]:  # a count, for some files rank a set twice
+                existing[annotator, key] -= 1
             else:
-                left.append(make)
+                missing.append(make)
         before, keys = len(file.rankings), {key for _, key, _ in jobs}
         others = sum(ranking.key not in keys for ranking in file.rankings)
         if others and options.annotator != "file":
             print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
-        for first in tqdm(range(0, len(left), 64), unit="×64 rankings", dynamic_ncols=True):
-            rankings = [ranking for make in left[first : first + 64] if (ranking := make())]
+        for first in tqdm(range(0, len(missing), 64), unit="×64 rankings", dynamic_ncols=True):
+            rankings = [ranking for make in missing[first : first + 64] if (ranking := make())]
             if rankings and len(file.rankings) == before:
                 record_ranking(options, origin)
             file.append(rankings)
@@ -322,13 +321,13 @@ def rank(options: Options, runtime: Runtime) -> None:
     print(f"{file.path}: {len(made):,} rankings added to {before:,}")
     if tied := sum(not ranking.pairs() for ranking in made):
         print(f"{tied:,} of them prefer nothing")
-    if left and not made:
+    if missing and not made:
         raise InputError(
             f"--judge {options.judge}: no set fits its context; name a judge that reads more tokens at once "
             "(--block-size of train.py)"
         )
-    if len(made) < len(left):
-        print(f"{len(left) - len(made):,} sets left out: too long for the judge")
+    if len(made) < len(missing):
+        print(f"{len(missing) - len(made):,} sets left out: too long for the judge")
 
 
 # ---- agreement: rankings → how far annotators agree
@@ -394,11 +393,11 @@ def learn_rankings(
     while run.goes_on():
         batch = stream.next(options.batch_sets)
         loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
-        rate = lr_schedule(state.step, run.steps, options.warmup, options.decay)
-        norm = state.optimizers.step(rate, options.clip)
+        multiplier = lr_schedule(state.step, run.steps, options.warmup, options.decay)
+        norm = state.optimizers.step(multiplier, options.clip)
 
         tokens = sum(one.size for one in batch)
-        run.log_step(tokens, loss=loss, gradient_norm=norm, rate=rate)
+        run.log_step(tokens, loss=loss, gradient_norm=norm, rate=multiplier)
         if state.step % (options.val_every or tenth) == 0 or state.step == run.steps:
             validate()
         if state.step % (options.save_every or tenth) == 0:
@@ -431,13 +430,13 @@ def encoded_rankings(
 
 
 def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
-    """The model of --init, with a chat template. InputError where it sees both sides of a token."""
+    """The model of --init, with a chat template. InputError for a model of masked training."""
     model, tokenizer = load_causal_model(Path(options.init), runtime.device, runtime.dtype)
     return model, with_chat_template(tokenizer)
 
 
 def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
-    """The steps in which every set is seen `epochs` times; the last is filled from one pass more."""
+    """The steps in which every set is seen `epochs` times; the last one is filled up with sets once more."""
     if options.batch_sets % runtime.world_size:
         raise InputError(
             f"--batch-sets {options.batch_sets}: cannot be shared by {runtime.world_size} processes; "
@@ -454,7 +453,7 @@ def finish_reward_model(
     held_out: Sequence[EncodedSet],
     options: Options,
 ) -> None:
-    """The shift to zero, the report, the plots and the last line of metrics.jsonl."""
+    """The bias, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
     from minillm.tools.report import report_card, report_text, score_rankings, unknown_score, write_report
     from minillm.world import KINDS
@@ -481,7 +480,7 @@ def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTem
     return [encode_response(template, messages[:-1], messages[-1]["content"]) for messages in shown]
 
 
-# ---- policy: prompts → a policy that scores higher and stays near
+# ---- policy: prompts → a policy that scores higher and stays near the assistant
 
 
 def align(options: Options, runtime: Runtime) -> None:
@@ -514,7 +513,7 @@ def align(options: Options, runtime: Runtime) -> None:
             return
         if aligner.critic and options.critic_warmup >= steps:
             run.say(f"--critic-warmup {options.critic_warmup}: only the critic learns in this run")
-        if not aligner.kept:  # else it was before a stop
+        if not aligner.kept:  # else the start was validated before the run stopped
             validate_all()
         if options.algorithm == "dpo":
             forward = aligner.wrapped_policy
@@ -528,22 +527,22 @@ def align(options: Options, runtime: Runtime) -> None:
 
 
 def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
-    """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates on it."""
-    state, tenth, asked = run.state, max(1, run.steps // 10), options.rollout_batch // options.samples
-    each = options.ppo_epochs * options.minibatches
+    """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates over it."""
+    state, tenth, prompt_count = run.state, max(1, run.steps // 10), options.rollout_batch // options.samples
+    most_updates = options.ppo_epochs * options.minibatches  # of an iteration
     while run.goes_on():
         began = time.perf_counter()
-        rollout, metrics = aligner.rollout(aligner.stream.next(asked), state.step)
+        rollout, metrics = aligner.rollout(aligner.stream.next(prompt_count), state.step)
         check_kl(run, options, metrics)
         metrics["rollout_seconds"] = time.perf_counter() - began
 
         updates: list[dict[str, float]] = []
         for _ in range(options.ppo_epochs):
-            for passes in rollout.minibatches:
-                done = state.step * each + len(updates)
-                rate = lr_schedule(done, run.steps * each, options.warmup, options.decay)
+            for minibatch in rollout.minibatches:
+                done = state.step * most_updates + len(updates)
+                multiplier = lr_schedule(done, run.steps * most_updates, options.warmup, options.decay)
                 critic_only = aligner.critic is not None and state.step < options.critic_warmup
-                updates.append(aligner.update(rollout, passes, rate, critic_only))
+                updates.append(aligner.update(rollout, minibatch, multiplier, critic_only))
             moved = [one.get("old_kl", 0.0) for one in updates[-options.minibatches :]]
             if fmean(moved) > options.target_kl:
                 break
@@ -562,7 +561,7 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
 
 
 def best_of_n(options: Options, runtime: Runtime) -> None:
-    """Of several responses of the assistant the best-scored: what a policy must beat to be worth training.
+    """The best-scored of several responses of the assistant: what a policy must beat to be worth training.
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
@@ -597,7 +596,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
 
 def start_aligner(options: Options, runtime: Runtime) -> Aligner:
-    """The assistant to move and its critic; the assistant as it was, the reward model and the rubric."""
+    """The models: the assistant as the policy and as the reference, reward model, critic; and the rubric."""
     policy, tokenizer = load_assistant(options, runtime)
     folder = Path(options.reward or Path(options.out) / "reward")
     reward_model = critic = None
@@ -686,31 +685,31 @@ def validate(
 ) -> None:
     """Metrics of held-out prompts, for DPO of held-out rankings too; the policy is written where its
     objective is the highest so far, or with --keep last."""
-    found = aligner.validate(prompts)
+    metrics = aligner.validate(prompts)
     if held_out:
         rewards = rewards_of(aligner.policy, aligner.ref_model, options.beta)
-        found |= held_out_rankings(rewards, held_out, options.micro_tokens, run.runtime)
-    if run.state.step == 0 and found["unended"]:
+        metrics |= held_out_rankings(rewards, held_out, options.micro_tokens, run.runtime)
+    if run.state.step == 0 and metrics["unended"]:
         price = "score as if they had ended there"
         if options.missing_eos_score is not None:
             price = f"score {options.missing_eos_score:g} deviations from the mean of all"
         run.say(
-            f"{found['unended']:.0%} of the assistant's responses do not end within --max-new-tokens "
+            f"{metrics['unended']:.0%} of the assistant's responses do not end within --max-new-tokens "
             f"{options.max_new_tokens}: they are cut, and {price}"
         )
-    check_kl(run, options, found)
-    found["objective"] = aligner.objective(found)
-    # β may have moved since: the kept one's objective is taken at the β of now, too.
-    if options.keep == "last" or not aligner.kept or found["objective"] > aligner.objective(aligner.kept):
-        aligner.kept = {"step": run.state.step} | found
+    check_kl(run, options, metrics)
+    metrics["objective"] = aligner.objective(metrics)
+    # β may have changed since the kept policy was validated, so its objective is computed anew.
+    if not aligner.kept or options.keep == "last" or metrics["objective"] > aligner.objective(aligner.kept):
+        aligner.kept = {"step": run.state.step} | metrics
         if run.runtime.is_main:
             save_model(run.folder, aligner.best, aligner.template.tokenizer)
-    shown = ", ".join(f"{name} {found[name]:.2f}" for name in ("score", "rubric", "kl") if name in found)
-    run.log("val", f"val {shown}", **found, kept_step=aligner.kept["step"])
+    shown = ", ".join(f"{k} {metrics[k]:.2f}" for k in ("score", "rubric", "kl") if k in metrics)
+    run.log("val", f"val {shown}", **metrics, kept_step=aligner.kept["step"])
 
 
 def check_kl(run: Run, options: Options, metrics: Mapping[str, float]) -> None:
-    """InputError where the policy has run away."""
+    """InputError where the policy is more than --max-kl from the reference."""
     if metrics["kl"] > options.max_kl:
         raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
 

@@ -61,7 +61,7 @@ class Options(DataOptions):
     init: str = "out/base"
     """The model to start from: a run or a Hugging Face folder (Llama, Qwen, Mistral)."""
     text: tuple[str, ...] = ()
-    """Raw text to mix in, as train.py's --data. Nothing: the little world's, where the conversations are."""
+    """Raw text to mix in, as train.py's --data. Nothing: the little world's if --data is empty, else none."""
     text_share: Part = 0.25
     """Share of the rows that are raw text, where there is some."""
 
@@ -77,12 +77,12 @@ class Options(DataOptions):
     matrix_rate: Positive = 2e-3
     """Learning rate of the block matrices."""
     embedding_rate: Positive = 6e-3
-    """Learning rate of embedding and output matrix: higher, for the rows of the control tokens are new."""
+    """Learning rate of embedding and output matrix: higher, as the control tokens' rows are untrained."""
 
     eval_prompts: Whole = 48
-    """Of each kind, that the little world's rubric judges before and after; 0 for none."""
+    """Prompts of each kind on which the little world's rubric judges both models; 0 for none."""
     world_conversations: Count = 16_000
-    """How many the little world offers, where they are the data."""
+    """Conversations that the little world offers, where they are the data."""
 
     @property
     def on_world(self) -> bool:
@@ -123,10 +123,10 @@ def train(options: Options, runtime: Runtime) -> None:
         while run.goes_on():
             batch = mixture.next_rows(rows)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            rate = lr_schedule(state.step, options.steps, options.warmup, options.decay)
-            norm = state.optimizers.step(rate, options.clip)
+            multiplier = lr_schedule(state.step, options.steps, options.warmup, options.decay)
+            norm = state.optimizers.step(multiplier, options.clip)
 
-            run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=rate)
+            run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=multiplier)
             if validation and (state.step % val_every == 0 or state.step == options.steps):
                 val = held_out(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
@@ -161,7 +161,7 @@ def open_data(options: Options) -> tuple[list[Any], list[Source]]:
 def mixed(
     conversations: Sequence[EncodedSource], text: Sequence[TokenizedSource], text_share: float
 ) -> list[RowSource]:
-    """All sources, with weights that give the text its share of the rows; within each side as given."""
+    """All sources, with weights that give the text its share of the rows; ratios within each kind stay."""
     sides = (conversations, 1 - text_share if text else 1.0), (text, text_share)
     return [
         replace(source, weight=source.weight / sum(one.weight for one in side) * share)
@@ -171,7 +171,7 @@ def mixed(
 
 
 def block_size_of(options: Options, model: LanguageModel) -> int:
-    """By default the model's context, or a step's tokens where that is longer."""
+    """Tokens in a row: --block-size, or the smaller of the model's context and a step's tokens."""
     longest = model.config.max_position_embeddings
     if options.block_size and options.block_size > longest:
         raise InputError(
@@ -186,7 +186,7 @@ def block_size_of(options: Options, model: LanguageModel) -> int:
 def finish(
     run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options, validated: bool
 ) -> None:
-    """What the rubric says on the little world, the plot and, last, the end of metrics.jsonl."""
+    """The rubric's metrics on the little world, the plot, and the last line of metrics.jsonl."""
     from minillm.compare.metrics import world_metrics
     from minillm.tools.measures import table_text
     from minillm.tools.plots import plot_loss

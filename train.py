@@ -3,13 +3,13 @@
     python train.py                                       the embedded little world, 3 minutes on 2 cores
     python train.py --data books=../books:2 notes.jsonl   your own text, each source with a weight
     python train.py --data 'src/**/*.c' --val-data held_out.txt      files by a glob, validation of your own
-    python train.py --init out/base --data notes.txt --out out/notes     go on from a model
+    python train.py --init out/base --data notes.txt --out out/notes     start from a model
     python train.py --resume                              go on after Ctrl-C, a crash or a kill
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
 
 Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
-Leaves a run folder (minillm/run.py) that transformers can open too, with the model whose validation was the
-lowest.
+Leaves a run folder (minillm/run.py), which transformers can open too, with the model of the lowest validation
+loss.
 """
 
 import math
@@ -55,12 +55,12 @@ class Options(DataOptions):
     val_data: tuple[str, ...] = ()
     """Text to validate on, given in the same way. Nothing: a share of --data, see --val-fraction."""
     val_fraction: Fraction = 0.05
-    """Share of the documents (of each, where they are few) held out for validation; some are needed."""
+    """Share of the documents (of each, where they are few) held out for validation; more than 0."""
     out: str = "out/base"
     """The run folder."""
     init: str | None = None
-    """Start from this run or Hugging Face folder (Llama, Qwen, Mistral), with its tokenizer; rows may be
-    longer than those that it was trained on."""
+    """Start from this run or Hugging Face folder (Llama, Qwen, Mistral), with its tokenizer; --block-size may
+    exceed the length that it was trained on."""
 
     depth: Count | None = None
     """Blocks: the one dial; every value below that says "by depth" follows from it. Default 4."""
@@ -129,10 +129,10 @@ def train(options: Options, runtime: Runtime) -> None:
     mixture = Mixture(streams, options.block_size, options.seed)
     state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
     forward = runtime.wrap(model, options.compile)
-    best = math.inf  # the lowest validation, whose model is kept
+    best = math.inf  # the lowest validation loss so far; the run folder holds the model that had it
 
     def save() -> None:
-        if best == math.inf:
+        if best == math.inf:  # until the first validation the newest model is kept
             save_model(run.folder, model, tokenizer)
 
     with run.training(state, plan.steps, save):
@@ -145,12 +145,12 @@ def train(options: Options, runtime: Runtime) -> None:
             if masked:
                 batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            rate = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
-            norm = state.optimizers.step(rate, options.clip)
+            multiplier = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
+            norm = state.optimizers.step(multiplier, options.clip)
 
             run.log_step(
                 batch.tokens.numel(), loss=loss, gradient_norm=norm,
-                nats_per_byte=per_byte(loss, batch, token_bytes), rate=rate,
+                nats_per_byte=per_byte(loss, batch, token_bytes), rate=multiplier,
             )  # fmt: skip
             if state.step % plan.val_every == 0 or state.step == plan.steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
@@ -183,11 +183,11 @@ class Plan:
 
 
 def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> Plan:
-    """The rules of the one dial: a deeper model takes more steps, larger batches, smaller rates.
+    """What follows from --depth: a deeper model takes more steps, larger batches, smaller rates.
 
-    batch = 1024 · (depth/4)^3 tokens, to a power of two; steps = 450 · depth. Muon's steps have a fixed
-    spectral norm, so its rate needs no width; AdamW's fall with the root of the width (embeddings)
-    or with the width (matrices).
+    batch = 1024 · (depth/4)^3 tokens, rounded to a power of two; steps = 450 · depth. Muon's updates have a
+    fixed spectral norm, so its rate does not depend on the width; AdamW's rates fall with the root of the
+    width (embeddings) or with the width (matrices).
     """
     depth, width = config.num_hidden_layers, config.hidden_size
     steps = options.steps or 450 * depth
@@ -215,7 +215,7 @@ def start_model(
         check_initial_model(folder, config_from_json(folder / "config.json"), options)
         model, tokenizer = load_model(folder, runtime.device, runtime.dtype)
         longest = max(options.block_size, model.config.max_position_embeddings)
-        # Rotary positions are computed for any length; the model learns what to make of those new to it.
+        # Rotary positions exist for any length; how to use those beyond the old longest one is learned.
         model.config = replace(model.config, max_position_embeddings=longest)
         return model, tokenizer
     depth = options.depth or 4
@@ -247,7 +247,7 @@ def beginning(
     plan: Plan,
     options: Options,
 ) -> str:
-    """What is trained on what, in lines to read."""
+    """The lines that a run prints first: the model, its steps and its data."""
     from minillm.tools.sources import text_line
 
     size, vocabulary = sum(p.numel() for p in model.parameters()), f"{tokenizer.vocab_size:,} tokens"
@@ -280,7 +280,7 @@ def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
 
 
 def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
-    """A few texts from nothing but a document's beginning, on the screen and in samples.txt."""
+    """A few texts sampled from the document token alone, on the screen and in samples.txt."""
     bos, eos = document_marks(tokenizer)
     sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]

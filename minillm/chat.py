@@ -6,7 +6,7 @@
 In our own format every message is a token for its role, its content as plain text, and <|end|>. Nobody can
 end a turn by typing "<|end|>", for a content is encoded without control tokens, and no token straddles the
 border of a reply. TEMPLATE says the same in Jinja, for other people's tools. A tokenizer that brings another
-template is asked by that one (minillm/io/template.py), a base model by none: it goes on with a text.
+template is asked by that one (minillm/io/template.py), a base model by none: it continues a text.
 
 Source: ChatML (OpenAI 2023), where roles and ends of turns are tokens that no text can contain.
 """
@@ -54,7 +54,7 @@ class Dialogue:
 
     tokens: list[int]
     assistant: list[bool]
-    """Whether the model must produce this token: contents of the assistant's, each with its end."""
+    """Whether the model must produce this token: it is in the assistant's content, or ends it."""
     unlearned: int = 0
     """Replies that are context alone, because the template writes them anew once another message follows."""
 
@@ -62,7 +62,7 @@ class Dialogue:
 class ChatTemplate:
     """The chat format of a tokenizer: messages in, tokens out.
 
-    Tokens include what the format has of bos: add none. A prompt is a beginning of the tokens of the same
+    Tokens include bos where the format has one: add none. A prompt's tokens begin those of the same
     conversation with a reply.
     """
 
@@ -109,7 +109,7 @@ class ChatTemplate:
 
 
 class Completion:
-    """What a base model has in place of a chat template: it goes on with the last message as a text."""
+    """What a base model has in place of a chat template: it continues the last message as a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -148,7 +148,7 @@ def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_messages(messages: object) -> Conversation:
-    """The messages with what counts of them; InputError says which one is not a message."""
+    """The messages without fields that are not used; InputError says which one is not a message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages: give a list of at least one {role, content}")
     checked = []

@@ -3,10 +3,10 @@
     text:           Source ──tokenize──► TokenizedSource, on disk ──┐
     conversations:  messages ──encode_source──► EncodedSource ──────┴──► Mixture ──► Batch
 
-A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it: one cut
-by the end of a row goes on in another without its beginning. A row of conversations holds whole ones side by
-side. `Batch.start` keeps the bounds of both, which attention does not cross: packing equals running every
-piece alone.
+A row of text is `block_size` consecutive tokens of a stream, wherever documents begin and end in it: one that
+the end of a row cuts continues in another row, which does not see its beginning. A row of conversations holds
+whole ones side by side. `Batch.start` marks where each begins, and attention does not cross these bounds:
+packing equals running every piece alone.
 
 Which conversations share a row is found by best-fit decreasing (Johnson et al. 1974), as Ding et al. 2024
 (arXiv 2404.10830) pack pretraining text. The masked objective is BERT's (Devlin et al. 2019,
@@ -43,8 +43,8 @@ Tokens = UInt[np.ndarray, " L"]
 IGNORED = -100
 """A target that counts for nothing, as in torch."""
 FEW_DOCUMENTS = 20  # below this, validation takes the tail of every document, not whole documents
-LARGE_DOCUMENT = 1 / 16  # of the text to be held out: a larger one is cut, else validation is all or none
-BEGINNING_SHARE = 1 / 8  # of a source's rows at least begin a document, or are made to
+LARGE_DOCUMENT = 1 / 16  # of the text to hold out: a larger one is cut, as it would be all of it or none
+BEGINNING_SHARE = 1 / 8  # of a source's rows: at least so many hold a document's beginning, or one made up
 SAMPLE_PART = 16_384  # characters that a tokenizer's training text takes from one place
 PARAGRAPH_TOKENS = 1024  # in which the beginning of a paragraph is looked for
 STRETCH = 64  # rows whose conversations are packed together; each stretch leaves about one row half empty
@@ -64,15 +64,15 @@ class Source:
     fingerprint: str
     """Changes with the documents."""
     size: int | None = None
-    """About how many bytes they have; None where they are many, small and in no order."""
+    """About how many bytes they have; None where the first documents are a fair sample of all."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Files that were left out, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What the latest pass left out or replaced, by reason."""
+    """What the latest pass over the documents left out or replaced, by reason."""
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: what every split goes by."""
+    """A number in [0, 1) that depends on the text alone; every split into train and val is by it."""
     return _number_of(text, 6) / 2**48  # exact: 48 bits fit a float
 
 
@@ -85,10 +85,10 @@ def split_documents(
 ) -> Iterator[tuple[Side, str]]:
     """Give every document to train or validation, about `val_fraction` of the text to validation.
 
-    A document goes there when its hash is below `val_fraction`, so that its copies land on one side, and the
-    smallest hash of the first 20, so that there is some. One that is much of the text, of `size` bytes, is
-    cut instead, as each is where there are fewer than 20: the last `val_fraction` of its bytes, from the
-    beginning of a character, is validation.
+    A document is validation if its hash is below `val_fraction`, so that copies of it land on one side, or is
+    the smallest of the first 20, so that there is some. A document that is much of the whole text, of `size`
+    bytes, is cut instead: the last `val_fraction` of its bytes, from the beginning of a character, is
+    validation. So is every document where there are fewer than 20.
     """
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
@@ -126,7 +126,7 @@ def split_by_hash(
 
 def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, Conversation]]:
     """Every conversation of `source` (io/conversations.py) and its side, by its first user message: two
-    answers to one question never land on two sides. Where all begin alike, by the whole conversation."""
+    answers to one question never land on two sides. Where all first messages are equal, by all messages."""
     for key in (_first_question, json.dumps):
         hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
         if len(set(hashes)) > 1:
@@ -139,8 +139,8 @@ def _first_question(conversation: Conversation) -> str:
 
 
 def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
-    """Training text for a tokenizer: of every source as many characters as its share, from all over it where
-    its size is known, else from its beginning."""
+    """Training text for a tokenizer: from every source its share of the characters, taken evenly from all of
+    it where its size is known, else from its beginning."""
     total = sum(source.weight for source in sources)
     for source in sources:
         wanted, read, taken = characters * source.weight / total, 0, 0
@@ -191,8 +191,8 @@ class TokenizedSource:
         return TextRows(self, block_size, seed)
 
     def val_rows(self, block_size: int, most: int) -> "list[Row]":
-        """At most so many rows of the held-out text, the same each time: windows side by side from its first
-        token, evenly spaced ones where they are more, the last filled up with `bos` and targets IGNORED."""
+        """At most `most` rows of the held-out text, the same each time: of the windows side by side from its
+        first token on, all or evenly spaced ones; the last is filled up with bos and targets IGNORED."""
         if len(self.val) < 2:
             what = f"data source {self.name!r}: no text for validation"
             raise InputError(f"{what}; give more text or a larger validation fraction")
@@ -225,8 +225,8 @@ def tokenize(
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other. Where there
-    is no bos, eos may be the end of a chat's reply (Qwen's): <|endoftext|> comes before it."""
+    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other. Without a
+    bos, eos may be the end of a chat's reply (Qwen's): then <|endoftext|> is both, if there is one."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if tokenizer.config.get("bos_token") is None:
         bos = eos = tokenizer.special_tokens.get(ENDOFTEXT, eos)
@@ -238,8 +238,8 @@ def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
 def _marked_documents(
     source: Source, tokenizer: Tokenizer, val_fraction: float, workers: int
 ) -> Iterator[tuple[Side, Tokens, int]]:
-    """Every document as its side, its tokens and its bytes, then what closes each stream; where it takes
-    long, a bar shows how far."""
+    """Every document as its side, its tokens and its number of bytes, then the token that closes each stream;
+    a progress bar where it takes longer than a second."""
     bos, eos = document_marks(tokenizer)
     opening, closing = np.array([bos], np.uint32), np.array([eos] if eos != bos else [], np.uint32)
     split, ahead = itertools.tee(split_documents(source.documents(), val_fraction, source.size))
@@ -294,7 +294,7 @@ class EncodedSource:
         return PackedRows(self, block_size, seed)
 
     def val_rows(self, block_size: int, most: int) -> "list[Row]":
-        """At most so many rows of the held-out conversations, the same each time."""
+        """At most `most` rows of the held-out conversations, the same each time."""
         packed = best_fit(positions(self.val), np.arange(len(self.val)), block_size)[:most]
         return [pack_conversations([self.val[i] for i in chosen], block_size) for chosen in packed]
 
@@ -304,9 +304,9 @@ def encode_source(
 ) -> EncodedSource:
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
-    A longer one is cut behind the last reply with which it fits. Where none does, where `encode` raises
+    A longer one is cut after the last reply with which it fits. Where none does, where `encode` raises
     InputError, or where no token of it is the assistant's, it is left out; all is counted. InputError where
-    nothing is left to train on; there may be none to validate on.
+    nothing is left to train on; there may be nothing to validate on.
     """
     skipped = Skipped(source.skipped)
     skipped.first = source.skipped.first
@@ -370,7 +370,7 @@ class Row(NamedTuple):
 
 
 def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row:
-    """A row of conversations that fit. Its end is padding: token 0, no target, every position a document."""
+    """A row of conversations that fit in it. Its end is padding: token 0, no target, each a document."""
     tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
     document_start = np.ones(block_size, bool)
     begin = 0
@@ -386,7 +386,7 @@ def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row
 class Shuffled(Generic[Item]):
     """Items without end, every one once an epoch, in an order that follows from (seed, name, epoch).
 
-    Where it stands is two numbers, the epoch and how many of its items were given: only they need saving.
+    Its position is two numbers, the epoch and how many of its items were given: only they need saving.
     `name` says what the items are; their `fingerprint` changes with their content.
     """
 
@@ -395,7 +395,7 @@ class Shuffled(Generic[Item]):
         self.seek(0, 0)
 
     def arrange(self, random: np.random.Generator) -> Any:
-        """The items of an epoch in their order, each as what `take` gives it for."""
+        """The order of an epoch: a sequence of what to ask `take` for."""
         return random.permutation(len(self.items))
 
     def take(self, which: Any) -> Item:
@@ -416,11 +416,11 @@ class Shuffled(Generic[Item]):
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, in what JSON can hold."""
+        """Its position, as JSON can hold it."""
         return {"fingerprint": self.fingerprint, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where another one stood. InputError if the items are others."""
+        """Go to a saved position. InputError if the items have changed since."""
         _check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
         self.seek(state["epoch"], state["position"])
 
@@ -431,7 +431,7 @@ def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
 
 
 def _generator(*key: int) -> np.random.Generator:
-    # Not numpy's default, which may change; the length tells (s,) from (s, 0, 0).
+    # PCG64 by name, for numpy's default may change; with the length, (s,) and (s, 0, 0) differ.
     return np.random.Generator(np.random.PCG64((len(key), *key)))
 
 
@@ -441,12 +441,12 @@ LINE_END, BLANK_LINE = re.compile(rb"\n\s*\Z"), re.compile(rb"\n\s*\n\s*\Z")
 class TextRows(Shuffled[Row]):
     """The rows of one stream of text.
 
-    Row i is tokens[phase + i·T : phase + (i+1)·T + 1]; its last token is the first of row i+1. Phase and
-    order are drawn anew for each epoch, which leaves out fewer than 2T tokens at the two ends.
+    Row i is tokens[phase + i·T : phase + (i+1)·T + 1], T being `block_size`; its last token is the first of
+    row i+1. Phase and order are drawn anew for each epoch, which leaves out fewer than 2T tokens at the ends.
 
     A sample begins with bos, so the model must have seen what follows it. Where fewer than BEGINNING_SHARE of
-    the rows can hold the beginning of a document (a book, a play), chance chooses others that begin as one:
-    with bos in front of the next paragraph. Nothing teaches that a document ends before a paragraph.
+    the rows can hold the beginning of a document (a book, a play), others, chosen at random, are made to
+    begin like one: with bos before the next paragraph. There bos is an input only, never a target.
     """
 
     def __init__(self, source: TokenizedSource, block_size: int, seed: int) -> None:
@@ -472,8 +472,8 @@ class TextRows(Shuffled[Row]):
         return Row(ids[:-1], ids[1:], ids[:-1] == bos)
 
     def _paragraph(self, begin: int) -> int:
-        """Where the first paragraph from `begin` on begins; the first line where none is near, or `begin`. A
-        token begins one where the two before it end in a blank line, or a line, and it is not indented."""
+        """Where the next paragraph begins, from `begin` on, else the next line, else `begin`. A token begins
+        a paragraph if the two before it end in a blank line (a line: in a line end) and it has no indent."""
         near = [self.source.vocabulary[i] for i in self.items[begin : begin + PARAGRAPH_TOKENS].tolist()]
         for ending in (BLANK_LINE, LINE_END):
             for i in range(2, len(near)):
@@ -501,8 +501,8 @@ class PackedRows(Shuffled[Row]):
 def best_fit(
     sizes: Int64[np.ndarray, " M"], order: Int64[np.ndarray, " M"], block_size: int
 ) -> list[list[int]]:
-    """What each row holds: conversations of these sizes, taken in this order, a stretch at a time; of each
-    stretch the longest first, each to the row that it fills best, or to a new one."""
+    """Which conversations each row holds. They are taken in this order in stretches of STRETCH rows;
+    of each stretch the longest first, each put into the row that it fills best, or into a new one."""
     stretches = sizes[order].cumsum() // (STRETCH * block_size)
     packed: list[list[int]] = []
     for part in np.split(order, np.flatnonzero(np.diff(stretches)) + 1):
@@ -572,13 +572,13 @@ class Mixture:
         return stack(rows, self.block_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the mixture stands, in a few numbers that JSON can hold."""
+        """The position of the mixture, in a few numbers that JSON can hold."""
         own = zip(self.drawn, self.streams, strict=True)
         sources = {stream.name: {"rows": drawn, **stream.state_dict()} for drawn, stream in own}
         return {"block_size": self.block_size, "seed": self.seed, "sources": sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where a mixture stood. Raises InputError, naming what differs, for another one."""
+        """Go to a saved position. InputError, naming what differs, for that of another mixture."""
         for what in ("block_size", "seed"):
             _check_same(what, state[what], getattr(self, what))
         saved = state["sources"]
@@ -608,11 +608,11 @@ def validation_batches(
 
 
 def mask_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
-    """The batch with BERT's objective: what stood at 15% of the positions is to be found.
+    """The batch with BERT's objective: to predict the tokens at 15% of the positions, chosen at random.
 
-    Of the chosen positions 80% show the mask token, 10% a random ordinary token, 10% what stood
-    there; all others have target IGNORED. Special tokens are neither chosen nor put in. Where chance
-    chooses no position, the one that came nearest is chosen, so a batch with an ordinary token has a target.
+    Of the chosen positions 80% show the mask token, 10% a random ordinary token, 10% their own token; all
+    others have target IGNORED. Special tokens are neither chosen nor put in. Where no position is chosen, the
+    one whose random number came nearest is, so a batch with an ordinary token has a target.
     """
     tokens, generator = batch.tokens, torch.Generator().manual_seed(seed)
     if tokenizer.mask_id is None:

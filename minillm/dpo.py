@@ -2,9 +2,9 @@
 
 The policy that is best for a reward r under a penalty of β KL to the reference is π ∝ π_ref exp(r / β), so a
 policy says what reward it is best for: r = β log π/π_ref, up to a constant of the prompt. The loss is the
-reward model's (reward.py), with these rewards as its scores. The gradient by log π of the better of a pair
-is -β σ(r_worse - r_better) and of the worse the opposite: ∓β/2 at the start, where all rewards are 0, and
-nothing once the order is clear.
+reward model's (reward.py), with these rewards as its scores. Its derivative with respect to log π of the
+better of a pair is -β σ(r_worse - r_better), of the worse the opposite: ∓β/2 at the start, where all rewards
+are 0, and nearly 0 once the order is clear.
 
 Left out: label smoothing, IPO and other losses of the same log-ratios.
 Method: Rafailov et al. 2023, "DPO" (arXiv 2305.18290), equations 5 to 7.

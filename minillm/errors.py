@@ -2,8 +2,7 @@
 
 A bad file, option or folder ends in one line that says what is wrong, where, and what to do about it;
 the script prints that line and exits with code 2. So does whatever else the system refuses: a file that
-cannot be opened anywhere, a full disk behind an output, no memory. Every other exception is a bug of ours
-and keeps its traceback.
+cannot be opened, a full disk, no memory. Every other exception is a bug of ours and keeps its traceback.
 """
 
 import os
@@ -42,7 +41,7 @@ BAD_FILE = (
 def reading(
     path: Path | str, hint: str, what: str = "read", errors: tuple[type[Exception], ...] = BAD_FILE
 ) -> Iterator[None]:
-    """Where files come in: whatever is wrong with `path` becomes one line that ends in `hint`."""
+    """Where files are read: whatever is wrong with `path` becomes one line that ends in `hint`."""
     try:
         yield
     except errors as error:
@@ -50,7 +49,7 @@ def reading(
 
 
 def writing(path: Path | str, hint: str) -> Any:
-    """Where files go out: what the system refuses, and nothing else, becomes such a line."""
+    """Where files are written: what the system refuses, and nothing else, becomes such a line."""
     return reading(path, hint, "written", (OSError,))
 
 
@@ -128,7 +127,7 @@ NO_MEMORY = re.compile("allocate memory|out of memory|Storage size calculation o
 
 @contextmanager
 def signals(handler: Handler) -> Iterator[None]:
-    """Lets `handler` meet Ctrl-C, SIGTERM and SIGHUP; what nohup made deaf to SIGHUP stays so."""
+    """Gives Ctrl-C, SIGTERM and SIGHUP to `handler`; under nohup SIGHUP stays ignored."""
     previous = handle_signals(handler)
     try:
         yield

@@ -3,9 +3,10 @@
     sequences ──forward_passes──► rows ──pack_sequences──► tokens, start [P, T] ──model──► numbers [P, T, *X]
                                               └──► begins, ends ──► mask, index [N] ──► padded [B, R]
 
-A sequence is a prompt and one response to it. A row holds whole sequences, none attending to another, so that
-hardly a position is padding; an index counts the positions of all rows end to end. The reward model, DPO and
-the policy read their networks this way. Left out: responses that share their prompt (fast/shared_prompts.py).
+A sequence is a prompt and one response to it. A forward pass has P rows of T positions; a row holds whole
+sequences, none attending to another, so that hardly a position is padding. An index counts the positions of
+all rows end to end; the B responses have N tokens, at most R each. Reward model, critic and policies are run
+in this way. Left out: responses that share their prompt (fast/shared_prompts.py).
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,8 @@ def forward_passes(
 def pack_sequences(
     sequences: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
 ) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
-    """The tokens of these rows; the start of the sequence that each position belongs to, before which it sees
-    nothing; and the index of each sequence's first token. A row's padding is sequences of one position.
-    """
+    """The tokens of these rows; for each position the start of its sequence, before which it sees nothing;
+    and the index of each sequence's first token. Each position of padding is a sequence of its own."""
     width = max(sum(len(sequences[i]) for i in row) for row in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
     start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
@@ -61,8 +61,8 @@ def pack_sequences(
 def flat_index(
     begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]
 ) -> tuple[Bool[Tensor, "B R"], Int64[Tensor, " N"]]:
-    """Of responses from index begins[b] to ends[b] (exclusive): the mask [B, R], R being the longest's size,
-    true where response b has a token r; and the index of all their tokens."""
+    """Of responses from index begins[b] to ends[b] (exclusive): the mask, true where response b has a token
+    r, R being the size of the longest; and the index of all their tokens."""
     sizes = ends - begins
     offsets = torch.arange(int(sizes.max()), device=sizes.device)
     mask = offsets < sizes[:, None]
@@ -70,7 +70,7 @@ def flat_index(
 
 
 def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """Numbers of the tokens [N] as rows, 0 where a response has none."""
+    """Numbers of the tokens [N] as rows [B, R], 0 where a response has no token."""
     padded = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
     padded[mask] = per_token
     return padded

@@ -7,16 +7,16 @@ Each block adds to the residual stream twice: x + attention(norm(x)), then x + m
 With `qk_norm` the layout is Qwen3's, without it Llama's. The module names are the names Hugging Face
 gives the weights, so `state_dict()` is the file layout and nothing is ever renamed.
 
-No logits but those of sampling: the losses in kernels/ meet `hidden` and `lm_head.weight` directly. The
-scalar model gives a number for every token: a reward at a response's last, a value for each. There is no
-dropout, and no bias but the scalar's and Qwen2's.
+Logits are made for sampling only: the losses in kernels/ take `hidden` and `lm_head.weight` themselves. The
+scalar model gives a number for every token: a reward model is read at a response's last token, a critic at
+every one. There is no dropout, and no bias but the scalar's and Qwen2's.
 
 Sources: RMSNorm, Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4; rotary positions, Su et al. 2021
 (arXiv 2104.09864), section 3.4; SwiGLU, Shazeer 2020 (arXiv 2002.05202), eq. 6; grouped-query
 attention, Ainslie et al. 2023 (arXiv 2305.13245), section 2; QK-norm, Henry et al. 2020
-(arXiv 2010.04245), section 3, in the per-head RMSNorm form of Qwen3; bidirectional training,
-Devlin et al. 2018 (arXiv 1810.04805), section 3.1; the scalar head and its first weights, Stiennon et al.
-2020 (arXiv 2009.01325), appendix B.1.
+(arXiv 2010.04245), section 3, in the per-head RMSNorm form of Qwen3; masked training, Devlin et al. 2019
+(arXiv 1810.04805), section 3.1; the scalar head and its first weights, Stiennon et al. 2020
+(arXiv 2009.01325), appendix B.1.
 """
 
 import math
@@ -118,8 +118,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         halves = (x.chunk(2, dim=-1) for x in (q, k))
         q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
-        seen = attend(q, k, v)
-        return self.o_proj(seen.transpose(1, 2).flatten(2))
+        gathered = attend(q, k, v)
+        return self.o_proj(gathered.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 @runtime_checkable
 class Attend(Protocol):
-    """How the queries of a block, by number, meet keys where not within their own rows: `KVCache`,
+    """Attention to other keys than those of the same row, for block number `block`: `KVCache`,
     fast.SharedPrompts."""
 
     positions: Any
@@ -195,9 +195,9 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         positions = attend.positions if attend else torch.arange(tokens.shape[1], device=tokens.device)
-        # Angles in float32: bfloat16 cannot tell position 256 from 257.
+        # Angles in float32: in bfloat16 positions 256 and 257 are equal.
         angles = positions[..., None] * self.frequencies
-        size = self.config.rope_yarn[3] if self.config.rope_yarn else 1.0
+        size = self.config.rope_yarn[3] if self.config.rope_yarn else 1.0  # YaRN's magnitude
         cos, sin = (size * angles.cos()).to(self.compute_dtype), (size * angles.sin()).to(self.compute_dtype)
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)
@@ -257,8 +257,8 @@ class LanguageModel(nn.Module):
         of: Int[Tensor, " N"] | None = None,
         **options: Any,
     ) -> Any:
-        """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or, of an index `of`
-        into the flattened tokens, their `token_logprobs` with these options, each from the state before it.
+        """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or `token_logprobs`
+        of the tokens at places `of` among all, with these options, each from the hidden state before it.
         """
         hidden = self.model(tokens, start, attend).flatten(0, 1)
         if of is not None:
@@ -274,7 +274,7 @@ class LanguageModel(nn.Module):
         allowed: Bool[Tensor, "N V"] | None = None,
         reference: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
     ) -> TokenLogprobs:
-        """Of one token behind each hidden state, under softmax(logits / temperature) over `allowed`.
+        """Of the token after each hidden state, under softmax(logits / temperature) over `allowed`.
 
         `reference`: the hidden states of another model and its output matrix, for the KL to it at the same
         temperature. `allowed` restricts this model's tokens, not the other's.
@@ -303,7 +303,7 @@ class LanguageModel(nn.Module):
 class ScalarModel(nn.Module):
     """The decoder with one number for every token: `score.weight` [1, D] turns hidden states to values.
 
-    `bias` is no weight that trains: a reward model is shifted by it once, so that good answers score 0.
+    `bias` is not trained: a reward model is shifted by it once, so that demonstrations score 0 on average.
     """
 
     bias: Tensor
@@ -333,7 +333,7 @@ def scalar_from_language_model(
     """A scalar model on the trunk of a language model, which it takes over as it is, and `blocks` new blocks
     on top, which start as the identity.
 
-    The head starts as N(0, 1/(D + 1)), so that first values are of size 1, the hidden states being normed.
+    The head starts as N(0, 1/(D + 1)): of normalised hidden states, the first values are of size 1.
     """
     trunk = model.model
     trunk.config = replace(model.config, num_hidden_layers=model.config.num_hidden_layers + blocks)
@@ -351,7 +351,7 @@ def scalar_from_language_model(
 
 
 class KVCache:
-    """A model that reads on: it keeps the keys and values of all tokens so far and computes only the newest.
+    """A model that decodes: it keeps the keys and values of all tokens so far and computes only the newest.
 
     Two rows, whose prompts are "a b c" and "x", after two steps. Both are prefilled as three tokens; what the
     padding (-) left in the shorter one is overwritten by its next tokens before any query may see it:
@@ -377,13 +377,13 @@ class KVCache:
         self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Reads the prompts, row b's first `lengths[b]` tokens; the logits behind each one's last."""
+        """Reads the prompts, row b's first `lengths[b]` tokens; the logits after the last of each."""
         hidden = self._read(tokens)
         self.place(lengths, tokens.shape[1])
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Appends one token to every row; the logits behind it."""
+        """Appends one token to every row; the logits after it."""
         hidden = self._read(tokens[:, None])
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.model.logits(hidden[:, 0])
@@ -422,11 +422,11 @@ class KVCache:
 
 
 def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, **overrides) -> ModelConfig:
-    """The shape that follows from the one dial.
+    """The shape that follows from the depth.
 
     width = 32 · depth; heads are 32 wide up to a width of 256, 64 up to 1,024 and 128 beyond, one
-    key/value head to each; the SwiGLU block is 8/3 as wide as the stream (as many weights as a plain
-    block of 4), rounded up to a multiple of 64. `overrides` names what is wanted otherwise.
+    key/value head to each; the SwiGLU block is 8/3 as wide as the residual stream (three matrices with as
+    many weights as two of width 4), rounded up to a multiple of 64. `overrides`: what is to be otherwise.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     width = given.get("hidden_size", 32 * depth)

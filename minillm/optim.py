@@ -40,16 +40,15 @@ def accumulate(
     runtime: Runtime,
     weight: float = 1.0,
 ) -> float:
-    """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the weights; returns that mean.
-
-    `micro_batches` are this process's share of a step and `count` is the whole step's. `summed` calls
-    `forward`, which is the model or what wraps it. DistributedDataParallel averages over processes, hence
-    the factor `world_size`, and does so with the last micro-batch only.
+    """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the .grad of all weights; returns
+    that mean, without `weight`. `micro_batches` are this process's share of a step and `count` is the whole
+    step's. `summed` calls `forward`, which is the model or what wraps it. DistributedDataParallel averages
+    over processes, hence the factor `world_size`, and does so with the last micro-batch only.
     """
     total = torch.zeros((), device=runtime.device)
     for number, micro in enumerate(micro_batches, start=1):
-        alone = runtime.world_size == 1 or number == len(micro_batches)
-        with nullcontext() if alone else forward.no_sync():
+        last_or_alone = runtime.world_size == 1 or number == len(micro_batches)
+        with nullcontext() if last_or_alone else forward.no_sync():
             loss = summed(micro)
             (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
@@ -59,7 +58,7 @@ def accumulate(
 def backward(
     forward: Callable[..., Tensor], batch: Batch, micro_tokens: int, runtime: Runtime, weight: float = 1.0
 ) -> float:
-    """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats a target.
+    """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats per target.
 
     `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
     most `micro_tokens`.
@@ -136,7 +135,8 @@ class Optimizers:
     def step(self, multiplier: float, clip: float) -> float:
         """One update at `multiplier` times the base rates; clears the gradients and returns their norm.
 
-        They are scaled down to a common norm of at most `clip` before. One that is not finite moves nothing.
+        That norm is over all weights, before the gradients are clipped to at most `clip`. No weight moves
+        where it is not finite.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True).item()
         for optimizer in self.optimizers:
@@ -157,7 +157,7 @@ class Optimizers:
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave; one that had moved nothing yet has no state."""
+        """Takes over what `state_tensors` gave; an optimizer that has not stepped yet has no state."""
         states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in self.optimizers]
         for key, value in tensors.items():
             i, j, name = key.split(".")
@@ -191,7 +191,7 @@ def build_optimizers(
 
 
 def lr_schedule(step: int, steps: int, warmup: int, decay: float) -> float:
-    """The share of the base rates at `step` of 0 … steps-1.
+    """The multiplier of the base rates at `step` of 0 … steps-1.
 
     Rises linearly over the first `warmup` steps, stays at 1, and falls linearly towards 0 over the
     last share `decay` of the run; the last step still moves.

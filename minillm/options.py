@@ -2,7 +2,7 @@
 
 tyro reads the dataclass: its fields are the flags. Here stand the options that every training script has, and
 `--resume`, for which the stored options of the run are the defaults; an option given again is compared with
-them. Words of the command line, and of run.json, become options in tools/commandline.py.
+them. tools/commandline.py turns the words of the command line, and run.json, into options.
 """
 
 import json
@@ -19,7 +19,7 @@ from minillm.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """What numbers an option takes, in words for its refusal; None passes where it may be given."""
+    """Which numbers an option takes, and the words for refusing others. An option that is None passes."""
 
     wanted: str
     holds: Callable[[float], bool]
@@ -53,7 +53,7 @@ def check_limits(options: Any) -> None:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What every training script asks for; each says below what else, and with which defaults."""
+    """The options of every training script; each adds its own, and may set other defaults."""
 
     out: str
     """The run folder."""
@@ -71,7 +71,7 @@ class TrainingOptions:
     decay: Share = 0.5
     """Share of the run, at its end, over which the rates fall towards 0."""
     clip: Positive = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a larger one is scaled down."""
     val_every: Count | None = None
     """Steps between validations. Default a tenth of the run."""
     save_every: Count | None = None
@@ -104,7 +104,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class DataOptions(TrainingOptions):
-    """What a script asks for besides that trains on text or conversations."""
+    """The options of the scripts that train on text or conversations."""
 
     val_fraction: Part = 0.05
     """Share of the conversations or documents (of each, where they are few) held out for validation."""
@@ -113,7 +113,7 @@ class DataOptions(TrainingOptions):
     world_megabytes: Positive = 12.0
     """Size of the little world's text, where that is used."""
     errors: Literal["strict", "replace"] = "strict"
-    """Stop at text not of the encoding or a line that does not parse, or replace and skip, counting."""
+    """Stop at text not in the encoding or a line that does not parse, or replace and skip them, counted."""
     encoding: str = "utf-8"
     """Of text files: utf-8, utf-16, gb18030, shift_jis …"""
     field: str | None = None
@@ -130,7 +130,7 @@ class DataOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class PolicyOptions(TrainingOptions):
-    """What aligning a policy asks for; where only some algorithms read an option, they are named."""
+    """The options for aligning a policy; an option that only some algorithms read begins with their names."""
 
     algorithm: Literal["ppo", "grpo", "dpo", "best-of-n"] = "ppo"
     """How the policy learns. best-of-n learns nothing: of `group_size` responses the best-scored is given."""
@@ -147,22 +147,22 @@ class PolicyOptions(TrainingOptions):
     ppo_epochs: Count = 2
     """ppo, grpo: passes over a rollout, at most."""
     target_kl: Positive = 0.05
-    """ppo, grpo: KL of the policy from its own samples, nats a token, after which no further pass is made."""
+    """ppo, grpo: no further pass once KL(π_old ‖ π), π_old having sampled, exceeds this, in nats a token."""
     policy_rate: Positive = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
     beta: NotNegative = 0.15
     """Price of a nat of KL to the reference, between the distributions at the temperature sampled at, the
     policy's after top-k and top-p; for dpo the same β, which sets how far it may go."""
     adaptive_kl_target: Positive | None = None
-    """ppo, grpo: nats a response that β follows, by at most 2% an iteration. Default none: β stays."""
+    """ppo, grpo: the KL, nats a response, that β steers to, by at most 2% an iteration. Default: β stays."""
     max_kl: Positive = 200.0
     """Nats a response beyond which the run ends, with the best policy so far kept."""
     keep: Literal["best", "last"] = "best"
     """The policy that is kept: that of the highest held-out score - β KL (dpo: lowest loss), or the last."""
     clip_range: Positive = 0.2
-    """ppo, grpo: how far a ratio counts."""
+    """ppo, grpo: how far from 1 the ratio π/π_old of a token still has a gradient."""
     kl_estimator: Literal["k2", "k3", "exact"] = "k3"
-    """grpo: the KL in its loss; ppo's rewards hold k1."""
+    """grpo: the estimate of the KL in its loss; ppo's rewards use k1."""
     gamma: Share = 1.0
     """ppo: discount of a reward one token later."""
     lam: Share = 0.95
@@ -193,7 +193,7 @@ class PolicyOptions(TrainingOptions):
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
     ema_decay: Share = 0.0
-    """ppo, grpo: share of the moving average kept in an iteration; 0 for no average."""
+    """ppo, grpo: a moving average of the policy keeps this share of itself an iteration; 0 for no average."""
     val_prompts: Count = 256
     """Held-out prompts of one validation, at most."""
 
@@ -222,7 +222,7 @@ class PolicyOptions(TrainingOptions):
 
 
 GROWING = frozenset({"steps", "iterations"})
-"""Options that a continuation may raise, so that a finished run goes on."""
+"""Options that a resumed run may raise, so that a finished one continues."""
 
 
 # ---- Command line and run.json

@@ -6,18 +6,18 @@
                             │
            penalised_rewards ──► gae ──► advantages [B, R] ──update──► metrics
 
-A response is an episode: its state is the prompt and the response so far, its action the next token. What is
-known of the tokens of a rollout's responses is in rows [B, R], token r of response b at [b, r], with `mask`
-true where there is one; losses are of the tokens alone, flat [N]. What belongs to a token is computed from
-the state before it, so a prompt's tokens have neither advantage nor loss. First come pure functions, then
+A response is an episode: its state is the prompt and the response so far, its action the next token. Numbers
+of the tokens of a rollout's B responses are in rows [B, R], token r of response b at [b, r], with `mask` true
+where there is one; losses are of the N tokens alone, flat [N]. What belongs to a token is computed from the
+state before it, and only a response's tokens have advantages and losses. First come pure functions, then
 `Pass` and `Rollout`, then `Aligner`, which holds the models. The loop is in rlhf.py.
 
 What a run does, in the order in which it happens; the defaults are those of rlhf.py.
 
      1  policy and reference both start as the SFT assistant                       InstructGPT, 3.5
      2  the critic is a network of its own that starts as the reward model         InstructGPT, C.4
-     3  at first the critic learns alone, for critic_warmup iterations              (measured here)
-     4  responses are sampled with kept keys and values and stop at the end token  generate.py
+     3  at first the critic learns alone, for critic_warmup iterations             (measured here)
+     4  responses are sampled with a key/value cache and stop at the end token     generate.py
      5  log-probabilities are those of the distribution that was sampled from:
         temperature, top-k and top-p included                                      Huang
      6  the reward model reads the text of a response as it read those it was
@@ -25,21 +25,21 @@ What a run does, in the order in which it happens; the defaults are those of rlh
      7  a response that does not end scores missing_eos_score deviations from the
         mean score of the assistant's own responses                                Huang, after Ziegler
      8  scores are divided by the deviation of the assistant's own                 Engstrom, 3 (2)
-     9  a token is paid -β (log π - log π_ref), the last one the score as well      Ziegler, 2.2
+     9  a token's reward is -β (log π - log π_ref), the last one's also the score   Ziegler, 2.2
     10  γ 1, λ 0.95                                                                InstructGPT, C.4; Huang
     11  advantages are whitened over all tokens of a rollout, padding left out     Huang
-    12  ratios count up to 0.2 from 1, and values up to 0.2 from what they were    PPO, eq. 7; Engstrom, 3 (1)
+    12  ratios are clipped 0.2 from 1, and values 0.2 from what they were          PPO, eq. 7; Engstrom, 3 (1)
     13  the value loss weighs 0.1; both networks share one gradient norm           Huang
-    14  a rollout is seen ppo_epochs times, in minibatches                         PPO, algorithm 1
-    15  no further pass once the policy has moved target_kl from its own samples   (measured here)
+    14  ppo_epochs passes are made over a rollout, in minibatches                  PPO, algorithm 1
+    15  no further pass once KL(π_old || π) exceeds target_kl, nats a token        (measured here)
     16  Adam's ε is 1e-5; there is no dropout                                      Huang
-    17  learning rates fall linearly at the end of the run                         Engstrom, 3 (4)
-    18  a multiple of the pretraining loss may be added (ptx)                       InstructGPT, eq. 2
+    17  learning rates fall linearly to the end of the run                         Engstrom, 3 (4)
+    18  a multiple of the pretraining loss may be added (ptx)                      InstructGPT, eq. 2
     19  β is fixed, or follows adaptive_kl_target                                  Ziegler, eq. 2 of 2.2
     20  what is validated and kept may be a moving average of the policy           Ramé, 3
 
-GRPO is PPO without a critic (2, 3, 10 to 13): the advantage of all tokens of a response is how much better it
-scored than the others to its prompt, and the KL is a term of the loss instead of the reward.
+GRPO is PPO without a critic (not 2, 3, 8 to 11, 13): the advantage of all tokens of a response is how much
+better it scored than the others to its prompt, and the KL is a term of the loss instead of the reward.
 
 Left out: one trunk for policy and critic, an entropy bonus, rewards of single tokens. Of Dr. GRPO (Liu et al.
 2025, arXiv 2503.20783) one half is here, the mean over all tokens of a minibatch instead of over each
@@ -98,7 +98,7 @@ expectation, that of the KL; k3, π_ref/π - 1 - log π_ref/π, is unbiased and 
 def penalised_rewards(
     scores: Float[Tensor, " B"], kl: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], beta: float
 ) -> Float[Tensor, "B R"]:
-    """-β · KL of every token, and the score at the last one; 0 behind it. `kl` is k1 of the rollout."""
+    """-β · KL of every token, plus the score at the last one; 0 after it. `kl` is k1 of the rollout."""
     rewards = torch.where(mask, -beta * kl, 0.0)
     last = mask.sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
@@ -113,7 +113,7 @@ def gae(
 ) -> Float[Tensor, "B R"]:
     """The advantage of every token, 0 where there is none.
 
-    values[b, r] is of the state in which token r is chosen; behind the last token there is nothing more:
+    values[b, r] is of the state in which token r is chosen; after the last token V and A are 0:
 
         δ_r = reward_r + γ V_{r+1} - V_r        A_r = δ_r + γλ A_{r+1} = Σ_k (γλ)^k δ_{r+k}
 
@@ -190,24 +190,24 @@ def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> fl
 
 @dataclass(frozen=True)
 class Pass:
-    """Some responses side by side in the rows of a forward pass, and where their N tokens are."""
+    """A forward pass: some responses side by side in P rows, and where their N tokens are."""
 
     tokens: Int64[Tensor, "P T"]
     start: Int32[Tensor, "P T"]
     """Where the sequence of each position begins in its row."""
     index: Int64[Tensor, " N"]
-    """Of the responses' tokens among all, the rows end to end."""
+    """Where the responses' tokens are among those of all rows, end to end."""
     taken: Int64[Tensor, " N"]
-    """These tokens."""
+    """These tokens themselves: the actions taken."""
     cells: tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
-    """Of the same tokens among those of a rollout, as b and r: rows [B, R] at `cells` are flat [N]."""
+    """Where they are in the rollout, as indices b and r: numbers [B, R] at `cells` are numbers [N]."""
     allowed: Bool[Tensor, "N V"] | None = None
     """What top-k and top-p left to choose each of them from; None where that is everything."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to some prompts, and what every model says of their tokens."""
+    """Responses to some prompts, and the numbers that the models give to their tokens."""
 
     responses: Responses
     scores: Float[Tensor, " B"]
@@ -219,14 +219,14 @@ class Rollout:
     ref_logprobs: Float[Tensor, "B R"]
     """Of the reference at the same temperature, over all tokens: top-k and top-p are the policy's alone."""
     kl: Float[Tensor, "B R"]
-    """KL(policy || reference) of these two, exact in each state: what k1 of the sampled tokens estimates."""
+    """KL(policy || reference) of these two distributions, exact; k1 of the sampled token estimates it."""
     entropy: Float[Tensor, "B R"]
     """Of the distribution sampled from."""
     values: Float[Tensor, "B R"]
     """The critic's, of the state in which each token is chosen; 0 without a critic."""
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
-    """What the critic should have said."""
+    """The critic's targets: advantages + values."""
 
 
 def with_advantages(
@@ -255,7 +255,7 @@ def with_advantages(
 
 
 class Aligner:
-    """A policy in training, the models that it is held against, and what else moves with it."""
+    """A policy in training, the models that it is compared with, and what else changes with it."""
 
     def __init__(
         self,
@@ -268,8 +268,8 @@ class Aligner:
         critic: ScalarModel | None,
         rubric: Callable[[Sequence[Message], str], float | None] | None,
     ) -> None:
-        """`policy` is the assistant to start from. Without a reward model, which DPO needs not, every score
-        is 0 and none is told. `rubric`: what the little world gives a response to its prompts."""
+        """`policy` is the assistant to start from. Without a reward model, which DPO does not need, scores
+        are 0 and not reported. `rubric`: the little world's score of a response to one of its prompts."""
         self.options, self.runtime, self.template = options, runtime, template
         self.sampling = replace(sampling, stop_ids=template.stop_ids)
         self.policy, self.ref_model = policy, deepcopy(policy).requires_grad_(False)
@@ -279,7 +279,7 @@ class Aligner:
         """The model that is validated and kept: the moving average, or the policy itself."""
         named = {"policy": policy, "critic": critic, "ema": self.ema}
         self.models = nn.ModuleDict({name: model for name, model in named.items() if model})
-        self.models.__dict__["config"] = policy.config  # whoever loads weights asks for it
+        self.models.__dict__["config"] = policy.config  # load_weights reads it
         self.optimizers = policy_optimizers(policy, critic, options)
         self.wrapped_policy = runtime.wrap(policy)
         self.wrapped_critic: Any = runtime.wrap(critic) if critic else None
@@ -319,7 +319,7 @@ class Aligner:
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
     ) -> Float[Tensor, " B"]:
-        """The reward model's scores of these texts, each in the form in which it was trained on texts."""
+        """The reward model's scores of these texts, each with an end token, as in its training (detail 6)."""
         if self.reward_model is None:
             return torch.zeros(len(texts), device=self.runtime.device)
         longest = self.reward_model.config.max_position_embeddings
@@ -348,12 +348,12 @@ class Aligner:
             return one
         hidden = policy.model(tokens, start).flatten(0, 1)[index - 1]
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
-        # The token taken always belongs to them: at the edge of a nucleus another pass may round otherwise.
+        # The token taken is always allowed: rounding here may differ from sampling at the edge of a nucleus.
         return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
 
     def read(self, forward: Callable[..., Any], one: Pass, reference: Sequence[Tensor] | None = None) -> Any:
-        """What a policy says of a pass's tokens, under the distribution that is sampled from: a
-        TokenLogprobs, with the KL to a reference if there is one."""
+        """The TokenLogprobs of a pass's tokens under the distribution that is sampled from, with the KL to a
+        reference if there is one."""
         how = {"temperature": self.sampling.temperature, "allowed": one.allowed, "reference": reference}
         return forward(one.tokens, one.start, of=one.index, **how)
 
@@ -371,8 +371,8 @@ class Aligner:
         minibatches: Sequence[Sequence[int]],
         critic: ScalarModel | None = None,
     ) -> Rollout:
-        """What the models say of the responses, in the very forward passes that updates on these minibatches
-        make, so that the first ratios are exactly 1."""
+        """The numbers of all models for the responses, from the same forward passes that the updates on these
+        minibatches will make, so that the first ratios are exactly 1."""
         device, micro, T = self.runtime.device, self.options.micro_tokens, self.sampling.temperature
         own = zip(responses.rows, responses.prompt_lengths, strict=True)
         sizes = torch.tensor([len(row) - start for row, start in own], device=device)
@@ -425,7 +425,7 @@ class Aligner:
         return self.metrics(rollout, **sums)
 
     def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
-        """Means over the responses of all processes, also of what else was summed over this one's."""
+        """Means over the responses of all processes; `sums` are further sums over those of this process."""
         sums = {
             "score": rollout.scores.double().sum().item(),
             "score_square": rollout.scores.double().square().sum().item(),
@@ -447,12 +447,12 @@ class Aligner:
 
     @property
     def unit(self) -> float:
-        """What scores are divided by."""
+        """What scores are divided by (detail 8)."""
         return self.scale[1] if self.scale and self.options.scale_scores else 1.0
 
     def objective(self, metrics: Mapping[str, float | int]) -> float:
-        """What is maximised, at the β of now: score - β KL, the score in its unit; by DPO, which needs no
-        scores, the log-likelihood of held-out rankings."""
+        """What is maximised, at the present β: score / unit - β KL; for DPO, which needs no scores, minus the
+        loss of held-out rankings."""
         if self.options.algorithm == "dpo":
             return -metrics["loss"]
         return metrics["score"] / self.unit - self.beta * metrics["kl"]
@@ -462,9 +462,8 @@ class Aligner:
     def update(
         self, rollout: Rollout, passes: Sequence[Pass], learning_rate: float, critic_only: bool = False
     ) -> dict[str, float]:
-        """One step of the optimizers on a minibatch, at this share of their base rates; its metrics.
-
-        No weight moves where the gradient is not finite.
+        """One step of the optimizers on a minibatch (its forward passes), at `learning_rate` times their base
+        rates; its metrics. No weight moves where the gradient is not finite.
         """
         options, runtime, metrics = self.options, self.runtime, dict[str, float]()
         count = torch.tensor(float(sum(len(one.index) for one in passes)))
@@ -490,8 +489,8 @@ class Aligner:
         return metrics | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
 
     def learn_policy(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> dict[str, float]:
-        """Adds the gradient of a minibatch's loss, a mean over its `tokens`, to the policy's weights; that
-        loss, and how far the policy has moved since it sampled."""
+        """Adds the gradient of a minibatch's loss, a mean over its `tokens`, to the policy's .grad; returns
+        that loss, and how far the policy has moved since it sampled."""
         options, now = self.options, list[Tensor]()  # log π of the tokens, pass by pass
         grpo, estimate = options.algorithm == "grpo", KL_ESTIMATORS.get(options.kl_estimator)
 
@@ -520,14 +519,14 @@ class Aligner:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves the average by (1 - ema_decay) of the way to the policy."""
+        """Moves the average (1 - ema_decay) of the way to the policy."""
         for slow, fast in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
             slow.lerp_(fast, 1 - self.options.ema_decay)
 
 
 def policy_optimizers(policy: nn.Module, critic: nn.Module | None, options: PolicyOptions) -> Optimizers:
-    """One AdamW for the policy and one for the critic: while that learns alone, the other has no state."""
-    # Embedding and output matrix at the rate of the rest: SFT brought new tokens, this brings none.
+    """An AdamW for each: while the critic learns alone, the policy's has no state."""
+    # Embedding and output matrix at the rate of the rest: unlike in SFT, no token is new.
     rate = options.policy_rate
     rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
     models = [policy, critic] if critic else [policy]

@@ -54,16 +54,16 @@ class Prompt:
 
     messages: list[Message]
     kind: str | None = None
-    """The little world's kind of prompt, where it is one of that."""
+    """Its kind, if it is a prompt of the little world."""
     world: int | None = None
     """The seed of that world."""
     tokens: Sequence[int] = ()
-    """The messages as the model that is asked reads them, where it is one for a whole run."""
+    """The messages as tokens, if one model is asked in the whole run."""
 
 
 @dataclass(frozen=True)
 class ResponseSet:
-    """A prompt, field by field, and the responses to be ranked."""
+    """A prompt (its fields, as in the files) and the responses to be ranked."""
 
     messages: list[Message]
     responses: list[str]
@@ -202,13 +202,13 @@ class ChatModel:
         return digest(fingerprint(self.model), self.tokenizer.fingerprint, config)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens after which it is to reply; a base model gets the question as a line of text."""
+        """The tokens after which it is to reply; a base model gets the last message as a line of text."""
         if isinstance(self.form, Completion):
             return self.form.prompt([{"role": "user", "content": messages[-1]["content"] + "\n"}])
         return self.form.prompt(messages)
 
     def has_room(self, messages: Sequence[Message], max_new_tokens: int) -> bool:
-        """Whether a reply of that length fits behind the prompt."""
+        """Whether a reply of that length fits after the prompt."""
         return len(self.prompt(messages)) + max_new_tokens <= self.model.config.max_position_embeddings
 
     def replies(
@@ -230,14 +230,14 @@ def sample_sets(
     seed: int,
     done: int = 0,
 ) -> Iterator[list[Record]]:
-    """`count` responses to every prompt behind the first `done`, as lines of responses.jsonl, in blocks.
+    """`count` responses to every prompt after the first `done`, as lines of responses.jsonl, in blocks.
 
     Response k to prompt i comes from one of the models, dealt in turn. The last `distractors` of a set answer
     another prompt: a reward model must learn to tell a fluent answer from one to this prompt. A response that
     says what an earlier one of its set says is drawn again, a few times.
 
-    Blocks have a fixed size and seeds follow from i, k and the attempt: the rounding of a matrix product
-    depends on what else is in the batch, and a run that goes on in the middle must write the same.
+    Blocks have a fixed size, and a seed follows from `seed`, i, k and the attempt alone: a resumed run must
+    write the same, and the rounding of a matrix product depends on what else is in the batch.
     """
 
     def draw(slots: Sequence[tuple[int, int]], attempt: int) -> dict[tuple[int, int], Record]:
@@ -302,8 +302,8 @@ CHARACTERS: dict[str, tuple[float, Callable[[Any, str], float]]] = {
     "brisk": (1.25, lambda score, text: -min(1.0, len(text) / 100)),
     "careful": (1.05, lambda score, text: 1.5 * score.safe + score.honest),
 }
-"""The temperature of each, over TEMPERATURE, and what it leans to beyond the rubric: 1 multiplies the odds by
-e. `score` is the rubric's."""
+"""Of each its temperature, in units of TEMPERATURE, and its leaning: what it values beyond the rubric. A
+leaning of 1 multiplies the odds by e. `score` is the rubric's."""
 
 
 @dataclass(frozen=True)
@@ -320,9 +320,9 @@ class Simulated:
         """Their ranking by what `rubric` says of each text. Draws follow from seed, name and texts alone."""
 
         def seen(text: str) -> float:
-            # The same words seem as good each time they are read: the draw is the text's.
+            # Equal texts get equal noise: whoever reads the same words twice values them alike.
             rng = random.Random(f"{seed} {self.name} {json.dumps([given.messages, text])}")
-            gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log E has that law if E is exponential
+            gumbel = -math.log(max(rng.expovariate(1), 1e-300))  # -log of an exponential variable is Gumbel
             score = rubric(text)
             return score.utility + noise * self.temperature * (self.leaning(score, text) + gumbel)
 
@@ -330,7 +330,7 @@ class Simulated:
 
 
 def simulated_annotators(count: int) -> list[Simulated]:
-    """`count` annotators; beyond five, characters come again in other people.
+    """`count` annotators; beyond five, the characters repeat, with other noise.
 
     Measured on 4 responses to each of 7,000 prompts, ranked by all five: two of them agree on 72.4 to 73.2 %
     of untied pairs (five worlds); InstructGPT's labelers (section 3.4) agreed on 72.6 ± 1.5 %.

@@ -7,18 +7,18 @@ response that was cut has no end token in its row. The scalar is read above the 
 block: which token the assistant expected is known only above its last block, and only there can it be
 compared with the one that came.
 
-A set of K responses is one element of a batch. Its pairs share the K forward passes, packed side by side
-(layout.py), whoever ranked them, and together weigh as much as any other set's: each 1/C(K, 2) over the
-number of rankings. So more annotators a set cost no more passes and reduce label noise.
+A set of K responses is one element of a batch. All pairs of all its rankings share the forward pass of the K
+responses, and together weigh as much as any other set's: each 1/C(K, 2) over the number of rankings. So more
+annotators a set cost no more passes and reduce label noise.
 
-In training the mean of the values over a response learns the ranking as well: so the gradient reaches every
-token without a detour over the last, and a small model learns in fewer steps to compare an answer with its
-question. The values of unfinished responses are what a critic begins with.
+In training, half of the loss is of the mean of the values over each response: so the gradient reaches every
+token directly and not only through the last, and a small model learns in fewer steps to compare an answer
+with its question. The values of unfinished responses are what a critic begins with.
 
 Left out: ties in the loss (InstructGPT drops them; Rao & Kupper 1967 would model them), and margins.
 Method: Ouyang et al. 2022, "InstructGPT" (arXiv 2203.02155), section 3.5, equation 1; Bradley & Terry 1952;
-the shift by which demonstrations score 0: both InstructGPT, ibid., and Stiennon et al. 2020
-(arXiv 2009.01325), section 3.4.
+the shift by which demonstrations score 0: InstructGPT, ibid., and Stiennon et al. 2020 (arXiv 2009.01325),
+section 3.4.
 """
 
 import json
@@ -76,7 +76,7 @@ def encode_rankings(
     rankings: Iterable[Ranking], template: ChatTemplate, longest: int
 ) -> tuple[list[EncodedSet], Counter[str]]:
     """The sets that were ranked as rows of at most `longest` tokens, in the order of their first rankings;
-    how many rankings are left out, by reason. The same responses listed otherwise are another set."""
+    how many rankings are left out, by reason. The same responses in another order are another set."""
     sets = defaultdict[str, list[Ranking]](list)
     for ranking in rankings:
         sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
@@ -112,7 +112,7 @@ def prompt_key(ranking: Ranking) -> str:
 def split_by_prompt(
     encoded: Sequence[EncodedSet], held_out: float
 ) -> tuple[list[EncodedSet], list[EncodedSet]]:
-    """Those to train on and about a share `held_out` of the prompts, each with all of its sets.
+    """The sets to train on, and those of about a share `held_out` of the prompts.
 
     InputError where there is only one prompt.
     """
@@ -123,7 +123,7 @@ def split_by_prompt(
 
 
 def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
-    """The sets without end."""
+    """The sets as an endless shuffled stream."""
     content = (json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]) for one in encoded)
     return Shuffled(encoded, "rankings", seed, digest(*content))
 
@@ -165,15 +165,15 @@ def ranking_loss(
     """Σ weight · -log σ(score of the better - score of the worse), over pairs of rows of a batch; the mean of
     that where each row has several scores.
 
-    P(better ≻ worse) = σ(s_b - s_w) is Bradley & Terry's model. The gradient by s_b is
-    -weight · σ(s_w - s_b): nothing once the order is clear. No pairs, no loss.
+    P(better ≻ worse) = σ(s_b - s_w) is Bradley & Terry's model. The derivative with respect to s_b is
+    -weight · σ(s_w - s_b): nearly 0 once the order is clear. No pairs, no loss.
     """
     return -(weight * F.logsigmoid(scores[..., better] - scores[..., worse])).sum(-1).mean()
 
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """The responses of some sets behind their prompts, and the pairs among them that are not tied."""
+    """The prompts of some sets with their responses, and the pairs of responses that are not tied."""
 
     tokens: Int64[Tensor, "1 T"]
     shared: Any
@@ -242,9 +242,9 @@ def ranking_backward(
     micro_tokens: int,
     runtime: Runtime,
 ) -> float:
-    """Adds the gradient of a step's mean loss per set to the weights; returns that mean, in nats.
+    """Adds the gradient of a step's mean loss per set to .grad; returns that mean, in nats.
 
-    `scores` calls `forward`. Each process takes every world-th set, by size: the work is shared evenly.
+    `scores` calls `forward`. Sorted by size, the sets are dealt to the processes in turn, for equal work.
     """
     own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 

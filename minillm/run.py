@@ -1,4 +1,4 @@
-"""A run and its folder: where it computes, what it tells, what it leaves, how it stops and goes on.
+"""A run and its folder: its device and processes, its metrics and files, how it stops and resumes.
 
     with start_runtime(device, precision) as runtime:     the device, and the processes that share the work
         run = Run("train", options, runtime)              claims the folder; knows whether it resumes a run
@@ -10,7 +10,7 @@
                 if state.step % save_every == 0: run.save()
             run.end()
 
-    config.json  model.safetensors  tokenizer.json  tokenizer_config.json    huggingface.py
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json    io/huggingface.py
     run.json                  every option, versions, commit and hardware
     metrics.jsonl  loss.png   what happened
     resume/state.safetensors  all that an exact restart needs: weights, optimizer and position are in one
@@ -61,7 +61,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
-    """What is held until the process is done, such as the lock of its run folder."""
+    """What is released when the process is done, such as the lock on its run folder."""
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +91,7 @@ class Runtime:
         return rows
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes. One alone leaves it where it is, in any precision."""
+        """The sum of a tensor over all processes, on their device; a single one returns it as it is."""
         if self.world_size > 1:
             value = value.to(self.device)
             dist.all_reduce(value)
@@ -122,11 +122,11 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
         with contextlib.ExitStack() as closing:
             yield Runtime(chosen, dtype, rank, world_size, closing)
         if world_size > 1:
-            dist.barrier()  # the main process has more to do at the end: nobody hangs up on it
+            dist.barrier()  # the main process has more to do at the end: the others wait for it
     finally:
         if world_size > 1:
-            # What DistributedDataParallel wrapped holds the group too; were it to outlive this, the group's
-            # threads would end only when the process does, which is an abort now and then.
+            # DistributedDataParallel holds the group too. If it outlived this, the group's threads would end
+            # only with the process, which sometimes aborts.
             gc.collect()
             dist.destroy_process_group()
 
@@ -138,7 +138,7 @@ RESUME_FILE = Path("resume") / "state.safetensors"
 
 @dataclass
 class TrainingState:
-    """Everything that moves while a model trains, and therefore all that a restart must bring back."""
+    """Everything that changes while a model trains, and so all that a restart must bring back."""
 
     model: nn.Module
     optimizers: Any
@@ -150,7 +150,7 @@ class TrainingState:
     tokens: int = 0
     """Tokens seen."""
     seconds: float = 0.0
-    """Time spent training, over all the sittings of the run."""
+    """Time spent training, over all sittings (processes) of the run."""
 
     def save(self, folder: Path) -> None:
         """Writes the restart file."""
@@ -183,7 +183,7 @@ class TrainingState:
         load_weights(self.model, parts["model"], path)
 
     def _seal(self, state: str, tensors: dict[str, Tensor]) -> str:
-        """Of the numbers, of which tensors there are, and whose: what differs in any is no restart point."""
+        """A digest of the numbers, the tensors' names and shapes, and the kinds of optimizers."""
         kinds = [type(optimizer).__name__ for optimizer in self.optimizers.optimizers]
         return digest(state, kinds, sorted((name, list(value.shape)) for name, value in tensors.items()))
 
@@ -191,13 +191,13 @@ class TrainingState:
 # ---- The run
 
 NO_SCREEN = contextlib.suppress(OSError, ValueError)
-"""A bar that cannot be drawn, for the stream is closed or full, ends no run."""
+"""For the progress bar: if it cannot be drawn, as on a closed or full stream, the run continues."""
 
 
 class Run:
     """One stage's run in its folder, from the first check to the last line.
 
-    `options` is the script's dataclass. `command` is what runs this stage, where it is not the script of its
+    `options` is the script's dataclass. `command` is what runs this stage, if it is not the script of its
     name. metrics.jsonl holds one JSON object a line, each with its "event" and "step". A resumed run drops
     the lines beyond its restart point, and the "final" one where more steps are to come, so the file reads
     as if the run had never stopped. Only the main process writes.
@@ -232,8 +232,8 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
-        """The time between the first step and the last: `state` goes on from its restart point or
-        starts anew, and `save_model` writes what others open."""
+        """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
+        loop after a step. `save_model` writes the model in Hugging Face's layout."""
         self.state, self.steps, self.save_model = state, steps, save_model
         if self.options.warmup > max(steps, TrainingOptions.warmup):
             raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
@@ -255,7 +255,7 @@ class Run:
                     stack.callback(self.tracker.close)
             self.bar = tqdm(disable=True)
             with NO_SCREEN:
-                # On the stream itself: metrics of ours need not be made printable.
+                # On the bare stream: what the bar shows is printable.
                 self.bar = tqdm(
                     total=steps, initial=state.step, unit="step", dynamic_ncols=True, file=sys.__stderr__,
                     disable=not self.runtime.is_main,
@@ -268,9 +268,9 @@ class Run:
                     self.bar.close()
 
     def _restore(self) -> None:
-        """Goes back to the restart point, and keeps of what was logged the lines up to there.
+        """Goes back to the restart point, and keeps the logged lines up to there.
 
-        They are on the disk before their restart point: no crash can have lost one.
+        Those are synced before the restart point is written, so no crash can have lost one.
         """
         self.state.restore(self.folder)
         step = self.state.step
@@ -284,7 +284,7 @@ class Run:
         self.logged = [e for e in self.logged if e["step"] <= step and e["event"] != ends]
 
     def _begin(self) -> None:
-        """Writes what run.json says of a new run, or of the options that a continued one has changed."""
+        """Writes run.json of a new run, or into that of a resumed one the options that have changed."""
         from minillm.tools.folder import start_run_folder, starts_from
 
         if not self.resuming:
@@ -302,7 +302,7 @@ class Run:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C, SIGTERM or SIGHUP ends the loop after the step under way; a second one ends at once.
 
-        One Ctrl-C under torchrun arrives twice: from the terminal and from it.
+        One Ctrl-C under torchrun arrives twice: from the terminal and from torchrun.
         """
         if time.monotonic() > self.told_to_stop + 1:
             raise Interrupted(number)
@@ -311,7 +311,7 @@ class Run:
     # -- In the loop
 
     def already_finished(self) -> bool:
-        """Whether this run had come to its end before; says so."""
+        """Whether this run was finished in an earlier sitting; says so."""
         if "final" in self.latest:
             self.say(f"{self.folder}: already finished; nothing to do")
         return "final" in self.latest
@@ -326,7 +326,7 @@ class Run:
     def log_step(
         self, tokens: int, *, loss: float, gradient_norm: float, shown: str = "", **metrics: float
     ) -> None:
-        """Counts an update of `tokens` tokens and logs its metrics; ends the run where one is no number."""
+        """Counts an update of `tokens` tokens and logs its metrics. InputError if one is not finite."""
         if not math.isfinite(loss + gradient_norm):
             found = f"loss {loss}, gradient norm {gradient_norm}"
             raise self.exploded(f"a metric is no longer finite ({found})")
@@ -368,7 +368,7 @@ class Run:
                 self.bar.refresh()
 
     def save(self) -> None:
-        """The model as others open it, and the restart point; refused where a weight is no number."""
+        """Writes the model and the restart point; InputError if a weight is not finite."""
         if not all(bool(weight.isfinite().all()) for weight in self.state.model.parameters()):
             raise self.exploded("some weights are no longer finite")
         self.state.seconds = self.earlier + time.perf_counter() - self.began
@@ -380,7 +380,7 @@ class Run:
         self.saved_step = self.state.step
 
     def exploded(self, what: str) -> InputError:
-        """The end of a run that has gone wrong beyond repair."""
+        """The error that ends a run which has diverged."""
         kept = "nothing was saved yet"
         if self.saved_step is not None:
             kept = f"a restart point is kept, of step {self.saved_step}, and would end the same way"
@@ -412,5 +412,5 @@ class Run:
         return found
 
     def finish(self, **metrics: Any) -> None:
-        """The last line of metrics.jsonl, once all that a finished run leaves is there."""
+        """The last line of metrics.jsonl, written when everything else of the run is there."""
         self.log("final", seconds=self.state.seconds, tokens=self.state.tokens, **metrics)

@@ -36,8 +36,8 @@ ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (ENDOFTEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|mask|>")
 
 # A contraction; a word (letters with their combining marks, and the joiners inside words of Persian and
-# Indic scripts) with the space or sign before it; at most three digits; signs with the line breaks behind
-# them; white space. GPT-4's pattern (tiktoken's cl100k_base), whose words end at every combining mark.
+# Indic scripts) with the space or sign before it; at most three digits; signs with the line breaks after
+# them; white space. GPT-4's pattern (tiktoken's cl100k_base), but there words end at every combining mark.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{M}\u200c\u200d]*|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +70,7 @@ def count_words(texts: Iterable[str], special_tokens: Iterable[str], pattern: st
 def learn_merges(word_counts: Mapping[str, int], new_tokens: int) -> list[tuple[bytes, bytes]]:
     """The pairs to merge, in order, until `new_tokens` tokens are made or no pair is left.
 
-    Each is the most frequent pair of its time; of equally frequent ones, the lexicographically
+    Each is the most frequent pair after the merges before it; of equally frequent ones, the lexicographically
     greatest pair of byte strings. The heap is lazy: an entry keeps the count its pair had when it
     was pushed, and is corrected when it surfaces. That suffices because a pair that grows is
     pushed again.
@@ -110,18 +110,18 @@ class _PairIndex:
         self.words = [word.encode().decode("latin-1") for word in word_counts]
         self.word_counts = list(word_counts.values())
         self.counts: dict[str, int] = defaultdict(int)  # pair → how often in the whole text
-        self.where: dict[str, list[int]] = defaultdict(list)  # pair → words that had it once
+        self.where: dict[str, list[int]] = defaultdict(list)  # pair → numbers of words that have or had it
         for i, (word, count) in enumerate(zip(self.words, self.word_counts, strict=True)):
             for pair in map(add, word, word[1:]):
                 self.counts[pair] += count
                 self.where[pair].append(i)
 
     def merge(self, pair: str, product: str) -> set[str]:
-        """Put `product` for `pair` in all words. Returns the pairs whose counts grew."""
+        """Replaces `pair` by `product` in all words. Returns the pairs whose counts grew."""
         grown = set()
         for i in set(self.where.pop(pair)):
             parts, count = self.words[i].split(pair), self.word_counts[i]
-            if len(parts) > 1:  # else an earlier merge has taken it away
+            if len(parts) > 1:  # else an earlier merge has removed the pair
                 self.words[i] = product.join(parts)
             for old, new in _changed_pairs(parts, pair, product):
                 self.counts[old] -= count
@@ -133,12 +133,12 @@ class _PairIndex:
 
 
 def _changed_pairs(parts: list[str], pair: str, product: str) -> Iterator[tuple[str, str]]:
-    """The (old, new) neighbours of each `pair` that stood between two of `parts`."""
+    """For each `pair` between two of `parts`, the pairs with its neighbours: (before, after) the merge."""
     first, second = pair[0], pair[1]
     for i, (before, after) in enumerate(pairwise(parts)):
         if before:
             yield before[-1] + first, before[-1] + product
-        elif i:  # it stood right behind another one
+        elif i:  # two occurrences of `pair` in a row
             yield second + first, product + product
         if after:
             yield second + after[0], product + after[0]
@@ -162,7 +162,7 @@ class Vocabulary:
     merges: list[tuple[bytes, bytes]]
     """The pairs to merge, lowest rank first."""
     special_tokens: dict[str, int]
-    """Tokens that are read in a text only when asked for."""
+    """Control tokens: found in a text only by `encode(text, special=True)`."""
     pattern: str = PATTERN
     """How a text is cut into pieces; what lies between its matches is a piece too."""
     post_processor: dict | None = field(default=None, repr=False, compare=False)
@@ -180,7 +180,7 @@ class Vocabulary:
         return [token for token, _ in sorted([*self.vocab.items(), *special.items()], key=itemgetter(1))]
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """The ids of a text that UTF-8 can hold."""
+        """The ids of a text; UnicodeEncodeError for a lone surrogate."""
         sections = self._find_special.split(text) if special and self._find_special else [text]
         ids: list[int] = []
         for i, section in enumerate(sections):
@@ -285,7 +285,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Any, config: dict | None = None) -> None:
-        """Without `config`, <|endoftext|> and <|mask|> play their parts where they exist."""
+        """Without `config`, <|endoftext|> is bos, eos and pad, and <|mask|> the mask, where they exist."""
         self.vocabulary, self.special_tokens = vocabulary, dict(vocabulary.special_tokens)
         self.config = _default_config(self.special_tokens) if config is None else dict(config)
 
@@ -299,9 +299,9 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn `vocab_size` tokens: the bytes by value, merges in order, the special tokens last.
 
-        The words of the texts and their counts decide alone; see `learn_merges` for ties. With too
-        few different words it ends early, as `vocab_size` then shows. InputError if it is too
-        small.
+        The result depends on the words and their counts alone; see `learn_merges` for ties. With too few
+        different words there are fewer tokens, as `vocab_size` of the result shows. InputError for a number
+        that bytes and special tokens exceed.
         """
         special_tokens = list(dict.fromkeys(special_tokens))
         smallest = 256 + len(special_tokens)
@@ -363,7 +363,7 @@ class Tokenizer:
 
     @cached_property
     def token_lengths(self) -> np.ndarray:
-        """The bytes of text in each token [V] (int64); 0 for a special token."""
+        """How many bytes of text each token stands for [V] (int64); 0 for a special token."""
         lengths = np.array([len(token) for token in self.vocabulary.tokens], dtype=np.int64)
         lengths[list(self.special_tokens.values())] = 0
         return lengths
@@ -407,20 +407,20 @@ class Tokenizer:
 
         settings = file.with_name("tokenizer_config.json")
         tokenizer = cls(read_vocabulary(file), _read_config(settings) if settings.exists() else None)
-        try:  # an unknown name is an error now, not in the middle of a run
+        try:  # so that an unknown name is an error here, not in the middle of a run
             _ = tokenizer.bos_id, tokenizer.mask_id
         except InputError as error:
             raise InputError(f"{settings}: {error}") from None
         return tokenizer
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder, or the first under a name
-        in .json and the second beside it; each whole or not at all."""
+        """Write tokenizer.json and tokenizer_config.json into a folder or, if `path` ends in .json, the first
+        as that file and the second beside it. Each is written whole or not at all."""
         from minillm.io.vocabulary import to_json
 
         file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         config = {"clean_up_tokenization_spaces": False, **self.config}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that obeys tokenizer.json
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
         write_text(file, to_json(self.vocabulary))
         write_json(file.with_name("tokenizer_config.json"), config)
 
