@@ -5,12 +5,12 @@
 A lesson is a script with three functions, which `teach` calls:
 
     experiment(options)     → figures of one seed, by name
-    verdict(seeds)          → the checks that would refute the claim, whether each passed, and a sentence
+    verdict(seeds)          → the checks that the claim must pass, whether each did, and a sentence
     picture(axes, seeds)    draws the figures of all seeds
 
-The record, NAME.json, holds the figures of every seed with what made them; NAME.png is the picture. Seeds
-add up: the verdict is of all in the record. A seed that was measured on the same runs by the same lesson is
-not measured again.
+The record, NAME.json, holds the figures of every seed with commit, versions and hardware; NAME.png is the
+picture. The verdict is of all seeds in the record. A seed is not measured again while the lesson's script and
+the runs that it read are the same.
 """
 
 import random
@@ -71,17 +71,17 @@ class Options:
         return Path(self.runs, STAGES.get(stage, stage))
 
     def few(self, many: int, some: int) -> int:
-        """How many of something there are: `many`, or with --quick `some`."""
+        """How many prompts, steps …: `many`, or with --quick `some`."""
         return some if self.quick else many
 
 
 def load(run: Path) -> ChatModel:
-    """A run's model, asked in its own format."""
+    """The model of a run folder, with the format in which it is asked."""
     return ChatModel(run.name, *load_causal_model(run, CPU, torch.float32))
 
 
 def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.ndarray]:
-    """log p of every response of each set, in nats, without the tokens that would end it."""
+    """log p of every response of each set, in nats, without its end token."""
     rows = [
         (model.prompt(one.messages), model.tokenizer.encode(text)) for one in sets for text in one.responses
     ]
@@ -90,13 +90,13 @@ def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.
 
 
 def known(model: ChatModel, questions: Sequence[ResponseSet]) -> float:
-    """How often the first of the answers to a question, the right one, is the likeliest."""
+    """The share of questions whose right answer, which is the first of each, is the likeliest."""
     return float(np.mean([own.argmax() == 0 for own in response_logprobs(model, questions)]))
 
 
 def fact_questions(seed: int, count: int) -> list[ResponseSet]:
-    """Questions about facts of a world that no demonstration has asked about, each with eight answers in the
-    same words: the right one, then wrong ones."""
+    """Questions about facts of a world, none of them in a demonstration. Each has eight answers in the same
+    words, the right one first."""
     facts, rng = Facts(seed), random.Random(seed)
     found = []
     for fact in shuffled(rng, [fact for fact in facts.facts if fact.entity.split == "test"])[:count]:
@@ -118,7 +118,7 @@ def script(*words: object) -> None:
 
 
 def span(seeds: Seeds, name: str, form: str = "{:.0%}") -> str:
-    """A figure's mean over the seeds, and the least and the most where there are several: 48% (45%–50%)."""
+    """A figure's mean over the seeds, with the least and the most if there are several: 48% (45%–50%)."""
     values = [figures[name] for figures in seeds]
     around = f" ({form.format(min(values))}–{form.format(max(values))})" if len(values) > 1 else ""
     return form.format(fmean(values)) + around
@@ -160,14 +160,14 @@ def teach(
 
 
 def in_a_word(checks: dict[str, bool]) -> str:
-    """What all checks say of the claim."""
+    """The verdict on the claim, from all of its checks."""
     if all(checks.values()):
         return "holds"
     return "holds in part" if any(checks.values()) else "does not hold"
 
 
 def run_id(run: Path) -> str:
-    """What tells one run of a folder from another. InputError where there is none."""
+    """The id of the run in a folder, another for each run made there. InputError where there is none."""
     if not (run / "run.json").exists():
         raise InputError(f"{run}: no such run; make demo makes it, or name its folder with --runs")
     return str(read_json(run / "run.json").get("id"))
