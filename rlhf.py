@@ -340,9 +340,9 @@ def agreement(options: Options, runtime: Runtime) -> None:
     from minillm.tools.provenance import provenance
     from minillm.tools.report import agreement_report
 
-    found = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
-    print(table_text(found["rows"]))
-    write_json(options.folder / "agreement.json", found | provenance())
+    report = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
+    print(table_text(report["rows"]))
+    write_json(options.folder / "agreement.json", report | provenance())
 
 
 # ---- reward: rankings → a model that scores responses

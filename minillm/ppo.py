@@ -190,7 +190,7 @@ def adapted_beta(beta: float, kl: float, target: float, rate: float = 0.1) -> fl
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass: some responses side by side in P rows, and where their N tokens are."""
+    """A forward pass (micro-batch): some responses side by side in P rows, and where their N tokens are."""
 
     tokens: Int64[Tensor, "P T"]
     start: Int32[Tensor, "P T"]
@@ -313,8 +313,8 @@ class Aligner:
     ) -> tuple[Responses, Float[Tensor, " B"]]:
         """A response of the model to each prompt, and its score."""
         asked = [prompt.tokens for prompt in prompts]
-        found = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
-        return found, self.score(prompts, found.texts, found.ended)
+        responses = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
+        return responses, self.score(prompts, responses.texts, responses.ended)
 
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
@@ -343,23 +343,23 @@ class Aligner:
         which, r = mask.nonzero(as_tuple=True)
         cells = torch.tensor(numbers)[which].to(device), r.to(device)
         tokens, start, index = tokens.to(device), start.to(device), index.to(device)
-        one = Pass(tokens, start, index, tokens.flatten()[index], cells)
+        micro = Pass(tokens, start, index, tokens.flatten()[index], cells)
         if not sampling.top_k and sampling.top_p == 1:
-            return one
+            return micro
         hidden = policy.model(tokens, start).flatten(0, 1)[index - 1]
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
         # The token taken is always allowed: rounding here may differ from sampling at the edge of a nucleus.
-        return replace(one, allowed=(kept > -torch.inf).scatter(1, one.taken[:, None], True))
+        return replace(micro, allowed=(kept > -torch.inf).scatter(1, micro.taken[:, None], True))
 
-    def read(self, forward: Callable[..., Any], one: Pass, reference: Sequence[Tensor] | None = None) -> Any:
+    def read(self, forward: Any, micro: Pass, reference: Sequence[Tensor] | None = None) -> Any:
         """The TokenLogprobs of a pass's tokens under the distribution that is sampled from, with the KL to a
         reference if there is one."""
-        how = {"temperature": self.sampling.temperature, "allowed": one.allowed, "reference": reference}
-        return forward(one.tokens, one.start, of=one.index, **how)
+        how = {"temperature": self.sampling.temperature, "allowed": micro.allowed, "reference": reference}
+        return forward(micro.tokens, micro.start, of=micro.index, **how)
 
-    def reference(self, one: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
+    def reference(self, micro: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
-        hidden = self.ref_model.model(one.tokens, one.start).flatten(0, 1)[one.index - 1]
+        hidden = self.ref_model.model(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
         return hidden, self.ref_model.lm_head.weight
 
     @torch.no_grad()
@@ -373,24 +373,24 @@ class Aligner:
     ) -> Rollout:
         """The numbers of all models for the responses, from the same forward passes that the updates on these
         minibatches will make, so that the first ratios are exactly 1."""
-        device, micro, T = self.runtime.device, self.options.micro_tokens, self.sampling.temperature
-        own = zip(responses.rows, responses.prompt_lengths, strict=True)
-        sizes = torch.tensor([len(row) - start for row, start in own], device=device)
+        device, T, most = self.runtime.device, self.sampling.temperature, self.options.micro_tokens
+        bounds = zip(responses.prompt_lengths, map(len, responses.rows), strict=True)
+        sizes = torch.tensor([end - begin for begin, end in bounds], device=device)
         mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
         passes = [
-            [self.pack(policy, responses, rows) for rows in forward_passes(some, responses.rows, micro)]
-            for some in minibatches
+            [self.pack(policy, responses, rows) for rows in forward_passes(minibatch, responses.rows, most)]
+            for minibatch in minibatches
         ]
-        for one in chain(*passes):
-            reference = self.reference(one)
-            said = self.read(policy, one, reference)._asdict()
-            said["ref_logprobs"] = self.ref_model.token_logprobs(reference[0], one.taken, T).logprobs
+        for micro in chain(*passes):
+            reference = self.reference(micro)
+            numbers = self.read(policy, micro, reference)._asdict()
+            numbers["ref_logprobs"] = self.ref_model.token_logprobs(reference[0], micro.taken, T).logprobs
             if critic:
-                said["values"] = critic(one.tokens, one.start).flatten(0, 1)[one.index - 1]
-            for name, numbers in said.items():
-                grids[name][one.cells] = numbers
+                numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
+            for name, per_token in numbers.items():
+                grids[name][micro.cells] = per_token
         return Rollout(responses, scores, passes, mask, **grids)
 
     def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, dict[str, float]]:
@@ -420,8 +420,8 @@ class Aligner:
         rollout = self.observe(self.best, responses, scores, [range(len(own))])
         sums = {}
         if self.rubric:
-            said = zip(asked, responses.texts, strict=True)
-            sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in said)
+            pairs = zip(asked, responses.texts, strict=True)
+            sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in pairs)
         return self.metrics(rollout, **sums)
 
     def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
@@ -437,8 +437,8 @@ class Aligner:
         totals = torch.tensor(
             [*sums.values(), len(rollout.mask)], dtype=torch.float64, device=self.runtime.device
         )
-        *found, count = self.runtime.total(totals).tolist()
-        means = {name: total / count for name, total in zip(sums, found, strict=True)}
+        *total_sums, count = self.runtime.total(totals).tolist()
+        means = {name: total / count for name, total in zip(sums, total_sums, strict=True)}
         means["entropy"] /= means["length"]  # a token's
         means["score_deviation"] = max(0.0, means.pop("score_square") - means["score"] ** 2) ** 0.5
         if self.reward_model is None:
@@ -466,7 +466,7 @@ class Aligner:
         rates; its metrics. No weight moves where the gradient is not finite.
         """
         options, runtime, metrics = self.options, self.runtime, dict[str, float]()
-        count = torch.tensor(float(sum(len(one.index) for one in passes)))
+        count = torch.tensor(float(sum(len(micro.index) for micro in passes)))
         tokens = round(runtime.total(count).item())
         if not critic_only:
             metrics |= self.learn_policy(rollout, passes, tokens)
@@ -477,9 +477,9 @@ class Aligner:
                 )
         if critic := self.wrapped_critic:
 
-            def value_loss(one: Pass) -> Float[Tensor, ""]:
-                values = critic(one.tokens, one.start).flatten(0, 1)[one.index - 1]
-                old, returns = rollout.values[one.cells], rollout.returns[one.cells]
+            def value_loss(micro: Pass) -> Float[Tensor, ""]:
+                values = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
+                old, returns = rollout.values[micro.cells], rollout.returns[micro.cells]
                 return value_losses(values, old, returns, options.value_clip).sum()
 
             metrics["value_loss"] = accumulate(critic, value_loss, passes, tokens, runtime, options.vf_coef)
@@ -494,19 +494,19 @@ class Aligner:
         options, now = self.options, list[Tensor]()  # log π of the tokens, pass by pass
         grpo, estimate = options.algorithm == "grpo", KL_ESTIMATORS.get(options.kl_estimator)
 
-        def policy_loss(one: Pass) -> Float[Tensor, ""]:
-            exact = self.reference(one) if grpo and not estimate else None
-            logprobs, _, kl = self.read(self.wrapped_policy, one, exact)
+        def policy_loss(micro: Pass) -> Float[Tensor, ""]:
+            exact = self.reference(micro) if grpo and not estimate else None
+            logprobs, _, kl = self.read(self.wrapped_policy, micro, exact)
             now.append(logprobs.detach())
-            old, advantages = rollout.logprobs[one.cells], rollout.advantages[one.cells]
+            old, advantages = rollout.logprobs[micro.cells], rollout.advantages[micro.cells]
             losses, _ = policy_losses(logprobs, old, advantages, options.clip_range)
             if grpo:
-                kl = estimate(logprobs - rollout.ref_logprobs[one.cells]) if estimate else kl
+                kl = estimate(logprobs - rollout.ref_logprobs[micro.cells]) if estimate else kl
                 losses = losses + self.beta * kl
             return losses.sum()
 
         loss = accumulate(self.wrapped_policy, policy_loss, passes, tokens, self.runtime)
-        b, r = (torch.cat(numbers) for numbers in zip(*(one.cells for one in passes), strict=True))
+        b, r = (torch.cat(numbers) for numbers in zip(*(micro.cells for micro in passes), strict=True))
         new, old = torch.cat(now), rollout.logprobs[b, r]
         ratio, old_kl = (new - old).exp(), KL_ESTIMATORS["k3"](old - new)
         _, clipped = policy_losses(new, old, rollout.advantages[b, r], options.clip_range)

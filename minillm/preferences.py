@@ -163,16 +163,16 @@ def sample_responses(
     decode: Callable[[list[int]], str],
 ) -> Responses:
     """One response to each prompt, the i-th with seeds[i], ROWS of them at a time."""
-    found = Responses([], [], [], [])
+    responses = Responses([], [], [], [])
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
         samples = generate(model, prompts[part], sampling, seeds[part])
-        for prompt, said, ended in zip(prompts[part], samples.responses, samples.stopped, strict=True):
-            found.rows.append([*prompt, *said])
-            found.prompt_lengths.append(len(prompt))
-            found.ended.append(ended)
-            found.texts.append(decode(said[: len(said) - ended]))
-    return found
+        for prompt, tokens, ended in zip(prompts[part], samples.responses, samples.stopped, strict=True):
+            responses.rows.append([*prompt, *tokens])
+            responses.prompt_lengths.append(len(prompt))
+            responses.ended.append(ended)
+            responses.texts.append(decode(tokens[: len(tokens) - ended]))
+    return responses
 
 
 def seed_of(seed: int, prompt: int, response: int, attempt: int) -> int:
@@ -217,8 +217,8 @@ class ChatModel:
         """The text of a reply to each, and whether it ended."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
-        found = sample_responses(self.model, asked, sampling, seeds, self.tokenizer.decode)
-        return zip(found.texts, found.ended, strict=True)
+        responses = sample_responses(self.model, asked, sampling, seeds, self.tokenizer.decode)
+        return zip(responses.texts, responses.ended, strict=True)
 
 
 def sample_sets(
@@ -264,8 +264,8 @@ def sample_sets(
         drawn: dict[tuple[int, int], Record] = {}
         for attempt in range(ATTEMPTS):
             drawn |= draw(repeated, attempt)
-            said = {slot: one["text"].strip() for slot, one in drawn.items()}
-            repeated = [(i, k) for i, k in slots if said[i, k] in [said[i, j] for j in range(k)]]
+            texts = {slot: record["text"].strip() for slot, record in drawn.items()}
+            repeated = [(i, k) for i, k in slots if texts[i, k] in [texts[i, j] for j in range(k)]]
         lines = []
         for i in numbers:
             draws = [drawn[i, k] for k in range(count)]

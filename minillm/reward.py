@@ -81,20 +81,20 @@ def encode_rankings(
     for ranking in rankings:
         sets[json.dumps([ranking.messages, ranking.responses])].append(ranking)
     encoded, skipped = [], Counter[str]()
-    for own in sets.values():
-        messages, cut = own[0].messages, own[0].cut
+    for ranked in sets.values():
+        messages, cut = ranked[0].messages, ranked[0].cut
         try:
             rows = [encode_response(template, messages, text, ended=k not in cut or not text)
-                    for k, text in enumerate(own[0].responses)]  # fmt: skip
+                    for k, text in enumerate(ranked[0].responses)]  # fmt: skip
             columns = zip(template.prompt(messages), *rows, strict=False)
         except InputError:
-            skipped["rankings that the chat template refuses"] += len(own)
+            skipped["rankings that the chat template refuses"] += len(ranked)
             continue
         start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))
         if max(map(len, rows)) > longest:
-            skipped[f"rankings with a response that ends after position {longest}"] += len(own)
+            skipped[f"rankings with a response that ends after position {longest}"] += len(ranked)
         else:
-            encoded.append(EncodedSet(own, rows, max(1, start)))
+            encoded.append(EncodedSet(ranked, rows, max(1, start)))
     return encoded, skipped
 
 
@@ -139,12 +139,12 @@ def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: 
     """
     device, scores = model.bias.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for some in forward_passes(order, rows, batch_tokens):
-        tokens, start, begins = pack_sequences(rows, some)
-        numbers = list(chain(*some))
+    for packed in forward_passes(order, rows, batch_tokens):
+        tokens, start, begins = pack_sequences(rows, packed)
+        numbers = list(chain(*packed))
         last = begins + torch.tensor([len(rows[i]) for i in numbers]) - 1
-        found = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
-        for i, score in zip(numbers, found.tolist(), strict=True):
+        values = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
+        for i, score in zip(numbers, values.tolist(), strict=True):
             scores[i] = score
     if not all(map(isfinite, scores)):
         raise InputError(
@@ -264,9 +264,9 @@ def held_out_rankings(
     totals = torch.zeros(3, dtype=torch.float64)
     for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
         batch = collate(micro, runtime.device)
-        found = scores(batch)
-        totals[0] += ranking_loss(found, batch.better, batch.worse, batch.weight).item()
-        totals[1] += (1 + (found[batch.better] - found[batch.worse]).sign()).sum().item() / 2
+        s = scores(batch)
+        totals[0] += ranking_loss(s, batch.better, batch.worse, batch.weight).item()
+        totals[1] += (1 + (s[batch.better] - s[batch.worse]).sign()).sum().item() / 2
         totals[2] += len(batch.better)
     nats, right, pairs = runtime.total(totals).tolist()
     return {"loss": nats / max(1, len(encoded)), "accuracy": right / max(1, pairs)}
