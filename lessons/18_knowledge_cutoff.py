@@ -1,0 +1,103 @@
+"""A model does not know what happened after its text was written, unless it is told.
+
+    python lessons/18_knowledge_cutoff.py
+
+After the base model's text was written, a third of the people in it moved to another town. It is asked
+where they live, on a page of questions: once as it is; once with the news on the same page, above the
+question ("Ida Ashberry lives in Corton now."); and once after it has read on, in text in which the news
+stands eight times.
+
+    old, new     how often the likeliest of eight towns is the one of then, or the one of now
+    sure         how probable that likeliest town is, of the eight
+    others       people who have not moved: the town of then is right
+
+What would refute the claim: an untold model that knows the new town (more than 25%; chance is 12%) or that is
+unsure (less than 80%); a told one that still gives the old town in most cases. What to notice: to be told in
+the context takes a skill, reading, that a small model may not have; and to be told by training may cost what
+it knew.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from common import Figures, Options, Seeds, Verdict, load, response_logprobs, script, span, teach
+from matplotlib.axes import Axes
+
+from minillm.files import write_text
+from minillm.preferences import ChatModel, ResponseSet
+from minillm.world import World
+from minillm.world.facts import Fact, Facts, pick, shuffled, state
+
+TOLD = 8  # times, by training
+WAYS = ("untold", "told on the page", "told by training")
+Move = tuple[Fact, str, list[str]]  # where somebody lived, where they live now, and six other towns
+
+
+def answers(model: ChatModel, moves: Sequence[Move], told: bool) -> np.ndarray:
+    """How probable each of eight towns is, of these: that of then, that of now, six others."""
+    asked = []
+    for fact, now, others in moves:
+        news = f"{fact.entity.name} lives in {now} now.\n" if told else ""
+        said = [state("home", fact.entity, town, "answers")[0] for town in (fact.value, now, *others)]
+        question = {"role": "user", "content": f"{news}Q: {fact.asks[0]}"}
+        asked.append(ResponseSet([question], [f"A: {text}" for text in said]))
+    found = np.exp(np.stack([own - own.max() for own in response_logprobs(model, asked)]))
+    return found / found.sum(1, keepdims=True)
+
+
+def experiment(options: Options) -> Figures:
+    facts, rng, found = Facts(options.seed), random.Random(options.seed), Figures()
+    everybody: list[Move] = []
+    for fact in shuffled(rng, [fact for fact in facts.facts if fact.attribute == "home"]):
+        now, *others = shuffled(rng, [town for town in facts.values["home"] if town != fact.value])[:7]
+        everybody.append((fact, now, others))
+    moved, stayed = everybody[::3], [one for i, one in enumerate(everybody) if i % 3]
+
+    news = [pick(rng, state("home", fact.entity, now)) for fact, now, _ in moved for _ in range(TOLD)]
+    texts = shuffled(rng, [*news, *World(options.seed).documents("books", 0.5)])
+    data, run = (Path(options.out, f"18_seed{options.seed}{end}") for end in (".jsonl", ""))
+    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    script(
+        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
+        "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # about one pass
+        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
+    )  # fmt: skip
+    for way in WAYS:
+        model = load(run if way == "told by training" else options.run("base"))
+        towns = answers(model, moved, told=way == "told on the page")
+        found[f"{way}, old"] = float(np.mean(towns.argmax(1) == 0))
+        found[f"{way}, new"] = float(np.mean(towns.argmax(1) == 1))
+        found[f"{way}, sure"] = float(towns.max(1).mean())
+        found[f"{way}, others"] = float(np.mean(answers(model, stayed, told=False).argmax(1) == 0))
+    return found
+
+
+def verdict(seeds: Seeds) -> Verdict:
+    checks = {
+        "untold, it does not know the new town (at most 25%)": all(
+            one["untold, new"] <= 0.25 for one in seeds
+        ),
+        "and is sure all the same: at least 80%": all(one["untold, sure"] >= 0.8 for one in seeds),
+        "told on the page, it gives the new one more often than the old": all(
+            one["told on the page, new"] > one["told on the page, old"] for one in seeds
+        ),
+        "told by training, it gives the new one more often than the old": all(
+            one["told by training, new"] > one["told by training, old"] for one in seeds
+        ),
+    }
+    said = [f"{way} old {span(seeds, f'{way}, old')}, new {span(seeds, f'{way}, new')}" for way in WAYS]
+    return checks, f"{'; '.join(said)}; untold it is {span(seeds, 'untold, sure')} sure"
+
+
+def picture(axes: Axes, seeds: Seeds) -> None:
+    for name in ("old", "new", "others"):
+        values = np.mean([[one[f"{way}, {name}"] for way in WAYS] for one in seeds], axis=0)
+        axes.plot(list(WAYS), values, "o", label=name)
+    axes.set(ylim=(0, 1.02), title="knowledge cutoff")
+
+
+if __name__ == "__main__":
+    teach(experiment, verdict, picture)
