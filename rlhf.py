@@ -87,7 +87,7 @@ from minillm.reward import (
 from minillm.run import Run, Runtime, TrainingState, start_runtime
 from minillm.tokenizer import Tokenizer
 
-DEMONSTRATIONS = 512  # that score 0 on average
+DEMONSTRATIONS = 512  # how many, at most, set the zero of a reward model's scores
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class Options(PolicyOptions):
     out: str = "out/rlhf"
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
-    """sample, policy: prompts, or conversations, of which all before the last reply is one. Nothing: the
-    little world's. rank --annotator file: rankings that others published (minillm/io/conversations.py)."""
+    """sample, policy: prompts, or conversations, used without their last reply. Nothing: the little world's
+    prompts. rank --annotator file: rankings that others published (minillm/io/conversations.py)."""
     errors: Literal["strict", "replace"] = "strict"
-    """Stop at data that is not UTF-8 or does not parse, or replace and skip, counting."""
+    """Stop at data that is not UTF-8 or does not parse, or replace and skip it, counted."""
 
     models: tuple[str, ...] = ("out/sft",)
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
@@ -111,14 +111,14 @@ class Options(PolicyOptions):
     responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
     distractors: Whole = 1
-    """sample: how many of the K are responses to another prompt: without any, whatever sounds like an
-    answer is one to the reward model."""
+    """sample: how many of the K are responses to another prompt: without any, the reward model does not learn
+    that an answer must fit its question."""
     temperature: Positive = 1.0
-    """sample, policy: divides the logits."""
+    """sample, policy: what the logits are divided by."""
     top_k: Whole = 0
-    """sample, policy: among this many most probable tokens; 0 for all."""
+    """sample, policy: sample among this many most probable tokens; 0 for all."""
     top_p: Mass = 1.0
-    """sample, policy: among the fewest most probable tokens that together reach this probability."""
+    """sample, policy: sample among the fewest most probable tokens that together reach this probability."""
     max_new_tokens: Count = 64
     """sample, policy: tokens of a response at most."""
 
@@ -190,7 +190,7 @@ class Options(PolicyOptions):
 
     @property
     def learns(self) -> bool:
-        """Whether a model is trained, and so can be in several processes."""
+        """Whether a model is trained, which may be in several processes."""
         return self.stage == "reward" or (self.stage == "policy" and self.algorithm != "best-of-n")
 
     @property
@@ -231,9 +231,9 @@ def sample(options: Options, runtime: Runtime) -> None:
         done = len(answered)
         if answered != [prompt.messages for prompt in prompts[:done]]:
             raise InputError(f"{path}: answers other prompts than these; restore it, or --overwrite")
-        how = options.responses, options.distractors, options.sampling, options.seed
+        plan = options.responses, options.distractors, options.sampling, options.seed
         with tqdm(total=len(prompts), initial=done, unit="prompt", dynamic_ncols=True) as bar:
-            for lines in sample_sets(models, prompts, *how, done):
+            for lines in sample_sets(models, prompts, *plan, done):
                 file.append(lines)
                 bar.update(len(lines))
     written = [record for _, record in read_json_lines(path, "")]
@@ -387,8 +387,8 @@ def learn_rankings(
     validate: Callable[[], None],
     options: Options,
 ) -> None:
-    """Learns from rankings to the end of the run: a reward model, or by DPO a policy whose implicit rewards
-    are the scores."""
+    """Learns from rankings to the end of the run: a reward model, or by DPO a policy, whose implicit rewards
+    (dpo.py) are then the scores."""
     state, tenth = run.state, max(1, run.steps // 10)
     while run.goes_on():
         batch = stream.next(options.batch_sets)
@@ -472,8 +472,8 @@ def finish_reward_model(
 
 
 def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTemplate) -> list[list[int]]:
-    """What scores 0 on average: the little world's conversations if the rankings are of its prompts, else
-    the best response of each set, by its first ranking."""
+    """The rows that shall score 0 on average: the little world's conversations if the rankings are of its
+    prompts, else the best response of each set, by its first ranking."""
     if world is None:
         return [one.rows[one.rankings[0].ranking[0][0]] for one in training[:DEMONSTRATIONS]]
     shown = [conversation.messages for conversation in world.conversations("train", DEMONSTRATIONS)]
@@ -663,7 +663,7 @@ def check_shares(options: Options, runtime: Runtime) -> None:
 
 
 def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
-    """Raw text for ptx, as tokens on disk; None where it has no weight."""
+    """Raw text to mix in (--ptx), as tokens on disk; None where its weight is 0."""
     from minillm.io.text import text_sources
 
     if not options.ptx:

@@ -141,7 +141,7 @@ def train(options: Options, runtime: Runtime) -> None:
 
 
 def open_data(options: Options) -> tuple[list[Any], list[Source]]:
-    """The conversations to learn from, and the raw text to mix in: the files given, or the little world's."""
+    """The conversations to learn from, and the raw text to mix in, from files or the little world."""
     from minillm.io.conversations import open_conversations, world_conversations
     from minillm.io.files import check_names
     from minillm.io.text import text_sources

@@ -114,9 +114,9 @@ def train(options: Options, runtime: Runtime) -> None:
     from minillm.io.text import open_sources, text_sources
 
     run = Run("train", options, runtime)
-    how = options.errors, options.encoding, options.field
-    sources = text_sources(options.data, options.seed, options.world_megabytes, *how)
-    val_sources = open_sources(options.val_data, *how) if options.val_data else []
+    decoding = options.errors, options.encoding, options.field
+    sources = text_sources(options.data, options.seed, options.world_megabytes, *decoding)
+    val_sources = open_sources(options.val_data, *decoding) if options.val_data else []
     model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
     cache, val_fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
     streams = [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]

@@ -2,8 +2,8 @@
 
 Prompts of different lengths share a batch by right padding. One forward pass fills the key/value
 cache (model.KVCache, mostly in the faster form of fast/decode.py); after it every step feeds one token a row.
-Rows that stop leave the batch once they are a quarter of it. Computation is in the model's `compute_dtype`;
-on a CPU float32 is the faster one.
+Rows that have stopped are dropped once they are a quarter of the batch. Computation is in the model's
+`compute_dtype`; on a CPU float32 is the faster one.
 
 A step turns logits into one token: divide by the temperature, forbid the stop tokens while the
 response is too short, keep the top-k, of these keep the nucleus (top-p), renormalise, and invert the

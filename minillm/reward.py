@@ -193,14 +193,14 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
     from minillm.fast.shared_prompts import pack_sets
 
     tokens, shared, begins = pack_sets([one.rows for one in encoded], [one.start - 1 for one in encoded])
-    places: list[tuple[int, int]] = []  # start and end of each response in its row
+    bounds: list[tuple[int, int]] = []  # of each response in its row: begin and end (exclusive)
     pairs: list[tuple[int, int, float]] = []
     for one in encoded:
-        first, weight = len(places), 1 / (comb(len(one.rows), 2) * len(one.rankings))
+        first, weight = len(bounds), 1 / (comb(len(one.rows), 2) * len(one.rankings))
         for ranking in one.rankings:
             pairs += [(first + better, first + worse, weight) for better, worse in distinct_pairs(ranking)]
-        places += [(one.start, len(row)) for row in one.rows]
-    starts, ends = (begins[:, None] + torch.tensor(places)).unbind(1)
+        bounds += [(one.start, len(row)) for row in one.rows]
+    starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)
     batch: list[Any] = [tokens, shared, starts, ends, better.long(), worse.long(), weights.float()]
     return RankedBatch(*(part.to(device) for part in batch))

@@ -1,15 +1,15 @@
 """Byte-level BPE: from text to token ids and back, for any text.
 
-A text is cut into pieces (words, numbers, runs of punctuation or of white space) by a regular
-expression, and a piece is first the bytes of its UTF-8. Training repeats one step: find the pair of
-neighbouring tokens that is most frequent in all pieces, and make it a new token. Encoding replays
-those merges in each piece.
+A regular expression cuts a text into words (here also numbers, runs of punctuation or of white space), and
+the first tokens of a word are the bytes of its UTF-8. Training repeats one step: find the pair of
+neighbouring tokens that is most frequent in all words, and make it a new token. Encoding replays those
+merges in each word.
 
 The method is from Sennrich et al. 2016 (arXiv 1508.07909, section 3.2), over bytes as in GPT-2
 (Radford et al. 2019, section 2.2). Left out: dropout, the offsets of tokens in their text, and other
 kinds of vocabulary, which io/vocabulary.py opens.
 
-One trick makes this fast in plain Python: a piece is a `str` whose characters are token ids
+One trick makes this fast in plain Python: a word is a `str` whose characters are token ids
 (`chr(id)`) and a pair is a `str` of two, so that splitting, joining, comparing and looking up run
 in C.
 """
@@ -46,15 +46,15 @@ PATTERN = (
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 CACHED_WORDS = 1 << 18  # a few tens of megabytes at most
-CACHED_WORD_LENGTH = 64  # in characters; longer pieces seldom come twice
-LONGEST_WORD = 1 << 16  # in characters: a longer piece is cut there, so that memory stays bounded
+CACHED_WORD_LENGTH = 64  # in characters; longer words seldom come twice
+LONGEST_WORD = 1 << 16  # in characters: a longer word is cut there, so that memory stays bounded
 SPLIT_SECONDS = 60.0  # to split a text by a pattern from elsewhere, which may backtrack for ever
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def count_words(texts: Iterable[str], special_tokens: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each piece occurs; none spans two texts or the two sides of a special token."""
+    """How often each word occurs; none spans two texts or the two sides of a special token."""
     special, split = _any_of(special_tokens), splitter(pattern)
     counts: Counter[str] = Counter()
     for text in map(without_surrogates, texts):
@@ -62,7 +62,7 @@ def count_words(texts: Iterable[str], special_tokens: Iterable[str], pattern: st
             counts.update(split(section))
     for word in [word for word in counts if len(word) > LONGEST_WORD]:
         count = counts.pop(word)
-        for part in _short(word):
+        for part in _parts(word):
             counts[part] += count
     return counts
 
@@ -164,7 +164,7 @@ class Vocabulary:
     special_tokens: dict[str, int]
     """Control tokens: found in a text only by `encode(text, special=True)`."""
     pattern: str = PATTERN
-    """How a text is cut into pieces; what lies between its matches is a piece too."""
+    """How a text is cut into words; what lies between two matches is a word too."""
     post_processor: dict | None = field(default=None, repr=False, compare=False)
     """What other programs put around a text, as tokenizer.json has it; only kept."""
 
@@ -221,16 +221,16 @@ class _WordCache(dict[str, tuple[int, ...]]):
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         if len(word) > CACHED_WORD_LENGTH:
-            return tuple(chain.from_iterable(map(self._encode, _short(word))))
+            return tuple(chain.from_iterable(map(self._encode, _parts(word))))
         if len(self) >= CACHED_WORDS:
             self.clear()
         self[word] = ids = self._encode(word)
         return ids
 
     def _encode(self, word: str) -> tuple[int, ...]:
-        """The ids of one piece: merge the pair of lowest rank, leftmost first, until none is left.
+        """The ids of one word: merge the pair of lowest rank, leftmost first, until none is left.
 
-        A heap over a linked list, so that even a long piece takes n log n steps.
+        A heap over a linked list, so that even a long word takes n log n steps.
         """
         symbols = list(word.encode().decode("latin-1").translate(self.symbol_of_byte))
         end, merge_of = len(symbols), self.merge_of
@@ -268,7 +268,7 @@ def splitter(pattern: str) -> Callable[[str], Iterator[str]]:
     return lambda text: map(itemgetter(0), compiled.finditer(text, timeout=limit))
 
 
-def _short(word: str) -> Iterator[str]:
+def _parts(word: str) -> Iterator[str]:
     """The word in parts of at most LONGEST_WORD characters."""
     return (word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
 
