@@ -4,7 +4,8 @@
 
 What the base model knows is measured without asking it anything: of eight answers to a question of fact,
 which does it find likeliest? The assistant is measured in the same way, and then asked. Between the two we
-look at the weights, and at how few demonstrations it takes until replies have the form of an answer.
+look at the weights, and at how few different demonstrations it takes until replies have the form of an
+answer, each time in 300 steps (which see less than half of 16,000).
 
     known       the right one of eight answers is the likeliest (chance: 12%)
     in form     a greedy reply that ends by itself, as one speaker's answer
@@ -72,7 +73,7 @@ def verdict(seeds: Seeds) -> Verdict:
         "a hundred demonstrations give nine of ten replies the form": all(
             one["100 shown, in form"] >= 0.9 for one in seeds
         ),
-        "with all demonstrations the facts are said that were known, within 5 points": all(
+        "from 16,000 the facts are said that were known, within 5 points": all(
             one["16000 shown, said"] >= one["base, known"] - 0.05 for one in seeds
         ),
     }

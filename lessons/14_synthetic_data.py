@@ -4,8 +4,8 @@
 
 All assistants here are the base model, fine-tuned in as many steps on different demonstrations:
 
-    a tenth       1,600 that people wrote
-    all           16,000 that people wrote
+    a tenth       1,600 of the little world's, which are as people might have written them
+    all           16,000 of them
     filtered      the tenth, and 3,000 replies of the assistant that it made: to each prompt it replied four
                   times, and the reward model picked one
     generation n  1,600 replies of generation n - 1 and nothing else, as they come; generation 0 is the tenth
@@ -57,11 +57,12 @@ def experiment(options: Options) -> Figures:
         return run
 
     def own(run: Path, tries: int, count: int) -> list[list[Messages]]:
-        """To each prompt so many conversations of it and a reply of the run's."""
+        """To each prompt so many conversations of it and a reply of the run's, less those without a word."""
         repeated = [prompt for prompt in prompts[:count] for _ in range(tries)]
         replies = sample_replies(load(run), repeated, 1.0, seed=options.seed)
-        said = [[*r.prompt.messages, {"role": "assistant", "content": r.text}] for r in replies if r.text]
-        return [said[i : i + tries] for i in range(0, len(said), tries)]
+        said = [[*r.prompt.messages, {"role": "assistant", "content": r.text}] for r in replies]
+        groups = [said[i : i + tries] for i in range(0, len(said), tries)]
+        return [full for group in groups if (full := [one for one in group if one[-1]["content"].strip()])]
 
     first = assistant("a tenth", tenth)
     assistant("all", [one.messages for one in world.conversations("train", options.few(16000, 40))])
