@@ -22,13 +22,15 @@ from common import STAGES, Figures, Options, Seeds, Verdict, load, span, teach
 from matplotlib.axes import Axes
 
 from minillm.chat import Completion
-from minillm.compare.metrics import token_values
 from minillm.generate import SamplingOptions, generate
 from minillm.preferences import ChatModel
+from minillm.tools.evaluate import token_values
 from minillm.world import World
 from minillm.world.rubric import Prompt
 
 Row = tuple[list[int], list[int]]
+ANSWERING = ("base", "sft")
+"""The models that make up answers; the aligned one hardly ever does, which leaves nothing to average."""
 
 
 def replies(model: ChatModel, prompts: list[Prompt]) -> list[Row]:
@@ -67,8 +69,9 @@ def experiment(options: Options) -> Figures:
                 found[f"{stage}, right"] = float(right.mean())
             else:
                 found[f"{stage}, admits"] = float(admits.mean())
-            some = right if kind == "known" else ~admits
-            found[f"{stage}, {kind}"] = float(sure[some].mean()) if some.any() else 0.0
+            answered = right if kind == "known" else ~admits
+            if stage in ANSWERING or kind == "known":
+                found[f"{stage}, {kind}"] = float(sure[answered].mean())
     return found
 
 
@@ -77,7 +80,7 @@ def verdict(seeds: Seeds) -> Verdict:
         f"{stage}: made-up answers sound as sure as right ones, within 20 points": all(
             one[f"{stage}, unknown"] >= one[f"{stage}, known"] - 0.2 for one in seeds
         )
-        for stage in ("base", "sft")
+        for stage in ANSWERING
     } | {
         "the base model never admits it (at most 5%), the aligned one mostly does (at least 80%)": all(
             one["base, admits"] <= 0.05 and one["ppo, admits"] >= 0.8 for one in seeds
@@ -86,7 +89,7 @@ def verdict(seeds: Seeds) -> Verdict:
     sure = "; ".join(
         f"{stage} {span(seeds, f'{stage}, known')} of right answers, "
         f"{span(seeds, f'{stage}, unknown')} of made-up ones"
-        for stage in STAGES
+        for stage in ANSWERING
     )
     admits = " → ".join(span(seeds, f"{stage}, admits") for stage in STAGES)
     return checks, f"how sure: {sure}; admits that it does not know: {admits}"
@@ -94,8 +97,9 @@ def verdict(seeds: Seeds) -> Verdict:
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("known", "unknown", "admits"):
-        values = np.mean([[one[f"{stage}, {name}"] for stage in STAGES] for one in seeds], axis=0)
-        axes.plot(list(STAGES), values, "o-", label=name)
+        stages = [stage for stage in STAGES if f"{stage}, {name}" in seeds[0]]
+        values = np.mean([[one[f"{stage}, {name}"] for stage in stages] for one in seeds], axis=0)
+        axes.plot(stages, values, "o-", label=name)
     axes.set(ylim=(0, 1), title="confident and wrong")
 
 
