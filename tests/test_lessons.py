@@ -94,6 +94,14 @@ def test_the_readme_has_the_table_of_the_records():
     assert [line.split("]")[0][3:] for line in table.splitlines()[2:]] == MEASURED
 
 
+def test_the_rows_that_the_projects_readme_shows_are_those_of_the_table():
+    text = (ROOT / "README.md").read_text().replace("](lessons/", "](")
+    shown = [line for line in text.splitlines() if line.startswith("| [")]
+    assert len(shown) == 5
+    table = (LESSONS / "README.md").read_text().splitlines()
+    assert all(line in table for line in shown)
+
+
 # ---- What every lesson does with its figures
 
 TINY = '''"""A number is
