@@ -89,7 +89,7 @@ def test_what_else_the_readme_asks_to_type_is_there_and_run_by_ci_or_a_test():
     typed = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("    ")]
     ci, makefile = (ROOT / ".ci" / "run").read_text(), (ROOT / "Makefile").read_text()
     targets = [words[1] for words in typed if words[0] == "make"]
-    assert targets == ["demo", "play", "test"]
+    assert targets == ["demo", "play", "lessons", "test"]
     for target in targets:
         assert re.search(f"^(timeout .* )?make {target}", ci, re.M)
         assert f"\n{target}: .venv/installed\n" in makefile
