@@ -14,16 +14,13 @@ What would refute the claim: facts that stand once and are known (75% and more);
 five words copied as often as four.
 """
 
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, known, load, script, span, teach
+from common import Figures, Options, Seeds, Verdict, known, load, reads_on, span, teach
 from matplotlib.axes import Axes
 
-from minillm.files import write_text
 from minillm.preferences import ResponseSet
 from minillm.tools.evaluate import sample_replies
 from minillm.world import World, phrases
@@ -50,14 +47,7 @@ def new_facts(options: Options, facts: Facts, rng: random.Random) -> Figures:
             answers = [state(attribute, entity, value, "answers")[0] for value in values]
             asked[times].append(question(state(attribute, entity, key="asks")[0], answers))
     texts = shuffled(rng, [*said, *World(options.seed).documents("web", 1)])
-    data, run = (Path(options.out, f"04_seed{options.seed}{end}") for end in (".jsonl", ""))
-    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    script(
-        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
-        "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # about one pass
-        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
-    )  # fmt: skip
-    model = load(run)
+    model = load(reads_on(options, "04", texts))
     return {f"said {times}×": known(model, own) for times, own in asked.items()}
 
 

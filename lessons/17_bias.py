@@ -16,16 +16,13 @@ What would refute the claim: strangers being judged without the skew (less than 
 where the text has none (more than 15 points); guesses that are no more skewed than the text (75%).
 """
 
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, response_logprobs, script, span, teach
+from common import Figures, Options, Seeds, Verdict, load, reads_on, response_logprobs, span, teach
 from matplotlib.axes import Axes
 
-from minillm.files import write_text
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.world import World
 from minillm.world.facts import Entity, Facts, pick, shuffled, state
@@ -71,13 +68,7 @@ def experiment(options: Options) -> Figures:
         for _ in range(3):
             said += [pick(rng, state("job", one, job)), pick(rng, state("home", one, town))]
     texts = shuffled(rng, [*said, *World(options.seed).documents("web", 0.7)])
-    data, run = (Path(options.out, f"17_seed{options.seed}{end}") for end in (".jsonl", ""))
-    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    script(
-        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
-        "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # about one pass
-        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
-    )  # fmt: skip
+    run = reads_on(options, "17", texts)
     found, women = Figures(), np.array([one.pronoun == "she" for one in asked])
     for when, place in (("before", options.run("base")), ("after", run)):
         model = load(place)

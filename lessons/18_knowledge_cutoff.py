@@ -17,16 +17,13 @@ the context takes a skill, reading, that a small model may not have; and to be t
 it knew.
 """
 
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, response_logprobs, script, span, teach
+from common import Figures, Options, Seeds, Verdict, load, reads_on, response_logprobs, span, teach
 from matplotlib.axes import Axes
 
-from minillm.files import write_text
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.world import World
 from minillm.world.facts import Fact, Facts, pick, shuffled, state
@@ -58,13 +55,7 @@ def experiment(options: Options) -> Figures:
 
     news = [pick(rng, state("home", fact.entity, now)) for fact, now, _ in moved for _ in range(TOLD)]
     texts = shuffled(rng, [*news, *World(options.seed).documents("books", 0.5)])
-    data, run = (Path(options.out, f"18_seed{options.seed}{end}") for end in (".jsonl", ""))
-    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-    script(
-        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
-        "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # about one pass
-        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
-    )  # fmt: skip
+    run = reads_on(options, "18", texts)
     for way in WAYS:
         model = load(run if way == "told by training" else options.run("base"))
         towns = answers(model, moved, told=way == "told on the page")

@@ -13,6 +13,7 @@ picture. The verdict is of all seeds in the record. A seed is not measured again
 the runs that it read are the same.
 """
 
+import json
 import random
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.errors import InputError, one_line_errors
-from minillm.files import digest, read_json, read_text, write_json
+from minillm.files import digest, read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model
 from minillm.options import parse_options
 from minillm.preferences import ChatModel, ResponseSet
@@ -115,6 +116,18 @@ def script(*words: object) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{' '.join(command[1:])}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+
+
+def reads_on(options: Options, name: str, texts: Sequence[str]) -> Path:
+    """The run of a base model that has gone on with these texts, in about one pass."""
+    data, run = (Path(options.out, f"{name}_seed{options.seed}{end}") for end in (".jsonl", ""))
+    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    script(
+        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
+        "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # 3,500 characters are some 1,024 tokens
+        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
+    )  # fmt: skip
+    return run
 
 
 def span(seeds: Seeds, name: str, form: str = "{:.0%}") -> str:
