@@ -112,10 +112,11 @@ def fact_questions(seed: int, count: int) -> list[ResponseSet]:
 
 def script(*words: object) -> None:
     """Runs a stage's command in a process of its own. InputError with its last line where it fails."""
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    name, *options = map(str, words)
+    command = [sys.executable, str(ROOT / name), *options]  # in this folder, for paths may be relative to it
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{' '.join(command[1:])}: {(done.stderr.splitlines() or ['failed'])[-1]}")
+        raise InputError(f"{' '.join([name, *options])}: {(done.stderr.splitlines() or ['failed'])[-1]}")
 
 
 def reads_on(options: Options, name: str, texts: Sequence[str]) -> Path:
