@@ -33,15 +33,17 @@ import transformers
 import trl
 import trl.experimental.ppo.ppo_trainer as ppo_trainer
 from datasets import Dataset
-from harness import Side, parser, program, race, seconds, write
+from harness import Side, parser, race, seconds, write
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import encode_source, positions, validation_batches
+from minillm.errors import one_line_errors
 from minillm.io.conversations import world_conversations
 from minillm.io.huggingface import load_model, save_model
 from minillm.optim import held_out
 from minillm.run import Runtime
 from minillm.tools.folder import read_metrics
+from minillm.tools.scripts import script
 from minillm.world import World
 
 CPU, WORLD = torch.device("cpu"), World(0)
@@ -79,7 +81,7 @@ def sft_sides(init: Path, scratch: Path) -> dict[str, Side]:
 
     def ours(seed: int) -> dict[str, float]:
         out = scratch / f"minillm-{seed}"
-        program(
+        script(
             "sft.py", "--init", shared, "--data", data, "--out", out, "--steps", steps, "--seed", seed,
             *NEVER, "--block-size", BLOCK, "--batch-tokens", ROWS * BLOCK, "--optimizer", "adamw",
             "--warmup", 0, "--matrix-rate", RATE, "--embedding-rate", RATE, "--decay", 1, "--val-fraction", 0,
@@ -121,7 +123,7 @@ def ppo_sides(init: Path, reward: Path, scratch: Path, precision: str) -> dict[s
 
     def ours(number: int) -> dict[str, float]:
         out = scratch / f"minillm-{number}"
-        program(
+        script(
             "rlhf.py", "--stage", "policy", "--init", init, "--reward", reward, "--out", out, *NEVER,
             "--iterations", ITERATIONS, "--minibatches", MINIBATCHES, "--ppo-epochs", PASSES, "--beta", BETA,
             "--device", "cpu", "--precision", precision, "--policy-rate", POLICY_RATE,
@@ -188,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -1,9 +1,6 @@
-"""What the benchmarks share: options, programs that run, sides that race in turn, records with provenance."""
+"""What the benchmarks share: options, sides that race in turn, records with provenance."""
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,8 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/x.py` runs beside the repository's own minillm
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `python benchmarks/x.py` runs beside its own minillm
+
+from minillm.files import write_json
+from minillm.tools.provenance import provenance
 
 Side = Callable[[int], dict[str, float]]
 """One run of a side, given the run's number: its figures by name, first the one that counts."""
@@ -50,17 +49,6 @@ def new_file(text: str) -> Path:
     return path
 
 
-def program(*words: object, folder: Path = ROOT) -> tuple[float, str]:
-    """Runs a Python program to its end: the seconds, and what it printed. Where it fails, its last words."""
-    began, command = time.perf_counter(), [sys.executable, *map(str, words)]
-    own = os.environ | {"PYTHONPATH": str(ROOT)}  # for `python -m` in another folder
-    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or "failed").splitlines()[-1]
-        sys.exit(f"error: {' '.join(command[1:])[:200]}: {last}")
-    return time.perf_counter() - began, done.stdout
-
-
 def seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
@@ -95,7 +83,5 @@ def race(title: str, sides: Mapping[str, Side], runs: int) -> Figures:
 
 def write(path: Path | None, record: dict[str, Any]) -> None:
     """The record beside what made it; nothing without a path."""
-    from minillm.tools.provenance import provenance
-
     if path is not None:
-        path.write_text(json.dumps(provenance() | record, indent=1) + "\n", encoding="utf-8")
+        write_json(path, provenance() | record)

@@ -14,10 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness import ROOT, parser, program, write
+from harness import parser, write
 
+from minillm.errors import one_line_errors
 from minillm.files import read_json
 from minillm.tools.folder import read_metrics
+from minillm.tools.scripts import script
 
 SHORT = ["--iterations", "60"]  # half of the default: what shows a difference need not be the best there is
 VARIANTS: dict[str, list[str]] = {
@@ -48,7 +50,7 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         runs = ["base", "sft", *made(place, seed, arguments.variants)]
         options_of = ["--split", "test", "--seed", seed, "--out", "compare"]
-        program("-m", "minillm.compare", *runs, *options_of, folder=place)
+        script("-m", "minillm.compare", *runs, *options_of, folder=place)
         compared = read_json(place / "compare" / "compare.json")["metrics"]
         found[seed] = {
             "compared": {name: section["tables"] for name, section in compared.items()},
@@ -66,8 +68,8 @@ def made(place: Path, seed: int, variants: Sequence[str]) -> Iterator[str]:
 
     def make(run: str, *commands: list[str]) -> None:
         if not any(event["event"] == "final" for event in read_metrics(place / run)):
-            for script, *words in commands:
-                program(ROOT / script, *words, "--seed", seed, "--overwrite", folder=place)
+            for stage, *words in commands:
+                script(stage, *words, "--seed", seed, "--overwrite", folder=place)
 
     make("base", ["train.py", "--out", "base"])
     make("sft", ["sft.py", "--init", "base", "--out", "sft"])
@@ -91,4 +93,5 @@ def means(of_seeds: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

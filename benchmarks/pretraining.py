@@ -14,9 +14,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from harness import parser, program, race, write
+from harness import parser, race, write
 
+from minillm.errors import one_line_errors
 from minillm.tools.folder import read_metrics
+from minillm.tools.scripts import script
 
 SHORT = (
     "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
@@ -25,7 +27,7 @@ SHORT = (
 ).split()
 LONG = "--vocab-size 1024 --batch-tokens 2048 --steps 550 --optimizer adamw --val-every 1000".split()
 NANOGPT = (
-    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
     "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
     "--lr_decay_iters=2000 --dropout=0.0"
 ).split()
@@ -35,15 +37,15 @@ JUDGED = "--val-fraction 0.1 --val-tokens 1000000 --overwrite --samples 0".split
 def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> dict[str, float]:
     data = checkout / "data" / "shakespeare_char"
     shutil.copy(text, data / "input.txt")
-    program(data / "prepare.py")  # not timed: ours tokenizes in its time
-    taken, printed = program(*NANOGPT, f"--out_dir={scratch / 'nanogpt'}", folder=checkout)
+    script(data / "prepare.py")  # not timed: ours tokenizes in its time
+    taken, printed = script(checkout / "train.py", *NANOGPT, f"--out_dir={scratch}", folder=checkout)
     return {"s": taken, "nats/byte": float(re.findall(r"val loss ([\d.]+)", printed)[-1])}
 
 
 def run_minillm(text: Path, options: list[str], scratch: Path, seed: int) -> dict[str, float]:
     out, cache = scratch / "minillm", tempfile.mkdtemp(dir=scratch)
     given = ["--data", text, "--out", out, "--cache", cache, "--seed", seed]
-    taken, _ = program("train.py", *given, *JUDGED, *options)
+    taken, _ = script("train.py", *given, *JUDGED, *options)
     return {"s": taken, "nats/byte": read_metrics(out)[-1]["val_nats_per_byte"]}
 
 
@@ -67,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -15,7 +15,6 @@ the runs that it read are the same.
 
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,10 +40,10 @@ from minillm.preferences import ChatModel, ResponseSet
 from minillm.tools.evaluate import token_values
 from minillm.tools.plots import save
 from minillm.tools.provenance import provenance
+from minillm.tools.scripts import script as script
 from minillm.tools.streams import columns
 from minillm.world.facts import Facts, pick, shuffled, state
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 STAGES = {"base": "base", "sft": "sft", "ppo": "rlhf/ppo"}
 """What `make demo` makes, and where in --runs."""
@@ -108,15 +107,6 @@ def fact_questions(seed: int, count: int) -> list[ResponseSet]:
         said = [state(fact.attribute, fact.entity, value, "answers")[0] for value in values]
         found.append(ResponseSet([{"role": "user", "content": pick(rng, fact.asks)}], said))
     return found
-
-
-def script(*words: object) -> None:
-    """Runs a stage's command in a process of its own. InputError with its last line where it fails."""
-    name, *options = map(str, words)
-    command = [sys.executable, str(ROOT / name), *options]  # in this folder, for paths may be relative to it
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{' '.join([name, *options])}: {(done.stderr.splitlines() or ['failed'])[-1]}")
 
 
 def reads_on(options: Options, name: str, texts: Sequence[str]) -> Path:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from minillm.errors import InputError
+from minillm.tools.scripts import script
+
 HARNESS = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "harness.py"))
 
 
@@ -30,9 +33,10 @@ def test_a_record_is_written_with_what_made_it_and_nothing_without_a_path(tmp_pa
     assert record["ratio"] == 1.5 and record["versions"]["torch"] and "commit" in record
 
 
-def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
+def test_a_script_that_fails_is_named_with_its_last_words(tmp_path):
     (tmp_path / "x.py").write_text("import minillm, sys; print('said'); sys.exit(*sys.argv[1:])")
-    taken, printed = HARNESS["program"]("x.py", folder=tmp_path)
-    assert taken > 0 and printed == "said\n"
-    with pytest.raises(SystemExit, match=r"x.py no: no$"):
-        HARNESS["program"]("x.py", "no", folder=tmp_path)
+    for words in ((tmp_path / "x.py",), ("-m", "x")):  # by its path, and as a module of the folder
+        taken, printed = script(*words, folder=tmp_path)
+        assert taken > 0 and printed == "said\n"
+        with pytest.raises(InputError, match=r"x(.py)? no: no$"):
+            script(*words, "no", folder=tmp_path)
