@@ -524,12 +524,14 @@ class Aligner:
             slow.lerp_(fast, 1 - self.options.ema_decay)
 
 
-def policy_optimizers(policy: nn.Module, critic: nn.Module | None, options: PolicyOptions) -> Optimizers:
+def policy_optimizers(
+    policy: LanguageModel, critic: ScalarModel | None, options: PolicyOptions
+) -> Optimizers:
     """An AdamW for each: while the critic learns alone, the policy's has no state."""
     # Embedding and output matrix at the rate of the rest: unlike in SFT, no token is new.
     rate = options.policy_rate
     rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
-    models = [policy, critic] if critic else [policy]
+    models: list[LanguageModel | ScalarModel] = [policy, critic] if critic else [policy]
     return Optimizers([o for m in models for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])
 
 
