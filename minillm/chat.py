@@ -2,15 +2,23 @@
 
     <|endoftext|><|user|>Hello<|end|><|assistant|>Good day!<|end|>
                                                  └── loss ───┘
+    <|user|>2+3?<|end|><|assistant|><|system|>calculator {"expression": "2+3"}<|end|>
+                                    └───────────────── loss ─────────────────┘
+    <|system|>5<|end|><|assistant|>It is 5.<|end|>
+                                   └── loss ─┘
 
 In our own format every message is a token for its role, its content as plain text, and <|end|>. Nobody can
 end a turn by typing "<|end|>", for a content is encoded without control tokens, and no token straddles the
-border of a reply. TEMPLATE says the same in Jinja, for other people's tools. A tokenizer that brings another
-template is asked by that one (minillm/io/template.py), a base model by none: it continues a text.
+border of a reply. A call of a tool is what the assistant says to <|system|>: a name and arguments in JSON.
+The tool's result is a turn of that role, so no user can imitate one; it is never a target. TEMPLATE says the
+same in Jinja, for other people's tools. A tokenizer that brings another template is asked by that one
+(minillm/io/template.py), a base model by none: it continues a text.
 
-Source: ChatML (OpenAI 2023), where roles and ends of turns are tokens that no text can contain.
+Sources: ChatML (OpenAI 2023), where roles and ends of turns are tokens that no text can contain; calls inside
+the assistant's turn, each result a turn of its own, as in Qwen3's template.
 """
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,23 +31,36 @@ from minillm.errors import InputError
 from minillm.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-"""role and content; "train": False where a reply is not to be learned."""
+"""role and content. As in OpenAI's API an assistant's may have tool_calls, a list of
+{"id", "type": "function", "function": {"name", "arguments"}} with arguments in JSON, as a text; messages of
+the role tool with the results follow in the same order. "train": False where a reply is not to be learned."""
 Conversation = list[Message]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 TEMPLATE = """\
 {{ bos_token }}
+{%- set told = 'Tools:\\n' + tools | map('tojson') | join('\\n') if tools else '' %}
+{%- if told and messages[0]['role'] != 'system' %}
+    {{- '<|system|>' + told + '<|end|>' }}
+{%- endif %}
 {%- for message in messages %}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
-        {{- raise_exception('the role ' + message['role'] + ' is not system, user or assistant') }}
-    {%- endif %}
-    {{- '<|' + message['role'] + '|>' }}
-    {%- if message['role'] == 'assistant' -%}
-        {% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}
+    {%- set content = message['content'] or '' %}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('the role ' + message['role'] + ' is not system, user, assistant or tool') }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- '<|assistant|>' -}}
+        {% generation %}{{ content }}
+        {%- for call in message['tool_calls'] or [] %}
+            {%- set given = call['function']['arguments'] %}
+            {{- '<|system|>' + call['function']['name'] + ' ' }}
+            {{- given if given is string else given | tojson }}
+        {%- endfor %}{{ '<|end|>' }}{% endgeneration %}
+    {%- elif loop.first and told and message['role'] == 'system' %}
+        {{- '<|system|>' + content + '\\n\\n' + told + '<|end|>' }}
     {%- else %}
-        {{- message['content'] + '<|end|>' }}
+        {{- '<|' + message['role'].replace('tool', 'system') + '|>' + content + '<|end|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -69,12 +90,14 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """InputError if the tokenizer has no chat template, or one that does not work."""
         self.tokenizer, self._foreign, special = tokenizer, None, tokenizer.special_tokens
+        self.call_id: int | None = None
+        """The token that begins a call in a reply; None where another template than ours writes it."""
         if tokenizer.config.get("chat_template") == TEMPLATE:
             if missing := [name for name in CONTROL_TOKENS if name not in special]:
                 raise InputError(f"tokenizer: lacks {' '.join(missing)}, which its chat template writes")
             bos = None if tokenizer.config.get("bos_token") is None else tokenizer.bos_id
             self._begin = [] if bos is None else [bos]
-            ends = [special["<|end|>"]]
+            ends, self.call_id = [special["<|end|>"]], special["<|system|>"]
         else:
             from minillm.io.template import ForeignFormat
 
@@ -94,11 +117,25 @@ class ChatTemplate:
             return self._foreign.encode(checked)
         tokens, mask = list(self._begin), [False] * len(self._begin)
         for message in checked:
-            said = [*self.tokenizer.encode(message["content"]), self.end_id]
-            learned = message["role"] == "assistant" and message.get("train", True)
-            tokens += [self.tokenizer.special_tokens[f"<|{message['role']}|>"], *said]
-            mask += [False, *[learned] * len(said)]
+            role = message["role"].replace("tool", "system")
+            said = self.tokenizer.encode(message["content"])
+            for call in message.get("tool_calls", ()):
+                text = "{name} {arguments}".format_map(call["function"])
+                said += [self.tokenizer.special_tokens["<|system|>"], *self.tokenizer.encode(text)]
+            learned = role == "assistant" and message.get("train", True)
+            tokens += [self.tokenizer.special_tokens[f"<|{role}|>"], *said, self.end_id]
+            mask += [False, *[learned] * (len(said) + 1)]
         return Dialogue(tokens, mask)
+
+    def message(self, reply: Sequence[int]) -> Message:
+        """The assistant's message in a reply's tokens, without the one that ended it: `encode`'s inverse."""
+        parts: list[list[int]] = [[]]
+        for token in reply:
+            parts.append([]) if token == self.call_id else parts[-1].append(token)
+        content, *calls = map(self.tokenizer.decode, parts)
+        return {"role": "assistant", "content": content} | ({"tool_calls": [
+            new_call(f"call_{i}", *call.partition(" ")[::2]) for i, call in enumerate(calls)
+        ]} if calls else {})  # fmt: skip
 
     def prompt(self, messages: object, thinking: bool = False) -> list[int]:
         """The tokens after which the model is to reply to these messages; with `thinking`, where its
@@ -147,6 +184,21 @@ def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
 
 
+def new_call(number: object, name: str, arguments: str) -> dict[str, Any]:
+    """A call of a tool as OpenAI's API has it."""
+    return {"id": str(number), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def with_tools(messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> Conversation:
+    """The messages with what TEMPLATE tells of `tools` (in OpenAI's form), which ends the system message."""
+    if not tools:
+        return messages
+    told = "\n".join(["Tools:", *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
+
+
 def check_messages(messages: object) -> Conversation:
     """The messages without fields that are not used; InputError says which one is not a message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -155,13 +207,30 @@ def check_messages(messages: object) -> Conversation:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number}: is {message!r:.40}; give an object with role and content")
-        role, content = message.get("role"), message.get("content")
+        role, content, calls = (message.get(name) for name in ("role", "content", "tool_calls"))
         if role not in ROLES:
             raise InputError(f"message {number}: its role is {role!r:.40}; give {', '.join(ROLES)}")
+        calls = check_calls(calls, f"message {number}") if calls and role == "assistant" else []
+        content = "" if calls and content is None else content
         if not isinstance(content, str):
             raise InputError(f"message {number}: its content is {content!r:.40}; give a text")
-        unlearned = {} if message.get("train", True) else {"train": False}
-        checked.append({"role": role, "content": content, **unlearned})
+        more: Message = {"tool_calls": calls} if calls else {}
+        more |= {} if message.get("train", True) else {"train": False}
+        checked.append({"role": role, "content": content, **more})
+    return checked
+
+
+def check_calls(calls: object, where: str) -> list[dict[str, Any]]:
+    """The calls of a message, their arguments as text; InputError for what is no call."""
+    checked = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name, given = map((function if isinstance(function, Mapping) else {}).get, ("name", "arguments"))
+        if not isinstance(name, str) or name.split() != [name] or not isinstance(given, str | Mapping):
+            wanted = 'give {"function": {"name": …, "arguments": …}}, the name one word'
+            raise InputError(f"{where}: its call {number} is {call!r:.60}; {wanted}")
+        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        checked.append(new_call(call.get("id") or f"call_{number}", name, arguments))
     return checked
 
 

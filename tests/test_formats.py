@@ -19,6 +19,9 @@ USER, BOT = ASKED
 SYSTEM = {"role": "system", "content": "Be kind."}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
 TOOL = {"role": "tool", "content": "42"}
+ADD = {"name": "add", "arguments": '{"to": 2}'}
+ADDS = [{"id": "1", "type": "function", "function": ADD}]
+CALLED = {"role": "assistant", "content": "", "tool_calls": ADDS}
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: Yes",
       "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: And?\n\nAssistant: No"}  # fmt: skip
 
@@ -53,6 +56,19 @@ CONVERSATIONS = [
     ({"messages": ASKED, "prompt": "Why?", "prompt_id": "7"}, ASKED),
     ({"messages": [USER], "answer": "Because."}, ASKED),
     ({"problem": "Why?", "solution": "Yes", "generations": ["a", "b"], "messages": ASKED}, ASKED),
+    # calls of tools and their results
+    ({"messages": [USER, CALLED, TOOL, BOT]}, [USER, CALLED, TOOL, BOT]),
+    ({"messages": [USER, {**CALLED, "content": None}, {**TOOL, "tool_call_id": "1"}, BOT, *ASKED]},
+     [USER, CALLED, TOOL, BOT, *ASKED]),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": ADDS}]}, [USER, CALLED]),
+    ({"messages": [USER, {"role": "assistant", "function_call": ADD}, {**TOOL, "role": "function"}, BOT]},
+     [USER, {**CALLED, "tool_calls": [{**ADDS[0], "id": "call_0"}]}, TOOL, BOT]),
+    ({"messages": [USER, CALLED, {**TOOL, "content": ""}, BOT]},
+     [USER, CALLED, {**TOOL, "content": ""}, BOT]),
+    *(({"messages": [*system, *ASKED], "tools": given},
+       [{"role": "system", "content": f'{head}Tools:\n{{"name": "add"}}'}, *ASKED])
+      for system, head in (([], ""), ([SYSTEM], "Be kind.\n\n"))
+      for given in ([{"name": "add"}], '[{"name": "add"}]')),
     # what stands beside the turns
     ({"system": "Be kind.", "messages": ASKED}, [SYSTEM, *ASKED]),
     ({"system": None, "tools": [], "messages": ASKED}, ASKED),
@@ -104,6 +120,7 @@ CONVERSATIONS = [
     ({"messages": [*ASKED, *chat("Thanks.")]}, ASKED),
     ({"messages": [*ASKED, *chat("So?", "")]}, ASKED),
     ({"messages": [*ASKED, USER, CALL, TOOL, BOT]}, ASKED),
+    ({"messages": [*ASKED, USER, TOOL, BOT]}, ASKED),  # a result of no call
 ]  # fmt: skip
 
 
@@ -210,7 +227,10 @@ def test_replies_rated_one_by_one_are_compared_where_their_prompts_repeat():
 
 KTO = {"prompt": "Why?", "completion": "Because."}
 LEFT_OUT = [
-    ("conversation", {"messages": ASKED, "tools": [{"name": "search"}]}, "'tools'"),
+    ("conversation", {"messages": ASKED, "functions": [{"name": "search"}]}, "'functions'"),
+    ("conversation", {"messages": ASKED, "tools": ["search"]}, "something else"),
+    ("prompt", {"messages": [USER, CALLED, TOOL, BOT, USER]}, "tool call"),
+    ("ranking", {"messages": [USER, CALLED, TOOL], "responses": ["a", "b"], "ranks": [1, 2]}, "tool call"),
     ("conversation", {"messages": ASKED, "prompt": "Who?"}, "'prompt'"),
     ("conversation", {"messages": ASKED, "images": ["a.png"]}, "'images'"),
     ("conversation", {"messages": ASKED, "documents": ["a"]}, "'documents'"),
@@ -225,7 +245,7 @@ LEFT_OUT = [
     ("conversation", {**KTO, "weight": 0.5}, "'weight'"),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0}]}, "weight 0"),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight other"),
-    ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),
+    ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),  # of no function
     ("conversation", {"messages": [USER, BOT, TOOL, BOT]}, "tool call"),  # BOT is the call, as a text
     ("conversation", {"instruction": "What is it?\n<image>", "output": "A cat."}, "image"),
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),

@@ -10,19 +10,23 @@ Known are: messages as OpenAI and ShareGPT have them; UltraChat; pairs of a ques
 Alpaca and Dolly; Self-Instruct (arXiv 2212.10560); transcripts and pairs of them (arXiv 2204.05862);
 OpenAssistant's ranked trees (arXiv 2304.07327); two replies and a verdict, as in LLMBar (arXiv 2310.07641);
 lists of rated replies, as in UltraFeedback (arXiv 2310.01377); single replies judged good or bad, as in KTO
-(arXiv 2402.01306). Left out: tool calls, images, and roles beside system, user and assistant.
+(arXiv 2402.01306). Calls of tools are read in conversations as OpenAI writes them. Left out: calls in prompts
+and preferences, and calls as a text; images; roles beside system, user, assistant and tool.
 """
 
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from json import loads
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from minillm.chat import Conversation, Message
+from minillm.chat import ROLES as OURS
+from minillm.chat import Conversation, Message, check_calls, with_tools
+from minillm.errors import InputError
 from minillm.io.files import UNNAMED
 
 Record = dict[str, Any]
@@ -166,7 +170,7 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
 # ---- Messages
 
 ROLES = {name: role for role, names in NAMES["roles"].items() for name in names}
-"""By the names that people give them, what a message can be; a "tool" message is never learned."""
+"""By the names that people give them, what a message can be."""
 
 
 def _message(role: str, content: Any) -> Message:
@@ -191,12 +195,17 @@ def _turn(turn: Record) -> list[Message]:
         return [_message("user", _one(turn, QUESTIONS + ABOUT)), _message("assistant", _one(turn, ANSWERS))]
     if any(not _is_empty(turn.get(name)) for name in MEDIA):
         raise LeftOutError("conversations with a message that is not text")
-    if not turn.keys() & {"content", "value", "text", "parts"}:
+    calls = turn.get("tool_calls") or (
+        [{"function": turn["function_call"]}] if turn.get("function_call") else []
+    )
+    if not calls and not turn.keys() & {"content", "value", "text", "parts"}:
         raise KeyError("content")
     message = _message(role, _first(turn, ("content", "value", "text", "parts", "refusal")))
     if message["role"] == "assistant":
         message["content"] = _thought_of(turn) + message["content"]
-        if any(not _is_empty(turn.get(name)) for name in ("tool_calls", "function_call")):
+        try:
+            message |= {"tool_calls": check_calls(calls, "a turn")} if calls else {}
+        except InputError:  # spelled in another way
             message["role"] = "tool"
         weights = [turn[name] for name in ("weight", "train", "loss") if turn.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
@@ -270,18 +279,19 @@ def _example(fields: Record, replies: Replies) -> Example:
 
 def _asked(fields: Record) -> Conversation:
     """All that stands before a reply: the system message, earlier turns, the question."""
-    earlier = fields.get("earlier turns") or []
+    earlier, tools = fields.get("earlier turns") or [], fields.get("tools") or []
     if all(isinstance(turn, list) for turn in earlier):
         earlier = [text for turn in earlier for text in turn]
     messages, system = _messages(earlier) + _question(fields), _one(fields, SYSTEM)
+    tools = [dict(tool) for tool in (loads(tools) if isinstance(tools, str) else tools)]
     if _is_empty(system):
-        return messages
+        return with_tools(messages, tools)
     first = _message("system", system)
     if messages and messages[0]["role"] == "system":
         if messages[0] != first:
             raise LeftOutError("records with two system messages")
-        return messages
-    return [first, *messages]
+        return with_tools(messages, tools)
+    return with_tools([first, *messages], tools)
 
 
 def _question(fields: Record) -> Conversation:
@@ -490,7 +500,7 @@ FORMATS = (
     Format("OpenAssistant's tree of replies", ((TREE,),), ("prompt",), ANYTHING, parts=_branches),
     Format("rated replies", ((*TURNS, *QUESTIONS, *ABOUT), REPLIES),
            (*ASKED, *RATINGS, *VERDICTS, "ranking"), ANYTHING, _listed_replies),
-    Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING), ANYTHING, _answer),
+    Format("messages", (TURNS,), (*ASKED, *ANSWERS, *RATING, "tools"), ANYTHING, _answer),
     Format("Self-Instruct", (("instruction",), ("instances",)), ABOUT, TEACHES, parts=_instances),
     Format("a question and an answer", ((*QUESTIONS, *ABOUT), ANSWERS),
            (*SYSTEM, *HISTORY, *THOUGHT, *RATING), ANYTHING, _answer),
@@ -508,11 +518,11 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     messages, score = max(example, key=itemgetter(1))
     if len(example) == 1 and score is not None and score <= 0:
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
-    calls = next((i for i, m in enumerate(messages) if m["role"] == "tool"), len(messages))
+    calls = _first_unread_call(messages)
     kept, empty = messages[:calls], False
     if calls < len(messages) and kept and kept[-1]["role"] == "assistant":
         kept.pop()  # the call itself, spelled as a text
-    while kept and (kept[-1]["role"] != "assistant" or not kept[-1]["content"].strip()):
+    while kept and (kept[-1]["role"] != "assistant" or not _says(kept[-1])):
         empty |= kept.pop()["role"] == "assistant"
     if not kept and calls < len(messages):
         raise LeftOutError("conversations with a tool call and no reply before it")
@@ -521,11 +531,26 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
         raise LeftOutError(f"conversations {what}")
     if not any(m.get("train", True) for m in kept if m["role"] == "assistant"):
         raise LeftOutError("conversations whose replies all have weight 0")
-    yield checked(kept)
+    yield checked(kept, may_call=True)
     if calls < len(messages):
         yield "ends of conversations from a tool call on"
     elif empty:
         yield "empty last replies"
+
+
+def _first_unread_call(messages: Conversation) -> int:
+    """Where the first result stands that answers no call in the form of OpenAI's, or else the end."""
+    answers = False
+    for i, message in enumerate(messages):
+        answers = "tool_calls" in message or (answers and message["role"] == "tool")
+        if message["role"] == "tool" and not answers:
+            return i
+    return len(messages)
+
+
+def _says(message: Message) -> bool:
+    """Whether there is something in a message; of what a tool gives, nothing is a result too."""
+    return bool(message["content"].strip()) or "tool_calls" in message or message["role"] == "tool"
 
 
 def prompt(example: Example) -> Iterator[Conversation | str]:
@@ -533,17 +558,17 @@ def prompt(example: Example) -> Iterator[Conversation | str]:
     messages = example[0][0]
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    yield checked([{"role": message["role"], "content": message["content"]} for message in messages])
+    yield [{"role": message["role"], "content": message["content"]} for message in checked(messages)]
 
 
-def checked(messages: Conversation) -> Conversation:
+def checked(messages: Conversation, may_call: bool = False) -> Conversation:
     """The messages, if our roles can have said them. LeftOutError says what is wrong with them."""
     roles, contents = ([message[name] for message in messages] for name in ("role", "content"))
     wrong = {
         "that are replies to nothing": "user" not in roles,
-        "with a tool call": "tool" in roles,
-        "with a role other than system, user and assistant": set(roles) - {"system", "user", "assistant"},
-        "with an empty message": not all(content.strip() for content in contents),
+        "with a tool call": not may_call and any(m["role"] == "tool" or "tool_calls" in m for m in messages),
+        "with a role other than system, user, assistant and tool": set(roles).difference(OURS),
+        "with an empty message": not all(map(_says, messages)),
         "with half a surrogate pair": any(map(SURROGATE.search, contents)),
         "about an image, a video or a sound": any(map(PLACEHOLDER.search, contents)),
     }

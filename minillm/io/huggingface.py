@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError
-from minillm.files import read_json, write_atomically, write_json
+from minillm.files import digest, read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
@@ -30,6 +30,8 @@ from minillm.tools.device import parameter_count
 
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""
+EARLIER_TEMPLATE = "075901de796089becde3c1f0e8f862ee"
+"""The digest of our chat template before it knew calls: for what that could say, today's says the same."""
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -106,6 +108,8 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 def _from_others(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, with the stops that came beside it in generation_config.json."""
     tokenizer = Tokenizer.load(folder)
+    if digest(str(tokenizer.config.get("chat_template"))) == EARLIER_TEMPLATE:
+        tokenizer = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": TEMPLATE})
     # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
         stops = read_json(folder / "generation_config.json").get("eos_token_id")

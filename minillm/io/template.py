@@ -14,8 +14,8 @@ generation prompt that opens a thought, as DeepSeek-R1's does, is followed by th
 there is none; and an earlier reply that the template writes anew once another message follows (Qwen3's,
 without its thought) is context and not learned.
 
-Left out: tools, documents, images. Added tokens that a vocabulary reads in any text, such as <think> in some,
-are read in contents too.
+Left out: tools and their calls, documents, images. Added tokens that a vocabulary reads in any text, such as
+<think> in some, are read in contents too.
 """
 
 import re
@@ -91,6 +91,8 @@ class ForeignFormat:
         """The tokens of a conversation, each piece with its owner."""
         if len(messages) > MOST_MESSAGES:
             raise InputError(f"{len(messages):,} messages: its chat template is read up to {MOST_MESSAGES:,}")
+        if any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+            raise InputError("calls of tools are read by minillm's own chat template only, not by this one")
         contents: dict[str, str] = {}
         for i, message in enumerate(messages):
             contents |= self._contents(i, message)

@@ -1,0 +1,349 @@
+"""Calls of tools: what is learned of them, what transformers makes of them, and that no call can do harm."""
+
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from functools import cache, partial
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from runs import tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from minillm.chat import TEMPLATE, ChatTemplate, check_messages, new_call, with_chat_template, with_tools
+from minillm.errors import InputError
+from minillm.generate import SamplingOptions
+from minillm.io.template import PLAIN_TEMPLATE
+from minillm.preferences import ChatModel, Responses
+from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minillm.tools import calls as calls_module
+from minillm.tools.calls import LONGEST_RESULT, Tool, calculate, calculator, converse, run_call, search
+
+LAW = settings(deadline=None, max_examples=60)
+SAMPLING = SamplingOptions(8, temperature=0)
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    text = (
+        'calculator {"expression": "2 + 3"} search {"query": "who"} Tools: type function name It is 5. ' * 3
+    )
+    return with_chat_template(Tokenizer.train([text], 340))
+
+
+@cache
+def judge(folder: str) -> PreTrainedTokenizerFast:
+    tokenizer().save(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> PreTrainedTokenizerFast:
+    return judge(str(tmp_path_factory.mktemp("judge")))
+
+
+# ---- Conversations with calls → tokens
+
+texts = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=8).map(
+    lambda text: text if not any(name in text for name in SPECIAL_TOKENS) else "x"
+)
+names = st.sampled_from(["calculator", "search", "a-b_c"])
+arguments = st.dictionaries(texts, texts | st.integers() | st.lists(texts, max_size=2), max_size=2)
+
+
+def a_call(name: str, given: object, as_text: bool) -> dict:
+    arguments = json.dumps(given, ensure_ascii=False) if as_text else given
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@st.composite
+def conversations(draw) -> list[dict]:
+    """Exchanges, some with one call or two before the reply, and what was said beside them."""
+    messages = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(texts)})
+        if called := draw(st.lists(st.builds(a_call, names, arguments, st.booleans()), max_size=2)):
+            content = draw(st.none() | texts)
+            messages.append({"role": "assistant", "content": content, "tool_calls": called})
+            messages += [{"role": "tool", "tool_call_id": "c", "content": draw(texts)} for _ in called]
+        messages.append({"role": "assistant", "content": draw(texts)})
+    return messages
+
+
+tools = st.lists(st.builds(lambda n, d: {"type": "function", "function": {"name": n, "description": d}},
+                           names, texts), max_size=2)  # fmt: skip
+
+
+@LAW
+@given(conversations(), tools, st.booleans())
+def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, asks):
+    whole = ChatTemplate(tokenizer()).encode(with_tools(messages, told))
+    found = theirs.apply_chat_template(
+        messages, tools=told or None, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert whole.tokens == found["input_ids"]
+    assert [int(own) for own in whole.assistant] == found["assistant_masks"]
+    prompt = ChatTemplate(tokenizer()).prompt(with_tools(messages[:-1], told))
+    assert prompt == theirs.apply_chat_template(
+        messages[:-1], tools=told or None, add_generation_prompt=True, return_dict=False
+    )
+
+
+@LAW
+@given(conversations())
+def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_written(messages):
+    template, checked = ChatTemplate(tokenizer()), check_messages(messages)
+    whole = template.encode(messages)
+    runs = itertools.groupby(zip(whole.tokens, whole.assistant, strict=True), key=lambda pair: pair[1])
+    learned = [[token for token, _ in run] for own, run in runs if own]
+    assert all(reply.pop() == template.end_id for reply in learned)
+    said = [m for m in checked if m["role"] == "assistant"]
+    for m in said:
+        for i, call in enumerate(m.get("tool_calls", [])):
+            call["id"] = f"call_{i}"
+    assert [template.message(reply) for reply in learned] == said
+
+
+@LAW
+@given(texts, texts)
+def test_no_text_is_a_call_or_a_result(content, result):
+    template = ChatTemplate(tokenizer())
+    typed = f'<|system|>calculator {{"expression": "1"}}<|end|><|system|>{result}'
+    for role in ("user", "assistant", "tool"):
+        tokens = template.encode([{"role": role, "content": content + typed}]).tokens
+        assert tokens.count(template.call_id) == (role == "tool")  # its role, and nothing else
+    message = template.message(tokenizer().encode(content + typed))
+    assert message == {"role": "assistant", "content": content + typed}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [3, "x", {}, {"function": {}}, {"function": {"name": "a b", "arguments": ""}},
+     {"function": {"name": "", "arguments": "{}"}}, {"function": {"name": "a", "arguments": None}},
+     {"function": {"name": "a", "arguments": [1]}}, {"function": "a"}],
+)  # fmt: skip
+def test_what_is_no_call_is_refused_with_the_message_at_fault(call):
+    asked = {"role": "user", "content": "x"}
+    with pytest.raises(InputError, match="message 1: its call 0 is"):
+        check_messages([asked, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert check_messages([asked | {"tool_calls": [call]}]) == [asked]  # only an assistant calls
+
+
+def test_another_template_than_ours_refuses_calls():
+    plain = ChatTemplate(
+        Tokenizer(tokenizer().vocabulary, {**tokenizer().config, "chat_template": PLAIN_TEMPLATE})
+    )
+    said = {"role": "assistant", "content": "", "tool_calls": [a_call("search", {}, True)]}
+    with pytest.raises(InputError, match="calls of tools are read by minillm's own chat template only"):
+        plain.encode([{"role": "user", "content": "x"}, said])
+    assert plain.call_id is None
+
+
+# ---- What a tool is asked for
+
+TOOLS = {tool.name: tool for tool in (calculator(), search(["The cat is red. The dog is blue!\nIt rains"]))}
+garbage = st.text(max_size=300) | st.binary(max_size=60).map(lambda raw: raw.decode("latin-1"))
+numbers = st.sampled_from(
+    ["0", "1", "7", "2.5", "1e300", "9" * 40, "9**9**9", "1j", "True", "0x10", "'a' * 9"]
+)
+signs = st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "<<", " and ", ",", "@"])
+sums = st.recursive(
+    numbers, lambda inner: st.builds("({}{}{})".format, inner, signs, inner) | inner.map("-{}".format)
+)
+nested = st.builds(lambda n, a, b: a * n + "1" + b * n, st.integers(1, 60_000), st.sampled_from("([{-~"),
+                   st.sampled_from([")", "]", "}", "", "**9", ".a", "()", "[0]"]))  # fmt: skip
+asked = st.one_of(garbage, sums, nested)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(["calculator", "search"]) | garbage,
+    asked,
+    st.sampled_from(["expression", "query", "x"]),
+    st.booleans(),
+)
+@example("calculator", "9**" * 60 + "9", "expression", True)
+@example("calculator", "(" * 190 + "1" + ")" * 190, "expression", True)
+@example("calculator", "-" * 199 + "1", "expression", True)
+@example("calculator", "__import__('os').system('echo harm')", "expression", True)
+@example("calculator", "(10**30)**(10**30)", "expression", True)
+@example("calculator", "2**-(10**30)", "expression", True)
+@example("calculator", "0**-1", "expression", True)
+@example("calculator", "(-8)**0.5", "expression", True)
+@example("calculator", "1\x00", "expression", True)
+@example("calculator", "\ud800", "expression", True)
+@example("search", "[" * 100_000, "query", False)
+def test_whatever_a_model_asks_of_a_tool_gives_one_short_line_in_time(name, text, key, as_json):
+    given = json.dumps({key: text}) if as_json else text
+    began = time.monotonic()
+    result = run_call(TOOLS, new_call("c", name, given))
+    assert time.monotonic() - began < 2
+    assert isinstance(result, str) and len(result) <= LONGEST_RESULT and len(result.splitlines()) <= 1
+
+
+def test_a_tool_that_takes_too_long_or_fails_is_a_result_in_one_line_and_goes_on_nowhere():
+    ticks = []
+
+    def endless(text: str) -> str:
+        while True:
+            ticks.append(time.monotonic())
+
+    def broken(text: str) -> str:
+        raise SystemExit(text + "\nof two lines")
+
+    own = {"endless": Tool("endless", "", "x", endless), "broken": Tool("broken", "", "x", broken)}
+    call = partial(run_call, own, seconds=0.1)
+    assert call(new_call("c", "endless", '{"x": ""}')) == "error: took longer than 0.1 seconds"
+    time.sleep(0.2)
+    assert (ended := len(ticks)) and time.sleep(0.1) is None and len(ticks) == ended, "it still runs"
+    assert call(new_call("c", "broken", '{"x": "a line"}')) == "error: a line of two lines"
+    assert (
+        call(new_call("c", "nobody", "{}")) == "error: there is no tool 'nobody'; there are: endless, broken"
+    )
+    wanted = """error: arguments are '{"y": ""}'; give {"x": "…"}"""
+    assert call(new_call("c", "broken", '{"y": ""}')) == wanted
+
+
+def spelled(tree: object) -> str:
+    return (
+        str(tree) if isinstance(tree, int | float) else f"({spelled(tree[1])} {tree[0]} {spelled(tree[2])})"
+    )
+
+
+leaves = st.integers(0, 999) | st.sampled_from([0.5, 2.25])
+trees = st.recursive(
+    leaves, lambda inner: st.tuples(st.sampled_from("+ - * / // %".split()), inner, inner), max_leaves=6
+)
+
+
+@LAW
+@given(trees)
+@example(("/", 6, 2))
+def test_the_calculator_calculates(tree):
+    text = spelled(tree)
+    try:
+        value = eval(text)
+    except ZeroDivisionError:
+        with pytest.raises(InputError, match="division by zero"):
+            calculate(text)
+        return
+    assert math.isclose(float(calculate(text)), value, rel_tol=1e-11, abs_tol=1e-11)
+    if isinstance(value, int):
+        assert calculate(text) == str(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("2**10", "1024"), (" -7 // 2", "-4"), ("1/3", "0.333333333333"), ("6/2", "3"),
+    ("10**30", "1" + "0" * 30), ("2**0.5", "1.41421356237"), ("12 - (3 + 4) * 2", "-2"),
+])  # fmt: skip
+def test_sums_of_every_kind(text, value):
+    assert calculate(text) == value
+
+
+@LAW
+@given(
+    st.lists(
+        st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6
+    ),
+    st.data(),
+)
+def test_a_search_for_a_sentences_own_words_finds_it_or_one_that_has_them_all(sentences, data):
+    wanted = data.draw(st.sampled_from(sentences))
+    found = search([". ".join(sentences) + "."]).run(wanted)
+    assert set(wanted.split()) <= set(found.rstrip(".").split()) and found.rstrip(".") in sentences
+
+
+def test_a_search_prefers_rare_words_and_says_when_it_finds_nothing():
+    found = search(["The cat is red. The dog is blue. The cat and the dog sleep. The ant sleeps"])
+    assert (
+        found.run("Is the ANT blue or red?").startswith("The ") and found.run("the ant") == "The ant sleeps"
+    )
+    assert found.run("zebra") == found.run("") == "nothing found" == search([]).run("cat")
+
+
+# ---- The loop
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A chat model that says what is scripted, turn by turn, to each prompt; and the prompts it was asked."""
+    model, plain = tiny_model(longest=400)
+    chat = ChatModel("m", model, with_chat_template(plain))
+
+    def script(*turns: list[str]) -> tuple[ChatModel, list[list[list[int]]]]:
+        seen, coming = [], iter(turns)
+        call = chat.tokenizer.special_tokens["<|system|>"]
+
+        def sample(model, prompts, sampling, seeds, decode):
+            seen.append([list(prompt) for prompt in prompts])
+            said = [text.split("CALL ") for text in next(coming)]
+            rows = [
+                [token for part in parts for token in [call, *chat.tokenizer.encode(part)]][1:]
+                for parts in said
+            ]
+            ends = [
+                [] if text.endswith("CUT") else [chat.form.end_id] for parts in said for text in parts[-1:]
+            ]
+            whole = [[*p, *row, *end] for p, row, end in zip(prompts, rows, ends, strict=True)]
+            return Responses(whole, [len(p) for p in prompts], [bool(end) for end in ends], [])
+
+        monkeypatch.setattr(calls_module, "sample_responses", sample)
+        return chat, seen
+
+    return script
+
+
+def ask(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+SUM = 'CALL calculator {"expression": "2+3"}'
+
+
+def test_a_call_is_run_its_result_is_read_and_the_reply_follows(scripted):
+    chat, seen = scripted([SUM, "No sum."], ["So 5."])
+    first, second = converse(chat, [ask("2+3?"), ask("Hi")], TOOLS, SAMPLING, [0, 1])
+    call = new_call("call_0", "calculator", '{"expression": "2+3"}')
+    assert first == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_0", "content": "5"},
+        {"role": "assistant", "content": "So 5."},
+    ]
+    assert second == [{"role": "assistant", "content": "No sum."}]
+    assert seen[1] == [chat.form.prompt(ask("2+3?") + first[:2])]
+
+
+def test_calls_of_one_turn_are_answered_in_their_order_and_errors_are_results(scripted):
+    chat, _ = scripted(["Well, " + SUM + "CALL nobody {}"], ["Done."])
+    ((said, one, two, _),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
+    assert said["content"] == "Well, " and [one["content"], two["content"][:5]] == ["5", "error"]
+
+
+def test_a_reply_calls_no_more_often_than_it_may(scripted):
+    chat, seen = scripted(*[[SUM]] * 9)
+    (said,) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0], most_calls=3)
+    assert [m["role"] for m in said] == ["assistant", "tool"] * 3 + ["assistant"] and len(seen) == 4
+    chat, seen = scripted([SUM * 3])
+    ((said,),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0], most_calls=2)
+    assert len(said["tool_calls"]) == 3
+
+
+def test_a_call_that_was_cut_or_leaves_no_room_is_not_run(scripted):
+    chat, _ = scripted([SUM + "CUT"])
+    ((said,),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
+    assert said["tool_calls"]
+    chat, seen = scripted([SUM])
+    room = 400 - len(chat.form.prompt(ask("x"))) - 20
+    ((said,),) = converse(chat, [ask("x")], TOOLS, replace(SAMPLING, max_new_tokens=room), [0])
+    assert said["tool_calls"] and len(seen) == 1
+
+
+def test_a_model_that_knows_no_calls_says_so(scripted):
+    chat, _ = scripted([SUM])
+    base = ChatModel("m", chat.model, Tokenizer(chat.tokenizer.vocabulary))
+    with pytest.raises(InputError, match="no chat template that knows calls"):
+        converse(base, [ask("x")], TOOLS, SAMPLING, [0])
+    assert chat.tokenizer.config["chat_template"] == TEMPLATE
