@@ -2,18 +2,18 @@
 
     python lessons/02_masked_words.py
 
-Two models of one shape go through the same text in the same steps. One guesses the next token, as GPT does;
-of the other 15% of the tokens are hidden, which it guesses from both sides, as BERT does. Then both fill in
-blanks of pages about the same world that neither has read: one token is missing in each.
+Two models of one shape read the same text in the same number of steps. One guesses every next token, as GPT
+does. For the other, 15% of the tokens are hidden, and it guesses these from both sides, as BERT does. Then
+both fill in blanks in pages that neither has read, about the same world: in each page one token is missing.
 
-    left       the first model, which sees what stands before the blank
-    both       the second, which sees what stands before and behind it
-    right      the share of blanks in which its likeliest token is the missing one
-    nats       that the missing token costs
+    left       the first model, which sees the text before the blank
+    both       the second model, which sees the text before the blank and after it
+    right      the share of blanks in which the model's likeliest token is the missing one
+    nats       -log p of the missing token
 
-Both are shown half-way and at the end. What would refute the claim: a model that fills in less than half of
-the blanks at the end, or that is no better then than half-way. What to notice: seeing both sides helps, but a
-step teaches the first model seven times as many tokens.
+Both are measured half-way and at the end. What would refute the claim: a model that fills in less than half
+of the blanks at the end, or no more at the end than half-way. What to notice: seeing both sides helps, but in
+each step the first model learns from seven times as many tokens.
 """
 
 from itertools import islice
@@ -35,16 +35,16 @@ LENGTH = 48  # tokens of a page that are shown
 
 @torch.no_grad()
 def blanks(run: Path, pages: list[str]) -> tuple[float, float]:
-    """How many of the missing tokens are the likeliest, and their nats."""
+    """The share of blanks filled in rightly, and the mean -log p of the missing tokens, in nats."""
     model, tokenizer = load_model(run, CPU, torch.float32)
     assert tokenizer.mask_id is not None
     hits, nats = [], []
     for i, page in enumerate(pages):
         tokens = torch.tensor([tokenizer.encode(page)[:LENGTH]])
-        blank = 8 + i % (tokens.shape[1] - 8)  # behind the title, anywhere
+        blank = 8 + i % (tokens.shape[1] - 8)  # anywhere after the title
         missing = int(tokens[0, blank])
         if model.config.causal:
-            hidden = model.model(tokens[:, :blank])[0, -1]  # predicts the token behind the last
+            hidden = model.model(tokens[:, :blank])[0, -1]  # predicts the next token
         else:
             tokens[0, blank] = tokenizer.mask_id
             hidden = model.model(tokens)[0, blank]

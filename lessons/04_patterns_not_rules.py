@@ -2,16 +2,16 @@
 
     python lessons/04_patterns_not_rules.py
 
-Three questions that would be one to somebody who knows facts and rules:
+Three tests that somebody who knows facts and rules would pass:
 
-    once       the base model goes on with text in which new facts, about names that it has never heard of,
-               stand 1, 2, 4, 8 or 16 times. Is once enough? (Known: the right one of eight answers is the
+    once       the base model is trained further on text that states new facts, about names it has never
+               read, 1, 2, 4, 8 or 16 times. Is once enough? (Known: the right one of eight answers is the
                likeliest; chance is 12%.)
     two steps  it knows where Ida lives, and which river flows there. Which river flows where Ida lives?
-    longer     the assistant copies 2 to 4 words when it is told to, as it was shown. And one word more?
+    longer     its demonstrations showed the assistant how to copy 2 to 4 words. Can it copy 5 or 6?
 
-What would refute the claim: facts that stand once and are known (75% and more); two steps as right as one;
-five words copied as often as four.
+What would refute the claim: facts stated once that are known (75% or more of them); two steps answered as
+well as one; five words copied as often as four.
 """
 
 import random
@@ -36,7 +36,7 @@ def question(ask: str, answers: Sequence[str]) -> ResponseSet:
 
 
 def new_facts(options: Options, facts: Facts, rng: random.Random) -> Figures:
-    """What is known of facts after text in which they stand once or more often."""
+    """How many facts are known after text that states them once or more often."""
     said: list[str] = []
     asked: dict[int, list[ResponseSet]] = {times: [] for times in TIMES}
     for i, entity in enumerate(shuffled(rng, facts.unknown)[: options.few(120, 10)]):
@@ -96,24 +96,16 @@ def verdict(seeds: Seeds) -> Verdict:
     said = " → ".join(span(seeds, f"said {times}×") for times in TIMES)
     steps = f"{span(seeds, 'one step')} → {span(seeds, 'two steps')}"
     copied = " → ".join(span(seeds, f"copy {length}") for length in WORDS)
-    return (
-        checks,
-        f"known when said 1, 2, 4, 8, 16 times: {said}; one step, two: {steps}; copies 2-6 words: {copied}",
-    )
+    times = f"known when said 1, 2, 4, 8, 16 times: {said}"
+    return checks, f"{times}; one step, two: {steps}; copies 2-6 words: {copied}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     values = np.mean([[one[f"said {times}×"] for times in TIMES] for one in seeds], axis=0)
     axes.plot(TIMES, values, "o-", label="known")
     axes.axhline(1 / 8, linestyle=":", color="black", label="chance")
-    axes.set(
-        xscale="log",
-        xticks=TIMES,
-        xticklabels=TIMES,
-        ylim=(0, 1),
-        xlabel="times that a fact stands in the text",
-    )
-    axes.set(title="patterns, not rules")
+    axes.set(xscale="log", xticks=TIMES, xticklabels=TIMES, xlabel="times that the text states a fact")
+    axes.set(ylim=(0, 1), title="patterns, not rules")
 
 
 if __name__ == "__main__":

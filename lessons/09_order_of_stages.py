@@ -2,31 +2,30 @@
 
     python lessons/09_order_of_stages.py
 
-Four roads to an assistant, with the same demonstrations, the same people and a PPO of 40 iterations:
+Four ways to train an assistant, with the same demonstrations and the same people; PPO takes 40 iterations:
 
     all three       pretraining → fine-tuning → PPO
-    no pretraining  fine-tuning of a model that has read nothing
+    no pretraining  fine-tuning of a model that has read nothing (but one batch)
     no fine-tuning  pretraining → PPO: the base model is rewarded for what it happens to say
-    wrong feedback  pretraining → fine-tuning → PPO with a reward model that has seen small talk only
+    wrong feedback  pretraining → fine-tuning → PPO with a reward model that saw rankings of small talk only
 
-Judged by the rubric (0 to 1) on replies at temperature 1, and by how many replies have the form of an answer.
+Measured: the rubric's score (0 to 1) of replies at temperature 1, and the share of replies in the form of an
+answer (ended, and by one speaker).
 
-What would refute the claim: a shorter road that ends within 0.05 of the whole one; feedback on other things
-that helps as much as feedback on these.
+What would refute the claim: any other way that comes within 0.05 of all three stages.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, script, span, teach
+from common import Figures, Options, Seeds, Verdict, learns, load, script, span, teach
 from matplotlib.axes import Axes
 
-from minillm.files import read_text, write_text
+from minillm.io.rankings import read_rankings
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.world import World
 
-ROADS = ("all three", "no pretraining", "no fine-tuning", "wrong feedback")
+WAYS = ("all three", "no pretraining", "no fine-tuning", "wrong feedback")
 
 
 def experiment(options: Options) -> Figures:
@@ -46,47 +45,41 @@ def experiment(options: Options) -> Figures:
     script("train.py", "--out", blank, "--seed", options.seed, "--steps", 1, "--warmup", 1, "--overwrite")
     script(
         "sft.py", "--init", blank, "--out", untaught, "--seed", options.seed, "--overwrite",
-        "--steps", options.few(900, 3), "--eval-prompts", 0,
+        "--steps", options.few(900, 3), "--eval-prompts", 0, "--text-share", 0,
     )  # fmt: skip
 
-    lines = read_text(options.run("rlhf") / "rankings.jsonl").splitlines(keepends=True)
-    talk = [line for line in lines if json.loads(line)["kind"] == "small_talk"]
-    write_text(made / "talk.jsonl", "".join(talk[: options.few(len(talk), 40)]))
-    script(
-        "rlhf.py", "--stage", "reward", "--out", made / "talk", "--init", options.run("sft"), "--overwrite",
-        "--rankings", made / "talk.jsonl", "--seed", options.seed,
-    )  # fmt: skip
+    rankings = read_rankings(options.run("rlhf") / "rankings.jsonl")
+    talk = [one for one in rankings if one.kind == "small_talk"]
+    of_talk = learns(options, made / "talk", talk[: options.few(len(talk), 40)])
 
     runs = {
         "all three": aligned("whole", options.run("sft"), reward),
         "no pretraining": untaught,
         "no fine-tuning": aligned("base", options.run("base"), reward),
-        "wrong feedback": aligned("wrong", options.run("sft"), made / "talk" / "reward"),
+        "wrong feedback": aligned("wrong", options.run("sft"), of_talk),
     }
     found = Figures()
-    for road, run in runs.items():
+    for way, run in runs.items():
         replies = sample_replies(load(run), asked, 1.0, seed=options.seed, world=world)
-        found[f"{road}, rubric"] = float(np.mean([one.utility for one in replies]))
-        found[f"{road}, in form"] = float(np.mean([one.in_form for one in replies]))
+        found[f"{way}, rubric"] = float(np.mean([one.utility for one in replies]))
+        found[f"{way}, in form"] = float(np.mean([one.in_form for one in replies]))
     return found
 
 
 def verdict(seeds: Seeds) -> Verdict:
     checks = {
-        f"{road}: at least 0.05 behind the whole road": all(
-            one[f"{road}, rubric"] <= one["all three, rubric"] - 0.05 for one in seeds
+        f"{way}: at least 0.05 below all three stages": all(
+            one[f"{way}, rubric"] <= one["all three, rubric"] - 0.05 for one in seeds
         )
-        for road in ROADS[1:]
+        for way in WAYS[1:]
     }
-    return checks, "rubric: " + ", ".join(
-        f"{road} {span(seeds, f'{road}, rubric', '{:.2f}')}" for road in ROADS
-    )
+    return checks, "rubric: " + ", ".join(f"{way} {span(seeds, f'{way}, rubric', '{:.2f}')}" for way in WAYS)
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("rubric", "in form"):
-        values = np.mean([[one[f"{road}, {name}"] for road in ROADS] for one in seeds], axis=0)
-        axes.plot(list(ROADS), values, "o", label=name)
+        values = np.mean([[one[f"{way}, {name}"] for way in WAYS] for one in seeds], axis=0)
+        axes.plot(list(WAYS), values, "o", label=name)
     axes.set(ylim=(0, 1.02), title="order of the stages")
 
 

@@ -1,109 +1,114 @@
-"""A model can make its own training examples, as long as somebody sorts out the bad ones.
+"""A model can write its own training examples, provided that bad ones are filtered out.
 
     python lessons/14_synthetic_data.py
 
-All assistants here are the base model, fine-tuned in as many steps on different demonstrations:
+Every assistant here is the base model after the same number of fine-tuning steps; the demonstrations differ:
 
-    a tenth       1,600 of the little world's, which are as people might have written them
+    a tenth       1,600 demonstrations of the little world, as people might have written them
     all           16,000 of them
-    filtered      the tenth, and 3,000 replies of the assistant that it made: to each prompt it replied four
-                  times, and the reward model picked one
-    generation n  1,600 replies of generation n - 1 and nothing else, as they come; generation 0 is the tenth
+    by reward     the tenth, and replies to 1,600 prompts by the assistant that learned from the tenth: it
+                  replied four times to each, and the reward model picked one
+    by agreement  the tenth, and of the same replies those that it gave twice or more often to one prompt
+    generation n  1,600 replies of generation n - 1, unfiltered, and nothing else; generation 0 is the tenth
 
-Judged by the rubric (0 to 1) on replies at temperature 1 to prompts that no stage has seen. "different" is
-the share of replies that are unlike every earlier one.
+Measured on replies at temperature 1 to new prompts: the rubric's score (0 to 1), and "different", the share
+of replies that repeat no earlier one.
 
-What would refute the claim: own examples, sorted, that close less than half of the gap between a tenth and
-all; unsorted ones that do no harm (less than 0.02 in three generations).
+What would refute the claim: replies filtered by reward or by agreement that close less than half of the gap
+between a tenth and all; five unfiltered generations that do no harm (less than 0.02, or as many different
+replies as before).
 """
 
-import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
-from common import CPU, Figures, Options, Seeds, Verdict, load, script, span, teach
+from common import Figures, Options, Seeds, Verdict, load, scores_of, script, span, teach, write_lines
 from matplotlib.axes import Axes
 
-from minillm.chat import ChatTemplate
-from minillm.files import write_text
-from minillm.io.huggingface import load_scalar_model
-from minillm.reward import encode_response, score_rows
+from minillm.preferences import ResponseSet
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.world import World
 
-GENERATIONS = (1, 2, 3)
+GENERATIONS = [f"generation {n}" for n in (1, 2, 3, 4, 5)]
+FILTERS = ("by reward", "by agreement")
+NAMES = ("a tenth", *FILTERS, "all", *GENERATIONS)
 Messages = list[dict[str, str]]
+
+
+def demonstration(one: ResponseSet, text: str) -> Messages:
+    """The conversation in which the assistant gave this response."""
+    return [*one.messages, {"role": "assistant", "content": text}]
 
 
 def experiment(options: Options) -> Figures:
     world, found = World(options.seed), Figures()
     asked = prompts_of_each_kind(world, "test", options.few(60, 2))
-    tenth = [one.messages for one in world.conversations("train", options.few(1600, 20))]
-    prompts = world.prompts("train", n=options.few(3000, 20))
+    people = [one.messages for one in world.conversations("train", options.few(16_000, 200))]
+    tenth = people[: len(people) // 10]
+    prompts = world.prompts("train", n=len(tenth))
 
     def assistant(name: str, shown: list[Messages]) -> Path:
         """The base model after these demonstrations; its figures are found on the way."""
         run = Path(options.out, f"14_seed{options.seed}_{name.replace(' ', '_')}")
-        data = run.with_suffix(".jsonl")
-        write_text(data, "".join(json.dumps({"messages": messages}) + "\n" for messages in shown))
+        data = write_lines(run.with_suffix(".jsonl"), ({"messages": messages} for messages in shown))
         script(
             "sft.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
-            "--seed", options.seed, "--steps", options.few(300, 3),
+            "--seed", options.seed, "--steps", options.few(200, 3),
         )  # fmt: skip
         replies = sample_replies(load(run), asked, 1.0, seed=options.seed, world=world)
         found[f"{name}, rubric"] = float(np.mean([one.utility for one in replies]))
         found[f"{name}, different"] = len({one.text for one in replies}) / len(replies)
         return run
 
-    def own(run: Path, tries: int, count: int) -> list[list[Messages]]:
-        """To each prompt so many conversations of it and a reply of the run's, less those without a word."""
-        repeated = [prompt for prompt in prompts[:count] for _ in range(tries)]
-        replies = sample_replies(load(run), repeated, 1.0, seed=options.seed)
-        said = [[*r.prompt.messages, {"role": "assistant", "content": r.text}] for r in replies]
-        groups = [said[i : i + tries] for i in range(0, len(said), tries)]
-        return [full for group in groups if (full := [one for one in group if one[-1]["content"].strip()])]
+    def own(run: Path, tries: int) -> list[ResponseSet]:
+        """So many replies of the run's to each prompt, without prompts to which one has no word."""
+        repeated = [prompt for prompt in prompts for _ in range(tries)]
+        said = [one.text for one in sample_replies(load(run), repeated, 1.0, seed=options.seed)]
+        groups = (said[i : i + tries] for i in range(0, len(said), tries))
+        sets = [ResponseSet(one.messages, group) for one, group in zip(prompts, groups, strict=True)]
+        return [one for one in sets if all(text.strip() for text in one.responses)]
 
     first = assistant("a tenth", tenth)
-    assistant("all", [one.messages for one in world.conversations("train", options.few(16000, 40))])
-
-    judge, tokenizer = load_scalar_model(options.run("rlhf/reward"), CPU, torch.float32)
-    template, tries = ChatTemplate(tokenizer), own(first, 4, len(prompts))
-    rows = [encode_response(template, said[:-1], said[-1]["content"]) for group in tries for said in group]
-    scores = iter(score_rows(judge, rows))
-    best = [group[int(np.argmax([next(scores) for _ in group]))] for group in tries]
-    assistant("filtered", tenth + best)
+    assistant("all", people)
+    tries = own(first, 4)
+    best = scores_of(options.run("rlhf/reward"), tries).argmax(1)
+    picked = [demonstration(one, one.responses[i]) for one, i in zip(tries, best, strict=True)]
+    assistant("by reward", tenth + picked)
+    likely = [(one, *Counter(one.responses).most_common(1)[0]) for one in tries]
+    assistant("by agreement", tenth + [demonstration(one, text) for one, text, times in likely if times > 1])
 
     run = first
     for generation in GENERATIONS:
-        run = assistant(f"generation {generation}", [said for (said,) in own(run, 1, len(tenth))])
+        run = assistant(generation, [demonstration(one, one.responses[0]) for one in own(run, 1)])
     return found
 
 
 def verdict(seeds: Seeds) -> Verdict:
-    last = f"generation {GENERATIONS[-1]}"
-    closed = [
-        (one["filtered, rubric"] - one["a tenth, rubric"]) / (one["all, rubric"] - one["a tenth, rubric"])
-        for one in seeds
-    ]
+    start, goal, last = "a tenth, rubric", "all, rubric", GENERATIONS[-1]
     checks = {
-        "sorted, its own examples close at least half of the gap": min(closed) >= 0.5,
-        "unsorted, three generations lose at least 0.02": all(
-            one[f"{last}, rubric"] <= one["a tenth, rubric"] - 0.02 for one in seeds
+        f"filtered {name}, its own replies close at least half of the gap": all(
+            one[f"{name}, rubric"] >= (one[start] + one[goal]) / 2 for one in seeds
+        )
+        for name in FILTERS
+    } | {
+        "five unfiltered generations lose at least 0.02": all(
+            one[f"{last}, rubric"] <= one[start] - 0.02 for one in seeds
+        ),
+        "and fewer of their replies are different": all(
+            one[f"{last}, different"] < one["a tenth, different"] for one in seeds
         ),
     }
-    names = ("a tenth", "filtered", "all", *(f"generation {n}" for n in GENERATIONS))
-    return checks, "rubric: " + ", ".join(
-        f"{name} {span(seeds, f'{name}, rubric', '{:.2f}')}" for name in names
-    )
+    said = ", ".join(f"{name} {span(seeds, f'{name}, rubric', '{:.2f}')}" for name in NAMES)
+    variety = " → ".join(span(seeds, f"{name}, different") for name in ("a tenth", last))
+    return checks, f"rubric: {said}; different replies: {variety}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("rubric", "different"):
-        keys = [key for key in seeds[0] if key.endswith(name)]
-        values = np.mean([[one[key] for key in keys] for one in seeds], axis=0)
-        axes.plot([key.split(",")[0] for key in keys], values, "o", label=name)
-    axes.tick_params(axis="x", labelrotation=20)
+        values = np.mean([[one[f"{of}, {name}"] for of in NAMES] for one in seeds], axis=0)
+        axes.plot(NAMES, values, "o", label=name)
+    axes.tick_params(axis="x", labelrotation=30)
     axes.set(ylim=(0, 1), title="synthetic data")
 
 

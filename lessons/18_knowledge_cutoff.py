@@ -2,19 +2,18 @@
 
     python lessons/18_knowledge_cutoff.py
 
-After the base model's text was written, a third of the people in it moved to another town. It is asked
-where they live, on a page of questions: once as it is; once with the news on the same page, above the
-question ("Ida Ashberry lives in Corton now."); and once after it has read on, in text in which the news
-stands eight times.
+After the base model's text was written, a third of the people in it moved to another town. The model is
+asked where they live, in three ways: as it is; with the news in its context, above the question ("Ida
+Ashberry lives in Corton now."); and after further training, on text that states the news eight times.
 
-    old, new     how often the likeliest of eight towns is the one of then, or the one of now
-    sure         how probable that likeliest town is, of the eight
-    others       people who have not moved: the town of then is right
+    old, new     how often the likeliest of eight towns is the old home, or the new one
+    sure         how probable that likeliest town is, among the eight
+    others       people who have not moved: how often the old home, which is right, is the likeliest
 
-What would refute the claim: an untold model that knows the new town (more than 25%; chance is 12%) or that is
-unsure (less than 80%); a told one that still gives the old town in most cases. What to notice: to be told in
-the context takes a skill, reading, that a small model may not have; and to be told by training may cost what
-it knew.
+What would refute the claim: a model that was not told and knows the new town (more than 25%; chance is 12%),
+or is unsure (less than 80%); a model that was told and gives the old town more often than the new one. To
+notice: a small model may lack the skill of reading an answer from its context, and training on the news may
+cost it what it knew.
 """
 
 import random
@@ -34,7 +33,7 @@ Move = tuple[Fact, str, list[str]]  # where somebody lived, where they live now,
 
 
 def answers(model: ChatModel, moves: Sequence[Move], told: bool) -> np.ndarray:
-    """How probable each of eight towns is, of these: that of then, that of now, six others."""
+    """The probability of each of eight towns, among these: the old home, the new one, six others."""
     asked = []
     for fact, now, others in moves:
         news = f"{fact.entity.name} lives in {now} now.\n" if told else ""

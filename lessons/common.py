@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,11 +32,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from minillm.chat import ChatTemplate
 from minillm.errors import InputError, one_line_errors
 from minillm.files import digest, read_json, read_text, write_json, write_text
-from minillm.io.huggingface import load_causal_model
+from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.options import parse_options
-from minillm.preferences import ChatModel, ResponseSet
+from minillm.preferences import ChatModel, Ranking, ResponseSet
+from minillm.reward import encode_response, score_rows
 from minillm.tools.evaluate import token_values
 from minillm.tools.plots import save
 from minillm.tools.provenance import provenance
@@ -89,6 +91,15 @@ def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.
     return [np.array([next(sums) for _ in one.responses]) for one in sets]
 
 
+def scores_of(run: Path, sets: Sequence[ResponseSet]) -> np.ndarray:
+    """What the reward model of a run folder gives each response of each set. Float [sets, responses]."""
+    model, tokenizer = load_scalar_model(run, CPU, torch.float32)
+    rows = [
+        encode_response(ChatTemplate(tokenizer), one.messages, text) for one in sets for text in one.responses
+    ]
+    return np.reshape(score_rows(model, rows), (len(sets), -1))
+
+
 def known(model: ChatModel, questions: Sequence[ResponseSet]) -> float:
     """The share of questions whose right answer, which is the first of each, is the likeliest."""
     return float(np.mean([own.argmax() == 0 for own in response_logprobs(model, questions)]))
@@ -109,16 +120,32 @@ def fact_questions(seed: int, count: int) -> list[ResponseSet]:
     return found
 
 
+def write_lines(path: Path, records: Iterable[object]) -> Path:
+    """The file, with a line of JSON for each record."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 def reads_on(options: Options, name: str, texts: Sequence[str]) -> Path:
     """The run of a base model that has gone on with these texts, in about one pass."""
-    data, run = (Path(options.out, f"{name}_seed{options.seed}{end}") for end in (".jsonl", ""))
-    write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = Path(options.out, f"{name}_seed{options.seed}")
+    data = write_lines(run.with_suffix(".jsonl"), ({"text": text} for text in texts))
     script(
         "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
         "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # 3,500 characters are some 1,024 tokens
         "--matrix-rate", 0.01, "--embedding-rate", 0.005,
     )  # fmt: skip
     return run
+
+
+def learns(options: Options, run: Path, rankings: Iterable[Ranking]) -> Path:
+    """The reward model, inside a folder of this name, that the assistant becomes by these rankings."""
+    data = write_lines(run.with_suffix(".jsonl"), map(vars, rankings))
+    script(
+        "rlhf.py", "--stage", "reward", "--rankings", data, "--init", options.run("sft"), "--out", run,
+        "--seed", options.seed, "--overwrite",
+    )  # fmt: skip
+    return run / "reward"
 
 
 def span(seeds: Seeds, name: str, form: str = "{:.0%}") -> str:

@@ -17,7 +17,7 @@ from runs import ROOT
 LESSONS = ROOT / "lessons"
 FILES = sorted(LESSONS.glob("[0-9]*.py"))
 RECORDS = LESSONS / "records"
-LONGEST = 135  # lines of a lesson
+LONGEST = 140  # lines of a lesson
 NAMES = [file.stem for file in FILES]
 
 
