@@ -31,7 +31,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path, self.mended = path, ""
-        with writing(path, "give another --out"):
+        with writing(path, "give another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a write that fails leaves nothing behind for close() to try again.
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
@@ -56,9 +56,14 @@ class JsonLines:
 
     def _write(self, data: bytes) -> None:
         with writing(self.path, "what was there before is unchanged; free some space and go on"):
-            if self.file.write(data) != len(data):
-                raise OSError(28, "the disk is full")
-            os.fsync(self.file.fileno())
+            before = os.fstat(self.file.fileno()).st_size
+            try:
+                if self.file.write(data) != len(data):
+                    raise OSError(28, "the disk is full")
+                os.fsync(self.file.fileno())
+            except OSError:
+                os.ftruncate(self.file.fileno(), before)  # or the next line would join what was written
+                raise
 
     def _mend(self, content: bytes) -> None:
         lines, torn = _split_lines(content)
