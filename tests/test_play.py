@@ -1,79 +1,40 @@
-"""The page: its parts in a real browser, OpenAI's API by its own client, the queue, and who is let in."""
+"""The page's server: words, the queue, who is let in, OpenAI's API by its own client, rankings."""
 
 import asyncio
+import gc
 import json
 import os
-import re
-import shutil
-import socket
-import threading
+import resource
+import runpy
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from runs import ROOT
+from served import a_model_that_calls, make_runs, serve
 
-from minillm.chat import with_chat_template
-from minillm.files import write_json
 from minillm.generate import stream_text
-from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import read_rankings
-from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.play import __main__ as play
-from minillm.play import training
 from minillm.play.shelf import Shelf, until
 from minillm.play.words import kinds_of_tokens, likeliest_words
-from minillm.play.worker import Worker
+from minillm.play.worker import MOST_WAITING, Busy, Worker
 from minillm.tokenizer import Tokenizer
-from minillm.world import World
+from minillm.tools.folder import hold, read_metrics
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOKEN = "a" * 20
-
-
-def make_runs(folder: Path) -> Path:
-    """What the demo leaves, in small: base model, assistant, reward model, all untrained, and responses."""
-    world = World(0)
-    prompts = world.prompts("reward", n=24)
-    text = [prompt.messages[-1]["content"] for prompt in world.prompts("train", n=200)]
-    plain = Tokenizer.train(text, 400)
-    model = LanguageModel(config_of_depth(1, plain.vocab_size, 160))
-    initialize(model, torch.Generator().manual_seed(0))
-    save_model(folder / "base", model, plain)
-    options = {"world_megabytes": 0.3, "val_fraction": 0.2, "seed": 0}
-    write_json(folder / "base" / "run.json", {"stage": "train", "options": options})
-    chatty = with_chat_template(plain)
-    save_model(folder / "sft", model, chatty)
-    write_json(folder / "sft" / "run.json", {"stage": "sft", "options": {}})
-    reward = scalar_from_language_model(model, torch.Generator().manual_seed(1))
-    save_scalar_model(folder / "rlhf" / "reward", reward, chatty)
-    lines = [
-        {
-            "messages": p.messages,
-            "kind": p.kind,
-            "world": 0,
-            "responses": ["No.", f"Yes {i}, of course.", "", "<b>hm</b>"],
-        }
-        for i, p in enumerate(prompts)
-    ]
-    (folder / "rlhf" / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    compared = folder / "compare" / "compare.html"
-    compared.parent.mkdir()
-    compared.write_text("<!doctype html><html lang=en><title>Compared</title><p>Three models</p></html>")
-    lesson = {"lesson": "06_a", "claim": "A <b>claim</b>.", "verdict": "holds", "sentence": "50% → 8%"}
-    write_json(folder / "lessons" / "06_a.json", lesson)
-    Figure().savefig(folder / "lessons" / "06_a.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +45,6 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(runs) -> Iterator[str]:
     yield from serve(play.Options(runs=str(runs), port=0))
-
-
-def serve(options: play.Options) -> Iterator[str]:
-    """The server in a thread."""
-    listening = play.bind(options)
-    port = listening.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(play.build(options, port)[0], log_level="critical", lifespan="off")
-    )
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = server.force_exit = True
-    thread.join(20)
 
 
 # ---- Words
@@ -215,6 +162,30 @@ def test_what_one_job_raises_ends_no_other():
     assert isinstance(failed, ZeroDivisionError) and worked == {"n": 1}
 
 
+def test_whoever_leaves_the_queue_is_no_longer_in_it_and_when_it_is_full_says_so():
+    worker = Worker(together=1)
+
+    def steps() -> Iterator[dict]:
+        while True:
+            yield {"n": 1}
+
+    async def crowd() -> None:
+        everybody = [worker.events(steps) for _ in range(1 + MOST_WAITING)]
+        for place, one in enumerate(everybody):
+            assert await anext(one) == ({"waiting": place} if place else {"n": 1})
+        with pytest.raises(Busy, match="others are waiting"):
+            await anext(worker.events(steps))
+        await everybody[1].aclose()
+        assert await anext(everybody[2]) == {"waiting": 1}
+        await everybody[0].aclose()
+        assert await anext(everybody[2]) == {"n": 1}
+        for one in everybody[2:]:
+            await one.aclose()
+
+    asyncio.run(crowd())
+    assert worker.jobs == []
+
+
 # ---- Who is let in
 
 
@@ -236,9 +207,9 @@ def test_only_our_own_pages_may_ask(headers, let_in, address):
     assert httpx.get(f"{address}/api/state", headers=sent).status_code == (200 if let_in else 403)
 
 
-def test_elsewhere_a_token_opens_and_a_cookie_remembers_it(runs):
+def test_elsewhere_a_token_opens_and_a_cookie_remembers_it(tmp_path):
     with httpx.Client() as client:
-        for address in serve(play.Options(runs=str(runs), port=0, host="0.0.0.0", token=TOKEN)):
+        for address in serve(play.Options(runs=str(tmp_path), port=0, host="0.0.0.0", token=TOKEN)):
             assert client.get(address).status_code == 403
             assert client.get(f"{address}/?token={TOKEN[:-1]}b").status_code == 403
             assert client.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {TOKEN}"}).is_success
@@ -260,41 +231,93 @@ def test_a_body_that_is_too_large_is_refused(address):
     assert answer.status_code in (400, 413)
 
 
+FIELDS = {
+    "api/guess": "run number temperature",
+    "api/rank": "name key action",
+    "api/chat": "run messages temperature seed",
+    "api/train": "beside iterations",
+    "api/change": "what name new",
+    "v1/completions": "model prompt max_tokens temperature top_p stop seed logprobs stream echo",
+    "v1/chat/completions": "model messages max_tokens top_p stop logprobs top_logprobs stream_options n",
+}
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-names = (
-    "run number temperature name key action messages seed model prompt stop max_tokens logprobs stream what "
-    "new top_p"
+runs_there_or_not = st.sampled_from(["base", "sft", "sft", "rlhf/reward", "../sft", "sft\0", "play"])
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "x"]), "content": json_values}
 )
-fields = st.sampled_from(names.split())
-objects = st.dictionaries(fields, json_values, max_size=5).map(lambda fields: json.dumps(fields).encode())
+likely = {
+    "run": runs_there_or_not,
+    "model": runs_there_or_not,
+    "messages": st.lists(messages, min_size=1, max_size=3),
+    "max_tokens": st.integers(-1, 3),
+    "prompt": st.text(max_size=9),
+    "name": st.text(max_size=9),
+    "what": st.sampled_from(["stop", "undo", "keep"]),
+    "number": st.integers(),
+    "temperature": st.floats(),
+}
+"""What a field of the name takes: one body in two has each of its fields so, or leaves it out."""
 
 
-@settings(max_examples=60)
-@given(
-    path=st.sampled_from(["guess", "rank", "chat", "change", "v1/completions", "v1/chat/completions"]),
-    body=st.binary(max_size=20)
-    | st.dictionaries(fields, json_values, max_size=5).map(lambda d: json.dumps(d).encode()),
-)
-@example(path="v1/chat/completions", body=b'{"model": "sft", "messages": [1]}')
-@example(path="v1/chat/completions", body=b'{"model": "sft", "messages": []}')
-@example(path="v1/completions", body=b'{"model": "base", "prompt": "a", "max_tokens": -1}')
-@example(path="v1/completions", body=b'{"model": "base", "prompt": "a", "temperature": NaN}')
-@example(path="v1/completions", body=b'{"model": "base", "prompt": "a", "seed": 99999999999999999999999}')
-@example(path="guess", body=b'{"run": "../sft", "number": -1}')
-@example(path="guess", body=b'{"run": "base", "number": 1, "temperature": 1e-30}')
-@example(path="rank", body=b'{"name": "", "action": "A"}')
-@example(path="change", body=b'{"what": "undo", "name": "../rlhf"}')
-def test_garbage_is_refused_in_a_line_and_never_a_fault(path, body, address):
-    url = f"{address}/{path}" if path.startswith("v1") else f"{address}/api/{path}"
-    answer = httpx.post(url, content=body, timeout=60)
-    assert answer.status_code in (200, 400, 404)
-    if answer.status_code != 200:
-        line = answer.json()["error"]
-        assert "fault" not in str(line) and "\n" not in str(line)
+def bodies(path: str) -> st.SearchStrategy[bytes]:
+    names = FIELDS[path].split()
+    right = st.fixed_dictionaries({name: likely.get(name, st.none()) for name in names})
+    wrong = st.dictionaries(st.sampled_from([*names, "else"]), json_values, max_size=3)
+    both = st.builds(lambda one, other: json.dumps(one | other).encode(), right, st.just({}) | wrong)
+    return both | st.binary(max_size=20)
+
+
+GARBAGE = {
+    "v1/chat/completions": [
+        b'{"model": "sft", "messages": [1]}',
+        b'{"model": "sft", "messages": []}',
+        b"[" * 100_000,
+    ],
+    "v1/completions": [
+        b'{"model": "base", "prompt": "a", "max_tokens": 1000000000}',
+        b'{"model": "base", "prompt": "a", "temperature": NaN}',
+        b'{"model": "base", "prompt": "a", "seed": 99999999999999999999999}',
+        b'{"model": "base", "prompt": "\\ud800", "max_tokens": 1}',
+        b'{"model": "base", "prompt": "a", "stop": "' + b"a" * 100_000 + b'"}',
+    ],
+    "api/guess": [b'{"run": "base", "number": 1, "temperature": 1e-30}'],
+    "api/rank": [b'{"name": "", "action": "A"}', b'{"name": "a\\ud800", "action": "undo"}'],
+    "api/change": [
+        b'{"what": "undo", "name": "../rlhf"}',
+        b'{"what": "keep", "name": "..", "new": "a/b"}',
+    ],
+    "api/chat": [b'{"run": "sft", "messages": [{"role": "user", "content": 1}]}'],
+    "api/train": [b'{"iterations": 0}'],
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_garbage_is_refused_in_a_line_and_never_a_fault(path, asking):
+    def ask(body: bytes) -> None:
+        answer = asking.post(path, content=body)
+        line = answer.text if answer.status_code == 200 else str(answer.json()["error"])
+        assert answer.status_code in (200, 400, 404), line
+        assert "fault of the server" not in line
+        assert answer.status_code == 200 or "\n" not in line
+
+    for body in GARBAGE[path]:
+        ask(body)
+    settings(max_examples=25)(given(bodies(path))(ask))()
+
+
+@pytest.fixture(scope="module")
+def asking(address) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["07_none", "..%2f06_a", "06_a.png%00", "..%5c..%5csft"])
+def test_only_pictures_of_lessons_are_shown_as_such(name, address):
+    assert httpx.get(f"{address}/lessons/{name}.png").status_code in (400, 404)
 
 
 # ---- OpenAI's API
@@ -305,6 +328,7 @@ def client(address) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
+TOOLS = [{"type": "function", "function": {"name": "calculator"}}]
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
 
 
@@ -331,6 +355,23 @@ def test_the_official_client_gets_the_same_reply_whole_streamed_and_with_log_pro
     assert choice.message.content[2:4] not in cut.choices[0].message.content
 
 
+def test_the_official_client_is_given_calls_runs_them_and_gets_the_reply_to_their_results(client, runs):
+    asked = {"model": "sft", "tools": TOOLS, "max_tokens": 40}
+    messages: list = [{"role": "user", "content": "2+3?"}]
+    with a_model_that_calls(Tokenizer.load(runs / "sft")):
+        whole = client.chat.completions.create(**asked, messages=messages).choices[0]
+        assert whole.finish_reason == "tool_calls" and whole.message.content == "Let me see."
+        (call,) = whole.message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("calculator", '{"expression": "2+3"}')
+        with client.chat.completions.stream(**asked, messages=messages) as events:
+            said = events.get_final_completion().choices[0]  # joined from the pieces by the client
+        assert said.finish_reason == "tool_calls" and said.message.content == "Let me see."
+        assert said.message.tool_calls[0].function.arguments == call.function.arguments
+        messages += [whole.message, {"role": "tool", "tool_call_id": call.id, "content": "5"}]
+        reply = client.chat.completions.create(**asked, messages=messages).choices[0]
+    assert reply.finish_reason == "stop" and reply.message.content == "It is 5."
+
+
 def test_a_completion_goes_on_with_a_text_past_the_context_too(client):
     same = {"model": "base", "prompt": "Who are you? " * 12, "seed": 1, "max_tokens": 130}
     whole = client.completions.create(**same)
@@ -349,7 +390,10 @@ def test_a_completion_goes_on_with_a_text_past_the_context_too(client):
         ({"temperature": -1}, openai.BadRequestError),
         ({"messages": []}, openai.BadRequestError),
         ({"messages": [{"role": "user", "content": "a " * 400}]}, openai.BadRequestError),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError),
+        ({"tools": TOOLS, "tool_choice": "required"}, openai.BadRequestError),
+        ({"tools": TOOLS, "model": "base"}, openai.BadRequestError),
+        ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "a"}]}, openai.BadRequestError),
         ({"max_tokens": 0}, openai.BadRequestError),
     ],
 )
@@ -371,32 +415,109 @@ def test_sixty_four_at_once_are_all_answered_as_each_alone(client):
     assert together[::13] == [ask(seed) for seed in range(0, 64, 13)]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_closes_the_connection_ends_the_work(stream, address, asking):
+    """As many leave as are served at once, each a reply that would take long: then it is another's turn."""
+    body = {"model": "base", "prompt": "Who", "max_tokens": 8000, "temperature": 0, "stream": stream}
+
+    def leave(number: int) -> None:
+        asked = {"method": "POST", "url": f"{address}/v1/completions", "json": body, "timeout": 1}
+        with suppress(httpx.ReadTimeout), httpx.stream(**asked) as answer:
+            next(answer.iter_lines())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(leave, range(4)))
+    began = time.monotonic()
+    asking.post("v1/completions", json=body | {"max_tokens": 1, "stream": False}).raise_for_status()
+    assert time.monotonic() - began < 5
+
+
+def test_hundreds_of_visits_leave_nothing_behind(address, monkeypatch):
+    """Guesses, picks, replies left in the middle: afterwards there are no more objects than before."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    visit = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))["visit"]
+
+    def objects_after(seeds: range) -> int:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: visit(address, seed), seeds))
+        time.sleep(0.2)
+        gc.collect()
+        return len(gc.get_objects())
+
+    objects_after(range(40))
+    counts = [objects_after(range(n, n + 60)) for n in range(40, 280, 60)]
+    assert min(after - before for before, after in pairwise(counts)) < 30  # half an object a visit
+
+
 # ---- Ranking
 
 
-def test_a_ranking_is_on_the_disk_when_it_is_answered_and_an_old_window_changes_nothing(address, runs):
+def test_a_ranking_is_on_the_disk_when_it_is_answered_and_an_old_window_changes_nothing(asking, runs):
     def rank(**fields: str) -> httpx.Response:
-        return httpx.post(f"{address}/api/rank", json={"name": "Ada", **fields}, timeout=60)
+        return asking.post("api/rank", json={"name": "Ada", **fields})
 
     def kept() -> list:
         return [one for one in read_rankings(runs / "play" / "rankings.jsonl") if one.annotator == "Ada"]
 
-    shown = httpx.get(f"{address}/api/rank?name=Ada").json()
+    shown = rank().json()
+    assert "scores" not in shown  # never before the pick
     answer = rank(key=shown["key"], action="B > A = D > C").json()
-    assert len(answer["scores"]) == 4
+    assert len(answer["scores"]) == 4 and answer["done"] == 1
     (made,) = kept()
     best, tied, worst = made.ranking
     assert made.responses[best[0]] == shown["responses"][1]
     assert {made.responses[i] for i in tied} == {shown["responses"][0], shown["responses"][3]}
     assert made.responses[worst[0]] == shown["responses"][2]
     assert rank(key=shown["key"], action="A > B > C > D").status_code == 400  # it is another's turn
-    assert (
-        rank(key=httpx.get(f"{address}/api/rank?name=Ada").json()["key"], action="A > B").status_code == 400
-    )
+    assert rank(key=answer["key"], action="A > B").status_code == 400
     assert len(kept()) == 1
-    assert rank(key="", action="undo").is_success
+    assert rank(key="", action="undo").json()["key"] == shown["key"]
     assert kept() == []
-    assert httpx.get(f"{address}/api/rank?name=Ada").json()["key"] == shown["key"]
+
+
+def test_a_full_disk_refuses_a_ranking_and_loses_none(asking, runs, monkeypatch):
+    """The limit on the size of files stands for the disk: a part of the line is written, the rest is not."""
+    path = runs / "play" / "rankings.jsonl"
+
+    def rank(**fields: str) -> httpx.Response:
+        return asking.post("api/rank", json={"name": "Eve", **fields})
+
+    first = rank(key=rank().json()["key"], action="A > B = C = D").json()
+    before = path.read_bytes()
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        refused = rank(key=first["key"], action="A > B = C = D")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert refused.status_code == 400 and "free some space" in refused.json()["error"]
+    assert path.read_bytes() == before
+    assert rank(key=first["key"], action="B > A = C = D").json()["done"] == 2
+    assert [one.annotator for one in read_rankings(path)].count("Eve") == 2
+
+
+def test_a_server_that_is_killed_loses_no_ranking_and_leaves_no_training_behind(tmp_path):
+    """The training notices, stops as by Ctrl-C, and can be continued; the next server finds all rankings."""
+    folder = make_runs(tmp_path / "out")
+    command = [sys.executable, "-m", "minillm.play", "--runs", str(folder), "--port", "0", "--auto"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
+        with httpx.Client(base_url=server.stdout.readline().split("/  ")[0], timeout=120) as client:
+            shown = client.post("api/rank", json={"name": "Ada"}).json()
+            while shown["done"] < 10:  # the tenth begins the training
+                picked = {"name": "Ada", "key": shown["key"], "action": "A > B = C = D"}
+                shown = client.post("api/rank", json=picked).json()
+            with client.stream("GET", "api/train") as events:
+                next(line for line in events.iter_lines() if '"of": "policy"' in line)
+        server.kill()
+    run = folder / "play" / "visit-1" / "ppo"
+    with hold(run, wait=True):  # until the training has let it go
+        steps = [event["step"] for event in read_metrics(run)]
+    assert (run / "resume" / "state.safetensors").exists() and max(steps) < 20
+    assert len(read_rankings(folder / "play" / "rankings.jsonl")) == 10
+    for address in serve(play.Options(runs=str(folder), port=0)):
+        assert httpx.get(f"{address}/api/state").json()["ranked"] == 10
 
 
 # ---- The command
@@ -420,189 +541,13 @@ def test_what_cannot_be_served_is_refused_in_one_line(words, said, runs, capfd, 
     assert stop.value.code == 2 and said in line and "\n" not in line
 
 
-def test_a_port_that_is_taken_is_refused_in_one_line(runs, capfd):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
-        play.main(["--runs", str(runs), "--port", str(taken.getsockname()[1])])
-    assert "give another --port" in capfd.readouterr().err
-
-
-# ---- In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(params=[390, 1280])
-def page(browser, request, address) -> Iterator:
-    """A window; after each test nothing was wrong in it, nothing is wider than it, nobody is shut out."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    context = browser.new_context(viewport={"width": request.param, "height": 900})
-    opened, wrong = context.new_page(), []
-    opened.set_default_timeout(60_000)
-    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.goto(address)
-    yield opened
-    assert wrong == []
-    assert opened.evaluate("document.documentElement.scrollWidth") <= request.param
-    found = Axe().run(opened).response["violations"]
-    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
-    context.close()
-
-
-def visible(page, text: str):
-    return page.get_by_text(re.compile(text)).locator("visible=true").first
-
-
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
-def test_a_word_is_guessed(page, by):
-    page.locator("#guess-choices button").first.wait_for()
-    if by == "mouse":
-        page.locator("#guess-choices button").nth(1).click()
-    else:
-        page.keyboard.press("2")
-    visible(page, "The model's first guess was").wait_for()
-    assert page.locator("#guess-bars .truth").count() >= 2
-    assert page.locator("#guess-you").inner_text() in ("0 of 1", "1 of 1")
-    bars = page.locator("#guess-bars").inner_text()
-    page.locator("#guess-temperature").fill("2")
-    page.wait_for_function("before => document.querySelector('#guess-bars').innerText != before", arg=bars)
-    (page.locator("#guess-next").click if by == "mouse" else lambda: page.keyboard.press("n"))()
-    page.locator("#guess-typed").fill("zebra")
-    page.keyboard.press("Enter")
-    visible(page, "You said “zebra”, wrong").wait_for()
-    assert page.locator("#guess-it").inner_text().endswith("of 2")
-
-
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
-def test_the_better_response_is_picked_and_taken_back(page, by, runs):
-    page.goto(f"{page.url.partition('#')[0]}#pick")
-    name = f"{by}{page.viewport_size['width']}"
-    page.locator("#pick-name").fill(name)
-    page.keyboard.press("Tab")
-    visible(page, f"0 of 24 ranked by {name}").wait_for()
-
-    def press(key: str, button: str) -> None:
-        if by == "mouse":
-            page.locator(button).click()
-        else:
-            page.evaluate("document.activeElement.blur()")
-            page.keyboard.press(key)
-
-    press("1", "#pick-responses li:nth-child(1) button")
-    visible(page, f"1 of 24 ranked by {name}").wait_for()
-    page.locator("#pick-candy").wait_for()
-    assert page.locator("#pick-scores .bar").count() == 4
-    page.locator("#pick-all").check()
-    for number in (3, 1, 2, 4):
-        press(str(number), f"#pick-responses li:nth-child({number}) button")
-    press("Enter", "#pick-send")
-    visible(page, f"2 of 24 ranked by {name}").wait_for()
-    press("u", "#pick-undo")
-    visible(page, f"1 of 24 ranked by {name}").wait_for()
-    press("s", "#pick-skip")
-    visible(page, "1 skipped").wait_for()
-    made = [one for one in read_rankings(runs / "play" / "rankings.jsonl") if one.annotator == name]
-    assert len(made) == 1 and [len(tied) for tied in made[0].ranking] == [1, 3]
-
-
-def test_what_a_model_writes_is_never_markup(page):
-    page.goto(f"{page.url.partition('#')[0]}#pick")
-    visible(page, "<b>hm</b>").wait_for()
-    assert page.locator("b").count() == 0
-
-
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
-def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
-    page.goto(f"{page.url.partition('#')[0]}#chat")
-    page.locator("#chat-columns > div").nth(1).wait_for()
-    page.locator("#chat-text").fill("Who are you?")
-    if by == "mouse":
-        page.get_by_role("button", name="Send").click()
-    else:
-        page.keyboard.press("Enter")
-    page.locator("#chat-stop").wait_for(state="hidden")
-    for number in (0, 1):
-        page.locator("#chat-columns > div").nth(number).locator(".token").first.wait_for()
-    token = page.locator("#chat-columns .token").first
-    (token.hover if by == "mouse" else token.focus)()
-    visible(page, "had .*%; most probable here").wait_for()
-
-
-def test_results_are_shown(page):
-    page.goto(f"{page.url.partition('#')[0]}#results")
-    page.frame_locator("iframe").get_by_text("Three models").wait_for()
-    visible(page, "A <b>claim</b>.").wait_for()
-    visible(page, "holds: 50% → 8%").wait_for()
-    picture = page.get_by_role("img", name="lesson 06_a")
-    picture.scroll_into_view_if_needed()
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
-
-
-@pytest.mark.parametrize("name", ["07_none", "..%2f06_a", "06_a.png%00", "..%5c..%5csft"])
-def test_only_pictures_of_lessons_are_shown_as_such(name, address):
-    assert httpx.get(f"{address}/lessons/{name}.png").status_code in (400, 404)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_ten_picks_train_a_policy_whose_answers_change_and_which_can_be_kept_downloaded_and_removed(
-    browser, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    # Ten steps of the usual size change too little in a model that knows nothing.
-    monkeypatch.setattr(training, "POLICY", f"{training.POLICY} --policy-rate 0.02")
-    folder = make_runs(tmp_path / "out")
-    for address in serve(play.Options(runs=str(folder), port=0)):
-        page = browser.new_page(viewport={"width": 1000, "height": 900})
-        page.set_default_timeout(120_000)
-        page.goto(f"{address}/#train")
-        visible(page, "0 picks so far; pick 10 more").wait_for()
-        page.goto(f"{address}/#pick")
-        for done in range(10):
-            visible(page, f"{done} of 24 ranked").wait_for()
-            page.keyboard.press("2")
-        visible(page, "10 of 24 ranked").wait_for()
-        page.goto(f"{address}/#train")
-        visible(page, "10 picks to learn from").wait_for()
-        page.locator("#train-iterations").fill("10")
-        page.locator("#train-start").click()
-        page.locator("#train-answers > div").nth(4).wait_for()
-        assert page.locator("#train-answers > div").count() == 5
-        visible(page, "Done in").wait_for()
-        assert page.locator("#train-answers .good").count() > 0, "no answer has changed"
-        assert page.locator("#train-plots svg").count() == 3
-        with page.expect_download() as download:
-            page.locator("#train-export").click()
-        assert Path(download.value.path()).stat().st_size > 1000
-        page.locator("#train-name").fill("mine")
-        page.locator("#train-keep").click()
-        visible(page, "Kept as play/mine").wait_for()
-        assert httpx.get(f"{address}/v1/models").text.count("play/mine/ppo") == 1
-        page.close()
-        assert httpx.post(f"{address}/api/change", json={"what": "undo", "name": "mine"}).is_success
-        assert not (folder / "play" / "mine").exists()
-
-
-def test_where_nothing_is_yet_the_page_says_how_to_make_it(browser, tmp_path):
-    for address in serve(play.Options(runs=str(tmp_path), port=0)):
-        page = browser.new_page()
-        for part, said in (
-            ("guess", "run make demo"),
-            ("pick", "no responses"),
-            ("chat", "make demo"),
-            ("results", "no comparison"),
-        ):
-            page.goto(f"{address}/#{part}")
-            page.reload()
-            page.get_by_role("alert").get_by_text(re.compile(said)).wait_for()
-        page.close()
+def test_a_second_server_is_refused_in_one_line(address, runs, capfd):
+    """On the port of the first, or on its runs."""
+    for port, said in (
+        (address.rpartition(":")[2], "give another --port"),
+        ("0", "another process is writing"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            play.main(["--runs", str(runs), "--port", port])
+        line = capfd.readouterr().err.strip()
+        assert stop.value.code == 2 and said in line and "\n" not in line

@@ -38,6 +38,8 @@ class Options:
     """The port; 0 takes a free one."""
     token: str | None = None
     """A secret that visitors from other machines must know, of 16 characters or more."""
+    auto: bool = False
+    """Train after every tenth pick, without waiting for the button."""
     together: Count = 4
     """Replies under way at once; more wait in a queue."""
     device: str = "auto"
@@ -107,11 +109,10 @@ def build(options: Options, port: int) -> tuple[Any, Any]:
     from minillm.play.worker import Worker
     from minillm.tools.device import choose_device
 
-    runs = Path(options.runs)
-    shelf, worker = Shelf(runs, choose_device(options.device, 0)), Worker(options.together)
-    picking, guessing = Picking(shelf), Guessing(shelf, options.text)
-    training = Training(runs, picking, worker)
-    app = build_app(shelf, worker, guessing, picking, training, runs)
+    shelf = Shelf(Path(options.runs), choose_device(options.device, 0))
+    worker, picking = Worker(options.together), Picking(shelf)
+    training = Training(picking, worker, options.device)
+    app = build_app(shelf, worker, Guessing(shelf, options.text), picking, training, options.auto)
     hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
     return Door(app, hosts if options.is_local else set(), options.token), training
 

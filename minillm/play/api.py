@@ -1,8 +1,9 @@
 """The runs by OpenAI's API, so that any chat front end and the official client can ask them.
 
 /v1/models, /v1/chat/completions and /v1/completions, streamed or not. What a request asks for and is not done
-here (n above 1, tools, penalties) is refused by name rather than ignored. Log-probabilities are those at
-temperature 1, whatever the temperature of the sampling.
+here (n above 1, penalties, a call that is required) is refused by name rather than ignored. Calls of tools go
+to whoever asked, who runs them. Log-probabilities are those at temperature 1, whatever the temperature of the
+sampling.
 
 Source: OpenAI's API reference, "Chat" and "Completions".
 """
@@ -34,24 +35,16 @@ COMMON: dict[str, tuple[Any, Any]] = {
 CHAT: Fields = COMMON | {
     "messages": (list, ...), "max_completion_tokens": (int, None), "logprobs": (bool, False),
     "top_logprobs": (int, 0), "response_format": (dict, {"type": "text"}), "tools": (list, []),
-    "tool_choice": (str, "none"), "parallel_tool_calls": (bool, True), "store": (bool, False),
+    "tool_choice": ((str, dict), "auto"), "parallel_tool_calls": (bool, True), "store": (bool, False),
 }  # fmt: skip
 COMPLETIONS: Fields = COMMON | {
     "prompt": (str, ...), "logprobs": (int, None), "echo": (bool, False), "suffix": (str, ""),
     "best_of": (int, 1),
 }  # fmt: skip
-NOT_DONE = (
-    "n",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "response_format",
-    "tools",
-    "echo",
-    "suffix",
-    "best_of",
-)
+NOT_DONE = "n presence_penalty frequency_penalty logit_bias response_format echo suffix best_of".split()
 """Fields that must ask for nothing, as their defaults do."""
+LONGEST = 8192
+"""Tokens of a reply; a base model would go on for ever."""
 
 
 def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
@@ -68,15 +61,15 @@ def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
         try:
             asked = Asked(await fields_of(request, CHAT if "chat" in request.url.path else COMPLETIONS))
             shelf.folder_of(asked.model)  # NoSuchRun where there is none
-            given = (shelf, asked.model, asked.messages, asked.top or 0, asked.stop)
+            given = (shelf, asked.model, asked.messages, asked.tools, asked.top or 0, asked.stop)
             events = worker.events(partial(reply, *given, **asked.options))
             if not asked.given["stream"]:
-                return JSONResponse(await asked.answer(events))
+                return JSONResponse(await asked.answer(events, request))
             while "waiting" in (first := await anext(events)):
                 pass  # up to the first piece: what is refused is refused with its status
             return StreamingResponse(asked.chunks(first, events), media_type="text/event-stream")
         except Exception as error:
-            status, line = status_of(error), words_for(error)
+            status, line = status_of(error), words_for(error).replace("--max-new-tokens", "max_tokens")
             kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
             if isinstance(error, NoSuchRun):
                 status = 404
@@ -100,20 +93,24 @@ class Asked:
         for name in NOT_DONE:
             if name in given and given[name] != fields[name][1]:
                 raise InputError(f"{name} is {given[name]!r:.60}, which is not done here; leave it out")
+        self.tools = tools_of(given) if self.chat else []
         self.model, stop = given["model"], given["stop"]
         self.stop = [stop] if isinstance(stop, str) else stop
-        if len(self.stop) > 16 or not all(isinstance(one, str) and one for one in self.stop):
-            raise InputError(f"stop is {stop!r:.60}; give a text or up to 16 of them")
+        if len(self.stop) > 16 or not all(isinstance(one, str) and 0 < len(one) <= 256 for one in self.stop):
+            raise InputError(f"stop is {stop!r:.60}; give up to 16 texts of 1 to 256 characters")
         self.top = given["logprobs"]  # how many alternatives are wanted; None for no log-probabilities
         if self.chat:
             self.top = given["top_logprobs"] if given["logprobs"] else None
         if not 0 <= (self.top or 0) <= 20:
             raise InputError(f"log-probabilities of {self.top} tokens: give 0 to 20")
-        longest = [given.get("max_completion_tokens"), given["max_tokens"], None if self.chat else 16]
+        wanted = [given.get("max_completion_tokens"), given["max_tokens"], None if self.chat else 16]
+        longest = next((n for n in wanted if n is not None), None)
+        if (longest or 0) > LONGEST:
+            raise InputError(f"max_tokens is {longest}; give {LONGEST} or less")
         self.options = {name: given[name] for name in ("temperature", "top_p")}
         self.options |= {
             "seed": int.from_bytes(uuid.uuid4().bytes[:4]) if given["seed"] is None else given["seed"],
-            "max_new_tokens": next((n for n in longest if n is not None), None),
+            "max_new_tokens": longest,
         }
         messages = given["messages"] if self.chat else [{"role": "user", "content": given["prompt"]}]
         self.messages = [plain(one) for one in messages]
@@ -126,13 +123,15 @@ class Asked:
         known = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return known | {"choices": choices} | more
 
-    async def answer(self, events: AsyncGenerator[Event]) -> dict[str, Any]:
-        """The answer as one object."""
+    async def answer(self, events: AsyncGenerator[Event], request: Request) -> dict[str, Any]:
+        """The answer as one object. InputError once nobody waits for it any more, which ends the work."""
         text, last = "", Event()
         async with aclosing(events):
             async for last in events:
                 text += last.get("piece", "")
-        message = {"role": "assistant", "content": text, "refusal": None}
+                if await request.is_disconnected():
+                    raise InputError("whoever asked has gone")
+        message = {"role": "assistant", "content": text, "refusal": None} | self.calls(last)
         choice: Event = {"message": message} if self.chat else {"text": text}
         choice |= {"finish_reason": last["end"], "logprobs": self.logprobs(last["tokens"])}
         return self.whole(False, choice, usage=usage_of(last))
@@ -144,8 +143,11 @@ class Asked:
         def line(choice: dict[str, Any], **more: Any) -> str:
             return f"data: {json.dumps(self.whole(True, choice, **more))}\n\n"
 
-        def piece(text: str, **more: Any) -> str:
-            said = {"delta": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        def piece(text: str, last: Event | None = None, **more: Any) -> str:
+            calls = self.calls(last or {})
+            for index, call in enumerate(calls.get("tool_calls", [])):
+                call["index"] = index
+            said = {"delta": {"role": "assistant", "content": text} | calls} if self.chat else {"text": text}
             return line(said | more)
 
         async def coming() -> AsyncIterator[Event]:
@@ -162,12 +164,17 @@ class Asked:
                         yield piece(event["piece"])
                     elif "end" in event:
                         told = self.logprobs(event["tokens"])
-                        yield piece(text if told else "", finish_reason=event["end"], logprobs=told)
+                        yield piece(text if told else "", event, finish_reason=event["end"], logprobs=told)
                         if self.given["stream_options"].get("include_usage"):
                             yield line({}, usage=usage_of(event))
             yield "data: [DONE]\n\n"
         except Exception as error:
             yield f"data: {json.dumps({'error': {'message': words_for(error), 'type': 'server_error'}})}\n\n"
+
+    def calls(self, last: Event) -> dict[str, Any]:
+        """What a message with calls of tools has besides its text."""
+        calls = last.get("calls", [])
+        return {"tool_calls": calls if self.given["parallel_tool_calls"] else calls[:1]} if calls else {}
 
     def logprobs(self, tokens: list[Event]) -> dict[str, Any] | None:
         """The log-probabilities of the tokens, in the form of the endpoint; None where none are asked for."""
@@ -190,6 +197,19 @@ class Asked:
         return {"content": content, "refusal": None}
 
 
+def tools_of(given: dict[str, Any]) -> list[Any]:
+    """The tools that the model is told of. InputError for what is none, or must be called."""
+    for tool in given["tools"]:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(
+                f'tools: {tool!r:.60} is none; give {{"type": "function", "function": {{"name": …}}}}'
+            )
+    if given["tool_choice"] not in ("auto", "none"):
+        raise InputError(f"tool_choice is {given['tool_choice']!r:.60}; give auto or none")
+    return given["tools"] if given["tool_choice"] == "auto" else []
+
+
 def log(p: float | None) -> float:
     """-9999 for none, as OpenAI has it."""
     return math.log(p) if p else -9999.0
@@ -204,7 +224,8 @@ def plain(message: Any) -> Any:
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         content = "".join(str(part.get("text", "")) for part in content)
-    return {"role": "system" if role == "developer" else role, "content": content}
+    calls = {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
+    return {"role": "system" if role == "developer" else role, "content": content} | calls
 
 
 def usage_of(last: Event) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The addresses of the page, and what each does."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -16,9 +16,9 @@ from minillm.errors import InputError, reading
 from minillm.files import read_json
 from minillm.play.api import openai_routes
 from minillm.play.parts import Guessing, Picking
-from minillm.play.shelf import Shelf, reply
-from minillm.play.training import Training, pack
-from minillm.play.web import Fields, fields_of, status_of, stream_of, words_for
+from minillm.play.shelf import Shelf, talk
+from minillm.play.training import FEWEST_RANKINGS, Training, pack
+from minillm.play.web import posted, status_of, stream_of, words_for
 from minillm.play.worker import Event, Worker
 
 STATIC = Path(__file__).parent / "static"
@@ -26,67 +26,54 @@ RESULTS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; 
 
 
 def build_app(
-    shelf: Shelf, worker: Worker, guessing: Guessing, picking: Picking, training: Training, runs: Path
+    shelf: Shelf, worker: Worker, guessing: Guessing, picking: Picking, training: Training, auto: bool
 ) -> Starlette:
-    """The application; in `runs` are also the page of minillm.compare and the records of lessons/."""
-    results, records = runs / "compare" / "compare.html", runs / "lessons"
-
-    async def computed(compute: Callable[[], Event]) -> Response:
-        return JSONResponse(await worker.result(compute))
+    """The application; `auto` trains after every tenth pick, as the button does."""
+    results, records = shelf.folder / "compare" / "compare.html", shelf.folder / "lessons"
 
     async def state(request: Request) -> Response:
         def found() -> Event:
-            known = {"runs": shelf.runs(), "ranked": picking.count(), "results": results.exists()}
+            runs = shelf.runs()
+            known = {"runs": runs, "ranked": picking.count(), "results": results.exists()}
+            known["needed"], known["note"] = FEWEST_RANKINGS, picking.doubt(runs)
             return known | {"training": {"name": training.name, "running": training.running}}
 
         return JSONResponse(await run_in_threadpool(found))
 
-    async def question(request: Request) -> Response:
-        run, number = request.query_params.get("run", ""), request.query_params.get("number", "")
-        if not (number.isascii() and number.isdigit() and len(number) < 16):
-            raise InputError(f"number {number!r:.40}: give a whole number")
-        return await computed(lambda: guessing.question(run, int(number)))
+    async def guess(run: str, number: int, temperature: float = 1.0) -> Event:
+        return await worker.result(lambda: guessing.ask(run, number, temperature))
 
-    async def guess(request: Request) -> Response:
-        fields: Fields = {"run": (str, ...), "number": (int, ...), "temperature": (float, 1.0)}
-        asked = await fields_of(request, fields)
-        return await computed(lambda: guessing.answer(**asked))
+    async def rank(name: str, key: str = "", action: str = "") -> Event:
+        ranked = await run_in_threadpool(picking.act, name, key, action)
+        told: Event = {}
+        if ranked:  # it is on the disk; what the reward model says of it is an extra
+            told = await worker.result(lambda: picking.scores(*ranked))
+            count = await run_in_threadpool(picking.count)
+            if auto and not training.running and count % FEWEST_RANKINGS == 0:
+                training.start(count)
+        return told | await run_in_threadpool(picking.current, name)
 
-    async def ranking(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(picking.current, request.query_params.get("name", "")))
+    async def chat(run: str, messages: list[Any], temperature: float = 0.7, seed: int = 0) -> Response:
+        how = {"temperature": temperature, "seed": seed}
+        return stream_of(worker.events(lambda: talk(shelf, run, messages, **how)))
 
-    async def rank(request: Request) -> Response:
-        asked = await fields_of(request, {"name": (str, ...), "key": (str, ""), "action": (str, ...)})
-        ranked = await run_in_threadpool(picking.act, **asked)
-        # It is on the disk; what the reward model says of it is an extra.
-        return await computed(lambda: picking.scores(*ranked)) if ranked else JSONResponse({})
-
-    async def chat(request: Request) -> Response:
-        own: Fields = {"run": (str, ...), "messages": (list, ...)}
-        asked = await fields_of(request, {**own, "temperature": (float, 0.7), "seed": (int, 0)})
-        run, messages = asked.pop("run"), asked.pop("messages")
-        return stream_of(worker.events(lambda: reply(shelf, run, messages, **asked)))
-
-    async def train(request: Request) -> Response:
-        asked = await fields_of(request, {"beside": (bool, False), "iterations": (int, 20)})
-        count = await run_in_threadpool(picking.count)
-        return JSONResponse({"run": training.start(count, **asked)})
+    async def train(beside: bool = False, iterations: int = 20) -> Event:
+        return {"run": training.start(await run_in_threadpool(picking.count), beside, iterations)}
 
     async def train_events(request: Request) -> Response:
         return stream_of(training.follow())
 
-    async def change(request: Request) -> Response:
-        asked = await fields_of(request, {"what": (str, ...), "name": (str, ""), "new": (str, "")})
-        match asked["what"]:
+    async def change(what: str, name: str = "", new: str = "") -> Event:
+        match what:
             case "stop":
                 training.stop()
             case "undo":
-                await run_in_threadpool(training.undo, asked["name"])
+                await run_in_threadpool(training.undo, name)
             case "keep":
-                training.keep(asked["name"], asked["new"])
-            case what:
+                training.keep(name, new)
+            case _:
                 raise InputError(f"what is {what!r:.40}; give stop, undo or keep")
-        return JSONResponse({})
+        return {}
 
     async def export(request: Request) -> Response:
         folder = shelf.folder_of(request.query_params.get("run", ""))
@@ -127,15 +114,13 @@ def build_app(
             Route("/lessons/{lesson}.png", picture),
             Route("/api/lessons", lessons),
             Route("/api/state", state),
-            Route("/api/guess", question),
-            Route("/api/guess", guess, methods=["POST"]),
-            Route("/api/rank", ranking),
-            Route("/api/rank", rank, methods=["POST"]),
-            Route("/api/chat", chat, methods=["POST"]),
             Route("/api/train", train_events),
-            Route("/api/train", train, methods=["POST"]),
-            Route("/api/change", change, methods=["POST"]),
             Route("/api/export", export),
+            posted("/api/guess", guess),
+            posted("/api/rank", rank),
+            posted("/api/chat", chat),
+            posted("/api/train", train),
+            posted("/api/change", change),
             *openai_routes(shelf, worker),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],

@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -41,26 +42,20 @@ class Guessing:
     def __init__(self, shelf: Shelf, text: tuple[str, ...]) -> None:
         self.shelf, self.text, self.kept = shelf, text, dict[str, list[tuple[str, str]]]()
 
-    def question(self, run: str, number: int) -> dict[str, Any]:
-        """The text as the model's tokens, and four words of which one is the next."""
-        model, tokenizer = self.shelf.model(run)
-        source, context, truth = self._place(run, number, model, tokenizer)
-        begun = Completion(tokenizer).prompt([{"content": context}])
-        words, _ = likeliest_words(model, tokenizer, begun, truth, 4)
-        choices = [truth, *[word for word, _ in words if word != truth][:3]]
-        random.Random(number).shuffle(choices)
-        shown = list(stream_text(tokenizer.decode_bytes, tokenizer.encode(context)))
-        return {"source": source, "pieces": shown, "choices": choices}
-
-    def answer(self, run: str, number: int, temperature: float) -> dict[str, Any]:
-        """The word that came, and what the model had expected."""
+    def ask(self, run: str, number: int, temperature: float) -> dict[str, Any]:
+        """The text as the model's tokens, the word that came, what the model had expected, and four words to
+        choose from."""
         if not 0.1 <= temperature <= 5:
             raise InputError(f"temperature {temperature}: give 0.1 to 5")
         model, tokenizer = self.shelf.model(run)
-        _, context, truth = self._place(run, number, model, tokenizer)
+        source, context, truth = self._place(run, number, model, tokenizer)
         begun = Completion(tokenizer).prompt([{"content": context}])
         words, p = likeliest_words(model, tokenizer, begun, truth, 10, temperature)
-        return {"truth": truth, "words": words, "p": p}
+        choices = [truth, *[word for word, _ in words if word != truth][:3]]
+        random.Random(number).shuffle(choices)
+        pieces = list(stream_text(tokenizer.decode_bytes, tokenizer.encode(context)))
+        told = {"source": source, "pieces": pieces, "choices": choices}
+        return told | {"truth": truth, "words": words, "p": p}
 
     def _place(
         self, run: str, number: int, model: LanguageModel, tokenizer: Tokenizer
@@ -105,31 +100,29 @@ class Picking:
     """The visitors' rankings of what stage sample left, each on the disk before the next set shows."""
 
     def __init__(self, shelf: Shelf) -> None:
+        """InputError where another server, or anybody else, writes the rankings of these runs."""
         self.shelf, self.responses = shelf, shelf.folder / "rlhf" / "responses.jsonl"
-        self.rankings = shelf.folder / "play" / "rankings.jsonl"
-        self.sessions, self.lock = dict[str, RankingSession](), threading.Lock()
-        self.sets = list[ResponseSet]()
-        self.file: RankingFile | None = None
+        self.file = RankingFile(shelf.folder / "play" / "rankings.jsonl")
+        self.skipped, self.lock = defaultdict[str, set[str]](set), threading.Lock()
 
-    def _opened(self) -> RankingFile:
-        if self.file is None:
-            self.sets = read_responses(self.responses)[:MOST_SETS]
-            self.file = RankingFile(self.rankings)
-        return self.file
+    @cached_property
+    def sets(self) -> list[ResponseSet]:
+        """InputError where there are none yet."""
+        return read_responses(self.responses)[:MOST_SETS]
 
     def _session(self, name: str) -> RankingSession:
         if not name.strip() or len(name) > 60:
             raise InputError(f"name {name!r:.80}: give 1 to 60 characters")
-        if name not in self.sessions:
-            file = self._opened()
-            self.sessions[name] = RankingSession(self.sets, file, name, 0)
-        return self.sessions[name]
+        session = RankingSession(self.sets, self.file, name, 0)
+        session.skipped |= self.skipped.get(name, set())
+        return session
 
     def current(self, name: str) -> dict[str, Any]:
         """The set to be ranked, its responses in blind order; without a key once all are."""
         with self.lock:
             session = self._session(name)
             shown = {"done": session.done, "of": len(session.sets), "skipped": len(session.skipped)}
+            shown |= {"ranked": len(self.file.rankings)}
             given = session.current
             if given is None:
                 return shown
@@ -137,25 +130,26 @@ class Picking:
             return shown | {"key": given.key, "messages": given.messages, "responses": responses}
 
     def act(self, name: str, key: str, action: str) -> tuple[Any, list[str]] | None:
-        """A ranking in letters ("B > A = C"), "skip" or "undo"; messages and responses that were ranked.
-
-        InputError where another set than that of `key` is to be ranked: the page is out of date.
+        """A ranking in letters ("B > A = C"), "skip", "undo" or "" for nothing; messages and responses that
+        were ranked. InputError where another set than that of `key` is to be ranked: the page is out of date.
         """
         with self.lock:
             session = self._session(name)
+            if not action:
+                return None
             if action == "undo":
-                if session.undo() is None:
+                if (undone := session.undo()) is None:
                     raise InputError("nothing to take back")
+                self.skipped[name].discard(undone.key)
                 return None
             given = session.current
             if given is None or given.key != key:
-                raise InputError("this set has been ranked in another window; go on with the next")
+                raise InputError("this set has been ranked in another window; load the page again")
             if action == "skip":
-                session.skipped.add(given.key)
+                self.skipped[name].add(given.key)
                 return None
             session.rank(given, parse_ranking(action, len(given.responses)))
-            order = session.blind_order(given)
-            return given.messages, [given.responses[i] for i in order]
+            return given.messages, [given.responses[i] for i in session.blind_order(given)]
 
     def scores(self, messages: Any, responses: list[str]) -> dict[str, Any]:
         """What the reward model says of the responses; nothing where there is none."""
@@ -168,17 +162,25 @@ class Picking:
 
     def count(self) -> int:
         """Rankings that stand, of all visitors; -1 where there is nothing to rank."""
-        with self.lock:
-            return len(self._opened().rankings) if self.responses.exists() else -1
+        return len(self.file.rankings) if self.responses.exists() else -1
+
+    def doubt(self, runs: list[dict[str, Any]]) -> str:
+        """Says so where runs and responses are not of one little world: what is true in one is not in
+        another."""
+        worlds = {run["name"]: run["world"] for run in runs if run["world"] is not None}
+        if self.responses.exists() and self.sets[0].world is not None:
+            worlds["rlhf/responses.jsonl"] = self.sets[0].world
+        if len(set(worlds.values())) < 2:
+            return ""
+        told = ", ".join(f"{name} of {world}" for name, world in worlds.items())
+        return f"not of one little world, by its seed: {told}. What is true in one is not in another"
 
     @cached_property
     def watched(self) -> list[Any]:
         """The prompts whose answers are watched during a training: of the little world one of each of five
         kinds, which nobody ranks and no training asks; else the first that are ranked."""
-        sets = self.sets or read_responses(self.responses)[:MOST_SETS]
-        seed = sets[0].world
-        if seed is None:
-            return [given.messages for given in sets[:5]]
+        if (seed := self.sets[0].world) is None:
+            return [given.messages for given in self.sets[:5]]
         from minillm.world import KINDS, World
 
         world = World(seed)

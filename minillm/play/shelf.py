@@ -6,20 +6,24 @@ its tokens was and what the model would have said instead (`alternatives`).
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
-from minillm.chat import check_messages
+from minillm.chat import ChatTemplate, check_messages, with_tools
 from minillm.errors import InputError
 from minillm.files import read_json
-from minillm.generate import SamplingOptions
+from minillm.generate import SamplingOptions, stream, stream_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import LanguageModel
-from minillm.play.worker import Event
+from minillm.play.worker import Event, Job
 from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
+from minillm.tools.calls import MOST_CALLS, Tool, calculator, results_of, search, texts_of_run
 from minillm.tools.chat import Chat
 from minillm.tools.chat import Options as ChatOptions
 
@@ -50,10 +54,11 @@ class Shelf:
         return sorted(found, key=lambda run: order.index(run["stage"]) if run["stage"] in order else 3)
 
     def _describe(self, folder: Path) -> dict[str, Any]:
-        stage, path = None, folder / "run.json"
-        if path.exists():
-            stage = read_json(path).get("stage")
-        return {"name": folder.relative_to(self.folder).as_posix(), "stage": stage}
+        path = folder / "run.json"
+        run = read_json(path) if path.exists() else {}
+        options = run.get("options", {})
+        world = options.get("seed") if options.get("data") == [] else None  # of whose text or prompts it is
+        return {"name": folder.relative_to(self.folder).as_posix(), "stage": run.get("stage"), "world": world}
 
     def folder_of(self, name: str) -> Path:
         """Where a run is. NoSuchRun where there is none of that name."""
@@ -74,6 +79,14 @@ class Shelf:
         if not path.exists() or kind_of(path) == "language model":
             return None
         return self._open(name, load_scalar_model)
+
+    @cache  # noqa: B019  (one shelf a server)
+    def tools(self, name: str) -> dict[str, Tool]:
+        """What a model may call here: a calculator, and a search over the text it was trained on."""
+        found = {"calculator": calculator()}
+        with suppress(InputError):  # not known which
+            found["search"] = search(texts_of_run(self.folder / name))
+        return found
 
     def _open(self, name: str, load: Any) -> Any:
         key = name, (self.folder / name / "model.safetensors").stat().st_mtime_ns
@@ -97,31 +110,79 @@ def kind_of(config: Path) -> str:
 
 
 def reply(
-    shelf: Shelf, name: str, messages: Any, top: int = 3, stop: Sequence[str] = (), **options: Any
-) -> Iterator[Event]:
-    """A model's reply to messages of which the last is the user's, as events:
+    shelf: Shelf,
+    name: str,
+    messages: Any,
+    tools: Any = (),
+    top: int = 3,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Job:
+    """A model's reply to messages of which the last is the user's or a tool's, as events:
 
     {"note": …} for each thing there is to say before, such as messages dropped from the context;
     {"piece": text} for each token, one that ends in the middle of a character with the next;
-    {"end": "stop" or "length", "prompt_tokens": n, "tokens": [{"text", "p", "instead": [[text, p], …]}, …]}.
+    {"end": "stop", "length" or "tool_calls", "prompt_tokens": n, "calls": as in OpenAI's API,
+     "tokens": [{"text", "p", "instead": [[text, p], …]}, …]}.
 
-    It ends before the first of the `stop` texts. `options` are of `python -m minillm.chat`.
+    It ends before the first of the `stop` texts. The model is told of `tools`, which are as in OpenAI's API;
+    `options` are of `python -m minillm.chat`.
     """
     checked = check_messages(messages)
-    if checked[-1]["role"] != "user":
-        raise InputError("messages: the last is not the user's; add what is to be answered")
+    if checked[-1]["role"] not in ("user", "tool") or not any(m["role"] == "user" for m in checked):
+        raise InputError("messages: the last is not the user's or a tool's; add what is to be answered")
     model, tokenizer = shelf.model(name)
     chat, notes = Chat(model, tokenizer, ChatOptions(run=name, **options)), list[str]()
-    chat.messages, end = tuple(checked[:-1]), "length"
-    for piece, stopped in until(chat.reply(checked[-1]["content"], notes.append), stop):
-        yield from ({"note": note} for note in notes)
-        notes.clear()
-        yield {"piece": piece}
-        end = "stop" if stopped else end
+    call_id = getattr(chat.format, "call_id", None)
+    if tools and call_id is None:
+        raise InputError(f"{name}: knows no calls of tools; ask an assistant that sft.py made")
+    *before, last = with_tools(checked, tools)
+    chat.messages, said, ended = tuple(before), list[int](), False
+    _, prompt, sampling = chat.ask(last, notes.append)
     yield from ({"note": note} for note in notes)
-    told = alternatives(model, tokenizer, chat.asked, chat.tokens, top)
-    end = end if chat.cut else "stop"
-    yield {"end": end, "prompt_tokens": len(chat.asked), "tokens": told}
+
+    def spoken() -> Iterator[int]:
+        """The tokens of the text: those before the first call."""
+        nonlocal ended
+        for token in stream(model, prompt, sampling, chat.options.seed):
+            if ended := token in sampling.stop_ids:
+                return
+            said.append(token)
+            if call_id not in said:
+                yield token
+
+    for piece, stopped in until(stream_text(tokenizer.decode_bytes, spoken()), stop):
+        yield {"piece": piece}
+        ended = ended or stopped
+    told = alternatives(model, tokenizer, prompt, said, top)
+    calls = calls_in(chat.format, said) if ended else []
+    end = "tool_calls" if calls else "stop" if ended else "length"
+    yield {"end": end, "prompt_tokens": len(prompt), "calls": calls, "tokens": told}
+
+
+def calls_in(form: Any, said: list[int]) -> list[dict[str, Any]]:
+    """The calls of tools in a reply's tokens, each with a name of its own."""
+    message = form.message(said) if isinstance(form, ChatTemplate) else {}
+    return [call | {"id": f"call_{uuid4().hex}"} for call in message.get("tool_calls", [])]
+
+
+def talk(shelf: Shelf, name: str, messages: list[Any], **options: Any) -> Job:
+    """A reply whose calls of tools are run: after each call {"called": "name arguments", "result": text} and
+    the reply to that; at the end {"messages": …}, all that was said, to go on with."""
+    said, tools = list(messages), None
+    for turn in range(MOST_CALLS + 1):
+        text, event = "", Event()
+        for event in reply(shelf, name, said, **options):
+            text += event.get("piece", "")
+            yield event
+        said.append({"role": "assistant", "content": text, "tool_calls": event["calls"]})
+        if not event["calls"] or turn == MOST_CALLS:
+            break
+        tools = tools or shelf.tools(name)
+        for call, result in zip(event["calls"], results_of(tools, event["calls"]), strict=True):
+            said.append(result)
+            yield {"called": "{name} {arguments}".format_map(call["function"]), "result": result["content"]}
+    yield {"messages": said}
 
 
 def until(texts: Iterable[str], stops: Sequence[str]) -> Iterator[tuple[str, bool]]:

@@ -11,16 +11,19 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 from minillm.errors import InputError
+from minillm.files import write_text
 from minillm.play.parts import Picking
 from minillm.play.shelf import answers
+from minillm.play.web import words_for
 from minillm.play.worker import Event, Worker
 
 FEWEST_RANKINGS = 10
@@ -33,10 +36,10 @@ POLICY += " --rollout-batch 32 --beta 0.02"
 class Training:
     """At most one at a time, in play/visit-1, play/visit-2, …"""
 
-    def __init__(self, runs: Path, picking: Picking, worker: Worker) -> None:
-        self.runs, self.folder, self.picking, self.worker = runs, runs / "play", picking, worker
+    def __init__(self, picking: Picking, worker: Worker, device: str) -> None:
+        self.picking, self.shelf, self.worker, self.device = picking, picking.shelf, worker, device
+        self.folder = self.shelf.folder / "play"
         self.events, self.grown = list[Event](), asyncio.Condition()
-        self.process: asyncio.subprocess.Process | None = None
         self.task: asyncio.Task[None] | None = None
         self.name, self.stopped, self.began = "", False, 0.0
 
@@ -44,7 +47,7 @@ class Training:
     def running(self) -> bool:
         return self.task is not None and not self.task.done()
 
-    def start(self, count: int, beside: bool, iterations: int) -> str:
+    def start(self, count: int, beside: bool = False, iterations: int = 20) -> str:
         """Begins, with the `count` rankings that there are, or with those of the simulated people `beside`
         them; the name of the run. InputError where it cannot be."""
         if self.running:
@@ -53,54 +56,70 @@ class Training:
             raise InputError(f"{max(0, count)} picks so far; it takes {FEWEST_RANKINGS}")
         if not 1 <= iterations <= 1000:
             raise InputError(f"iterations {iterations}: give 1 to 1000")
-        init, simulated = self.runs / "sft", self.runs / "rlhf" / "rankings.jsonl"
+        init, simulated = self.shelf.folder / "sft", self.shelf.folder / "rlhf" / "rankings.jsonl"
         for needed in (init, *([simulated] if beside else [])):
             if not needed.exists():
                 raise InputError(f"{needed}: is not there; make demo makes it")
         visits = (f"visit-{number}" for number in range(1, 100_000))
         self.name = next(name for name in visits if not (self.folder / name).exists())
-        shared = ["--init", str(init), "--out", str(self.folder / self.name)]
-        reward = ["--rankings", str(self.picking.rankings), *([str(simulated)] if beside else REWARD.split())]
-        policy = ["--iterations", str(iterations), *POLICY.split()]
-        stages = {"reward": [*reward, *shared], "policy": [*policy, *shared]}
+        shared = ["--init", str(init), "--out", str(self.folder / self.name), "--device", self.device]
+        ranked = [
+            "--rankings",
+            str(self.picking.file.path),
+            *([str(simulated)] if beside else REWARD.split()),
+        ]
+        stages = {
+            "reward": [*ranked, *shared],
+            "policy": ["--iterations", str(iterations), *POLICY.split(), *self._prompts(), *shared],
+        }
         self.events, self.stopped, self.began = [], False, time.monotonic()
         self.task = asyncio.create_task(self._run(stages))
         return self.name
 
+    def _prompts(self) -> list[str]:
+        """Which prompts the policy trains on: those of the world that was ranked, or else what was ranked."""
+        sets = self.picking.sets
+        if sets[0].world is not None:
+            return ["--seed", str(sets[0].world)]
+        path = self.folder / self.name / "prompts.jsonl"
+        path.parent.mkdir()
+        write_text(path, "".join(json.dumps({"messages": given.messages}) + "\n" for given in sets))
+        return ["--data", str(path)]
+
     async def _run(self, stages: dict[str, list[str]]) -> None:
-        end: Event = {"stage": "done"}
         try:
             for stage, arguments in stages.items():
-                await self._say({"stage": stage})
-                line = await self._stage(stage, arguments)
-                if self.stopped or line:
-                    end = {"stage": "stopped"} if self.stopped else {"stage": "failed", "error": line}
-                    break
+                if not self.stopped:
+                    await self._say({"stage": stage})
+                    await self._stage(stage, arguments)
+            end: Event = {"stage": "stopped" if self.stopped else "done"}
         except Exception as error:  # whatever it is, nobody must wait for what will not come
-            end = {"stage": "failed", "error": f"{type(error).__name__}: {error}"}
+            end = {"stage": "failed", "error": words_for(error)}
         await self._say(end)
 
-    async def _stage(self, stage: str, arguments: list[str]) -> str:
-        """Runs a stage and tells what it logs; the line of its error, if it ends in one."""
+    async def _stage(self, stage: str, arguments: list[str]) -> None:
+        """Runs a stage and tells what it logs. InputError with the line of its error, if it ends in one."""
         run = self.folder / self.name / ("reward" if stage == "reward" else "ppo")
-        log = self.folder / f"{self.name}.log"
-        with open(log, "wb") as output:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "rlhf", "--stage", stage, *arguments,
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        with tempfile.TemporaryFile() as output:
+            process: Any = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "minillm.play.stage", "--stage", stage, *arguments,
+                stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
-        ending, told, over = asyncio.create_task(self.process.wait()), 0, False
-        while not over:
-            await asyncio.wait([ending], timeout=0.3)
-            over = ending.done()  # once more after its end: its last lines
-            told = await self._tell(stage, run, told)
-        lines = log.read_text(errors="replace").splitlines()
-        log.unlink()
-        if (code := ending.result()) == 0:
-            return ""
-        return next(
-            (line for line in lines if line.startswith("error:")), f"error: it ended with code {code}"
-        )
+            ending, told, over = asyncio.create_task(process.wait()), 0, False
+            try:
+                while not over:
+                    await asyncio.wait([ending], timeout=0.3)
+                    over = ending.done()  # once more after its end: its last lines
+                    told = await self._tell(stage, run, told)
+                    if self.stopped:
+                        process.stdin.close()
+            finally:
+                process.stdin.close()
+            output.seek(0)
+            lines = output.read().decode(errors="replace").splitlines()
+        if ending.result() and not self.stopped:
+            errors = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
+            raise InputError(next(errors, f"the stage {stage} ended with code {ending.result()}"))
 
     async def _tell(self, stage: str, run: Path, told: int) -> int:
         """Tells the whole lines of metrics.jsonl behind its first `told` bytes; how far it is told then."""
@@ -112,10 +131,10 @@ class Training:
             if event["event"] in ("train", "val"):
                 await self._say({"of": stage} | event)
         if stage == "policy" and any(event["event"] == "val" for event in events):
-            name = run.relative_to(self.runs).as_posix()
+            name = run.relative_to(self.shelf.folder).as_posix()
 
             def asked() -> Event:
-                return {"answers": answers(self.picking.shelf, name, self.picking.watched)}
+                return {"answers": answers(self.shelf, name, self.picking.watched)}
 
             await self._say(await self.worker.result(asked) | {"step": events[-1]["step"]})
         return told + len(whole)
@@ -139,12 +158,10 @@ class Training:
                     await self.grown.wait()
 
     def stop(self) -> None:
-        """As Ctrl-C does: the run is saved, and can be used."""
-        if not self.running or self.process is None:
+        """As Ctrl-C does, within a second: the run is saved, and can be used."""
+        if not self.running:
             raise InputError("no training is under way")
         self.stopped = True
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGINT)
 
     async def close(self) -> None:
         """Stops what is under way and waits until it has saved."""
@@ -155,6 +172,7 @@ class Training:
     def undo(self, name: str) -> None:
         """Takes the run of a visit away."""
         shutil.rmtree(self._visit(name))
+        self._forget(name)
 
     def keep(self, name: str, new: str) -> None:
         """Gives the run of a visit a name."""
@@ -163,6 +181,12 @@ class Training:
         if (self.folder / new).exists():
             raise InputError(f"{new}: is there already; give another name")
         os.rename(self._visit(name), self.folder / new)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """What was told of the latest training, if it was this one: another can begin."""
+        if name == self.name:
+            self.events, self.name = [], ""
 
     def _visit(self, name: str) -> Path:
         if self.running and name == self.name:

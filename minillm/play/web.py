@@ -6,14 +6,17 @@ body is at most a megabyte. What models and visitors write goes out as JSON alon
 """
 
 import hmac
+import inspect
 import json
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, get_origin
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minillm.errors import InputError, last_words
@@ -33,12 +36,27 @@ Fields = Mapping[str, tuple[Any, Any]]
 """Of a body: by name the type and the default, which is ... for what must be there."""
 
 
+def posted(path: str, answer: Callable[..., Awaitable[Event | Response]]) -> Route:
+    """An address where JSON objects are posted whose fields are the parameters of `answer`."""
+    fields = {
+        name: (get_origin(one.annotation) or one.annotation, ... if one.default is one.empty else one.default)
+        for name, one in inspect.signature(answer).parameters.items()
+    }
+
+    async def respond(request: Request) -> Response:
+        found = await answer(**await fields_of(request, fields))
+        return found if isinstance(found, Response) else JSONResponse(found)
+
+    return Route(path, respond, methods=["POST"])
+
+
 async def fields_of(request: Request, fields: Fields) -> dict[str, Any]:
     """The fields of the JSON object that came, those left out by default. InputError for what is wrong."""
     try:
         found = await request.json()
+        json.dumps(found, ensure_ascii=False).encode()  # half a character of UTF-16 is no text
     except (ValueError, RecursionError) as error:
-        raise InputError("the body is not JSON") from error
+        raise InputError("the body is not JSON in UTF-8") from error
     if not isinstance(found, dict):
         raise InputError("the body is no JSON object")
     if unknown := sorted(set(found) - set(fields)):
@@ -67,7 +85,7 @@ def stream_of(events: AsyncGenerator[Event]) -> StreamingResponse:
         except Exception as error:
             yield f"data: {json.dumps({'error': words_for(error)})}\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return StreamingResponse(lines(), media_type="text/event-stream")
 
 
 def words_for(error: Exception) -> str:
@@ -79,7 +97,7 @@ def words_for(error: Exception) -> str:
 
 
 def status_of(error: Exception) -> int:
-    return 429 if isinstance(error, Busy) else 400 if last_words(error) else 500
+    return 429 if isinstance(error, Busy) else 400 if isinstance(error, InputError) else 500
 
 
 class Door:
@@ -107,23 +125,14 @@ class Door:
 
         async def sealed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {name.lower() for name, _ in message["headers"]}
-                seals = dict(HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
                 if self._is_token(request.query_params.get("token", "")):
-                    seals["set-cookie"] = f"minillm={self.token}; HttpOnly; SameSite=Strict; Path=/"
-                new = [
-                    (name.encode(), value.encode())
-                    for name, value in seals.items()
-                    if name.encode() not in own
-                ]
-                message["headers"] = [*message["headers"], *new]
+                    headers["set-cookie"] = f"minillm={self.token}; HttpOnly; SameSite=Strict; Path=/"
             await send(message)
 
-        try:
-            await self.app(scope, bounded, sealed)
-        except InputError as error:  # raised by `bounded`, in the middle of reading
-            response: Response = JSONResponse({"error": str(error)}, 413)
-            await response(scope, receive, sealed)
+        await self.app(scope, bounded, sealed)
 
     def _is_token(self, given: str) -> bool:
         return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())

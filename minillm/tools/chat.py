@@ -114,10 +114,12 @@ class Chat:
         self.replies, self.cut, self.tokens = 0, False, list[int]()
         self.set_system(options.system or "")
 
-    def ask(self, text: str, note: Note = print) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
-        """The messages with a text of the user's, the oldest exchanges dropped; their tokens; how to reply.
-        `note` is told what there is to say about that."""
-        said = (*self.messages, {"role": "user", "content": text})
+    def ask(
+        self, text: str | Message, note: Note = print
+    ) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
+        """The messages with a text of the user's, or a message such as a tool's result, the oldest exchanges
+        dropped; their tokens; how to reply. `note` is told what there is to say about that."""
+        said = (*self.messages, {"role": "user", "content": text} if isinstance(text, str) else text)
         system = said[: said[0]["role"] == "system"]
         for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
             prompt = self.format.prompt(asked, self.options.thinking)

@@ -36,7 +36,10 @@ async function show() {
   }
   trouble(null);
   try {
-    await parts[name].show(await get("/api/state"));
+    const state = await get("/api/state");
+    $("note").textContent = state.note;
+    $("note").hidden = !state.note;
+    await parts[name].show(state);
   } catch (error) {
     trouble(error);
   }

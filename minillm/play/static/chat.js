@@ -25,11 +25,15 @@ export async function show(state) {
 
 const chosen = () => [...$("chat-runs").querySelectorAll("input:checked")].map((box) => box.value);
 
+function line(who, ...said) {
+  return make("p", { class: "said" }, make("span", { class: "who" }, `${who}: `), ...said);
+}
+
 function drawColumns() {
   $("chat-columns").replaceChildren(...chosen().map((name) => {
-    const column = make("div", { "data-run": name }, make("h3", {}, name));
-    for (const message of talks.get(name) ?? []) column.append(make("p", { class: "said" }, make("span", { class: "who" }, `${message.role}: `), message.content));
-    return column;
+    const said = (talks.get(name) ?? []).map(({ role, content, tool_calls }) =>
+      line(role, content, ...(tool_calls ?? []).map((call) => ` ${call.function.name} ${call.function.arguments}`)));
+    return make("div", { "data-run": name }, make("h3", {}, name), ...said);
   }));
 }
 
@@ -53,9 +57,10 @@ async function ask(column, text, signal) {
   const name = column.dataset.run;
   const messages = [...(talks.get(name) ?? []), { role: "user", content: text }];
   const note = make("p", { class: "quiet" });
-  const said = make("p", { class: "said" }, make("span", { class: "who" }, "assistant: "));
-  column.append(make("p", { class: "said" }, make("span", { class: "who" }, "user: "), text), note, said);
+  let said = line("assistant");
+  column.append(line("user", text), note, said);
   let whole = "";
+  let talk = null;
   try {
     const asked = { run: name, messages, temperature: Number($("chat-temperature").value), seed };
     for await (const event of events("/api/chat", asked, signal)) {
@@ -67,10 +72,14 @@ async function ask(column, text, signal) {
         said.append(event.piece);
       } else if (event.end) {
         said.replaceChildren(said.firstChild, ...event.tokens.map(token), event.end === "length" ? " [cut]" : "");
-      }
+      } else if (event.called) {
+        said = line("assistant");
+        column.append(line("tool", `${event.called} → ${event.result}`), said);
+        whole = "";
+      } else if (event.messages) talk = event.messages;
     }
   } finally {
-    talks.set(name, [...messages, { role: "assistant", content: whole }]);
+    talks.set(name, talk ?? [...messages, { role: "assistant", content: whole }]);
   }
 }
 
@@ -81,6 +90,6 @@ function token(one) {
   const instead = one.instead.map(([text, p]) => `“${text}” ${percent(p)}`).join(", ");
   const line = `“${one.text}” had ${percent(one.p)}; most probable here: ${instead}`;
   element.title = line;
-  for (const kind of ["mouseenter", "focus"]) element.addEventListener(kind, () => { $("chat-token").textContent = line; });
+  for (const kind of ["mouseenter", "focus"]) element.addEventListener(kind, () => { $("chat-token").textContent = line; $("chat-token").hidden = false; });
   return element;
 }

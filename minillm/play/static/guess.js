@@ -1,11 +1,11 @@
 // Part 1: a text stops, the visitor and the model guess the next word.
 
-import { $, bars, doing, get, keys, make, percent, post } from "./page.js";
+import { $, bars, doing, keys, make, percent, post } from "./page.js";
 
 const OTHER_WORDS = 1000; // among which a visitor's doubt is spread
 const score = { rounds: 0, you: 0, it: 0, yours: 0, its: 0 };
 let number = Math.floor(Math.random() * 1e9);
-let question = null;
+let question = null; // with its answer, which shows once the visitor has guessed
 let told = false;
 
 export function begin() {
@@ -14,7 +14,7 @@ export function begin() {
   $("guess-run").addEventListener("change", doing(ask));
   $("guess-temperature").addEventListener("input", doing(async () => {
     $("guess-temperature-shown").textContent = Number($("guess-temperature").value).toFixed(1);
-    if (told) await expectations();
+    if (question) await load();
   }));
   keys("guess", (event) => {
     if (!told && question && /^[1-4]$/.test(event.key)) $("guess-choices").children[event.key - 1]?.click();
@@ -31,8 +31,8 @@ export async function show(state) {
 }
 
 async function ask() {
-  question = await get(`/api/guess?run=${encodeURIComponent($("guess-run").value)}&number=${number}`);
   told = false;
+  await load();
   const pieces = question.pieces.map((piece) => make("span", { class: "token" }, piece));
   $("guess-text").replaceChildren(...pieces, make("span", { class: "gap" }, " ?"));
   $("guess-source").textContent = `From “${question.source}”, held out. The shading shows the model's tokens.`;
@@ -43,27 +43,38 @@ async function ask() {
   $("guess-told").hidden = true;
 }
 
+// The question, with what the model expects at the temperature of now, also if that was moved meanwhile.
+async function load() {
+  let asked;
+  do {
+    asked = { run: $("guess-run").value, number, temperature: Number($("guess-temperature").value) };
+    question = await post("/api/guess", asked);
+  } while (asked.temperature !== Number($("guess-temperature").value));
+  const rows = question.words.map(([word, p]) => [word, p, percent(p), word === question.truth]);
+  if (!rows.some((row) => row[3])) rows.push([question.truth, question.p, percent(question.p), true]);
+  bars($("guess-bars"), rows);
+}
+
 async function next() {
   number += 1;
   await ask();
   $("guess-choices").firstChild.focus();
 }
 
-async function guess(word) {
+function guess(word) {
   if (!word || told) return;
   const sure = Number(document.querySelector("input[name=sure]:checked").value);
-  const found = await expectations();
   told = true;
-  const right = word.toLowerCase() === found.truth.toLowerCase();
-  const its = found.words[0]?.[0] === found.truth;
+  const right = word.toLowerCase() === question.truth.toLowerCase();
+  const its = question.words[0]?.[0] === question.truth;
   score.rounds += 1;
   score.you += right;
   score.it += its;
   score.yours -= Math.log(right ? sure : (1 - sure) / OTHER_WORDS);
-  score.its -= Math.log(Math.max(found.p, 1e-9));
-  $("guess-verdict").textContent = `“${found.truth}” came. You said “${word}”, ${right ? "right" : "wrong"}. ` +
-    `The model's first guess was “${found.words[0]?.[0]}”, ${its ? "right" : "wrong"}; it gave the true word ${percent(found.p)}.`;
-  $("guess-text").lastChild.textContent = ` ${found.truth}`;
+  score.its -= Math.log(Math.max(question.p, 1e-9));
+  $("guess-verdict").textContent = `“${question.truth}” came. You said “${word}”, ${right ? "right" : "wrong"}. ` +
+    `The model's first guess was “${question.words[0]?.[0]}”, ${its ? "right" : "wrong"}; it gave the true word ${percent(question.p)}.`;
+  $("guess-text").lastChild.textContent = ` ${question.truth}`;
   $("guess-form").hidden = true;
   $("guess-told").hidden = false;
   for (const [id, count] of [["guess-you", score.you], ["guess-it", score.it]]) {
@@ -72,13 +83,4 @@ async function guess(word) {
   $("guess-your-nats").textContent = `${(score.yours / score.rounds).toFixed(2)} nats`;
   $("guess-its-nats").textContent = `${(score.its / score.rounds).toFixed(2)} nats`;
   $("guess-next").focus();
-}
-
-async function expectations() {
-  const asked = { run: $("guess-run").value, number, temperature: Number($("guess-temperature").value) };
-  const found = await post("/api/guess", asked);
-  const rows = found.words.map(([word, p]) => [word, p, percent(p), word === found.truth]);
-  if (!rows.some((row) => row[3])) rows.push([found.truth, found.p, percent(found.p), true]);
-  bars($("guess-bars"), rows);
-  return found;
 }

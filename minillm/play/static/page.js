@@ -68,7 +68,7 @@ export function bars(target, rows) {
   }));
 }
 
-export const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)}%`;
+export const percent = (p) => (p > 0 && p < 0.001 ? "<0.1%" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)}%`);
 
 // A button's work: one at a time, and what goes wrong is said on the page.
 export function doing(work) {

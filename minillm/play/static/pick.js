@@ -1,9 +1,10 @@
 // Part 2: responses in blind order; a pick of the best, or an order of all, with ties.
 
-import { $, bars, doing, get, keys, make, post } from "./page.js";
+import { $, bars, doing, keys, make, post } from "./page.js";
 
 const LETTERS = "ABCDEFGHI";
 let shown = null; // the set, by /api/rank
+let needed = 10; // picks before there can be a training
 let order = []; // of indices, in groups of ties, as far as the visitor has ordered them
 let tie = false; // whether the next goes beside the last
 let dragged = null;
@@ -26,17 +27,34 @@ export function begin() {
 
 export async function show(state) {
   if (state.ranked < 0) throw new Error("no responses to pick from yet: run make demo, or python rlhf.py --stage sample, then load this page again");
+  needed = state.needed;
   await load();
 }
 
-async function load() {
-  shown = await get(`/api/rank?name=${encodeURIComponent($("pick-name").value)}`);
-  $("pick-count").textContent = `${shown.done} of ${shown.of} ranked by ${$("pick-name").value}` + (shown.skipped ? `, ${shown.skipped} skipped` : "");
+const load = () => send("");
+
+// Carries out an action, and shows the next set and, after a ranking, what the reward model says of the last.
+async function send(action) {
+  const before = shown;
+  shown = await post("/api/rank", { name: $("pick-name").value, key: shown?.key ?? "", action });
+  const missing = needed - shown.ranked;
+  $("pick-count").textContent = `${shown.done} of ${shown.of} ranked by ${$("pick-name").value}${shown.skipped ? `, ${shown.skipped} skipped` : ""}.`;
+  $("pick-to-train").replaceChildren(missing > 0 ? `${missing} more and you can train on them.` : make("a", { href: "#train" }, "Enough to train on: go to 3 Train"));
   $("pick-messages").replaceChildren(...(shown.messages ?? []).map((message) =>
     make("p", {}, make("span", { class: "who" }, `${message.role}: `), message.content)));
   if (!shown.key) $("pick-messages").replaceChildren(make("p", {}, "Nothing is left to rank."));
   shown.responses ??= [];
   reorder([]);
+  const scores = shown.scores;
+  $("pick-candy").hidden = !scores;
+  if (!scores) return;
+  const [low, high] = [Math.min(...scores), Math.max(...scores)];
+  const best = action.split(" > ")[0];
+  $("pick-last").textContent = before.messages.at(-1).content;
+  bars($("pick-scores"), before.responses.map((text, i) => [
+    `${best.includes(LETTERS[i]) ? "✓ " : ""}${text.length > 60 ? `${text.slice(0, 60)}…` : text || "(nothing)"}`,
+    (scores[i] - low + 0.1) / (high - low + 0.1), scores[i].toFixed(2), scores[i] === high,
+  ]));
 }
 
 const letters = (groups) => groups.map((tied) => tied.map((i) => LETTERS[i]).join(" = ")).join(" > ");
@@ -65,7 +83,7 @@ function reorder(groups) {
   $("pick-responses").replaceChildren(...shown.responses.map((text, i) => {
     const action = all ? (placed.includes(i) ? "Take out" : "Next best") : "Best";
     const box = make("div", { class: "response", draggable: all },
-      make("p", {}, make("span", { class: "place" }, place(i)), " ", text || "(nothing)"),
+      make("p", {}, ...(all ? [make("span", { class: "place" }, place(i)), " "] : []), text || "(nothing)"),
       make("button", { type: "button", "aria-label": `${action}: response ${i + 1}`, onclick: () => choose(i) }, action));
     box.addEventListener("dragstart", () => { dragged = i; });
     box.addEventListener("dragover", (event) => { event.preventDefault(); box.classList.add("over"); });
@@ -86,18 +104,4 @@ function drop(target) {
   groups.splice(groups.findIndex((tied) => tied.includes(target)), 0, [dragged]);
   dragged = null;
   reorder(groups);
-}
-
-async function send(action) {
-  const before = shown;
-  const found = await post("/api/rank", { name: $("pick-name").value, key: shown.key ?? "", action });
-  await load();
-  const scores = found.scores;
-  $("pick-candy").hidden = !scores;
-  if (!scores) return;
-  const [low, high] = [Math.min(...scores), Math.max(...scores)];
-  bars($("pick-scores"), before.responses.map((text, i) => [
-    text.length > 60 ? `${text.slice(0, 60)}…` : text || "(nothing)",
-    (scores[i] - low + 0.1) / (high - low + 0.1), scores[i].toFixed(2), scores[i] === high,
-  ]));
 }

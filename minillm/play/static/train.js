@@ -21,10 +21,10 @@ export function begin() {
 export async function show(state) {
   if (state.training.running || (state.training.name && !first)) follow();
   else if (!state.training.name) {
-    const [picks, missing] = [Math.max(0, state.ranked), Math.max(0, 10 - state.ranked)];
-    $("train-state").textContent = missing
-      ? `${picks} picks so far; pick ${missing} more under “2 Pick”, then come back.`
-      : `${picks} picks to learn from.`;
+    const [picks, missing] = [Math.max(0, state.ranked), Math.max(0, state.needed - state.ranked)];
+    $("train-state").replaceChildren(...(missing
+      ? [`Picks so far: ${picks}. `, make("a", { href: "#pick" }, `Pick ${missing} more`), ", then come back."]
+      : [`${picks} picks to learn from. It takes about a minute.`]));
     $("train-start").disabled = missing > 0;
   }
 }
@@ -42,6 +42,7 @@ const follow = doing(async () => {
   first = null;
   draw();
   $("train-answers").replaceChildren();
+  $("train-prompts").hidden = true;
   $("train-after").hidden = true;
   $("train-start").disabled = true;
   $("train-stop").hidden = false;
@@ -57,7 +58,7 @@ function tell(event) {
   if (event.stage) {
     run = event.run ?? run;
     const said = {
-      reward: "A reward model learns from the picks …",
+      reward: "A reward model learns from the picks … (it takes a while to start)",
       policy: "The assistant learns by PPO …",
       done: `Done in ${Math.round(event.seconds)} s. The policy is play/${event.run}/ppo.`,
       stopped: "Stopped; what was learned so far is kept.",
@@ -67,10 +68,12 @@ function tell(event) {
     if (event.stage === "done" || event.stage === "stopped") {
       $("train-after").hidden = false;
       $("train-name").value = run;
+      $("train-export").hidden = !first; // stopped before there was a policy
       $("train-export").href = `/api/export?run=${encodeURIComponent(`play/${run}/ppo`)}`;
     }
   } else if (event.answers) {
     first ??= event.answers;
+    $("train-prompts").hidden = false;
     $("train-answers").replaceChildren(...event.answers.map((now, i) => make("div", {},
       make("p", { class: "who" }, now.prompt),
       make("p", {}, "before: ", first[i].text),
