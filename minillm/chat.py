@@ -152,6 +152,8 @@ class Completion:
         self.tokenizer = tokenizer
         self.stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         """The token that ends a document, if there is one."""
+        self.call_id = None
+        """It calls no tools."""
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], thinking: bool = False) -> list[int]:
         """The tokens of the last message, as the beginning of a document."""

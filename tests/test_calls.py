@@ -20,7 +20,19 @@ from minillm.io.template import PLAIN_TEMPLATE
 from minillm.preferences import ChatModel, Responses
 from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minillm.tools import calls as calls_module
-from minillm.tools.calls import LONGEST_RESULT, Tool, calculate, calculator, converse, run_call, search
+from minillm.tools import chat as chat_module
+from minillm.tools.calls import (
+    LONGEST_RESULT,
+    Tool,
+    calculate,
+    calculator,
+    converse,
+    open_tools,
+    run_call,
+    search,
+)
+from minillm.tools.chat import Chat, Options
+from minillm.world import World
 
 LAW = settings(deadline=None, max_examples=60)
 SAMPLING = SamplingOptions(8, temperature=0)
@@ -347,3 +359,98 @@ def test_a_model_that_knows_no_calls_says_so(scripted):
     with pytest.raises(InputError, match="no chat template that knows calls"):
         converse(base, [ask("x")], TOOLS, SAMPLING, [0])
     assert chat.tokenizer.config["chat_template"] == TEMPLATE
+
+
+# ---- In the terminal's conversation
+
+
+@pytest.fixture
+def talk(monkeypatch, scripted):
+    """A `Chat` that says what is scripted, turn by turn."""
+
+    def script(*turns: str, **options: object) -> Chat:
+        model, _ = scripted()
+        chat, coming = Chat(model.model, model.tokenizer, Options("run", **options)), iter(turns)
+
+        def say(model, prompt, sampling, seed):
+            first, *calls = next(coming).split("CALL ")
+            yield from chat.tokenizer.encode(first)
+            for call in calls:
+                yield from [chat.format.call_id, *chat.tokenizer.encode(call)]
+            yield chat.format.end_id
+
+        monkeypatch.setattr(chat_module, "stream", say)
+        return chat
+
+    return script
+
+
+def test_a_chat_shows_calls_and_results_and_says_the_rest(talk):
+    chat, notes = talk("Well. " + SUM, "So 5.", tools=("calculator",)), []
+    assert "".join(chat.reply("2+3?", notes.append)) == "Well. So 5."
+    assert notes == ['[calculator {"expression": "2+3"} → 5]']
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
+    assert chat.asked == chat.format.prompt(chat.messages[:3]) and not chat.cut
+    assert chat_module.run_command(chat, "/undo") and not chat.messages
+
+
+def test_a_chat_without_tools_runs_nothing_and_one_that_was_told_of_them_ends_at_the_call(talk):
+    chat = talk(SUM, "Nothing.")
+    assert "".join(chat.reply("2+3?")) == "<|system|>" + SUM.removeprefix("CALL ")
+    assert len(chat.messages) == 2 and "tool_calls" not in chat.messages[1]
+    chat = talk(SUM, "So 5.")
+    chat.told = [calculator().schema()]
+    assert "".join(chat.reply("2+3?")) == "" and len(chat.messages) == 2
+    assert chat.asked == chat.format.prompt(with_tools(ask("2+3?"), chat.told))
+    (call,) = chat.messages[1]["tool_calls"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "5"}
+    assert "".join(chat.reply(result)) == "So 5." and len(chat.messages) == 4
+
+
+def test_a_chat_calls_no_more_often_than_it_may_and_ends_where_no_room_is_left(talk):
+    chat, notes = talk(*[SUM] * 9, tools=("calculator",)), []
+    assert "".join(chat.reply("x", notes.append)) == ""
+    assert notes[-1] == "(5 calls: no more than 4 are run in a reply)" and len(notes) == 5
+    chat, notes = talk("y" * 360 + SUM, "Never said.", tools=("calculator",), max_new_tokens=380), []
+    assert len("".join(chat.reply("x" * 12, notes.append))) == 360
+    assert notes[-1] == "(no room for a reply after the results)"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tools": ("calculator",), "samples": 2, "prompt": "x"}, "with --tools there is one answer"),
+        ({"search_in": ("a.txt",), "tools": ("calculator",)}, "--search-in: nothing searches there"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        Options("run", **options)
+
+
+def test_a_base_model_calls_no_tools():
+    model, tokenizer = tiny_model()
+    with pytest.raises(InputError, match="--tools: run has no chat template that knows calls"):
+        Chat(model, tokenizer, Options("run", tools=("calculator",)))
+
+
+def test_the_search_is_over_given_files_or_the_text_that_the_runs_base_was_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_text("Ida keeps bees. Tom keeps goats.\n" * 20)
+    stages = {"base": ("train", {"data": [str(tmp_path / "a.txt")], "init": None}),
+              "sft": ("sft", {"data": ["chats.jsonl"], "init": str(tmp_path / "base")}),
+              "alone": ("sft", {"init": None})}  # fmt: skip
+    for name, (stage, options) in stages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"stage": stage, "options": options}))
+    for run, files in (("sft", []), ("alone", [str(tmp_path / "a.txt")])):
+        assert (
+            open_tools(["search"], tmp_path / run, files)["search"].run("who keeps goats")
+            == "Tom keeps goats."
+        )
+    with pytest.raises(InputError, match=r"alone.run\.json: does not say on what text"):
+        open_tools(["search"], tmp_path / "alone", [])
+    world = {"data": [], "seed": 3, "world_megabytes": 0.02, "init": None}
+    (tmp_path / "base" / "run.json").write_text(json.dumps({"stage": "train", "options": world}))
+    page = next(World(3).documents("wiki", 0.001))
+    sentence = page.split("\n\n")[1].split(". ")[0]
+    assert sentence in open_tools(["search"], tmp_path / "sft", [])["search"].run(sentence)

@@ -27,10 +27,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillm.chat import ChatTemplate, Conversation
+from minillm.chat import Completion, Conversation
 from minillm.errors import InputError, reason_of
 from minillm.files import read_json
 from minillm.generate import SamplingOptions
+from minillm.io.text import text_sources
 from minillm.preferences import ChatModel, sample_responses
 
 SECONDS = 2.0
@@ -196,20 +197,30 @@ def search(texts: Iterable[str]) -> Tool:
     return Tool("search", "The sentence of the texts that fits a query best", "query", find)
 
 
-def texts_of_run(run: Path) -> Iterable[str]:
-    """The text that a run, or the one it started from, was trained on. InputError where that is not known."""
-    from minillm.io.text import text_sources
+def open_tools(names: Iterable[str], run: Path, files: Sequence[str]) -> dict[str, Tool]:
+    """Tools by name; the search is over `files`, or else over the text of a run."""
+    kinds = {"calculator": calculator, "search": lambda: search(texts_of_run(run, files))}
+    return {name: kinds[name]() for name in names}
 
-    for _ in range(9):  # from a policy to its assistant to its base model
-        path = run / "run.json"
-        options = read_json(path).get("options", {}) if path.exists() else {}
-        if "world_megabytes" in options and not options.get("init"):
-            sources = text_sources(options["data"], options["seed"], options["world_megabytes"])
-            return (text for source in sources for text in source.documents())
-        run = Path(options.get("init") or "")
-        if not options.get("init"):
-            break
-    raise InputError(f"{path}: does not say what text the run was trained on; give files with --search-in")
+
+def texts_of_run(run: Path, files: Sequence[str] = ()) -> Iterable[str]:
+    """The documents of `files`; without any those that a run was trained on, or the one it began with."""
+    options = {} if files else text_options(run)
+    size = options.get("world_megabytes", 0.0)
+    sources = text_sources(files or options["data"], options.get("seed", 0), size)
+    return (text for source in sources for text in source.documents())
+
+
+def text_options(run: Path) -> dict[str, Any]:
+    """The options of the run of train.py from which a run comes. InputError where that is not known."""
+    path = run / "run.json"
+    said = read_json(path) if path.exists() else {}
+    options = said.get("options", {})
+    if options.get("init"):
+        return text_options(Path(options["init"]))
+    if said.get("stage") != "train":
+        raise InputError(f"{path}: does not say on what text the run was trained; give files, --search-in")
+    return dict(options)
 
 
 # ---- Conversations that call
@@ -229,7 +240,7 @@ def converse(
     assistant's; it still holds calls where there were more than `most_calls`, and is cut where the context
     has no room for `sampling.max_new_tokens` more. InputError for a model that knows no calls.
     """
-    if not isinstance(model.form, ChatTemplate) or model.form.call_id is None:
+    if isinstance(model.form, Completion) or model.form.call_id is None:
         raise InputError(f"{model.name}: has no chat template that knows calls; train it with sft.py")
     form, added = model.form, [Conversation() for _ in prompts]
     sampling, calling = replace(sampling, stop_ids=form.stop_ids), list(range(len(prompts)))

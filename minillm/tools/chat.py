@@ -5,15 +5,16 @@
     python -m minillm.chat out/sft --prompt "Who are you?"  one answer and nothing else, for a script
     python -m minillm.chat out/base                         a base model goes on with the text it is given
     python -m minillm.chat out/base --prompt-file tale.txt --samples 5    in five ways
+    python -m minillm.chat out/tools --tools calculator search    runs what the model calls, and shows it
 
 First the conversation, which knows no terminal; after it the terminal: lines in, pieces out, Ctrl-C.
 """
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from minillm.chat import ChatTemplate, chat_format
+from minillm.chat import ChatTemplate, chat_format, with_tools
 from minillm.errors import InputError, one_line_errors
 from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
@@ -29,6 +30,7 @@ from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits, parse_options
 from minillm.tokenizer import Tokenizer
+from minillm.tools.calls import MOST_CALLS, Tool, open_tools, results_of
 from minillm.tools.device import choose_device, choose_dtype
 
 LONGEST_REPLY = 512
@@ -59,6 +61,12 @@ class Options:
     """How many answers to print, each drawn with the next seed."""
     system: str | None = None
     """The system message."""
+    tools: tuple[Literal["calculator", "search"], ...] = ()
+    """What the model may call, as one can that learned it (lessons/15_tools.py)."""
+    search_in: tuple[str, ...] = ()
+    """Files, folders or globs of text for the search. Nothing: what the run's base was trained on."""
+    describe_tools: bool = False
+    """Tell the model of its tools in the system message, as conversations with a field `tools` do."""
     thinking: bool = False
     """Let a model that knows thoughts (Qwen3, DeepSeek-R1) think before it replies."""
     temperature: NotNegative = 0.7
@@ -85,18 +93,26 @@ class Options:
             raise InputError("--prompt-file: --prompt gives a text already; leave one out")
         if self.samples > 1 and self.prompt is None and self.prompt_file is None:
             raise InputError(f"--samples {self.samples}: say of what, with --prompt or --prompt-file")
+        if self.samples > 1 and self.tools:
+            raise InputError(f"--samples {self.samples}: with --tools there is one answer; leave one out")
+        if self.search_in and "search" not in self.tools:
+            raise InputError("--search-in: nothing searches there; add --tools search")
 
 
 # --- the conversation -----------------------------------------------------------------------------
 
 Message = dict[str, Any]
-"""role, content and, in a reply that did not come to its end, cut = True."""
+"""As in minillm/chat.py; in a reply that did not come to its end, cut = True."""
 Note = Callable[[str], None]
 
 
 class Chat:
     """A conversation with a model: its messages, the oldest dropped where they no longer fit, and the next
-    reply. A base model, which has no chat template, goes on with each text by itself."""
+    reply. A base model, which has no chat template, goes on with each text by itself.
+
+    `tools` are run when the model calls them. Without any, but with `told`, of which it is told (in OpenAI's
+    form), a reply ends where it calls, and the last message has the calls: they are another program's to run.
+    """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
         """InputError for options that cannot work with this model, before the first message."""
@@ -110,6 +126,14 @@ class Chat:
             raise InputError(
                 f"--max-new-tokens {self.reserved}: the model has {self.positions} positions; give less"
             )
+        self.tools, self.told = dict[str, Tool](), list[dict[str, Any]]()
+        if options.tools:
+            self.tools = open_tools(options.tools, Path(options.run), options.search_in)
+            self.told = [tool.schema() for tool in self.tools.values() if options.describe_tools]
+            if self.format.call_id is None:
+                raise InputError(
+                    f"--tools: {options.run} has no chat template that knows calls; leave it out"
+                )
         self.messages: tuple[Message, ...] = ()
         self.replies, self.cut, self.tokens = 0, False, list[int]()
         self.set_system(options.system or "")
@@ -122,7 +146,7 @@ class Chat:
         said = (*self.messages, {"role": "user", "content": text} if isinstance(text, str) else text)
         system = said[: said[0]["role"] == "system"]
         for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
-            prompt = self.format.prompt(asked, self.options.thinking)
+            prompt = self._prompt(asked)
             if self.is_base or len(prompt) + self.reserved <= self.positions:
                 break
         else:
@@ -141,31 +165,60 @@ class Chat:
         return asked, prompt, how
 
     def reply(
-        self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
+        self, text: str | Message, note: Note = print, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped; then
-        it becomes part of the conversation. `cut` says whether its end is missing, `asked` and `tokens` which
-        tokens were read and said."""
+        """The reply to a text of the user's or another message, piece by piece, until its end or until it is
+        to be stopped; then it becomes part of the conversation. `cut` says whether its end is missing,
+        `asked` and `tokens` which tokens were read and said, after the last call. `note` is told of calls and
+        results."""
         messages, self.asked, sampling = self.ask(text, note)
-        tokens = stream(self.model, self.asked, sampling, self.options.seed + self.replies)
-        self.replies, self.cut, self.tokens, said = self.replies + 1, True, [], ""
+        seed, called = self.options.seed + self.replies, 0
+        self.replies += 1
+        while True:
+            said = ""
+            for piece in self._pieces(sampling, seed):
+                said += piece
+                yield piece
+                if stopped():
+                    break
+            message: Message = {"role": "assistant", "content": said} | ({"cut": True} if self.cut else {})
+            if not self.cut and isinstance(self.format, ChatTemplate) and (self.tools or self.told):
+                message = self.format.message(self.tokens)
+            calls = message.get("tool_calls", [])
+            if not self.is_base and (said or calls or not self.cut):
+                self.messages = messages = (*messages, message)
+            called += len(calls)
+            if not (calls and self.tools):
+                return
+            if called > MOST_CALLS:
+                return note(f"({called} calls: no more than {MOST_CALLS} are run in a reply)")
+            results = results_of(self.tools, calls)
+            for call, result in zip(calls, results, strict=True):
+                note(f"[{{name}} {{arguments}} → {result['content']}]".format_map(call["function"]))
+            self.messages = messages = (*messages, *results)
+            self.asked = self._prompt(messages)
+            if (room := self.positions - len(self.asked)) < 1:
+                return note("(no room for a reply after the results)")
+            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self.format.prompt(with_tools(list(messages), self.told), self.options.thinking)
+
+    def _pieces(self, sampling: SamplingOptions, seed: int) -> Iterator[str]:
+        """One turn of the model, up to its first call where it may call; `cut` and `tokens` are of all."""
+        self.cut, self.tokens = True, []
+        call_id = self.format.call_id if self.tools or self.told else None
 
         def until_end() -> Iterator[int]:
-            for token in tokens:
+            for token in stream(self.model, self.asked, sampling, seed):
                 if token in sampling.stop_ids:
                     self.cut = False
                     return
                 self.tokens.append(token)
-                yield token
+                if call_id not in self.tokens:
+                    yield token
 
-        for piece in stream_text(self.tokenizer.decode_bytes, until_end()):
-            said += piece
-            yield piece
-            if stopped():
-                break
-        if not self.is_base and (said or not self.cut):
-            mark = {"cut": True} if self.cut else {}
-            self.messages = (*messages, {"role": "assistant", "content": said, **mark})
+        return stream_text(self.tokenizer.decode_bytes, until_end())
 
     def set_system(self, text: str) -> None:
         """Sets, or with an empty text removes, the system message."""
