@@ -1,6 +1,7 @@
 """Chat templates: what the model must produce, that text is never control, and transformers as judge."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -263,8 +264,8 @@ def test_the_clock_of_a_template_stands_still():
 
 def test_thousands_of_conversations_of_one_shape_take_one_rendering_each(monkeypatch):
     template, calls = ForeignFormat(tokenizer_of("chatml")), []
-    render = template._template.render
-    monkeypatch.setattr(template._template, "render", lambda **kw: calls.append(1) or render(**kw))
+    render = template._program.render
+    monkeypatch.setattr(template._program, "render", lambda given: calls.append(1) or render(given))
     for i in range(1000):
         template.encode([message("user", f"{i}"), message("assistant", "Hello"), message("user", "you")])
     assert len(calls) < 1010, "and a few with markers"
@@ -418,6 +419,7 @@ def test_what_a_template_refuses_is_refused_in_its_words():
         template_of("inst").encode([message("user", "a"), message("user", "b")])
 
 
+SHORT = [message("user", "Hi"), message("assistant", "Hello")]
 LOOP = "{% for a in range(9999) %}"
 SAID = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
 BROKEN = [
@@ -439,16 +441,42 @@ BROKEN = [
     ("{{ " + "(" * 50_000 + ")" * 50_000 + " }}" + SAID, "not valid Jinja"),
     ("{{ '%999999999999d' % 1 }}" + SAID, "refuses"),
     ("{{ 'x'.center(10**12) }}" + SAID, "refuses"),
+    ("{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}" + SAID, "refuses"),
+    (
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+        + SAID,
+        "refuses",
+    ),
+    ("{{ ('(' * 10**6) | urlize | length }}" + SAID, "longer than"),  # one call, which no signal ends
 ]
 
 
 @pytest.mark.parametrize(("template", "words"), BROKEN)
 def test_a_template_that_cannot_work_is_refused_before_the_first_message(monkeypatch, template, words):
-    monkeypatch.setattr("minillm.io.template.SECONDS", 0.3)
+    monkeypatch.setattr("minillm.io.sandbox.SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(InputError, match=words) as caught:
         ChatTemplate(with_template(template))
     assert time.monotonic() - began < 5 and "\n" not in str(caught.value)
+
+
+def test_what_ends_a_rendering_ends_no_other_and_none_is_needed_on_the_main_thread(monkeypatch):
+    """The page renders in a thread, where no signal could end what takes for ever."""
+    good, hard = with_template(SAID), with_template("{% if messages|length > 2 %}" + LOOP * 3
+                                                    + "{% endfor %}" * 3 + "{% endif %}" + SAID)  # fmt: skip
+    chat, slow = ForeignFormat(good), ForeignFormat(hard)
+    expected, found = chat.encode(SHORT), []
+    monkeypatch.setattr("minillm.io.sandbox.SECONDS", 0.3)
+
+    def ask() -> None:
+        with pytest.raises(InputError, match="longer than") as caught:
+            slow.encode([*SHORT, *SHORT])
+        found.extend([str(caught.value), chat.encode(SHORT)])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(30)
+    assert found[1:] == [expected]
 
 
 def test_an_end_that_any_text_may_contain_is_refused():

@@ -1,7 +1,7 @@
 """Chat templates of other people's models: messages to tokens, and the tokens the model must produce.
 
 A template is a Jinja program kept in tokenizer_config.json, in the dialect of transformers: rendered there or
-here it gives the same text. It is run in a sandbox, for it comes with other people's models.
+here it gives the same text. It is run in a sandbox (sandbox.py), for it comes with other people's models.
 
 Rendering alone loses which characters were a message's. So each sequence of roles is rendered once with a
 marker for every content. What stands between the markers is the template's own text, read with its control
@@ -19,22 +19,15 @@ Left out: tools and their calls, documents, images. Added tokens that a vocabula
 """
 
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
-from json import dumps
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from minillm.chat import Conversation, Dialogue
-from minillm.errors import InputError, reason_of
+from minillm.errors import InputError
+from minillm.io.sandbox import Program
 from minillm.tokenizer import Tokenizer
 
 PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8")
@@ -42,8 +35,6 @@ PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8"
 the end of a reply; each content starts a line, as text the model knows does."""
 
 MOST_MESSAGES = 1024
-SECONDS = 10.0
-"""For one rendering; the longest conversation takes milliseconds."""
 
 Shape = tuple[tuple[str, bool], ...]
 """The role of each message, and whether a thought comes before its text."""
@@ -61,8 +52,8 @@ class ForeignFormat:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """InputError if the template does not work."""
         self.tokenizer = tokenizer
-        # The clock stands still: a template that writes the time must not change in a conversation.
-        source, self._template = _compile(tokenizer.config, datetime.now())
+        source = _source_of(tokenizer.config)
+        self._program = Program(source)
         named = {name: token for name, token in tokenizer.config.items() if name.endswith("_token")}
         texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
         self._variables = {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -212,11 +203,10 @@ class ForeignFormat:
         return count
 
     def _render(self, messages: list[dict[str, str]], generate: bool, thinking: bool) -> str:
-        with _refusing("the chat template refuses these messages"):
-            return self._template.render(
-                messages=messages, add_generation_prompt=generate, tools=None, documents=None,
-                enable_thinking=thinking, thinking=thinking, **self._variables,
-            )  # fmt: skip
+        given = {"messages": messages, "add_generation_prompt": generate, "tools": None, "documents": None}
+        return self._program.render(
+            given | {"enable_thinking": thinking, "thinking": thinking} | self._variables
+        )
 
 
 def _mark(message: int, is_thought: bool = False) -> str:
@@ -248,59 +238,12 @@ def _find(pieces: list[str], contents: dict[str, str], rendered: str) -> dict[st
     return written
 
 
-# --- Jinja as transformers runs it
-
-
-def _compile(config: Mapping[str, Any], now: datetime) -> tuple[str, Template]:
-    """The template in a tokenizer's config, of several named ones the default: as text and as a program."""
+def _source_of(config: Mapping[str, Any]) -> str:
+    """The template in a tokenizer's config, of several named ones the default. InputError for none."""
     source = config.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
     if not isinstance(source, str):
         raise InputError("tokenizer_config.json: has no chat_template; train a chat model from it first")
-    # {% generation %} … {% endgeneration %}, with which some templates mark a reply, writes nothing.
-    program = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    # Jinja's own filter escapes what HTML reads as markup; a model reads no HTML.
-    environment.filters["tojson"] = lambda value, **how: dumps(value, **{"ensure_ascii": False, **how})
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": now.strftime}
-    with _refusing("tokenizer_config.json: chat_template is not valid Jinja"):
-        return source, environment.from_string(program)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """In which no single operation is long: Ctrl-C and the time limit wait for its end."""
-
-    intercepted_binops = frozenset(("**", "*"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
-        if max(sizes) > (most := 1000 if operator == "**" else 10**6):
-            raise OverflowError(f"{operator} of a number above {most:,}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """A template is someone's program: whatever it raises is bad input, and so is taking over SECONDS."""
-    is_main = threading.current_thread() is threading.main_thread()  # in others there are no signals
-    previous = signal.signal(signal.SIGALRM, _stop) if is_main else None
-    try:
-        if is_main:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        yield
-    except Exception as error:
-        raise InputError(f"{what}: {' '.join(reason_of(error).split())}") from error
-    finally:
-        if is_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
-
-
-def _stop(*_: object) -> NoReturn:
-    raise TimeoutError(f"takes longer than {SECONDS} seconds")
+    return source

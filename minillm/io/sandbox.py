@@ -1,0 +1,158 @@
+"""Chat templates of other people, run in a process of their own: for some seconds, in some memory.
+
+A template is a Jinja program, in the dialect of transformers. Jinja's sandbox keeps it from the system, and
+from nothing that takes for ever or all the memory: a single call may, and no signal or thread can end that. A
+process can be ended. It starts with the first template, answers a line of JSON by a line, and ends with this
+one.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from datetime import datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minillm.errors import InputError, reason_of
+
+SECONDS = 10.0
+"""For one rendering; the longest conversation takes milliseconds."""
+MEMORY = 2**30
+"""Bytes of the process, where the system can limit them (not on Windows; macOS does not heed it)."""
+
+
+class Program:
+    """A template, compiled. InputError for what is no Jinja."""
+
+    def __init__(self, source: str) -> None:
+        # The clock stands still: a template that writes the time must not change in a conversation.
+        self.source, self.now = source, datetime.now().isoformat()
+        self._run(None, "tokenizer_config.json: chat_template is not valid Jinja")
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """What it writes. InputError for whatever it raises, and for too much time or memory."""
+        return self._run(variables, "the chat template refuses these messages")
+
+    def _run(self, variables: dict[str, Any] | None, what: str) -> str:
+        text, error = _process().ask([self.source, self.now, variables])
+        if error is not None:
+            raise InputError(f"{what}: {' '.join(error.split())}")
+        return text
+
+
+@cache
+def _process() -> "_Process":
+    return _Process()
+
+
+class _Process:
+    """The process, begun anew where it had to be ended."""
+
+    def __init__(self) -> None:
+        self.lock, self.running = threading.Lock(), None
+
+    def ask(self, question: Any) -> tuple[str, str | None]:
+        """What was written, and what went wrong if anything did."""
+        with self.lock:
+            process: Any = self.running or self._start()
+            timer = threading.Timer(SECONDS, process.kill)
+            self.running = None  # until all has gone well: Ctrl-C must not leave an answer behind
+            try:
+                timer.start()
+                with suppress(BrokenPipeError):
+                    _send(process.stdin, question)
+                if not (answer := process.stdout.readline()).endswith(b"\n"):
+                    late = not timer.is_alive()
+                    return "", f"takes longer than {SECONDS:g} seconds" if late else "takes too much memory"
+                self.running = process
+                text, error = _read(answer)
+                return text, error
+            finally:
+                timer.cancel()
+                if self.running is None:
+                    process.kill()
+                    process.communicate()
+
+    def _start(self) -> Any:
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.io.sandbox as s; s._serve()"
+        # A session of its own, so that Ctrl-C reaches the main process only.
+        process: Any = subprocess.Popen(
+            [sys.executable, "-c", code, str(Path(__file__).parents[2])], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        process.stdout.readline()  # when Jinja is imported the time begins
+        return process
+
+
+# ---- In the process
+
+
+def _serve() -> None:
+    """Answers until the input ends."""
+    program = lru_cache(maxsize=16)(_compile)
+    with suppress(ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    program("", datetime.now().isoformat())
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    _send(answers, "ready")
+    for line in sys.stdin.buffer:
+        text, error = "", None
+        try:
+            source, now, variables = _read(line)
+            template = program(source, now)
+            text = template.render(variables) if variables is not None else ""
+        except Exception as wrong:  # someone's program: whatever it raises is bad input
+            error = reason_of(wrong)
+        _send(answers, [text, error])
+
+
+def _send(stream: Any, message: Any) -> None:
+    # Not in ASCII, where two surrogates side by side would be read as one character.
+    stream.write(json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    stream.flush()
+
+
+def _read(line: bytes) -> Any:
+    return json.loads(line.decode("utf-8", "surrogatepass"))
+
+
+def _compile(source: str, now: str) -> Any:
+    """The template as transformers compiles it."""
+    from jinja2.ext import loopcontrols
+
+    # {% generation %} … {% endgeneration %}, with which some templates mark a reply, writes nothing.
+    program = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", source)
+    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    # Jinja's own filter escapes what HTML reads as markup; a model reads no HTML.
+    environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
+    clock = datetime.fromisoformat(now).strftime
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": clock}
+    return environment.from_string(program)
+
+
+def _sandbox() -> Any:
+    """Jinja's sandbox, in which no single operation is long."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("**", "*"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+            if max(sizes) > (most := 1000 if operator == "**" else 10**6):
+                raise OverflowError(f"{operator} of a number above {most:,}")
+            return super().call_binop(context, operator, left, right)
+
+    return Sandbox
+
+
+def _raise_exception(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
