@@ -42,7 +42,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
-from minillm.files import digest, read_json, write_json, write_text
+from minillm.files import digest, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import (
     load_causal_model,
@@ -222,8 +222,7 @@ def sample(options: Options, runtime: Runtime) -> None:
         check_origin(run, origin)
     else:
         path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
-        start_run_folder(options, "rlhf")
-        write_json(run, read_json(run) | {"origin": origin})
+        start_run_folder(options, "rlhf", origin=origin)
     with JsonLines(path) as file:
         if file.mended:
             print(file.mended)

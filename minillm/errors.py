@@ -141,8 +141,9 @@ def handle_signals(handler: Handler) -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
     return {number: signal.signal(number, handler) for number in numbers}
 
 

@@ -5,13 +5,20 @@ machine that stops in between, finds the old file or the new one and never half 
 """
 
 import hashlib
+import importlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError, reading, writing
+
+fcntl: Any = None
+with suppress(ImportError):  # Windows has none
+    import fcntl
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -69,12 +76,45 @@ def _refuse_constant(word: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, are on the disk. Windows keeps names by itself, and opens
+    no folder."""
+    is_folder = path.is_dir()
+    if is_folder and fcntl is None:
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written
     try:
-        os.fsync(handle)
+        sync_open(handle)
     finally:
         os.close(handle)
+
+
+def sync_open(handle: int) -> None:
+    """The same for an open file. On macOS fsync alone leaves the data in the drive's memory."""
+    os.fsync(handle)
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # not every file system has it
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+
+
+def lock(handle: int, wait: bool) -> None:
+    """Keeps an open file, or folder, for this process until it is closed. Where another has it, this waits or
+    raises BlockingIOError. A file system without locks has none."""
+    while fcntl is None:  # Windows, where nobody can read what is locked: a byte far behind the end
+        os.lseek(handle, 2**40, os.SEEK_SET)
+        windows = importlib.import_module("msvcrt")
+        try:
+            windows.locking(handle, windows.LK_NBLCK, 1)
+            return
+        except OSError:
+            if not wait:
+                raise BlockingIOError from None
+            time.sleep(0.1)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def digest(*parts: Any) -> str:

@@ -142,9 +142,9 @@ def group_advantages(scores: Float[Tensor, " B"], size: int, eps: float = 1e-4) 
 def moments(values: Float[Tensor, "..."], runtime: Runtime) -> tuple[float, float]:
     """Mean and deviation (the root of the mean square distance from the mean) of the values of all processes.
 
-    In float64, for the deviation is a difference of large sums.
+    In float64, for the deviation is a difference of large sums; on the CPU, for not every device has it.
     """
-    values = values.double()
+    values = values.cpu().double()
     sums = torch.stack((values.new_tensor(float(values.numel())), values.sum(), values.square().sum()))
     count, total, squares = runtime.total(sums).tolist()
     mean = total / max(1.0, count)
@@ -426,17 +426,16 @@ class Aligner:
 
     def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
         """Means over the responses of all processes; `sums` are further sums over those of this process."""
+        scores = rollout.scores.cpu().double()
         sums = {
-            "score": rollout.scores.double().sum().item(),
-            "score_square": rollout.scores.double().square().sum().item(),
+            "score": scores.sum().item(),
+            "score_square": scores.square().sum().item(),
             "unended": float(rollout.responses.ended.count(False)),
             "length": float(rollout.mask.sum()),
-            "kl": float(rollout.kl.double().sum()),
-            "entropy": float(rollout.entropy.double().sum()),
+            "kl": float(rollout.kl.cpu().double().sum()),
+            "entropy": float(rollout.entropy.cpu().double().sum()),
         } | sums
-        totals = torch.tensor(
-            [*sums.values(), len(rollout.mask)], dtype=torch.float64, device=self.runtime.device
-        )
+        totals = torch.tensor([*sums.values(), len(rollout.mask)], dtype=torch.float64)
         *total_sums, count = self.runtime.total(totals).tolist()
         means = {name: total / count for name, total in zip(sums, total_sums, strict=True)}
         means["entropy"] /= means["length"]  # a token's

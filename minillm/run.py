@@ -26,7 +26,6 @@ import gc
 import importlib.util
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -44,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, signals, writing
-from minillm.files import digest, read_json, write_json, write_text
+from minillm.files import digest, read_json, sync_open, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
 
@@ -374,7 +373,7 @@ class Run:
         self.state.seconds = self.earlier + time.perf_counter() - self.began
         if self.file:
             with writing(self.path, "free some space and --resume"):
-                os.fsync(self.file.fileno())  # before a restart point counts on what was logged
+                sync_open(self.file.fileno())  # before a restart point counts on what was logged
             self.save_model()
             self.state.save(self.folder)
         self.saved_step = self.state.step

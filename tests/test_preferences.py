@@ -1,11 +1,14 @@
 """Rankings: as typed, on disk, the responses they are of, and how far they agree."""
 
+import errno
 import json
+import os
 import random
 import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,19 +211,26 @@ def test_what_was_appended_is_on_the_disk_when_append_returns(tmp_path, monkeypa
         assert synced[-1].endswith('{"c": 3}\n') and len(synced) == 2
 
 
-def test_a_full_disk_is_one_line_and_the_next_opening_mends_the_file(tmp_path):
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_full_disk_is_one_line_and_leaves_the_file_as_it_was(tmp_path, taken):
     path = tmp_path / "x.jsonl"
     with JsonLines(path) as lines:
         lines.append([{"a": 1}])
-        full = type("Full", (), {"write": lambda self, data: lines_file.write(data[:3])})()
-        lines_file, lines.file = lines.file, full
+        before, real = path.read_bytes(), lines.file
+
+        def write(data: bytes) -> int:
+            if not taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real.write(data[:taken])
+
+        lines.file = SimpleNamespace(write=write, fileno=real.fileno)
         with pytest.raises(InputError, match="free some space"):
-            lines.append([{"b": 2}])
-        lines.file = lines_file
-    with JsonLines(path) as lines:
-        assert "line 2" in lines.mended
+            lines.append([{"b": 2}, {"c": 3}])
+        assert path.read_bytes() == before
+        lines.file = real
         lines.append([{"c": 3}])
     assert [record for _, record in read_json_lines(path, "")] == [{"a": 1}, {"c": 3}]
+    assert os.listdir(tmp_path) == ["x.jsonl"]
 
 
 def test_a_file_of_no_responses_or_of_something_else_is_refused(tmp_path):

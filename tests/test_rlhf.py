@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, folder_bytes, missing_words, refusal
+from runs import ROOT, Killed, folder_bytes, missing_words, refusal
 
 import rlhf
 from minillm import preferences
@@ -24,6 +24,7 @@ from minillm.io.rankings import read_rankings, read_responses
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.tokenizer import Tokenizer
 from minillm.tools import annotators
+from minillm.tools import folder as folder_tools
 from minillm.world import World
 
 SMALL = "--prompts 23 --responses 3 --distractors 0 --max-new-tokens 5 --precision float32".split()
@@ -184,6 +185,22 @@ def test_responses_of_a_model_replaced_under_its_name_or_to_other_prompts_are_no
     path.write_bytes(begun)
     rlhf.main(resume)
     assert path.read_bytes() == whole
+
+
+def test_a_run_of_sampling_says_what_is_asked_as_soon_as_there_is_one(model, tmp_path, monkeypatch):
+    """Killed before its first response, it can still tell other prompts or weights from its own."""
+    write = folder_tools.write_json
+
+    def write_and_die(path: Path, content: dict) -> None:
+        write(path, content)
+        raise Killed
+
+    monkeypatch.setattr(folder_tools, "write_json", write_and_die)
+    with pytest.raises(Killed):
+        sample(model, tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["origin"].keys() == {
+        "prompts", f"weights of {model}"
+    }  # fmt: skip
 
 
 def test_every_option_of_sampling_has_its_place():

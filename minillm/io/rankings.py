@@ -5,7 +5,7 @@ people write into one file, and a crash can spoil the line being written and no 
 in preferences.py.
 """
 
-import fcntl
+import errno
 import itertools
 import json
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.files import read_json, sync, write_json
+from minillm.files import lock, read_json, sync, sync_open, write_json
 from minillm.options import options_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
 
@@ -37,7 +37,7 @@ class JsonLines:
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
             sync(path.parent)
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self.file.fileno(), wait=False)
             except BlockingIOError:
                 self.file.close()
                 raise InputError(f"{path}: another process is writing there; wait for it or end it") from None
@@ -55,14 +55,15 @@ class JsonLines:
         self._write("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def _write(self, data: bytes) -> None:
+        handle = self.file.fileno()
         with writing(self.path, "what was there before is unchanged; free some space and go on"):
-            before = os.fstat(self.file.fileno()).st_size
+            size = os.fstat(handle).st_size
             try:
                 if self.file.write(data) != len(data):
-                    raise OSError(28, "the disk is full")
-                os.fsync(self.file.fileno())
+                    raise OSError(errno.ENOSPC, "the disk is full")
+                sync_open(handle)
             except OSError:
-                os.ftruncate(self.file.fileno(), before)  # or the next line would join what was written
+                os.ftruncate(handle, size)  # or the next line would join what was written
                 raise
 
     def _mend(self, content: bytes) -> None:

@@ -114,7 +114,7 @@ def values_of(
     found: dict[int, np.ndarray] = {}
     for first in range(0, len(order), ROWS):
         batch = order[first : first + ROWS]
-        made = values(hidden_before(model, [rows[i] for i in batch]), batch).double().cpu()
+        made = values(hidden_before(model, [rows[i] for i in batch]), batch).cpu().double()
         parts = made.split([len(rows[i][1]) for i in batch])
         found |= {i: part.numpy() for i, part in zip(batch, parts, strict=True)}
     return [found[i] for i in range(len(rows))]

@@ -1,7 +1,6 @@
 """Whose a run folder is: one run's at a time, never two mixed, and nothing half-written from a killed one."""
 
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from minillm import files
 from minillm.errors import InputError, reading, writing
-from minillm.files import scratch_of, write_json
+from minillm.files import lock, scratch_of, write_json
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
 from minillm.tools.provenance import provenance
@@ -35,18 +35,18 @@ def hold(folder: Path, wait: bool) -> Iterator[None]:
 
     The lock is the system's. It leaves no file, and goes with the process, however that ends.
     """
+    # Windows opens no folder: there it is a file inside, which goes when it is closed.
+    inside, how = "", os.O_RDONLY
+    if files.fcntl is None:
+        inside, how = ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_TEMPORARY", 0)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder / inside, how)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if isinstance(error, BlockingIOError):  # else a file system without locks
-                    raise
+            lock(handle, wait)
             is_there = False
             with suppress(FileNotFoundError):  # another process may have removed it meanwhile
-                is_there = os.path.samestat(os.fstat(handle), os.stat(folder))
+                is_there = os.path.samestat(os.fstat(handle), os.stat(folder / inside))
             if is_there:
                 yield
                 return
@@ -101,8 +101,9 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def start_run_folder(options: TrainingOptions, stage: str) -> None:
-    """Removes the files of an earlier run, nothing that a run did not write, and says what starts.
+def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
+    """Removes the files of an earlier run, nothing that a run did not write, and says what starts, with
+    `more` in run.json.
 
     The restart point goes first and run.json is replaced last: whenever this is interrupted, it can be begun
     again. A model that the new run starts from stays until there is another.
@@ -113,7 +114,7 @@ def start_run_folder(options: TrainingOptions, stage: str) -> None:
     for path in [*(folder / name for name in RUN_FILES if name not in kept), *events]:
         with writing(path, "give another --out"):
             path.unlink(missing_ok=True)
-    run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance()}
+    run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance(), **more}
     write_json(folder / "run.json", run)
 
 
