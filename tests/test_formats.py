@@ -166,7 +166,8 @@ RANKINGS = [
     ({"instruction": "Why?", "input": "", "output_1": "a", "output_2": "b", "preference": 2}, "b > a"),
     ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
     ({"prompt": "Why?", **TWO, "winner": "B"}, "b > a"),
-    *(({"prompt": "Why?", **TWO, "winner": word}, "a = b") for word in ("tie", "both_bad", "equal")),
+    *(({"prompt": "Why?", **TWO, "winner": word}, "a = b")
+      for word in ("tie", "both_bad", "tie (bothbad)", "neither", "equal")),
     ({"conversation_a": chat("Why?", "a"), "conversation_b": chat("Why?", "b"), "winner": "model_b"},
      "b > a"),
     ({"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 1}, "b > a"),
@@ -239,6 +240,10 @@ LEFT_OUT = [
     ("conversation", {"history": "Hi", "question": "Why?", "answer": "Because."}, "'history'"),
     ("conversation", {**KTO, "label": False}, "judged bad"),
     ("conversation", {**KTO, "label": "false"}, "judged bad"),
+    *(("conversation", {"prompt": "Why?", **TWO, "winner": word}, "judged bad")
+      for word in ("both_bad", "tie (bothbad)", "Neither")),
+    ("conversation", {"messages": [USER, {"role": "assistant", "channel": "analysis", "content": "Hm."},
+                                   {"role": "assistant", "channel": "final", "content": "So."}]}, "channel"),
     ("conversation", {**KTO, "is_safe": False}, "judged bad"),
     ("conversation", {**KTO, "helpfulness": 0, "verbosity": 2}, "judged bad"),
     ("conversation", {**KTO, "label": "spam"}, "'label' that is no truth"),

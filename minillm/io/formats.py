@@ -33,6 +33,8 @@ Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
 Score = float | None
 """The highest is the best, equal ones tie; None is that of a reply alone which nobody judged."""
+BAD = -1e9
+"""The score of replies of which a verdict says that all are bad: they tie, and none is an example."""
 Replies = Sequence[tuple[Any, Score]]
 """The replies in a record, each a text, a message or a whole conversation."""
 Example = Sequence[tuple[Conversation, Score]]
@@ -195,6 +197,8 @@ def _turn(turn: Record) -> list[Message]:
         return [_message("user", _one(turn, QUESTIONS + ABOUT)), _message("assistant", _one(turn, ANSWERS))]
     if any(not _is_empty(turn.get(name)) for name in MEDIA):
         raise LeftOutError("conversations with a message that is not text")
+    if turn.get("channel") not in (None, "final"):
+        raise LeftOutError("conversations with a message in another channel than the final one")
     calls = turn.get("tool_calls") or (
         [{"function": turn["function_call"]}] if turn.get("function_call") else []
     )
@@ -415,6 +419,8 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     if isinstance(verdict, float) and verdict.is_integer():
         verdict = int(verdict)
     word = str(verdict).strip().lower()
+    if word.endswith(("bad", "bad)")) or word in ("neither", "none"):
+        return [BAD] * len(names)
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
         return [0.0] * len(names)
     scores = [float(word in name) for name in names]
@@ -516,7 +522,7 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     """The conversation to learn from, and why some or all of it is left out. It ends at the last reply:
     nothing behind that is learned."""
     messages, score = max(example, key=itemgetter(1))
-    if len(example) == 1 and score is not None and score <= 0:
+    if score == BAD or (len(example) == 1 and score is not None and score <= 0):
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
     calls = _first_unread_call(messages)
     kept, empty = messages[:calls], False
