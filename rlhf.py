@@ -51,7 +51,7 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
+from minillm.model import LanguageModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import (
     Count,
@@ -351,7 +351,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     """One run, from the rankings to the report."""
     run = Run("reward", options, runtime, "rlhf.py --stage reward")
     if run.resuming:
-        model, tokenizer = load_scalar_model(run.folder, runtime.device, runtime.dtype)
+        model, tokenizer = load_scalar_model(run.folder, runtime.opens_on, runtime.dtype)
     else:
         assistant, tokenizer = load_assistant(options, runtime)
         generator = torch.Generator().manual_seed(options.seed)
@@ -362,8 +362,8 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
-    state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
     forward = runtime.wrap(model)
+    state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
 
     def validate() -> None:
         val = held_out_rankings(scores_of(model), held_out[: options.val_sets], options.micro_tokens, runtime)
@@ -375,7 +375,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
         learn_rankings(run, stream, forward, scores_of(forward, means=True), validate, options)
         run.end()
         if runtime.is_main:
-            finish_reward_model(run, model, template, training, held_out, options)
+            finish_reward_model(run, template, training, held_out, options)
 
 
 def learn_rankings(
@@ -430,7 +430,7 @@ def encoded_rankings(
 
 def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
     """The model of --init, with a chat template. InputError for a model of masked training."""
-    model, tokenizer = load_causal_model(Path(options.init), runtime.device, runtime.dtype)
+    model, tokenizer = load_causal_model(Path(options.init), runtime.opens_on, runtime.dtype)
     return model, with_chat_template(tokenizer)
 
 
@@ -446,7 +446,6 @@ def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime)
 
 def finish_reward_model(
     run: Run,
-    model: ScalarModel,
     template: ChatTemplate,
     training: Sequence[EncodedSet],
     held_out: Sequence[EncodedSet],
@@ -460,8 +459,9 @@ def finish_reward_model(
     val_loss = run.metric("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
     world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
+    model, tokenizer = load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
     center(model, demonstrations(training, world, template))
-    run.save_model()
+    save_scalar_model(run.folder, model, tokenizer)
     rubric = world.utility if world else unknown_score
     card = report_card(model, template, score_rankings(model, held_out), rankings, rubric)
     write_report(run.folder, card)
@@ -507,7 +507,7 @@ def align(options: Options, runtime: Runtime) -> None:
 
     with run.training(state, steps, lambda: None):  # validate() saves the policy
         if run.resuming and aligner.kept:  # InputError where what may not be written anew is damaged
-            load_model(run.folder, runtime.device, runtime.dtype)
+            load_model(run.folder, runtime.opens_on, runtime.dtype)
         if run.already_finished():
             return
         if aligner.critic and options.critic_warmup >= steps:
@@ -600,7 +600,7 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     folder = Path(options.reward or Path(options.out) / "reward")
     reward_model = critic = None
     if folder.exists():
-        reward_model, own = load_scalar_model(folder, runtime.device, runtime.dtype)
+        reward_model, own = load_scalar_model(folder, runtime.opens_on, runtime.dtype)
         if with_chat_template(own).vocabulary != tokenizer.vocabulary:
             raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
     elif options.algorithm != "dpo" or options.reward:
@@ -701,7 +701,7 @@ def validate(
     # β may have changed since the kept policy was validated, so its objective is computed anew.
     if not aligner.kept or options.keep == "last" or metrics["objective"] > aligner.objective(aligner.kept):
         aligner.kept = {"step": run.state.step} | metrics
-        if run.runtime.is_main:
+        if run.runtime.saves:
             save_model(run.folder, aligner.best, aligner.template.tokenizer)
     shown = ", ".join(f"{k} {metrics[k]:.2f}" for k in ("score", "rubric", "kl") if k in metrics)
     run.log("val", f"val {shown}", **metrics, kept_step=aligner.kept["step"])
@@ -745,7 +745,8 @@ def main(arguments: list[str]) -> None:
     }
     with one_line_errors():
         options = parse_options(Options, arguments)
-        with start_runtime(options.device, options.precision) as runtime:
+        how = options.device, options.precision, options.shard, options.checkpoint_activations
+        with start_runtime(*how) as runtime:
             if runtime.world_size > 1 and not options.learns:
                 raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
             stages[options.stage](options, runtime)

@@ -46,7 +46,6 @@ from minillm.optim import LearningRates, backward, build_optimizers, held_out, l
 from minillm.options import Count, DataOptions, Length, Part, Positive, Whole, parse_options
 from minillm.preferences import ChatModel
 from minillm.run import Run, Runtime, TrainingState, start_runtime
-from minillm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def train(options: Options, runtime: Runtime) -> None:
     run = Run("sft", options, runtime)
     chats, texts = open_data(options)
     model, tokenizer = load_causal_model(
-        run.folder if run.resuming else Path(options.init), runtime.device, runtime.dtype
+        run.folder if run.resuming else Path(options.init), runtime.opens_on, runtime.dtype
     )
     tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
     rows, encode = runtime.rows_of_step(options.batch_tokens, block_size), ChatTemplate(tokenizer).encode
@@ -112,8 +111,8 @@ def train(options: Options, runtime: Runtime) -> None:
     rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
     )
-    state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
     forward = runtime.wrap(model)
+    state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
     tenth = max(1, options.steps // 10)
     val_every, save_every = options.val_every or tenth, options.save_every or tenth
 
@@ -134,7 +133,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 run.save()
         run.end()
         if runtime.is_main:
-            finish(run, model, mixture, tokenizer, options, bool(validation))
+            finish(run, mixture, options, bool(validation))
 
 
 # Before the loop
@@ -183,9 +182,7 @@ def block_size_of(options: Options, model: LanguageModel) -> int:
 # After the loop
 
 
-def finish(
-    run: Run, model: LanguageModel, mixture: Mixture, tokenizer: Tokenizer, options: Options, validated: bool
-) -> None:
+def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> None:
     """The rubric's metrics on the little world, the plot, and the last line of metrics.jsonl."""
     from minillm.compare.metrics import world_metrics
     from minillm.tools.measures import table_text
@@ -196,8 +193,8 @@ def finish(
     metrics = {}
     val_loss, perplexity = (run.metric("val", name) if validated else None for name in ("loss", "perplexity"))
     if options.on_world and options.eval_prompts:
-        before = load_model(Path(options.init), run.runtime.device, run.runtime.dtype)
-        models = [ChatModel(options.init, *before), ChatModel(str(run.folder), model, tokenizer)]
+        folders, how = (options.init, str(run.folder)), (run.runtime.device, run.runtime.dtype)
+        models = [ChatModel(folder, *load_model(Path(folder), *how)) for folder in folders]
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)
         for caption, rows in metrics.items():
             run.say(f"{caption}:\n{table_text(rows)}")
@@ -209,7 +206,8 @@ def finish(
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
-        with start_runtime(options.device, options.precision) as runtime:
+        how = options.device, options.precision, options.shard, options.checkpoint_activations
+        with start_runtime(*how) as runtime:
             train(options, runtime)
 
 

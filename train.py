@@ -6,6 +6,7 @@
     python train.py --init out/base --data notes.txt --out out/notes     start from a model
     python train.py --resume                              go on after Ctrl-C, a crash or a kill
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
+    torchrun --nproc-per-node 8 train.py --shard          each with a part of the model (docs/scale.md)
 
 Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
 Leaves a run folder (minillm/run.py), which transformers can open too, with the model of the lowest validation
@@ -127,8 +128,8 @@ def train(options: Options, runtime: Runtime) -> None:
         validation = [mask_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(validation)]
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(streams, options.block_size, options.seed)
-    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
     forward = runtime.wrap(model, options.compile)
+    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
     best = math.inf  # the lowest validation loss so far; the run folder holds the model that had it
 
     def save() -> None:
@@ -158,7 +159,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
                 if val <= best:
                     best = val
-                    if runtime.is_main:
+                    if runtime.saves:
                         save_model(run.folder, model, tokenizer)
             if state.step % plan.save_every == 0:
                 run.save()
@@ -209,11 +210,11 @@ def start_model(
     from minillm.tools.device import check_memory
 
     if resumed:
-        return load_model(resumed, runtime.device, runtime.dtype)
+        return load_model(resumed, runtime.opens_on, runtime.dtype)
     if options.init:
         folder = Path(options.init)
         check_initial_model(folder, config_from_json(folder / "config.json"), options)
-        model, tokenizer = load_model(folder, runtime.device, runtime.dtype)
+        model, tokenizer = load_model(folder, runtime.opens_on, runtime.dtype)
         longest = max(options.block_size, model.config.max_position_embeddings)
         # Rotary positions exist for any length; how to use those beyond the old longest one is learned.
         model.config = replace(model.config, max_position_embeddings=longest)
@@ -226,7 +227,7 @@ def start_model(
     check_memory(config)
     model = LanguageModel(replace(config, causal=options.objective == "causal"), runtime.dtype)
     initialize(model, torch.Generator().manual_seed(options.seed))
-    return model.to(runtime.device), tokenizer
+    return model.to(runtime.opens_on), tokenizer
 
 
 def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> None:
@@ -294,7 +295,8 @@ def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options:
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
-        with start_runtime(options.device, options.precision) as runtime:
+        how = options.device, options.precision, options.shard, options.checkpoint_activations
+        with start_runtime(*how) as runtime:
             train(options, runtime)
 
 

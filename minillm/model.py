@@ -258,12 +258,14 @@ class LanguageModel(nn.Module):
         **options: Any,
     ) -> Any:
         """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or `token_logprobs`
-        of the tokens at places `of` among all, with these options, each from the hidden state before it.
+        of the tokens at places `of` among all, with these options, each from the hidden state before it. Or,
+        asked for neither, all hidden states [B·T, D].
         """
         hidden = self.model(tokens, start, attend).flatten(0, 1)
         if of is not None:
             return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], **options)
-        assert targets is not None, "ask for the loss of targets or the log-probabilities of tokens"
+        if targets is None:
+            return hidden
         return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
 
     def token_logprobs(

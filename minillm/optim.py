@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.data import IGNORED, Batch
+from minillm.io.huggingface import cut_like
 from minillm.model import LanguageModel, ScalarModel
 from minillm.run import Runtime
 
@@ -42,13 +43,14 @@ def accumulate(
 ) -> float:
     """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the .grad of all weights; returns
     that mean, without `weight`. `micro_batches` are this process's share of a step and `count` is the whole
-    step's. `summed` calls `forward`, which is the model or what wraps it. DistributedDataParallel averages
-    over processes, hence the factor `world_size`, and does so with the last micro-batch only.
+    step's. `summed` calls `forward`, which is the model or what wraps it. Several processes' gradients are
+    averaged, hence the factor `world_size`: DistributedDataParallel does so with the last micro-batch only,
+    sharded weights with each.
     """
     total = torch.zeros((), device=runtime.device)
     for number, micro in enumerate(micro_batches, start=1):
-        last_or_alone = runtime.world_size == 1 or number == len(micro_batches)
-        with nullcontext() if last_or_alone else forward.no_sync():
+        is_last = number == len(micro_batches)
+        with nullcontext() if is_last else getattr(forward, "no_sync", nullcontext)():
             loss = summed(micro)
             (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
@@ -91,16 +93,16 @@ class HeldOut:
 
 @torch.no_grad()
 def held_out(
-    model: LanguageModel, batches: Iterable[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
+    model: LanguageModel, batches: Sequence[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
 ) -> HeldOut:
     """The loss over validation batches (on the CPU), shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for i, batch in enumerate(batches):
-        if i % runtime.world_size == runtime.rank:
-            own = Batch(*(part.to(runtime.device) for part in batch))
-            targets = batch.targets[batch.targets != IGNORED]
-            nats = model(own.tokens, own.start, targets=own.targets).item()
-            totals += torch.tensor([nats, len(targets), int(token_bytes[targets].sum())], dtype=torch.float64)
+    idle = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED))
+    for batch in runtime.even(list(batches[runtime.rank :: runtime.world_size]), idle):
+        own = Batch(*(part.to(runtime.device) for part in batch))
+        targets = batch.targets[batch.targets != IGNORED]
+        nats = model(own.tokens, own.start, targets=own.targets).item()
+        totals += torch.tensor([nats, len(targets), int(token_bytes[targets].sum())], dtype=torch.float64)
     nats, targets, size = runtime.total(totals).tolist()
     return HeldOut(nats / max(1, targets), nats / max(1, size))
 
@@ -189,7 +191,8 @@ class Optimizers:
         That norm is over all weights, before the gradients are clipped to at most `clip`. No weight moves
         where it is not finite.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True).item()
+        total: Any = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
+        norm = (total.full_tensor() if hasattr(total, "full_tensor") else total).item()  # of all shards
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = multiplier * group["base_rate"]
@@ -214,6 +217,9 @@ class Optimizers:
             i, j, name = key.split(".")
             states[int(i)][int(j)][name] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for number, values in state.items():
+                state[number] = {name: cut_like(value, parameters[number]) for name, value in values.items()}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -83,12 +83,19 @@ class TrainingOptions:
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; the weights stay float32. auto: bfloat16 where the hardware has it."""
+    shard: bool = False
+    """Under torchrun: each process keeps a part of the weights, gradients and optimizer state (docs/scale.md)
+    instead of all."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each block and compute the rest anew in the backward pass: less memory, a third
+    more work."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send the metrics there."""
 
-    free_to_change: ClassVar[frozenset[str]] = frozenset(
-        {"resume", "overwrite", "out", "device", "tracker", "cache", "workers", "micro_tokens", "save_every"}
-    )
+    free_to_change: ClassVar[frozenset[str]] = frozenset({
+        "resume", "overwrite", "out", "device", "shard", "checkpoint_activations", "tracker", "cache",
+        "workers", "micro_tokens", "save_every",
+    })  # fmt: skip
     """Options that may differ between a run and its continuation: none of them changes what is learned."""
 
     @property

@@ -62,6 +62,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 
+from kernels.losses import linear_token_logprobs
 from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, epoch_generator
 from minillm.errors import InputError
@@ -204,6 +205,13 @@ class Pass:
     allowed: Bool[Tensor, "N V"] | None = None
     """What top-k and top-p left to choose each of them from; None where that is everything."""
 
+    @property
+    def idle(self) -> "Pass":
+        """The same forward pass, of no tokens: what `Runtime.even` asks for."""
+        index, taken, (b, r) = self.index[:0], self.taken[:0], self.cells
+        allowed = None if self.allowed is None else self.allowed[:0]
+        return replace(self, index=index, taken=taken, cells=(b[:0], r[:0]), allowed=allowed)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -280,10 +288,12 @@ class Aligner:
         named = {"policy": policy, "critic": critic, "ema": self.ema}
         self.models = nn.ModuleDict({name: model for name, model in named.items() if model})
         self.models.__dict__["config"] = policy.config  # load_weights reads it
-        self.optimizers = policy_optimizers(policy, critic, options)
+        self.origin = fingerprint(self.ref_model, reward_model)
         self.wrapped_policy = runtime.wrap(policy)
         self.wrapped_critic: Any = runtime.wrap(critic) if critic else None
-        self.origin = fingerprint(self.ref_model, reward_model)
+        for other in filter(None, (self.ref_model, reward_model, self.ema)):
+            runtime.shard(other)
+        self.optimizers = policy_optimizers(policy, critic, options)
         self.beta = options.beta
         self.scale: Sequence[float] | None = None
         """Mean and deviation of the scores of the first responses that were scored, the assistant's own."""
@@ -313,7 +323,9 @@ class Aligner:
     ) -> tuple[Responses, Float[Tensor, " B"]]:
         """A response of the model to each prompt, and its score."""
         asked = [prompt.tokens for prompt in prompts]
+        model = self.runtime.whole(model)
         responses = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
+        del model  # before another is gathered
         return responses, self.score(prompts, responses.texts, responses.ended)
 
     def score(
@@ -325,7 +337,8 @@ class Aligner:
         longest = self.reward_model.config.max_position_embeddings
         rows = [encode_response(self.template, p.messages, t) for p, t in zip(prompts, texts, strict=True)]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
-        scores = torch.tensor(score_rows(self.reward_model, rows), device=self.runtime.device)
+        model = self.runtime.whole(self.reward_model)
+        scores = torch.tensor(score_rows(model, rows), device=self.runtime.device)
         if self.scale is None:
             mean, deviation = moments(scores, self.runtime)
             self.scale = mean, deviation or 1.0
@@ -346,7 +359,7 @@ class Aligner:
         micro = Pass(tokens, start, index, tokens.flatten()[index], cells)
         if not sampling.top_k and sampling.top_p == 1:
             return micro
-        hidden = policy.model(tokens, start).flatten(0, 1)[index - 1]
+        hidden = policy(tokens, start)[index - 1]
         kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
         # The token taken is always allowed: rounding here may differ from sampling at the edge of a nucleus.
         return replace(micro, allowed=(kept > -torch.inf).scatter(1, micro.taken[:, None], True))
@@ -359,8 +372,8 @@ class Aligner:
 
     def reference(self, micro: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
-        hidden = self.ref_model.model(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
-        return hidden, self.ref_model.lm_head.weight
+        hidden = self.ref_model(micro.tokens, micro.start)[micro.index - 1]
+        return hidden, self.runtime.whole(self.ref_model.lm_head.weight)
 
     @torch.no_grad()
     def observe(
@@ -379,14 +392,15 @@ class Aligner:
         mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
-        passes = [
-            [self.pack(policy, responses, rows) for rows in forward_passes(minibatch, responses.rows, most)]
-            for minibatch in minibatches
-        ]
+        passes = []
+        for minibatch in minibatches:
+            cut = forward_passes(minibatch, responses.rows, most)
+            packed = [self.pack(policy, responses, rows) for rows in self.runtime.even(cut, cut[0])]
+            passes.append(packed[: len(cut)] + [micro.idle for micro in packed[len(cut) :]])
         for micro in chain(*passes):
             reference = self.reference(micro)
             numbers = self.read(policy, micro, reference)._asdict()
-            numbers["ref_logprobs"] = self.ref_model.token_logprobs(reference[0], micro.taken, T).logprobs
+            numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, micro.taken, T)
             if critic:
                 numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
             for name, per_token in numbers.items():

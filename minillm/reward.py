@@ -24,7 +24,7 @@ section 3.4.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from math import comb, isfinite
 from typing import Any
@@ -196,8 +196,9 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
     bounds: list[tuple[int, int]] = []  # of each response in its row: begin and end (exclusive)
     pairs: list[tuple[int, int, float]] = []
     for one in encoded:
-        first, weight = len(bounds), 1 / (comb(len(one.rows), 2) * len(one.rankings))
+        first = len(bounds)
         for ranking in one.rankings:
+            weight = 1 / (comb(len(one.rows), 2) * len(one.rankings))
             pairs += [(first + better, first + worse, weight) for better, worse in distinct_pairs(ranking)]
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
@@ -252,7 +253,8 @@ def ranking_backward(
         batch = collate(micro, runtime.device)
         return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
 
-    return accumulate(forward, summed, micro_batches(own, micro_tokens), len(step), runtime)
+    micros = runtime.even(micro_batches(own, micro_tokens), [replace(step[0], rankings=[])])
+    return accumulate(forward, summed, micros, len(step), runtime)
 
 
 @torch.no_grad()
@@ -262,7 +264,8 @@ def held_out_rankings(
     """How well scores agree with all rankings of these sets, shared out among the processes: the loss, nats a
     set as in training, and the accuracy, the share of untied pairs in order; equal scores count half."""
     totals = torch.zeros(3, dtype=torch.float64)
-    for micro in micro_batches(encoded[runtime.rank :: runtime.world_size], micro_tokens):
+    own = encoded[runtime.rank :: runtime.world_size]
+    for micro in runtime.even(micro_batches(own, micro_tokens), [replace(encoded[0], rankings=[])]):
         batch = collate(micro, runtime.device)
         s = scores(batch)
         totals[0] += ranking_loss(s, batch.better, batch.worse, batch.weight).item()

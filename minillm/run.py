@@ -17,7 +17,8 @@
                               file, so that they can never belong to different steps
 
 Every process of a run prepares the same global batch and takes its own rows, so the result does not depend
-on how many there are. No pickle anywhere. Left out: sharded weights, several nodes with different devices.
+on how many there are. With --shard each keeps a part of the weights (fast/sharding.py); the files are the
+same. No pickle anywhere. Left out: several machines with different devices.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,9 @@ from minillm.options import TrainingOptions, options_json
 
 # ---- Where it computes
 
+Part = TypeVar("Part")
+Whole = TypeVar("Whole", bound=Tensor | nn.Module)
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -59,6 +63,10 @@ class Runtime:
     """The precision of matrix products and of the residual stream; weights stay float32."""
     rank: int = 0
     world_size: int = 1
+    sharded: bool = False
+    """Whether each process keeps a part of the weights, gradients and optimizer state, and no more."""
+    recomputes: bool = False
+    """Whether the backward pass computes the activations inside blocks anew."""
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
     """What is released when the process is done, such as the lock on its run folder."""
 
@@ -67,17 +75,62 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
+    @property
+    def saves(self) -> bool:
+        """Whether this process takes part in saving a model: where it is sharded, all do, and the first
+        writes."""
+        return self.is_main or self.sharded
+
+    @property
+    def opens_on(self) -> torch.device:
+        """Where a model is opened that `wrap` or `shard` is given: whole it may not fit on the device."""
+        return torch.device("cpu") if self.sharded else self.device
+
     def wrap(self, model: nn.Module, compiled: bool | None = None) -> Callable[..., Tensor]:
         """The model as the training loop calls it, averaging over processes; compiled, unless said
         otherwise, where CUDA and the Triton that torch.compile needs are there."""
         on_cuda = self.device.type == "cuda"
         if compiled is None:
             compiled = on_cuda and importlib.util.find_spec("triton") is not None
+        if self.recomputes:
+            from minillm.fast.sharding import recompute_blocks
+
+            recompute_blocks(model)
+        if self.sharded:
+            self.shard(model, compiled)
+            return model
         if compiled:
             model.compile()
         if self.world_size == 1:
             return model
         return DistributedDataParallel(model, device_ids=[self.device.index] if on_cuda else None)
+
+    def shard(self, model: nn.Module, compiled: bool = False) -> None:
+        """Where the run is sharded, leaves of the model what this process keeps; its parameters are others
+        from then on."""
+        if self.sharded:
+            from minillm.fast.sharding import shard
+
+            shard(model, self.device, compiled)
+
+    def whole(self, part: Whole) -> Whole:
+        """A sharded tensor, or a model to sample or score with, gathered from all processes, which all must
+        ask for it; where nothing is sharded, what was given."""
+        if not self.sharded:
+            return part
+        from minillm.fast.sharding import whole_model, whole_tensor
+
+        if isinstance(part, nn.Module):
+            return whole_model(part, self.device)
+        return cast(Whole, whole_tensor(part))
+
+    def even(self, parts: list[Part], idle: Part) -> list[Part]:
+        """As many parts as the process with the most has, where the run is sharded: all must make as many
+        forward passes. `idle` makes up for those missing."""
+        if not self.sharded:
+            return parts
+        most = self.largest(torch.tensor(float(len(parts)), device=self.device))
+        return parts + [idle] * (int(most.item()) - len(parts))
 
     def rows_of_step(self, batch_tokens: int, block_size: int) -> int:
         """Rows of a step, over all processes. InputError where they cannot be shared out evenly."""
@@ -104,12 +157,17 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
-    """Joins the other processes, if any; leaves them at the end, also after an error."""
+def start_runtime(
+    device: str, precision: str = "auto", shard: bool = False, recompute: bool = False
+) -> Iterator[Runtime]:
+    """Joins the other processes, if any; leaves them at the end, also after an error. A single process has
+    nothing to shard."""
     from minillm.tools.device import choose_device, choose_dtype, processes
 
     rank, world_size, local_rank = processes()
     chosen = choose_device(device, local_rank)
+    if shard and chosen.type == "mps":
+        raise InputError("--shard: torch shards on cpu and cuda only; leave it out")
     if world_size > 1:
         # One process may prepare data for hours while the others wait.
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -119,7 +177,7 @@ def start_runtime(device: str, precision: str = "auto") -> Iterator[Runtime]:
     try:
         dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
         with contextlib.ExitStack() as closing:
-            yield Runtime(chosen, dtype, rank, world_size, closing)
+            yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
         if world_size > 1:
             dist.barrier()  # the main process has more to do at the end: the others wait for it
     finally:
@@ -152,11 +210,9 @@ class TrainingState:
     """Time spent training, over all sittings (processes) of the run."""
 
     def save(self, folder: Path) -> None:
-        """Writes the restart file."""
+        """Writes the restart file, the same for sharded weights as for whole ones."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
-        # A copy each: safetensors refuses tensors that share memory, as tied weights do.
-        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         numbers = {name: getattr(self, name) for name in ("step", "tokens", "seconds")}
         state = json.dumps(numbers | {"data": self.data.state_dict()})
         write_tensors(folder / RESUME_FILE, tensors, {"state": state, "seal": self._seal(state, tensors)})
@@ -233,6 +289,8 @@ class Run:
     def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
         """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
         loop after a step. `save_model` writes the model in Hugging Face's layout."""
+        from minillm.tools.folder import starts_from
+
         self.state, self.steps, self.save_model = state, steps, save_model
         if self.options.warmup > max(steps, TrainingOptions.warmup):
             raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
@@ -252,6 +310,10 @@ class Run:
                 if self.tracker and "final" not in self.latest:
                     self.tracker.open(self.folder, read_json(self.folder / "run.json"), state.step)
                     stack.callback(self.tracker.close)
+            begins_here = not self.resuming and starts_from(self.options) == self.folder.resolve()
+            if begins_here and self.runtime.saves:
+                # The first model that is written replaces the one of --init: from now on it is here.
+                state.save(self.folder)
             self.bar = tqdm(disable=True)
             with NO_SCREEN:
                 # On the bare stream: what the bar shows is printable.
@@ -284,13 +346,10 @@ class Run:
 
     def _begin(self) -> None:
         """Writes run.json of a new run, or into that of a resumed one the options that have changed."""
-        from minillm.tools.folder import start_run_folder, starts_from
+        from minillm.tools.folder import start_run_folder
 
         if not self.resuming:
             start_run_folder(self.options, self.stage)
-            if starts_from(self.options) == self.folder.resolve():
-                # The first model that is written replaces the one of --init: from now on it is here.
-                self.state.save(self.folder)
             return
         path, options = self.folder / "run.json", options_json(self.options)
         run = read_json(path)
@@ -368,12 +427,15 @@ class Run:
 
     def save(self) -> None:
         """Writes the model and the restart point; InputError if a weight is not finite."""
-        if not all(bool(weight.isfinite().all()) for weight in self.state.model.parameters()):
+        weights = [getattr(weight, "_local_tensor", weight) for weight in self.state.model.parameters()]
+        spoilt = torch.tensor(float(not all(bool(weight.isfinite().all()) for weight in weights)))
+        if self.runtime.total(spoilt).item():
             raise self.exploded("some weights are no longer finite")
         self.state.seconds = self.earlier + time.perf_counter() - self.began
         if self.file:
             with writing(self.path, "free some space and --resume"):
                 sync_open(self.file.fileno())  # before a restart point counts on what was logged
+        if self.runtime.saves:
             self.save_model()
             self.state.save(self.folder)
         self.saved_step = self.state.step

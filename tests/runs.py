@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 HERE = Runtime(torch.device("cpu"), torch.float32)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
+SHARDED = ("--shard", "--checkpoint-activations")
+
 
 def tiny_model(causal: bool = True, longest: int = 80) -> tuple[LanguageModel, Tokenizer]:
     """A model that knows nothing yet, and a tokenizer of hardly more than bytes."""

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Killed, fresh_state, open_run, restart_point
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
@@ -97,11 +96,15 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
     save_model(tmp_path, small_model(), TOKENIZER)
     before = contents(tmp_path)
 
-    def save_half(tensors, file, metadata):
-        file.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device\n(os error 28)")
+    written = []
 
-    monkeypatch.setattr("minillm.io.huggingface.save_file", save_half)
+    def full_at_the_third(tensor):
+        written.append(tensor)
+        if len(written) % 3 == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return tensor
+
+    monkeypatch.setattr("minillm.io.huggingface._gathered", full_at_the_third)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
     refusal(trained_state().save, tmp_path)

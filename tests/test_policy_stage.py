@@ -369,14 +369,25 @@ def test_on_the_little_world_its_splits_are_asked_and_its_rubric_judges(places, 
     assert len(prompts) == 8
 
 
-def test_two_processes_roll_out_and_learn_as_one_does(places, tmp_path):
+SHARED_OUT = {
+    "ppo": ("ppo", ""),
+    "ppo, sharded": ("ppo", "--shard --checkpoint-activations --ema-decay 0.8 --top-k 40"),
+    "grpo, sharded": ("grpo", "--shard --kl-estimator exact --micro-tokens 40"),
+    "dpo, sharded": ("dpo", "--shard --micro-tokens 100"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_two_processes_roll_out_and_learn_as_one_does(case, places, tmp_path):
+    algorithm, extra = SHARED_OUT[case]
     # Without a bound on ratios: which token is clipped could hang on the last digit of a sum.
     options = ["--clip-range", "1000", "--iterations", "3", "--critic-warmup", "1", "--group-size", "2"]
-    one, two = (arguments(places, tmp_path / name, *options) for name in ("one", "two"))
+    options += extra.split()
+    one, two = (arguments(places, tmp_path / name, *options, algorithm=algorithm) for name in ("one", "two"))
     rlhf.main(one)
     done = subprocess.run([*TORCHRUN, "rlhf.py", *two], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    first, second = (losses_of(metrics_of(tmp_path / name / "ppo")) for name in ("one", "two"))
+    first, second = (losses_of(metrics_of(tmp_path / name / algorithm)) for name in ("one", "two"))
     for (event, step, loss), (event_two, step_two, loss_two) in zip(first, second, strict=True):
         assert (event, step) == (event_two, step_two)
         # A sample may turn on rounding once the weights differ in it: the first two steps are held tight.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import (
+    SHARDED,
     assert_same_run,
     assert_two_processes_follow,
     folder_bytes,
@@ -183,9 +184,10 @@ def test_a_finished_run_has_nothing_to_resume(reference, capfd):
     assert folder_bytes(reference) == before
 
 
-def test_two_processes_follow_the_curve_of_one(assistant, ranked, tmp_path, reference):
+@pytest.mark.parametrize("extra", [(), SHARDED], ids=["each holds all", "sharded"])
+def test_two_processes_follow_the_curve_of_one(assistant, ranked, tmp_path, reference, extra):
     out = tmp_path / "rlhf"
-    words = ["rlhf.py", *arguments(assistant, ranked, out)]
+    words = ["rlhf.py", *arguments(assistant, ranked, out, *extra)]
     assert_two_processes_follow(reference, words, out / "reward", rel=5e-3)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from runs import (
+    SHARDED,
     assert_same_run,
     assert_two_processes_follow,
     folder_bytes,
@@ -184,8 +185,9 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
     assert_same_run(whole, killed)
 
 
-def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference):
-    words = ["sft.py", *arguments(base, chats, tmp_path / "sft")]
+@pytest.mark.parametrize("extra", [(), SHARDED], ids=["each holds all", "sharded"])
+def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference, extra):
+    words = ["sft.py", *arguments(base, chats, tmp_path / "sft", *extra)]
     assert_two_processes_follow(reference, words, tmp_path / "sft", rel=1e-3)
 
 

@@ -9,15 +9,17 @@ number by which our scores are shifted is a field of config.json that is ours al
 every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 """
 
+import json
 import math
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.chat import TEMPLATE, ChatTemplate
@@ -28,6 +30,12 @@ from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
 
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls the types."""
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""
 EARLIER_TEMPLATE = "075901de796089becde3c1f0e8f862ee"
@@ -37,7 +45,17 @@ EARLIER_TEMPLATE = "075901de796089becde3c1f0e8f862ee"
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """config.json, tokenizer files and model.safetensors, the weights last: in float32, or in bfloat16 where
     they came so. For a chat model also generation_config.json: transformers looks there where a reply ends.
+
+    All processes of a sharded model must call this; the first writes.
     """
+    weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
+    if writes(weights):
+        _write_beside(folder, model, tokenizer)
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+
+
+def _write_beside(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """What stands beside the weights of a language model."""
     named = str(model.stored_dtype).removeprefix("torch.")
     raw = config_to_json(model.config, tokenizer) | {"dtype": named, "torch_dtype": named}
     write_json(folder / "config.json", raw)
@@ -45,8 +63,6 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
     if tokenizer.config.get("chat_template") is not None:
         stops = list(ChatTemplate(tokenizer).stop_ids)
         write_json(folder / "generation_config.json", {"eos_token_id": stops})
-    weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
-    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
 def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) -> None:
@@ -60,9 +76,11 @@ def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) ->
         "pad_token_id": tokenizer.special_tokens.get(pad or ""),
         "minillm_score_bias": model.bias.item(),
     }
-    write_json(folder / "config.json", raw)
-    _for_others(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})).save(folder)
-    write_tensors(folder / "model.safetensors", model_tensors(model), {"format": "pt"})
+    weights = model_tensors(model)
+    if writes(weights):
+        write_json(folder / "config.json", raw)
+        _for_others(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})).save(folder)
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
 def padding_token(tokenizer: Tokenizer) -> str | None:
@@ -126,7 +144,7 @@ def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def load_model(
@@ -246,7 +264,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> 
         elif not tensor.isfinite().all():
             wrong = "holds values that are not finite; restore the file"
         else:
-            expected[name].copy_(tensor)
+            expected[name].copy_(cut_like(tensor, expected[name]))
             continue
         raise InputError(f"{origin}: weight {name} {wrong}")
 
@@ -267,15 +285,54 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, whole or not at all."""
+    """One safetensors file, whole or not at all, with one tensor at a time in memory.
+
+    The format: the length of a header in 8 bytes, the header in JSON, the tensors' bytes in its order. All
+    processes of a sharded model must call this; each tensor is gathered, and the first process writes.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so all are aligned
+    ends = list(accumulate((tensor.nbytes for _, tensor in ordered), initial=0))
+    header: dict[str, Any] = {"__metadata__": metadata} | {
+        name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        for (name, tensor), begin, end in zip(ordered, ends, ends[1:], strict=False)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
 
     def write(file: Path) -> None:
-        try:
-            save_file(tensors, file, metadata=metadata)
-        except SafetensorError as error:  # how the library reports a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        with open(file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                out.write(_gathered(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
 
-    write_atomically(path, write)
+    if writes(tensors):
+        write_atomically(path, write)
+    else:
+        for _, tensor in ordered:
+            _gathered(tensor)
+
+
+def writes(tensors: dict[str, Tensor]) -> bool:
+    """Whether this process writes them: of those that hold parts of them the first alone."""
+    return not any(map(_is_part, tensors.values())) or dist.get_rank() == 0
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has, this process's part, as `like` is cut; all where that is whole."""
+    if not _is_part(like) or tensor.shape != like.shape:
+        return tensor
+    from minillm.fast.sharding import part_of
+
+    return part_of(tensor, cast(Any, like))
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return cast(Any, tensor).full_tensor() if _is_part(tensor) else tensor
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked so, as torch's module for them takes seconds to import."""
+    return hasattr(tensor, "full_tensor")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,81 @@
+"""Weights, gradients and optimizer state cut among the processes of a run: torch's FSDP2, block by block.
+
+    fully_shard      of every n-th weight matrix a process holds some rows, in float32 (a DTensor)
+    forward          a block's weights are gathered before it computes, in the precision that it computes in,
+                     and let go after it; the backward pass gathers them once more
+    gradients        are summed over the processes in float32, and each keeps those of its rows
+    an optimizer     updates its rows; Muon gathers a matrix to orthogonalise it
+
+The embedding, the output matrix and the last norm are gathered in float32: a gradient of theirs is a sum over
+many tokens. All processes gather together, so all must make the same number of forward passes (Runtime.even).
+
+Left out: cutting along other axes than the first (tensor parallelism), weights moved to the CPU between uses.
+Sources: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), stage 3; recomputed activations, Chen et al. 2016
+(arXiv 1604.06174).
+"""
+
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shard(model: nn.Module, device: torch.device, compiled: bool) -> None:
+    """Leaves of a model with a trunk (`model.model`) what this process keeps, on its device."""
+    trunk = cast(Any, model.model)
+    how: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "reshard_after_forward": True,
+    }
+    for block in trunk.layers:
+        if compiled:
+            block.compile()
+        policy = MixedPrecisionPolicy(param_dtype=trunk.compute_dtype, reduce_dtype=torch.float32)
+        fully_shard(block, mp_policy=policy, **how)
+    fully_shard(model, **how)
+    if hasattr(model, "logits"):
+        register_fsdp_forward_method(model, "logits")
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Lets the backward pass compute each block's activations anew: only the blocks' inputs are kept."""
+    for block in cast(Any, model.model).layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes, which all must ask for it; one that is not cut as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_model(model: Model, device: torch.device) -> Model:
+    """A copy with all weights, in the precision that the model computes in, to sample or to score with."""
+    config, dtype = cast(Any, model.config), cast(Any, model.model).compute_dtype
+    with torch.device("meta"):
+        copy = type(model)(config, dtype)  # type: ignore[call-arg]
+    # The scalar head computes in the precision of its weights, whatever the trunk's is.
+    weights = {
+        name: whole_tensor(weight.detach()).to(device, weight.dtype if name == "score.weight" else dtype)
+        for name, weight in model.named_parameters()
+    }
+    copy.load_state_dict(weights, strict=False, assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        setattr(copy.get_submodule(owner), last, buffer)
+    if config.tie_word_embeddings and hasattr(copy, "lm_head"):
+        cast(Any, copy).lm_head.weight = cast(Any, copy.model).embed_tokens.weight
+    return copy.requires_grad_(False)
+
+
+def part_of(tensor: Tensor, like: DTensor) -> DTensor:
+    """This process's part of a tensor that every process has, cut as `like` is."""
+    whole = tensor.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,69 @@
+"""Weights cut among processes: the files, the models and the bytes that each process holds.
+
+Whole stages with --shard run in test_train.py, test_sft.py, test_reward_stage.py and test_policy_stage.py,
+beside the same stages whole.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, TORCHRUN
+from safetensors.torch import load_file, save_file
+
+import rlhf
+from minillm.errors import InputError
+from minillm.io.huggingface import read_tensors, write_tensors
+from minillm.run import Runtime
+
+
+def held(command: list[str], folder: Path) -> list[dict[str, int]]:
+    """What each process says that it holds, after it has found the properties of sharded.py to hold."""
+    words = [*command, str(ROOT / "tests" / "sharded.py"), str(folder)]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_restart_points_are_the_same_bytes_sharded_and_whole_and_each_process_holds_its_share(tmp_path):
+    """sharded.py has what is compared: restart points of 2 processes and of 1, the steps after them, gathered
+    models."""
+    (whole,), parts = held([sys.executable], tmp_path), held(TORCHRUN, tmp_path)
+    assert [part.pop("n") for part in parts] == [2, 2] and whole.pop("n") == 1
+    for name, size in whole.items():
+        # What cannot be halved is one row of a matrix, or a number of an optimizer, for each of 21 tensors.
+        assert size <= sum(part[name] for part in parts) < 1.01 * size
+        assert max(part[name] for part in parts) < 0.505 * size
+
+
+def test_a_file_written_tensor_by_tensor_is_what_safetensors_writes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    some = {
+        "b.odd": torch.randn(3, 5, generator=generator).to(torch.bfloat16),
+        "a": torch.randn(2, 3, 4, generator=generator),
+        "step": torch.tensor(3.0),
+        "none": torch.zeros(0, 4),
+        "flag": torch.tensor([True, False, True]),
+        "count": torch.arange(3),
+        "double": torch.randn(2, generator=generator, dtype=torch.float64).T,
+        "turned": torch.randn(4, 3, generator=generator).T,
+    }
+    write_tensors(tmp_path / "ours", some, {"format": "pt", "note": "ä"})
+    save_file({name: tensor.contiguous() for name, tensor in some.items()}, tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == some.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    assert read_tensors(tmp_path / "ours")[1] == {"format": "pt", "note": "ä"}
+
+
+def test_more_processes_than_prompts_of_a_minibatch_are_refused_before_anything_starts():
+    options = rlhf.Options(stage="policy", algorithm="grpo", rollout_batch=16, group_size=8, minibatches=2)
+    one, two = (Runtime(torch.device("cpu"), torch.float32, world_size=n) for n in (1, 2))
+    rlhf.check_shares(options, one)
+    with pytest.raises(InputError, match=r"too few for 2 processes; give at least 32"):
+        rlhf.check_shares(options, two)
