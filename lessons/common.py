@@ -168,7 +168,8 @@ def teach(
         print(claim, flush=True)
         path = Path(options.out, "quick" if options.quick else "", f"{lesson.stem}.json")
         measured: dict[str, Any] = read_json(path)["seeds"] if path.exists() else {}
-        seed, of = str(options.seed), digest(read_text(lesson), *(run_id(options.run(run)) for run in STAGES))
+        runs = [run for run in STAGES if run == "base" or (options.run(run) / "run.json").exists()]
+        seed, of = str(options.seed), digest(read_text(lesson), *(run_id(options.run(run)) for run in runs))
         if measured.get(seed, {}).get("of") != of:
             began = time.perf_counter()
             figures = experiment(options)
