@@ -126,14 +126,18 @@ def write_lines(path: Path, records: Iterable[object]) -> Path:
     return path
 
 
-def reads_on(options: Options, name: str, texts: Sequence[str]) -> Path:
-    """The run of a base model that has gone on with these texts, in about one pass."""
-    run = Path(options.out, f"{name}_seed{options.seed}")
+def reads_on(
+    options: Options, name: str, texts: Sequence[str], rates: Sequence[float] = (0.01, 0.005), *how: object
+) -> Path:
+    """The run of a base model that has gone on with these texts, in about one pass, at these rates for
+    matrices and embeddings. One that was made before in the same way is finished or used again."""
+    of = digest(run_id(options.run("base")), *texts, *rates, *how)
+    run = Path(options.out, f"{name}_seed{options.seed}_{of[:8]}")
     data = write_lines(run.with_suffix(".jsonl"), ({"text": text} for text in texts))
     script(
-        "train.py", "--init", options.run("base"), "--data", data, "--out", run, "--overwrite",
+        "train.py", "--init", options.run("base"), "--data", data, "--out", run, *how,
         "--steps", options.few(sum(map(len, texts)) // 3500, 3),  # 3,500 characters are some 1,024 tokens
-        "--matrix-rate", 0.01, "--embedding-rate", 0.005,
+        "--matrix-rate", rates[0], "--embedding-rate", rates[1], *["--resume"] * (run / "run.json").exists(),
     )  # fmt: skip
     return run
 
