@@ -53,8 +53,8 @@ from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
 VERSION = 5
-# The published LLaMA-1 mixture, percent of tokens: CommonCrawl, Books, GitHub, Wikipedia, arXiv,
-# StackExchange.
+# Percent of tokens, after LLaMA-1's (Touvron et al. 2023, table 1): CommonCrawl, C4, for which books stand
+# here, GitHub, Wikipedia, arXiv, StackExchange. Its 4.5 of books are left out: weights need not add to 100.
 SHARES = {"web": 67.0, "books": 15.0, "code": 4.5, "wiki": 4.5, "papers": 2.5, "qa": 2.0}
 KIND_SHARES = {
     "fact": 0.29, "unknown": 0.18, "instruction": 0.17, "small_talk": 0.13, "harm": 0.13, "advice": 0.10,
