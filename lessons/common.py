@@ -94,9 +94,8 @@ def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.
 def scores_of(run: Path, sets: Sequence[ResponseSet]) -> np.ndarray:
     """What the reward model of a run folder gives each response of each set. Float [sets, responses]."""
     model, tokenizer = load_scalar_model(run, CPU, torch.float32)
-    rows = [
-        encode_response(ChatTemplate(tokenizer), one.messages, text) for one in sets for text in one.responses
-    ]
+    template = ChatTemplate(tokenizer)
+    rows = [encode_response(template, one.messages, text) for one in sets for text in one.responses]
     return np.reshape(score_rows(model, rows), (len(sets), -1))
 
 
