@@ -1,0 +1,132 @@
+"""A model can learn to call tools, and answers with them what it can neither work out nor know.
+
+    python lessons/15_tools.py
+
+The base model is fine-tuned on questions of two kinds: sums, and facts about strangers, of whom no text tells
+anything. Where a system message names tools, the demonstrations call: a sum goes to a calculator, a name to a
+search of a card index, and the reply is what comes back. Without that message the same replies are shown and
+no calls. Among them are the little world's other conversations, and sentences with a number that ask nothing.
+Then it is asked for sums of numbers, and about names, that no demonstration had:
+
+    with, without    how often the reply has the right value
+    asked            how often the call is the right one, letter for letter
+    false calls      how often it calls, tools being there, where nothing is asked (a number in a sentence) or
+                     nothing need be looked up (any other prompt of the world, whose facts it knows)
+
+What would refute the claim: of either kind less than 80% right with tools, or less than 40 points more than
+without; or more than 2% false calls. What to notice: when to call is learned at once; to copy what is to be
+asked, token by token, is what takes long.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from common import Figures, Options, Seeds, Verdict, load, script, span, teach
+from matplotlib.axes import Axes
+
+from minillm.chat import Conversation, new_call
+from minillm.files import write_text
+from minillm.generate import SamplingOptions
+from minillm.tools.calls import calculator, converse, search
+from minillm.world import World, assistant, user
+from minillm.world.facts import Facts, attributes_of, pick, shuffled, state
+
+TOOLS = {"role": "system", "content": "Tools: calculator, search"}
+SUMS = ("What is {sum}?", "How much is {sum}?", "Please work out {sum}.")
+LINES = {
+    "train": ("I have {n} hens.", "My aunt is {n} years old.", "We saw {n} boats.", "Page {n} is torn."),
+    "test": ("There are {n} stones here.", "My house has number {n}.", "It took {n} days."),
+}
+HEARD = ("I see.", "Good to know.", "Thank you for telling me.")
+KINDS = ("sums", "strangers")
+NEEDLESS = ("fact", "instruction", "small_talk", "harm", "advice")
+Case = tuple[Conversation, str]  # a question, a call, its result and the reply; what the reply must end with
+
+
+def called(question: str, tool: str, argument: str, text: str, result: str, reply: str) -> Conversation:
+    call = assistant("") | {"tool_calls": [new_call("call_0", tool, json.dumps({argument: text}))]}
+    return [user(question), call, {"role": "tool", "content": result}, assistant(reply)]
+
+
+def add_up(rng: random.Random, numbers: Sequence[int]) -> Case:
+    (b, a), sign = sorted((pick(rng, numbers), pick(rng, numbers))), pick(rng, "+-")
+    text, value = f"{a}{sign}{b}", str(a + b if sign == "+" else a - b)
+    question, reply = pick(rng, SUMS).format(sum=text), f"It is {value}."
+    return called(question, "calculator", "expression", text, value, reply), f" {value}."
+
+
+def experiment(options: Options) -> Figures:
+    world, facts, rng = World(options.seed), Facts(options.seed), random.Random(options.seed)
+    mixed, found = shuffled(rng, range(10, 100)), Figures()
+    numbers = {"test": mixed[:18], "train": mixed[18:]}
+    cards = {(e, a): pick(rng, facts.values[a]) for e in facts.unknown for a in attributes_of(e.type)}
+    index = {(fact.entity, fact.attribute): fact.value for fact in facts.facts} | cards
+    find = search(f"{e.name}, {a}: {value}" for (e, a), value in index.items())
+    tools = {tool.name: tool for tool in (calculator(), find)}
+
+    def look_up(side: str) -> Case:
+        of_side = [card for card in cards.items() if (card[0][0].split == "test") == (side == "test")]
+        (one, attribute), value = pick(rng, of_side)
+        question, query = pick(rng, state(attribute, one, key="asks")), f"{one.name} {attribute}"
+        reply = state(attribute, one, value, "answers")[0]
+        return called(question, "search", "query", query, f"{one.name}, {attribute}: {value}", reply), value
+
+    def line(side: str) -> Conversation:
+        return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant(pick(rng, HEARD))]
+
+    several = range(options.few(4000, 20))
+    shown = [one for _ in several for one, _ in (add_up(rng, numbers["train"]), look_up("train"))]
+    told = [*shown, *(line("train") for _ in several[::3])]
+    told += [one.messages for one in world.conversations("train", len(several)) if one.kind != "unknown"]
+    alone = [[messages[0], messages[-1]] for messages in shown[: len(several)]]
+    demonstrations = [*alone, *([TOOLS, *messages] for messages in told)]
+    run = Path(options.out, f"15_seed{options.seed}")
+    write_text(run.with_suffix(".jsonl"), "".join(json.dumps({"messages": m}) + "\n" for m in demonstrations))
+    script(
+        "sft.py", "--init", options.run("base"), "--data", run.with_suffix(".jsonl"), "--out", run,
+        "--overwrite", "--seed", options.seed, "--steps", options.few(900, 3),
+    )  # fmt: skip
+
+    def replies(asked: Sequence[Conversation]) -> list[Conversation]:
+        return converse(model, asked, tools, SamplingOptions(44, temperature=0), [0] * len(asked))
+
+    model, many = load(run), range(options.few(200, 3))
+    tests = [add_up(rng, numbers["test"]) for _ in many], [look_up("test") for _ in many]
+    for kind, cases in zip(KINDS, tests, strict=True):
+        for way, told_first in (("without", []), ("with", [TOOLS])):
+            said = replies([[*told_first, messages[0]] for messages, _ in cases])
+            right = [value in own[-1]["content"] for (_, value), own in zip(cases, said, strict=True)]
+            found[f"{kind}, {way}"] = float(np.mean(right))
+        exact = [messages[1] == own[0] for (messages, _), own in zip(cases, said, strict=True)]
+        found[f"{kind}, asked"] = float(np.mean(exact))
+    prompts = {kind: [one.messages for one in world.prompts("test", kind, len(many))] for kind in NEEDLESS}
+    for kind, asked in {"one number": [line("test")[:1] for _ in many], **prompts}.items():
+        own = replies([[TOOLS, *messages] for messages in asked])
+        found[f"false calls, {kind}"] = float(np.mean(["tool_calls" in messages[0] for messages in own]))
+    found["false calls"] = float(np.mean([found[name] for name in found if name.startswith("false")]))
+    return found
+
+
+def verdict(seeds: Seeds) -> Verdict:
+    checks = {"at most 2% false calls": max(one["false calls"] for one in seeds) <= 0.02}
+    for kind in KINDS:
+        gains = [one[f"{kind}, with"] - one[f"{kind}, without"] for one in seeds]
+        checks[f"{kind}: at least 80% right with tools"] = min(one[f"{kind}, with"] for one in seeds) >= 0.8
+        checks[f"{kind}: at least 40 points more than without"] = min(gains) >= 0.4
+    found = [f"{kind} {span(seeds, f'{kind}, without')} → {span(seeds, f'{kind}, with')}" for kind in KINDS]
+    false = span(seeds, "false calls", "{:.1%}")
+    return checks, f"right without → with tools: {'; '.join(found)}; false calls {false}"
+
+
+def picture(axes: Axes, seeds: Seeds) -> None:
+    for way in ("without", "with"):
+        values = np.mean([[one[f"{kind}, {way}"] for kind in KINDS] for one in seeds], axis=0)
+        axes.plot(list(KINDS), values, "o", label=f"{way} tools")
+    axes.set(ylim=(0, 1.02), ylabel="right", title="tools")
+
+
+if __name__ == "__main__":
+    teach(experiment, verdict, picture)
