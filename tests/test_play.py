@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from runs import ROOT
 from served import a_model_that_calls, make_runs, serve
 
+from minillm.files import write_json
 from minillm.generate import stream_text
 from minillm.io.rankings import read_rankings
 from minillm.play import __main__ as play
+from minillm.play import shelf
 from minillm.play.shelf import Shelf, until
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import MOST_WAITING, Busy, Worker
@@ -447,6 +449,28 @@ def test_hundreds_of_visits_leave_nothing_behind(address, monkeypatch):
     objects_after(range(40))
     counts = [objects_after(range(n, n + 60)) for n in range(40, 280, 60)]
     assert min(after - before for before, after in pairwise(counts)) < 30  # half an object a visit
+
+
+# ---- What the page says is wrong
+
+
+def test_runs_and_responses_of_different_worlds_are_named(tmp_path):
+    folder = make_runs(tmp_path / "out")
+    for address in serve(play.Options(runs=str(folder), port=0)):
+        assert httpx.get(f"{address}/api/state").json()["note"] == ""
+        write_json(folder / "base" / "run.json", {"stage": "train", "options": {"data": [], "seed": 3}})
+        note = httpx.get(f"{address}/api/state").json()["note"]
+        assert "base of 3" in note and "responses.jsonl of 0" in note
+
+
+def test_too_little_memory_is_said_in_a_line(asking, monkeypatch):
+    def reply(*_: object, **__: object) -> Iterator[dict]:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate memory")
+        yield {}
+
+    monkeypatch.setattr(shelf, "reply", reply)
+    said = asking.post("api/chat", json={"run": "sft", "messages": [{"role": "user", "content": "Hi"}]}).text
+    assert "error" in said and "not enough memory" in said and "fault" not in said
 
 
 # ---- Ranking

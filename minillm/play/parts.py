@@ -29,6 +29,7 @@ PASSAGES = 12
 FEWEST_TOKENS, MOST_TOKENS = 12, 96
 """Before the word to be guessed."""
 PROSE = 0.85  # letters and spaces of a text: a program has fewer, and is no game
+LIKELY = 0.01  # a word less probable than that is no choice: it may be none at all
 MOST_SETS = 500
 """Of responses to be ranked."""
 
@@ -44,14 +45,17 @@ class Guessing:
 
     def ask(self, run: str, number: int, temperature: float) -> dict[str, Any]:
         """The text as the model's tokens, the word that came, what the model had expected, and four words to
-        choose from."""
+        choose from: what it thinks likely, and other words of the texts."""
         if not 0.1 <= temperature <= 5:
             raise InputError(f"temperature {temperature}: give 0.1 to 5")
         model, tokenizer = self.shelf.model(run)
         source, context, truth = self._place(run, number, model, tokenizer)
         begun = Completion(tokenizer).prompt([{"content": context}])
         words, p = likeliest_words(model, tokenizer, begun, truth, 10, temperature)
-        choices = [truth, *[word for word, _ in words if word != truth][:3]]
+        likely = [word for word, share in words if share > LIKELY]
+        others = sorted({word for _, text in self.kept[run] for word in re.findall(r" ([^\W\d_]+)", text)})
+        likely += random.Random(number).sample(others, min(4, len(others)))
+        choices = list(dict.fromkeys([truth, *likely]))[:4]
         random.Random(number).shuffle(choices)
         pieces = list(stream_text(tokenizer.decode_bytes, tokenizer.encode(context)))
         told = {"source": source, "pieces": pieces, "choices": choices}

@@ -2,7 +2,8 @@
 
 What happens is a list of events that only grows; whoever opens the page is told it from the beginning:
 
-    {"stage": "reward", "policy", "done", "stopped" or "failed", "run": name, "seconds": since the start}
+    {"stage": "reward", "policy", "done", "stopped" or "failed", "run": name, "seconds": since the start,
+     "iterations": of PPO}
     {"of": stage, "event": "train" or "val", …}       a line of the stage's metrics.jsonl
     {"answers": [{"prompt", "text"}, …], "step": n}   what the policy of now says to the same five prompts
 """
@@ -41,7 +42,7 @@ class Training:
         self.folder = self.shelf.folder / "play"
         self.events, self.grown = list[Event](), asyncio.Condition()
         self.task: asyncio.Task[None] | None = None
-        self.name, self.stopped, self.began = "", False, 0.0
+        self.name, self.stopped, self.began, self.iterations = "", False, 0.0, 0
 
     @property
     def running(self) -> bool:
@@ -73,6 +74,7 @@ class Training:
             "policy": ["--iterations", str(iterations), *POLICY.split(), *self._prompts(), *shared],
         }
         self.events, self.stopped, self.began = [], False, time.monotonic()
+        self.iterations = iterations
         self.task = asyncio.create_task(self._run(stages))
         return self.name
 
@@ -88,6 +90,7 @@ class Training:
 
     async def _run(self, stages: dict[str, list[str]]) -> None:
         try:
+            await self._ask("sft", 0)
             for stage, arguments in stages.items():
                 if not self.stopped:
                     await self._say({"stage": stage})
@@ -131,17 +134,21 @@ class Training:
             if event["event"] in ("train", "val"):
                 await self._say({"of": stage} | event)
         if stage == "policy" and any(event["event"] == "val" for event in events):
-            name = run.relative_to(self.shelf.folder).as_posix()
-
-            def asked() -> Event:
-                return {"answers": answers(self.shelf, name, self.picking.watched)}
-
-            await self._say(await self.worker.result(asked) | {"step": events[-1]["step"]})
+            await self._ask(run.relative_to(self.shelf.folder).as_posix(), events[-1]["step"])
         return told + len(whole)
+
+    async def _ask(self, name: str, step: int) -> None:
+        """Tells what a run answers to the prompts that are watched."""
+
+        def asked() -> Event:
+            return {"answers": answers(self.shelf, name, self.picking.watched), "step": step}
+
+        await self._say(await self.worker.result(asked))
 
     async def _say(self, event: Event) -> None:
         if "stage" in event:
             event |= {"run": self.name, "seconds": time.monotonic() - self.began}
+            event |= {"iterations": self.iterations}
         async with self.grown:
             self.events.append(event)
             self.grown.notify_all()

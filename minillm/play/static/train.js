@@ -2,11 +2,16 @@
 
 import { $, doing, events, make, post } from "./page.js";
 
-const CURVES = { score: "reward model's score, held-out prompts", kl: "KL to the assistant, nats a response", rubric: "the world's rubric, which nobody trains on" };
+const CURVES = {
+  score: "what the reward model gives its answers",
+  kl: "how far it has moved from the assistant (KL, nats a response)",
+  rubric: "how good they are by the world's rubric, which nobody trains on",
+};
 let following = null;
 let curves = {};
 let first = null; // the answers before training
 let run = null;
+let iterations = 0;
 
 export function begin() {
   $("train-form").addEventListener("submit", doing(async () => {
@@ -56,10 +61,10 @@ const follow = doing(async () => {
 
 function tell(event) {
   if (event.stage) {
-    run = event.run ?? run;
+    ({ run, iterations } = event);
     const said = {
-      reward: "A reward model learns from the picks … (it takes a while to start)",
-      policy: "The assistant learns by PPO …",
+      reward: "A reward model learns from the picks …",
+      policy: "The reward model is ready; now the assistant learns by PPO …",
       done: `Done in ${Math.round(event.seconds)} s. The policy is play/${event.run}/ppo.`,
       stopped: "Stopped; what was learned so far is kept.",
       failed: `It failed: ${event.error}`,
@@ -76,15 +81,15 @@ function tell(event) {
     $("train-prompts").hidden = false;
     $("train-answers").replaceChildren(...event.answers.map((now, i) => make("div", {},
       make("p", { class: "who" }, now.prompt),
-      make("p", {}, "before: ", first[i].text),
-      make("p", now.text === first[i].text ? {} : { class: "good" }, `step ${event.step}: `, now.text))));
+      make("p", {}, make("span", { class: "who" }, "before: "), first[i].text),
+      ...(event.step ? [make("p", now.text === first[i].text ? {} : { class: "good" }, make("span", { class: "who" }, `after ${event.step}: `), now.text)] : []))));
   } else if (event.of === "policy" && event.event === "val") {
     for (const name of Object.keys(CURVES)) if (event[name] !== undefined) curves[name].push([event.step, event[name]]);
     draw();
   } else if (event.of === "reward" && event.event === "train") {
     $("train-state").textContent = `A reward model learns from the picks: step ${event.step}, loss ${event.loss.toFixed(2)}`;
   } else if (event.event === "train") {
-    $("train-state").textContent = `PPO, iteration ${event.step}: score ${event.score.toFixed(2)}, KL ${event.kl.toFixed(2)}`;
+    $("train-state").textContent = `The assistant learns by PPO, iteration ${event.step} of ${iterations}: score ${event.score.toFixed(2)}, KL ${event.kl.toFixed(2)}`;
   }
 }
 
