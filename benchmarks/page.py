@@ -104,7 +104,7 @@ def soak(address: str, seconds: float, pid: int) -> dict[str, Any]:
                 list(pool.map(lambda seed: visit(address, seed), itertools.islice(visits, 16)))
                 found.append(resident(pid))
             memory.append(fmean(found or [resident(pid)]))
-    return {"visits": next(visits), "megabytes": memory, "second_half_grew": memory[-1] - memory[9]}
+    return {"visits": next(visits), "megabytes": memory, "halves": [fmean(memory[:10]), fmean(memory[10:])]}
 
 
 def resident(pid: int) -> float:

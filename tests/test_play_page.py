@@ -226,6 +226,7 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             with page.expect_download() as download:
                 page.locator("#train-export").click()
             assert Path(download.value.path()).stat().st_size > 1000
+            visible(page, "Talk with it").wait_for()
             page.locator("#train-name").fill("mine")
             press(page, by, "Keep under this name")
             visible(page, "Kept as play/mine").wait_for()

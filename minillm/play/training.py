@@ -185,7 +185,7 @@ class Training:
         """Gives the run of a visit a name."""
         if not new.replace("-", "").replace("_", "").isalnum() or len(new) > 40:
             raise InputError(f"{new!r:.60}: give letters, digits, - and _, at most 40")
-        if (self.folder / new).exists():
+        if new != name and (self.folder / new).exists():
             raise InputError(f"{new}: is there already; give another name")
         os.rename(self._visit(name), self.folder / new)
         self._forget(name)

@@ -3,6 +3,7 @@
 import { $, doing, events, make, percent } from "./page.js";
 
 const talks = new Map(); // name → its messages so far
+const known = new Set(); // names of runs that were there before
 let stopping = null;
 let seed = 0;
 
@@ -16,6 +17,9 @@ export async function show(state) {
   if (!state.runs.length) throw new Error("no model yet: run make demo, then load this page again");
   const before = new Set(chosen());
   const wanted = before.size ? before : new Set(["base", "sft", "rlhf/ppo"]);
+  const made = state.runs.filter((run) => run.name.startsWith("play/") && !known.has(run.name)).at(-1);
+  if (made) wanted.add(made.name); // what the visitor has just trained
+  for (const run of state.runs) known.add(run.name);
   const boxes = state.runs.map((run) => make("label", {},
     make("input", { type: "checkbox", value: run.name, checked: wanted.has(run.name), onchange: drawColumns }), run.name));
   $("chat-runs").replaceChildren(make("legend", {}, "Models"), ...boxes);

@@ -63,13 +63,13 @@ function tell(event) {
   if (event.stage) {
     ({ run, iterations } = event);
     const said = {
-      reward: "A reward model learns from the picks …",
-      policy: "The reward model is ready; now the assistant learns by PPO …",
-      done: `Done in ${Math.round(event.seconds)} s. The policy is play/${event.run}/ppo.`,
-      stopped: "Stopped; what was learned so far is kept.",
-      failed: `It failed: ${event.error}`,
+      reward: ["A reward model learns from the picks …"],
+      policy: ["The reward model is ready; now the assistant learns by PPO …"],
+      done: [`Done in ${Math.round(event.seconds)} s. Talk with it: it is play/${run}/ppo under `, make("a", { href: "#chat" }, "4 Compare"), "."],
+      stopped: ["Stopped; what was learned so far is kept."],
+      failed: [`It failed: ${event.error}`],
     };
-    $("train-state").textContent = said[event.stage];
+    $("train-state").replaceChildren(...said[event.stage]);
     if (event.stage === "done" || event.stage === "stopped") {
       $("train-after").hidden = false;
       $("train-name").value = run;
