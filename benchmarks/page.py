@@ -1,21 +1,24 @@
 """How fast the page is, and whether its server's memory stays flat: asked of one that runs, as visitors do.
 
     python benchmarks/page.py http://127.0.0.1:8017                       four chats at once
-    python benchmarks/page.py http://127.0.0.1:8017 --train               then ten picks and a training
+    python benchmarks/page.py http://127.0.0.1:8017 --train --pid N       then ten picks and a training
     python benchmarks/page.py http://127.0.0.1:8017 --soak 600 --pid N    then ten minutes of four visitors
 
 Of each chat: seconds to the first token, and tokens/s. Of the training: seconds from the tenth pick to the
-first answer that is not the assistant's any more, and all answers. Of the soak: the memory of the process.
+first answer that is not the assistant's any more, also in seconds of a core, and all answers. Of the soak: the
+memory of the server's process, which N is.
 """
 
 import itertools
 import json
+import os
 import random
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -55,20 +58,22 @@ def pick_longest(address: str, name: str, shown: dict[str, Any]) -> Any:
     return json.load(ask(address, "/api/rank", {"name": name, "key": shown["key"], "action": order}))
 
 
-def train(address: str) -> dict[str, Any]:
+def train(address: str, pid: int) -> dict[str, Any]:
     shown = json.load(ask(address, "/api/rank", {"name": "measure"}))
     while shown["done"] < 10:
         shown = pick_longest(address, "measure", shown)
     ask(address, "/api/train", {}).read()
-    first: list[str] = []
+    first, before = list[str](), cpu_seconds(pid)
     changed, told = None, {}
     for seconds, event in events(address, "/api/train"):
         if "answers" in event:
             told[event["step"]] = [answer["text"] for answer in event["answers"]]
             first = first or told[event["step"]]
-            changed = changed or (seconds if told[event["step"]] != first else None)
+            if changed is None and told[event["step"]] != first:
+                changed = {"seconds": seconds, "core_seconds": cpu_seconds(pid) - before}
         if event.get("stage") in ("done", "failed"):
-            return {"to_a_changed_answer": changed, "whole": seconds, "end": event, "answers": told}
+            whole = {"seconds": seconds, "core_seconds": cpu_seconds(pid) - before}
+            return {"to_a_changed_answer": changed, "whole": whole, "end": event, "answers": told}
     raise AssertionError("the stream ended before the training")
 
 
@@ -107,6 +112,19 @@ def soak(address: str, seconds: float, pid: int) -> dict[str, Any]:
     return {"visits": next(visits), "megabytes": memory, "halves": [fmean(memory[:10]), fmean(memory[10:])]}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process and those that it started: what a busy machine does not change much."""
+    spent = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile, and is counted with its parent
+            _, parent, *rest = path.read_text(encoding="utf-8").rpartition(")")[2].split()
+            if int(path.parent.name) == pid:
+                spent += sum(map(int, rest[9:13]))  # its own, and of children that have ended
+            elif int(parent) == pid:
+                spent += sum(map(int, rest[9:11]))
+    return spent / os.sysconf("SC_CLK_TCK")
+
+
 def resident(pid: int) -> float:
     """Memory of a process, in MB."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
@@ -132,10 +150,10 @@ def main(arguments: list[str]) -> None:
         "--train", action="store_true", help="ten picks of the longest response, and a training"
     )
     parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="visits for so long")
-    parser.add_argument("--pid", type=int, help="--soak: the server's process")
+    parser.add_argument("--pid", type=int, help="--train, --soak: the server's process")
     options = parser.parse_args(arguments)
-    if options.soak and not options.pid:
-        parser.error("--soak: give the --pid of the server's process")
+    if (options.soak or options.train) and not options.pid:
+        parser.error("--pid: is missing; give the server's process")
     address = options.address
     wait_for(address)
     chat(address, 0)  # the model is opened once
@@ -144,7 +162,7 @@ def main(arguments: list[str]) -> None:
     found: dict[str, Any] = {"chats": chats}
     found |= {name: median(one[name] for one in chats) for name in ("first_token", "tokens_per_second")}
     if options.train:
-        found["training"] = train(address)
+        found["training"] = train(address, options.pid)
     if options.soak:
         found["soak"] = soak(address, options.soak, options.pid)
     print(json.dumps(found, indent=1))
