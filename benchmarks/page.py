@@ -5,8 +5,8 @@
     python benchmarks/page.py http://127.0.0.1:8017 --soak 600 --pid N    then ten minutes of four visitors
 
 Of each chat: seconds to the first token, and tokens/s. Of the training: seconds from the tenth pick to the
-first answer that is not the assistant's any more, also in seconds of a core, and all answers. Of the soak: the
-memory of the server's process, which N is.
+first answer that is not the assistant's any more, also in seconds of a core, and all answers. Of the soak:
+the memory of the server's process, which N is.
 """
 
 import itertools

@@ -110,6 +110,26 @@ def test_a_word_is_guessed(page, by):
     assert page.locator("#guess-it").inner_text().endswith("of 2")
 
 
+def test_a_question_that_comes_late_does_not_undo_a_guess(browser, address):
+    """Whoever goes to and fro while the first question loads has asked for two."""
+    page, held = browser.new_page(), []
+
+    def hold(route) -> None:
+        held.append(route) if len(held) == 0 else route.continue_()
+
+    page.route("**/api/guess", hold)
+    page.goto(address)
+    page.goto(f"{address}/#results")
+    page.goto(f"{address}/#guess")
+    page.locator("#guess-choices button").first.click()
+    visible(page, "The model's first guess was").wait_for()
+    with page.expect_response("**/api/guess"):
+        held[0].continue_()
+    page.wait_for_timeout(300)
+    assert page.locator("#guess-next").is_visible() and page.locator("#guess-form").is_hidden()
+    page.close()
+
+
 @pytest.mark.parametrize("by", ["mouse", "keyboard"])
 def test_the_better_response_is_picked_and_taken_back(page, by, runs):
     page.goto(f"{page.url.partition('#')[0]}#pick")

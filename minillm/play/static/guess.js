@@ -7,6 +7,7 @@ const score = { rounds: 0, you: 0, it: 0, yours: 0, its: 0 };
 let number = Math.floor(Math.random() * 1e9);
 let question = null; // with its answer, which shows once the visitor has guessed
 let told = false;
+let latest = 0; // number of the latest load
 
 export function begin() {
   $("guess-form").addEventListener("submit", doing(() => guess($("guess-typed").value.trim())));
@@ -31,8 +32,8 @@ export async function show(state) {
 }
 
 async function ask() {
+  if (!await load()) return;
   told = false;
-  await load();
   const pieces = question.pieces.map((piece) => make("span", { class: "token" }, piece));
   $("guess-text").replaceChildren(...pieces, make("span", { class: "gap" }, " ?"));
   $("guess-source").textContent = `From “${question.source}”, held out. The shading shows the model's tokens.`;
@@ -44,15 +45,20 @@ async function ask() {
 }
 
 // The question, with what the model expects at the temperature of now, also if that was moved meanwhile.
+// False where another load has begun since: what came is out of date.
 async function load() {
-  let asked;
+  const mine = ++latest;
+  let asked, found;
   do {
     asked = { run: $("guess-run").value, number, temperature: Number($("guess-temperature").value) };
-    question = await post("/api/guess", asked);
+    found = await post("/api/guess", asked);
+    if (mine !== latest) return false;
   } while (asked.temperature !== Number($("guess-temperature").value));
+  question = found;
   const rows = question.words.map(([word, p]) => [word, p, percent(p), word === question.truth]);
   if (!rows.some((row) => row[3])) rows.push([question.truth, question.p, percent(question.p), true]);
   bars($("guess-bars"), rows);
+  return true;
 }
 
 async function next() {
