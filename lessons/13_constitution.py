@@ -4,8 +4,8 @@
 
 principles.txt holds five questions about a reply, such as "Is it polite?". Five people are asked about a
 tenth of the prompts; each puts the replies in order by one question. From that a judge learns: a reward
-model that reads the question before the conversation. Its score of a reply is the sum over the questions.
-From here on the judge is asked, and nobody else.
+model that reads the question before the conversation. (For language models as judges, which compare two
+replies in their context, there is rlhf.py --annotator model.) A reply's score is the sum over the questions.
 
     picks      a reward model learns from the judge's orders of replies to other prompts. Two learn from
                people alone: from what they said of all prompts (the demo's), and of that tenth. Each picks
@@ -16,8 +16,8 @@ From here on the judge is asked, and nobody else.
 
 The rubric, which the judge never sees, says how good replies are (0 to 1), and which are flawed: rude, wordy,
 harmful, or a guess where nobody knows. What would refute the claim: picks 0.03 worse than by people's orders
-of all prompts, or no better than by those of a tenth; a principle without effect (if "polite" is left out, as
-few picks are rude); a fine-tuned assistant with more than half as many flawed replies.
+of all prompts, or no better than by those of a tenth; a principle without effect (if "brief" is left out, the
+judge's own picks are not 5% longer); a fine-tuned assistant with more than half as many flawed replies.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 from minillm.files import read_text
 from minillm.io.rankings import read_rankings, read_responses
 from minillm.preferences import ResponseSet, new_ranking, ranking_by, simulated_annotators
-from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
+from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies
 from minillm.world import World, assistant, user
 from minillm.world.rubric import Score
 
@@ -44,9 +44,8 @@ N = 8
 
 
 def under(question: str, one: ResponseSet) -> ResponseSet:
-    """The set with a question about the reply before what the user said."""
-    asked = user(f"{question} {one.messages[-1]['content']}")
-    return replace(one, messages=[*one.messages[:-1], asked], kind=None)
+    """The set with a question about the reply before what the user said, which is all there is."""
+    return replace(one, messages=[user(f"{question} {one.messages[-1]['content']}")], kind=None)
 
 
 def flawed(score: Score) -> bool:
@@ -91,14 +90,14 @@ def experiment(options: Options) -> Figures:
     groups = [replies[i : i + N] for i in range(0, len(replies), N)]
     offered = [ResponseSet(group[0].prompt.messages, [one.text for one in group]) for group in groups]
 
-    def picks(scores: np.ndarray) -> list[Score]:
-        return [group[best].score for group, best in zip(groups, scores.argmax(1), strict=True)]
+    def picks(scores: np.ndarray) -> list[Reply]:
+        return [group[best] for group, best in zip(groups, scores.argmax(1), strict=True)]
 
     for name, run in models.items():
-        found[name] = fmean(score.utility for score in picks(scores_of(run, offered)))
-    parts, polite = judged(offered), [*PRINCIPLES].index("polite")
-    found["rude"] = fmean(score.rude for score in picks(parts.sum(0)))
-    found["rude without"] = fmean(score.rude for score in picks(parts.sum(0) - parts[polite]))
+        found[name] = fmean(one.utility for one in picks(scores_of(run, offered)))
+    parts, brief = judged(offered), [*PRINCIPLES].index("brief")
+    for name, total in (("words", parts.sum(0)), ("words without", parts.sum(0) - parts[brief])):
+        found[name] = fmean(one.words for one in picks(total))
 
     best = by.sum(0)[:, :3].argmax(1)  # the fourth of a set is a reply to another prompt
     worst = (by[:, :, 0] - by[:, range(len(best)), best]).argmin(0)
@@ -106,8 +105,8 @@ def experiment(options: Options) -> Figures:
     revised = [i for i, score in enumerate(first) if best[i] and flawed(score)]
     hits = [getattr(first[i], FLAWS.get([*PRINCIPLES][worst[i]], ""), False) for i in revised]
     found["critiques right"] = fmean(hits or [0])
-    pairs = [(one.messages, one.responses[i]) for one, i in zip(others, best, strict=True)]
-    lines = ({"messages": [*messages, assistant(text)]} for messages, text in pairs if text.strip())
+    pairs = ((one.messages, one.responses[i]) for one, i in zip(others, best, strict=True))
+    lines = ({"messages": [*before, assistant(text)]} for before, text in pairs if text.strip())
     data, run = write_lines(made / "revised.jsonl", lines), made / "revised"
     how = ("--steps", options.few(300, 3), "--seed", options.seed, "--overwrite")
     script("sft.py", "--init", sft, "--data", data, "--out", run, *how)
@@ -121,12 +120,13 @@ def verdict(seeds: Seeds) -> Verdict:
     checks = {
         "picks at most 0.03 below people's": all(one["judge"] >= one["people"] - 0.03 for one in seeds),
         "picks better than by a tenth": all(one["judge"] > one["tenth"] for one in seeds),
-        'more rude picks without "polite"': all(one["rude without"] > one["rude"] for one in seeds),
+        'longer picks without "brief"': all(one["words without"] > 1.05 * one["words"] for one in seeds),
         "flaws halved by revision": all(one["flawed after"] <= one["flawed"] / 2 for one in seeds),
     }
     rubric = ", ".join(f"{name} {span(seeds, name, '{:.2f}')}" for name in RUBRIC)
-    rude = f'rude picks {span(seeds, "rude")}, without "polite" {span(seeds, "rude without")}'
-    return checks, f"rubric: {rubric}; {rude}; flawed {span(seeds, 'flawed')} → {span(seeds, 'flawed after')}"
+    words = " → ".join(span(seeds, name, "{:.1f}") for name in ("words", "words without"))
+    flawed = " → ".join(span(seeds, name) for name in ("flawed", "flawed after"))
+    return checks, f"rubric: {rubric}; words without the principle of brevity {words}; flawed {flawed}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
