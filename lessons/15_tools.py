@@ -32,7 +32,8 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions
 from minillm.tools.calls import calculator, converse, search
 from minillm.world import World, assistant, user
-from minillm.world.facts import Facts, attributes_of, pick, shuffled, state
+from minillm.world.facts import Entity, Facts, attributes_of, pick, shuffled, state
+from minillm.world.phrases import NAME_PARTS
 
 TOOLS = {"role": "system", "content": "Tools: calculator, search"}
 SUMS = ("What is {sum}?", "How much is {sum}?", "Please work out {sum}.")
@@ -62,14 +63,19 @@ def experiment(options: Options) -> Figures:
     world, facts, rng = World(options.seed), Facts(options.seed), random.Random(options.seed)
     mixed, found = shuffled(rng, range(10, 100)), Figures()
     numbers = {"test": mixed[:18], "train": mixed[18:]}
-    cards = {(e, a): pick(rng, facts.values[a]) for e in facts.unknown for a in attributes_of(e.type)}
-    index = {(fact.entity, fact.attribute): fact.value for fact in facts.facts} | cards
-    find = search(f"{e.name}, {a}: {value}" for (e, a), value in index.items())
-    tools = {tool.name: tool for tool in (calculator(), find)}
+    cards = {(fact.entity, fact.attribute): fact.value for fact in facts.facts}
+    strangers = [one for one in facts.unknown if one.split == "test"]
+    kept = {one.name.split()[-1] for one in strangers}
 
-    def look_up(side: str) -> Case:
-        of_side = [card for card in cards.items() if (card[0][0].split == "test") == (side == "test")]
-        (one, attribute), value = pick(rng, of_side)
+    def made_up() -> Entity:
+        kind = pick(rng, tuple(NAME_PARTS))
+        first, stem, end = (pick(rng, part) for part in NAME_PARTS[kind])
+        one = Entity(f"{first} {stem}{end}", kind, "train", known=False)
+        return made_up() if stem + end in kept or one.name in facts.by_name else one
+
+    def look_up(one: Entity) -> Case:
+        attribute = pick(rng, attributes_of(one.type))
+        value = cards.setdefault((one, attribute), pick(rng, facts.values[attribute]))
         question, query = pick(rng, state(attribute, one, key="asks")), f"{one.name} {attribute}"
         reply = state(attribute, one, value, "answers")[0]
         return called(question, "search", "query", query, f"{one.name}, {attribute}: {value}", reply), value
@@ -78,7 +84,7 @@ def experiment(options: Options) -> Figures:
         return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant(pick(rng, HEARD))]
 
     several = range(options.few(4000, 20))
-    shown = [one for _ in several for one, _ in (add_up(rng, numbers["train"]), look_up("train"))]
+    shown = [one for _ in several for one, _ in (add_up(rng, numbers["train"]), look_up(made_up()))]
     told = [*shown, *(line("train") for _ in several[::3])]
     told += [one.messages for one in world.conversations("train", len(several)) if one.kind != "unknown"]
     alone = [[messages[0], messages[-1]] for messages in shown[: len(several)]]
@@ -94,7 +100,9 @@ def experiment(options: Options) -> Figures:
         return converse(model, asked, tools, SamplingOptions(44, temperature=0), [0] * len(asked))
 
     model, many = load(run), range(options.few(200, 3))
-    tests = [add_up(rng, numbers["test"]) for _ in many], [look_up("test") for _ in many]
+    tests = [add_up(rng, numbers["test"]) for _ in many], [look_up(pick(rng, strangers)) for _ in many]
+    find = search(f"{one.name}, {attribute}: {value}" for (one, attribute), value in cards.items())
+    tools = {tool.name: tool for tool in (calculator(), find)}
     for kind, cases in zip(KINDS, tests, strict=True):
         for way, told_first in (("without", []), ("with", [TOOLS])):
             said = replies([[*told_first, messages[0]] for messages, _ in cases])
