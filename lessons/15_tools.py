@@ -10,17 +10,15 @@ Then it is asked for sums of numbers, and about names, that no demonstration had
 
     with, without    how often the reply has the right value
     asked            how often the call is the right one, letter for letter
-    false calls      how often it calls, tools being there, where nothing is asked (a number in a sentence) or
-                     nothing need be looked up (any other prompt of the world, whose facts it knows)
+    false calls      how often it calls, where it may, after a sentence with a number that asks for nothing,
+                     and after any other prompt of the world, whose facts it knows
 
 What would refute the claim: of either kind less than 80% right with tools, or less than 40 points more than
-without; or more than 2% false calls. What to notice: when to call is learned at once; to copy what is to be
-asked, token by token, is what takes long.
+without; or more than 2% false calls.
 """
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +39,8 @@ LINES = {
     "train": ("I have {n} hens.", "My aunt is {n} years old.", "We saw {n} boats.", "Page {n} is torn."),
     "test": ("There are {n} stones here.", "My house has number {n}.", "It took {n} days."),
 }
-HEARD = ("I see.", "Good to know.", "Thank you for telling me.")
-KINDS = ("sums", "strangers")
-NEEDLESS = ("fact", "instruction", "small_talk", "harm", "advice")
-Case = tuple[Conversation, str]  # a question, a call, its result and the reply; what the reply must end with
+KINDS, KNOWN = ("sums", "strangers"), ("fact", "instruction", "small_talk", "harm", "advice")
+Case = tuple[Conversation, str]  # a question, a call, its result, the reply; and what the reply must say
 
 
 def called(question: str, tool: str, argument: str, text: str, result: str, reply: str) -> Conversation:
@@ -52,11 +48,11 @@ def called(question: str, tool: str, argument: str, text: str, result: str, repl
     return [user(question), call, {"role": "tool", "content": result}, assistant(reply)]
 
 
-def add_up(rng: random.Random, numbers: Sequence[int]) -> Case:
+def add_up(rng: random.Random, numbers: list[int]) -> Case:
     (b, a), sign = sorted((pick(rng, numbers), pick(rng, numbers))), pick(rng, "+-")
     text, value = f"{a}{sign}{b}", str(a + b if sign == "+" else a - b)
-    question, reply = pick(rng, SUMS).format(sum=text), f"It is {value}."
-    return called(question, "calculator", "expression", text, value, reply), f" {value}."
+    question = pick(rng, SUMS).format(sum=text)
+    return called(question, "calculator", "expression", text, value, f"It is {value}."), f" {value}."
 
 
 def experiment(options: Options) -> Figures:
@@ -65,7 +61,7 @@ def experiment(options: Options) -> Figures:
     numbers = {"test": mixed[:18], "train": mixed[18:]}
     cards = {(fact.entity, fact.attribute): fact.value for fact in facts.facts}
     strangers = [one for one in facts.unknown if one.split == "test"]
-    kept = {one.name.split()[-1] for one in strangers}
+    kept = {one.name.split()[-1] for one in strangers}  # last names
 
     def made_up() -> Entity:
         kind = pick(rng, tuple(NAME_PARTS))
@@ -81,22 +77,22 @@ def experiment(options: Options) -> Figures:
         return called(question, "search", "query", query, f"{one.name}, {attribute}: {value}", reply), value
 
     def line(side: str) -> Conversation:
-        return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant(pick(rng, HEARD))]
+        return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant("Good to know.")]
 
     several = range(options.few(4000, 20))
     shown = [one for _ in several for one, _ in (add_up(rng, numbers["train"]), look_up(made_up()))]
     told = [*shown, *(line("train") for _ in several[::3])]
     told += [one.messages for one in world.conversations("train", len(several)) if one.kind != "unknown"]
     alone = [[messages[0], messages[-1]] for messages in shown[: len(several)]]
-    demonstrations = [*alone, *([TOOLS, *messages] for messages in told)]
+    shown = [*alone, *([TOOLS, *messages] for messages in told)]
     run = Path(options.out, f"15_seed{options.seed}")
-    write_text(run.with_suffix(".jsonl"), "".join(json.dumps({"messages": m}) + "\n" for m in demonstrations))
+    write_text(run.with_suffix(".jsonl"), "".join(json.dumps({"messages": m}) + "\n" for m in shown))
     script(
         "sft.py", "--init", options.run("base"), "--data", run.with_suffix(".jsonl"), "--out", run,
         "--overwrite", "--seed", options.seed, "--steps", options.few(900, 3),
     )  # fmt: skip
 
-    def replies(asked: Sequence[Conversation]) -> list[Conversation]:
+    def replies(asked: list[Conversation]) -> list[Conversation]:
         return converse(model, asked, tools, SamplingOptions(44, temperature=0), [0] * len(asked))
 
     model, many = load(run), range(options.few(200, 3))
@@ -108,9 +104,9 @@ def experiment(options: Options) -> Figures:
             said = replies([[*told_first, messages[0]] for messages, _ in cases])
             right = [value in own[-1]["content"] for (_, value), own in zip(cases, said, strict=True)]
             found[f"{kind}, {way}"] = float(np.mean(right))
-        exact = [messages[1] == own[0] for (messages, _), own in zip(cases, said, strict=True)]
-        found[f"{kind}, asked"] = float(np.mean(exact))
-    prompts = {kind: [one.messages for one in world.prompts("test", kind, len(many))] for kind in NEEDLESS}
+        same = [case[1] == own[0] for (case, _), own in zip(cases, said, strict=True)]
+        found[f"{kind}, asked"] = float(np.mean(same))
+    prompts = {kind: [one.messages for one in world.prompts("test", kind, len(many))] for kind in KNOWN}
     for kind, asked in {"one number": [line("test")[:1] for _ in many], **prompts}.items():
         own = replies([[TOOLS, *messages] for messages in asked])
         found[f"false calls, {kind}"] = float(np.mean(["tool_calls" in messages[0] for messages in own]))
@@ -125,8 +121,7 @@ def verdict(seeds: Seeds) -> Verdict:
         checks[f"{kind}: at least 80% right with tools"] = min(one[f"{kind}, with"] for one in seeds) >= 0.8
         checks[f"{kind}: at least 40 points more than without"] = min(gains) >= 0.4
     found = [f"{kind} {span(seeds, f'{kind}, without')} → {span(seeds, f'{kind}, with')}" for kind in KINDS]
-    false = span(seeds, "false calls", "{:.1%}")
-    return checks, f"right without → with tools: {'; '.join(found)}; false calls {false}"
+    return checks, f"right: {'; '.join(found)}; false calls {span(seeds, 'false calls', '{:.1%}')}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
