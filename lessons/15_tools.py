@@ -57,8 +57,8 @@ def add_up(rng: random.Random, numbers: list[int]) -> Case:
 
 def experiment(options: Options) -> Figures:
     world, facts, rng = World(options.seed), Facts(options.seed), random.Random(options.seed)
-    mixed, found = shuffled(rng, range(10, 100)), Figures()
-    numbers = {"test": mixed[:18], "train": mixed[18:]}
+    mixed, found = shuffled(rng, range(100, 1000)), Figures()
+    numbers = {"test": mixed[:180], "train": mixed[180:]}
     cards = {(fact.entity, fact.attribute): fact.value for fact in facts.facts}
     strangers = [one for one in facts.unknown if one.split == "test"]
     kept = {one.name.split()[-1] for one in strangers}  # last names
