@@ -69,7 +69,7 @@ STAGES = {
     "train": f"train.py {SHAPE} --out base --block-size 256 --samples 1 {TEXT}",
     "sft": f"sft.py --init base --data chats.jsonl --text tale.txt --out sft {TEXT}",
     "sample": f"{RLHF} sample --models sft base --data chats.jsonl --responses 3 --max-new-tokens 4",
-    "rank": f"{RLHF} rank --annotator file --data pairs.jsonl",
+    "rank": f"{RLHF} rank --annotator file --data pairs.jsonl again=pairs.jsonl",
     "agreement": f"{RLHF} agreement",
     "reward": f"{RLHF} reward --init sft --batch-sets 40 {EACH}",
     "policy": f"{RLHF} {POLICY} {ROLLOUT} {MIXED} --ema-decay 0.5",
@@ -373,7 +373,8 @@ def fault(stage: str, end: End, what: Accident) -> str:
     errors = re.findall("^error: .*", end.said, re.MULTILINE)
     torchrun = stage.endswith("by 2")  # which has words and codes of its own
     by_signal = what.number and (end.code in (128 + what.number, -what.number, 130) or torchrun)
-    by_disk = what.room and (torchrun or (end.code == 2 and len(errors) == 1))
+    told = len(errors) == 1 or len(end.said.encode()) >= what.room  # what it says may not have grown either
+    by_disk = what.room and (torchrun or (end.code == 2 and told))
     done = end.code == (143 if stage == "play" else 0)
     if "Traceback" in end.said and not torchrun:
         return f"a traceback: {end.said[-1500:]}"

@@ -80,28 +80,33 @@ def module_file(name: str) -> str | None:
 # ---- The functions that a step enters
 
 
-def entered(script: ModuleType, arguments: list[str], marker: str = "goes_on") -> set[tuple[str, str]]:
-    """File and name of each function of ours entered between the second and the third call of `marker`."""
+def entered(script: ModuleType, arguments: list[str]) -> set[tuple[str, str]]:
+    """File and name of each function of ours entered between the second and the third call of Run.goes_on."""
+    from minillm.run import Run
+
     found: set[tuple[str, str]] = set()
-    steps = 0
+    goes_on, steps = Run.goes_on, 0
 
     def notice(frame: FrameType, event: str, _: object) -> None:
-        nonlocal steps
         if event != "call" or not frame.f_code.co_filename.startswith(str(ROOT)):
             return
         file = str(Path(frame.f_code.co_filename).relative_to(ROOT))
-        if file.startswith(APART) or ".venv" in file:
-            return
-        steps += frame.f_code.co_name == marker
-        if steps == 2 and "<" not in frame.f_code.co_name:
+        if not (file.startswith(APART) or ".venv" in file or "<" in frame.f_code.co_name):
             found.add((file, frame.f_code.co_qualname))
 
-    sys.setprofile(notice)
+    def counted(run: Run) -> bool:
+        nonlocal steps
+        steps += 1
+        sys.setprofile(notice if steps == 2 else None)
+        return goes_on(run)
+
+    Run.goes_on = counted  # type: ignore[method-assign]
     try:
         script.main(arguments)
     finally:
+        Run.goes_on = goes_on  # type: ignore[method-assign]
         sys.setprofile(None)
-    assert steps > 2, f"{script.__name__}: {marker} was called {steps} times"
+    assert steps > 2, f"{script.__name__}: Run.goes_on was called {steps} times"
     return found
 
 

@@ -394,6 +394,14 @@ def test_a_chat_shows_calls_and_results_and_says_the_rest(talk):
     assert chat_module.run_command(chat, "/undo") and not chat.messages
 
 
+def test_a_model_is_told_of_its_tools_only_where_asked_for(talk):
+    for described in (False, True):
+        chat = talk("Hm.", tools=("calculator",), describe_tools=described)
+        assert "".join(chat.reply("2+3?")) == "Hm."
+        expected = with_tools(ask("2+3?"), [calculator().schema()]) if described else ask("2+3?")
+        assert chat.asked == chat.format.prompt(expected)
+
+
 def test_a_chat_without_tools_runs_nothing_and_one_that_was_told_of_them_ends_at_the_call(talk):
     chat = talk(SUM, "Nothing.")
     assert "".join(chat.reply("2+3?")) == "<|system|>" + SUM.removeprefix("CALL ")

@@ -213,7 +213,6 @@ def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
 # ---- Real data and the little world
 
 REAL = {  # conversations and what is left out of them; the same of rankings, where the file holds some
-    "instructions/bigbench_qa_wikidata.jsonl": (20_321, 0),
     "instructions/instruction-data-with-preference.json": (1_100, 0, 1_094, 6),
     "instructions/instruction-data.json": (1_100, 0),
     "instructions/seed_tasks.jsonl": (175, 0),

@@ -371,8 +371,10 @@ def test_on_the_little_world_its_splits_are_asked_and_its_rubric_judges(places, 
 
 SHARED_OUT = {
     "ppo": ("ppo", ""),
-    "ppo, sharded": ("ppo", "--shard --checkpoint-activations --ema-decay 0.8 --top-k 40"),
-    "grpo, sharded": ("grpo", "--shard --kl-estimator exact --micro-tokens 40"),
+    "ppo, sharded": (
+        "ppo",
+        "--shard --checkpoint-activations --ema-decay 0.8 --kl-estimator exact --micro-tokens 40",
+    ),
     "dpo, sharded": ("dpo", "--shard --micro-tokens 100"),
 }
 

@@ -185,9 +185,9 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
     assert_same_run(whole, killed)
 
 
-@pytest.mark.parametrize("extra", [(), SHARDED], ids=["each holds all", "sharded"])
-def test_two_processes_follow_the_curve_of_one(base, chats, tmp_path, reference, extra):
-    words = ["sft.py", *arguments(base, chats, tmp_path / "sft", *extra)]
+def test_two_processes_that_share_the_weights_follow_the_curve_of_one(base, chats, tmp_path, reference):
+    """Where each holds all weights: tests/test_train.py."""
+    words = ["sft.py", *arguments(base, chats, tmp_path / "sft", *SHARDED)]
     assert_two_processes_follow(reference, words, tmp_path / "sft", rel=1e-3)
 
 

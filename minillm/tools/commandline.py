@@ -122,7 +122,8 @@ GROUPS: dict[str, str] = {
     "the policy": "reward rollout_batch group_size minibatches ppo_epochs target_kl policy_rate beta "
     "adaptive_kl_target max_kl keep clip_range kl_estimator gamma lam value_clip vf_coef critic "
     "critic_warmup whiten scale_scores missing_eos_score ptx ptx_tokens ema_decay",
-    "the run": "val_every save_every seed device precision compile tracker",
+    "tools": "tools search_in describe_tools",
+    "the run": "val_every save_every seed device precision compile shard checkpoint_activations tracker",
 }
 """Titles and the options under them, in the order in which they are shown."""
 
