@@ -567,7 +567,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     from minillm.tools.folder import claim_folder, start_run_folder
     from minillm.tools.provenance import provenance
 
-    claim_folder(options, runtime)
+    unfinished = not (options.folder / "report.json").exists()  # an earlier one is begun again
+    claim_folder(replace(options, overwrite=options.overwrite or unfinished), runtime)
     aligner, n, began = start_aligner(options, runtime), options.samples, time.perf_counter()
     _, prompts = policy_prompts(options, aligner)
     asked = [prompt for prompt in prompts for _ in range(n)]

@@ -350,6 +350,19 @@ def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
     assert reports["6"]["largest_kl"] == pytest.approx(0.9584, abs=1e-4)
 
 
+def test_best_of_n_that_a_full_disk_ended_is_begun_again_and_a_finished_one_is_kept(places, tmp_path, capsys):
+    words = arguments(places, tmp_path, "--group-size", "2", algorithm="best-of-n")
+    rlhf.main(words)
+    report = tmp_path / "best-of-n" / "report.json"
+    first = json.loads(report.read_text())["score"]
+    report.unlink()
+    rlhf.main(words)
+    assert json.loads(report.read_text())["score"] == first
+    with pytest.raises(SystemExit) as stop:
+        rlhf.main(words)
+    assert stop.value.code == 2 and "already holds a run" in capsys.readouterr().err
+
+
 def test_on_the_little_world_its_splits_are_asked_and_its_rubric_judges(places, tmp_path):
     model, tokenizer = tiny_model(longest=400)
     for name, saved, save in (
