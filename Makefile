@@ -12,7 +12,7 @@ BIN := .venv/bin
 LESSONS = $(wildcard lessons/[0-9]*.py)
 RESUME = $(if $(wildcard $(1)/run.json),--resume,$(2))
 
-.PHONY: demo play lessons test lint
+.PHONY: demo play lessons test lint style types
 
 demo: .venv/installed
 	$(BIN)/python train.py $(call RESUME,out/base,$(TRAIN))
@@ -33,12 +33,17 @@ lessons: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)
 
-lint: .venv/installed
+lint: style types types-benchmarks types-lessons
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/installed
 	$(BIN)/mypy
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
-	MYPYPATH=lessons $(BIN)/mypy lessons
+
+types-%: .venv/installed
+	MYPYPATH=$* $(BIN)/mypy --cache-dir .mypy_cache/$* $*
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -373,7 +373,7 @@ def fault(stage: str, end: End, what: Accident) -> str:
     errors = re.findall("^error: .*", end.said, re.MULTILINE)
     torchrun = stage.endswith("by 2")  # which has words and codes of its own
     by_signal = what.number and (end.code in (128 + what.number, -what.number, 130) or torchrun)
-    told = len(errors) == 1 or len(end.said.encode()) >= what.room  # what it says may not have grown either
+    told = len(errors) == 1 or (what.what == "limit" and not errors)  # what it says may not grow either
     by_disk = what.room and (torchrun or (end.code == 2 and told))
     done = end.code == (143 if stage == "play" else 0)
     if "Traceback" in end.said and not torchrun:

@@ -21,7 +21,9 @@ CHECKED = [f"kernels.{file.stem}" for file in KERNELS.glob("*.py") if not file.s
 install_import_hook(["minillm", *CHECKED], "beartype.beartype")
 
 # A busy machine is slow now and then: time is not a property of ours.
-hypothesis.settings.register_profile("minillm", deadline=None)
+# For more cases: pytest --hypothesis-profile long
+hypothesis.settings.register_profile("minillm", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("minillm")
 
 
