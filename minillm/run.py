@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, signals, writing
 from minillm.files import digest, read_json, sync_open, write_json, write_text
-from minillm.io.huggingface import load_weights, read_tensors, write_tensors
+from minillm.io.huggingface import load_weights, read_tensors, whole_tensor, write_tensors
 from minillm.options import TrainingOptions, options_json
 
 # ---- Where it computes
@@ -118,11 +118,11 @@ class Runtime:
         ask for it; where nothing is sharded, what was given."""
         if not self.sharded:
             return part
-        from minillm.fast.sharding import whole_model, whole_tensor
+        if isinstance(part, Tensor):
+            return cast(Whole, whole_tensor(part))
+        from minillm.fast.sharding import whole_model
 
-        if isinstance(part, nn.Module):
-            return whole_model(part, self.device)
-        return cast(Whole, whole_tensor(part))
+        return whole_model(part, self.device)
 
     def even(self, parts: list[Part], idle: Part) -> list[Part]:
         """As many parts as the process with the most has, where the run is sharded: all must make as many

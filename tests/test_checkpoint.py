@@ -104,7 +104,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return tensor
 
-    monkeypatch.setattr("minillm.io.huggingface._gathered", full_at_the_third)
+    monkeypatch.setattr("minillm.io.huggingface.whole_tensor", full_at_the_third)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
     refusal(trained_state().save, tmp_path)

@@ -25,6 +25,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from minillm.io.huggingface import whole_tensor
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -49,11 +51,6 @@ def recompute_blocks(model: nn.Module) -> None:
     """Lets the backward pass compute each block's activations anew: only the blocks' inputs are kept."""
     for block in cast(Any, model.model).layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, which all must ask for it; one that is not cut as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_model(model: Model, device: torch.device) -> Model:

@@ -303,13 +303,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         with open(file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in ordered:
-                out.write(_gathered(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
+                out.write(whole_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
 
     if writes(tensors):
         write_atomically(path, write)
     else:
         for _, tensor in ordered:
-            _gathered(tensor)
+            whole_tensor(tensor)
 
 
 def writes(tensors: dict[str, Tensor]) -> bool:
@@ -326,7 +326,8 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
     return part_of(tensor, cast(Any, like))
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes, which all must ask for it; one that is not cut as it is."""
     return cast(Any, tensor).full_tensor() if _is_part(tensor) else tensor
 
 

@@ -210,12 +210,14 @@ class Chat:
         call_id = self.format.call_id if self.tools or self.told else None
 
         def until_end() -> Iterator[int]:
+            calls = False
             for token in stream(self.model, self.asked, sampling, seed):
                 if token in sampling.stop_ids:
                     self.cut = False
                     return
                 self.tokens.append(token)
-                if call_id not in self.tokens:
+                calls = calls or token == call_id
+                if not calls:
                     yield token
 
         return stream_text(self.tokenizer.decode_bytes, until_end())
