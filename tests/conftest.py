@@ -1,6 +1,7 @@
 """What every test shares: shape checks and Triton's interpreter on, hypothesis without a clock, the data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -40,3 +41,21 @@ def shared_data() -> Path:
 def device() -> str:
     """Where kernels run in tests: a GPU, or the CPU under Triton's interpreter."""
     return DEVICE
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """What the tests of the page are served from (served.py)."""
+    from served import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("page") / "out")
+
+
+@pytest.fixture(scope="module")
+def address(runs) -> Iterator[str]:
+    """A server of them."""
+    from served import serve
+
+    from minillm.play.__main__ import Options
+
+    yield from serve(Options(runs=str(runs), port=0))

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from itertools import pairwise
-from pathlib import Path
 
 import httpx
 import openai
@@ -37,16 +36,6 @@ from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import hold, read_metrics
 
 TOKEN = "a" * 20
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return make_runs(tmp_path_factory.mktemp("page") / "out")
-
-
-@pytest.fixture(scope="module")
-def address(runs) -> Iterator[str]:
-    yield from serve(play.Options(runs=str(runs), port=0))
 
 
 # ---- Words

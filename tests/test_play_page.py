@@ -21,16 +21,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return make_runs(tmp_path_factory.mktemp("page") / "out")
-
-
-@pytest.fixture(scope="module")
-def address(runs) -> Iterator[str]:
-    yield from serve(play.Options(runs=str(runs), port=0))
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator:
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
