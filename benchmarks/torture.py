@@ -21,6 +21,7 @@ only.
 
 import argparse
 import ctypes
+import http.client
 import importlib
 import json
 import math
@@ -38,6 +39,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -189,7 +191,7 @@ def become(words: list[str], folder: Path, shared: mmap.mmap, what: Accident) ->
 def start(words: list[str], folder: Path, what: Accident, patience: float) -> End:
     """Runs a command to its end and those that it leaves to theirs; TimeoutError where one hangs."""
     shared, began = mmap.mmap(-1, 8), time.monotonic()
-    folder.with_suffix(".log").touch()
+    folder.with_suffix(".log").write_bytes(b"")  # no visitor must find the address of the server before
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     if not (pid := os.fork()):
         become(words, folder, shared, what)
@@ -236,7 +238,7 @@ def visit(folder: Path, server: int) -> None:
         with urllib.request.urlopen(f"{address}/api/{path}", body, timeout=PATIENCE) as answer:
             return json.load(answer)
 
-    with suppress(OSError, ValueError):
+    try:
         while not (found := re.search(r"http://[\d.:]+", log.read_text())):
             os.kill(server, 0)  # ProcessLookupError once it is gone
             time.sleep(0.02)
@@ -245,13 +247,18 @@ def visit(folder: Path, server: int) -> None:
         while shown["done"] < 10:
             shown = ask("rank", name="Ada", key=shown["key"], action="B > A = C")
         if not (folder / "play" / "kept").exists():
-            for unfinished in (folder / "play").glob("visit-*"):
-                ask("change", what="undo", name=unfinished.name)
+            for shown in ask("state")["runs"]:
+                if "visit-" in shown["name"]:
+                    ask("change", what="undo", name=shown["name"].split("/")[1])
             run = ask("train", iterations=1)["run"]
-            while ask("state")["training"]["running"]:
-                time.sleep(0.05)
+            with urllib.request.urlopen(f"{address}/api/train", timeout=PATIENCE) as events:
+                events.read()  # to the end of the training
             if (folder / "play" / run / "ppo" / "loss.png").exists():
                 ask("change", what="keep", name=run, new="kept")
+    except urllib.error.HTTPError:
+        pass  # it refuses something, as on a full disk
+    except (OSError, ValueError, http.client.HTTPException):
+        return  # it has gone, or is going
     with suppress(ProcessLookupError):
         os.kill(server, signal.SIGTERM)
 
@@ -334,11 +341,8 @@ class Torture:
     def trial(self, number: int) -> tuple[str, list[Accident], str]:
         """The stage, its accidents, and what was wrong in the end, or nothing."""
         rng, stage = random.Random(f"{self.seed} {number}"), self.ring[number % len(self.ring)]
-        (known, before, after), folder, ballast = (
-            self.known[stage],
-            self.disk / "trial",
-            self.disk / "ballast",
-        )
+        known, before, after = self.known[stage]
+        folder, ballast = self.disk / "trial", self.disk / "ballast"
         made = [
             path.relative_to(after)
             for path in after.rglob("*")

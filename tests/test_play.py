@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,15 @@ from hypothesis import strategies as st
 from runs import ROOT
 from served import a_model_that_calls, make_runs, serve
 
+from minillm.errors import InputError
 from minillm.files import write_json
 from minillm.generate import stream_text
 from minillm.io.rankings import read_rankings
 from minillm.play import __main__ as play
 from minillm.play import shelf
+from minillm.play.parts import Picking
 from minillm.play.shelf import Shelf, until
+from minillm.play.training import Training
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import MOST_WAITING, Busy, Worker
 from minillm.tokenizer import Tokenizer
@@ -531,6 +535,32 @@ def test_a_server_that_is_killed_loses_no_ranking_and_leaves_no_training_behind(
     assert len(read_rankings(folder / "play" / "rankings.jsonl")) == 10
     for address in serve(play.Options(runs=str(folder), port=0)):
         assert httpx.get(f"{address}/api/state").json()["ranked"] == 10
+
+
+def test_what_is_left_of_a_training_that_was_killed_goes_with_the_next_one(tmp_path, monkeypatch):
+    """All but policies, which the page shows, and what a stage still works at. What is half taken away can be
+    taken away, and nothing else can."""
+    folder = make_runs(tmp_path / "out")
+    visits = folder / "play"
+    training = Training(Picking(Shelf(folder, torch.device("cpu"))), Worker(1), "cpu")
+    for left in ("visit-1", "visit-2/reward", "visit-3/reward", "visit-4/reward", "kept/reward"):
+        (visits / left).mkdir(parents=True)
+    (visits / "visit-1" / "prompts.jsonl").touch()
+    shutil.copytree(folder / "sft", visits / "visit-3" / "ppo")
+    monkeypatch.setattr(Training, "_run", lambda *_: asyncio.sleep(0))
+
+    async def begin() -> str:
+        return training.start(10)
+
+    with hold(visits / "visit-4" / "reward", wait=False):
+        assert asyncio.run(begin()) == "visit-1"
+    assert {path.name for path in visits.glob("*/")} == {"visit-3", "visit-4", "kept"}
+    (visits / "visit-3" / "reward").rmdir()
+    training.undo("visit-3")
+    assert not (visits / "visit-3").exists()
+    for name in ("..", "", "visit-3", "rankings.jsonl"):
+        with pytest.raises(InputError, match="no such run of a visit"):
+            training.undo(name)
 
 
 # ---- The command

@@ -17,6 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from minillm.play.parts import Picking
 from minillm.play.shelf import answers
 from minillm.play.web import words_for
 from minillm.play.worker import Event, Worker
+from minillm.tools.folder import hold
 
 FEWEST_RANKINGS = 10
 REWARD = "--epochs 8 --batch-sets 4 --val-every 1000"
@@ -61,6 +63,7 @@ class Training:
         for needed in (init, *([simulated] if beside else [])):
             if not needed.exists():
                 raise InputError(f"{needed}: is not there; make demo makes it")
+        self._clear()
         visits = (f"visit-{number}" for number in range(1, 100_000))
         self.name = next(name for name in visits if not (self.folder / name).exists())
         shared = ["--init", str(init), "--out", str(self.folder / self.name), "--device", self.device]
@@ -176,6 +179,14 @@ class Training:
             self.stop()
             await self.task
 
+    def _clear(self) -> None:
+        """Takes away what visits left that ended, or were killed, with no policy to show or to go on with."""
+        shown = {run["name"] for run in self.shelf.runs()}
+        for visit in self.folder.glob("visit-*"):
+            if f"play/{visit.name}/ppo" not in shown:
+                with suppress(BlockingIOError), hold(visit / "reward", False), hold(visit / "ppo", False):
+                    shutil.rmtree(visit)  # no stage is still at it
+
     def undo(self, name: str) -> None:
         """Takes the run of a visit away."""
         shutil.rmtree(self._visit(name))
@@ -198,7 +209,7 @@ class Training:
     def _visit(self, name: str) -> Path:
         if self.running and name == self.name:
             raise InputError("it is still training; stop it first")
-        if name not in [path.parent.name for path in self.folder.glob("*/reward")]:
+        if name not in [path.parent.name for path in self.folder.glob("*/*")]:
             raise InputError(f"{name!r:.60}: no such run of a visit")
         return self.folder / name
 
