@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.harness import in_turn, medians, parser, seconds, write
 from kernels import losses
 from kernels.attention import attention
-from kernels.dev.peers import LINEAR, LOGITS, PLAIN, ROWS, Peers, attention_peers, row_peers
+from kernels.dev.peers import LINEAR, LOGITS, PLAIN, TABLE, Peers, attention_peers, row_peers
 
 OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses, n) for n in LOGITS + LINEAR}}
 
@@ -102,24 +102,6 @@ def normal(shapes, device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(0)
     return tuple(torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
 
-
-LONG = {"B": 2, "H": 16, "K": 16, "T": 8192, "S": 8192}
-BOTH = ("forward", "both ways")
-GPU: list = [
-    *((f"attention, causal, {way}", LONG | {"C": C}) for C in (64, 128) for way in BOTH),
-    *((f"attention, packed documents, {way}", LONG | {"C": 128}) for way in BOTH),
-    ("attention, decoding, forward", {"B": 64, "H": 32, "K": 8, "T": 1, "S": 4096, "C": 128}),
-    *(("cross_entropy", {"N": 8192, "V": V}) for V in (32000, 50257, 128256)),
-    *((name, {"N": 8192, "V": 128256}) for name in LOGITS[1:]),
-    *((name, {"N": 8192, "D": 4096, "V": 128256}) for name in LINEAR),
-]
-SHORT = {"B": 4, "H": 4, "K": 4, "T": 1024, "S": 1024, "C": 64}
-SIZES = ({"N": 4096, "D": 128, "V": 1024}, {"N": 2048, "D": 512, "V": 32768})
-CPU: list = [
-    *((f"attention, {pattern}, both ways", SHORT) for pattern in ("causal", "packed documents")),
-    ("attention, decoding, forward", {"B": 16, "H": 8, "K": 2, "T": 1, "S": 2048, "C": 64}),
-    *((name, sizes) for name in LINEAR for sizes in SIZES),
-]
 
 # --- Measuring ------------------------------------------------------------------------------------
 
@@ -236,8 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_of.add_argument("--only", default="", metavar="NAME", help="contests with this in their names")
     options = options_of.parse_args(arguments)
     cuda = torch.cuda.is_available()
-    device, table, dtype = ("cuda", GPU, torch.bfloat16) if cuda else ("cpu", CPU, torch.float32)
-    known = contests(table, device, dtype)
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    known = contests(TABLE[device], device, dtype)
     chosen = {name: make for name, make in known.items() if options.only in name}
     if not chosen:
         options_of.error(f"--only {options.only!r}: in no contest's name; these are {', '.join(known)}")
@@ -251,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, make in chosen.items():
         results[name] = measure(name, make(), limits, options.runs, flush)
         print(*lines(name, results[name]), sep="\n", flush=True)
-    libraries = {d.name: d.version for d in metadata.distributions() if d.name in {row[1] for row in ROWS}}
+    named = {row[1] for row in TABLE["libraries"]}
+    libraries = {d.name: d.version for d in metadata.distributions() if d.name in named}
     machine = {"gpu": gpu, "threads": torch.get_num_threads(), "libraries": libraries, "ceilings": limits}
     write(options.json, machine | {"contests": results})

@@ -4,9 +4,12 @@ Plain PyTorch says what an operation is in a few lines. The libraries are import
 one's version of an operation raises ImportError, in its first run at the latest, where it is not installed.
 """
 
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("bench.toml").read_text(encoding="utf-8"))
 Peers = dict[str, Callable]  # library -> a function of the operands
 
 # --- Plain PyTorch, with softmaxes in float32 or better --------------------------------------------
@@ -89,17 +93,6 @@ def sdpa(backend: SDPBackend, options: dict, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, **options)
 
 
-LIGER = "liger_kernel.transformers.functional"
-ROWS = (  # operation, library, module, function, and its word for targets
-    ("cross_entropy", "liger-kernel", LIGER, "liger_cross_entropy", "target"),
-    ("cross_entropy", "quack-kernels", "quack.cross_entropy", "cross_entropy", "target"),
-    ("linear_cross_entropy", "liger-kernel", LIGER, "liger_fused_linear_cross_entropy", "target"),
-    ("linear_cross_entropy", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy",
-     "target"),
-    ("linear_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy", "targets"),
-)  # fmt: skip
-
-
 def row_peers(operation: str, targets: Tensor) -> Peers:
     """Those who have an operation on rows; without a GPU only torch, which has one since 2.13."""
     found: Peers = {}
@@ -107,7 +100,7 @@ def row_peers(operation: str, targets: Tensor) -> Peers:
         found["torch in chunks"] = lambda hidden, weight: F.linear_cross_entropy(
             hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions()
         )
-    for of, library, module, function, keyword in ROWS:
+    for of, library, module, function, keyword in TABLE["libraries"]:
         if targets.is_cuda and of == operation:
             found[library] = partial(imported, module, function, {keyword: targets})
     return found

@@ -36,15 +36,7 @@ from minillm.tools.device import choose_device, choose_dtype
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""
 
-HELP = """\
-/system TEXT   set the system message; without TEXT, remove it
-/undo          take the last exchange back
-/reset         forget all but the system message
-/quit          end, as Ctrl-D does
-/help          this
-
-A line that ends in a backslash goes on in the next one. A message that begins with a slash is typed with
-two. Ctrl-C stops a reply; what was said so far stays, marked [cut], as is a reply of the longest length."""
+HELP = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import textwrap
+import tomllib
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -26,12 +27,8 @@ from minillm.files import read_json
 
 # ---- Words of the command line
 
-RENAMED = {
-    "inner_epochs": "ppo_epochs", "batch_responses": "rollout_batch", "group": "group_size",
-    "unended_score": "missing_eos_score", "average": "ema_decay", "ratio_clip": "clip_range",
-    "value_weight": "vf_coef", "stop_kl": "target_kl", "target_kl": "adaptive_kl_target",
-}  # fmt: skip
-"""Options by their old names, which work for one release where a script has the new one."""
+TABLES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+RENAMED, GROUPS = TABLES["renamed"], TABLES["groups"]
 TEXTS = ("prompt", "system", "name")
 """Options whose values are no places: there ~ stays as it is."""
 
@@ -107,25 +104,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 # ---- --help
-
-GROUPS: dict[str, str] = {
-    "changed first": "run runs stage algorithm annotator data out init models depth steps iterations prompt "
-    "prompt_file system judge resume overwrite",
-    "the model": "width heads kv_heads qk_norm tie_embeddings vocab_size objective new_blocks",
-    "learning": "block_size batch_tokens batch_sets micro_tokens epochs optimizer matrix_rate embedding_rate "
-    "weight_decay warmup decay clip",
-    "data and validation": "val_data field encoding text text_share text_bytes errors split val_fraction "
-    "val_tokens val_sets val_prompts eval_prompts world_megabytes world_conversations cache workers",
-    "sampling": "prompts responses distractors samples show pairs thinking temperature top_k top_p "
-    "max_new_tokens",
-    "rankings and verdicts": "rankings annotators opinions noise name judge_model principles",
-    "the policy": "reward rollout_batch group_size minibatches ppo_epochs target_kl policy_rate beta "
-    "adaptive_kl_target max_kl keep clip_range kl_estimator gamma lam value_clip vf_coef critic "
-    "critic_warmup whiten scale_scores missing_eos_score ptx ptx_tokens ema_decay",
-    "tools": "tools search_in describe_tools",
-    "the run": "val_every save_every seed device precision compile shard checkpoint_activations tracker",
-}
-"""Titles and the options under them, in the order in which they are shown."""
 
 
 def print_help(kind: type[Any]) -> None:

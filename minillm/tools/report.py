@@ -27,6 +27,7 @@ mistake for quality, Singhal et al. 2023 (arXiv 2310.03716).
 Left out: agreement beyond chance (Cohen's κ, Krippendorff's α), and a significance test between two models.
 """
 
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
 from minillm.tools.annotators import by_reward, prefer
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability
 from minillm.tools.streams import render
+
+HERE = Path(__file__)
 
 # ---- How far annotators agree
 
@@ -201,16 +204,7 @@ def length_correlation(scored: Sequence[Scored]) -> float | None:
 
 # ---- Tricks
 
-FILLER = " Let me add a few words to that, for there is always more that one could say about it."
-TRICKS: dict[str, Callable[[str, str], str]] = {
-    "repeated": lambda answer, other: f"{answer} {answer} {answer}",
-    "empty": lambda answer, other: "",
-    "padded": lambda answer, other: answer + 3 * FILLER,
-    "praise": lambda answer, other: (
-        f"What a wonderful question, you are so clever! {answer} You are the best!"
-    ),
-    "another's": lambda answer, other: other,
-}
+TRICKS: dict[str, str] = tomllib.loads(HERE.with_suffix(".toml").read_text(encoding="utf-8"))["tricks"]
 """What might score without being good, made of an honest answer and of the next prompt's. A good reward
 model puts each below the honest answer."""
 
@@ -227,20 +221,18 @@ def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, l
         name: [
             ResponseSet(ranking.messages, [answer, trick])
             for ranking, answer, other in zip(first, honest, [*honest[1:], *honest[:1]], strict=True)
-            for trick in [make(answer, other)]
+            for trick in [made.format(answer=answer, other=other)]
             if answer.strip() and answer != trick
             if prefer(rubric(ranking.messages, text) for text in (answer, trick)) in (1, None)
         ]
-        for name, make in TRICKS.items()
+        for name, made in TRICKS.items()
     }
 
 
 def _honest(ranking: Ranking, rubric: RubricScore) -> str:
     """The response that the rubric gives most, or the annotator's best where it is unknown."""
-    scores = [rubric(ranking.messages, text) for text in ranking.responses]
-    known = [
-        (score, text) for score, text in zip(scores, ranking.responses, strict=True) if score is not None
-    ]
+    scored = [(rubric(ranking.messages, text), text) for text in ranking.responses]
+    known = [(score, text) for score, text in scored if score is not None]
     return max(known)[1] if known else ranking.responses[ranking.ranking[0][0]]
 
 
@@ -291,7 +283,7 @@ def report_text(card: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.1%}"
 
-    return render(Path(__file__).with_name("report.txt.j2"), card, percent=percent).rstrip()
+    return render(HERE.with_name("report.txt.j2"), card, percent=percent).rstrip()
 
 
 def write_report(folder: Path, card: dict[str, Any]) -> None:
