@@ -205,7 +205,7 @@ def check_messages(messages: object) -> Conversation:
     """The messages without fields that are not used; InputError says which one is not a message."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages: give a list of at least one {role, content}")
-    checked = []
+    checked, due = [], iter(())
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number}: is {message!r:.40}; give an object with role and content")
@@ -213,6 +213,10 @@ def check_messages(messages: object) -> Conversation:
         if role not in ROLES:
             raise InputError(f"message {number}: its role is {role!r:.40}; give {', '.join(ROLES)}")
         calls = check_calls(calls, f"message {number}") if calls and role == "assistant" else []
+        if role != "tool":
+            due = iter([call["id"] for call in calls])
+        elif message.get("tool_call_id") not in (None, next(due, None)):
+            raise InputError(f"message {number}: answers another call than is next; keep the order of calls")
         content = "" if calls and content is None else content
         if not isinstance(content, str):
             raise InputError(f"message {number}: its content is {content!r:.40}; give a text")

@@ -80,7 +80,9 @@ def conversations(draw) -> list[dict]:
         if called := draw(st.lists(st.builds(a_call, names, arguments, st.booleans()), max_size=2)):
             content = draw(st.none() | texts)
             messages.append({"role": "assistant", "content": content, "tool_calls": called})
-            messages += [{"role": "tool", "tool_call_id": "c", "content": draw(texts)} for _ in called]
+            messages += [
+                {"role": "tool", "tool_call_id": call["id"], "content": draw(texts)} for call in called
+            ]
         messages.append({"role": "assistant", "content": draw(texts)})
     return messages
 
@@ -142,6 +144,16 @@ def test_what_is_no_call_is_refused_with_the_message_at_fault(call):
     with pytest.raises(InputError, match="message 1: its call 0 is"):
         check_messages([asked, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert check_messages([asked | {"tool_calls": [call]}]) == [asked]  # only an assistant calls
+
+
+def test_a_result_that_names_another_call_than_is_next_is_refused_for_only_its_place_says_whose_it_is():
+    calls = [a_call("search", {}, False) | {"id": str(i)} for i in range(2)]
+    asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    for ids in (("0", "1"), ("0",), (None, None), ()):
+        check_messages([*asked, *({"role": "tool", "content": "y", "tool_call_id": of} for of in ids)])
+    for ids in (("1", "0"), ("1",), ("2",), ("0", "1", "1")):
+        with pytest.raises(InputError, match="another call than is next"):
+            check_messages([*asked, *({"role": "tool", "content": "y", "tool_call_id": of} for of in ids)])
 
 
 def test_another_template_than_ours_refuses_calls():

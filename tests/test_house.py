@@ -9,7 +9,7 @@ from configparser import ConfigParser
 import pytest
 from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
 
-CORE_LINES, ALL_LINES = 7_682, 17_927
+CORE_LINES, ALL_LINES = 7_685, 17_941
 STEPS = {"train.py": (33, 8), "sft.py": (32, 8), "PPO": (108, 17)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {

@@ -224,7 +224,7 @@ def plain(message: Any) -> Any:
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         content = "".join(str(part.get("text", "")) for part in content)
-    calls = {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
+    calls = {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
     return {"role": "system" if role == "developer" else role, "content": content} | calls
 
 
