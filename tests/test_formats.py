@@ -59,7 +59,7 @@ CONVERSATIONS = [
     # calls of tools and their results
     ({"messages": [USER, CALLED, TOOL, BOT]}, [USER, CALLED, TOOL, BOT]),
     ({"messages": [USER, {**CALLED, "content": None}, {**TOOL, "tool_call_id": "1"}, BOT, *ASKED]},
-     [USER, CALLED, TOOL, BOT, *ASKED]),
+     [USER, CALLED, {**TOOL, "tool_call_id": "1"}, BOT, *ASKED]),
     ({"messages": [USER, {"role": "assistant", "tool_calls": ADDS}]}, [USER, CALLED]),
     ({"messages": [USER, {"role": "assistant", "function_call": ADD}, {**TOOL, "role": "function"}, BOT]},
      [USER, {**CALLED, "tool_calls": [{**ADDS[0], "id": "call_0"}]}, TOOL, BOT]),
@@ -116,6 +116,10 @@ CONVERSATIONS = [
     ({"prompt": "Why?", "completions": [{"text": "No", "rating": 1}, {"text": "Because.", "rating": 5}]},
      ASKED),
     ({"prompt": node("Why?", "prompter", replies=[node("No"), node("Because.", rank=0)])}, ASKED),
+    ({"prompt": node("Why?", "prompter", replies=[
+        node("a", rank=0) | {"deleted": True}, node("b", rank=1) | {"review_result": False},
+        node("Because.", rank=2)])}, ASKED),
+    ({"instruction": "Why?", "input": "<noinput>", "output": "Because."}, ASKED),
     # what cannot be learned
     ({"messages": [*ASKED, *chat("Thanks.")]}, ASKED),
     ({"messages": [*ASKED, *chat("So?", "")]}, ASKED),
@@ -162,6 +166,7 @@ RANKINGS = [
     ({"input": {"messages": [USER], "tools": []}, "preferred_output": chat("", "b")[1:],
       "non_preferred_output": chat("", "a")[1:]}, "b > a"),
     ({**PAIR, "chosen-rating": 3, "rejected-rating": 3}, "b = a"),
+    *(({**PAIR, "rating": rating}, spelled) for rating, spelled in (([9, 9], "b = a"), ([1, 9], "b > a"))),
     ({"instruction": "Add.", "input": "1", "output": "x", "chosen": "b", "rejected": "a"}, "b > a"),
     ({"instruction": "Why?", "input": "", "output_1": "a", "output_2": "b", "preference": 2}, "b > a"),
     ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
@@ -249,10 +254,21 @@ LEFT_OUT = [
     ("conversation", {**KTO, "label": "spam"}, "'label' that is no truth"),
     ("conversation", {**KTO, "weight": 0.5}, "'weight'"),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0}]}, "weight 0"),
+    *(("conversation", {"messages": [USER, {**BOT, name: 0}]}, "weight 0")
+      for name in ("train", "training", "loss")),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight other"),
+    *(("conversation", record, "judged bad") for nan in ("NaN", float("nan")) for record in
+      ({**KTO, "score": nan}, {"prompt": "Why?", "responses": ["a", "b"], "scores": [nan, nan]})),
+    *((purpose, {"prompt": spelled(ASKED), "chosen": "b", "rejected": "a"}, "spelled as a text")
+      for purpose in ("conversation", "prompt", "ranking") for spelled in (json.dumps, str)),
     ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),  # of no function
     ("conversation", {"messages": [USER, BOT, TOOL, BOT]}, "tool call"),  # BOT is the call, as a text
-    ("conversation", {"instruction": "What is it?\n<image>", "output": "A cat."}, "image"),
+    *(("conversation", {"instruction": f"What is it?\n{mark}", "output": "A cat."}, "placeholder")
+      for mark in ("<image>", "<|image|>", "<image_1>", "<video>", "<extra_id_1>Assistant")),
+    *(("conversation", {"question": "What is it?", "answer": "A cat.", name: "x"}, repr(name))
+      for name in ("definition", "passage", "article", "image_path")),
+    ("conversation", {"contents": [{"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": [
+        {"text": "Hm", "thought": True}, {"text": "Because."}]}]}, "not text"),
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),

@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json import loads
+from math import isnan
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
@@ -140,7 +141,8 @@ CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected"
 RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
 NUMBERED, TREE = "response_a and response_b", "a prompt with replies"  # made by `known`
-PLACEHOLDER = re.compile(r"<(image|video|audio)>")
+PLACEHOLDER = re.compile(r"<\|?(image|video|audio|extra_id)[ _]?\d*\|?>")  # of NeMo's, the last opens a turn
+SPELLED = re.compile(r"\s*\[\s*\{\s*[\"'](role|content|from|value)[\"']")  # as tables hold messages
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
 ASKED = (*QUESTIONS, *ABOUT, *SYSTEM, *HISTORY)
 MEANING = {*PAIR_SCORES, NUMBERED, UNNAMED}.union(*FIELDS.values()).difference(FIELDS["origins"])
@@ -148,7 +150,7 @@ MEANING = {*PAIR_SCORES, NUMBERED, UNNAMED}.union(*FIELDS.values()).difference(F
 
 
 def _is_empty(value: object) -> bool:
-    return value is None or value in ("", [], {}, "[]")
+    return value is None or value in ("", [], {}, "[]", "<noinput>")
 
 
 def _first(fields: Record, names: Iterable[str]) -> Any:
@@ -173,6 +175,7 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
 
 ROLES = {name: role for role, names in NAMES["roles"].items() for name in names}
 """By the names that people give them, what a message can be."""
+PARTS = ("text", "input_text", "output_text")
 
 
 def _message(role: str, content: Any) -> Message:
@@ -183,7 +186,7 @@ def _text(content: Any) -> str:
     """The text of a content, which may be a list of parts."""
     if isinstance(content, list):
         return "\n".join(map(_text, content))
-    if isinstance(content, dict) and content.get("type", "text") in ("text", "input_text", "output_text"):
+    if isinstance(content, dict) and content.get("type", "text") in PARTS and not content.get("thought"):
         return _text(content["text"] if "text" in content else content["parts"])
     if not isinstance(content, str | None):
         raise LeftOutError("conversations with a message that is not text")
@@ -211,11 +214,13 @@ def _turn(turn: Record) -> list[Message]:
             message |= {"tool_calls": check_calls(calls, "a turn")} if calls else {}
         except InputError:  # spelled in another way
             message["role"] = "tool"
-        weights = [turn[name] for name in ("weight", "train", "loss") if turn.get(name) is not None]
+        weights = [turn[name] for name in FIELDS["weights"] if turn.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
             raise LeftOutError("conversations with a weight other than 0 and 1")
         if 0 in weights:
             message["train"] = False
+    if message["role"] == "tool" and turn.get("tool_call_id") is not None:
+        message["tool_call_id"] = turn["tool_call_id"]
     # Some data says by a system message of nothing that there is none.
     return [message] if message["role"] != "system" or message["content"] else []
 
@@ -259,13 +264,9 @@ def _parse_transcript(text: str) -> Conversation:
     for first, second, said in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         message = _message(first or second, said.strip())
         if messages and messages[-1]["role"] == message["role"]:
-            message["content"] = _paragraphs(messages.pop()["content"], message["content"])
+            message["content"] = "\n\n".join(filter(None, (messages.pop()["content"], message["content"])))
         messages.append(message)
     return messages
-
-
-def _paragraphs(*parts: str | None) -> str:
-    return "\n\n".join(part for part in parts if part)
 
 
 # ---- What is asked, and what is replied
@@ -311,10 +312,10 @@ def _question(fields: Record) -> Conversation:
     parts = [_one(fields, QUESTIONS), *map(fields.get, ABOUT)]
     if "instruction" not in fields:  # a task stands before what it is about, a question behind it
         parts.reverse()
-    parts = [part for part in parts if part]
+    parts = [part for part in parts if not _is_empty(part)]
     if not parts:
         return []
-    question = _paragraphs(*parts) if len(parts) > 1 else parts[0]
+    question = "\n\n".join(parts) if len(parts) > 1 else parts[0]
     messages = _messages(question, "user")
     if messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         return messages[:-1]  # a transcript that ends with the name of who is to speak
@@ -359,6 +360,8 @@ def _transcript(fields: Record) -> Replies:
 
 def _chosen_and_rejected(fields: Record) -> Replies:
     scores = [_score_beside(fields, name) for name in ("chosen", "rejected")]
+    if isinstance(ratings := fields.get("rating"), list) and len(ratings) == 2:  # in any order
+        scores = sorted(map(float, ratings), reverse=True)
     better, worse = (1.0, 0.0) if None in scores else scores
     if better < worse:
         raise LeftOutError("pairs whose scores contradict their order")
@@ -480,12 +483,12 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
         path, nodes = [], [fields[TREE]]
         while nodes:
             path.append(min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0)))
-            nodes = path[-1].get("replies") or []
+            nodes = _kept(path[-1])
         return [{"messages": path}]
     records, paths = [], [[fields[TREE]]]
     while paths:
         path = paths.pop()
-        replies = path[-1].get("replies") or []
+        replies = _kept(path[-1])
         paths += [[*path, reply] for reply in reversed(replies)]
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len(ranked) >= 2 and all(reply["role"] == "assistant" for reply in ranked):
@@ -493,6 +496,12 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
     if not records:
         raise LeftOutError("records with no two ranked responses")
     return records
+
+
+def _kept(node: Record) -> list[Record]:
+    """The replies to a node that its readers have not thrown out."""
+    replies = node.get("replies") or []
+    return [r for r in replies if not r.get("deleted") and r.get("review_result") is not False]
 
 
 ANYTHING: tuple[Purpose, ...] = ("conversation", "prompt", "ranking")
@@ -522,7 +531,7 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     """The conversation to learn from, and why some or all of it is left out. It ends at the last reply:
     nothing behind that is learned."""
     messages, score = max(example, key=itemgetter(1))
-    if score == BAD or (len(example) == 1 and score is not None and score <= 0):
+    if score is not None and (score == BAD or isnan(score) or (len(example) == 1 and score <= 0)):
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
     calls = _first_unread_call(messages)
     kept, empty = messages[:calls], False
@@ -576,7 +585,8 @@ def checked(messages: Conversation, may_call: bool = False) -> Conversation:
         "with a role other than system, user, assistant and tool": set(roles).difference(OURS),
         "with an empty message": not all(map(_says, messages)),
         "with half a surrogate pair": any(map(SURROGATE.search, contents)),
-        "about an image, a video or a sound": any(map(PLACEHOLDER.search, contents)),
+        "with a placeholder, as of an image or a turn": any(map(PLACEHOLDER.search, contents)),
+        "with a list of messages spelled as a text": any(map(SPELLED.match, contents)),
     }
     if reason := next((reason for reason, found in wrong.items() if found), None):
         raise LeftOutError(f"conversations {reason}")
