@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import Mixture, Shuffled, split_by_hash, tokenize
+from minillm.data import Mixture, Shuffled, seed_of, split_by_hash, tokenize
 from minillm.dpo import rewards_of
 from minillm.errors import InputError, one_line_errors
 from minillm.files import digest, write_json, write_text
@@ -70,7 +70,6 @@ from minillm.preferences import (
     ChatModel,
     Prompt,
     sample_sets,
-    seed_of,
 )
 from minillm.reward import (
     EncodedSet,

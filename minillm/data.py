@@ -26,7 +26,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int32, Int64, UInt
+from jaxtyping import Bool, Float, Int32, Int64, UInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -71,13 +71,15 @@ class Source:
     """What the latest pass over the documents left out or replaced, by reason."""
 
 
+def seed_of(*parts: str | int, size: int = 7) -> int:
+    """A number of `size` bytes that follows from the parts alone."""
+    text = " ".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
+
+
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone; every split into train and val is by it."""
-    return _number_of(text, 6) / 2**48  # exact: 48 bits fit a float
-
-
-def _number_of(text: str, size: int) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
+    return seed_of(text, size=6) / 2**48  # exact: 48 bits fit a float
 
 
 def split_documents(
@@ -202,7 +204,8 @@ class TokenizedSource:
             ids = self.val[begin : begin + block_size + 1].astype(np.int64)
             tokens, targets = np.full(block_size, self.bos_id), np.full(block_size, IGNORED)
             tokens[: len(ids)], targets[: len(ids) - 1] = ids[:block_size], ids[1:]
-            rows.append(Row(tokens, targets, tokens == self.bos_id))
+            begins = np.where(tokens == self.bos_id, np.arange(block_size, dtype=np.int32), 0)
+            rows.append(Row(tokens, targets, np.maximum.accumulate(begins)))
         return rows
 
 
@@ -362,25 +365,23 @@ def positions(conversations: Sequence[Encoded]) -> Int64[np.ndarray, " M"]:
 
 
 class Row(NamedTuple):
-    """One row of a batch; the numbers in any type of integers."""
+    """One row of a batch."""
 
-    tokens: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
-    targets: Int[np.ndarray, " T"] | UInt[np.ndarray, " T"]
-    document_start: Bool[np.ndarray, " T"]  # whether a document begins here; the first position need not say
+    tokens: Int64[np.ndarray, " T"]
+    targets: Int64[np.ndarray, " T"]
+    start: Int32[np.ndarray, " T"]  # the position in the row where this position's document begins
 
 
 def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row:
     """A row of conversations that fit in it. Its end is padding: token 0, no target, each a document."""
     tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
-    document_start = np.ones(block_size, bool)
-    begin = 0
+    start, begin = np.arange(block_size, dtype=np.int32), 0
     for ids, assistant in conversations:
         end = begin + len(ids) - 1
-        tokens[begin:end] = ids[:-1]
+        tokens[begin:end], start[begin:end] = ids[:-1], begin
         targets[begin:end] = np.where(assistant[1:], ids[1:].astype(np.int64), IGNORED)
-        document_start[begin + 1 : end] = False
         begin = end
-    return Row(tokens, targets, document_start)
+    return Row(tokens, targets, start)
 
 
 class Shuffled(Generic[Item]):
@@ -404,7 +405,7 @@ class Shuffled(Generic[Item]):
     def seek(self, epoch: int, position: int) -> None:
         """Go to the `position`-th item of an epoch."""
         self.epoch, self.position = epoch, position
-        self.order = self.arrange(epoch_generator(self.seed, self.name, epoch))
+        self.order = self.arrange(generator_of(self.seed, self.name, epoch))
 
     def next(self, count: int = 1) -> list[Item]:
         taken = []
@@ -425,14 +426,11 @@ class Shuffled(Generic[Item]):
         self.seek(state["epoch"], state["position"])
 
 
-def epoch_generator(seed: int, name: str, epoch: int) -> np.random.Generator:
-    """The randomness of one epoch of one source."""
-    return _generator(seed, _number_of(name, 8), epoch)
-
-
-def _generator(*key: int) -> np.random.Generator:
+def generator_of(*key: int | str) -> np.random.Generator:
+    """Randomness of its own for each key, such as an epoch of a source: (seed, name, epoch)."""
+    numbers = [seed_of(part, size=8) if isinstance(part, str) else part for part in key]
     # PCG64 by name, for numpy's default may change; with the length, (s,) and (s, 0, 0) differ.
-    return np.random.Generator(np.random.PCG64((len(key), *key)))
+    return np.random.Generator(np.random.PCG64((len(numbers), *numbers)))
 
 
 LINE_END, BLANK_LINE = re.compile(rb"\n\s*\Z"), re.compile(rb"\n\s*\n\s*\Z")
@@ -465,11 +463,12 @@ class TextRows(Shuffled[Row]):
     def take(self, which: Any) -> Row:
         tokens, size, bos = self.items, self.block_size, self.source.bos_id
         begin = self.phase + int(which) * size
-        ids = tokens[begin : begin + size + 1]
+        ids = tokens[begin : begin + size + 1].astype(np.int64)
         if self.made[which] and bos not in ids:
             begin = min(self._paragraph(begin), len(tokens) - size)
-            ids = np.concatenate([np.array([bos], tokens.dtype), tokens[begin : begin + size]])
-        return Row(ids[:-1], ids[1:], ids[:-1] == bos)
+            ids[0], ids[1:] = bos, tokens[begin : begin + size]
+        begins = np.where(ids[:-1] == bos, np.arange(size, dtype=np.int32), 0)
+        return Row(ids[:-1], ids[1:], np.maximum.accumulate(begins))
 
     def _paragraph(self, begin: int) -> int:
         """Where the next paragraph begins, from `begin` on, else the next line, else `begin`. A token begins
@@ -521,6 +520,69 @@ def best_fit(
     return packed
 
 
+# ---- Prompts with their responses, packed
+#
+# A sequence is a prompt and one response to it. A forward pass has P rows of T positions; a row holds whole
+# sequences, so that hardly a position is padding. Reward model, critic and policies are run in this way:
+#
+#     sequences ──forward_passes──► rows ──pack_sequences──► tokens, start [P, T] ──model──► numbers [P, T]
+#                                               └──► begins, ends ──► mask, index [N] ──► padded [B, R]
+#
+# An index counts the positions of all rows end to end; the B responses have N tokens, at most R each.
+
+
+def forward_passes(
+    numbers: Sequence[int], sequences: Sequence[Sequence[int]], micro_tokens: int
+) -> list[list[list[int]]]:
+    """Which of the sequences, by number, are side by side in each row of each forward pass.
+
+    Rows are as long as the longest sequence; a pass has at most `micro_tokens` positions, or one row.
+    """
+    sizes = np.array([len(sequences[i]) for i in numbers], np.int64)
+    if not len(sizes):
+        return []
+    rows = [[numbers[i] for i in row] for row in best_fit(sizes, np.arange(len(sizes)), int(sizes.max()))]
+    count = max(1, micro_tokens // int(sizes.max()))
+    return [rows[first : first + count] for first in range(0, len(rows), count)]
+
+
+def pack_sequences(
+    sequences: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
+    """The tokens of these rows; for each position the start of its sequence, before which it sees nothing;
+    and the index of each sequence's first token. Each position of padding is a sequence of its own."""
+    width = max(sum(len(sequences[i]) for i in row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+    start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
+    begins = []
+    for r, row in enumerate(rows):
+        t = 0
+        for i in row:
+            end = t + len(sequences[i])
+            tokens[r, t:end], start[r, t:end] = torch.tensor(sequences[i]), t
+            begins.append(r * width + t)
+            t = end
+    return tokens, start, torch.tensor(begins)
+
+
+def flat_index(
+    begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]
+) -> tuple[Bool[Tensor, "B R"], Int64[Tensor, " N"]]:
+    """Of responses from index begins[b] to ends[b] (exclusive): the mask, true where response b has a token
+    r, R being the size of the longest; and the index of all their tokens."""
+    sizes = ends - begins
+    offsets = torch.arange(int(sizes.max()), device=sizes.device)
+    mask = offsets < sizes[:, None]
+    return mask, (begins[:, None] + offsets)[mask]
+
+
+def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Numbers of the tokens [N] as rows [B, R], 0 where a response has no token."""
+    padded = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
+    padded[mask] = per_token
+    return padded
+
+
 # ---- Rows → batches
 
 
@@ -530,16 +592,6 @@ class Batch(NamedTuple):
     tokens: Int64[Tensor, "B T"]
     targets: Int64[Tensor, "B T"]
     start: Int32[Tensor, "B T"]  # the position in the row where this position's document begins
-
-
-def stack(rows: Sequence[Row], block_size: int) -> Batch:
-    """The batch of `rows`, which may be none."""
-    shape = len(rows), block_size
-    tokens, targets, begins = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, bool)
-    for i, row in enumerate(rows):
-        tokens[i], targets[i], begins[i] = row
-    start = np.maximum.accumulate(np.where(begins, np.arange(block_size), 0), axis=1).astype(np.int32)
-    return Batch(*map(torch.from_numpy, (tokens, targets, start)))
 
 
 RowSource = TokenizedSource | EncodedSource
@@ -559,7 +611,7 @@ class Mixture:
         self.shares = weights / weights.sum()
         self.drawn = [0] * len(sources)
         self.streams: list[Shuffled[Row]] = [source.rows(block_size, seed) for source in sources]
-        self.choices = _generator(seed)
+        self.choices = generator_of(seed)
 
     def next_rows(self, n: int) -> Batch:
         # The shares divide [0, 1): each row's number falls into the part of its source.
@@ -569,7 +621,7 @@ class Mixture:
         for source in chosen:
             rows += self.streams[source].next()
             self.drawn[source] += 1
-        return stack(rows, self.block_size)
+        return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the mixture, in a few numbers that JSON can hold."""
@@ -586,7 +638,7 @@ class Mixture:
         for i, stream in enumerate(self.streams):
             stream.load_state_dict(saved[stream.name])
             self.drawn[i] = saved[stream.name]["rows"]
-        self.choices = _generator(self.seed)  # takes one step for each row drawn
+        self.choices = generator_of(self.seed)  # takes one step for each row drawn
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
 
 
@@ -603,7 +655,9 @@ def validation_batches(
     total, batches = sum(source.weight for source in sources), []
     for source in sources:
         rows = source.val_rows(block_size, max(1, round(max_tokens * source.weight / total / block_size)))
-        batches += [stack(rows[i : i + batch_rows], block_size) for i in range(0, len(rows), batch_rows)]
+        for first in range(0, len(rows), batch_rows):
+            parts = zip(*rows[first : first + batch_rows], strict=True)
+            batches.append(Batch(*(torch.from_numpy(np.stack(part)) for part in parts)))
     return batches
 
 

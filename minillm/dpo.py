@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.layout import flat_index, pad
+from minillm.data import flat_index, pad
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
 

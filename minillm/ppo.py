@@ -64,10 +64,9 @@ from torch import Tensor, nn
 
 from kernels.losses import linear_token_logprobs
 from minillm.chat import ChatTemplate
-from minillm.data import Mixture, Shuffled, epoch_generator
+from minillm.data import Mixture, Shuffled, flat_index, forward_passes, generator_of, pack_sequences, seed_of
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, filter_logits
-from minillm.layout import flat_index, forward_passes, pack_sequences
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import (
     LearningRates,
@@ -77,7 +76,7 @@ from minillm.optim import (
     build_optimizers,
 )
 from minillm.options import PolicyOptions
-from minillm.preferences import Message, Prompt, Responses, fingerprint, sample_responses, seed_of
+from minillm.preferences import Message, Prompt, Responses, fingerprint, sample_responses
 from minillm.reward import encode_response, score_rows
 from minillm.run import Runtime
 
@@ -414,7 +413,7 @@ class Aligner:
         """
         options, runtime = self.options, self.runtime
         size = options.rollout_batch // len(prompts)
-        order = epoch_generator(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
+        order = generator_of(options.seed, "minibatches", step).permutation(len(prompts)).tolist()
         shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
         own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
         asked = [(i, k) for i in own for k in range(size)]

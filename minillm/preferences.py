@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from minillm.chat import ChatTemplate, Completion, chat_format
+from minillm.data import seed_of
 from minillm.files import digest
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel
@@ -175,11 +176,6 @@ def sample_responses(
     return responses
 
 
-def seed_of(seed: int, prompt: int, response: int, attempt: int) -> int:
-    """A seed for one response, the same whatever else is sampled."""
-    return int.from_bytes(blake2b(f"{seed} {prompt} {response} {attempt}".encode(), digest_size=7).digest())
-
-
 def fingerprint(*models: nn.Module | None) -> str:
     """Changes with any weight of the models."""
     weights = blake2b(digest_size=16)
@@ -244,7 +240,7 @@ def sample_sets(
         drawn = {}
         for number, model in enumerate(models):
             own = [(i, k) for i, k in slots if (i + k) % len(models) == number]
-            seeds = [seed_of(seed, i, k, attempt) for i, k in own]
+            seeds = [seed_of(seed, i, k, attempt) for i, k in own]  # the same whatever else is sampled
             asked = [
                 i if k < count - distractors else another(i, s) for (i, k), s in zip(own, seeds, strict=True)
             ]

@@ -35,10 +35,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from minillm.chat import ChatTemplate
-from minillm.data import Shuffled, split_by_hash
+from minillm.data import Shuffled, flat_index, forward_passes, pack_sequences, pad, split_by_hash
 from minillm.errors import InputError
 from minillm.files import digest
-from minillm.layout import flat_index, forward_passes, pack_sequences, pad
 from minillm.model import ScalarModel
 from minillm.optim import accumulate
 from minillm.preferences import Ranking

@@ -360,7 +360,7 @@ def test_of_one_long_text_a_share_of_rows_begins_with_bos_and_a_paragraph(tmp_pa
         assert BYTES.bos_id not in row.targets.tolist()
         assert row.tokens[1:].tolist() == row.targets[:-1].tolist()
         assert bytes(row.targets.astype(np.uint8)) in bytes(np.array(train[1:-1], np.uint8))
-        assert row.document_start.tolist() == [True] + [False] * 63
+        assert row.start.tolist() == [0] * 64
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm.data import flat_index, forward_passes, pack_sequences, pad
 from minillm.fast.shared_prompts import pack_sets
-from minillm.layout import flat_index, forward_passes, pack_sequences, pad
 
 LAW = settings(deadline=None)
 

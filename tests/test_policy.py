@@ -16,7 +16,7 @@ from runs import a_stream, killed_at_update, tiny_model
 from torch import Tensor
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import Mixture, Shuffled
+from minillm.data import Mixture, Shuffled, seed_of
 from minillm.dpo import response_logprobs, rewards_of
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
@@ -35,7 +35,7 @@ from minillm.ppo import (
     value_losses,
     with_advantages,
 )
-from minillm.preferences import Prompt, Ranking, Responses, ranking_by, seed_of
+from minillm.preferences import Prompt, Ranking, Responses, ranking_by
 from minillm.reward import collate, encode_rankings, encode_response, score_rows
 from minillm.run import Runtime
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from minillm import preferences
 from minillm.chat import with_chat_template
+from minillm.data import seed_of
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
 from minillm.io import rankings as rankings_on_disk
@@ -32,7 +33,6 @@ from minillm.preferences import (
     ranking_by,
     sample_responses,
     sample_sets,
-    seed_of,
 )
 from minillm.tokenizer import Tokenizer
 from minillm.tools.measures import table_text

@@ -1,7 +1,7 @@
 """Responses that share their prompt: it is computed once and attended to by every one of them.
 
 To learn from rankings, several responses are read behind one prompt. Each could stand behind a copy of it, in
-a row of its own (layout.py); sharing saves four positions of ten in the little world, with the same results.
+a row of its own (data.py); sharing saves four positions of ten in the little world, with the same results.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from kernels.attention import attention
-from minillm.layout import forward_passes, pack_sequences
+from minillm.data import forward_passes, pack_sequences
 
 
 @dataclass(frozen=True)
