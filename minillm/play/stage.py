@@ -1,7 +1,10 @@
-"""A stage of rlhf.py that stops as by Ctrl-C once its standard input ends.
+"""A Python file, or "-m" and a module, that stops as by Ctrl-C once its standard input ends.
 
-The server holds the other end of that pipe. It closes it to stop a training; if the server dies, however
-suddenly, the system does. So no training goes on that nobody can see or stop.
+Whoever starts it holds the other end of that pipe, and closes it to stop it. If it dies, however suddenly,
+the system does. So no training goes on that nobody can see or stop.
+
+    python -m minillm.play.stage train.py --out out/base
+    python -m minillm.play.stage -m rlhf --stage reward
 """
 
 import os
@@ -9,6 +12,7 @@ import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import minillm.tools.start  # noqa: F401  (stopped while torch loads, it ends in one word)
 
@@ -20,4 +24,10 @@ def stop_at_end_of_input() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
-    runpy.run_module("rlhf", run_name="__main__")
+    del sys.argv[0]
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    else:
+        sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python has it for a file
+        runpy.run_path(sys.argv[0], run_name="__main__")

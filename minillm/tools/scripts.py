@@ -13,11 +13,18 @@ ROOT = Path(__file__).parents[2]
 
 def script(name: str | Path, *options: object, folder: Path | None = None) -> tuple[float, str]:
     """Runs a Python file, whose path is from the repository's root, or "-m" and a module, in the current or
-    another folder: the seconds, and what it printed. InputError with its last line where it fails."""
+    another folder: the seconds, and what it printed. InputError with its last line where it fails. It ends
+    with this process (minillm/play/stage.py)."""
     began, words = time.perf_counter(), [str(name), *map(str, options)]
-    command = [sys.executable, "-m" if name == "-m" else str(ROOT / name), *words[1:]]
+    what = ["-m", *words[1:]] if name == "-m" else [str(ROOT / name), *words[1:]]
+    command = [sys.executable, "-m", "minillm.play.stage", *what]
     own = os.environ | {"PYTHONPATH": str(ROOT)}  # for "-m" in another folder
-    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
+    watched, held = os.pipe()  # the system closes `held` when this process ends, however suddenly
+    try:
+        done = subprocess.run(command, cwd=folder, env=own, stdin=watched, capture_output=True, text=True)
+    finally:
+        os.close(watched)
+        os.close(held)
     if done.returncode:
         raise InputError(f"{' '.join(words)[:200]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return time.perf_counter() - began, done.stdout
