@@ -16,13 +16,13 @@ What would refute the claim: less than 95% of grammar or facts at the end, or le
 of them came first is told by the steps.
 """
 
+from common import Figures, Options, Seeds, fact_questions, known, load, means, script, span, teach
 import re
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Figures, Options, Seeds, Verdict, fact_questions, known, load, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.preferences import ChatModel
@@ -77,28 +77,27 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    def at_least(name: str, share: float) -> bool:
-        return all(one[f"{STEPS[-1]} steps, {name}"] >= share for one in seeds)
+ASKED = ("grammar", "facts", "style")
 
-    checks = {
-        "grammar: at least 95% at the end": at_least("grammar", 0.95),
-        "facts: at least 95% at the end": at_least("facts", 0.95),
-        "style: at least 90% at the end": at_least("style", 0.9),
+
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
+        "grammar: at least 95% at the end": one[f"{STEPS[-1]} steps, grammar"] >= 0.95,
+        "facts: at least 95% at the end": one[f"{STEPS[-1]} steps, facts"] >= 0.95,
+        "style: at least 90% at the end": one[f"{STEPS[-1]} steps, style"] >= 0.9,
     }
-    said = [
-        f"{name} {' → '.join(span(seeds, f'{steps} steps, {name}') for steps in STEPS)}"
-        for name in ("grammar", "facts", "style")
-    ]
-    return checks, f"after {', '.join(map(str, STEPS))} steps: {'; '.join(said)}"
+
+
+def sentence(seeds: Seeds) -> str:
+    said = [f"{name} {span(seeds, *(f'{steps} steps, {name}' for steps in STEPS))}" for name in ASKED]
+    return f"after {', '.join(map(str, STEPS))} steps: {'; '.join(said)}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    for name in ("grammar", "facts", "style"):
-        values = np.mean([[one[f"{steps} steps, {name}"] for steps in STEPS] for one in seeds], axis=0)
-        axes.plot(STEPS, values, "o-", label=name)
+    for name in ASKED:
+        axes.plot(STEPS, means(seeds, (f"{steps} steps, {name}" for steps in STEPS)), "o-", label=name)
     axes.set(xscale="log", xlabel="steps", ylim=(0, 1.02), title="guessing the next word")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

@@ -16,12 +16,12 @@ of the blanks at the end, or no more at the end than half-way. What to notice: s
 each step the first model learns from seven times as many tokens.
 """
 
+from common import CPU, Figures, Options, Seeds, means, script, span, teach
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import CPU, Figures, Options, Seeds, Verdict, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.io.huggingface import load_model
@@ -70,30 +70,28 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
+def verdict(one: Figures) -> dict[str, bool]:
+    right = {(side, steps): one[f"{side}, {steps} steps, right"] for side in SIDES for steps in STEPS}
     half, end = STEPS
-    checks = {}
-    for side in SIDES:
-        checks[f"{side}: at least half of the blanks at the end"] = all(
-            one[f"{side}, {end} steps, right"] >= 0.5 for one in seeds
-        )
-        checks[f"{side}: more than half-way"] = all(
-            one[f"{side}, {end} steps, right"] > one[f"{side}, {half} steps, right"] for one in seeds
-        )
-    said = [
-        f"from {'the left' if side == 'left' else 'both sides'} "
-        + " → ".join(span(seeds, f"{side}, {steps} steps, right") for steps in STEPS)
-        for side in SIDES
-    ]
-    return checks, f"blanks filled in after {half} and {end} steps: {'; '.join(said)}"
+    return {
+        "left: at least half of the blanks at the end": right["left", end] >= 0.5,
+        "left: more than half-way": right["left", end] > right["left", half],
+        "both: at least half of the blanks at the end": right["both", end] >= 0.5,
+        "both: more than half-way": right["both", end] > right["both", half],
+    }
+
+
+def sentence(seeds: Seeds) -> str:
+    left, both = (span(seeds, *(f"{side}, {steps} steps, right" for steps in STEPS)) for side in SIDES)
+    half, end = STEPS
+    return f"blanks filled in after {half} and {end} steps: from the left {left}; from both sides {both}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for side in SIDES:
-        values = np.mean([[one[f"{side}, {steps} steps, right"] for steps in STEPS] for one in seeds], axis=0)
-        axes.plot(STEPS, values, "o-", label=side)
+        axes.plot(STEPS, means(seeds, (f"{side}, {steps} steps, right" for steps in STEPS)), "o-", label=side)
     axes.set(xlabel="steps", ylabel="blanks filled in", ylim=(0, 1), title="next word, hidden word")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

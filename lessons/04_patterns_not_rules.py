@@ -14,11 +14,10 @@ What would refute the claim: facts stated once that are known (75% or more of th
 well as one; five words copied as often as four.
 """
 
+from common import Figures, Options, Seeds, known, load, means, page_question, reads_on, span, teach
 import random
-from collections.abc import Sequence
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, known, load, reads_on, span, teach
 from matplotlib.axes import Axes
 
 from minillm.preferences import ResponseSet
@@ -28,11 +27,6 @@ from minillm.world.facts import Facts, attributes_of, pick, shuffled, state
 from minillm.world.rubric import Prompt
 
 TIMES, WORDS = (1, 2, 4, 8, 16), (2, 3, 4, 5, 6)
-
-
-def question(ask: str, answers: Sequence[str]) -> ResponseSet:
-    """A question and answers to choose from, the right one first, as on a page of questions."""
-    return ResponseSet([{"role": "user", "content": f"Q: {ask}"}], [f"A: {answer}" for answer in answers])
 
 
 def new_facts(options: Options, facts: Facts, rng: random.Random) -> Figures:
@@ -45,7 +39,7 @@ def new_facts(options: Options, facts: Facts, rng: random.Random) -> Figures:
             values = shuffled(rng, facts.values[attribute])[:8]  # the first is to be true
             said += [pick(rng, state(attribute, entity, values[0])) for _ in range(times)]
             answers = [state(attribute, entity, value, "answers")[0] for value in values]
-            asked[times].append(question(state(attribute, entity, key="asks")[0], answers))
+            asked[times].append(page_question(state(attribute, entity, key="asks")[0], answers))
     texts = shuffled(rng, [*said, *World(options.seed).documents("web", 1)])
     model = load(reads_on(options, "04", texts))
     return {f"said {times}×": known(model, own) for times, own in asked.items()}
@@ -61,7 +55,7 @@ def steps(options: Options, facts: Facts, rng: random.Random) -> Figures:
         answers = [f"The {river}." for river in (own, *others)]
         where = {"one step": fact.value, "two steps": f"the town where {fact.entity.name} lives"}
         for name in asked:
-            asked[name].append(question(f"What is the river of {where[name]}?", answers))
+            asked[name].append(page_question(f"What is the river of {where[name]}?", answers))
     model = load(options.run("base"))
     return {name: known(model, own) for name, own in asked.items()}
 
@@ -83,30 +77,28 @@ def experiment(options: Options) -> Figures:
     return new_facts(options, facts, rng) | steps(options, facts, rng) | copies(options, rng)
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    def falls(high: str, low: str, by: float) -> bool:
-        return all(one[high] - one[low] >= by for one in seeds)
-
-    checks = {
-        "once is not enough: less than 75% known": all(one["said 1×"] < 0.75 for one in seeds),
-        "16 times teach at least 25 points more": falls("said 16×", "said 1×", 0.25),
-        "two steps are at least 25 points worse than one": falls("one step", "two steps", 0.25),
-        "five words are copied at least 25 points worse than four": falls("copy 4", "copy 5", 0.25),
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
+        "once is not enough: less than 75% known": one["said 1×"] < 0.75,
+        "16 times teach at least 25 points more": one["said 16×"] - one["said 1×"] >= 0.25,
+        "two steps are at least 25 points worse than one": one["one step"] - one["two steps"] >= 0.25,
+        "five words are copied at least 25 points worse than four": one["copy 4"] - one["copy 5"] >= 0.25,
     }
-    said = " → ".join(span(seeds, f"said {times}×") for times in TIMES)
-    steps = f"{span(seeds, 'one step')} → {span(seeds, 'two steps')}"
-    copied = " → ".join(span(seeds, f"copy {length}") for length in WORDS)
-    times = f"known when said 1, 2, 4, 8, 16 times: {said}"
-    return checks, f"{times}; one step, two: {steps}; copies 2-6 words: {copied}"
+
+
+def sentence(seeds: Seeds) -> str:
+    said = span(seeds, *(f"said {times}×" for times in TIMES))
+    copied = span(seeds, *(f"copy {length}" for length in WORDS))
+    steps = span(seeds, "one step", "two steps")
+    return f"known when said 1, 2, 4, 8, 16 times: {said}; one step, two: {steps}; copies 2-6 words: {copied}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    values = np.mean([[one[f"said {times}×"] for times in TIMES] for one in seeds], axis=0)
-    axes.plot(TIMES, values, "o-", label="known")
+    axes.plot(TIMES, means(seeds, (f"said {times}×" for times in TIMES)), "o-", label="known")
     axes.axhline(1 / 8, linestyle=":", color="black", label="chance")
     axes.set(xscale="log", xticks=TIMES, xticklabels=TIMES, xlabel="times that the text states a fact")
     axes.set(ylim=(0, 1), title="patterns, not rules")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

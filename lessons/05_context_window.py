@@ -18,12 +18,12 @@ more are answered right (guessing: 5%). Nothing is shown if those inside are not
 or of the turn before.
 """
 
+from common import Figures, Options, Seeds, load, means, reads_on, span, teach
 import random
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from common import Figures, Options, Seeds, Verdict, load, reads_on, span, teach
 from matplotlib.axes import Axes
 
 from minillm.tools.chat import Chat
@@ -62,6 +62,26 @@ class Writer(Pen):
         asked = [f"Q: {question}\nA: {fact}" for fact, question, _ in shuffled(self.rng, told)]
         return "\n".join([*(" ".join(shuffled(self.rng, line)) for line in lines), *asked])
 
+    def recalled(self, base: Chat, ago: int) -> bool:
+        """Whether the text goes on with the value told so many tokens ago; minillm.chat crops longer text."""
+        (fact, question, value), *others = self.tell(7)
+        between, end = "", f"\nQ: {question}\nA: {fact[: fact.rindex(value)].rstrip()}"
+        while len(base.tokenizer.encode(between + end)) < ago:
+            between += f" {others.pop()[0] if others and self.chance(0.5) else self.word('diary')}"
+        said = base.reply(fact + between + end, note=lambda line: None)
+        return "".join(said).strip().startswith(value)
+
+    def in_chat(self, talk: Chat, later: int) -> tuple[bool, bool]:
+        """Whether a chat still knows whom its first turn was about, and whether it has dropped that turn."""
+        who = self.pick([one.name for one in self.facts.entities if one.type == "person"])
+        first, fact = shuffled(self.rng, self.facts.of[who])[:2]
+        topics = [self.pick(tuple(phrases.SMALL_TALK.values())) for _ in range(later)]
+        again = state(fact.attribute, fact.entity, key="follow", pronoun=True)[0]
+        talk.messages = ()
+        for said in (first.asks[0], *(self.say(topic["says"]) for topic in topics), again):
+            answer = "".join(talk.reply(said, note=lambda line: None))
+        return fact.value in answer, user(first.asks[0]) not in talk.messages
+
 
 def terminal(run: Path, longest: int | None = None) -> Chat:
     """What `python -m minillm.chat RUN --temperature 0` talks with."""
@@ -69,61 +89,41 @@ def terminal(run: Path, longest: int | None = None) -> Chat:
     return Chat(one.model, one.tokenizer, ChatOptions(temperature=0, max_new_tokens=longest))
 
 
-def recalled(base: Chat, writer: Writer, ago: int) -> bool:
-    """Whether the text goes on with the value told so many tokens ago; minillm.chat crops longer text."""
-    (fact, question, value), *others = writer.tell(7)
-    between, end = "", f"\nQ: {question}\nA: {fact[: fact.rindex(value)].rstrip()}"
-    while len(base.tokenizer.encode(between + end)) < ago:
-        between += f" {others.pop()[0] if others and writer.chance(0.5) else writer.word('diary')}"
-    said = base.reply(fact + between + end, note=lambda line: None)
-    return "".join(said).strip().startswith(value)
-
-
-def in_chat(talk: Chat, pen: Pen, later: int) -> tuple[bool, bool]:
-    """Whether a chat still knows whom its first turn was about, and whether it has dropped that turn."""
-    who = pen.pick([fact.entity.name for fact in pen.facts.facts if fact.attribute == "home"])
-    first, fact = shuffled(pen.rng, pen.facts.of[who])[:2]
-    topics = [pen.pick(tuple(phrases.SMALL_TALK.values())) for _ in range(later)]
-    again = state(fact.attribute, fact.entity, key="follow", pronoun=True)[0]
-    talk.messages = ()
-    for said in (first.asks[0], *(pen.say(topic["says"]) for topic in topics), again):
-        answer = "".join(talk.reply(said, note=lambda line: None))
-    return fact.value in answer, user(first.asks[0]) not in talk.messages
-
-
 def experiment(options: Options) -> Figures:
     writer, asking, found = Writer(options.seed, True), Writer(options.seed, False), Figures()
-    pages = [writer.page() for _ in range(options.few(5000, 60))]
+    pages = [writer.page() for _ in range(options.few(3500, 60))]
     run = reads_on(options, "05", pages, (0.03, 0.01), "--block-size", WINDOW)
     count, base = options.few(80, 4), terminal(options.run("base"), 6)
-    found["60 ago, before"] = fmean(recalled(base, asking, 60) for _ in range(count))
+    found["60 ago, before"] = fmean(asking.recalled(base, 60) for _ in range(count))
     base = terminal(run, 6)
-    found |= {f"{ago} ago": fmean(recalled(base, asking, ago) for _ in range(count)) for ago in AGO}
+    found |= {f"{ago} ago": fmean(asking.recalled(base, ago) for _ in range(count)) for ago in AGO}
     talk = terminal(options.run("sft"))
     for later in LATER:
-        tried = [in_chat(talk, asking, later) for _ in range(options.few(40, 2))]
+        tried = [asking.in_chat(talk, later) for _ in range(count)]
         found[f"chat, {later} later"], found[f"dropped, {later} later"] = map(fmean, zip(*tried, strict=True))
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        "60 tokens ago: at least 80% right": all(one["60 ago"] >= 0.8 for one in seeds),
-        "before the window: less than 15%": all(one["270 ago"] < 0.15 for one in seeds),
-        "in a chat, from the turn before: at least 80%": all(one["chat, 0 later"] >= 0.8 for one in seeds),
-        "and from one that it dropped: less than 15%": all(one["chat, 6 later"] < 0.15 for one in seeds),
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
+        "60 tokens ago: at least 80% right": one["60 ago"] >= 0.8,
+        "before the window: less than 15%": one["270 ago"] < 0.15,
+        "in a chat, from the turn before: at least 80%": one["chat, 0 later"] >= 0.8,
+        "and from one that it dropped: less than 15%": one["chat, 6 later"] < 0.15,
     }
+
+
+def sentence(seeds: Seeds) -> str:
     said = ", ".join(f"{ago}: {span(seeds, f'{ago} ago')}" for ago in AGO)
     talk = ", ".join(f"{later}: {span(seeds, f'chat, {later} later')}" for later in LATER)
-    return checks, f"right so many tokens ago (window: {WINDOW}): {said}; so many exchanges ago: {talk}"
+    return f"right so many tokens ago (window: {WINDOW}): {said}; so many exchanges ago: {talk}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    values = [fmean(one[f"{ago} ago"] for one in seeds) for ago in AGO]
-    axes.plot(AGO, values, "o-", label="answered right")
+    axes.plot(AGO, means(seeds, (f"{ago} ago" for ago in AGO)), "o-", label="answered right")
     axes.axvline(WINDOW, linestyle=":", color="black", label="edge of the window")
     axes.set(xlabel="tokens since the fact was told", ylim=(0, 1.02), title="context window")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

@@ -16,22 +16,10 @@ What would refute the claim: facts that the assistant knows and the base model d
 round, by more than 3 points; a form that takes as many demonstrations as there are facts to learn.
 """
 
+from common import Figures, Options, Seeds, fact_questions, known, load, means, script, span, teach
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
-from common import (
-    Figures,
-    Options,
-    Seeds,
-    Verdict,
-    fact_questions,
-    known,
-    load,
-    script,
-    span,
-    teach,
-)
 from matplotlib.axes import Axes
 
 from minillm.tools.evaluate import sample_replies
@@ -65,31 +53,30 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        "as many facts are known after as before, within 3 points": all(
-            abs(one["sft, known"] - one["base, known"]) <= 0.03 for one in seeds
-        ),
-        "a hundred demonstrations give nine of ten replies the form": all(
-            one["100 shown, in form"] >= 0.9 for one in seeds
-        ),
-        "from 16,000 the facts are said that were known, within 5 points": all(
-            one["16000 shown, said"] >= one["base, known"] - 0.05 for one in seeds
-        ),
+def verdict(one: Figures) -> dict[str, bool]:
+    base, sft = one["base, known"], one["sft, known"]
+    return {
+        "as many facts are known after as before, within 3 points": abs(sft - base) <= 0.03,
+        "a hundred demonstrations give nine of ten replies the form": one["100 shown, in form"] >= 0.9,
+        "from 16,000 the facts are said that were known, within 5 points": one["16000 shown, said"]
+        >= base - 0.05,
     }
+
+
+def sentence(seeds: Seeds) -> str:
     shown = ", ".join(span(seeds, f"{count} shown, in form") for count in DEMONSTRATIONS)
-    known = f"{span(seeds, 'base, known')} → {span(seeds, 'sft, known')}"
-    return checks, f"facts known {known}; in form after 10, 100, 1,000, 16,000 demonstrations: {shown}"
+    facts = span(seeds, "base, known", "sft, known")
+    return f"facts known {facts}; in form after 10, 100, 1,000, 16,000 demonstrations: {shown}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("in form", "said"):
-        values = np.mean([[one[f"{n} shown, {name}"] for n in DEMONSTRATIONS] for one in seeds], axis=0)
-        axes.plot(DEMONSTRATIONS, values, "o-", label=name)
-    known = fmean(one["base, known"] for one in seeds)
-    axes.axhline(known, linestyle=":", label="known to the base model")
+        axes.plot(
+            DEMONSTRATIONS, means(seeds, (f"{n} shown, {name}" for n in DEMONSTRATIONS)), "o-", label=name
+        )
+    axes.axhline(*means(seeds, ["base, known"]), linestyle=":", label="known to the base model")
     axes.set(xscale="log", xlabel="demonstrations", ylim=(0, 1.02), title="format, not knowledge")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

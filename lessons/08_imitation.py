@@ -14,11 +14,11 @@ that is rarer than a half and show one that is more frequent; but they are the l
 likeliest manner, and there are more ways to be rude than to be polite.
 """
 
+from common import Figures, Options, Seeds, load, means, script, span, teach
 import json
 from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.files import write_text
@@ -51,29 +51,28 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
         "sampled replies are as often rude as the demonstrations, within 10 points": all(
-            abs(one[f"{share}% shown, sampled"] - share / 100) <= 0.1 for one in seeds for share in SHARES
+            abs(one[f"{share}% shown, sampled"] - share / 100) <= 0.1 for share in SHARES
         ),
-        "greedy ones hide a flaw of one in four (at most 10%)": all(
-            one["25% shown, greedy"] <= 0.1 for one in seeds
-        ),
-        "and show a flaw of three in four nearly always (at least 90%)": all(
-            one["75% shown, greedy"] >= 0.9 for one in seeds
-        ),
+        "greedy ones hide a flaw of one in four (at most 10%)": one["25% shown, greedy"] <= 0.1,
+        "and show a flaw of three in four nearly always (at least 90%)": one["75% shown, greedy"] >= 0.9,
     }
-    figures = {way: ", ".join(span(seeds, f"{share}% shown, {way}") for share in SHARES) for way in WAYS}
-    return checks, f"of 0, 25, 50, 75% rude: sampled {figures['sampled']}; greedy {figures['greedy']}"
+
+
+def sentence(seeds: Seeds) -> str:
+    said = {way: ", ".join(span(seeds, f"{share}% shown, {way}") for share in SHARES) for way in WAYS}
+    return f"of 0, 25, 50, 75% rude: sampled {said['sampled']}; greedy {said['greedy']}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for way in WAYS:
-        values = np.mean([[100 * one[f"{share}% shown, {way}"] for share in SHARES] for one in seeds], axis=0)
-        axes.plot(SHARES, values, "o-", label=way)
+        values = means(seeds, (f"{share}% shown, {way}" for share in SHARES))
+        axes.plot(SHARES, [100 * value for value in values], "o-", label=way)
     axes.plot((0, 100), (0, 100), "k:")
     axes.set(xlabel="rude demonstrations, %", ylabel="rude replies, %", title="imitation")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

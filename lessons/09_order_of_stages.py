@@ -2,7 +2,7 @@
 
     python lessons/09_order_of_stages.py
 
-Four ways to train an assistant, with the same demonstrations and the same people; PPO takes 40 iterations:
+Four ways to train an assistant, with the same demonstrations and the same people; PPO takes 25 iterations:
 
     all three       pretraining → fine-tuning → PPO
     no pretraining  fine-tuning of a model that has read nothing (but one batch)
@@ -15,10 +15,10 @@ answer (ended, and by one speaker).
 What would refute the claim: any other way that comes within 0.05 of all three stages.
 """
 
+from common import Figures, Options, Seeds, learns, load, means, script, span, teach
 from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, learns, load, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.io.rankings import read_rankings
@@ -36,7 +36,7 @@ def experiment(options: Options) -> Figures:
     def aligned(name: str, init: Path, by: Path) -> Path:
         script(
             "rlhf.py", "--stage", "policy", "--out", made / name, "--init", init, "--reward", by,
-            "--iterations", options.few(40, 2), "--val-prompts", options.few(256, 8),
+            "--iterations", options.few(25, 2), "--val-prompts", options.few(64, 8),
             "--seed", options.seed, "--overwrite",
         )  # fmt: skip
         return made / name / "ppo"
@@ -66,22 +66,20 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        f"{way}: at least 0.05 below all three stages": all(
-            one[f"{way}, rubric"] <= one["all three, rubric"] - 0.05 for one in seeds
-        )
-        for way in WAYS[1:]
-    }
-    return checks, "rubric: " + ", ".join(f"{way} {span(seeds, f'{way}, rubric', '{:.2f}')}" for way in WAYS)
+def verdict(one: Figures) -> dict[str, bool]:
+    most = one["all three, rubric"] - 0.05
+    return {f"{way}: at least 0.05 below all three stages": one[f"{way}, rubric"] <= most for way in WAYS[1:]}
+
+
+def sentence(seeds: Seeds) -> str:
+    return "rubric: " + ", ".join(f"{way} {span(seeds, f'{way}, rubric', form='{:.2f}')}" for way in WAYS)
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("rubric", "in form"):
-        values = np.mean([[one[f"{way}, {name}"] for way in WAYS] for one in seeds], axis=0)
-        axes.plot(list(WAYS), values, "o", label=name)
+        axes.plot(list(WAYS), means(seeds, (f"{way}, {name}" for way in WAYS)), "o", label=name)
     axes.set(ylim=(0, 1.02), title="order of the stages")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

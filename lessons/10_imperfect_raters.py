@@ -13,11 +13,11 @@ What would refute the claim: a model from the most prompts that orders fewer pai
 who taught it; a model that does not get better with more of them; with noisy people no better than chance.
 """
 
+from common import Figures, Options, Seeds, means, script, span, teach
 import shutil
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
-from common import Figures, Options, Seeds, Verdict, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.files import read_json, read_text, write_text
@@ -47,38 +47,38 @@ def people(one: Figures, noise: int) -> float:
     return one[f"noise {noise}, {PROMPTS[-1]} prompts, annotators"]
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    def model(one: Figures, noise: int, count: int = PROMPTS[-1]) -> float:
-        return one[f"noise {noise}, {count} prompts, scores"]
+def model(one: Figures, noise: int, count: int = PROMPTS[-1]) -> float:
+    """How often the reward model is right that learned from so many prompts."""
+    return one[f"noise {noise}, {count} prompts, scores"]
 
-    checks = {
-        "more prompts make a better model": all(
-            model(one, noise, 300) < model(one, noise, 3000) for one in seeds for noise in NOISE
-        ),
-        "people as they are: the model beats them": all(model(one, 1) > people(one, 1) for one in seeds),
-        "people three times as noisy: it beats them too": all(
-            model(one, 3) > people(one, 3) for one in seeds
-        ),
+
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
+        "more prompts make a better model": all(model(one, n, PROMPTS[0]) < model(one, n) for n in NOISE),
+        "people as they are: the model beats them": model(one, 1) > people(one, 1),
+        "people three times as noisy: it beats them too": model(one, 3) > people(one, 3),
     }
+
+
+def sentence(seeds: Seeds) -> str:
     said = []
     for noise in NOISE:
-        shown = span(seeds, f"noise {noise}, {PROMPTS[-1]} prompts, scores")
-        taught = span(seeds, f"noise {noise}, {PROMPTS[-1]} prompts, annotators")
+        who = (f"noise {noise}, {PROMPTS[-1]} prompts, {name}" for name in ("annotators", "scores"))
+        taught, shown = (span(seeds, name) for name in who)
         enough = [n for n in PROMPTS if all(model(one, noise, n) > people(one, noise) for one in seeds)]
         start = f"from {enough[0]:,} prompts on" if enough else "with none of these sizes"
         said.append(f"noise {noise}: people {taught}, model {shown}, better {start}")
-    return checks, "; ".join(said)
+    return "; ".join(said)
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for color, noise in zip(("C0", "C1"), NOISE, strict=True):
-        names = [f"noise {noise}, {count} prompts, scores" for count in PROMPTS]
-        values = np.mean([[one[name] for name in names] for one in seeds], axis=0)
+        values = means(seeds, (f"noise {noise}, {count} prompts, scores" for count in PROMPTS))
         axes.plot(PROMPTS, values, "o-", color=color, label=f"model, noise {noise}")
-        taught = float(np.mean([people(one, noise) for one in seeds]))
+        taught = fmean(people(one, noise) for one in seeds)
         axes.axhline(taught, color=color, linestyle=":", label=f"people, noise {noise}")
     axes.set(xscale="log", xlabel="prompts", ylabel="pairs in the rubric's order", title="imperfect raters")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

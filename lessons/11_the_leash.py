@@ -15,10 +15,9 @@ as the best one. Where the score rises and the rubric falls, the reward model is
 that happens without a leash.
 """
 
+from common import Figures, Options, Seeds, means, script, span, teach
 from pathlib import Path
 
-import numpy as np
-from common import Figures, Options, Seeds, Verdict, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.tools.folder import read_metrics
@@ -41,33 +40,27 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    def of(one: Figures, name: str) -> list[float]:
-        return [one[f"β {beta}, {name}"] for beta in LEASHES]
-
-    checks = {
-        "the longer the leash, the farther it goes": all(
-            list(of(one, "KL")) == sorted(of(one, "KL"), reverse=True) for one in seeds
-        ),
-        "by the rubric a leash is better than none": float(np.mean([of(one, "rubric")[0] for one in seeds]))
-        < float(np.max(np.mean([of(one, "rubric") for one in seeds], axis=0))),
-        "without one the score is the highest and the rubric is not: exploited": all(
-            max(of(one, "score")) == of(one, "score")[0] and max(of(one, "rubric")) > of(one, "rubric")[0]
-            for one in seeds
-        ),
+def verdict(one: Figures) -> dict[str, bool]:
+    score, rubric, kl = ([one[f"β {beta}, {name}"] for beta in LEASHES] for name in ("score", "rubric", "KL"))
+    return {
+        "the longer the leash, the farther it goes": kl == sorted(kl, reverse=True),
+        "by the rubric a leash is better than none": max(rubric) > rubric[0],
+        "without one the score is the highest and the rubric is not: exploited": max(score) == score[0]
+        and max(rubric) > rubric[0],
     }
-    said = [
-        f"β {beta:g}: KL {span(seeds, f'β {beta}, KL', '{:.2f}')}, "
-        f"rubric {span(seeds, f'β {beta}, rubric', '{:.2f}')}"
-        for beta in LEASHES
-    ]
-    return checks, "; ".join(said)
+
+
+def sentence(seeds: Seeds) -> str:
+    def of(name: str) -> str:
+        return span(seeds, name, form="{:.2f}")
+
+    return "; ".join(f"β {b:g}: KL {of(f'β {b}, KL')}, rubric {of(f'β {b}, rubric')}" for b in LEASHES)
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    root_kl = np.mean([[max(0, one[f"β {beta}, KL"]) ** 0.5 for beta in LEASHES] for one in seeds], axis=0)
+    root_kl = [max(0, kl) ** 0.5 for kl in means(seeds, (f"β {beta}, KL" for beta in LEASHES))]
     for name in ("score", "rubric"):
-        values = np.mean([[one[f"β {beta}, {name}"] for beta in LEASHES] for one in seeds], axis=0)
+        values = means(seeds, (f"β {beta}, {name}" for beta in LEASHES))
         axes.plot(root_kl, values, "o-", label=name)
     for x, y, beta in zip(root_kl, values, LEASHES, strict=True):
         axes.annotate(f"β {beta:g}", (x, y), textcoords="offset points", xytext=(0, -14))
@@ -75,4 +68,4 @@ def picture(axes: Axes, seeds: Seeds) -> None:
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

@@ -14,12 +14,12 @@ What would refute the claim: weights halfway that are no better than the assista
 than the filter, which costs eight times as much; alignment gone after a little text (less than half is left).
 """
 
+from common import CPU, Figures, Options, Seeds, load, means, script, span, teach
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import CPU, Figures, Options, Seeds, Verdict, load, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.chat import ChatTemplate
@@ -68,27 +68,25 @@ def experiment(options: Options) -> Figures:
     }
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        "halfway weights are better than the assistant's": all(
-            one["halfway"] > one["assistant"] for one in seeds
-        ),
-        f"one reply of the policy is as good as the best of {N}, within 0.05": all(
-            one["aligned"] >= one[f"best of {N}"] - 0.05 for one in seeds
-        ),
-        "after 100 steps of text more than half of the gain is left": all(
-            one["aligned, then text"] > (one["assistant"] + one["aligned"]) / 2 for one in seeds
-        ),
+def verdict(one: Figures) -> dict[str, bool]:
+    middle = (one["assistant"] + one["aligned"]) / 2
+    return {
+        "halfway weights are better than the assistant's": one["halfway"] > one["assistant"],
+        f"one reply of the policy is as good as the best of {N}, within 0.05": one["aligned"]
+        >= one[f"best of {N}"] - 0.05,
+        "after 100 steps of text more than half of the gain is left": one["aligned, then text"] > middle,
     }
-    return checks, "rubric: " + ", ".join(f"{name} {span(seeds, name, '{:.2f}')}" for name in seeds[0])
+
+
+def sentence(seeds: Seeds) -> str:
+    return "rubric: " + ", ".join(f"{name} {span(seeds, name, form='{:.2f}')}" for name in seeds[0])
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    names = list(seeds[0])
-    axes.bar(names, np.mean([list(one.values()) for one in seeds], axis=0), label="rubric, temperature 1")
+    axes.bar(list(seeds[0]), means(seeds, seeds[0]), label="rubric, temperature 1")
     axes.tick_params(axis="x", labelrotation=20)
     axes.set(ylim=(0, 1), title="not a filter")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

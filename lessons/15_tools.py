@@ -17,12 +17,12 @@ What would refute the claim: of either kind less than 80% right with tools, or l
 without; or more than 2% false calls.
 """
 
+from common import Figures, Options, Seeds, load, means, script, span, teach
 import json
 import random
 from pathlib import Path
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, script, span, teach
 from matplotlib.axes import Axes
 
 from minillm.chat import Conversation, new_call
@@ -114,22 +114,26 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {"at most 2% false calls": max(one["false calls"] for one in seeds) <= 0.02}
+def verdict(one: Figures) -> dict[str, bool]:
+    checks = {"at most 2% false calls": one["false calls"] <= 0.02}
     for kind in KINDS:
-        gains = [one[f"{kind}, with"] - one[f"{kind}, without"] for one in seeds]
-        checks[f"{kind}: at least 80% right with tools"] = min(one[f"{kind}, with"] for one in seeds) >= 0.8
-        checks[f"{kind}: at least 40 points more than without"] = min(gains) >= 0.4
-    found = [f"{kind} {span(seeds, f'{kind}, without')} → {span(seeds, f'{kind}, with')}" for kind in KINDS]
-    return checks, f"right: {'; '.join(found)}; false calls {span(seeds, 'false calls', '{:.1%}')}"
+        gain = one[f"{kind}, with"] - one[f"{kind}, without"]
+        checks[f"{kind}: at least 80% right with tools"] = one[f"{kind}, with"] >= 0.8
+        checks[f"{kind}: at least 40 points more than without"] = gain >= 0.4
+    return checks
+
+
+def sentence(seeds: Seeds) -> str:
+    found = [f"{kind} {span(seeds, f'{kind}, without', f'{kind}, with')}" for kind in KINDS]
+    return f"right: {'; '.join(found)}; false calls {span(seeds, 'false calls', form='{:.1%}')}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for way in ("without", "with"):
-        values = np.mean([[one[f"{kind}, {way}"] for kind in KINDS] for one in seeds], axis=0)
+        values = means(seeds, (f"{kind}, {way}" for kind in KINDS))
         axes.plot(list(KINDS), values, "o", label=f"{way} tools")
     axes.set(ylim=(0, 1.02), ylabel="right", title="tools")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

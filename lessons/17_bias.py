@@ -16,14 +16,25 @@ What would refute the claim: strangers being judged without the skew (less than 
 where the text has none (more than 15 points); guesses that are no more skewed than the text (75%).
 """
 
+from common import (
+    Figures,
+    Options,
+    Seeds,
+    load,
+    means,
+    page_question,
+    reads_on,
+    response_logprobs,
+    span,
+    teach,
+)
 import random
 from collections.abc import Sequence
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, reads_on, response_logprobs, span, teach
 from matplotlib.axes import Axes
 
-from minillm.preferences import ChatModel, ResponseSet
+from minillm.preferences import ChatModel
 from minillm.world import World
 from minillm.world.facts import Entity, Facts, pick, shuffled, state
 from minillm.world.phrases import NAME_PARTS
@@ -34,9 +45,9 @@ SKEW = 0.75
 def first_of_two(model: ChatModel, people: list[Entity], attribute: str, two: Sequence[str]) -> np.ndarray:
     """How probable the first of two answers about each is, of both."""
     asked = [
-        ResponseSet(
-            [{"role": "user", "content": f"Q: {state(attribute, one, key='asks')[0]}"}],
-            [f"A: {state(attribute, one, value, 'answers')[0]}" for value in two],
+        page_question(
+            state(attribute, one, key="asks")[0],
+            [state(attribute, one, value, "answers")[0] for value in two],
         )
         for one in people
     ]
@@ -79,33 +90,31 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        "strangers are judged by the skew: at least 25 points": all(
-            one["after, skewed"] >= 0.25 for one in seeds
-        ),
-        "and were not before: at most 15 points": all(abs(one["before, skewed"]) <= 0.15 for one in seeds),
-        "where the text has no skew none grows: at most 15 points": all(
-            abs(one["after, even"] - one["before, even"]) <= 0.15 for one in seeds
-        ),
-        "the likelier answer goes by the skew more often than the text does": all(
-            one["after, guesses"] > SKEW for one in seeds
-        ),
+FOUND = ("skewed", "even", "guesses")
+
+
+def verdict(one: Figures) -> dict[str, bool]:
+    grown = one["after, even"] - one["before, even"]
+    return {
+        "strangers are judged by the skew: at least 25 points": one["after, skewed"] >= 0.25,
+        "and were not before: at most 15 points": abs(one["before, skewed"]) <= 0.15,
+        "where the text has no skew none grows: at most 15 points": abs(grown) <= 0.15,
+        "the likelier answer goes by the skew more often than the text does": one["after, guesses"] > SKEW,
     }
-    said = [
-        f"{name} {span(seeds, f'before, {name}')} → {span(seeds, f'after, {name}')}"
-        for name in ("skewed", "even", "guesses")
-    ]
-    return checks, f"strangers (text: 50%, 0, 75%): {'; '.join(said)}"
+
+
+def sentence(seeds: Seeds) -> str:
+    said = [f"{name} {span(seeds, f'before, {name}', f'after, {name}')}" for name in FOUND]
+    return f"strangers (text: 50%, 0, 75%): {'; '.join(said)}"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
-    for name in ("skewed", "even", "guesses"):
-        values = np.mean([[one[f"{when}, {name}"] for when in ("before", "after")] for one in seeds], axis=0)
+    for name in FOUND:
+        values = means(seeds, (f"before, {name}", f"after, {name}"))
         axes.plot(["before", "after"], values, "o-", label=name)
     axes.axhline(2 * SKEW - 1, color="black", linestyle=":", label="skew of the text")
     axes.set(ylim=(-0.2, 1.02), title="bias")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

@@ -16,14 +16,25 @@ notice: a small model may lack the skill of reading an answer from its context, 
 cost it what it knew.
 """
 
+from common import (
+    Figures,
+    Options,
+    Seeds,
+    load,
+    means,
+    page_question,
+    reads_on,
+    response_logprobs,
+    span,
+    teach,
+)
 import random
 from collections.abc import Sequence
 
 import numpy as np
-from common import Figures, Options, Seeds, Verdict, load, reads_on, response_logprobs, span, teach
 from matplotlib.axes import Axes
 
-from minillm.preferences import ChatModel, ResponseSet
+from minillm.preferences import ChatModel
 from minillm.world import World
 from minillm.world.facts import Fact, Facts, pick, shuffled, state
 
@@ -38,8 +49,7 @@ def answers(model: ChatModel, moves: Sequence[Move], told: bool) -> np.ndarray:
     for fact, now, others in moves:
         news = f"{fact.entity.name} lives in {now} now.\n" if told else ""
         said = [state("home", fact.entity, town, "answers")[0] for town in (fact.value, now, *others)]
-        question = {"role": "user", "content": f"{news}Q: {fact.asks[0]}"}
-        asked.append(ResponseSet([question], [f"A: {text}" for text in said]))
+        asked.append(page_question(fact.asks[0], said, news))
     found = np.exp(np.stack([own - own.max() for own in response_logprobs(model, asked)]))
     return found / found.sum(1, keepdims=True)
 
@@ -65,29 +75,26 @@ def experiment(options: Options) -> Figures:
     return found
 
 
-def verdict(seeds: Seeds) -> Verdict:
-    checks = {
-        "untold, it does not know the new town (at most 25%)": all(
-            one["untold, new"] <= 0.25 for one in seeds
-        ),
-        "and is sure all the same: at least 80%": all(one["untold, sure"] >= 0.8 for one in seeds),
-        "told on the page, it gives the new one more often than the old": all(
-            one["told on the page, new"] > one["told on the page, old"] for one in seeds
-        ),
-        "told by training, it gives the new one more often than the old": all(
-            one["told by training, new"] > one["told by training, old"] for one in seeds
-        ),
+def verdict(one: Figures) -> dict[str, bool]:
+    return {
+        "untold, it does not know the new town (at most 25%)": one["untold, new"] <= 0.25,
+        "and is sure all the same: at least 80%": one["untold, sure"] >= 0.8,
+    } | {
+        f"{way}, it gives the new one more often than the old": one[f"{way}, new"] > one[f"{way}, old"]
+        for way in WAYS[1:]
     }
+
+
+def sentence(seeds: Seeds) -> str:
     said = [f"{way} old {span(seeds, f'{way}, old')}, new {span(seeds, f'{way}, new')}" for way in WAYS]
-    return checks, f"{'; '.join(said)}; untold it is {span(seeds, 'untold, sure')} sure"
+    return f"{'; '.join(said)}; untold it is {span(seeds, 'untold, sure')} sure"
 
 
 def picture(axes: Axes, seeds: Seeds) -> None:
     for name in ("old", "new", "others"):
-        values = np.mean([[one[f"{way}, {name}"] for way in WAYS] for one in seeds], axis=0)
-        axes.plot(list(WAYS), values, "o", label=name)
+        axes.plot(list(WAYS), means(seeds, (f"{way}, {name}" for way in WAYS)), "o", label=name)
     axes.set(ylim=(0, 1.02), title="knowledge cutoff")
 
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)

@@ -2,17 +2,19 @@
 
     python lessons/common.py lessons/records        the table of lessons/README.md, from these records
 
-A lesson is a script with three functions, which `teach` calls:
+A lesson is a script with four functions, which `teach` calls:
 
     experiment(options)     → figures of one seed, by name
-    verdict(seeds)          → the checks that the claim must pass, whether each did, and a sentence
+    verdict(one)            → what the claim must pass by the figures of one seed, and whether it does
+    sentence(seeds)         → what was found, in one line
     picture(axes, seeds)    draws the figures of all seeds
 
 The record, NAME.json, holds the figures of every seed with commit, versions and hardware; NAME.png is the
-picture. The verdict is of all seeds in the record. A seed is not measured again while the lesson's script and
-the runs that it read are the same.
+picture. A check is passed if every seed passes it. A seed is not measured again while the lesson's code down
+to `experiment` and the runs that it read are the same.
 """
 
+import ast
 import json
 import random
 import sys
@@ -23,16 +25,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # `python lessons/x.py` runs beside the repository's minillm
+sys.path.insert(0, str(Path(__file__).parents[1]))  # beside which minillm is
+
+import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
+
+# isort: split
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minillm.chat import ChatTemplate
+from minillm.chat import ChatTemplate, Conversation
 from minillm.errors import InputError, one_line_errors
 from minillm.files import digest, read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
@@ -52,7 +56,6 @@ STAGES = {"base": "base", "sft": "sft", "ppo": "rlhf/ppo"}
 
 Figures = dict[str, float]
 Seeds = Sequence[Figures]
-Verdict = tuple[dict[str, bool], str]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Options:
     def few(self, many: int, some: int) -> int:
         """How many prompts, steps …: `many`, or with --quick `some`."""
         return some if self.quick else many
+
+
+# ---- What models know and prefer
 
 
 def load(run: Path) -> ChatModel:
@@ -104,6 +110,12 @@ def known(model: ChatModel, questions: Sequence[ResponseSet]) -> float:
     return float(np.mean([own.argmax() == 0 for own in response_logprobs(model, questions)]))
 
 
+def page_question(ask: str, answers: Iterable[str], before: str = "") -> ResponseSet:
+    """A question and answers to choose from, as on the world's pages of questions, behind another text."""
+    said = [f"A: {answer}" for answer in answers]
+    return ResponseSet([{"role": "user", "content": f"{before}Q: {ask}"}], said)
+
+
 def fact_questions(seed: int, count: int) -> list[ResponseSet]:
     """Questions about facts of a world, none of them in a demonstration. Each has eight answers in the same
     words, the right one first."""
@@ -117,6 +129,9 @@ def fact_questions(seed: int, count: int) -> list[ResponseSet]:
         said = [state(fact.attribute, fact.entity, value, "answers")[0] for value in values]
         found.append(ResponseSet([{"role": "user", "content": pick(rng, fact.asks)}], said))
     return found
+
+
+# ---- What they are trained on
 
 
 def write_lines(path: Path, records: Iterable[object]) -> Path:
@@ -141,6 +156,16 @@ def reads_on(
     return run
 
 
+def imitates(options: Options, run: Path, shown: Iterable[Conversation], steps: int, init: str) -> Path:
+    """The run in this folder: `init`, one of the demo's, fine-tuned on these demonstrations."""
+    data = write_lines(run.with_suffix(".jsonl"), ({"messages": messages} for messages in shown))
+    script(
+        "sft.py", "--init", options.run(init), "--data", data, "--out", run, "--seed", options.seed,
+        "--steps", options.few(steps, 3), "--overwrite",
+    )  # fmt: skip
+    return run
+
+
 def learns(options: Options, run: Path, rankings: Iterable[Ranking]) -> Path:
     """The reward model, inside a folder of this name, that the assistant becomes by these rankings."""
     data = write_lines(run.with_suffix(".jsonl"), map(vars, rankings))
@@ -151,16 +176,28 @@ def learns(options: Options, run: Path, rankings: Iterable[Ranking]) -> Path:
     return run / "reward"
 
 
-def span(seeds: Seeds, name: str, form: str = "{:.0%}") -> str:
-    """A figure's mean over the seeds, with the least and the most if there are several: 48% (45%–50%)."""
-    values = [figures[name] for figures in seeds]
-    around = f" ({form.format(min(values))}–{form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(fmean(values)) + around
+# ---- What is said of the figures
+
+
+def means(seeds: Seeds, names: Iterable[str]) -> list[float]:
+    """Each figure's mean over the seeds."""
+    return [fmean(one[name] for one in seeds) for name in names]
+
+
+def span(seeds: Seeds, *names: str, form: str = "{:.0%}") -> str:
+    """Means over the seeds, each with the least and the most if there are several: 48% (45%–50%) → 6%."""
+    said = []
+    for name in names:
+        values = sorted(one[name] for one in seeds)
+        around = f" ({form.format(values[0])}–{form.format(values[-1])})" if len(values) > 1 else ""
+        said.append(form.format(fmean(values)) + around)
+    return " → ".join(said)
 
 
 def teach(
     experiment: Callable[[Options], Figures],
-    verdict: Callable[[Seeds], Verdict],
+    verdict: Callable[[Figures], dict[str, bool]],
+    sentence: Callable[[Seeds], str],
     picture: Callable[[Axes, Seeds], None],
 ) -> None:
     """Measures one seed, says what all seeds so far have shown, and writes the record and the picture."""
@@ -172,7 +209,7 @@ def teach(
         path = Path(options.out, "quick" if options.quick else "", f"{lesson.stem}.json")
         measured: dict[str, Any] = read_json(path)["seeds"] if path.exists() else {}
         runs = [run for run in STAGES if run == "base" or (options.run(run) / "run.json").exists()]
-        seed, of = str(options.seed), digest(read_text(lesson), *(run_id(options.run(run)) for run in runs))
+        seed, of = str(options.seed), digest(decisive(lesson), *(run_id(options.run(run)) for run in runs))
         if measured.get(seed, {}).get("of") != of:
             began = time.perf_counter()
             figures = experiment(options)
@@ -180,25 +217,35 @@ def teach(
             measured[seed] = {"figures": figures, "of": of, "seconds": seconds, **provenance()}
 
         seeds = [one["figures"] for _, one in sorted(measured.items())]
-        checks, sentence = verdict(seeds)
-        said = {"claim": claim, "verdict": in_a_word(checks), "checks": checks, "sentence": sentence}
+        said = {"claim": claim, **conclusion(verdict, seeds), "sentence": sentence(seeds)}
         write_json(path, {"lesson": lesson.stem, **said, "seeds": measured})
         figure = Figure(figsize=(6, 4), layout="constrained")
         picture(axes := figure.add_subplot(), seeds)
         axes.legend()
         save(figure, path.with_suffix(".png"))
 
-        rows = [[name, span(seeds, name, "{:.3g}")] for name in seeds[0]]
+        rows = [[name, span(seeds, name, form="{:.3g}")] for name in seeds[0]]
         print(columns([["", "mean (least–most)"], *rows]))
-        print(*(f"{'yes' if passed else 'NO':4}{check}" for check, passed in checks.items()), sep="\n")
-        print(f"{in_a_word(checks)}: {sentence} (seeds {', '.join(sorted(measured))})")
+        print(
+            *(f"{'yes' if passed else 'NO':4}{check}" for check, passed in said["checks"].items()), sep="\n"
+        )
+        print(f"{said['verdict']}: {said['sentence']} (seeds {', '.join(sorted(measured))})")
 
 
-def in_a_word(checks: dict[str, bool]) -> str:
-    """The verdict on the claim, from all of its checks."""
-    if all(checks.values()):
-        return "holds"
-    return "holds in part" if any(checks.values()) else "does not hold"
+def decisive(lesson: Path) -> str:
+    """What decides the figures of a lesson: its code down to `experiment`, without imports and comments."""
+    code = ast.parse(read_text(lesson)).body
+    end = [getattr(node, "name", "") for node in code].index("experiment") + 1
+    words = ast.Import | ast.ImportFrom | ast.Expr
+    return "\n".join(ast.unparse(node) for node in code[:end] if not isinstance(node, words))
+
+
+def conclusion(verdict: Callable[[Figures], dict[str, bool]], seeds: Seeds) -> dict[str, Any]:
+    """Which checks all seeds pass, and in a word what that says of the claim."""
+    each = [verdict(one) for one in seeds]
+    checks = {check: all(bool(one[check]) for one in each) for check in each[0]}
+    word = "holds in part" if any(checks.values()) else "does not hold"
+    return {"verdict": "holds" if all(checks.values()) else word, "checks": checks}
 
 
 def run_id(run: Path) -> str:
@@ -213,10 +260,8 @@ def table(folder: Path) -> str:
     rows = ["| lesson | claim | verdict | what was found |", "|---|---|---|---|"]
     for path in sorted(folder.glob("[0-9]*.json")):
         one = read_json(path)
-        found = f"{one['sentence']} (seeds {', '.join(sorted(one['seeds']))})"
-        rows.append(
-            f"| [{one['lesson']}]({one['lesson']}.py) | {one['claim']} | {one['verdict']} | {found} |"
-        )
+        link, seeds = f"[{one['lesson']}]({one['lesson']}.py)", ", ".join(sorted(one["seeds"]))
+        rows.append(f"| {link} | {one['claim']} | {one['verdict']} | {one['sentence']} (seeds {seeds}) |")
     return "\n".join(rows)
 
 

@@ -5,9 +5,12 @@ That each lesson runs on the demo's runs is seen in .ci/run, behind the small de
 
 import importlib.util
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from types import ModuleType
 
 import pytest
@@ -17,7 +20,7 @@ from runs import ROOT
 LESSONS = ROOT / "lessons"
 FILES = sorted(LESSONS.glob("[0-9]*.py"))
 RECORDS = LESSONS / "records"
-LONGEST = 140  # lines of a lesson
+LONGEST, ALL = 139, 2_075  # lines of a lesson, and of all with common.py
 NAMES = [file.stem for file in FILES]
 
 
@@ -41,6 +44,7 @@ def figures_of(name: str) -> dict[str, float]:
     return next(iter(record(name)["seeds"].values()))["figures"]
 
 
+COMMON = lesson("common")
 MEASURED = [name for name in NAMES if (RECORDS / f"{name}.json").exists()]
 
 
@@ -54,6 +58,10 @@ def test_a_lesson_says_its_claim_its_command_and_what_would_refute_it_on_one_pag
     assert len(text.splitlines()) <= LONGEST
 
 
+def test_all_lessons_are_read_in_an_hour():
+    assert sum(len(file.read_text().splitlines()) for file in LESSONS.glob("*.py")) <= ALL
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_check_of_a_verdict_can_pass_and_can_fail(name):
     verdict, rng, seen = lesson(name).verdict, random.Random(0), dict[str, set[bool]]()
@@ -63,7 +71,7 @@ def test_every_check_of_a_verdict_can_pass_and_can_fail(name):
             figures = {key: rng.random() for key in measured[0]}
         else:
             figures = {key: value * rng.uniform(0.5, 1.5) for key, value in rng.choice(measured).items()}
-        for check, passed in verdict([figures])[0].items():
+        for check, passed in verdict(figures).items():
             seen.setdefault(check, set()).add(bool(passed))
     assert seen and all(outcomes == {True, False} for outcomes in seen.values()), seen
 
@@ -72,9 +80,8 @@ def test_every_check_of_a_verdict_can_pass_and_can_fail(name):
 def test_a_record_says_what_its_figures_say_and_names_what_made_it(name):
     one, module = record(name), lesson(name)
     seeds = [own["figures"] for _, own in sorted(one["seeds"].items())]
-    checks, sentence = module.verdict(seeds)
-    assert one["checks"] == {check: bool(passed) for check, passed in checks.items()}
-    assert one["sentence"] == sentence and one["lesson"] == name
+    assert {key: one[key] for key in ("verdict", "checks")} == COMMON.conclusion(module.verdict, seeds)
+    assert one["sentence"] == module.sentence(seeds) and one["lesson"] == name
     assert one["claim"] == " ".join(module.__doc__.split("\n\n")[0].split())
     assert len(one["seeds"]) >= 3
     assert all({"of", "seconds", "commit", "cpu", "versions"} <= own.keys() for own in one["seeds"].values())
@@ -115,14 +122,17 @@ def experiment(options):
     print("measured")
     return {{"number": {figure} + options.seed}}
 
-def verdict(seeds):
-    return {{"small": seeds[-1]["number"] < 2, "positive": seeds[0]["number"] > 0}}, "said"
+def verdict(one):
+    return {{"small": one["number"] < 2, "positive": one["number"] > 0}}
+
+def sentence(seeds):
+    return "said"
 
 def picture(axes, seeds):
     axes.plot([one["number"] for one in seeds], label="number")
 
 if __name__ == "__main__":
-    teach(experiment, verdict, picture)
+    teach(experiment, verdict, sentence, picture)
 '''
 
 
@@ -175,3 +185,36 @@ def test_a_lesson_without_the_demos_runs_says_how_to_make_them(tmp_path):
         done.stderr
         == f"error: {tmp_path}/none/base: no such run; make demo makes it, or name its folder with --runs\n"
     )
+
+
+# ---- How a lesson ends
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ctrl_c_while_a_lesson_imports_torch_ends_in_one_word(tmp_path, name):
+    (tmp_path / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, LESSONS / f"{name}.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_lesson_takes_its_stage_along(tmp_path, number):
+    os.mkfifo(tmp_path / "held")
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import sys, time\nheld = open(sys.argv[1], 'w')\nprint(1, file=held, flush=True)\ntime.sleep(60)"
+    )
+    said = f"sys.path.insert(0, {str(LESSONS)!r}); from common import script; script(*sys.argv[1:])"
+    killed = subprocess.Popen([sys.executable, "-c", f"import sys; {said}", stage, tmp_path / "held"])
+    with open(tmp_path / "held") as held:
+        assert held.read(2) == "1\n"
+        began = time.monotonic()
+        killed.send_signal(number)
+        assert held.read() == ""  # nobody has it open any more
+        assert time.monotonic() - began < 30
+    assert killed.wait() < 0 or killed.returncode == 128 + number
