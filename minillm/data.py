@@ -74,7 +74,7 @@ class Source:
 def seed_of(*parts: str | int, size: int = 7) -> int:
     """A number of `size` bytes that follows from the parts alone."""
     text = " ".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=size).digest())
 
 
 def unit_hash(text: str) -> float:

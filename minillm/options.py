@@ -122,7 +122,7 @@ class DataOptions(TrainingOptions):
     errors: Literal["strict", "replace"] = "strict"
     """Stop at text not in the encoding or a line that does not parse, or replace and skip them, counted."""
     encoding: str = "utf-8"
-    """Of text files: utf-8, utf-16, gb18030, shift_jis …"""
+    """Of the files of text or conversations: utf-8, utf-16, gb18030, shift_jis …"""
     field: str | None = None
     """The field of a JSON record, or column of a table, that holds the text. Default text or content."""
     cache: str = "out/cache"

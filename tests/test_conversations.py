@@ -88,6 +88,17 @@ def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, co
     assert (source.name, source.weight) == (name, 1)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "gb18030"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_conversations_in_another_encoding_are_read_where_it_is_named(tmp_path, name, encoding):
+    text = "question, answer\n为什么?, 因为.\n" * 2 if name == "a.csv" else json.dumps(
+        [{"question": "为什么?", "answer": "因为."}], ensure_ascii=False)  # fmt: skip
+    file = write(tmp_path / name, (text[1:-1] if name == "a.jsonl" else text).encode(encoding))
+    assert "convert it" in refusal(file)
+    (source,) = open_conversations([str(file)], encoding=encoding)
+    assert [m["content"] for m in next(source.conversations())] == ["为什么?", "因为."]
+
+
 def test_specs_folders_and_globs_are_those_of_text(tmp_path):
     for name in ("b.json", "a/c.jsonl", "d.txt", ".hidden.json"):
         write(tmp_path / "x" / name, [{"question": name, "answer": "yes"}])
@@ -118,6 +129,11 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ("a.json", b"PK\3\4 and so on", "zip"),
         ("a.txt", "Why? Because.", "not valid JSON"),
         ("a.csv", "prompt,completion\nWhy?,Because, and so on.\n", "values_without_a_column"),
+        ("a.csv", "prompt,completion,completion\nWhy?,Because.,No.\n", "'completion' is the name of two"),
+        *(
+            ("a.csv", f'prompt,completion\n"Why?,Because.\n{rest}', "no table")
+            for rest in ("", '"Who?,It.\n')
+        ),
     ],
 )
 def test_a_file_without_a_conversation_is_refused_by_name(tmp_path, name, content, named):

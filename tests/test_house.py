@@ -9,7 +9,7 @@ from configparser import ConfigParser
 import pytest
 from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
 
-CORE_LINES, ALL_LINES = 7_656, 17_919
+CORE_LINES, ALL_LINES = 7_656, 17_933
 STEPS = {"train.py": (32, 8), "sft.py": (31, 8), "PPO": (106, 16)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {

@@ -383,6 +383,25 @@ def test_a_folder_of_any_name_is_trained_in_and_commands_no_terminal(here, capfd
     assert "\x1b" not in capfd.readouterr().out
 
 
+def test_data_in_a_file_whose_name_is_no_utf8_is_trained_on_and_a_run_of_such_a_name_is_refused(here, capfd):
+    name = os.fsdecode(b"caf\xe9.txt")
+    Path("tale.txt").rename(name)
+    train.main(["--data", name, "--out", "base", *TINY, "--cache", "cache"])
+    train.main(["--resume", "--out", "base", "--steps", "6"])
+    capfd.readouterr()
+    assert "no UTF-8" in refusal(train, ["--data", name, "--out", os.fsdecode(b"\xe9"), *TINY], capfd)
+
+
+@pytest.mark.parametrize("given", ["--data books", "--data b=books:0.5", "--data tale.txt books"])
+def test_a_run_inside_a_folder_that_it_reads_is_refused_for_it_would_read_its_own_files(here, capfd, given):
+    Path("books/more").mkdir(parents=True)
+    Path("books/a.txt").write_bytes(Path("tale.txt").read_bytes())
+    before = folder_bytes(here)
+    said = refusal(train, [*given.split(), "--out", "books/more/base", *TINY], capfd)
+    assert "is inside books" in said and folder_bytes(here) == before
+    train.main([*given.split(), "--out", "books2", *TINY, "--cache", "cache"])
+
+
 SMALL = "import sys; from minillm.errors import one_line_errors\nwith one_line_errors():\n    "
 
 

@@ -50,20 +50,23 @@ class ComparisonSource:
 
 
 def open_conversations(
-    specs: Sequence[str], errors: Errors = "strict", purpose: Purpose = "conversation"
+    specs: Sequence[str],
+    errors: Errors = "strict",
+    purpose: Purpose = "conversation",
+    encoding: str = "utf-8",
 ) -> list[ConversationSource]:
     """Open conversations given as files, folders or globs of JSON, tables or Parquet; or prompts, which are
     all messages before the last reply, or all where nobody has replied.
 
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`), and `errors="replace"` means the same.
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`); `errors` and `encoding` are as there.
     Every file is read whole once here, so that what is wrong shows before anything is trained.
     """
-    sources = []
+    sources, read = [], Reading(errors, encoding)
     for name, path, weight in parse_specs(specs):
         files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
-        fingerprint = digest_of(_read(files, errors, purpose, skipped))
-        again = partial(_read, files, errors, purpose, Skipped())
+        fingerprint = digest_of(_read(files, read, purpose, skipped))
+        again = partial(_read, files, read, purpose, Skipped())
         sources.append(ConversationSource(name, weight, again, fingerprint, skipped))
     return sources
 
@@ -87,7 +90,7 @@ def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Co
         files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
         rankings = []
-        for result in compared(_read(files, errors, "ranking", skipped)):
+        for result in compared(_read(files, Reading(errors), "ranking", skipped)):
             if isinstance(result, str):
                 skipped.add(result, f"one in {path!r} is among the {result}")
             else:
@@ -104,7 +107,7 @@ def rankings_of_file(file: str) -> list[Ranking]:
     """The rankings in a rankings.jsonl of ours, or in anybody's file of preferences, saying what was read."""
     if not Path(file).is_file():
         return read_rankings(Path(file))
-    _, first = next(_records(file, "replace", Counter()), ("", None))
+    _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
     if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
         return read_rankings(Path(file))
     (source,) = open_comparisons([file])
@@ -124,11 +127,11 @@ def print_counts(name: str, count: int, what: str, skipped: Skipped) -> None:
 # ---- Files → what their records hold
 
 
-def _read(files: Sequence[str], errors: Errors, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
+def _read(files: Sequence[str], read: Reading, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
     """One pass over what the records of `files` give for a purpose; puts into `skipped` what is left out."""
     for file in files:
         found, own = False, Skipped()
-        for place, record in _records(file, errors, skipped):
+        for place, record in _records(file, read, skipped):
             for result in read_record(record, purpose):
                 if isinstance(result, str):
                     line = f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}"
@@ -146,9 +149,8 @@ def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError
     return InputError(f"{file!r} holds no {purpose}: {first or 'it has no record'}; known formats: {names}")
 
 
-def _records(path: str, errors: Errors, dropped: Counter[str]) -> Iterator[tuple[str, Any]]:
+def _records(path: str, read: Reading, dropped: Counter[str]) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place in it; InputError where it is of no kind that has any."""
-    read = Reading(errors)
     kind = kind_of(path, read)
     kind = "objects" if kind == "text" else kind
     if kind not in KINDS:

@@ -288,7 +288,8 @@ def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
         except UnicodeError as error:
             rest = error.object[error.start :] if isinstance(error, UnicodeDecodeError) else b""
             wrong = f"{path!r}: invalid {read.encoding.upper()} at byte {file.tell() - len(rest)}"
-            raise InputError(f"{wrong}; convert it, give its --encoding, or use --errors replace") from error
+            way = "convert it, give train.py or sft.py its --encoding, or use --errors replace"
+            raise InputError(f"{wrong}; {way}") from error
 
 
 def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:
@@ -376,7 +377,10 @@ def _table(path: str, read: Reading) -> Iterator[Any]:
     with open_text(path, read) as file:
         try:
             delimiter = "\t" if _unpacked_name(path).endswith("tsv") else ","
-            yield from csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter)
+            table = csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter, strict=True)
+            if twice := [name for name, count in Counter(table.fieldnames).items() if name and count > 1]:
+                raise csv.Error(f"{twice[0]!r} is the name of two columns")
+            yield from table
         except csv.Error as error:
             raise InputError(f"{path!r}: no table ({error}); make .jsonl of it") from error
 

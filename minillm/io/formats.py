@@ -95,7 +95,7 @@ def known(record: object) -> tuple[Format | None, Record]:
         record = {"messages": record}
     if not isinstance(record, dict):
         return None, {}
-    fields = {re.sub("[- ]", "_", str(name).lower()): value for name, value in record.items()}
+    fields = {re.sub("[- ]", "_", str(name).strip().lower()): value for name, value in record.items()}
     if isinstance(fields.get("turns"), int):
         del fields["turns"]  # how many there are
     if isinstance(fields.get("history"), list):

@@ -15,6 +15,7 @@ from uuid import uuid4
 from minillm import files
 from minillm.errors import InputError, reading, writing
 from minillm.files import lock, scratch_of, write_json
+from minillm.io.files import parse_specs
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
 from minillm.tools.provenance import provenance
@@ -60,6 +61,8 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
     if not runtime.is_main:
         return
     folder, hint = options.folder, "give another --out"
+    if re.search("[\ud800-\udfff]", str(folder)):
+        raise InputError(f"{folder}: its name is no UTF-8, and no model in it could be opened; {hint}")
 
     def remove_empty(folders: list[Path]) -> None:
         for made in folders:
@@ -79,6 +82,11 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "its permissions forbid it")
         check_run_folder(folder, options.resume, options.overwrite)
+        specs = [*getattr(options, "data", ()), *getattr(options, "text", ())]
+        for _, source, _ in parse_specs(specs) if specs else ():
+            if folder.resolve().is_relative_to(Path(source).resolve()):
+                what = f"{folder}: is inside {source}, which would hold its files when it is read again"
+                raise InputError(f"{what}; {hint}")
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
             # Scratch of files.py, and what safetensors leaves where it is killed.
             if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
