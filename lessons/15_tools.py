@@ -17,16 +17,15 @@ What would refute the claim: of either kind less than 80% right with tools, or l
 without; or more than 2% false calls.
 """
 
-from common import Figures, Options, Seeds, load, means, script, span, teach
+from common import Figures, Options, Seeds, imitates, load, means, span, teach
 import json
 import random
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from minillm.chat import Conversation, new_call
-from minillm.files import write_text
 from minillm.generate import SamplingOptions
 from minillm.tools.calls import calculator, converse, search
 from minillm.world import World, assistant, user
@@ -36,9 +35,15 @@ from minillm.world.phrases import NAME_PARTS
 TOOLS = {"role": "system", "content": "Tools: calculator, search"}
 SUMS = ("What is {sum}?", "How much is {sum}?", "Please work out {sum}.")
 LINES = {
-    "train": ("I have {n} hens.", "My aunt is {n} years old.", "We saw {n} boats.", "Page {n} is torn."),
+    "train": (
+        "I have {n} hens.", "My aunt is {n} years old.", "We saw {n} boats.", "Page {n} is torn.",
+        "The road is {n} miles long.", "He paid {n} coins for it.", "Room {n} is empty.",
+        "The number on the door is {n}.", "It rained for {n} hours.", "{n} people came to the fair.",
+    ),
     "test": ("There are {n} stones here.", "My house has number {n}.", "It took {n} days."),
-}
+}  # fmt: skip
+STEMS = [part for firsts, stems, _ in NAME_PARTS.values() for part in (*firsts, *stems)]
+ENDS = [end for _, _, ends in NAME_PARTS.values() for end in ends]
 KINDS, KNOWN = ("sums", "strangers"), ("fact", "instruction", "small_talk", "harm", "advice")
 Case = tuple[Conversation, str]  # a question, a call, its result, the reply; and what the reply must say
 
@@ -56,46 +61,51 @@ def add_up(rng: random.Random, numbers: list[int]) -> Case:
 
 
 def experiment(options: Options) -> Figures:
-    world, facts, rng = World(options.seed), Facts(options.seed), random.Random(options.seed)
+    world, facts, rng, few = (
+        World(options.seed),
+        Facts(options.seed),
+        random.Random(options.seed),
+        options.few,
+    )
     mixed, found = shuffled(rng, range(100, 1000)), Figures()
     numbers = {"test": mixed[:180], "train": mixed[180:]}
     cards = {(fact.entity, fact.attribute): fact.value for fact in facts.facts}
     strangers = [one for one in facts.unknown if one.split == "test"]
-    kept = {one.name.split()[-1] for one in strangers}  # last names
 
     def made_up() -> Entity:
-        kind = pick(rng, tuple(NAME_PARTS))
-        first, stem, end = (pick(rng, part) for part in NAME_PARTS[kind])
-        one = Entity(f"{first} {stem}{end}", kind, "train", known=False)
-        return made_up() if stem + end in kept or one.name in facts.by_name else one
+        """Somebody for the demonstrations. Most last names are of any parts: of the few that each kind has, a
+        model remembers which go together, and does not learn to copy."""
+        kind, mixed = pick(rng, tuple(NAME_PARTS)), rng.random() < 0.75
+        stems, ends = (STEMS, ENDS) if mixed else NAME_PARTS[kind][1:]
+        last = pick(rng, stems) + pick(rng, ends)
+        name = f"{pick(rng, NAME_PARTS[kind][0])} {last.lower() if kind == 'tool' else last.capitalize()}"
+        taken = name in facts.by_name or any(one.name.endswith(name.split()[1]) for one in strangers)
+        return made_up() if taken else Entity(name, kind, "train", known=False)
 
     def look_up(one: Entity) -> Case:
         attribute = pick(rng, attributes_of(one.type))
         value = cards.setdefault((one, attribute), pick(rng, facts.values[attribute]))
         question, query = pick(rng, state(attribute, one, key="asks")), f"{one.name} {attribute}"
-        reply = state(attribute, one, value, "answers")[0]
+        reply = state(attribute, one, value, "answers")[1]
         return called(question, "search", "query", query, f"{one.name}, {attribute}: {value}", reply), value
 
     def line(side: str) -> Conversation:
         return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant("Good to know.")]
 
-    several = range(options.few(4000, 20))
-    shown = [one for _ in several for one, _ in (add_up(rng, numbers["train"]), look_up(made_up()))]
-    told = [*shown, *(line("train") for _ in several[::3])]
-    told += [one.messages for one in world.conversations("train", len(several)) if one.kind != "unknown"]
-    alone = [[messages[0], messages[-1]] for messages in shown[: len(several)]]
+    told = [add_up(rng, numbers["train"])[0] for _ in range(few(1500, 10))]
+    told += [look_up(made_up())[0] for _ in range(few(4500, 10))]
+    alone = [[messages[0], messages[-1]] for messages in told[::10]]
+    told += [line("train") for _ in range(few(900, 10))]
+    for split in ("train", "reward", "dev"):  # known names: many, and none that is asked about below
+        kinds = KNOWN if split == "train" else ("fact",)
+        told += [one.messages for one in world.conversations(split, few(4000, 20)) if one.kind in kinds]
     shown = [*alone, *([TOOLS, *messages] for messages in told)]
-    run = Path(options.out, f"15_seed{options.seed}")
-    write_text(run.with_suffix(".jsonl"), "".join(json.dumps({"messages": m}) + "\n" for m in shown))
-    script(
-        "sft.py", "--init", options.run("base"), "--data", run.with_suffix(".jsonl"), "--out", run,
-        "--overwrite", "--seed", options.seed, "--steps", options.few(900, 3),
-    )  # fmt: skip
+    model = load(imitates(options, Path(options.out, f"15_seed{options.seed}"), shown, 900, "base"))
 
     def replies(asked: list[Conversation]) -> list[Conversation]:
         return converse(model, asked, tools, SamplingOptions(44, temperature=0), [0] * len(asked))
 
-    model, many = load(run), range(options.few(200, 3))
+    many = range(few(200, 3))
     tests = [add_up(rng, numbers["test"]) for _ in many], [look_up(pick(rng, strangers)) for _ in many]
     find = search(f"{one.name}, {attribute}: {value}" for (one, attribute), value in cards.items())
     tools = {tool.name: tool for tool in (calculator(), find)}
@@ -103,14 +113,13 @@ def experiment(options: Options) -> Figures:
         for way, told_first in (("without", []), ("with", [TOOLS])):
             said = replies([[*told_first, messages[0]] for messages, _ in cases])
             right = [value in own[-1]["content"] for (_, value), own in zip(cases, said, strict=True)]
-            found[f"{kind}, {way}"] = float(np.mean(right))
-        same = [case[1] == own[0] for (case, _), own in zip(cases, said, strict=True)]
-        found[f"{kind}, asked"] = float(np.mean(same))
+            found[f"{kind}, {way}"] = fmean(right)
+        found[f"{kind}, asked"] = fmean(case[1] == own[0] for (case, _), own in zip(cases, said, strict=True))
     prompts = {kind: [one.messages for one in world.prompts("test", kind, len(many))] for kind in KNOWN}
     for kind, asked in {"one number": [line("test")[:1] for _ in many], **prompts}.items():
         own = replies([[TOOLS, *messages] for messages in asked])
-        found[f"false calls, {kind}"] = float(np.mean(["tool_calls" in messages[0] for messages in own]))
-    found["false calls"] = float(np.mean([found[name] for name in found if name.startswith("false")]))
+        found[f"false calls, {kind}"] = fmean("tool_calls" in messages[0] for messages in own)
+    found["false calls"] = fmean(found[name] for name in found if name.startswith("false"))
     return found
 
 
