@@ -32,6 +32,7 @@ section 4.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import starmap, zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -74,9 +75,9 @@ def cross_entropy(
     logits. IndexError for a target outside 0..V-1, on a GPU nan for loss and gradient; ValueError for an
     unknown option and for shapes that do not fit.
     """
-    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl, reduction)
+    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl, reduction, ignore_index)
     targets = targets.long()
-    losses = _row_losses([logits], targets, ignore_index, impl)
+    losses = _row_losses([logits], [], targets, ignore_index, impl)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else _mean(losses.sum(), targets != ignore_index)
@@ -92,9 +93,10 @@ def linear_cross_entropy(
     "sum" skip ignored rows, which then cost nothing. Loss, reductions and errors as in `cross_entropy`.
     """
     operands = {"hidden": (hidden, "N D"), "weight": (weight, "V D")}
-    impl, targets = check(operands, {"targets": (targets, "N")}, impl, reduction), targets.long()
+    impl = check(operands, {"targets": (targets, "N")}, impl, reduction, ignore_index)
+    targets = targets.long()
     if reduction == "none":
-        return _row_losses([hidden, weight], targets, ignore_index, impl)
+        return _row_losses([hidden], [weight], targets, ignore_index, impl)
     want = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     total = _summed(hidden, weight, targets, ignore_index, *want, impl)[0]
     return total if reduction == "sum" else _mean(total, targets != ignore_index)
@@ -108,8 +110,8 @@ def token_logprobs(
 
     Dtypes and errors as in `cross_entropy`; ValueError for a temperature that is not positive.
     """
-    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl)
-    return _logprobs([logits], targets, temperature, impl)
+    impl = check({"logits": (logits, "N V")}, {"targets": (targets, "N")}, impl, temperature=temperature)
+    return _rows([logits], [], targets.long(), float(temperature), True, impl)[2:].unbind()
 
 
 def linear_token_logprobs(
@@ -118,8 +120,8 @@ def linear_token_logprobs(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:  # fmt: skip
     """`token_logprobs(hidden @ weight.T, targets, temperature)` that never holds many logits."""
     operands = {"hidden": (hidden, "N D"), "weight": (weight, "V D")}
-    impl = check(operands, {"targets": (targets, "N")}, impl)
-    return _logprobs([hidden, weight], targets, temperature, impl)
+    impl = check(operands, {"targets": (targets, "N")}, impl, temperature=temperature)
+    return _rows([hidden], [weight], targets.long(), float(temperature), True, impl)[2:].unbind()
 
 
 def kl(
@@ -130,7 +132,7 @@ def kl(
     float32, or float64 if either is. ValueError for an unknown `impl` and for shapes that do not fit.
     """
     impl = check({"p_logits": (p_logits, "N V"), "q_logits": (q_logits, "N V")}, {}, impl)
-    return _rows([p_logits, q_logits], None, 1.0, False, impl)[4]
+    return _rows([p_logits, q_logits], [], None, 1.0, False, impl)[4]
 
 
 def linear_kl(
@@ -143,22 +145,16 @@ def linear_kl(
     """
     p = {"p_hidden": (p_hidden, "N P"), "p_weight": (p_weight, "V P")}
     q = {"q_hidden": (q_hidden, "N Q"), "q_weight": (q_weight, "V Q")}
-    return _rows([p_hidden, p_weight, q_hidden, q_weight], None, 1.0, False, check(p | q, {}, impl))[4]
+    impl = check(p | q, {}, impl)
+    return _rows([p_hidden, q_hidden], [p_weight, q_weight], None, 1.0, False, impl)[4]
 
 
-def _logprobs(operands, targets, temperature, impl):
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not positive")
-    result = _rows(operands, targets.long(), float(temperature), True, impl)
-    return result[2], result[3]
-
-
-def _row_losses(operands, targets, ignore_index, impl):
+def _row_losses(states, weights, targets, ignore_index, impl):
     """An ignored row looks up token 0; of a hidden state 0, for 0 * nan must not reach dW."""
     kept = targets != ignore_index
-    if len(operands) == 2:
-        operands = [operands[0].where(kept[:, None], 0.0), operands[1]]
-    return (-_rows(operands, targets.where(kept, 0), 1.0, False, impl)[2]).where(kept, 0.0)
+    if weights:
+        states = [states[0].where(kept[:, None], 0.0)]
+    return (-_rows(states, weights, targets.where(kept, 0), 1.0, False, impl)[2]).where(kept, 0.0)
 
 
 def _mean(total, kept):
@@ -230,33 +226,21 @@ def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, accumulate: bool 
         matmul.fp32_precision = before
 
 
-def _outside(targets: Tensor, wrong: Tensor, V: int) -> IndexError:
-    """Names the first target outside 0..V-1.
-
-    On a GPU nothing is checked, for reading the answer would stall it: PyTorch's kernels assert their bounds
-    themselves, and Triton's give nan for such a row.
-    """
-    row = int(wrong.nonzero()[0])
-    return IndexError(f"target {int(targets[row])} in row {row} is outside 0..{V - 1}")
-
-
 # --- Operations on rows, as operators that torch.compile keeps whole -------------------------------
 
 
 @torch.library.custom_op("minillm::rows", mutates_args=())
 def _rows(
-    operands: list[Tensor], targets: Tensor | None, temperature: float, entropy: bool, impl: str
-) -> Tensor:
+    states: list[Tensor], weights: list[Tensor], targets: Tensor | None, temperature: float,
+    entropy: bool, impl: str,
+) -> Tensor:  # fmt: skip
     """What the operation of `rows_torch.py` says of each row.
 
-    With targets the operation is `logprob` on one side, without it is `kl` of two. A side is one operand, its
-    logits, or two: hidden states and a weight.
+    With targets the operation is `logprob` on one side, without it is `kl` of two. A side is hidden states
+    and a weight, or, where there are no weights, logits.
     """
-    sides, module, results = _sides(operands, targets), import_module(f"kernels.rows_{impl}"), []
-    V = operands[0].shape[1] if len(operands) == 1 else len(operands[1])
-    if targets is not None and not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
-        raise _outside(targets, wrong, V)
-    for chunks in zip(*(_walk(*side) for side in sides), strict=True):
+    module, results = import_module(f"kernels.rows_{impl}"), []
+    for chunks in zip(*starmap(_walk, zip_longest(states, weights)), strict=True):
         rows, z = chunks[0][0], [z for _, z, _ in chunks]
         if targets is None:
             results.append(module.kl(*z))
@@ -266,59 +250,52 @@ def _rows(
 
 
 @_rows.register_fake
-def _(operands, targets, temperature, entropy, impl):
-    sides = _sides(operands, targets)
-    dtype = torch.promote_types(torch.promote_types(sides[0][0].dtype, sides[-1][0].dtype), torch.float32)
-    return operands[0].new_empty((5 if targets is None else 3 + entropy, len(operands[0])), dtype=dtype)
+def _(states, weights, targets, temperature, entropy, impl):
+    dtype = torch.promote_types(torch.promote_types(states[0].dtype, states[-1].dtype), torch.float32)
+    return states[0].new_empty((5 if targets is None else 3 + entropy, len(states[0])), dtype=dtype)
 
 
 @torch.library.custom_op("minillm::rows_backward", mutates_args=())
 def _rows_backward(
-    operands: list[Tensor], targets: Tensor | None, temperature: float, impl: str,
+    states: list[Tensor], weights: list[Tensor], targets: Tensor | None, temperature: float, impl: str,
     result: Tensor, d_result: Tensor, want: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of those operands for which they are wanted."""
-    sides, module = _sides(operands, targets), import_module(f"kernels.rows_{impl}")
-    found, walks, wanted = [], [], iter(want)
-    for hidden, weight in sides:
-        d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if next(wanted) else None
-        d_weight = None
-        if weight is not None and next(wanted):
-            d_weight = torch.zeros_like(weight, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        found += [d for d in (d_hidden, d_weight) if d is not None]
-        walks.append(_walk(hidden, weight, d_hidden, d_weight))
-    for chunks in zip(*walks, strict=True):  # strict, for all of them to be walked to the end
+    """The gradients of those states and, after them, weights for which they are wanted."""
+    operands, sides = [*states, *weights], len(states)
+    d_states = [torch.empty_like(h, memory_format=torch.contiguous_format) if wanted else None
+                for h, wanted in zip(states, want[:sides], strict=True)]  # fmt: skip
+    d_weights = [torch.zeros_like(W, dtype=torch.promote_types(h.dtype, torch.float32)) if wanted else None
+                 for W, h, wanted in zip(weights, states, want[sides:], strict=bool(weights))]  # fmt: skip
+    walks, module = zip_longest(states, weights, d_states, d_weights), import_module(f"kernels.rows_{impl}")
+    for chunks in zip(*starmap(_walk, walks), strict=True):  # strict, for all to be walked to the end
         rows, z, outs = chunks[0][0], [z for _, z, _ in chunks], [dz for _, _, dz in chunks]
         if targets is None:
             module.kl_backward(*z, result[:, rows], d_result[:, rows], *outs)
         else:
             module.logprob_backward(*z, targets[rows], temperature, result[:, rows], d_result[:, rows], *outs)
-    asked = [x for x, wanted in zip(operands, want, strict=True) if wanted]
-    return [d.to(x.dtype) for d, x in zip(found, asked, strict=True)]
+    found = zip([*d_states, *d_weights], operands, strict=True)
+    return [d.to(x.dtype) for d, x in found if d is not None]
 
 
 @_rows_backward.register_fake
-def _(operands, targets, temperature, impl, result, d_result, want):
-    return [x.new_empty(x.shape) for x, wanted in zip(operands, want, strict=True) if wanted]
-
-
-def _sides(operands, targets) -> list[tuple[Tensor, Tensor | None]]:
-    """(hidden states, weight) or (logits, None)."""
-    if len(operands) == (2 if targets is None else 1):
-        return [(z, None) for z in operands]
-    return list(zip(operands[::2], operands[1::2], strict=True))
+def _(states, weights, targets, temperature, impl, result, d_result, want):
+    operands = zip([*states, *weights], want, strict=True)
+    return [x.new_empty(x.shape) for x, wanted in operands if wanted]
 
 
 def _save(ctx, inputs, output):
-    operands, targets, ctx.temperature, _, ctx.impl = inputs
-    ctx.save_for_backward(output, targets, *operands)
+    states, weights, targets, ctx.temperature, _, ctx.impl = inputs
+    ctx.sides = len(states)
+    ctx.save_for_backward(output, targets, *states, *weights)
 
 
 def _gradients(ctx, d_result):
     result, targets, *operands = ctx.saved_tensors
-    want = ctx.needs_input_grad[0]
-    found = iter(_rows_backward(operands, targets, ctx.temperature, ctx.impl, result, d_result, want))
-    return [next(found) if wanted else None for wanted in want], None, None, None, None
+    states, weights = operands[: ctx.sides], operands[ctx.sides :]
+    want = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    found = iter(_rows_backward(states, weights, targets, ctx.temperature, ctx.impl, result, d_result, want))
+    grads = [next(found) if wanted else None for wanted in want]
+    return grads[: ctx.sides], grads[ctx.sides :], None, None, None, None
 
 
 _rows.register_autograd(_gradients, setup_context=_save)
@@ -338,10 +315,8 @@ def _summed(
     dz = p - onehot(target),  0 in rows that are ignored
     """
     kept: Tensor | None
-    rows, kept, N, V = None, targets != ignore_index, len(hidden), len(weight)
+    rows, kept, N = None, targets != ignore_index, len(hidden)
     targets = targets.where(kept, 0)
-    if not targets.is_cuda and (wrong := (targets < 0) | (targets >= V)).any():
-        raise _outside(targets, wrong, V)
     if not PLANS.get(hidden.device.type, PLANS["cpu"]).skip:
         hidden = hidden.where(kept[:, None], 0.0)  # 0 * nan is nan: an ignored row must not reach dW
     else:

@@ -29,7 +29,8 @@ def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Te
     top, log_sum = y.amax(1), -p.amax(1).log()
     said = [top, log_sum, y.gather(1, targets[:, None])[:, 0] - top - log_sum]
     if entropy:
-        said.append(log_sum - _lowered(y, top).mul_(p).sum(1))
+        u = (y - top[:, None]).clamp_(min=LOWEST)
+        said.append(log_sum - u.mul_(p).sum(1))
     return torch.stack(said)
 
 
@@ -43,8 +44,8 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
         dz = p.mul_(-g)
     else:
         top, log_sum, _, entropy = result
-        h = d_y[3][:, None]
-        dz = _lowered(y, top).mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
+        h, u = d_y[3][:, None], (y - top[:, None]).clamp_(min=LOWEST)
+        dz = u.mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
     out.copy_(_quiet(dz.scatter_add_(1, targets[:, None], g), result[:2], d_result[2:]))
 
 
@@ -70,14 +71,15 @@ def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     p = y_p.softmax(1)
     part = torch.stack((y_p.amax(1), -p.amax(1).log(), y_q.amax(1), -y_q.softmax(1).amax(1).log()))
     # Only p = 0 makes a nan, with q = 0; a row that is nan throughout is so in log S too.
-    divergence = _ratio(y_p, y_q, part).mul_(p).nansum(1) - part[1] + part[3]
+    ratio = (y_p - part[0][:, None]).sub_(y_q - part[2][:, None])  # log p - log q but for the log S
+    divergence = ratio.mul_(p).nansum(1) - part[1] + part[3]
     return torch.cat((part, divergence[None]))
 
 
 def kl_backward(z_p, z_q, result, d_result, out_p: Tensor | None, out_q: Tensor | None) -> None:
     """out_p = d_kl p (log p - log q - KL) and out_q = d_kl (q - p); None for what is not wanted."""
     g, y_p, y_q = d_result[4][:, None], z_p.to(result.dtype), z_q.to(result.dtype)
-    p, dz_p = y_p.softmax(1), _ratio(y_p, y_q, result)
+    p, dz_p = y_p.softmax(1), (y_p - result[0][:, None]).sub_(y_q - result[2][:, None])
     if out_q is not None:  # which may be z_q: y_q is used up
         out_q.copy_(_quiet(y_q.softmax(1).sub_(p).mul_(g), result, g.T))
     if out_p is not None:
@@ -91,16 +93,6 @@ def _scaled(z: Tensor, temperature: float) -> Tensor:
     """y in the type of softmaxes and sums: float32, or float64 for float64."""
     y = z.to(torch.promote_types(z.dtype, torch.float32))
     return y if temperature == 1.0 else y / temperature
-
-
-def _lowered(y: Tensor, top: Tensor) -> Tensor:
-    """u, but for the place of -inf: LOWEST."""
-    return (y - top[:, None]).clamp_(min=LOWEST)
-
-
-def _ratio(y_p: Tensor, y_q: Tensor, result) -> Tensor:
-    """u_p - u_q, which is log p - log q but for a constant of the row."""
-    return (y_p - result[0][:, None]).sub_(y_q - result[2][:, None])
 
 
 def _quiet(dz: Tensor, result: Tensor, upstream: Tensor) -> Tensor:

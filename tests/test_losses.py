@@ -248,7 +248,8 @@ def test_compiled_into_one_graph_they_give_the_same(device, kind, reduction, imp
 @pytest.mark.parametrize("kind", KINDS[1:3] + LINEAR[1:])
 def test_the_operators_keep_the_contract_of_torch_library(device, kind, impl):
     operands, options, _ = draw(kind, CASE | {"layout": "transposed"}, device)
-    arguments = operands, options.get("targets"), 0.5 if options else 1.0, "token" in kind, impl
+    sides = (operands[::2], operands[1::2]) if "linear" in kind else (operands, [])
+    arguments = *map(list, sides), options.get("targets"), 0.5 if options else 1.0, "token" in kind, impl
     torch.library.opcheck(torch.ops.minillm.rows.default, arguments)
 
 
