@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -531,7 +531,8 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
     while run.goes_on():
         began = time.perf_counter()
         rollout, metrics = aligner.rollout(aligner.stream.next(prompt_count), state.step)
-        check_kl(run, options, metrics)
+        if metrics["kl"] > options.max_kl:
+            raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
         metrics["rollout_seconds"] = time.perf_counter() - began
 
         updates: list[dict[str, float]] = []
@@ -572,18 +573,18 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     _, prompts = policy_prompts(options, aligner)
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
-    found, scored = aligner.sample(aligner.policy, asked, seeds)
+    samples, texts, scored = aligner.sample(aligner.policy, asked, seeds)
     scores = scored.tolist()
     best = [max(range(i, i + n), key=lambda j: scores[j]) for i in range(0, len(asked), n)]
     records = [
-        {"messages": asked[j].messages, "kind": asked[j].kind, "response": found.texts[j], "score": scores[j]}
+        {"messages": asked[j].messages, "kind": asked[j].kind, "response": texts[j], "score": scores[j]}
         for j in best
     ]
     start_run_folder(options, "policy")
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     metrics = {
         "score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n,
-        "unended": fmean(not found.ended[j] for j in best), "seconds": time.perf_counter() - began,
+        "unended": fmean(not samples.stopped[j] for j in best), "seconds": time.perf_counter() - began,
     }  # fmt: skip
     if aligner.rubric:
         metrics["rubric"] = fmean(aligner.rubric(r["messages"], r["response"]) or 0.0 for r in records)
@@ -696,7 +697,8 @@ def validate(
             f"{metrics['unended']:.0%} of the assistant's responses do not end within --max-new-tokens "
             f"{options.max_new_tokens}: they are cut, and {price}"
         )
-    check_kl(run, options, metrics)
+    if metrics["kl"] > options.max_kl:
+        raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
     metrics["objective"] = aligner.objective(metrics)
     # β may have changed since the kept policy was validated, so its objective is computed anew.
     if not aligner.kept or options.keep == "last" or metrics["objective"] > aligner.objective(aligner.kept):
@@ -705,12 +707,6 @@ def validate(
             save_model(run.folder, aligner.best, aligner.template.tokenizer)
     shown = ", ".join(f"{k} {metrics[k]:.2f}" for k in ("score", "rubric", "kl") if k in metrics)
     run.log("val", f"val {shown}", **metrics, kept_step=aligner.kept["step"])
-
-
-def check_kl(run: Run, options: Options, metrics: Mapping[str, float]) -> None:
-    """InputError where the policy is more than --max-kl from the reference."""
-    if metrics["kl"] > options.max_kl:
-        raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
 
 
 def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:

@@ -56,10 +56,15 @@ class SamplingOptions:
         check_limits(self)
 
 
+ROWS = 256
+"""Responses sampled together."""
+
+
 @dataclass(frozen=True)
 class Samples:
-    """A response to each prompt."""
+    """A response to each prompt, in one order throughout."""
 
+    prompts: Sequence[Sequence[int]]
     responses: list[list[int]]
     """Token ids, the stop token included."""
     logprobs: Float[Tensor, "B N"]
@@ -68,29 +73,42 @@ class Samples:
     stopped: list[bool]
     """Whether the response ended on a stop token rather than at max_new_tokens."""
 
+    def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
+        """The responses without their stop tokens, as text."""
+        own = zip(self.responses, self.stopped, strict=True)
+        return [decode(response[: len(response) - stopped]) for response, stopped in own]
+
 
 def generate(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
 ) -> Samples:
-    """One response to each prompt, row b drawn with seeds[b].
+    """One response to each prompt, row b drawn with seeds[b], ROWS of them at a time.
 
     InputError for a prompt that is empty, too long for the model or of unknown tokens, and for a
     model that cannot generate; ValueError where there is not one seed to a prompt.
     """
     _check(model, prompts, options, seeds)
-    steps = list(_steps(model, prompts, options, seeds))
-    rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
-    step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
-    # New tensors, as those made in inference mode cannot take part in training.
-    chosen = torch.zeros((len(prompts), len(steps)), dtype=torch.int64, device=rows.device)
-    logprobs = torch.zeros(chosen.shape, device=rows.device)
-    chosen[rows, step], logprobs[rows, step] = tokens, step_logprobs
-    stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=rows.device))
-    stopped = stops.any(dim=1)
-    counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, len(steps))
-    beyond = torch.arange(len(steps), device=rows.device) >= counts[:, None]
-    responses = [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
-    return Samples(responses, logprobs.masked_fill(beyond, 0), stopped.tolist())
+    responses: list[list[int]] = []
+    logprobs: list[Tensor] = []
+    ended: list[bool] = []
+    for first in range(0, len(prompts), ROWS):
+        part = slice(first, first + ROWS)
+        steps = list(_steps(model, prompts[part], options, seeds[part]))
+        rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
+        step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
+        # New tensors, as those made in inference mode cannot take part in training.
+        chosen = torch.zeros((len(prompts[part]), len(steps)), dtype=torch.int64, device=rows.device)
+        given = torch.zeros(chosen.shape, device=rows.device)
+        chosen[rows, step], given[rows, step] = tokens, step_logprobs
+        stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=rows.device))
+        stopped = stops.any(dim=1)
+        counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, len(steps))
+        beyond = torch.arange(len(steps), device=rows.device) >= counts[:, None]
+        responses += [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
+        logprobs += given.masked_fill(beyond, 0)
+        ended += stopped.tolist()
+    padded = nn.utils.rnn.pad_sequence(logprobs, batch_first=True) if logprobs else torch.zeros(0, 0)
+    return Samples(prompts, responses, padded, ended)
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
@@ -114,8 +132,6 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) 
     Of tokens with equal logits the lowest ids are kept, so that top-k keeps exactly k.
     """
     size = logits.shape[1]
-    if (top_k == 0 or top_k >= size) and top_p == 1:
-        return logits
     values = logits.topk(min(top_k or size, size), dim=1).values
     count = torch.full_like(values[:, :1], values.shape[1], dtype=torch.int64)
     if top_p < 1:
@@ -139,11 +155,11 @@ def _choose(
         # The largest is moved to 0 first, so that no temperature, however low, makes it infinite; 1e-30 is
         # well above the smallest float32.
         logits = (logits - logits.amax(dim=1, keepdim=True)) / max(options.temperature, 1e-30)
-    logits = filter_logits(logits, options.top_k, options.top_p)
+    if options.top_k or options.top_p < 1:
+        logits = filter_logits(logits, options.top_k, options.top_p)
     probabilities = logits.softmax(dim=1)
-    # The token at which the cumulative sum first exceeds the uniform share of the total. In float64,
-    # where a large vocabulary's sum keeps its small terms.
-    cumulative = probabilities.cumsum(dim=1, dtype=exact_dtype(logits.device))
+    # The token at which the cumulative sum first exceeds the uniform share of the total.
+    cumulative = probabilities.cumsum(dim=1, dtype=uniform.dtype)
     target = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
@@ -191,16 +207,12 @@ def _steps(
             return
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """For sums of many small terms: float64, where the device has it (Apple's GPUs do not)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Float[Tensor, "B N"]:
-    """Row b: `count` uniform numbers of [0, 1) from a generator of its own."""
+    """Row b: `count` uniform numbers of [0, 1) from a generator of its own. In float64, in which the sum of a
+    large vocabulary's probabilities keeps its small terms, where the device has it: Apple's GPUs do not."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniforms = torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
-    return uniforms.to(exact_dtype(device)).to(device)
+    return uniforms.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
 
 
 def _check(
@@ -214,7 +226,6 @@ def _check(
     objections = {
         "this model was trained on masked tokens and cannot generate; train one with --objective causal":
             not model.config.causal,
-        "there are no prompts; give at least one": not prompts,
         f"stop_ids {options.stop_ids} are not all below the model's {V} tokens; use its tokenizer":
             not all(0 <= token < V for token in options.stop_ids),
         "every token is a stop token; set min_new_tokens to 0":

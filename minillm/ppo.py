@@ -66,7 +66,7 @@ from kernels.losses import linear_token_logprobs
 from minillm.chat import ChatTemplate
 from minillm.data import Mixture, Shuffled, flat_index, forward_passes, generator_of, pack_sequences, seed_of
 from minillm.errors import InputError
-from minillm.generate import SamplingOptions, filter_logits
+from minillm.generate import Samples, SamplingOptions, filter_logits, generate
 from minillm.model import LanguageModel, ScalarModel
 from minillm.optim import (
     LearningRates,
@@ -76,7 +76,7 @@ from minillm.optim import (
     build_optimizers,
 )
 from minillm.options import PolicyOptions
-from minillm.preferences import Message, Prompt, Responses, fingerprint, sample_responses
+from minillm.preferences import Message, Prompt, fingerprint
 from minillm.reward import encode_response, score_rows
 from minillm.run import Runtime
 
@@ -216,7 +216,7 @@ class Pass:
 class Rollout:
     """Responses to some prompts, and the numbers that the models give to their tokens."""
 
-    responses: Responses
+    samples: Samples
     scores: Float[Tensor, " B"]
     minibatches: list[list[Pass]]
     """Each as its forward passes."""
@@ -288,7 +288,7 @@ class Aligner:
         self.models = nn.ModuleDict({name: model for name, model in named.items() if model})
         self.models.__dict__["config"] = policy.config  # load_weights reads it
         self.origin = fingerprint(self.ref_model, reward_model)
-        self.wrapped_policy = runtime.wrap(policy)
+        self.wrapped_policy: Any = runtime.wrap(policy)
         self.wrapped_critic: Any = runtime.wrap(critic) if critic else None
         for other in filter(None, (self.ref_model, reward_model, self.ema)):
             runtime.shard(other)
@@ -319,13 +319,13 @@ class Aligner:
 
     def sample(
         self, model: LanguageModel, prompts: Sequence[Prompt], seeds: Sequence[int]
-    ) -> tuple[Responses, Float[Tensor, " B"]]:
-        """A response of the model to each prompt, and its score."""
-        asked = [prompt.tokens for prompt in prompts]
-        model = self.runtime.whole(model)
-        responses = sample_responses(model, asked, self.sampling, seeds, self.template.tokenizer.decode)
+    ) -> tuple[Samples, list[str], Float[Tensor, " B"]]:
+        """A response of the model to each prompt, its text, and its score."""
+        asked, model = [prompt.tokens for prompt in prompts], self.runtime.whole(model)
+        samples = generate(model, asked, self.sampling, seeds)
         del model  # before another is gathered
-        return responses, self.score(prompts, responses.texts, responses.ended)
+        texts = samples.texts(self.template.tokenizer.decode)
+        return samples, texts, self.score(prompts, texts, samples.stopped)
 
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
@@ -346,11 +346,18 @@ class Aligner:
         missing = self.scale[0] + self.options.missing_eos_score * self.scale[1]
         return torch.where(torch.tensor(ended, device=scores.device), scores, missing)
 
-    def pack(self, policy: LanguageModel, responses: Responses, rows: Sequence[Sequence[int]]) -> Pass:
-        """A forward pass over these rows of responses (layout.forward_passes)."""
+    def pack(
+        self,
+        policy: LanguageModel,
+        samples: Samples,
+        sequences: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+    ) -> Pass:
+        """A forward pass over these rows (data.forward_passes) of the samples' prompts with their responses,
+        the sequences."""
         device, sampling, numbers = self.runtime.device, self.sampling, list(chain(*rows))
-        tokens, start, begins = pack_sequences(responses.rows, rows)
-        bounds = torch.tensor([(responses.prompt_lengths[i], len(responses.rows[i])) for i in numbers])
+        tokens, start, begins = pack_sequences(sequences, rows)
+        bounds = torch.tensor([(len(samples.prompts[i]), len(sequences[i])) for i in numbers])
         mask, index = flat_index(begins + bounds[:, 0], begins + bounds[:, 1])
         which, r = mask.nonzero(as_tuple=True)
         cells = torch.tensor(numbers)[which].to(device), r.to(device)
@@ -363,12 +370,6 @@ class Aligner:
         # The token taken is always allowed: rounding here may differ from sampling at the edge of a nucleus.
         return replace(micro, allowed=(kept > -torch.inf).scatter(1, micro.taken[:, None], True))
 
-    def read(self, forward: Any, micro: Pass, reference: Sequence[Tensor] | None = None) -> Any:
-        """The TokenLogprobs of a pass's tokens under the distribution that is sampled from, with the KL to a
-        reference if there is one."""
-        how = {"temperature": self.sampling.temperature, "allowed": micro.allowed, "reference": reference}
-        return forward(micro.tokens, micro.start, of=micro.index, **how)
-
     def reference(self, micro: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
         hidden = self.ref_model(micro.tokens, micro.start)[micro.index - 1]
@@ -378,7 +379,7 @@ class Aligner:
     def observe(
         self,
         policy: LanguageModel,
-        responses: Responses,
+        samples: Samples,
         scores: Float[Tensor, " B"],
         minibatches: Sequence[Sequence[int]],
         critic: ScalarModel | None = None,
@@ -386,25 +387,27 @@ class Aligner:
         """The numbers of all models for the responses, from the same forward passes that the updates on these
         minibatches will make, so that the first ratios are exactly 1."""
         device, T, most = self.runtime.device, self.sampling.temperature, self.options.micro_tokens
-        bounds = zip(responses.prompt_lengths, map(len, responses.rows), strict=True)
-        sizes = torch.tensor([end - begin for begin, end in bounds], device=device)
+        sequences = [[*p, *r] for p, r in zip(samples.prompts, samples.responses, strict=True)]
+        sizes = torch.tensor(list(map(len, samples.responses)), device=device)
         mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
         passes = []
         for minibatch in minibatches:
-            cut = forward_passes(minibatch, responses.rows, most)
-            packed = [self.pack(policy, responses, rows) for rows in self.runtime.even(cut, cut[0])]
+            cut = forward_passes(minibatch, sequences, most)
+            even = self.runtime.even(cut, cut[0])
+            packed = [self.pack(policy, samples, sequences, rows) for rows in even]
             passes.append(packed[: len(cut)] + [micro.idle for micro in packed[len(cut) :]])
         for micro in chain(*passes):
             reference = self.reference(micro)
-            numbers = self.read(policy, micro, reference)._asdict()
+            how = {"temperature": T, "allowed": micro.allowed, "reference": reference}
+            numbers = policy(micro.tokens, micro.start, of=micro.index, **how)._asdict()
             numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, micro.taken, T)
             if critic:
                 numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
             for name, per_token in numbers.items():
                 grids[name][micro.cells] = per_token
-        return Rollout(responses, scores, passes, mask, **grids)
+        return Rollout(samples, scores, passes, mask, **grids)
 
     def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, dict[str, float]]:
         """This process's share of a step's rollout, with advantages; and metrics of the whole.
@@ -418,10 +421,10 @@ class Aligner:
         own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
         asked = [(i, k) for i in own for k in range(size)]
         seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]
-        responses, scores = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
+        samples, _, scores = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
         each = len(asked) // options.minibatches
         minibatches = [range(first, first + each) for first in range(0, len(asked), each)]
-        rollout = self.observe(self.policy, responses, scores, minibatches, self.critic)
+        rollout = self.observe(self.policy, samples, scores, minibatches, self.critic)
         rollout, explained = with_advantages(rollout, self.unit, self.beta, options, runtime)
         return rollout, self.metrics(rollout) | {"beta": self.beta} | explained
 
@@ -429,11 +432,11 @@ class Aligner:
         """Metrics of one response of the kept model to each prompt, with the same seeds every time."""
         own = range(self.runtime.rank, len(prompts), self.runtime.world_size)
         asked, seeds = [prompts[i] for i in own], [seed_of(self.options.seed, i, 0, 1) for i in own]
-        responses, scores = self.sample(self.best, asked, seeds)
-        rollout = self.observe(self.best, responses, scores, [range(len(own))])
+        samples, texts, scores = self.sample(self.best, asked, seeds)
+        rollout = self.observe(self.best, samples, scores, [range(len(own))])
         sums = {}
         if self.rubric:
-            pairs = zip(asked, responses.texts, strict=True)
+            pairs = zip(asked, texts, strict=True)
             sums["rubric"] = sum(self.rubric(prompt.messages, text) or 0.0 for prompt, text in pairs)
         return self.metrics(rollout, **sums)
 
@@ -443,7 +446,7 @@ class Aligner:
         sums = {
             "score": scores.sum().item(),
             "score_square": scores.square().sum().item(),
-            "unended": float(rollout.responses.ended.count(False)),
+            "unended": float(rollout.samples.stopped.count(False)),
             "length": float(rollout.mask.sum()),
             "kl": float(rollout.kl.cpu().double().sum()),
             "entropy": float(rollout.entropy.cpu().double().sum()),
@@ -508,7 +511,8 @@ class Aligner:
 
         def policy_loss(micro: Pass) -> Float[Tensor, ""]:
             exact = self.reference(micro) if grpo and not estimate else None
-            logprobs, _, kl = self.read(self.wrapped_policy, micro, exact)
+            how = {"temperature": self.sampling.temperature, "allowed": micro.allowed, "reference": exact}
+            logprobs, _, kl = self.wrapped_policy(micro.tokens, micro.start, of=micro.index, **how)
             now.append(logprobs.detach())
             old, advantages = rollout.logprobs[micro.cells], rollout.advantages[micro.cells]
             losses, _ = policy_losses(logprobs, old, advantages, options.clip_range)

@@ -31,7 +31,7 @@ from torch import nn
 from minillm.chat import ChatTemplate, Completion, chat_format
 from minillm.data import seed_of
 from minillm.files import digest
-from minillm.generate import SamplingOptions, generate
+from minillm.generate import ROWS, SamplingOptions, generate
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer
 
@@ -40,8 +40,6 @@ Record = dict[str, Any]
 
 MOST_RESPONSES = 9
 """In a set: as many as anybody can keep apart."""
-ROWS = 256
-"""Responses sampled together."""
 ATTEMPTS = 4
 """Draws of a response before it may repeat another of its set."""
 
@@ -143,39 +141,6 @@ def ranking_by(values: Sequence[float | int], margin: float | int = 0) -> list[l
 # ---- Prompts → responses
 
 
-@dataclass(frozen=True)
-class Responses:
-    """Sampled responses, in one order throughout."""
-
-    rows: list[list[int]]
-    """Prompt and response, the end token included."""
-    prompt_lengths: list[int]
-    ended: list[bool]
-    """Whether the response ended, or was cut at the longest length."""
-    texts: list[str]
-    """Without their end tokens."""
-
-
-def sample_responses(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingOptions,
-    seeds: Sequence[int],
-    decode: Callable[[list[int]], str],
-) -> Responses:
-    """One response to each prompt, the i-th with seeds[i], ROWS of them at a time."""
-    responses = Responses([], [], [], [])
-    for first in range(0, len(prompts), ROWS):
-        part = slice(first, first + ROWS)
-        samples = generate(model, prompts[part], sampling, seeds[part])
-        for prompt, tokens, ended in zip(prompts[part], samples.responses, samples.stopped, strict=True):
-            responses.rows.append([*prompt, *tokens])
-            responses.prompt_lengths.append(len(prompt))
-            responses.ended.append(ended)
-            responses.texts.append(decode(tokens[: len(tokens) - ended]))
-    return responses
-
-
 def fingerprint(*models: nn.Module | None) -> str:
     """Changes with any weight of the models."""
     weights = blake2b(digest_size=16)
@@ -213,8 +178,8 @@ class ChatModel:
         """The text of a reply to each, and whether it ended."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
-        responses = sample_responses(self.model, asked, sampling, seeds, self.tokenizer.decode)
-        return zip(responses.texts, responses.ended, strict=True)
+        samples = generate(self.model, asked, sampling, seeds)
+        return zip(samples.texts(self.tokenizer.decode), samples.stopped, strict=True)
 
 
 def sample_sets(

@@ -346,11 +346,11 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes of the ids, a special token's being its name. InputError outside 0 … V-1."""
-        ids = np.fromiter(ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+        ids, tokens = np.fromiter(ids, dtype=np.int64), self.vocabulary.tokens
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(tokens):
             wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise InputError(f"token id {wrong} is not in this vocabulary of {self.vocab_size}")
-        return b"".join(map(self.vocabulary.tokens.__getitem__, ids.tolist()))
+            raise InputError(f"token id {wrong} is not in this vocabulary of {len(tokens)}")
+        return b"".join(map(tokens.__getitem__, ids.tolist()))
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""

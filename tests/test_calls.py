@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import tiny_model
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from minillm.chat import TEMPLATE, ChatTemplate, check_messages, new_call, with_chat_template, with_tools
 from minillm.errors import InputError
-from minillm.generate import SamplingOptions
+from minillm.generate import Samples, SamplingOptions
 from minillm.io.template import PLAIN_TEMPLATE
-from minillm.preferences import ChatModel, Responses
+from minillm.preferences import ChatModel
 from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minillm.tools import calls as calls_module
 from minillm.tools import chat as chat_module
@@ -301,7 +302,7 @@ def scripted(monkeypatch):
         seen, coming = [], iter(turns)
         call = chat.tokenizer.special_tokens["<|system|>"]
 
-        def sample(model, prompts, sampling, seeds, decode):
+        def sample(model, prompts, sampling, seeds):
             seen.append([list(prompt) for prompt in prompts])
             said = [text.split("CALL ") for text in next(coming)]
             rows = [
@@ -311,10 +312,10 @@ def scripted(monkeypatch):
             ends = [
                 [] if text.endswith("CUT") else [chat.form.end_id] for parts in said for text in parts[-1:]
             ]
-            whole = [[*p, *row, *end] for p, row, end in zip(prompts, rows, ends, strict=True)]
-            return Responses(whole, [len(p) for p in prompts], [bool(end) for end in ends], [])
+            responses = [[*row, *end] for row, end in zip(rows, ends, strict=True)]
+            return Samples(prompts, responses, torch.zeros(0), [bool(end) for end in ends])
 
-        monkeypatch.setattr(calls_module, "sample_responses", sample)
+        monkeypatch.setattr(calls_module, "generate", sample)
         return chat, seen
 
     return script

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm import preferences
+from minillm import generate as generate_module
 from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -72,7 +72,7 @@ def test_what_people_said_without_flaw_is_right_and_in_form(kind):
 def test_a_reply_depends_on_its_prompt_and_seed_and_not_on_the_others(base, monkeypatch):
     one, asked = ChatModel("", *base), WORLD.prompts("dev", n=5)
     together = sample_replies(one, asked, 1.0, 12, seed=7)
-    monkeypatch.setattr(preferences, "ROWS", 2)
+    monkeypatch.setattr(generate_module, "ROWS", 2)
     assert sample_replies(one, asked, 1.0, 12, seed=7) == together
     assert sample_replies(one, asked[3:], 1.0, 12, seed=10) == together[3:]
     scored = sample_replies(one, asked, 1.0, 12, seed=7, world=WORLD)

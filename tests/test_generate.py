@@ -322,10 +322,12 @@ def test_where_a_device_lacks_float64_none_is_made_on_it(monkeypatch):
             assert not (isinstance(found, Tensor) and found.dtype == torch.float64), function
             return found
 
-    assert generate_module.exact_dtype(torch.device("mps")) == torch.float32
-    assert generate_module.exact_dtype(torch.device("cuda")) == torch.float64
-    uniforms = generate_module._uniforms([0, 1], 4, torch.device("cpu")).float()
-    monkeypatch.setattr(generate_module, "exact_dtype", lambda _: torch.float32)
+    given: list = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", lambda x, where: given.append(where) or x)
+        uniforms = generate_module._uniforms([0, 1], 4, torch.device("mps"))
+    assert given == [torch.float32, torch.device("mps")]
+    uniforms = uniforms.float()
     monkeypatch.setattr(generate_module, "_uniforms", lambda *_: uniforms)
     options = SamplingOptions(4, 0.7, top_k=9, top_p=0.9, stop_ids=(1,))
     with Single():
@@ -333,6 +335,11 @@ def test_where_a_device_lacks_float64_none_is_made_on_it(monkeypatch):
 
 
 # ---- What is refused
+
+
+def test_no_prompts_have_no_responses():
+    samples = generate(MODEL, [], SamplingOptions(max_new_tokens=4), [])
+    assert (samples.responses, samples.stopped, samples.logprobs.numel()) == ([], [], 0)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +358,6 @@ STOPS = tuple(range(64))
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "no prompts"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1] * 60, [1] * 61], {}, "prompt 1 has 61 tokens"),
         ([[1]], {"max_new_tokens": 64}, "prompt 0 has 1 tokens"),

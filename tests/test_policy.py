@@ -19,7 +19,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, seed_of
 from minillm.dpo import response_logprobs, rewards_of
 from minillm.errors import InputError
-from minillm.generate import SamplingOptions, generate
+from minillm.generate import Samples, SamplingOptions, generate
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (
@@ -35,7 +35,7 @@ from minillm.ppo import (
     value_losses,
     with_advantages,
 )
-from minillm.preferences import Prompt, Ranking, Responses, ranking_by
+from minillm.preferences import Prompt, Ranking, ranking_by
 from minillm.reward import collate, encode_rankings, encode_response, score_rows
 from minillm.run import Runtime
 
@@ -85,9 +85,9 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
     logprobs, ref_logprobs, values = (
         spread * torch.randn(mask.shape, generator=generator) * mask for _ in range(3)
     )
-    rows = [[0] * (2 + i) for i in range(len(scores))]
+    responses = [[0] * (1 + i) for i in range(len(scores))]
     return Rollout(
-        responses=Responses(rows, [1] * len(scores), [True] * len(scores), [""] * len(scores)),
+        samples=Samples([[0]] * len(scores), responses, torch.zeros(0), [True] * len(scores)),
         scores=torch.tensor(scores),
         minibatches=[],
         mask=mask,
@@ -169,6 +169,12 @@ def rolled_out(step: int = 0, sampling: SamplingOptions = PLAIN, **given) -> tup
     return aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], step)
 
 
+def rows_of(samples: Samples) -> list[tuple[list[int], int]]:
+    """Each prompt with its response, and where that begins."""
+    own = zip(samples.prompts, samples.responses, strict=True)
+    return [([*prompt, *response], len(prompt)) for prompt, response in own]
+
+
 def numbers_of(passes: Sequence[Pass]) -> list[int]:
     """Which responses of a rollout a minibatch is of."""
     return sorted(set(chain(*(one.cells[0].tolist() for one in passes))))
@@ -176,7 +182,7 @@ def numbers_of(passes: Sequence[Pass]) -> list[int]:
 
 def test_the_responses_of_a_group_differ_and_so_do_those_of_two_steps_and_two_runs():
     found = [rolled_out(step, group_size=4, seed=seed)[0] for step, seed in ((0, 0), (1, 0), (0, 1))]
-    rows = [[tuple(row) for row in one.responses.rows] for one in found]
+    rows = [[tuple(row) for row, _ in rows_of(one.samples)] for one in found]
     for first in range(0, 16, 4):
         assert len(set(rows[0][first : first + 4])) == 4
     assert len(set(chain(*rows))) == 3 * 16
@@ -186,8 +192,7 @@ def test_a_rollout_is_dealt_whole_to_its_minibatches_with_groups_together_and_an
     dealt = []
     for step in range(3):
         rollout, metrics = rolled_out(step, group_size=2, minibatches=4)
-        own = zip(rollout.responses.rows, rollout.responses.prompt_lengths, strict=True)
-        asked = [TOKENS.index(row[:start]) for row, start in own]
+        asked = [TOKENS.index(prompt) for prompt in rollout.samples.prompts]
         dealt.append([[asked[number] for number in numbers_of(passes)] for passes in rollout.minibatches])
         assert sorted(chain(*dealt[-1])) == sorted([*range(8), *range(8)])
         assert all(len(own) == 4 and own[::2] == own[1::2] for own in dealt[-1])
@@ -201,7 +206,7 @@ def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens
     assert figures["score_deviation"] == pytest.approx(rollout.scores.std(correction=0).item(), abs=1e-5)
     assert figures["kl"] == pytest.approx(rollout.kl.sum(1).mean().item(), rel=1e-4)
     assert figures["entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item(), rel=1e-4)
-    assert figures["unended"] == rollout.responses.ended.count(False) / 8 and figures["beta"] == 0.3
+    assert figures["unended"] == rollout.samples.stopped.count(False) / 8 and figures["beta"] == 0.3
 
 
 def test_a_rollout_is_learned_from_by_the_critic_the_unit_of_scores_and_the_beta_of_now():
@@ -219,13 +224,13 @@ def test_rollouts_are_the_policys_and_validations_are_of_the_moving_average_with
     aligner.rubric = lambda messages, text: 0.5 * len(text + messages[0]["content"])
     assert set(aligner.models) == {"policy", "critic", "ema"}, "what a restart brings back"
     rollout, _ = aligner.rollout(PROMPTS, 0)
-    assert rollout.responses == aligner_of().rollout(PROMPTS, 0)[0].responses
+    assert rollout.samples.responses == aligner_of().rollout(PROMPTS, 0)[0].samples.responses
     with torch.no_grad():
         torch.testing.assert_close(rollout.logprobs[rollout.mask], plain(aligner.policy, rollout), **ROUNDED)
     seeds = [seed_of(0, i, 0, 1) for i in range(8)]
-    responses, scores = aligner.sample(aligner.ema, PROMPTS, seeds)
-    expected = aligner.metrics(aligner.observe(aligner.ema, responses, scores, [range(8)]))
-    given = [aligner.rubric(p.messages, text) for p, text in zip(PROMPTS, responses.texts, strict=True)]
+    samples, texts, scores = aligner.sample(aligner.ema, PROMPTS, seeds)
+    expected = aligner.metrics(aligner.observe(aligner.ema, samples, scores, [range(8)]))
+    given = [aligner.rubric(p.messages, text) for p, text in zip(PROMPTS, texts, strict=True)]
     for _ in range(2):
         assert aligner.validate(PROMPTS) == expected | {"rubric": sum(given) / 8}
 
@@ -234,20 +239,20 @@ def test_rollouts_are_the_policys_and_validations_are_of_the_moving_average_with
 
 
 def observed(
-    responses: Responses, sampling: SamplingOptions = PLAIN, each: int = 100, parts: list[range] | None = None
+    samples: Samples, sampling: SamplingOptions = PLAIN, each: int = 100, parts: list[range] | None = None
 ) -> Rollout:
     """With about so many sequences in a forward pass."""
-    count, aligner = len(responses.rows), aligner_of(sampling, micro_tokens=each * 40)
-    return aligner.observe(POLICY, responses, torch.zeros(count), parts or [range(count)], aligner.critic)
+    count, aligner = len(samples.prompts), aligner_of(sampling, micro_tokens=each * 40)
+    return aligner.observe(POLICY, samples, torch.zeros(count), parts or [range(count)], aligner.critic)
 
 
-def sampled(sampling: SamplingOptions = PLAIN, seed: int = 0) -> Responses:
+def sampled(sampling: SamplingOptions = PLAIN, seed: int = 0) -> Samples:
     return aligner_of(sampling).sample(POLICY, PROMPTS[:5], range(5 * seed, 5 * seed + 5))[0]
 
 
-def chosen(responses: Responses, numbers: list[int]) -> Responses:
+def chosen(samples: Samples, numbers: list[int]) -> Samples:
     """Some of the responses alone."""
-    return Responses(*([values[i] for i in numbers] for values in vars(responses).values()))
+    return Samples(*([values[i] for i in numbers] for values in vars(samples).values()))
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
@@ -255,8 +260,8 @@ def test_log_probabilities_of_a_rollout_are_those_of_sampling_and_ratios_begin_a
     """An update's forward passes are the rollout's, gradients or not: the same sums in the same order."""
     sampling = KINDS_OF_SAMPLING[kind]
     aligner = aligner_of(sampling, micro_tokens=2 * 40)
-    responses, parts = sampled(sampling), [range(2), range(2, 5)]
-    rollout = observed(responses, sampling, each=2, parts=parts)
+    parts = [range(2), range(2, 5)]
+    rollout = observed(sampled(sampling), sampling, each=2, parts=parts)
     samples = generate(POLICY, TOKENS[:5], aligner.sampling, range(5))
     for row, mask, logprobs in zip(rollout.logprobs, rollout.mask, samples.logprobs, strict=True):
         torch.testing.assert_close(row[mask], logprobs[: int(mask.sum())], **ROUNDED)
@@ -269,10 +274,10 @@ def test_log_probabilities_of_a_rollout_are_those_of_sampling_and_ratios_begin_a
 @given(st.permutations(range(5)), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
 @settings(max_examples=15)
 def test_order_company_padding_and_packing_change_nothing(order, count, each, seed):
-    responses = sampled(seed=seed)
-    together = observed(chosen(responses, order[:count]), each=each)
+    samples = sampled(seed=seed)
+    together = observed(chosen(samples, order[:count]), each=each)
     for place, number in enumerate(order[:count]):
-        alone, mask = observed(chosen(responses, [number])), together.mask[place]
+        alone, mask = observed(chosen(samples, [number])), together.mask[place]
         assert mask.sum() == alone.mask.sum()
         for name in ("logprobs", "ref_logprobs", "kl", "entropy", "values"):
             one, other = getattr(together, name)[place][mask], getattr(alone, name)[alone.mask]
@@ -284,9 +289,9 @@ def test_kl_and_entropy_are_exact_and_the_kl_shown_is_the_mean_of_the_kl_paid(ki
     """In each state: k1 over the tokens that may be taken, each by its probability, is the exact KL. The
     critic speaks of the state before each token."""
     sampling = KINDS_OF_SAMPLING[kind]
-    responses = sampled(sampling)
-    rollout, mask = observed(responses, sampling), observed(responses, sampling).mask
-    (p, taken), (q, _) = (read(model, responses, sampling.temperature) for model in (POLICY, REF))
+    samples = sampled(sampling)
+    rollout, mask = observed(samples, sampling), observed(samples, sampling).mask
+    (p, taken), (q, _) = (read(model, samples, sampling.temperature) for model in (POLICY, REF))
     ((one,),) = rollout.minibatches
     assert (one.allowed is not None) == (kind not in ("plain", "hot"))
     if one.allowed is not None:
@@ -302,16 +307,16 @@ def test_kl_and_entropy_are_exact_and_the_kl_shown_is_the_mean_of_the_kl_paid(ki
     )
     paid = (rollout.logprobs - rollout.ref_logprobs)[mask]
     torch.testing.assert_close(paid, (p - q)[range(len(taken)), taken], **ROUNDED)
-    for i, row in enumerate(responses.rows):
-        values = REWARD(torch.tensor([row]))[0, responses.prompt_lengths[i] - 1 : -1]
+    for i, (row, start) in enumerate(rows_of(samples)):
+        values = REWARD(torch.tensor([row]))[0, start - 1 : -1]
         torch.testing.assert_close(rollout.values[i][mask[i]], values, **ROUNDED)
     assert not any(getattr(rollout, name)[~mask].any() for name in ("logprobs", "kl", "entropy", "values"))
 
 
 def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves():
     aligner = Aligner(options_with(), PLAIN, CPU, TEMPLATE, deepcopy(POLICY), None, None, None)
-    responses, scores = aligner.sample(aligner.policy, PROMPTS[:3], range(3))
-    rollout = aligner.observe(aligner.policy, responses, scores, [range(3)])
+    samples, _, scores = aligner.sample(aligner.policy, PROMPTS[:3], range(3))
+    rollout = aligner.observe(aligner.policy, samples, scores, [range(3)])
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=0)
     assert rollout.kl.abs().max() < 1e-6 and rollout.values.eq(0).all() and scores.eq(0).all()
     assert not {"score", "score_deviation"} & aligner.metrics(rollout).keys(), "nothing scored them"
@@ -323,8 +328,8 @@ def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves()
 
 def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
     """Scoring may round a token out of the nucleus that sampling took it from."""
-    row = [*TOKENS[0], 66, 67, 68]  # nothing that top-k 1 would have taken
-    rollout = observed(Responses([row], [len(TOKENS[0])], [False], ["BCD"]), replace(PLAIN, top_k=1))
+    samples = Samples(TOKENS[:1], [[66, 67, 68]], torch.zeros(1, 3), [False])  # top-k 1 takes none of them
+    rollout = observed(samples, replace(PLAIN, top_k=1))
     assert rollout.logprobs.isfinite().all() and rollout.ref_logprobs.isfinite().all()
 
 
@@ -373,12 +378,12 @@ def test_a_response_may_end_with_each_stop_token_and_its_text_has_one_score_whic
         model = deepcopy(POLICY)
         with torch.no_grad():
             model.lm_head.weight[stop] = 40 * model.lm_head.weight[65].sign()
-        found, scores = aligner_of(missing_eos_score=None).sample(model, PROMPTS[:4], [1, 2, 3, 4])
-        expected = [score_of(text, prompt) for prompt, text in enumerate(found.texts)]
+        found, texts, scores = aligner_of(missing_eos_score=None).sample(model, PROMPTS[:4], [1, 2, 3, 4])
+        expected = [score_of(text, prompt) for prompt, text in enumerate(texts)]
         assert scores.tolist() == pytest.approx(expected, abs=1e-4)
-        seen |= {row[-1] for row, ended in zip(found.rows, found.ended, strict=True) if ended}
-        own = zip(found.rows, found.prompt_lengths, found.ended, strict=True)
-        assert found.texts == [TOKENIZER.decode(row[start : len(row) - ended]) for row, start, ended in own]
+        own = list(zip(found.responses, found.stopped, strict=True))
+        seen |= {response[-1] for response, ended in own if ended}
+        assert texts == [TOKENIZER.decode(response[: len(response) - ended]) for response, ended in own]
     assert seen == set(TEMPLATE.stop_ids)
 
 
@@ -419,10 +424,10 @@ class Learner:
         return new, one.logprobs[one.mask & which], one.advantages[one.mask & which]
 
 
-def read(model: LanguageModel, responses: Responses, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def read(model: LanguageModel, samples: Samples, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """log π over the vocabulary in the state before each token of the responses, row by row; the tokens."""
     states, taken = [], []
-    for row, start in zip(responses.rows, responses.prompt_lengths, strict=True):
+    for row, start in rows_of(samples):
         logits = model.logits(model.model(torch.tensor([row])))[0, start - 1 : -1] / temperature
         states.append(logits.log_softmax(-1))
         taken += row[start:]
@@ -431,7 +436,7 @@ def read(model: LanguageModel, responses: Responses, temperature: float = 1.0) -
 
 def plain(model: LanguageModel, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """log π of the tokens taken."""
-    states, taken = read(model, rollout.responses, temperature)
+    states, taken = read(model, rollout.samples, temperature)
     return states[range(len(taken)), taken]
 
 
@@ -491,7 +496,7 @@ def test_processes_share_a_rollout_and_a_validation_between_them():
 
         aligner.sample = noted
         aligner.validate(PROMPTS)
-        return rollout.responses.rows, validated
+        return [row for row, _ in rows_of(rollout.samples)], validated
 
     (rows, validated), *shares = (
         asked(Among(CPU.device, torch.float32, *how)) for how in ((0, 1), (0, 2), (1, 2))
@@ -558,10 +563,8 @@ def test_a_restart_brings_everything_back_that_moves_and_goes_on_with_the_same_m
 @torch.no_grad()
 def test_the_loss_is_the_policys_and_the_weighted_critics():
     learner = Learner(minibatches=1, vf_coef=0.7, value_clip=0.01)
-    rows = zip(learner.rollout.responses.rows, learner.rollout.responses.prompt_lengths, strict=True)
-    values = torch.cat(
-        [learner.models["critic"](torch.tensor([row]))[0, start - 1 : -1] for row, start in rows]
-    )
+    critic, rows = learner.models["critic"], rows_of(learner.rollout.samples)
+    values = torch.cat([critic(torch.tensor([row]))[0, start - 1 : -1] for row, start in rows])
     mask = learner.rollout.mask
     old, returns = learner.rollout.values[mask], learner.rollout.returns[mask]
     assert (values - old).abs().max() > 0.02, "some are clipped"
@@ -606,7 +609,7 @@ def test_grpos_loss_adds_beta_times_the_kl_of_the_estimator_asked_for(estimator,
     with torch.no_grad():
         new, old, advantages = learner.now(temperature)
         ref = plain(REF, learner.rollout, temperature)
-        p, q = (read(model, learner.rollout.responses, temperature)[0] for model in (learner.policy, REF))
+        p, q = (read(model, learner.rollout.samples, temperature)[0] for model in (learner.policy, REF))
         exact = (p.exp() * (p - q)).sum(-1)
     kl = exact if estimator == "exact" else KL_ESTIMATORS[estimator](new - ref)
     expected = policy_losses(new, old, advantages, 0.2)[0].mean() + 0.3 * kl.mean()

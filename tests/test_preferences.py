@@ -15,11 +15,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from minillm import generate as generate_module
 from minillm import preferences
 from minillm.chat import with_chat_template
 from minillm.data import seed_of
 from minillm.errors import InputError
-from minillm.generate import SamplingOptions
+from minillm.generate import SamplingOptions, generate
 from minillm.io import rankings as rankings_on_disk
 from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
 from minillm.model import LanguageModel, config_of_depth, initialize
@@ -31,7 +32,6 @@ from minillm.preferences import (
     ResponseSet,
     new_ranking,
     ranking_by,
-    sample_responses,
     sample_sets,
 )
 from minillm.tokenizer import Tokenizer
@@ -329,10 +329,12 @@ def test_a_models_fingerprint_follows_its_chat_template(model):
 def test_each_response_has_the_seed_of_its_place_however_many_are_sampled_together(model, monkeypatch):
     prompts, seeds = [model.prompt(QUESTIONS[0].messages)] * 5, range(5)
     sampling = SamplingOptions(6, stop_ids=model.form.stop_ids)
-    whole = sample_responses(model.model, prompts, sampling, seeds, model.tokenizer.decode)
-    assert len(set(map(tuple, whole.rows))) == 5
-    monkeypatch.setattr(preferences, "ROWS", 2)
-    assert sample_responses(model.model, prompts, sampling, seeds, model.tokenizer.decode) == whole
+    whole = generate(model.model, prompts, sampling, seeds)
+    assert len(set(map(tuple, whole.responses))) == 5
+    monkeypatch.setattr(generate_module, "ROWS", 2)
+    parts = generate(model.model, prompts, sampling, seeds)
+    assert (parts.responses, parts.stopped) == (whole.responses, whole.stopped)
+    torch.testing.assert_close(parts.logprobs, whole.logprobs)
 
 
 def test_models_are_dealt_equally_over_places(model):

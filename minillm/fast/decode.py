@@ -60,7 +60,7 @@ class FoldedCache(KVCache):
         self, *matrices: Float[Tensor, "_ D"], norm: RMSNorm | None = None
     ) -> Float[Tensor, "D outputs"]:
         """Matrices of one input as one, in the faster layout where there is one row. Behind a norm it reads
-        what `_unit` gives."""
+        what `_length` divides."""
         matrix = torch.cat(matrices)
         if norm is not None:
             matrix = matrix * (norm.weight * norm.weight.numel() ** 0.5)
@@ -102,7 +102,7 @@ class FoldedCache(KVCache):
         rotation = self.rotation.index_select(0, self.lengths)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight).to(self.dtype)
         for number, block in enumerate(self.blocks):
-            qkv = torch.mm(_unit(x, floor), block.qkv).view(B, H + 2 * K, C).to(exact)
+            qkv = torch.mm((x / _length(x, floor)).to(self.dtype), block.qkv).view(B, H + 2 * K, C).to(exact)
             qk = qkv.narrow(1, 0, H + K)
             if block.qk_norm is not None:
                 qk.div_(_length(qk, head_floor)).mul_(block.qk_norm)
@@ -114,10 +114,10 @@ class FoldedCache(KVCache):
             scores = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
             gathered = torch.bmm(scores.softmax(dim=-1), values[number])
             x = torch.addmm(x, gathered.view(B, H * C), block.out)
-            gate, up = torch.mm(_unit(x, floor), block.gate_up).chunk(2, dim=-1)
+            gate, up = torch.mm((x / _length(x, floor)).to(self.dtype), block.gate_up).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate).mul_(up), block.down)
         self.lengths, self.longest, self.slots = self.lengths + 1, seen, self.slots + 1
-        return torch.mm(_unit(x, floor), self.output).float()
+        return torch.mm((x / _length(x, floor)).to(self.dtype), self.output).float()
 
     def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
         """Sets the lengths, and from them where each row writes next and what it may not see."""
@@ -190,12 +190,6 @@ def _paired(x: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:
 
 
 def _length(x: Float[Tensor, "... width"], floor: Float[Tensor, ""]) -> Float[Tensor, "... 1"]:
+    """sqrt(|x|² + floor²), with floor² = width · eps: x divided by it is RMSNorm of x but for a factor
+    sqrt(width), which is in the weights behind. F.rms_norm is eight operations on a CPU, these are three."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=floor.dtype).hypot_(floor)
-
-
-def _unit(x: Float[Tensor, "... width"], floor: Float[Tensor, ""]) -> Float[Tensor, "... width"]:
-    """x / sqrt(|x|² + floor²): RMSNorm but for a factor sqrt(width), which is in the weights behind.
-
-    With floor² = width · eps. F.rms_norm is eight operations on a CPU, this is three.
-    """
-    return (x / _length(x, floor)).to(x.dtype)

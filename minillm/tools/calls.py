@@ -30,9 +30,9 @@ from typing import Any
 from minillm.chat import Completion, Conversation
 from minillm.errors import InputError, reason_of
 from minillm.files import read_json
-from minillm.generate import SamplingOptions
+from minillm.generate import SamplingOptions, generate
 from minillm.io.text import text_sources
-from minillm.preferences import ChatModel, sample_responses
+from minillm.preferences import ChatModel
 
 SECONDS = 2.0
 """For a call."""
@@ -246,11 +246,11 @@ def converse(
     sampling, calling = replace(sampling, stop_ids=form.stop_ids), list(range(len(prompts)))
     for turn in range(most_calls + 1):
         asked = [form.prompt([*prompts[i], *added[i]]) for i in calling]
-        said = sample_responses(model.model, asked, sampling, [seeds[i] + turn for i in calling], str)
-        rows = zip(calling, said.rows, said.prompt_lengths, said.ended, strict=True)
+        said = generate(model.model, asked, sampling, [seeds[i] + turn for i in calling])
+        responses = zip(calling, said.responses, said.stopped, strict=True)
         calling = []
-        for i, row, start, ended in rows:
-            message = form.message(row[start : len(row) - ended])
+        for i, response, ended in responses:
+            message = form.message(response[: len(response) - ended])
             added[i].append(message)
             done = sum(m["role"] == "tool" for m in added[i])
             calls = message.get("tool_calls", []) if ended else []

@@ -30,11 +30,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
 from minillm.errors import InputError, one_line_errors, reading
-from minillm.generate import SamplingOptions
+from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
-from minillm.preferences import ChatModel, sample_responses
+from minillm.preferences import ChatModel
 from minillm.run import start_runtime
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS, World
@@ -97,10 +97,10 @@ def sample_replies(
     """A reply to each prompt, the i-th drawn with `seed` + i; with the rubric's score in a `world`."""
     options = SamplingOptions(max_new_tokens, temperature, stop_ids=one.form.stop_ids)
     rows = [one.prompt(prompt.messages) for prompt in prompts]
-    said = sample_responses(one.model, rows, options, range(seed, seed + len(rows)), one.tokenizer.decode)
-    tokens = [tuple(row[start:]) for row, start in zip(said.rows, said.prompt_lengths, strict=True)]
-    scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, said.texts, strict=True)]
-    return list(map(Reply, prompts, said.texts, said.ended, tokens, scores))
+    said = generate(one.model, rows, options, range(seed, seed + len(rows)))
+    texts = said.texts(one.tokenizer.decode)
+    scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return list(map(Reply, prompts, texts, said.stopped, map(tuple, said.responses), scores))
 
 
 @torch.no_grad()
