@@ -87,7 +87,7 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
     )
     responses = [[0] * (1 + i) for i in range(len(scores))]
     return Rollout(
-        samples=Samples([[0]] * len(scores), responses, torch.zeros(0), [True] * len(scores)),
+        samples=Samples([[0]] * len(scores), responses, torch.zeros(0, 0), [True] * len(scores)),
         scores=torch.tensor(scores),
         minibatches=[],
         mask=mask,
@@ -252,7 +252,10 @@ def sampled(sampling: SamplingOptions = PLAIN, seed: int = 0) -> Samples:
 
 def chosen(samples: Samples, numbers: list[int]) -> Samples:
     """Some of the responses alone."""
-    return Samples(*([values[i] for i in numbers] for values in vars(samples).values()))
+    prompts, responses, stopped = (
+        [values[i] for i in numbers] for values in (samples.prompts, samples.responses, samples.stopped)
+    )
+    return Samples(prompts, responses, samples.logprobs[numbers], stopped)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
