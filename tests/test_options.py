@@ -271,6 +271,13 @@ def test_help_says_how_to_start_the_command_on_a_stream_that_knows_ascii_only(co
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(begins)
 
 
+def test_a_wrong_flag_is_one_line_on_a_stream_that_knows_ascii_only():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    words = [sys.executable, "train.py", "--wrong", "1"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr == "error: Unrecognized options: --wrong, 1; see --help\n"
+
+
 def test_help_whose_reader_leaves_ends_without_a_word():
     read, write = os.pipe()
     os.close(read)

@@ -441,6 +441,7 @@ BAD_INPUT = {
     "a file without a ranking": ("--stage rank --annotator file --data {d}/chats.jsonl", "no ranking"),
     "a torn line of rankings": ("--stage rank --annotator file --data {d}/torn.jsonl", "line 2"),
     "weighted rankings": ("--stage rank --annotator file --data {d}/torn.jsonl:3", "weight"),
+    "its own rankings": ("--stage rank --annotator file --data {o}/rankings.jsonl --out {o}", "rankings go"),
     "no rankings": ("--stage agreement", "--stage rank"),
     "no overlap": ("--stage agreement --out {o}", "two annotators"),
 }

@@ -67,10 +67,10 @@ def options_of(kind: type[Any], words: list[str], **how: Any) -> Any:
         with redirect_stderr(printed):
             return tyro.cli(kind, args=words, **(how or {"config": (tyro.conf.FlagCreatePairsOff,)}))
     except SystemExit:
-        # What tyro says inside its frame, up to the first ruler.
+        # What tyro says inside its frame, up to the first ruler; in ASCII one stands in front, too.
         lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
-        said = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
-        raise InputError(f"{said}; see --help") from None
+        said = next(filter(None, re.split("(?:──|-----)[─-]*", " ".join(lines))))
+        raise InputError(f"{said.strip()}; see --help") from None
 
 
 def stored_options(kind: type[Any], path: Path) -> Any:
