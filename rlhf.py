@@ -41,7 +41,7 @@ from tqdm import tqdm
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, seed_of, split_by_hash, tokenize
 from minillm.dpo import rewards_of
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError
 from minillm.files import digest, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import (
@@ -62,7 +62,6 @@ from minillm.options import (
     Positive,
     Share,
     Whole,
-    parse_options,
 )
 from minillm.ppo import Aligner, adapted_beta, summary
 from minillm.preferences import (
@@ -83,7 +82,7 @@ from minillm.reward import (
     scores_of,
     split_by_prompt,
 )
-from minillm.run import Run, Runtime, TrainingState, start_runtime
+from minillm.run import Run, Runtime, TrainingState, run_script
 from minillm.tokenizer import Tokenizer
 
 DEMONSTRATIONS = 512  # how many, at most, set the zero of a reward model's scores
@@ -731,7 +730,10 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
 # ---- The command
 
 
-def main(arguments: list[str]) -> None:
+def work(options: Options, runtime: Runtime) -> None:
+    """The stage asked for."""
+    if runtime.world_size > 1 and not options.learns:
+        raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
     stages = {
         "sample": sample,
         "rank": rank,
@@ -739,13 +741,11 @@ def main(arguments: list[str]) -> None:
         "reward": train_reward_model,
         "policy": align,
     }
-    with one_line_errors():
-        options = parse_options(Options, arguments)
-        how = options.device, options.precision, options.shard, options.checkpoint_activations
-        with start_runtime(*how) as runtime:
-            if runtime.world_size > 1 and not options.learns:
-                raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
-            stages[options.stage](options, runtime)
+    stages[options.stage](options, runtime)
+
+
+def main(arguments: list[str]) -> None:
+    run_script(Options, work, arguments)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ from minillm.data import (
     tokenize,
     validation_batches,
 )
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
-from minillm.options import Count, DataOptions, Length, Part, Positive, Whole, parse_options
+from minillm.options import Count, DataOptions, Length, Part, Positive, Whole
 from minillm.preferences import ChatModel
-from minillm.run import Run, Runtime, TrainingState, start_runtime
+from minillm.run import Run, Runtime, TrainingState, run_script
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,7 @@ def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    with one_line_errors():
-        options = parse_options(Options, arguments)
-        how = options.device, options.precision, options.shard, options.checkpoint_activations
-        with start_runtime(*how) as runtime:
-            train(options, runtime)
+    run_script(Options, train, arguments)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ from minillm.data import (
     tokenize,
     validation_batches,
 )
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError
 from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule, per_byte
-from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole, parse_options
-from minillm.run import Run, Runtime, TrainingState, start_runtime
+from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole
+from minillm.run import Run, Runtime, TrainingState, run_script
 from minillm.tokenizer import Tokenizer
 
 
@@ -293,11 +293,7 @@ def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options:
 
 
 def main(arguments: list[str]) -> None:
-    with one_line_errors():
-        options = parse_options(Options, arguments)
-        how = options.device, options.precision, options.shard, options.checkpoint_activations
-        with start_runtime(*how) as runtime:
-            train(options, runtime)
+    run_script(Options, train, arguments)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ from harness import Side, parser, race, seconds, write
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import encode_source, positions, validation_batches
-from minillm.errors import one_line_errors
 from minillm.io.conversations import world_conversations
 from minillm.io.huggingface import load_model, save_model
 from minillm.optim import held_out
 from minillm.run import Runtime
+from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
 from minillm.world import World

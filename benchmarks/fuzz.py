@@ -32,7 +32,7 @@ from harness import at_least_one, parser, write
 from starlette.testclient import TestClient
 
 from minillm.chat import with_chat_template
-from minillm.errors import InputError, last_words
+from minillm.errors import InputError
 from minillm.files import digest_of, write_json
 from minillm.io import sandbox
 from minillm.io.conversations import open_conversations, rankings_of_file
@@ -44,6 +44,7 @@ from minillm.model import LanguageModel, config_of_depth, initialize, scalar_fro
 from minillm.options import options_json, parse_options
 from minillm.play import __main__ as play
 from minillm.tokenizer import Tokenizer
+from minillm.tools.ending import last_words
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import ROOT
 

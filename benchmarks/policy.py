@@ -16,8 +16,8 @@ from typing import Any
 
 from harness import parser, write
 
-from minillm.errors import one_line_errors
 from minillm.files import read_json
+from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
 

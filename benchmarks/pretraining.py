@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import parser, race, write
 
-from minillm.errors import one_line_errors
+from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
 

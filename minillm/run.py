@@ -23,7 +23,6 @@ same. No pickle anywhere. Left out: several machines with different devices.
 
 import contextlib
 import errno
-import gc
 import importlib.util
 import json
 import math
@@ -32,7 +31,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -43,10 +41,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, signals, writing
+from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, writing
 from minillm.files import digest, read_json, sync_open, write_json, write_text
 from minillm.io.huggingface import load_weights, read_tensors, whole_tensor, write_tensors
-from minillm.options import TrainingOptions, options_json
+from minillm.options import TrainingOptions, options_json, parse_options
 
 # ---- Where it computes
 
@@ -156,36 +154,16 @@ class Runtime:
         return value
 
 
-@contextlib.contextmanager
-def start_runtime(
-    device: str, precision: str = "auto", shard: bool = False, recompute: bool = False
-) -> Iterator[Runtime]:
-    """Joins the other processes, if any; leaves them at the end, also after an error. A single process has
-    nothing to shard."""
-    from minillm.tools.device import choose_device, choose_dtype, processes
+def run_script(kind: type[TrainingOptions], work: Callable[[Any, Runtime], None], words: list[str]) -> None:
+    """What a training script does with the words of its command line: its `work`, by options of this kind."""
+    from minillm.tools.device import start_runtime
+    from minillm.tools.ending import one_line_errors
 
-    rank, world_size, local_rank = processes()
-    chosen = choose_device(device, local_rank)
-    if shard and chosen.type == "mps":
-        raise InputError("--shard: torch shards on cpu and cuda only; leave it out")
-    if world_size > 1:
-        # One process may prepare data for hours while the others wait.
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")
-    try:
-        dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
-        with contextlib.ExitStack() as closing:
-            yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
-        if world_size > 1:
-            dist.barrier()  # the main process has more to do at the end: the others wait for it
-    finally:
-        if world_size > 1:
-            # DistributedDataParallel holds the group too. If it outlived this, the group's threads would end
-            # only with the process, which sometimes aborts.
-            gc.collect()
-            dist.destroy_process_group()
+    with one_line_errors():
+        options = parse_options(kind, words)
+        how = options.device, options.precision, options.shard, options.checkpoint_activations
+        with start_runtime(*how) as runtime:
+            work(options, runtime)
 
 
 # ---- What an exact restart needs
@@ -289,6 +267,7 @@ class Run:
     def training(self, state: TrainingState, steps: int, save_model: Callable[[], None]) -> Iterator[None]:
         """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
         loop after a step. `save_model` writes the model in Hugging Face's layout."""
+        from minillm.tools.ending import signals
         from minillm.tools.folder import starts_from
 
         self.state, self.steps, self.save_model = state, steps, save_model

@@ -16,7 +16,8 @@ from runs import Position
 from minillm.generate import SamplingOptions, generate
 from minillm.model import LanguageModel, ScalarModel, config_of_depth, initialize
 from minillm.optim import LearningRates, build_optimizers
-from minillm.run import RESUME_FILE, Runtime, TrainingState, start_runtime
+from minillm.run import RESUME_FILE, Runtime, TrainingState
+from minillm.tools.device import start_runtime
 
 ROWS, LENGTH, VOCABULARY = 8, 16, 301  # 301: rows that no number of processes divides
 RATES = LearningRates(matrix=0.02, embedding=0.01, norm=0.01, weight_decay=0.1)

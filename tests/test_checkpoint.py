@@ -30,8 +30,9 @@ from minillm.io.huggingface import (
 )
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
-from minillm.run import RESUME_FILE, TrainingState, start_runtime
+from minillm.run import RESUME_FILE, TrainingState
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import start_runtime
 from minillm.tools.folder import RUN_FILES, claim_folder, read_metrics, start_run_folder
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ STEPS = {"train.py": (32, 8), "sft.py": (31, 8), "PPO": (96, 14)}
 SEAMS = {
     "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py", "minillm/tools/start.py"},
     "minillm/data.py": {"minillm/fast/cache.py"},
-    "minillm/errors.py": {"minillm/tools/streams.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
     "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/options.py": {"minillm/tools/commandline.py"},
     "minillm/run.py": {
         "minillm/fast/sharding.py",
         "minillm/tools/device.py",
+        "minillm/tools/ending.py",
         "minillm/tools/folder.py",
         "minillm/tools/trackers.py",
     },

@@ -30,11 +30,13 @@ from runs import (
 
 import sft
 import train
-from minillm.errors import InputError, one_line_errors, signals
+from minillm.errors import InputError
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
-from minillm.run import RESUME_FILE, Run, TrainingState, start_runtime
+from minillm.run import RESUME_FILE, Run, TrainingState
 from minillm.tools import plots
+from minillm.tools.device import start_runtime
+from minillm.tools.ending import one_line_errors, signals
 from minillm.tools.folder import MODEL_FILES, claim_folder, hold, read_metrics
 
 
@@ -402,7 +404,7 @@ def test_a_run_inside_a_folder_that_it_reads_is_refused_for_it_would_read_its_ow
     train.main([*given.split(), "--out", "books2", *TINY, "--cache", "cache"])
 
 
-SMALL = "import sys; from minillm.errors import one_line_errors\nwith one_line_errors():\n    "
+SMALL = "import sys; from minillm.tools.ending import one_line_errors\nwith one_line_errors():\n    "
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import torch
 from runs import ROOT, open_run
 
 from minillm import files
-from minillm.errors import InputError, handle_signals
+from minillm.errors import InputError
 from minillm.files import lock, sync, write_text
 from minillm.io.rankings import JsonLines
 from minillm.ppo import moments
 from minillm.run import Runtime
+from minillm.tools.ending import handle_signals
 from minillm.tools.folder import hold
 
 

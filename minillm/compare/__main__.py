@@ -30,15 +30,17 @@ if __name__ == "__main__":
 from minillm.chat import ChatTemplate
 from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
-from minillm.errors import InputError, one_line_errors, writing
+from minillm.errors import InputError, writing
 from minillm.files import read_json, write_json, write_text
 from minillm.io import conversations, text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.options import Count, NotNegative, Seed, Whole, check_limits, options_json, parse_options
 from minillm.preferences import ChatModel
-from minillm.run import Runtime, start_runtime
+from minillm.run import Runtime
 from minillm.tools import annotators
+from minillm.tools.device import start_runtime
+from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.tools.provenance import provenance
 from minillm.world import World

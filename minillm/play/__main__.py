@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError
 from minillm.options import Count, Limit, check_limits, parse_options
+from minillm.tools.ending import one_line_errors
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from minillm.errors import InputError, last_words
+from minillm.errors import InputError
 from minillm.play.worker import Busy, Event
+from minillm.tools.ending import last_words
 
 LARGEST_BODY = 1_000_000
 HEADERS = {

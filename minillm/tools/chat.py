@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from minillm.chat import ChatTemplate, chat_format, with_tools
-from minillm.errors import InputError, one_line_errors
+from minillm.errors import InputError
 from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
@@ -32,6 +32,7 @@ from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits,
 from minillm.tokenizer import Tokenizer
 from minillm.tools.calls import MOST_CALLS, Tool, open_tools, results_of
 from minillm.tools.device import choose_device, choose_dtype
+from minillm.tools.ending import one_line_errors
 
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""

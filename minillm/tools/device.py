@@ -1,12 +1,53 @@
 """What a process computes with: its rank under torchrun, the device asked for, its precision."""
 
+import gc
 import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from minillm.errors import InputError
 from minillm.model import ModelConfig
+
+if TYPE_CHECKING:
+    from minillm.run import Runtime
+
+
+@contextmanager
+def start_runtime(
+    device: str, precision: str = "auto", shard: bool = False, recompute: bool = False
+) -> Iterator["Runtime"]:
+    """Joins the other processes, if any; leaves them at the end, also after an error. A single process has
+    nothing to shard."""
+    from minillm.run import Runtime
+
+    rank, world_size, local_rank = processes()
+    chosen = choose_device(device, local_rank)
+    if shard and chosen.type == "mps":
+        raise InputError("--shard: torch shards on cpu and cuda only; leave it out")
+    if world_size > 1:
+        # One process may prepare data for hours while the others wait.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    try:
+        dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
+        with ExitStack() as closing:
+            yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
+        if world_size > 1:
+            dist.barrier()  # the main process has more to do at the end: the others wait for it
+    finally:
+        if world_size > 1:
+            # DistributedDataParallel holds the group too. If it outlived this, the group's threads would end
+            # only with the process, which sometimes aborts.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 def processes() -> tuple[int, int, int]:

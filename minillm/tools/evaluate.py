@@ -29,14 +29,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
-from minillm.errors import InputError, one_line_errors, reading
+from minillm.errors import InputError, reading
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.preferences import ChatModel
-from minillm.run import start_runtime
 from minillm.tokenizer import Tokenizer
+from minillm.tools.device import start_runtime
+from minillm.tools.ending import one_line_errors
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 

@@ -1,6 +1,6 @@
 """What a script imports before all that takes seconds, as torch does: Ctrl-C meanwhile ends it in one word.
 
-From then on, `errors.one_line_errors` says how a script ends.
+From then on, `ending.one_line_errors` says how a script ends.
 """
 
 import os
@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from minillm.errors import handle_signals
+from minillm.tools.ending import handle_signals
 from minillm.tools.streams import open_streams
 
 
