@@ -53,23 +53,9 @@ from minillm.io.huggingface import (
 )
 from minillm.model import LanguageModel, scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
-from minillm.options import (
-    Count,
-    Fraction,
-    Mass,
-    NotNegative,
-    PolicyOptions,
-    Positive,
-    Share,
-    Whole,
-)
+from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
 from minillm.ppo import Aligner, adapted_beta, summary
-from minillm.preferences import (
-    MOST_RESPONSES,
-    ChatModel,
-    Prompt,
-    sample_sets,
-)
+from minillm.preferences import MOST_RESPONSES, ChatModel, Prompt, sample_sets
 from minillm.reward import (
     EncodedSet,
     Scores,
@@ -735,12 +721,8 @@ def work(options: Options, runtime: Runtime) -> None:
     if runtime.world_size > 1 and not options.learns:
         raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
     stages = {
-        "sample": sample,
-        "rank": rank,
-        "agreement": agreement,
-        "reward": train_reward_model,
-        "policy": align,
-    }
+        "sample": sample, "rank": rank, "agreement": agreement, "reward": train_reward_model, "policy": align,
+    }  # fmt: skip
     stages[options.stage](options, runtime)
 
 

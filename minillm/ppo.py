@@ -68,13 +68,7 @@ from minillm.data import Mixture, Shuffled, flat_index, forward_passes, generato
 from minillm.errors import InputError
 from minillm.generate import Samples, SamplingOptions, filter_logits, generate
 from minillm.model import LanguageModel, ScalarModel
-from minillm.optim import (
-    LearningRates,
-    Optimizers,
-    accumulate,
-    backward,
-    build_optimizers,
-)
+from minillm.optim import LearningRates, Optimizers, accumulate, backward, build_optimizers
 from minillm.options import PolicyOptions
 from minillm.preferences import Message, Prompt, fingerprint
 from minillm.reward import encode_response, score_rows
