@@ -279,8 +279,7 @@ def _rows_backward(
 
 @_rows_backward.register_fake
 def _(states, weights, targets, temperature, impl, result, d_result, want):
-    operands = zip([*states, *weights], want, strict=True)
-    return [x.new_empty(x.shape) for x, wanted in operands if wanted]
+    return [x.new_empty(x.shape) for x, wanted in zip([*states, *weights], want, strict=True) if wanted]
 
 
 def _save(ctx, inputs, output):
