@@ -15,17 +15,40 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Every jaxtyping annotation of the project becomes a check at each call. The files of Triton's kernels hold
-# none, and a wrapped kernel would lose sight of its module.
-KERNELS = Path(__file__).parents[1] / "kernels"
-CHECKED = [f"kernels.{file.stem}" for file in KERNELS.glob("*.py") if not file.stem.endswith("_triton")]
-install_import_hook(["minillm", *CHECKED], "beartype.beartype")
+# Every jaxtyping annotation of the project becomes a check at each call. Files without one are left as they
+# are: mypy knows their types, and a check at each call would make the world's text ten times as slow.
+# Triton's kernels hold none, and a wrapped kernel would lose sight of its module.
+PROJECT = Path(__file__).parents[1]
+CHECKED = [
+    ".".join(file.relative_to(PROJECT).with_suffix("").parts)
+    for folder in ("minillm", "kernels")
+    for file in (PROJECT / folder).rglob("*.py")
+    if "jaxtyping" in file.read_text(encoding="utf-8")
+]
+install_import_hook(CHECKED, "beartype.beartype")
+
+# Whether a write has reached the disk can be seen by a loss of power alone, and waiting for it takes longer
+# than many a test: the file must be open, no more.
+os.fsync = os.fstat
 
 # A busy machine is slow now and then: time is not a property of ours.
 # For more cases: pytest --hypothesis-profile long
 hypothesis.settings.register_profile("minillm", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("minillm")
+
+
+# With --dist loadfile a core has nothing to do while the other ends the last file: the longest begin.
+LONGEST = (
+    "gate", "play_page", "bad_input", "policy_stage", "readme", "attention", "accidents", "checkpoint",
+    "losses", "run", "train", "play", "compare", "sft", "reward_stage", "rlhf", "lessons", "model",
+    "tokenizer", "template",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +58,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not present at {folder}")
     return folder
+
+
+@pytest.fixture
+def quick_plots(monkeypatch) -> None:
+    """No picture is drawn, which takes a third of a small run; the reference runs of each stage draw all."""
+    from minillm.files import write_atomically
+    from minillm.tools import plots
+
+    def save(figure: object, path: Path) -> None:
+        write_atomically(path, lambda file: file.write_bytes(b"\x89PNG"))
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, folder_bytes, killed_at_update, metrics_of, refusal
+from runs import ROOT, folder_bytes, killed_at_update, losses_of, metrics_of, refusal
 from safetensors.torch import load, load_file, save
 
 import rlhf
@@ -36,7 +36,9 @@ from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.options import parse_options
 from minillm.preferences import new_ranking
-from minillm.tools import chat, plots
+from minillm.tools import chat
+
+pytestmark = pytest.mark.usefixtures("quick_plots")
 
 # ---- What there is to damage
 
@@ -702,24 +704,25 @@ EFFECTS = [
 """Options that no other test gives."""
 
 
-def curve(name: str, option: str, patch: pytest.MonkeyPatch) -> list[dict]:
-    """All that a short run logs but how long it took."""
+def curve(name: str, option: str = "") -> list[tuple[str, int, float]]:
+    """The losses of a short run."""
     script, given = LINES[name]
-    for plot in ("plot_loss", "plot_policy"):
-        patch.setattr(plots, plot, lambda *_: None)  # a second, and not what is asked here
     script.main([*given.split(), *option.split()])
-    timed = ("seconds", "tokens_per_second", "rollout_seconds")
-    events = metrics_of(next(Path("new").rglob("metrics.jsonl")).parent)
-    return [{key: event[key] for key in event if key not in timed} for event in events]
+    return losses_of(metrics_of(next(Path("new").rglob("metrics.jsonl")).parent))
+
+
+@pytest.fixture(scope="module")
+def without() -> dict[str, list]:
+    """The losses of the same runs without the option, each made once."""
+    return {}
 
 
 @pytest.mark.parametrize(("name", "option"), EFFECTS)
-def test_an_option_of_training_changes_the_run(made, restored, monkeypatch, name, option):
-    without = curve(name, "", monkeypatch)
-    restored()
-    again = curve(name, "", monkeypatch) if option.startswith("--decay") else without
-    restored()
-    assert again == without != curve(name, option, monkeypatch)
+def test_an_option_of_training_changes_the_run(made, restored, without, name, option):
+    if name not in without:
+        without[name] = curve(name)
+        restored()
+    assert without[name] != curve(name, option)
 
 
 # ---- The kernels' commands

@@ -4,11 +4,13 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ from minillm.run import RESUME_FILE, TrainingState
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import start_runtime
 from minillm.tools.folder import RUN_FILES, claim_folder, read_metrics, start_run_folder
+from minillm.tools.provenance import provenance
 
 CPU = torch.device("cpu")
 LAW = settings(deadline=None, max_examples=60)
@@ -181,13 +184,16 @@ def left_by(folder: Path) -> tuple:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_killed_between_any_two_file_operations_goes_on_as_if_it_had_not_been(tmp_path, overwrite):
+def test_a_run_killed_between_any_two_file_operations_goes_on_as_if_it_had_not_been(
+    tmp_path, monkeypatch, overwrite
+):
+    monkeypatch.setattr("minillm.tools.folder.provenance", cache(provenance))  # git and versions, asked once
     small_run(tmp_path / "whole")
     expected = left_by(tmp_path / "whole")
     for number in itertools.count():
         folder = tmp_path / str(number)
         if overwrite:
-            small_run(folder)
+            shutil.copytree(tmp_path / "whole", folder)
             (folder / "samples.txt").write_text("of the run before")
         before = json.loads((folder / "run.json").read_text())["id"] if overwrite else ""
         if not killed_at(number, folder, overwrite=overwrite):

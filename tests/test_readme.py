@@ -18,6 +18,8 @@ import sft
 import train
 from minillm.tools import chat, evaluate, export
 
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
