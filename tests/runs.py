@@ -1,13 +1,18 @@
 """What the tests of whole runs share: reading a run, comparing two, ending one, and its bytes."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -121,13 +126,50 @@ def restart_point(folder: Path) -> tuple[dict, dict]:
     return tensors, numbers
 
 
-def assert_two_processes_follow(reference: Path, words: list[str], out: Path, rel: float) -> None:
-    """torchrun with this script: the same events, and losses but for float32's sums in another order."""
-    done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+def assert_two_processes_follow(
+    reference: Path, script: ModuleType, words: list[str], out: Path, rel: float
+) -> None:
+    """The same events from two processes, and losses but for float32's sums in another order."""
+    in_two_processes(script, words)
     one, two = (losses_of(metrics_of(folder)) for folder in (reference, out))
     assert [x[:2] for x in one] == [x[:2] for x in two]
     assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=rel)
+
+
+def in_two_processes(script: ModuleType, words: list[str]) -> None:
+    """What torchrun does with a script, in copies of this process, which need not import torch first."""
+    if torch.cuda.is_available():  # which no copy may use
+        subprocess.run(
+            [*TORCHRUN, str(ROOT / f"{script.__name__}.py"), *words], cwd=ROOT, check=True, timeout=600
+        )
+        return
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    children = [os.fork() or as_process(rank, port, script, words) for rank in (0, 1)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def as_process(rank: int, port: int, script: ModuleType, words: list[str]) -> NoReturn:
+    """The rest of this process is one of torchrun's two."""
+    code = 1
+    try:
+        signal.alarm(600)
+        torch.set_num_threads(1)  # a copy has no other threads
+        own = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ |= {name: str(value) for name, value in own.items()}
+        script.main(words)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Killed(BaseException):

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise, product
@@ -16,10 +15,10 @@ import torch
 from runs import (
     HERE,
     ROOT,
-    TORCHRUN,
     Killed,
     assert_same_run,
     folder_bytes,
+    in_two_processes,
     killed_at_update,
     losses_of,
     metrics_of,
@@ -39,6 +38,8 @@ from minillm.ppo import adapted_beta
 from minillm.preferences import Ranking, ranking_by
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
+
+pytestmark = pytest.mark.usefixtures("quick_plots")
 
 ALGORITHMS = ("ppo", "grpo", "dpo")
 SHORT = {
@@ -400,8 +401,7 @@ def test_two_processes_roll_out_and_learn_as_one_does(case, places, tmp_path):
     options += extra.split()
     one, two = (arguments(places, tmp_path / name, *options, algorithm=algorithm) for name in ("one", "two"))
     rlhf.main(one)
-    done = subprocess.run([*TORCHRUN, "rlhf.py", *two], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(rlhf, two)
     first, second = (losses_of(metrics_of(tmp_path / name / algorithm)) for name in ("one", "two"))
     for (event, step, loss), (event_two, step_two, loss_two) in zip(first, second, strict=True):
         assert (event, step) == (event_two, step_two)

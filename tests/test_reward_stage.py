@@ -27,6 +27,8 @@ from minillm.preferences import Ranking, ranking_by
 from minillm.reward import encode_response, score_rows
 from minillm.world import KINDS, World
 
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
 SHORT = "--batch-sets 4 --val-every 4 --save-every 3 --warmup 2 --precision float32".split()
 CPU = torch.device("cpu")
 
@@ -187,8 +189,8 @@ def test_a_finished_run_has_nothing_to_resume(reference, capfd):
 @pytest.mark.parametrize("extra", [(), SHARDED], ids=["each holds all", "sharded"])
 def test_two_processes_follow_the_curve_of_one(assistant, ranked, tmp_path, reference, extra):
     out = tmp_path / "rlhf"
-    words = ["rlhf.py", *arguments(assistant, ranked, out, *extra)]
-    assert_two_processes_follow(reference, words, out / "reward", rel=5e-3)
+    words = arguments(assistant, ranked, out, *extra)
+    assert_two_processes_follow(reference, rlhf, words, out / "reward", rel=5e-3)
 
 
 # Bad input: one line, exit 2, nothing lost

@@ -38,6 +38,9 @@ from minillm.tools import plots
 from minillm.tools.device import start_runtime
 from minillm.tools.ending import one_line_errors, signals
 from minillm.tools.folder import MODEL_FILES, claim_folder, hold, read_metrics
+from minillm.tools.plots import save as draw
+
+pytestmark = pytest.mark.usefixtures("quick_plots")
 
 
 def update(state: TrainingState) -> None:
@@ -111,17 +114,31 @@ TINY = (
 ).split()
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a text and two conversations to train on."""
-    monkeypatch.chdir(tmp_path)
+def write_data() -> None:
+    """In the current folder a text and conversations to train on."""
     Path("tale.txt").write_text("".join(f"On day {i} the {i % 7} cats met.\n" for i in range(80)))
     chats = [
         [{"role": "user", "content": f"Day {i}?"}, {"role": "assistant", "content": f"{i % 7} cats."}]
         for i in range(14)
     ]
     Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with data."""
+    monkeypatch.chdir(tmp_path)
+    write_data()
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        write_data()
+        return pretrain().resolve()
 
 
 def pretrain(*options: str, out: str = "base") -> Path:
@@ -223,8 +240,7 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(here):
 # ---- The end of a run, and going on from there
 
 
-def test_what_a_kill_at_the_end_left_out_is_made_at_the_next_start(here, monkeypatch):
-    whole = pretrain(out="whole")
+def test_what_a_kill_at_the_end_left_out_is_made_at_the_next_start(here, monkeypatch, whole):
     for seam in ("write_samples", "plot_loss"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(train if seam == "write_samples" else plots, seam, failing)
@@ -245,8 +261,7 @@ def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_asked_for_them_a
     assert folder_bytes(out) == before, "the new number of steps is the run's"
 
 
-def test_a_continuation_takes_what_changes_no_weight_and_refuses_the_rest_by_name(here, capfd):
-    whole = pretrain(out="whole")
+def test_a_continuation_takes_what_changes_no_weight_and_refuses_the_rest_by_name(here, capfd, whole):
     with killed_at_update(4):
         pretrain()
     free = "--save-every 1 --samples 0 --micro-tokens 9999 --val-tokens 16 --device cpu"
@@ -313,7 +328,7 @@ def refusal_at_end(arguments: list[str], capfd: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_every_polite_signal_saves_and_says_how_to_go_on(here, monkeypatch, capfd, number):
+def test_every_polite_signal_saves_and_says_how_to_go_on(here, monkeypatch, capfd, whole, number):
     step = Optimizers.step
 
     def step_and_ask(*arguments):
@@ -326,7 +341,7 @@ def test_every_polite_signal_saves_and_says_how_to_go_on(here, monkeypatch, capf
     assert stop.value.code == 130
     assert "python train.py --resume --out 'a base'" in capfd.readouterr().out
     resume("a base")
-    assert_same_run(Path("a base"), pretrain(out="whole"))
+    assert_same_run(Path("a base"), whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -379,7 +394,8 @@ def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_same_one_told_twice(monke
 # ---- Streams, names and options
 
 
-def test_a_folder_of_any_name_is_trained_in_and_commands_no_terminal(here, capfd):
+def test_a_folder_of_any_name_is_trained_in_and_commands_no_terminal(here, monkeypatch, capfd):
+    monkeypatch.setattr(plots, "save", draw)
     out = pretrain(out="cost_$5_$6\x1b[31m_{\\")
     assert events_of(out)[-1] == ("final", 4) and (out / "loss.png").exists()
     assert "\x1b" not in capfd.readouterr().out

@@ -25,6 +25,8 @@ from minillm.io.huggingface import load_model
 from minillm.tokenizer import Tokenizer
 from minillm.world import KINDS
 
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
 SHORT = (
     "--steps 12 --val-every 4 --save-every 3 --batch-tokens 128 --block-size 64 --precision float32".split()
 )
@@ -187,8 +189,8 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(base, chats, text, tmp_p
 
 def test_two_processes_that_share_the_weights_follow_the_curve_of_one(base, chats, tmp_path, reference):
     """Where each holds all weights: tests/test_train.py."""
-    words = ["sft.py", *arguments(base, chats, tmp_path / "sft", *SHARDED)]
-    assert_two_processes_follow(reference, words, tmp_path / "sft", rel=1e-3)
+    words = arguments(base, chats, tmp_path / "sft", *SHARDED)
+    assert_two_processes_follow(reference, sft, words, tmp_path / "sft", rel=1e-3)
 
 
 # Bad input: one line, exit 2, nothing lost

@@ -30,6 +30,8 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import load_model, save_model
 
+pytestmark = pytest.mark.usefixtures("quick_plots")
+
 TINY = (
     "--depth 1 --vocab-size 300 --block-size 16 --batch-tokens 64 --steps 12 --val-every 4 --save-every 3 "
     "--samples 1 --precision float32"
@@ -86,24 +88,25 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
     assert (reference / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_training_lowers_the_loss(text, tmp_path):
-    events = run_in_process(text, tmp_path / "base", "--steps", "60", "--val-every", "30")
+def test_training_lowers_the_loss(reference):
+    events = metrics_of(reference)
     val = [e["nats_per_byte"] for e in events if e["event"] == "val"]
     uniform = events[0]["nats_per_byte"]
-    assert val[-1] < val[0] < uniform and val[-1] < 0.6 * uniform
+    assert uniform > val[0] > val[1] > val[2] and val[2] < 0.7 * uniform
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(text, tmp_path, reference):
-    run_in_process(text, tmp_path / "same")
-    assert_same_run(reference, tmp_path / "same")
-    other = run_in_process(text, tmp_path / "other", "--seed", "1")
-    assert losses_of(other) != losses_of(metrics_of(reference))
+def test_another_seed_gives_another_run(text, tmp_path, reference):
+    assert losses_of(run_in_process(text, tmp_path / "other", "--seed", "1")) != losses_of(
+        metrics_of(reference)
+    )
 
 
 @pytest.mark.parametrize("extra", [(), ("--objective", "masked"), ("--optimizer", "adamw")], ids=str)
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_in_process(text, whole, *extra)
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, reference, extra):
+    """And so two runs with one seed are the same."""
+    whole, killed = tmp_path / "whole" if extra else reference, tmp_path / "killed"
+    if extra:
+        run_in_process(text, whole, *extra)
     # Killed at step 5, after the restart point of step 3: two steps are lost and done again.
     with killed_at_update(6):
         run_in_process(text, killed, *extra)
@@ -114,8 +117,8 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, extra):
 
 @pytest.mark.parametrize("extra", [(), SHARDED], ids=["each holds all", "sharded"])
 def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference, extra):
-    words = ["train.py", *arguments(text, tmp_path / "base", *extra)]
-    assert_two_processes_follow(reference, words, tmp_path / "base", rel=1e-4)
+    words = arguments(text, tmp_path / "base", *extra)
+    assert_two_processes_follow(reference, train, words, tmp_path / "base", rel=1e-4)
 
 
 def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_path):
