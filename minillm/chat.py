@@ -132,10 +132,11 @@ class ChatTemplate:
         parts: list[list[int]] = [[]]
         for token in reply:
             parts.append([]) if token == self.call_id else parts[-1].append(token)
-        content, *calls = map(self.tokenizer.decode, parts)
-        return {"role": "assistant", "content": content} | ({"tool_calls": [
-            new_call(f"call_{i}", *call.partition(" ")[::2]) for i, call in enumerate(calls)
-        ]} if calls else {})  # fmt: skip
+        content, *said = map(self.tokenizer.decode, parts)
+        calls = list[dict[str, Any]]()
+        for name, _, given in (call.partition(" ") for call in said):  # "?": a call that names no tool
+            calls.append(new_call(f"call_{len(calls)}", name if name.split() == [name] else "?", given))
+        return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
 
     def prompt(self, messages: object, thinking: bool = False) -> list[int]:
         """The tokens after which the model is to reply to these messages; with `thinking`, where its

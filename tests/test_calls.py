@@ -123,6 +123,16 @@ def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_writ
 
 
 @LAW
+@given(st.data())
+def test_whatever_a_model_says_can_be_part_of_the_next_prompt(data):
+    template = ChatTemplate(tokenizer())
+    token = st.integers(0, tokenizer().vocab_size - 1) | st.just(template.call_id)
+    said = template.message(data.draw(st.lists(token, max_size=8)))
+    results = [{"role": "tool", "content": "5"} for _ in said.get("tool_calls", [])]
+    assert template.prompt([{"role": "user", "content": "x"}, said, *results])
+
+
+@LAW
 @given(texts, texts)
 def test_no_text_is_a_call_or_a_result(content, result):
     template = ChatTemplate(tokenizer())
@@ -342,9 +352,10 @@ def test_a_call_is_run_its_result_is_read_and_the_reply_follows(scripted):
 
 
 def test_calls_of_one_turn_are_answered_in_their_order_and_errors_are_results(scripted):
-    chat, _ = scripted(["Well, " + SUM + "CALL nobody {}"], ["Done."])
-    ((said, one, two, _),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
+    chat, _ = scripted(["Well, " + SUM + "CALL nobody {}CALL "], ["Done."])
+    ((said, one, two, three, _),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
     assert said["content"] == "Well, " and [one["content"], two["content"][:5]] == ["5", "error"]
+    assert three["content"].startswith("error: there is no tool '?'")
 
 
 def test_a_reply_calls_no_more_often_than_it_may(scripted):
