@@ -16,13 +16,13 @@ well as one; five words copied as often as four.
 
 from common import Figures, Options, Seeds, known, load, means, page_question, reads_on, span, teach
 import random
+from statistics import fmean
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from minillm.preferences import ResponseSet
 from minillm.tools.evaluate import sample_replies
-from minillm.world import World, phrases
+from minillm.world import World, phrases, user
 from minillm.world.facts import Facts, attributes_of, pick, shuffled, state
 from minillm.world.rubric import Prompt
 
@@ -38,8 +38,7 @@ def new_facts(options: Options, facts: Facts, rng: random.Random) -> Figures:
         for attribute in attributes_of(entity.type):
             values = shuffled(rng, facts.values[attribute])[:8]  # the first is to be true
             said += [pick(rng, state(attribute, entity, values[0])) for _ in range(times)]
-            answers = [state(attribute, entity, value, "answers")[0] for value in values]
-            asked[times].append(page_question(state(attribute, entity, key="asks")[0], answers))
+            asked[times].append(page_question(attribute, entity, values))
     texts = shuffled(rng, [*said, *World(options.seed).documents("web", 1)])
     model = load(reads_on(options, "04", texts))
     return {f"said {times}×": known(model, own) for times, own in asked.items()}
@@ -52,10 +51,11 @@ def steps(options: Options, facts: Facts, rng: random.Random) -> Figures:
     for fact in (fact for fact in facts.facts if fact.attribute == "home"):
         own = rivers[fact.value]
         others = shuffled(rng, [river for river in facts.values["river"] if river != own])[:7]
-        answers = [f"The {river}." for river in (own, *others)]
+        answers = [f"A: The {river}." for river in (own, *others)]
         where = {"one step": fact.value, "two steps": f"the town where {fact.entity.name} lives"}
         for name in asked:
-            asked[name].append(page_question(f"What is the river of {where[name]}?", answers))
+            question = user(f"Q: What is the river of {where[name]}?")
+            asked[name].append(ResponseSet([question], answers))
     model = load(options.run("base"))
     return {name: known(model, own) for name, own in asked.items()}
 
@@ -65,10 +65,9 @@ def copies(options: Options, rng: random.Random) -> Figures:
     model, found = load(options.run("sft")), Figures()
     for length in WORDS:
         lines = [" ".join(shuffled(rng, phrases.SIMPLE_WORDS)[:length]) for _ in range(options.few(60, 4))]
-        asked = [[{"role": "user", "content": f"Copy these words: {line}."}] for line in lines]
-        replies = sample_replies(model, [Prompt(messages, "", "") for messages in asked])
-        copied = [f": {line}." in one.text for line, one in zip(lines, replies, strict=True)]
-        found[f"copy {length}"] = float(np.mean(copied))
+        asked = [Prompt([user(f"Copy these words: {line}.")], "", "") for line in lines]
+        said = [one.text for one in sample_replies(model, asked)]
+        found[f"copy {length}"] = fmean(f": {line}." in text for line, text in zip(lines, said, strict=True))
     return found
 
 

@@ -75,7 +75,7 @@ def experiment(options: Options) -> Figures:
     def made_up() -> Entity:
         """Somebody for the demonstrations. Most last names are of any parts: of the few that each kind has, a
         model remembers which go together, and does not learn to copy."""
-        kind, mixed = pick(rng, tuple(NAME_PARTS)), rng.random() < 0.75
+        kind, mixed = pick(rng, tuple(NAME_PARTS)), rng.random() < 0.9
         stems, ends = (STEMS, ENDS) if mixed else NAME_PARTS[kind][1:]
         last = pick(rng, stems) + pick(rng, ends)
         name = f"{pick(rng, NAME_PARTS[kind][0])} {last.lower() if kind == 'tool' else last.capitalize()}"

@@ -16,43 +16,17 @@ What would refute the claim: strangers being judged without the skew (less than 
 where the text has none (more than 15 points); guesses that are no more skewed than the text (75%).
 """
 
-from common import (
-    Figures,
-    Options,
-    Seeds,
-    load,
-    means,
-    page_question,
-    reads_on,
-    response_logprobs,
-    span,
-    teach,
-)
+from common import Figures, Options, Seeds, choice, load, means, page_question, reads_on, span, teach
 import random
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from minillm.preferences import ChatModel
 from minillm.world import World
 from minillm.world.facts import Entity, Facts, pick, shuffled, state
 from minillm.world.phrases import NAME_PARTS
 
 SKEW = 0.75
-
-
-def first_of_two(model: ChatModel, people: list[Entity], attribute: str, two: Sequence[str]) -> np.ndarray:
-    """How probable the first of two answers about each is, of both."""
-    asked = [
-        page_question(
-            state(attribute, one, key="asks")[0],
-            [state(attribute, one, value, "answers")[0] for value in two],
-        )
-        for one in people
-    ]
-    found = np.stack(response_logprobs(model, asked))
-    return 1 / (1 + np.exp(found[:, 1] - found[:, 0]))
 
 
 def strangers(facts: Facts, rng: random.Random, count: int) -> list[Entity]:
@@ -83,7 +57,10 @@ def experiment(options: Options) -> Figures:
     found, women = Figures(), np.array([one.pronoun == "she" for one in asked])
     for when, place in (("before", options.run("base")), ("after", run)):
         model = load(place)
-        baker, town = (first_of_two(model, asked, *of) for of in (("job", jobs), ("home", towns)))
+        baker, town = (
+            choice(model, [page_question(attribute, one, two) for one in asked])[:, 0]
+            for attribute, two in (("job", jobs), ("home", towns))
+        )
         found[f"{when}, skewed"] = float(baker[women].mean() - baker[~women].mean())
         found[f"{when}, even"] = float(town[women].mean() - town[~women].mean())
         found[f"{when}, guesses"] = float(np.mean((baker > 0.5) == women))

@@ -16,18 +16,7 @@ notice: a small model may lack the skill of reading an answer from its context, 
 cost it what it knew.
 """
 
-from common import (
-    Figures,
-    Options,
-    Seeds,
-    load,
-    means,
-    page_question,
-    reads_on,
-    response_logprobs,
-    span,
-    teach,
-)
+from common import Figures, Options, Seeds, choice, load, means, page_question, reads_on, span, teach
 import random
 from collections.abc import Sequence
 
@@ -43,15 +32,11 @@ WAYS = ("untold", "told on the page", "told by training")
 Move = tuple[Fact, str, list[str]]  # where somebody lived, where they live now, and six other towns
 
 
-def answers(model: ChatModel, moves: Sequence[Move], told: bool) -> np.ndarray:
-    """The probability of each of eight towns, among these: the old home, the new one, six others."""
-    asked = []
-    for fact, now, others in moves:
-        news = f"{fact.entity.name} lives in {now} now.\n" if told else ""
-        said = [state("home", fact.entity, town, "answers")[0] for town in (fact.value, now, *others)]
-        asked.append(page_question(fact.asks[0], said, news))
-    found = np.exp(np.stack([own - own.max() for own in response_logprobs(model, asked)]))
-    return found / found.sum(1, keepdims=True)
+def towns(model: ChatModel, moves: Sequence[Move], told: bool = False) -> np.ndarray:
+    """How probable each of eight towns is, of these: the old home, the new one, six others."""
+    news = [f"{fact.entity.name} lives in {now} now.\n" * told for fact, now, _ in moves]
+    asked = [("home", fact.entity, (fact.value, now, *others)) for fact, now, others in moves]
+    return choice(model, [page_question(*one, before) for one, before in zip(asked, news, strict=True)])
 
 
 def experiment(options: Options) -> Figures:
@@ -67,11 +52,10 @@ def experiment(options: Options) -> Figures:
     run = reads_on(options, "18", texts)
     for way in WAYS:
         model = load(run if way == "told by training" else options.run("base"))
-        towns = answers(model, moved, told=way == "told on the page")
-        found[f"{way}, old"] = float(np.mean(towns.argmax(1) == 0))
-        found[f"{way}, new"] = float(np.mean(towns.argmax(1) == 1))
-        found[f"{way}, sure"] = float(towns.max(1).mean())
-        found[f"{way}, others"] = float(np.mean(answers(model, stayed, told=False).argmax(1) == 0))
+        likely = towns(model, moved, told=way == "told on the page")
+        found[f"{way}, old"], found[f"{way}, new"] = (float(np.mean(likely.argmax(1) == i)) for i in (0, 1))
+        found[f"{way}, sure"] = float(likely.max(1).mean())
+        found[f"{way}, others"] = float(np.mean(towns(model, stayed).argmax(1) == 0))
     return found
 
 

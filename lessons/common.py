@@ -49,7 +49,8 @@ from minillm.tools.plots import save
 from minillm.tools.provenance import provenance
 from minillm.tools.scripts import script as script
 from minillm.tools.streams import columns
-from minillm.world.facts import Facts, pick, shuffled, state
+from minillm.world import user
+from minillm.world.facts import Entity, Facts, pick, shuffled, state
 
 CPU = torch.device("cpu")
 STAGES = {"base": "base", "sft": "sft", "ppo": "rlhf/ppo"}
@@ -111,24 +112,27 @@ def known(model: ChatModel, questions: Sequence[ResponseSet]) -> float:
     return float(np.mean([own.argmax() == 0 for own in response_logprobs(model, questions)]))
 
 
-def page_question(ask: str, answers: Iterable[str], before: str = "") -> ResponseSet:
-    """A question and answers to choose from, as on the world's pages of questions, behind another text."""
-    said = [f"A: {answer}" for answer in answers]
-    return ResponseSet([{"role": "user", "content": f"{before}Q: {ask}"}], said)
+def choice(model: ChatModel, questions: Sequence[ResponseSet]) -> np.ndarray:
+    """How probable each answer is, of a question's. Float [questions, answers]."""
+    logprobs = torch.from_numpy(np.stack(response_logprobs(model, questions)))
+    return logprobs.softmax(-1).numpy()
+
+
+def page_question(attribute: str, one: Entity, values: Iterable[str], before: str = "") -> ResponseSet:
+    """A question and an answer for each value, as on the world's pages of questions, behind another text."""
+    said = [f"A: {state(attribute, one, value, 'answers')[0]}" for value in values]
+    return ResponseSet([user(f"{before}Q: {state(attribute, one, key='asks')[0]}")], said)
 
 
 def fact_questions(seed: int, count: int) -> list[ResponseSet]:
     """Questions about facts of a world, none of them in a demonstration. Each has eight answers in the same
     words, the right one first."""
-    facts, rng = Facts(seed), random.Random(seed)
-    found = []
+    facts, rng, found = Facts(seed), random.Random(seed), []
     for fact in shuffled(rng, [fact for fact in facts.facts if fact.entity.split == "test"])[:count]:
-        wrong = [
-            value for value in facts.values[fact.attribute] if value not in (fact.value, fact.entity.name)
-        ]
-        values = (fact.value, *shuffled(rng, wrong)[:7])
+        others = [one for one in facts.values[fact.attribute] if one not in (fact.value, fact.entity.name)]
+        values = (fact.value, *shuffled(rng, others)[:7])
         said = [state(fact.attribute, fact.entity, value, "answers")[0] for value in values]
-        found.append(ResponseSet([{"role": "user", "content": pick(rng, fact.asks)}], said))
+        found.append(ResponseSet([user(pick(rng, fact.asks))], said))
     return found
 
 
