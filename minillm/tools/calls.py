@@ -23,6 +23,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,13 @@ def _one_line(text: str) -> str:
 
 def _in_time(run: Callable[[], str], seconds: float) -> str:
     """What it returns or raises; TimeoutError, and its end, where it takes longer."""
-    done: list[str] = []
-    failed: list[Exception] = []
+    done = Future[str]()
 
     def work() -> None:
         try:
-            done.append(run())
-        except SystemExit as end:
-            failed.append(RuntimeError(end))
-        except Exception as error:
-            failed.append(error)
+            done.set_result(run())
+        except BaseException as error:
+            done.set_exception(error if isinstance(error, Exception) else RuntimeError(error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -112,9 +110,7 @@ def _in_time(run: Callable[[], str], seconds: float) -> str:
             ctypes.c_ulong(thread.ident or 0), ctypes.py_object(TimeoutError)
         )
         raise TimeoutError(f"took longer than {seconds:g} seconds")
-    if failed:
-        raise failed[0]
-    return done[0]
+    return done.result()
 
 
 # ---- The calculator

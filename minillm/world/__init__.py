@@ -197,7 +197,8 @@ class World:
             text = pick(rng, _phrasings(split, task.name, task.texts("asks")))
             if text not in seen:
                 seen.add(text)
-                yield _task_prompt(task, text, split)
+                right = (task.answer, task.wanted, task.count, task.slots)
+                yield Prompt([user(text)], "instruction", split, task.name, "", *right)
 
     def _small_talk_prompts(self, split: str) -> Iterator[Prompt]:
         for topic, table in phrases.SMALL_TALK.items():
@@ -374,15 +375,3 @@ def _phrasings(
         for o, opener in enumerate(openers)
         if CYCLE[(o + 3 * c + shift) % len(CYCLE)] == split
     ]
-
-
-def _task_prompt(task: Task, text: str, split: str) -> Prompt:
-    """The prompt of an instruction. What counts of a list is in `wanted`; a count may be a figure as well."""
-    wanted: tuple[str, ...] = ()
-    count = 0
-    if task.name == "list":
-        wanted = phrases.CATEGORIES[task.slots["category"]]
-        count = phrases.NUMBER_WORDS.index(task.slots["count"])
-    if task.name == "count":
-        wanted = (str(phrases.NUMBER_WORDS.index(task.answer)),)
-    return Prompt([user(text)], "instruction", split, task.name, "", task.answer, wanted, count, task.slots)

@@ -78,17 +78,10 @@ class Story:
         for other in self.others_here(who)[:1]:
             self.tell(phrases.STORY["meet"], a=who, b=other)
 
-    def take(self, who: str, thing: str) -> None:
-        self.holder[thing] = who
-        self.tell(phrases.BEATS["take"], a=who, o=thing)
-
-    def give(self, who: str, thing: str, to: str) -> None:
+    def hand(self, beat: str, who: str, thing: str, to: str) -> None:
+        """To take, to give or to drop: a person or a place has the thing from now on."""
         self.holder[thing] = to
-        self.tell(phrases.BEATS["give"], a=who, o=thing, b=to)
-
-    def drop(self, who: str, thing: str) -> None:
-        self.holder[thing] = self.at[who]
-        self.tell(phrases.BEATS["drop"], a=who, o=thing)
+        self.tell(phrases.BEATS[beat], a=who, o=thing, b=to)
 
     def time_passes(self) -> None:
         self.phase += 1
@@ -129,13 +122,13 @@ class Story:
         lying = [t for t in self.things[1:] if self.holder[t] == self.at[who]]
         here = self.others_here(who)
         if here and held and pen.chance(0.4):
-            self.give(who, held[0], here[0])
+            self.hand("give", who, held[0], here[0])
         elif here and pen.chance(0.5):
             self.ask(who, here[0])
         elif lying and pen.chance(0.7):
-            self.take(who, lying[0])
+            self.hand("take", who, lying[0], who)
         elif held and pen.chance(0.3):
-            self.drop(who, held[0])
+            self.hand("drop", who, held[0], self.at[who])
         elif pen.chance(0.3):
             self.move(who, pen.pick([p for p in self.places if p != self.at[who]]))
         else:
@@ -148,7 +141,7 @@ class Story:
         if self.at[hero] != goal:
             self.move(hero, goal)
         elif self.holder[thing] != hero:
-            self.take(hero, thing)
+            self.hand("take", hero, thing, hero)
         else:
-            self.give(hero, thing, friend)
+            self.hand("give", hero, thing, friend)
         return self.holder[thing] == friend

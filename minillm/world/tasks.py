@@ -15,13 +15,15 @@ TASKS = tuple(INSTRUCTIONS)
 
 @dataclass(frozen=True)
 class Task:
-    """One instruction: its name, the slots of its text, a right answer, and the content that decides its
-    split."""
+    """One instruction: its name, the slots of its text, a right answer, the content that decides its split,
+    and what else is right, of a list so many."""
 
     name: str
     slots: dict[str, str]
     answer: str
     key: str = ""
+    wanted: tuple[str, ...] = ()
+    count: int = 0
 
     def texts(self, way: str) -> list[str]:
         """All phrasings: "asks" for it, "answers" to that, or "says" both at once, as school pages do."""
@@ -33,9 +35,8 @@ def draw(rng: random.Random, name: str) -> Task:
     if name == "list":
         category, count = pick(rng, tuple(CATEGORIES)), _few(rng)
         answer = ", ".join(shuffled(rng, CATEGORIES[category])[:count])
-        return Task(
-            name, {"count": NUMBER_WORDS[count], "category": category}, answer, f"list {count} {category}"
-        )
+        slots, key = {"count": NUMBER_WORDS[count], "category": category}, f"list {count} {category}"
+        return Task(name, slots, answer, key, CATEGORIES[category], count)
     if name == "larger":
         a, b = shuffled(rng, range(len(NUMBER_WORDS)))[:2]
         slots = {"a": NUMBER_WORDS[a], "b": NUMBER_WORDS[b]}
@@ -64,4 +65,5 @@ def _of_words(rng: random.Random, name: str) -> Task:
         "copy": " ".join(words), "reverse": " ".join(reversed(words)), "count": NUMBER_WORDS[len(words)],
         "first": words[0], "last": words[-1],
     }[name]  # fmt: skip
-    return Task(name, {"words": " ".join(words)}, answer, f"{name} {' '.join(words)}")
+    figure = (str(len(words)),) if name == "count" else ()
+    return Task(name, {"words": " ".join(words)}, answer, f"{name} {' '.join(words)}", figure)
