@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
-from minillm.errors import InputError, reading
+from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
+from minillm.io.files import Reading, text_pieces
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import parse_options
@@ -204,13 +205,6 @@ def text_loss(
     return TextLoss(nats, tokens, sum(sizes))
 
 
-def pieces_of(path: Path) -> Iterator[str]:
-    """The text of a file, cut behind line ends where there are any."""
-    with reading(path, "give a file of UTF-8 text"), open(path, encoding="utf-8", newline="") as file:
-        while piece := file.read(PIECE) + file.readline(PIECE):
-            yield piece
-
-
 @dataclass(frozen=True)
 class Options:
     """The loss of a model on a raw text."""
@@ -226,7 +220,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
-        pieces = pieces_of(Path(options.text))
+        pieces = text_pieces(options.text, Reading(), PIECE)
         first = next(pieces, "")  # before the model, so that a wrong name costs no wait
         if not first:
             raise InputError(f"--text {options.text}: is empty; give a text")
