@@ -35,7 +35,6 @@ from minillm.tools.calls import (
 from minillm.tools.chat import Chat, Options
 from minillm.world import World
 
-LAW = settings(deadline=None, max_examples=60)
 SAMPLING = SamplingOptions(8, temperature=0)
 
 
@@ -92,7 +91,6 @@ tools = st.lists(st.builds(lambda n, d: {"type": "function", "function": {"name"
                            names, texts), max_size=2)  # fmt: skip
 
 
-@LAW
 @given(conversations(), tools, st.booleans())
 def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, asks):
     whole = ChatTemplate(tokenizer()).encode(with_tools(messages, told))
@@ -107,7 +105,6 @@ def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, 
     )
 
 
-@LAW
 @given(conversations())
 def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_written(messages):
     template, checked = ChatTemplate(tokenizer()), check_messages(messages)
@@ -122,7 +119,6 @@ def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_writ
     assert [template.message(reply) for reply in learned] == said
 
 
-@LAW
 @given(st.data())
 def test_whatever_a_model_says_can_be_part_of_the_next_prompt(data):
     template = ChatTemplate(tokenizer())
@@ -132,7 +128,6 @@ def test_whatever_a_model_says_can_be_part_of_the_next_prompt(data):
     assert template.prompt([{"role": "user", "content": "x"}, said, *results])
 
 
-@LAW
 @given(texts, texts)
 def test_no_text_is_a_call_or_a_result(content, result):
     template = ChatTemplate(tokenizer())
@@ -193,7 +188,7 @@ nested = st.builds(lambda n, a, b: a * n + "1" + b * n, st.integers(1, 60_000), 
 asked = st.one_of(garbage, sums, nested)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.sampled_from(["calculator", "search"]) | garbage,
     asked,
@@ -254,7 +249,6 @@ trees = st.recursive(
 )
 
 
-@LAW
 @given(trees)
 @example(("/", 6, 2))
 def test_the_calculator_calculates(tree):
@@ -278,7 +272,6 @@ def test_sums_of_every_kind(text, value):
     assert calculate(text) == value
 
 
-@LAW
 @given(
     st.lists(
         st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=4).map(" ".join), min_size=1, max_size=6

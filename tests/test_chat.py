@@ -24,7 +24,7 @@ from minillm.tools.chat import HELP, Chat, Options, main, run_command
 from minillm.tools.streams import printable
 
 ROOT = Path(__file__).parents[1]
-LAW = settings(deadline=None, max_examples=25)
+LAW = settings(max_examples=25)
 
 
 @cache

@@ -99,7 +99,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 # ---- The loss on a text
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(cuts=st.lists(st.integers(1, 400), max_size=4), size=st.integers(1, 700), ended=st.booleans())
 def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(base, cuts, size, ended):
     model, tokenizer = base

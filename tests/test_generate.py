@@ -15,7 +15,7 @@ from minillm.fast.decode import FoldedCache
 from minillm.generate import Samples, SamplingOptions, filter_logits, generate, stream, stream_text
 from minillm.model import KVCache, LanguageModel, ModelConfig
 
-LAW = settings(deadline=None, max_examples=25)
+LAW = settings(max_examples=25)
 BASE = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=4, head_dim=8, max_position_embeddings=64,
@@ -107,21 +107,6 @@ def test_decoding_over_a_cache_gives_the_logits_of_the_plain_forward(kind, shape
             new = [(7 * len(row) + row[0]) % 64 for row in rows]
             logits = cache.step(torch.tensor(new))
             rows = [[*row, token] for row, token in zip(rows, new, strict=True)]
-
-
-@LAW
-@given(st.sampled_from(sorted(SHAPES)), PROMPTS)
-def test_greedy_output_is_the_argmax_of_the_plain_forward(shape, prompts):
-    model = random_model(SHAPES[shape])
-    samples = generate(model, prompts, SamplingOptions(6, temperature=0), [0] * len(prompts))
-    for prompt, response in zip(prompts, samples.responses, strict=True):
-        tokens = list(prompt)
-        for token in response:
-            logits = last_logits(model, tokens)
-            # Equal, or a tie to within float32's rounding of logits of size 10.
-            assert token == int(logits.argmax()) or logits.max() - logits[token] < 1e-5
-            tokens.append(token)
-    assert not samples.logprobs.any()
 
 
 def test_bfloat16_weights_sample_close_to_the_bfloat16_forward():

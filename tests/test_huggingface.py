@@ -30,7 +30,7 @@ SHAPE = {
 CONFIG = ModelConfig(**SHAPE, head_dim=6)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES = {
-    "llama": ("Llama", {}), "qwen3": ("Qwen3", {"head_dim": 6}), "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {"head_dim": 8}), "qwen3": ("Qwen3", {"head_dim": 10}), "qwen2": ("Qwen2", {}),
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}), "mistral": ("Mistral", {"sliding_window": None}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "smollm3 by an interval": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
@@ -88,7 +88,7 @@ def test_a_family_is_computed_as_transformers_computes_it_and_written_so_again(t
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         greedy = judge.generate(tokens[:, :20], max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 20:]
     rows = generate(model, tokens[:, :20].tolist(), SamplingOptions(20, temperature=0.0), [0, 0])
-    assert rows.responses == greedy.tolist()
+    assert rows.responses == greedy.tolist() and not rows.logprobs.any()
 
     save_model(tmp_path / "again", model, TOKENIZER)
     again, report = AutoModelForCausalLM.from_pretrained(

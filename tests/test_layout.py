@@ -1,17 +1,14 @@
 """Sequences side by side: every one is there once, sees none but itself, and its response is found again."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.data import flat_index, forward_passes, pack_sequences, pad
 from minillm.fast.shared_prompts import pack_sets
 
-LAW = settings(deadline=None)
-
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5), st.integers(1, 5))
-@LAW
 def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, each):
     """Response b's tokens are 100 b, 100 b + 1, ..., its prompt's among them."""
     rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
@@ -34,7 +31,6 @@ trees = st.lists(
 
 
 @given(trees)
-@LAW
 def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(drawn):
     """Tokens of set i are 1000 i and upward, those of its sequence k 100 (k + 1) above that."""
     common = [shared for shared, _ in drawn]
@@ -61,7 +57,6 @@ def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(d
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))
-@LAW
 def test_every_sequence_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
     passes = forward_passes(range(len(lengths)), [[0] * length for length in lengths], micro_tokens)
     assert sorted(number for rows in passes for row in rows for number in row) == list(range(len(lengths)))

@@ -18,7 +18,7 @@ from minillm.tools.folder import read_metrics
 from minillm.tools.plots import plot_loss
 from minillm.tools.trackers import Tracker
 
-LAW = settings(deadline=None, max_examples=25)
+LAW = settings(max_examples=25)
 STEP = {"loss": 2.5, "gradient_norm": 1.25}
 FULL = Path("/dev/full")
 

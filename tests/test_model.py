@@ -30,7 +30,7 @@ from minillm.tools.device import parameter_count
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-LAW = settings(deadline=None, max_examples=20)
+LAW = settings(max_examples=20)
 # The laws are held in float64, where only the logits themselves are rounded to float32: of size 1 to
 # 10, to about 1e-6.
 CLOSE = {"rtol": 1e-6, "atol": 2e-6}
@@ -280,25 +280,6 @@ def hugging_face_model(config: ModelConfig, seed: int):
 @torch.no_grad()
 def judged(model, tokens: Tensor) -> Tensor:
     return model(tokens).logits.float()
-
-
-@given(configs(vocab_size=VOCABULARY), SEEDS, st.integers(1, 21))
-@LAW
-def test_a_saved_model_opens_in_transformers_with_the_same_logits(
-    tmp_path_factory, tokenizer, config, seed, length
-):
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("ours")
-    model = random_model(config, seed, torch.float32)
-    tokens = random_tokens(config, 2, length, seed)
-    save_model(folder, model, tokenizer)
-    opened, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(report.values())
-    assert type(opened).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
-    torch.testing.assert_close(judged(opened, tokens), all_logits(model, tokens), rtol=0, atol=1e-4)
 
 
 @given(configs(vocab_size=VOCABULARY), SEEDS, st.sampled_from(["5GB", "1KB"]), st.sampled_from(DTYPES))

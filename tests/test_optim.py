@@ -26,7 +26,7 @@ from minillm.optim import (
 )
 from minillm.run import Runtime, TrainingState
 
-LAW = settings(deadline=None, max_examples=15)
+LAW = settings(max_examples=15)
 ONE = Runtime(torch.device("cpu"), torch.float32)
 RATES = LearningRates(matrix=0.02, embedding=0.01, norm=0.005, weight_decay=0.1)
 KINDS = pytest.mark.parametrize("kind", ["muon", "adamw"])

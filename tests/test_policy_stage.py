@@ -473,7 +473,7 @@ def test_cut_responses_are_counted_and_said_and_score_by_deviations_from_the_mea
     vals = {}
     for missing in ("None", "-2", "-10"):
         out = tmp_path / missing
-        rlhf.main(arguments(places, out, "--missing-eos-score", missing, "--iterations", "2"))
+        rlhf.main(arguments(places, out, "--missing-eos-score", missing, "--iterations", "1"))
         vals[missing] = first_val(out / "ppo")
         printed = capsys.readouterr().out
         assert f"{vals[missing]['unended']:.0%} of the assistant's responses do not end" in printed

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from minillm.ppo import (
 )
 from minillm.run import Runtime
 
-LAW = settings(max_examples=60)
 CPU = Runtime(torch.device("cpu"), torch.float32)
 # All of these run in float64 and are compared with sums of a few dozen terms.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -42,7 +41,6 @@ def normal(shape, generator: torch.Generator) -> Tensor:
 
 
 @given(grids(), st.floats(0, 2))
-@LAW
 def test_the_score_is_on_the_last_token_and_nowhere_else(grid, beta):
     mask, generator = grid
     kl, scores = normal(mask.shape, generator), normal(len(mask), generator)
@@ -69,7 +67,6 @@ def brute_force(rewards, values, length, gamma, lam) -> list[float]:
 
 @given(grids(), UNIT, UNIT)
 @example((torch.tensor([[True]]), torch.Generator().manual_seed(0)), 1.0, 1.0)
-@LAW
 def test_gae_equals_the_sum_it_is_defined_as_whatever_stands_on_padding(grid, gamma, lam):
     mask, generator = grid
     rewards = normal(mask.shape, generator) * mask
@@ -87,7 +84,6 @@ def test_gae_equals_the_sum_it_is_defined_as_whatever_stands_on_padding(grid, ga
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
 @example([1e4, 1e4 + 1] * 50)  # a small deviation beside a large mean
-@LAW
 def test_moments_are_the_mean_and_the_root_of_the_mean_square_distance_from_it(numbers):
     mean, deviation = moments(torch.tensor(numbers), CPU)
     assert mean == pytest.approx(np.mean(numbers), abs=1e-6)
@@ -98,7 +94,6 @@ def test_moments_are_the_mean_and_the_root_of_the_mean_square_distance_from_it(n
 
 
 @given(st.integers(0, 1000), st.integers(2, 6))
-@LAW
 def test_k1_and_k3_are_unbiased_and_k2_has_the_gradient_of_the_kl(seed, size):
     generator = torch.Generator().manual_seed(seed)
     logits = normal(size, generator).requires_grad_()
@@ -113,7 +108,6 @@ def test_k1_and_k3_are_unbiased_and_k2_has_the_gradient_of_the_kl(seed, size):
 
 
 @given(st.floats(-30, 0), st.floats(-30, 0))
-@LAW
 def test_k3_is_never_negative_and_all_are_zero_where_both_agree(logprob, ref_logprob):
     assert KL_ESTIMATORS["k3"](torch.tensor(logprob - ref_logprob, dtype=torch.float64)) >= 0
     assert all(estimate(torch.zeros(())) == 0 for estimate in KL_ESTIMATORS.values())
@@ -129,7 +123,6 @@ def tokens(seed: int, count: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 0.5))
-@LAW
 def test_a_token_has_the_plain_loss_or_where_it_is_counted_as_clipped_no_gradient_and_no_smaller_one(
     seed, clip
 ):
@@ -161,7 +154,6 @@ def test_beta_moves_by_a_tenth_of_the_relative_error_and_at_most_by_a_fiftieth(k
 
 
 @given(st.integers(1, 5), st.integers(2, 8), st.integers(0, 1000), st.floats(0.1, 100), st.floats(-50, 50))
-@LAW
 def test_group_advantages_sum_to_zero_and_ignore_a_groups_level_and_scale(groups, size, seed, scale, shift):
     scores = normal(groups * size, torch.Generator().manual_seed(seed))
     found = group_advantages(scores, size, eps=0.0)

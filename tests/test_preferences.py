@@ -16,7 +16,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm import generate as generate_module
-from minillm import preferences
 from minillm.chat import with_chat_template
 from minillm.data import seed_of
 from minillm.errors import InputError
@@ -261,15 +260,8 @@ QUESTIONS = [Prompt([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
 PLAN = {"count": 3, "distractors": 0, "sampling": SamplingOptions(6), "seed": 0}
 
 
-def all_records(models, plan, questions=QUESTIONS, done=0):
-    return [line for block in sample_sets(models, questions, **plan, done=done) for line in block]
-
-
-@pytest.mark.parametrize("done", range(8))
-def test_going_on_behind_any_prompt_gives_what_an_uninterrupted_run_gives(model, done, monkeypatch):
-    monkeypatch.setattr(preferences, "ROWS", 9)  # three prompts in a block
-    whole = all_records([model], PLAN)
-    assert len(whole) == 7 and all_records([model], PLAN, done=done) == whole[done:]
+def all_records(models, plan, questions=QUESTIONS):
+    return [line for block in sample_sets(models, questions, **plan) for line in block]
 
 
 def test_a_response_can_be_made_again_from_its_recorded_draw(model):

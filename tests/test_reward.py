@@ -35,8 +35,7 @@ from minillm.reward import (
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 
-LAW = settings(deadline=None, max_examples=40)
-SLOWER = settings(deadline=None, max_examples=12)
+SLOWER = settings(max_examples=12)
 CPU = torch.device("cpu")
 HERE = Runtime(CPU, torch.float32)
 V = 20
@@ -147,7 +146,6 @@ def test_a_row_is_the_prompt_the_response_and_its_end_and_no_more(template, resp
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
-@LAW
 def test_everybodys_rankings_of_the_same_responses_are_one_set(drawn):
     rankings = [
         ranked([0, 1][:: 1 - 2 * other], f"{p}?", annotator=str(i)) for i, (p, other) in enumerate(drawn)
@@ -230,7 +228,6 @@ def test_after_centering_the_demonstrations_score_zero_on_average():
 
 
 @given(drawn_rankings(most=12), st.integers(1, 400))
-@LAW
 def test_micro_batches_keep_responses_together_within_the_limit(drawn, micro_tokens):
     encoded = encoded_of(drawn)
     groups = micro_batches(encoded, micro_tokens)
@@ -335,7 +332,6 @@ def test_validation_is_the_mean_loss_and_the_share_of_pairs_in_order(drawn, micr
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=30), st.floats(0.01, 0.9))
-@LAW
 def test_all_rankings_of_a_prompt_are_on_one_side_and_neither_side_is_empty(prompts, fraction):
     encoded = [
         EncodedSet([ranked([0, 1], f"{p}?", annotator=str(i))], [[1], [2]]) for i, p in enumerate(prompts)

@@ -137,7 +137,7 @@ def merge_naively(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     st.integers(0, 40),
 )
 @example({"aaaaa": 1, "aaa": 2}, 5)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_incremental_training_finds_the_merges_of_recounting(word_counts, new_tokens):
     assert learn_merges(word_counts, new_tokens) == learn_merges_naively(word_counts, new_tokens)
 
@@ -155,7 +155,6 @@ def test_the_published_merges_are_found(shared_data):
 
 
 @given(st.lists(st.text("ab c<|end>", max_size=20), max_size=8), st.randoms())
-@settings(max_examples=50, deadline=None)
 def test_training_depends_on_the_documents_and_not_on_their_order_or_grouping(documents, random):
     expected = Tokenizer.train(documents, 280).fingerprint
     shuffled = random.sample(documents, len(documents))
@@ -200,7 +199,7 @@ def test_an_impossible_vocabulary_size_is_refused_in_one_line(size):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_comes_back(ours, text, special):
     assert ours.decode(ours.encode(text, special)) == text
     assert ours.decode_bytes(ours.encode(text, special)) == text.encode()
@@ -225,13 +224,13 @@ def encode_naively(tokenizer: Tokenizer, pattern: str, text: str) -> list[int]:
 
 
 @given(st.one_of(texts, crowded.map("".join), st.text("the cat sat")))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_encoding_applies_the_merges_by_rank(ours, text):
     assert ours.encode(text) == encode_naively(ours, PATTERN, text)
 
 
 @given(tricky)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_special_tokens_in_a_text_are_plain_text_unless_asked_for(ours, text):
     specials = set(ours.special_tokens.values())
     assert not specials.intersection(ours.encode(text))
@@ -333,7 +332,7 @@ def test_english_is_split_as_by_gpt4_and_hindi_takes_a_quarter_fewer_tokens(shar
 
 
 @given(st.one_of(tricky, st.text("a1 \n\r\t'sSſT\u00a0\u3000,.-é你\u0300", max_size=30)), st.booleans())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_the_tokenizers_library_reads_our_file_with_the_same_ids(ours, theirs, text, special):
     assert ours.encode(text, special) == encode_theirs(theirs, text, special)
 
@@ -490,7 +489,6 @@ def opened(request, ours, tmp_path_factory) -> tuple[tokenizers.Tokenizer, Token
 
 @given(st.lists(st.one_of(texts, st.sampled_from(spoken))).map("".join), st.booleans())
 @example(CORPUS + "".join(spoken), True)
-@settings(max_examples=50, deadline=None)
 def test_a_file_of_the_tokenizers_library_opens_with_the_same_ids(opened, text, special):
     judge, loaded, again = opened
     expected = encode_theirs(judge, text, special)

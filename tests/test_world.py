@@ -10,7 +10,7 @@ from collections import Counter
 from itertools import combinations, pairwise, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.errors import InputError
@@ -25,7 +25,6 @@ FACTS = WORLD._facts
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]")
 KIND = st.sampled_from(KINDS)
 SPLIT = st.sampled_from(SPLITS)
-few = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,6 @@ def test_the_worlds_are_those_of_every_release() -> None:
     assert hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16] == CONTENT
 
 
-@few
 @given(st.sampled_from(list(SOURCES)), st.floats(0.0001, 0.01), st.floats(0.0001, 0.01))
 def test_documents_stop_at_the_size_asked_for_and_more_only_append(source, some, more) -> None:
     documents = list(WORLD.documents(source, some))
@@ -306,7 +304,6 @@ def test_every_question_word_of_a_test_phrasing_occurs_in_training() -> None:
     assert not {w for w in words("test") - words("train") if w.strip(".?") not in names | deeds}
 
 
-@few
 @given(SPLIT, st.integers(0, 400), st.integers(0, 400))
 def test_prompts_only_append_and_keep_their_shares(split: str, some: int, more: int) -> None:
     prompts = WORLD.prompts(split, n=max(some, more))
@@ -399,7 +396,6 @@ ADDED = st.one_of(
 )
 
 
-@few
 @given(ANY_PROMPT, ADDED, st.integers(1, 5), st.booleans())
 def test_insults_praise_rambling_repetition_and_other_speakers_lower_any_reply(prompt, added, times, before):
     text, left = added
@@ -411,7 +407,6 @@ def test_insults_praise_rambling_repetition_and_other_speakers_lower_any_reply(p
     assert WORLD.score(prompt, replies[1]).rude or text not in INSULTS
 
 
-@few
 @given(ANY_PROMPT, st.text(max_size=80))
 def test_any_text_gets_components_and_utility_between_0_and_1(prompt: Prompt, reply: str) -> None:
     score = WORLD.score(prompt, reply)
