@@ -49,11 +49,8 @@ class ModelConfig:
     head_dim: int  # C, the width of a head; even, because rotary positions turn pairs
     max_position_embeddings: int  # the longest row the model was trained on, in tokens
     rope_theta: float = 10_000.0  # the base of the rotary wavelengths
-    rope_llama3: tuple[float, float, float, int] | None = None
-    """Llama 3.1's stretching: factor, low and high frequency factor, original length."""
-    rope_linear: float = 1.0  # divides every position
-    rope_yarn: tuple[float, float, float, float, int] | None = None
-    """YaRN's stretching: factor, fast and slow turns, magnitude of queries and keys, original length."""
+    rope: tuple[Any, ...] = ("default",)
+    """How they are stretched, and by what numbers (io/rope.py): llama3, linear or yarn."""
     rms_norm_eps: float = 1e-6  # added to the mean square before the root
     tie_word_embeddings: bool = False  # whether the output matrix is the embedding
     qk_norm: bool = True  # whether queries and keys are normalised per head (the Qwen3 layout)
@@ -176,7 +173,7 @@ class Decoder(nn.Module):
         # Radians per position of each pair of channels: theta^(-2i/C), i = 0 … C/2 - 1.
         half = config.head_dim // 2
         frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-        if config.rope_llama3 or config.rope_yarn or config.rope_linear != 1:
+        if config.rope != ("default",):
             from minillm.io.rope import stretched
 
             frequencies = stretched(frequencies, config)
@@ -197,7 +194,7 @@ class Decoder(nn.Module):
         positions = attend.positions if attend else torch.arange(tokens.shape[1], device=tokens.device)
         # Angles in float32: in bfloat16 positions 256 and 257 are equal.
         angles = positions[..., None] * self.frequencies
-        size = self.config.rope_yarn[3] if self.config.rope_yarn else 1.0  # YaRN's magnitude
+        size = self.config.rope[4] if self.config.rope[0] == "yarn" else 1.0  # YaRN's magnitude
         cos, sin = (size * angles.cos()).to(self.compute_dtype), (size * angles.sin()).to(self.compute_dtype)
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)

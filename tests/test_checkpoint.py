@@ -359,9 +359,9 @@ def test_shards_are_one_model_and_an_index_that_names_none_is_refused(folder):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("stretched", [None, (8.0, 1.0, 4.0, 16)])
+@pytest.mark.parametrize("stretched", [("default",), ("llama3", 8.0, 1.0, 4.0, 16)])
 def test_a_model_comes_back_as_it_was_saved(tmp_path, scalar, tied, causal, qk_norm, stretched):
-    shape = replace(CONFIG, tie_word_embeddings=tied, causal=causal, qk_norm=qk_norm, rope_llama3=stretched)
+    shape = replace(CONFIG, tie_word_embeddings=tied, causal=causal, qk_norm=qk_norm, rope=stretched)
     model, tokenizer = small_model(shape, seed=3), TOKENIZER
     if scalar:
         model, tokenizer = scalar_from_language_model(model, torch.Generator()), with_chat_template(TOKENIZER)

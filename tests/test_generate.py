@@ -25,7 +25,7 @@ SHAPES = {
     "grouped heads": replace(BASE, num_key_value_heads=2),
     "llama": replace(BASE, qk_norm=False, num_key_value_heads=1, rms_norm_eps=1e-2),
     "tied": replace(BASE, tie_word_embeddings=True, head_dim=6),
-    "llama3 angles": replace(BASE, rope_llama3=(8.0, 1.0, 4.0, 16)),
+    "llama3 angles": replace(BASE, rope=("llama3", 8.0, 1.0, 4.0, 16)),
 }
 PROMPTS = st.lists(
     st.lists(st.integers(0, BASE.vocab_size - 1), min_size=1, max_size=12), min_size=1, max_size=6

@@ -107,13 +107,13 @@ def test_biases_start_at_zero_and_learn():
     assert len(biases) == 6 and all(not bias.any() for bias in biases)
 
 
-@pytest.mark.parametrize("rope", [(8.0, 1.0, 4.0, 16), None])
+@pytest.mark.parametrize("rope", [("llama3", 8.0, 1.0, 4.0, 16), ("default",)])
 def test_older_readers_find_the_rotary_setting_where_they_look_for_it(tmp_path, rope):
-    save_model(tmp_path, LanguageModel(replace(CONFIG, rope_llama3=rope)), TOKENIZER)
+    save_model(tmp_path, LanguageModel(replace(CONFIG, rope=rope)), TOKENIZER)
     raw = json.loads((tmp_path / "config.json").read_text())
     theta, scaling = raw["rope_theta"], raw["rope_scaling"]
     assert raw["rope_parameters"] == {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
-    assert (scaling is None) == (rope is None)
+    assert (scaling is None) == (rope == ("default",))
     for name in ("max_window_layers", "use_sliding_window", "torch_dtype", "use_cache", "initializer_range"):
         assert name in raw
 
@@ -176,7 +176,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=4,
 )  # fmt: skip
-WHOLE = config_to_json(replace(CONFIG, rope_llama3=(8.0, 1.0, 4.0, 16)), TOKENIZER)
+WHOLE = config_to_json(replace(CONFIG, rope=("llama3", 8.0, 1.0, 4.0, 16)), TOKENIZER)
 
 
 @given(

@@ -45,7 +45,7 @@ def configs(draw, vocab_size: int = 40) -> ModelConfig:
     """Small shapes of every kind: grouped heads, heads that do not make up the width, odd widths."""
     kv_heads, qk_norm = draw(st.integers(1, 3)), draw(st.booleans())
     heads = kv_heads * draw(st.integers(1, 3))
-    rope = st.tuples(st.floats(1.5, 8), st.just(1.0), st.floats(2, 4), st.integers(4, 64))
+    rope = st.tuples(st.just("llama3"), st.floats(1.5, 8), st.just(1.0), st.floats(2, 4), st.integers(4, 64))
     return ModelConfig(
         vocab_size=vocab_size,
         # transformers refuses a Llama whose width is no multiple of its heads.
@@ -57,7 +57,7 @@ def configs(draw, vocab_size: int = 40) -> ModelConfig:
         head_dim=draw(st.sampled_from([2, 4, 6, 8])),
         max_position_embeddings=64,
         rope_theta=draw(st.sampled_from([100.0, 10_000.0, 500_000.0])),
-        rope_llama3=draw(st.none() | rope),
+        rope=draw(st.just(("default",)) | rope),
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5])),
         tie_word_embeddings=draw(st.booleans()),
         qk_norm=qk_norm,
@@ -252,8 +252,8 @@ def hugging_face_config(config: ModelConfig):
     from transformers import LlamaConfig, Qwen3Config
 
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_llama3:
-        factor, low, high, length = config.rope_llama3
+    if config.rope[0] == "llama3":
+        _, factor, low, high, length = config.rope
         rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low,
                  "high_freq_factor": high, "original_max_position_embeddings": length}  # fmt: skip
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -322,8 +322,8 @@ def test_config_json_of_older_transformers_means_the_same(tmp_path, tokenizer, s
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
     path.write_text(json.dumps(raw))
     model, _ = load_model(tmp_path, CPU, torch.float32)
-    rope = (4.0, 1.0, 4.0, 32) if stretched else None
-    assert model.config == replace(config, rope_llama3=rope, vocab_size=tokenizer.vocab_size)
+    rope = ("llama3", 4.0, 1.0, 4.0, 32) if stretched else ("default",)
+    assert model.config == replace(config, rope=rope, vocab_size=tokenizer.vocab_size)
     tokens = random_tokens(model.config, 2, 33, seed=0)
     judge = judged(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), tokens)
     judge = judge[..., : tokenizer.vocab_size]

@@ -140,7 +140,7 @@ def cache_of(model: LanguageModel, rows: int, size: int, crop: bool = False) -> 
     """What reads the tokens, at most `size` of each row, in the fastest way that there is for the model."""
     if crop and size > model.config.max_position_embeddings:
         return CroppedContext(model, rows, size)
-    unfolded = model.config.qkv_bias or model.config.rope_yarn is not None or model.config.no_rope_layers
+    unfolded = model.config.qkv_bias or model.config.rope[0] == "yarn" or model.config.no_rope_layers
     on_mps = model.lm_head.weight.device.type == "mps"  # which knows no complex numbers
     return (KVCache if unfolded or on_mps else FoldedCache)(model, rows, size)
 

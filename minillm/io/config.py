@@ -30,7 +30,8 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What config.json says of a model, in the words of old and new readers alike."""
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     family = "smollm3" if config.no_rope_layers else family
-    rope = _rope_to_json(config)
+    kind, *values = config.rope
+    rope = {"rope_type": kind, **dict(zip(ROPES[kind], values, strict=True))}
     stops = list(chat_format(tokenizer).stop_ids)
     return {
         "architectures": [TABLE["families"][family]["architecture"]],
@@ -38,7 +39,7 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         **{name: getattr(config, name) for name in SAME_NAME},
         "rope_theta": config.rope_theta,
         # transformers before version 5 and mlx-lm read the first, later versions the second.
-        "rope_scaling": rope if rope["rope_type"] != "default" else None,
+        "rope_scaling": rope if kind != "default" else None,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "sliding_window": None,
         "max_window_layers": config.num_hidden_layers,
@@ -50,13 +51,6 @@ def config_to_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
         **({} if config.causal else {"is_causal": False}),
     }
-
-
-def _rope_to_json(config: ModelConfig) -> dict[str, Any]:
-    linear = (config.rope_linear,) if config.rope_linear != 1 else None
-    settings: dict[str, Any] = {"llama3": config.rope_llama3, "yarn": config.rope_yarn, "linear": linear}
-    kind, values = next(((kind, values) for kind, values in settings.items() if values), ("default", ()))
-    return {"rope_type": kind, **dict(zip(ROPES[kind], values, strict=True))}
 
 
 def config_from_json(path: Path) -> ModelConfig:
@@ -149,7 +143,7 @@ def _rope_from_json(raw: dict[str, Any], path: Path, theta: float) -> dict[str, 
     if not in_range or (kind == "llama3" and values[1] >= values[2]):
         wrong = f"{path}: a number of its rotary positions is out of range: {rope | found}"
         raise InputError(f"{wrong}; the base must be above 1, the low frequency factor below the high one")
-    return found if kind == "default" else {**found, f"rope_{kind}": values if len(values) > 1 else values[0]}
+    return {**found, "rope": (kind, *values)}
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:

@@ -18,12 +18,13 @@ from minillm.model import ModelConfig
 
 def stretched(frequencies: Float[Tensor, " half"], config: ModelConfig) -> Float[Tensor, " half"]:
     """The frequencies, in radians per position, as `config` stretches them."""
-    if config.rope_llama3:
-        factor, low, high, length = config.rope_llama3
+    kind, factor, *more = config.rope
+    if kind == "llama3":
+        low, high, length = more
         turns = length * frequencies / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-    elif config.rope_yarn:
-        factor, fast, slow, _, length = config.rope_yarn
+    elif kind == "yarn":
+        fast, slow, _, length = more
         C, theta = config.head_dim, config.rope_theta
         first, last = (
             C * math.log(length / (2 * math.pi) / turns) / (2 * math.log(theta)) for turns in (fast, slow)
@@ -32,5 +33,5 @@ def stretched(frequencies: Float[Tensor, " half"], config: ModelConfig) -> Float
         pair = torch.arange(len(frequencies))
         kept = 1 - ((pair - first) / ((last - first) or 0.001)).clamp(0, 1)
     else:
-        return frequencies / config.rope_linear
+        return frequencies / factor
     return frequencies * (kept + (1 - kept) / factor)

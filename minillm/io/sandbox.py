@@ -31,15 +31,15 @@ class Program:
     def __init__(self, source: str) -> None:
         # The clock stands still: a template that writes the time must not change in a conversation.
         self.source, self.now = source, datetime.now().isoformat()
-        self._run(None, "tokenizer_config.json: chat_template is not valid Jinja")
+        self.render(None)
 
-    def render(self, variables: dict[str, Any]) -> str:
+    def render(self, variables: dict[str, Any] | None) -> str:
         """What it writes. InputError for whatever it raises, and for too much time or memory."""
-        return self._run(variables, "the chat template refuses these messages")
-
-    def _run(self, variables: dict[str, Any] | None, what: str) -> str:
         text, error = _process().ask([self.source, self.now, variables])
         if error is not None:
+            what = "the chat template refuses these messages"
+            if variables is None:
+                what = "tokenizer_config.json: chat_template is not valid Jinja"
             raise InputError(f"{what}: {' '.join(error.split())}")
         return text
 
