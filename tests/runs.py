@@ -139,9 +139,7 @@ def assert_two_processes_follow(
 def in_two_processes(script: ModuleType, words: list[str]) -> None:
     """What torchrun does with a script, in copies of this process, which need not import torch first."""
     if torch.cuda.is_available():  # which no copy may use
-        subprocess.run(
-            [*TORCHRUN, str(ROOT / f"{script.__name__}.py"), *words], cwd=ROOT, check=True, timeout=600
-        )
+        subprocess.run([*TORCHRUN, str(script.__file__), *words], cwd=ROOT, check=True, timeout=600)
         return
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]

@@ -1,8 +1,8 @@
-"""What torchrun starts for test_sharding.py: weights cut among processes against the same weights whole.
+"""What runs in each process for test_sharding.py: weights cut among processes against the same weights whole.
 
     torchrun --nproc-per-node 2 tests/sharded.py FOLDER
 
-A property that does not hold ends it. It prints a line of JSON for each process: the bytes it holds.
+A property that does not hold ends it. Each process writes a file of JSON: the bytes it holds.
 """
 
 import json
@@ -102,7 +102,8 @@ def check_whole_models(runtime: Runtime) -> None:
     assert [len(row) for row in samples.responses] == [4, 4]
 
 
-def main(folder: Path) -> None:
+def main(words: list[str]) -> None:
+    folder = Path(words[0])
     with start_runtime("cpu", "float32", shard=True) as runtime:
         if runtime.sharded:
             whole, half = Runtime(runtime.device, runtime.dtype), replace(runtime, dtype=torch.bfloat16)
@@ -112,8 +113,9 @@ def main(folder: Path) -> None:
             check_whole_models(half)
         state = state_of(runtime, "adamw", False, seed=0)
         update(state, runtime)
-        sys.stdout.write(json.dumps({"n": runtime.world_size} | held(state, runtime)) + "\n")
+        path = folder / f"held by {runtime.rank} of {runtime.world_size}.json"
+        path.write_text(json.dumps(held(state, runtime)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

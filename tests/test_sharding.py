@@ -5,13 +5,11 @@ beside the same stages whole.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import sharded
 import torch
-from runs import ROOT, TORCHRUN
+from runs import in_two_processes
 from safetensors.torch import load_file, save_file
 
 import rlhf
@@ -20,20 +18,13 @@ from minillm.io.huggingface import read_tensors, write_tensors
 from minillm.run import Runtime
 
 
-def held(command: list[str], folder: Path) -> list[dict[str, int]]:
-    """What each process says that it holds, after it has found the properties of sharded.py to hold."""
-    words = [*command, str(ROOT / "tests" / "sharded.py"), str(folder)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def test_restart_points_are_the_same_bytes_sharded_and_whole_and_each_process_holds_its_share(tmp_path):
     """sharded.py has what is compared: restart points of 2 processes and of 1, the steps after them, gathered
     models."""
-    (whole,), parts = held([sys.executable], tmp_path), held(TORCHRUN, tmp_path)
-    assert [part.pop("n") for part in parts] == [2, 2] and whole.pop("n") == 1
+    sharded.main([str(tmp_path)])
+    in_two_processes(sharded, [str(tmp_path)])
+    processes = ((0, 1), (0, 2), (1, 2))
+    whole, *parts = (json.loads((tmp_path / f"held by {i} of {n}.json").read_text()) for i, n in processes)
     for name, size in whole.items():
         # What cannot be halved is one row of a matrix, or a number of an optimizer, for each of 21 tensors.
         assert size <= sum(part[name] for part in parts) < 1.01 * size
