@@ -10,7 +10,7 @@
 In our own format every message is a token for its role, its content as plain text, and <|end|>. Nobody can
 end a turn by typing "<|end|>", for a content is encoded without control tokens, and no token straddles the
 border of a reply. A call of a tool is what the assistant says to <|system|>: a name and arguments in JSON.
-The tool's result is a turn of that role, so no user can imitate one; it is never a target. TEMPLATE says the
+The tool's result is a turn of that role, so no user can imitate one; it is never a target. chat.j2 says the
 same in Jinja, for other people's tools. A tokenizer that brings another template is asked by that one
 (minillm/io/template.py), a base model by none: it continues a text.
 
@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -39,34 +40,7 @@ Conversation = list[Message]
 ROLES = ("system", "user", "assistant", "tool")
 CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-TEMPLATE = """\
-{{ bos_token }}
-{%- set told = 'Tools:\\n' + tools | map('tojson') | join('\\n') if tools else '' %}
-{%- if told and messages[0]['role'] != 'system' %}
-    {{- '<|system|>' + told + '<|end|>' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- set content = message['content'] or '' %}
-    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
-        {{- raise_exception('the role ' + message['role'] + ' is not system, user, assistant or tool') }}
-    {%- elif message['role'] == 'assistant' %}
-        {{- '<|assistant|>' -}}
-        {% generation %}{{ content }}
-        {%- for call in message['tool_calls'] or [] %}
-            {%- set given = call['function']['arguments'] %}
-            {{- '<|system|>' + call['function']['name'] + ' ' }}
-            {{- given if given is string else given | tojson }}
-        {%- endfor %}{{ '<|end|>' }}{% endgeneration %}
-    {%- elif loop.first and told and message['role'] == 'system' %}
-        {{- '<|system|>' + content + '\\n\\n' + told + '<|end|>' }}
-    {%- else %}
-        {{- '<|' + message['role'].replace('tool', 'system') + '|>' + content + '<|end|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- endif %}
-"""
+TEMPLATE = Path(__file__).with_suffix(".j2").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

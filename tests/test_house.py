@@ -9,7 +9,7 @@ from configparser import ConfigParser
 import pytest
 from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
 
-CORE_LINES, ALL_LINES = 7_460, 17_562
+CORE_LINES, ALL_LINES = 7_431, 17_536
 STEPS = {"train.py": (32, 8), "sft.py": (31, 8), "PPO": (96, 14)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {
