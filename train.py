@@ -15,7 +15,6 @@ loss.
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,9 +25,9 @@ if __name__ == "__main__":
 import torch
 
 from minillm.data import (
+    IGNORED,
     Mixture,
     Source,
-    TokenizedSource,
     document_marks,
     mask_tokens,
     text_sample,
@@ -40,7 +39,7 @@ from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule, per_byte
+from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
 from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole
 from minillm.run import Run, Runtime, TrainingState, run_script
 from minillm.tokenizer import Tokenizer
@@ -113,6 +112,7 @@ SHAPE = {
 def train(options: Options, runtime: Runtime) -> None:
     """One pretraining run, from the text to the finished folder."""
     from minillm.io.text import open_sources, text_sources
+    from minillm.tools.sources import beginning
 
     run = Run("train", options, runtime)
     decoding = options.errors, options.encoding, options.field
@@ -140,7 +140,8 @@ def train(options: Options, runtime: Runtime) -> None:
         if run.already_finished():
             return
         best = min((e["nats_per_byte"] for e in run.logged if e["event"] == "val"), default=best)
-        run.say(beginning(model, tokenizer, streams, val_streams, plan, options))
+        shape = f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens"
+        run.say(beginning(model, tokenizer, streams, val_streams, options.vocab_size, shape))
         while run.goes_on():
             batch = mixture.next_rows(plan.rows)  # the same in every process
             if masked:
@@ -149,10 +150,11 @@ def train(options: Options, runtime: Runtime) -> None:
             multiplier = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
             norm = state.optimizers.step(multiplier, options.clip)
 
+            targets = batch.targets[batch.targets != IGNORED]
+            per_byte = loss * len(targets) / max(1, int(token_bytes[targets].sum()))
             run.log_step(
-                batch.tokens.numel(), loss=loss, gradient_norm=norm,
-                nats_per_byte=per_byte(loss, batch, token_bytes), rate=multiplier,
-            )  # fmt: skip
+                batch.tokens.numel(), loss=loss, gradient_norm=norm, nats_per_byte=per_byte, rate=multiplier
+            )
             if state.step % plan.val_every == 0 or state.step == plan.steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
@@ -238,29 +240,6 @@ def check_initial_model(folder: Path, config: ModelConfig, options: Options) -> 
             raise InputError(f"--init {folder} sets the shape of the model: leave out --{name}")
     if config.causal != (options.objective == "causal"):
         raise InputError(f"--init {folder} was trained with another objective than {options.objective}")
-
-
-def beginning(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    streams: Sequence[TokenizedSource],
-    val_streams: Sequence[TokenizedSource],
-    plan: Plan,
-    options: Options,
-) -> str:
-    """The lines that a run prints first: the model, its steps and its data."""
-    from minillm.tools.sources import text_line
-
-    size, vocabulary = sum(p.numel() for p in model.parameters()), f"{tokenizer.vocab_size:,} tokens"
-    if options.vocab_size and tokenizer.vocab_size < options.vocab_size:
-        vocabulary += f" (no more of the {options.vocab_size:,} asked for are in the text)"
-    lines = [
-        f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
-        f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens",
-        *map(text_line, streams),
-        *(f"validation: {text_line(stream)}" for stream in val_streams),
-    ]
-    return "\n".join(lines)
 
 
 # After the loop

@@ -48,7 +48,7 @@ def attention(
     """
     operands = {"q": (q, "B H T C"), "k": (k, "B K S C"), "v": (v, "B K S C")}
     impl = check(operands, {"start": (start, "B T"), "end": (end, "B T")}, impl)
-    (_, H, T, C), K = q.shape, k.shape[1]
+    (_, H, T, C), (K, S) = q.shape, k.shape[1:3]
     if K == 0 or H % K:
         raise ValueError(f"{H} query heads do not share {K} key heads evenly")
     if not q.dtype == k.dtype == v.dtype:
@@ -64,30 +64,25 @@ def attention(
         if C > MAX_WIDTH:
             raise ValueError(f"heads are {C} wide, Triton's take up to {MAX_WIDTH}: use impl='torch'")
         return attention_op(q, k, v, start, end, causal, scale)[0]
-    with torch.autocast(q.device.type, enabled=False):
-        return _torch(q, k, v, start, end, causal, scale)
-
-
-def _torch(q, k, v, start, end, causal, scale):
-    dtype, cpu, (T, S) = q.dtype, q.device.type == "cpu", (q.shape[2], k.shape[2])
+    cpu, dtype, visible = q.device.type == "cpu", q.dtype, None
+    eager = cpu and not torch.compiler.is_compiling()
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if cpu and grad and dtype.itemsize == 2 and T * S <= FLOAT32_SCORES:
         q, k, v = q.float(), k.float(), v.float()
-    eager, visible = cpu and not torch.compiler.is_compiling(), None
-    if start is not None or end is not None or (causal and T != S):
-        if not eager:
-            return _apart(q, k, v, start, end, causal, scale).to(dtype)
-        visible = _visible(q, S, start, end, causal)
-    out = F.scaled_dot_product_attention(
-        q, k, v, visible, is_causal=causal and visible is None, scale=scale,
-        enable_gqa=bool(q.shape[1] != k.shape[1]),
-    )  # fmt: skip
-    if eager:
-        # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
-        # `out`, and still reach a gradient.
-        sums = [x.detach().sum(dtype=torch.float32) for x in ((out, k) if grad else (out,))]
-        if not sum(sums).isfinite():
-            out = _apart(q, k, v, start, end, causal, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        if start is not None or end is not None or (causal and T != S):
+            if not eager:
+                return _apart(q, k, v, start, end, causal, scale).to(dtype)
+            visible = _visible(q, S, start, end, causal)
+        out = F.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=causal and visible is None, scale=scale, enable_gqa=bool(H != K)
+        )
+        if eager:
+            # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
+            # `out`, and still reach a gradient.
+            sums = [x.detach().sum(dtype=torch.float32) for x in ((out, k) if grad else (out,))]
+            if not torch.stack(sums).sum().isfinite():
+                out = _apart(q, k, v, start, end, causal, scale)
     return out.to(dtype)
 
 

@@ -5,10 +5,8 @@ machine that stops in between, finds the old file or the new one and never half 
 """
 
 import hashlib
-import importlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -94,27 +92,6 @@ def sync_open(handle: int) -> None:
     if hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # not every file system has it
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-
-
-def lock(handle: int, wait: bool) -> None:
-    """Keeps an open file, or folder, for this process until it is closed. Where another has it, this waits or
-    raises BlockingIOError. A file system without locks has none."""
-    while fcntl is None:  # Windows, where nobody can read what is locked: a byte far behind the end
-        os.lseek(handle, 2**40, os.SEEK_SET)
-        windows = importlib.import_module("msvcrt")
-        try:
-            windows.locking(handle, windows.LK_NBLCK, 1)
-            return
-        except OSError:
-            if not wait:
-                raise BlockingIOError from None
-            time.sleep(0.1)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
 
 
 def digest(*parts: Any) -> str:

@@ -76,19 +76,13 @@ def backward(
     )  # fmt: skip
 
 
-def per_byte(loss: float, batch: Batch, token_bytes: Int[Tensor, " V"]) -> float:
-    """A batch's loss in nats per target, as nats per byte of text; special tokens stand for no bytes."""
-    targets = batch.targets[batch.targets != IGNORED]
-    return loss * len(targets) / max(1, int(token_bytes[targets].sum()))
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """The loss over validation batches, in nats."""
 
     per_target: float
     per_byte: float
-    """Over the bytes of text that the targets stand for."""
+    """Over the bytes of text that the targets stand for; special tokens stand for none."""
 
 
 @torch.no_grad()

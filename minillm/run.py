@@ -42,9 +42,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, writing
-from minillm.files import digest, read_json, sync_open, write_json, write_text
+from minillm.files import digest, read_json, sync_open, write_text
 from minillm.io.huggingface import load_weights, read_tensors, whole_tensor, write_tensors
-from minillm.options import TrainingOptions, options_json, parse_options
+from minillm.options import TrainingOptions, parse_options
 
 # ---- Where it computes
 
@@ -268,7 +268,7 @@ class Run:
         """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
         loop after a step. `save_model` writes the model in Hugging Face's layout."""
         from minillm.tools.ending import signals
-        from minillm.tools.folder import starts_from
+        from minillm.tools.folder import begin_folder, starts_from
 
         self.state, self.steps, self.save_model = state, steps, save_model
         if self.options.warmup > max(steps, TrainingOptions.warmup):
@@ -282,7 +282,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals(self._stop))
             if self.runtime.is_main:
-                self._begin()
+                begin_folder(self.options, self.stage, self.resuming)
                 write_text(self.path, "".join(json.dumps(event) + "\n" for event in self.logged))
                 # Unbuffered: a line is on its way to the disk when written, and none is left to close().
                 self.file = stack.enter_context(open(self.path, "ab", buffering=0))
@@ -322,19 +322,6 @@ class Run:
             raise InputError(f"{self.folder}: has done {step:,} steps already; ask for no fewer")
         ends = "final" if step < self.steps else None
         self.logged = [e for e in self.logged if e["step"] <= step and e["event"] != ends]
-
-    def _begin(self) -> None:
-        """Writes run.json of a new run, or into that of a resumed one the options that have changed."""
-        from minillm.tools.folder import start_run_folder
-
-        if not self.resuming:
-            start_run_folder(self.options, self.stage)
-            return
-        path, options = self.folder / "run.json", options_json(self.options)
-        run = read_json(path)
-        sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
-        if run["options"] != options | sitting:
-            write_json(path, run | {"options": options | sitting})
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C, SIGTERM or SIGHUP ends the loop after the step under way; a second one ends at once.

@@ -15,12 +15,12 @@ from runs import ROOT, open_run
 
 from minillm import files
 from minillm.errors import InputError
-from minillm.files import lock, sync, write_text
+from minillm.files import sync, write_text
 from minillm.io.rankings import JsonLines
 from minillm.ppo import moments
 from minillm.run import Runtime
 from minillm.tools.ending import handle_signals
-from minillm.tools.folder import hold
+from minillm.tools.folder import hold, lock
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_without_fcntl_a_folder_and_a_file_have_one_owner_and_others_wait_or_are
 def test_without_fcntl_whoever_waits_for_a_lock_gets_it(tmp_path, windows, monkeypatch):
     first, second = (os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT) for _ in range(2))
     lock(first, wait=False)
-    monkeypatch.setattr("minillm.files.time.sleep", lambda seconds: os.close(first))
+    monkeypatch.setattr("minillm.tools.folder.time.sleep", lambda seconds: os.close(first))
     lock(second, wait=True)
     os.close(second)
 

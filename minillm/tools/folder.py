@@ -1,11 +1,13 @@
 """Whose a run folder is: one run's at a time, never two mixed, and nothing half-written from a killed one."""
 
 import errno
+import importlib
 import itertools
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +16,7 @@ from uuid import uuid4
 
 from minillm import files
 from minillm.errors import InputError, reading, writing
-from minillm.files import lock, scratch_of, write_json
+from minillm.files import read_json, scratch_of, write_json
 from minillm.io.files import parse_specs
 from minillm.options import TrainingOptions, options_json
 from minillm.run import RESUME_FILE, Runtime
@@ -53,6 +55,27 @@ def hold(folder: Path, wait: bool) -> Iterator[None]:
                 return
         finally:
             os.close(handle)
+
+
+def lock(handle: int, wait: bool) -> None:
+    """Keeps an open file, or folder, for this process until it is closed. Where another has it, this waits or
+    raises BlockingIOError. A file system without locks has none."""
+    while files.fcntl is None:  # Windows, where nobody can read what is locked: a byte far behind the end
+        os.lseek(handle, 2**40, os.SEEK_SET)
+        windows = importlib.import_module("msvcrt")
+        try:
+            windows.locking(handle, windows.LK_NBLCK, 1)
+            return
+        except OSError:
+            if not wait:
+                raise BlockingIOError from None
+            time.sleep(0.1)
+    try:
+        files.fcntl.flock(handle, files.fcntl.LOCK_EX | (0 if wait else files.fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
@@ -124,6 +147,18 @@ def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
             path.unlink(missing_ok=True)
     run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance(), **more}
     write_json(folder / "run.json", run)
+
+
+def begin_folder(options: TrainingOptions, stage: str, resuming: bool) -> None:
+    """Writes run.json of a new run, or into that of a resumed one the options that have changed."""
+    if not resuming:
+        start_run_folder(options, stage)
+        return
+    path, now = options.folder / "run.json", options_json(options)
+    run = read_json(path)
+    sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
+    if run["options"] != now | sitting:
+        write_json(path, run | {"options": now | sitting})
 
 
 def starts_from(options: TrainingOptions) -> Path | None:

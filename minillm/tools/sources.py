@@ -1,9 +1,33 @@
 """What is told of the sources of a run: before training what they hold, after it what was drawn of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minillm.data import EncodedSource, Mixture, TokenizedSource
+from minillm.model import LanguageModel
+from minillm.tokenizer import Tokenizer
+
+
+def beginning(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    streams: Sequence[TokenizedSource],
+    val_streams: Sequence[TokenizedSource],
+    vocab_size: int | None,
+    shape: str,
+) -> str:
+    """The lines that pretraining prints first: the model, its steps (`shape`) and its data. `vocab_size`: the
+    tokens that were asked for."""
+    size, vocabulary = sum(p.numel() for p in model.parameters()), f"{tokenizer.vocab_size:,} tokens"
+    if vocab_size and tokenizer.vocab_size < vocab_size:
+        vocabulary += f" (no more of the {vocab_size:,} asked for are in the text)"
+    lines = [
+        f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
+        shape,
+        *map(text_line, streams),
+        *(f"validation: {text_line(stream)}" for stream in val_streams),
+    ]
+    return "\n".join(lines)
 
 
 def text_line(source: TokenizedSource) -> str:
