@@ -28,6 +28,11 @@ Left out: heads wider than 256, float32 products in TF32 (they are exact, and sl
 Method: Dao 2023, "FlashAttention-2" (arXiv 2307.08691), sections 3.1 and 3.2.
 """
 
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -381,36 +386,17 @@ def _list_row_blocks(
 # --- Launches ------------------------------------------------------------------------------------
 
 
-# (rows M, keys N, warps, stages) for heads of up to 64, 128 and 256: the largest blocks tried for which ptxas
-# spills no register, in shared memory of 99 KB for "sm_80", which serves every device not named, and of 227
-# KB for the others. 8 warps, as a rule, because 4 would hold sums of twice the size in their registers.
-TILES = {
-    # Rows stay in place and keys stream by: tall blocks reread the keys less often.
-    ("forward", "half", "sm_80"): ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
-    ("forward", "half", "sm_90"): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3)),
-    ("forward", "half", "sm_100"): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
-    # d_out stays in place too.
-    ("dq", "half", "sm_80"): ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 4, 2)),
-    ("dq", "half", "sm_90"): ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-    ("dq", "half", "sm_100"): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
-    # Keys stay and rows stream by, into two sums as wide as a head. On sm_90 those of 64 keys and heads of
-    # 256 leave too few registers, so that case takes 32 keys and does without wgmma.
-    ("dkdv", "half", "sm_80"): ((64, 32, 4, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-    ("dkdv", "half", "sm_90"): ((64, 128, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2)),
-    ("dkdv", "half", "sm_100"): ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
-    # One tile of rows; what counts is how many keys are on their way.
-    ("decode", "half", "any"): ((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 3)),
-    # Exact products run outside the tensor cores, with their factors in registers; dq at 256 spills a little.
-    ("forward", "float32", "any"): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-    ("dq", "float32", "any"): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("dkdv", "float32", "any"): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    ("decode", "float32", "any"): ((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-}
 SMALLEST = (16, 16, 8, 1)
 
 
+@cache
+def tiles() -> dict[str, dict[str, Any]]:
+    """Of each kernel by type and device what tiles.toml says."""
+    return tomllib.loads(Path(__file__).with_name("tiles.toml").read_text(encoding="utf-8"))
+
+
 def configuration(kernel: str, C: int, dtype: torch.dtype) -> dict[str, int]:
-    """The blocks, warps and stages for one of the kernels of TILES on the current device."""
+    """The blocks, warps and stages for one of the kernels of tiles.toml on the current device."""
     width = max(16, triton.next_power_of_2(C))
     BLOCK_M, BLOCK_N, warps, stages = SMALLEST
     # Interpreted, small blocks let tests of a few dozen tokens cross many borders; float64 is for tests too.
@@ -418,8 +404,8 @@ def configuration(kernel: str, C: int, dtype: torch.dtype) -> dict[str, int]:
         kind = "float32" if dtype == torch.float32 else "half"
         names = {90: "sm_90", 100: "sm_100", 103: "sm_100"}
         device = names.get(driver.active.get_current_target().arch, "sm_80")
-        tiles = TILES.get((kernel, kind, device)) or TILES[kernel, kind, "any"]
-        BLOCK_M, BLOCK_N, warps, stages = tiles[(width > 64) + (width > 128)]
+        known = tiles()[kernel][kind]
+        BLOCK_M, BLOCK_N, warps, stages = known.get(device, known.get("any"))[(width > 64) + (width > 128)]
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     return {"C": C, "WIDTH": width, **blocks, "num_warps": warps, "num_stages": stages, **FUSED}
 
