@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -94,9 +95,10 @@ def test_a_picture_shows_every_seed_it_is_given(name):
     assert axes.lines or axes.patches
 
 
-def test_the_readme_has_the_table_of_the_records():
-    command = [sys.executable, LESSONS / "common.py", RECORDS]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def test_the_readme_has_the_table_of_the_records(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["common.py", str(RECORDS)])
+    runpy.run_path(str(LESSONS / "common.py"), run_name="__main__")
+    table = capsys.readouterr().out.strip()
     assert table in (LESSONS / "README.md").read_text()
     assert [line.split("]")[0][3:] for line in table.splitlines()[2:]] == MEASURED
 
@@ -114,8 +116,6 @@ def test_the_rows_that_the_projects_readme_shows_are_those_of_the_table():
 TINY = '''"""A number is
 what it is.
 """
-import sys
-sys.path.insert(0, {lessons!r})
 from common import teach
 
 def experiment(options):
@@ -137,20 +137,21 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, monkeypatch, capsys):
     """Runs a lesson of one number; what it printed, and its record."""
+    monkeypatch.syspath_prepend(LESSONS)
     for stage in ("base", "sft", "rlhf/ppo"):
         (tmp_path / "runs" / stage).mkdir(parents=True)
         (tmp_path / "runs" / stage / "run.json").write_text(json.dumps({"id": stage}))
 
     def run(*words: object, figure: float = 1) -> tuple[str, dict]:
         file = tmp_path / "00_tiny.py"
-        file.write_text(TINY.format(lessons=str(LESSONS), figure=figure))
-        command = [sys.executable, file, "--runs", tmp_path / "runs", "--out", tmp_path / "out", *words]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        quick = "quick" if "--quick" in words else ""
-        return done.stdout, json.loads((tmp_path / "out" / quick / "00_tiny.json").read_text())
+        file.write_text(TINY.format(figure=figure))
+        command = [file, "--runs", tmp_path / "runs", "--out", tmp_path / "out", *words]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        runpy.run_path(str(file), run_name="__main__")
+        record = tmp_path / "out" / ("quick" if "--quick" in words else "") / "00_tiny.json"
+        return capsys.readouterr().out, json.loads(record.read_text())
 
     run.folder = tmp_path
     return run
