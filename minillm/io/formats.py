@@ -141,6 +141,7 @@ CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected"
 RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
 NUMBERED, TREE = "response_a and response_b", "a prompt with replies"  # made by `known`
+CALLED = "called by a verdict"  # made by `_numbered`
 PLACEHOLDER = re.compile(r"<\|?(image|video|audio|extra_id)[ _]?\d*\|?>")  # of NeMo's, the last opens a turn
 SPELLED = re.compile(r"\s*\[\s*\{\s*[\"'](role|content|from|value)[\"']")  # as tables hold messages
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
@@ -359,10 +360,10 @@ def _transcript(fields: Record) -> Replies:
 
 
 def _chosen_and_rejected(fields: Record) -> Replies:
-    scores = [_score_beside(fields, name) for name in ("chosen", "rejected")]
+    scores: list[Any] = [_score_beside(fields, name) for name in ("chosen", "rejected")]
     if isinstance(ratings := fields.get("rating"), list) and len(ratings) == 2:  # in any order
         scores = sorted(map(float, ratings), reverse=True)
-    better, worse = (1.0, 0.0) if None in scores else scores
+    better, worse = (1.0, 0.0) if None in scores else map(float, scores)
     if better < worse:
         raise LeftOutError("pairs whose scores contradict their order")
     return [(_one(fields, CHOSEN), better), (_one(fields, REJECTED), worse)]
@@ -370,8 +371,7 @@ def _chosen_and_rejected(fields: Record) -> Replies:
 
 def _score_beside(fields: Record, *names: str) -> Any:
     """The score that the record has for a reply of one of these names."""
-    score = _first(fields, [form.format(name) for name in names for form in SCORES])
-    return None if score is None else float(score)
+    return _first(fields, [form.format(name) for name in names for form in SCORES])
 
 
 MARKED = re.compile(
@@ -380,38 +380,34 @@ MARKED = re.compile(
 
 
 def _numbered(fields: Record) -> Record:
-    """The replies that several fields hold, as in response_a and response_b: their stem and {"a": …}."""
+    """The replies that several fields hold, as in response_a and response_b: a list of them, with the names
+    by which a verdict may call each."""
     stems: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         if (match := MARKED.fullmatch(name)) and not _is_empty(value):
             stems.setdefault(match[1], {})[match[2]] = value
-    replies = max(stems.items(), key=lambda stem: len(stem[1]), default=("", {}))
-    return {NUMBERED: replies} if len(replies[1]) > 1 else {}
-
-
-def _numbered_replies(fields: Record) -> Replies:
-    stem, replies = fields[NUMBERED]
-    marks = sorted(replies)
-    names = [(mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}") for mark in marks]
-    own = [_score_beside(fields, *of) for of in names]
-    return _judged(fields, [replies[mark] for mark in marks], names, own)
+    stem, replies = max(stems.items(), key=lambda stem: len(stem[1]), default=("", {}))
+    named = {
+        mark: (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
+        for mark in sorted(replies)
+    }
+    found = [{"text": replies[m], "score": _score_beside(fields, *of), CALLED: of} for m, of in named.items()]
+    return {NUMBERED: found} if len(found) > 1 else {}
 
 
 def _listed_replies(fields: Record) -> Replies:
-    texts = ("text", "response", "answer", "completion", "content", "output", "value")
-    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _first(fields, REPLIES)]
-    own = _scores_beside(fields, len(replies)) or list(map(_score, replies))
-    names = [(str(i),) for i in range(len(replies))]
-    return _judged(fields, [_first(reply, texts) for reply in replies], names, own)
-
-
-def _judged(fields: Record, said: Sequence[Any], names: Sequence[tuple[str, ...]], own: list[Any]) -> Replies:
     """Replies by a field that names the best of them, else by their own scores; without those of none."""
-    scores = _verdict(fields, names) or own
-    rated = [(text, float(score)) for text, score in zip(said, scores, strict=True) if score is not None]
-    if len(rated) < 2:
+    texts = ("text", "response", "answer", "completion", "content", "output", "value")
+    replies = [
+        reply if isinstance(reply, dict) else {"text": reply}
+        for reply in _first(fields, (NUMBERED, *REPLIES))
+    ]
+    names = [reply.get(CALLED) or (str(i),) for i, reply in enumerate(replies)]
+    scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or map(_score, replies)
+    rated = [(_first(reply, texts), score) for reply, score in zip(replies, scores, strict=True)]
+    if len(known := [(text, float(score)) for text, score in rated if score is not None]) < 2:
         raise LeftOutError("records with no verdict on two replies")
-    return rated
+    return known
 
 
 def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | None:
@@ -511,7 +507,7 @@ FORMATS = (
            (*TURNS, *ASKED, *ANSWERS, *REPLIES, "rating", "ratings", "score", "scores",
             *PAIR_SCORES), ANYTHING, _chosen_and_rejected),
     Format("numbered replies with a verdict", ((NUMBERED,),),
-           (*TURNS, *ASKED, *VERDICTS, *SIGNED), ANYTHING, _numbered_replies),
+           (*TURNS, *ASKED, *VERDICTS, *SIGNED), ANYTHING, _listed_replies),
     Format("OpenAssistant's tree of replies", ((TREE,),), ("prompt",), ANYTHING, parts=_branches),
     Format("rated replies", ((*TURNS, *QUESTIONS, *ABOUT), REPLIES),
            (*ASKED, *RATINGS, *VERDICTS, "ranking"), ANYTHING, _listed_replies),
