@@ -9,6 +9,7 @@ the assistant by minillm.compare, on test prompts of the little world that no st
 over the seeds of what it has in short.
 """
 
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,21 +22,8 @@ from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
 
-SHORT = ["--iterations", "60"]  # half of the default: what shows a difference need not be the best there is
-VARIANTS: dict[str, list[str]] = {
-    "ppo": [],
-    "ppo, half as long": SHORT,
-    "β 0": [*SHORT, "--beta", "0"],
-    "β a third": [*SHORT, "--beta", "0.05"],
-    "β three times": [*SHORT, "--beta", "0.45"],
-    "critic from the assistant": [*SHORT, "--critic", "policy"],
-    "no whitening": [*SHORT, "--no-whiten"],
-    "no price of not ending": [*SHORT, "--missing-eos-score", "None"],
-    "ptx 0.5": [*SHORT, "--ptx", "0.5"],
-    "moving average 0.9": [*SHORT, "--ema-decay", "0.9"],
-    "grpo": ["--algorithm", "grpo", "--iterations", "90"],  # in the time of ppo's 60, without a critic
-    "dpo": ["--algorithm", "dpo", "--policy-rate", "1e-4"],
-}
+TABLE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+VARIANTS = {name: options.split() for name, options in tomllib.loads(TABLE).items()}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ are wall times of the whole process: start-up, tokenizer, validation and saving 
 import re
 import shutil
 import tempfile
+import tomllib
 from pathlib import Path
 
 from harness import parser, race, write
@@ -20,18 +21,8 @@ from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
 
-SHORT = (
-    "--depth 2 --width 128 --vocab-size 1024 --block-size 64 --batch-tokens 1024 --steps 66 "
-    "--optimizer adamw --matrix-rate 0.006 --embedding-rate 0.03 --warmup 3 --decay 0.8 "
-    "--val-every 1000 --save-every 1000"
-).split()
-LONG = "--vocab-size 1024 --batch-tokens 2048 --steps 550 --optimizer adamw --val-every 1000".split()
-NANOGPT = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
-    "--log_interval=100 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
-    "--lr_decay_iters=2000 --dropout=0.0"
-).split()
-JUDGED = "--val-fraction 0.1 --val-tokens 1000000 --overwrite --samples 0".split()
+TABLE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+SHORT, LONG, NANOGPT, JUDGED = (words.split() for words in tomllib.loads(TABLE).values())
 
 
 def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> dict[str, float]:
