@@ -34,12 +34,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SHARDED = ("--shard", "--checkpoint-activations")
 
 
-def tiny_model(causal: bool = True, longest: int = 80) -> tuple[LanguageModel, Tokenizer]:
+def tiny_model(causal: bool = True, longest: int = 80, seed: int = 0) -> tuple[LanguageModel, Tokenizer]:
     """A model that knows nothing yet, and a tokenizer of hardly more than bytes."""
     tokenizer = Tokenizer.train(["How many cats? No cats. 1 cat. 7 cats, and it is a fine day."], 290)
     shape = config_of_depth(1, tokenizer.vocab_size, longest)
     model = LanguageModel(ModelConfig(**vars(shape) | {"causal": causal}))
-    initialize(model, torch.Generator().manual_seed(0))
+    initialize(model, torch.Generator().manual_seed(seed))
     return model, tokenizer
 
 

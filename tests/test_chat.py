@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import ROOT
 
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
@@ -23,7 +24,6 @@ from minillm.tools import chat as chat_module
 from minillm.tools.chat import HELP, Chat, Options, main, run_command
 from minillm.tools.streams import printable
 
-ROOT = Path(__file__).parents[1]
 LAW = settings(max_examples=25)
 
 

@@ -23,13 +23,7 @@ from safetensors.torch import load_file, save_file
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.files import digest, write_atomically, write_json
-from minillm.io.huggingface import (
-    load_model,
-    load_scalar_model,
-    read_tensors,
-    save_model,
-    save_scalar_model,
-)
+from minillm.io.huggingface import load_model, load_scalar_model, read_tensors, save_model, save_scalar_model
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, TrainingState

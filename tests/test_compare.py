@@ -40,7 +40,6 @@ from minillm.tools.evaluate import Reply, sample_replies, text_loss, token_value
 from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
 
-ROOT = Path(__file__).parents[1]
 WORLD = World(0)
 TOLERANCE = {"rel": 1e-4, "abs": 1e-5}  # float32 products, added in another order in another batch
 SECTIONS = ["headline", "by_kind", "contests", "manner", "pairs", "cost", "sure"]

@@ -185,11 +185,7 @@ def test_a_fingerprint_follows_the_conversations_and_their_order(tmp_path):
     [
         (open_conversations, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
         (open_conversations, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
-        (
-            open_comparisons,
-            {"prompt": "x", "chosen": "y"},
-            ("prompt, chosen", "lacks rejected"),
-        ),
+        (open_comparisons, {"prompt": "x", "chosen": "y"}, ("prompt, chosen", "lacks rejected")),
         (open_comparisons, {**QA, "label": True}, ("judged one by one", "known formats")),
         (partial(open_conversations, purpose="prompt"), {"name": "x"}, ("name", "messages", "conversations")),
     ],

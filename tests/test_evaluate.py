@@ -6,20 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import tiny_model
 
 from minillm import generate as generate_module
 from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
-from minillm.model import LanguageModel, config_of_depth, initialize
+from minillm.model import LanguageModel
 from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
-from minillm.tools.evaluate import (
-    Reply,
-    TextLoss,
-    main,
-    sample_replies,
-    text_loss,
-)
+from minillm.tools.evaluate import Reply, TextLoss, main, sample_replies, text_loss
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -28,10 +23,7 @@ WORLD = World(0)
 
 @pytest.fixture(scope="module")
 def base() -> tuple[LanguageModel, Tokenizer]:
-    tokenizer = Tokenizer.train(["What is the name of the cat?"], 262)
-    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 256))
-    initialize(model, torch.Generator().manual_seed(0))
-    return model, tokenizer
+    return tiny_model(longest=256)
 
 
 def judged(prompt, text: str, ended: bool = True) -> Reply:
@@ -101,10 +93,8 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
 
 @settings(max_examples=10)
 @given(cuts=st.lists(st.integers(1, 400), max_size=4), size=st.integers(1, 700), ended=st.booleans())
-def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(base, cuts, size, ended):
-    model, tokenizer = base
-    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 7))
-    initialize(model, torch.Generator().manual_seed(1))
+def test_the_loss_on_a_text_counts_every_token_once_in_windows_of_the_context(cuts, size, ended):
+    model, tokenizer = tiny_model(longest=7, seed=1)
     text = ("What is the name of the cat? Größe.\n" * 20)[:size]
     bounds = [0, *sorted(min(cut, size) for cut in cuts), size]
     pieces = [text[a:b] for a, b in pairwise(bounds)]

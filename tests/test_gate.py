@@ -9,17 +9,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import triton
+from runs import ROOT
 
 import kernels.attention
 from kernels import attention_triton
 from kernels.dev import gate
 from kernels.dev.gate import MARKERS, PAGE, SHARED_LIMITS, TENSOR_CORES, Build, faults, page, table
-
-ROOT = Path(__file__).parents[1]
 
 # Columns of the table that hold for any version of Triton: kernel, size and what the rules assert.
 ASSERTED = 5

@@ -7,13 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.tools.measures import (
-    estimate,
-    mean,
-    reliability,
-    win_rates,
-    written,
-)
+from minillm.tools.measures import estimate, mean, reliability, win_rates, written
 
 hits = st.lists(st.booleans(), min_size=1, max_size=60)
 outcomes = st.lists(st.sampled_from((-1, 0, 1)), min_size=1, max_size=60)

@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import document_starts
+from runs import ROOT, document_starts
 from torch import Tensor
 
 from minillm.chat import ChatTemplate, with_chat_template
@@ -28,7 +27,6 @@ from minillm.model import (
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import parameter_count
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LAW = settings(max_examples=20)
 # The laws are held in float64, where only the logits themselves are rounded to float32: of size 1 to

@@ -281,10 +281,7 @@ GARBAGE = {
     ],
     "api/guess": [b'{"run": "base", "number": 1, "temperature": 1e-30}'],
     "api/rank": [b'{"name": "", "action": "A"}', b'{"name": "a\\ud800", "action": "undo"}'],
-    "api/change": [
-        b'{"what": "undo", "name": "../rlhf"}',
-        b'{"what": "keep", "name": "..", "new": "a/b"}',
-    ],
+    "api/change": [b'{"what": "undo", "name": "../rlhf"}', b'{"what": "keep", "name": "..", "new": "a/b"}'],
     "api/chat": [b'{"run": "sft", "messages": [{"role": "user", "content": 1}]}'],
     "api/train": [b'{"iterations": 0}'],
 }

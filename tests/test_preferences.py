@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from runs import tiny_model
 
 from minillm import generate as generate_module
 from minillm.chat import with_chat_template
@@ -22,7 +23,6 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io import rankings as rankings_on_disk
 from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
-from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import (
     ATTEMPTS,
     ChatModel,
@@ -250,10 +250,8 @@ def test_a_file_of_no_responses_or_of_something_else_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def model() -> ChatModel:
-    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
-    model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 64))
-    initialize(model, torch.Generator().manual_seed(0))
-    return ChatModel("tiny", model, tokenizer)
+    model, tokenizer = tiny_model(longest=64)
+    return ChatModel("tiny", model, with_chat_template(tokenizer))
 
 
 QUESTIONS = [Prompt([{"role": "user", "content": f"{i}?"}]) for i in range(7)]

@@ -12,8 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from runs import ROOT, Killed, folder_bytes, missing_words, refusal
+from runs import ROOT, Killed, folder_bytes, missing_words, refusal, tiny_model
 
 import rlhf
 from minillm import preferences
@@ -21,8 +20,6 @@ from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import save_model
 from minillm.io.rankings import read_rankings, read_responses
-from minillm.model import LanguageModel, config_of_depth, initialize
-from minillm.tokenizer import Tokenizer
 from minillm.tools import annotators
 from minillm.tools import folder as folder_tools
 from minillm.world import World
@@ -32,10 +29,8 @@ SMALL = "--prompts 23 --responses 3 --distractors 0 --max-new-tokens 5 --precisi
 
 def folder_of(place: Path, seed: int, longest: int = 160) -> Path:
     """A chat model that knows nothing, with weights of its own."""
-    tokenizer = with_chat_template(Tokenizer.train(["What is the name of the cat?"], 262))
-    network = LanguageModel(config_of_depth(1, tokenizer.vocab_size, longest))
-    initialize(network, torch.Generator().manual_seed(seed))
-    save_model(place, network, tokenizer)
+    network, tokenizer = tiny_model(longest=longest, seed=seed)
+    save_model(place, network, with_chat_template(tokenizer))
     return place
 
 

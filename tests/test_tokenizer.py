@@ -17,6 +17,7 @@ import tiktoken
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import ROOT
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import minillm.fast.workers
@@ -34,7 +35,6 @@ from minillm.tokenizer import (
     learn_merges,
 )
 
-ROOT = Path(__file__).parents[1]
 BYTES = [bytes([byte]) for byte in range(256)]
 CORPUS = (
     "The cat sat on the mat, and the other cat didn't sit: it'd been there 12345 times!\n\n"

@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from runs import ROOT
 
 from minillm.errors import InputError
 from minillm.fast.workers import map_in_processes
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("items", "workers"), [(0, 2), (1, 3), (7, 1), (50, 3)])
