@@ -195,15 +195,17 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def refusal(script: ModuleType, arguments: list[str], capfd: pytest.CaptureFixture) -> str:
-    """The one line with which a script refuses its arguments, exit code 2 checked."""
+def refusal(
+    script: ModuleType, arguments: list[str], capfd: pytest.CaptureFixture, shown: bool = False
+) -> str:
+    """The one line with which a script ends, exit code 2 checked; `shown`: the last, behind its progress."""
     with pytest.raises(SystemExit) as stop:
         script.main(arguments)
     printed = capfd.readouterr().err
     lines = printed.strip().splitlines()
     assert stop.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), printed
-    return lines[0]
+    assert (shown or len(lines) == 1) and lines[-1].startswith("error: "), printed
+    return lines[-1]
 
 
 def missing_words(given: list[str], defaults: dict[str, str]) -> list[str]:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import ROOT
+from runs import ROOT, refusal
 from served import a_model_that_calls, make_runs, serve
 
 from minillm.errors import InputError
@@ -575,10 +575,7 @@ def test_what_is_left_of_a_training_that_was_killed_goes_with_the_next_one(tmp_p
 )
 def test_what_cannot_be_served_is_refused_in_one_line(words, said, runs, capfd, monkeypatch):
     monkeypatch.chdir(runs)
-    with pytest.raises(SystemExit) as stop:
-        play.main([*([] if "--runs" in words else ["--runs", "."]), *words])
-    line = capfd.readouterr().err.strip()
-    assert stop.value.code == 2 and said in line and "\n" not in line
+    assert said in refusal(play, [*([] if "--runs" in words else ["--runs", "."]), *words], capfd)
 
 
 def test_a_second_server_is_refused_in_one_line(address, runs, capfd):
@@ -587,7 +584,4 @@ def test_a_second_server_is_refused_in_one_line(address, runs, capfd):
         (address.rpartition(":")[2], "give another --port"),
         ("0", "another process is writing"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            play.main(["--runs", str(runs), "--port", port])
-        line = capfd.readouterr().err.strip()
-        assert stop.value.code == 2 and said in line and "\n" not in line
+        assert said in refusal(play, ["--runs", str(runs), "--port", port], capfd)

@@ -204,7 +204,7 @@ def test_a_run_does_not_go_on_with_other_prompts_or_rankings(reference, places, 
     (tmp_path / algorithm / "run.json").write_text(json.dumps(run))
     again = ["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path), "--resume"]
     what = "rankings" if algorithm == "dpo" else "prompts"
-    assert f"content of '{what}'" in last_refusal(again, capfd)
+    assert f"content of '{what}'" in refusal(rlhf, again, capfd, shown=True)
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +310,8 @@ def test_dpo_starts_from_a_validated_start_keeps_nothing_worse_and_stops_where_i
     losses = [event["loss"] for event in metrics_of(tmp_path / "a" / "dpo") if event["event"] == "val"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and max(losses) > 1.01 * losses[0]
     assert final_of(tmp_path / "a" / "dpo")["loss"] == min(losses)
-    line = last_refusal(
-        arguments(places, tmp_path / "b", *options, "--max-kl", "0.1", algorithm="dpo"), capfd
-    )
+    given = arguments(places, tmp_path / "b", *options, "--max-kl", "0.1", algorithm="dpo")
+    line = refusal(rlhf, given, capfd, shown=True)
     assert "nats a response from the reference" in line
 
 
@@ -351,7 +350,7 @@ def test_best_of_n_gives_the_best_scored_of_its_responses(places, tmp_path):
     assert reports["6"]["largest_kl"] == pytest.approx(0.9584, abs=1e-4)
 
 
-def test_best_of_n_that_a_full_disk_ended_is_begun_again_and_a_finished_one_is_kept(places, tmp_path, capsys):
+def test_best_of_n_that_a_full_disk_ended_is_begun_again_and_a_finished_one_is_kept(places, tmp_path, capfd):
     words = arguments(places, tmp_path, "--group-size", "2", algorithm="best-of-n")
     rlhf.main(words)
     report = tmp_path / "best-of-n" / "report.json"
@@ -359,9 +358,7 @@ def test_best_of_n_that_a_full_disk_ended_is_begun_again_and_a_finished_one_is_k
     report.unlink()
     rlhf.main(words)
     assert json.loads(report.read_text())["score"] == first
-    with pytest.raises(SystemExit) as stop:
-        rlhf.main(words)
-    assert stop.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert "already holds a run" in refusal(rlhf, words, capfd, shown=True)
 
 
 def test_on_the_little_world_its_splits_are_asked_and_its_rubric_judges(places, tmp_path):
@@ -407,15 +404,6 @@ def test_two_processes_roll_out_and_learn_as_one_does(case, places, tmp_path):
         assert (event, step) == (event_two, step_two)
         # A sample may turn on rounding once the weights differ in it: the first two steps are held tight.
         assert loss == pytest.approx(loss_two, abs=1e-4 if step < 2 else 0.05)
-
-
-def last_refusal(given: list[str], capfd: pytest.CaptureFixture) -> str:
-    """The line with which a run ends that has shown progress before."""
-    with pytest.raises(SystemExit) as stop:
-        rlhf.main(given)
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ")
-    return line
 
 
 def final_of(out: Path) -> dict:
@@ -488,7 +476,7 @@ def test_cut_responses_are_counted_and_said_and_score_by_deviations_from_the_mea
 def test_a_policy_that_runs_away_ends_in_one_line_and_its_best_is_kept(places, tmp_path, capfd):
     options = "--max-kl 0.0001 --beta 0 --policy-rate 1e-2 --iterations 20 --val-every 20".split()
     out = tmp_path / "out"
-    line = last_refusal(arguments(places, out, *options), capfd)
+    line = refusal(rlhf, arguments(places, out, *options), capfd, shown=True)
     assert "nats a response from the reference" in line and "--policy-rate" in line
     assert int(re.search(r"at step (\d+)", line)[1]) < 20, "a rollout tells, before a validation does"
     load_model(out / "ppo", torch.device("cpu"), torch.float32)

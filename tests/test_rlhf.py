@@ -99,7 +99,7 @@ def test_cut_at_any_byte_it_resumes_to_the_same_file_bit_for_bit(model, sampled,
     assert (out / "responses.jsonl").read_bytes() == whole
 
 
-def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, capsys):
+def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, capfd):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = [{"role": role, "content": text} for role, text in turns]
     data = tmp_path / "chats.jsonl"
@@ -111,14 +111,13 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, caps
     assert [s.messages for s in read_responses(tmp_path / "rlhf" / "responses.jsonl")] == [
         messages[:3], messages[:1],
     ]  # fmt: skip
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert (
         "1 conversations that are replies to nothing" in printed and "2 prompts left out: too long" in printed
     )
     data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
-    with pytest.raises(SystemExit):
-        rlhf.main(["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")])
-    assert "other prompts" in capsys.readouterr().err
+    again = ["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")]
+    assert "other prompts" in refusal(rlhf, again, capfd)
 
 
 def test_the_last_turn_is_asked_and_prompts_without_a_reply_are_prompts(model, tmp_path, capsys):
@@ -317,14 +316,8 @@ def test_sets_that_the_judge_cannot_read_are_counted(out, tmp_path, monkeypatch,
 
     monkeypatch.setattr(annotators.Judge, "rank", rank_or_not)
     (tmp_path / "short.txt").write_text("Short is better.")
-    options = [
-        "--annotator",
-        "model",
-        "--judge",
-        str(folder_of(tmp_path / "judge", 0, 400)),
-        "--principles",
-        str(tmp_path / "short.txt"),
-    ]
+    judge, principles = folder_of(tmp_path / "judge", 0, 400), tmp_path / "short.txt"
+    options = ["--annotator", "model", "--judge", str(judge), "--principles", str(principles)]
     assert len(rank(out, *options)) == 20
     assert "3 sets left out: too long for the judge" in capsys.readouterr().out
     (out / "rankings.jsonl").unlink()
