@@ -1,5 +1,6 @@
 """Judging replies to the little world's prompts: what counts as in form and as right."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from runs import tiny_model
 from minillm import generate as generate_module
 from minillm.chat import ChatTemplate, chat_format, with_chat_template
 from minillm.generate import SamplingOptions, generate
+from minillm.io.huggingface import save_model
 from minillm.model import LanguageModel
 from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
@@ -115,6 +117,16 @@ def test_the_loss_is_printed_in_every_unit_of_one_sum():
     said = str(TextLoss(nats=200.0, tokens=100, bytes=400))
     for figure in ("0.5000 nats/byte", "0.7213 bits/byte", "2.0000 nats/token", "perplexity 7.389"):
         assert figure in said
+
+
+def test_text_is_read_as_training_reads_it_each_record_a_document(base, tmp_path, capsys):
+    save_model(tmp_path / "run", *base)
+    texts = ["The cat is red.\n", "", "Größe."]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    main([str(tmp_path / "run"), "--text", str(tmp_path / "a.jsonl"), "--field", "body"])
+    one, other = (text_loss(*base, [text]) for text in texts if text)
+    whole = TextLoss(one.nats + other.nats, one.tokens + other.tokens, one.bytes + other.bytes)
+    assert capsys.readouterr().out == f"{whole}\n  left out: 1 empty documents\n"
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "none.txt"), (b"", "empty"), (b"\xff\xfe", "UTF-8")])

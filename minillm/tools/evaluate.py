@@ -16,7 +16,7 @@ minillm/compare makes tables of that, of several models at once; sft.py shows on
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minillm.data import document_marks
-from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
-from minillm.io.files import Reading, text_pieces
+from minillm.io.files import Errors
 from minillm.io.huggingface import load_causal_model
+from minillm.io.text import open_sources
 from minillm.model import LanguageModel
 from minillm.options import parse_options
 from minillm.preferences import ChatModel
@@ -158,8 +158,6 @@ def prompts_of_each_kind(world: World, split: str, count: int) -> list[Prompt]:
 
 # ---- The loss on a text
 
-PIECE = 1 << 20  # characters read and encoded together
-
 
 @dataclass(frozen=True)
 class TextLoss:
@@ -207,12 +205,18 @@ def text_loss(
 
 @dataclass(frozen=True)
 class Options:
-    """The loss of a model on a raw text."""
+    """The loss of a model on text."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """A run folder, or a Hugging Face folder (Llama, Qwen, Mistral)."""
     text: str
-    """A file of UTF-8 text."""
+    """A file, folder or glob, read as train.py reads its --data: of records each is a document."""
+    errors: Errors = "strict"
+    """Stop at text not in the encoding or a line that does not parse, or replace and skip them."""
+    encoding: str = "utf-8"
+    """Of text files."""
+    field: str | None = None
+    """The field of a JSON record, or column of a table, that holds the text. Default text or content."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -220,13 +224,15 @@ class Options:
 def main(arguments: list[str]) -> None:
     with one_line_errors():
         options = parse_options(Options, arguments)
-        pieces = text_pieces(options.text, Reading(), PIECE)
-        first = next(pieces, "")  # before the model, so that a wrong name costs no wait
-        if not first:
-            raise InputError(f"--text {options.text}: is empty; give a text")
+        (source,) = open_sources([options.text], options.errors, options.encoding, options.field)
+        documents = source.documents()
+        first = next(documents)  # before the model, so that a wrong file costs no wait
         with start_runtime(options.device) as runtime:
             model = load_causal_model(Path(options.run), runtime.device, runtime.dtype)
-            print(text_loss(*model, chain([first], pieces)))
+            losses = [astuple(text_loss(*model, [document])) for document in chain([first], documents)]
+            print(TextLoss(*map(sum, zip(*losses, strict=True))))
+            for what, count in (source.skipped + source.dropped).items():
+                print(f"  left out: {count:,} {what}")
 
 
 if __name__ == "__main__":
