@@ -9,7 +9,6 @@ the assistant by minillm.compare, on test prompts of the little world that no st
 over the seeds of what it has in short.
 """
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,9 +20,9 @@ from minillm.files import read_json
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
+from minillm.tools.streams import tables
 
-TABLE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-VARIANTS = {name: options.split() for name, options in tomllib.loads(TABLE).items()}
+VARIANTS = {name: options.split() for name, options in tables(__file__).items()}
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ are wall times of the whole process: start-up, tokenizer, validation and saving 
 import re
 import shutil
 import tempfile
-import tomllib
 from pathlib import Path
 
 from harness import parser, race, write
@@ -20,9 +19,9 @@ from harness import parser, race, write
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.scripts import script
+from minillm.tools.streams import tables
 
-TABLE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-SHORT, LONG, NANOGPT, JUDGED = (words.split() for words in tomllib.loads(TABLE).values())
+SHORT, LONG, NANOGPT, JUDGED = (words.split() for words in tables(__file__).values())
 
 
 def run_nanogpt(checkout: Path, text: Path, scratch: Path) -> dict[str, float]:

@@ -4,11 +4,9 @@ Plain PyTorch says what an operation is in a few lines. The libraries are import
 one's version of an operation raises ImportError, in its first run at the latest, where it is not installed.
 """
 
-import tomllib
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_name("bench.toml").read_text(encoding="utf-8"))
+from minillm.tools.streams import tables
+
+TABLE: dict[str, Any] = tables(__file__)
 Peers = dict[str, Callable]  # library -> a function of the operands
 
 # --- Plain PyTorch, with softmaxes in float32 or better --------------------------------------------

@@ -2,7 +2,7 @@
 
 A `Section` is tables of estimates (tools/measures.py) with notes and curves beside them: plain content of
 compare.json, from which the page and the terminal are made. What cannot be had is left out: without the
-little world no rubric, no pairs. Titles, texts and the rows of the replies' metrics are in words.toml.
+little world no rubric, no pairs. Titles, texts and the rows of the replies' metrics are in metrics.toml.
 
 What is likely is read of rows, a context and the tokens said after it, each model in its own form: a chat
 model after its chat template, a base model after the question as a line of text.
@@ -11,14 +11,12 @@ Sources: KL between policies over the whole vocabulary, Ouyang et al. 2022, "Ins
 section 3.5; what alignment does to calibration, OpenAI 2023, "GPT-4" (arXiv 2303.08774), figure 8.
 """
 
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, pairwise
 from math import ceil, sqrt
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from minillm.preferences import ChatModel, ResponseSet
 from minillm.tools.annotators import PairJudge, blind
 from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, win_rates, written
+from minillm.tools.streams import tables
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
@@ -50,15 +49,15 @@ class Section:
 @cache
 def words() -> dict[str, Any]:
     """Titles, texts and labels."""
-    return tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+    return tables(__file__)
 
 
 # ---- What the replies are like
 
 
 def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Rows]:
-    """By sampling, the means of what these rows of words.toml name of a `Reply`, to prompts of their kinds or
-    of all; `different` is how many replies there are that are not the same."""
+    """By sampling, the means of what these rows of metrics.toml name of a `Reply`, to prompts of their kinds
+    or of all; `different` is how many replies there are that are not the same."""
 
     def found(row: Mapping[str, Any], replies: Sequence[Reply]) -> Estimate:
         metric, kinds = row["metric"], row.get("kinds")

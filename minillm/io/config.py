@@ -6,7 +6,6 @@ transformers gives the family.
 """
 
 import math
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from minillm.errors import InputError
 from minillm.files import read_json
 from minillm.model import ModelConfig
 from minillm.tokenizer import Tokenizer
+from minillm.tools.streams import tables
 
 SAME_NAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-TABLE: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE: dict[str, Any] = tables(__file__)
 ROPES: dict[str, list[str]] = TABLE["ropes"]
 """The ways to turn queries and keys that are computed here, and the numbers of each."""
 

@@ -15,13 +15,11 @@ and preferences, and calls as a text; images; roles beside system, user, assista
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from json import loads
 from math import isnan
 from operator import itemgetter
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -29,6 +27,7 @@ from minillm.chat import ROLES as OURS
 from minillm.chat import Conversation, Message, check_calls, with_tools
 from minillm.errors import InputError
 from minillm.io.files import UNNAMED
+from minillm.tools.streams import tables
 
 Record = dict[str, Any]
 Purpose = Literal["conversation", "prompt", "ranking"]
@@ -133,7 +132,7 @@ def nearest(record: object, purpose: Purpose) -> str:
 
 # ---- Fields
 
-NAMES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+NAMES: dict[str, Any] = tables(__file__)
 FIELDS = {of: tuple(names) for of, names in NAMES["fields"].items()}
 TURNS, QUESTIONS, ABOUT, ANSWERS = (FIELDS[of] for of in ("turns", "questions", "about", "answers"))
 REPLIES, SYSTEM, HISTORY, THOUGHT = (FIELDS[of] for of in ("replies", "system", "history", "thought"))

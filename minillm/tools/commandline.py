@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 import textwrap
-import tomllib
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -24,10 +23,11 @@ import tyro
 
 from minillm.errors import InputError
 from minillm.files import read_json
+from minillm.tools.streams import tables
 
 # ---- Words of the command line
 
-TABLES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLES: dict[str, Any] = tables(__file__)
 RENAMED, GROUPS = TABLES["renamed"], TABLES["groups"]
 TEXTS = ("prompt", "system", "name")
 """Options whose values are no places: there ~ stays as it is."""

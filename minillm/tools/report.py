@@ -27,7 +27,6 @@ mistake for quality, Singhal et al. 2023 (arXiv 2310.03716).
 Left out: agreement beyond chance (Cohen's κ, Krippendorff's α), and a significance test between two models.
 """
 
-import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,9 +46,7 @@ from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
 from minillm.reward import EncodedSet, distinct_pairs, prompt_key, score_rows
 from minillm.tools.annotators import by_reward, prefer
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability
-from minillm.tools.streams import render
-
-HERE = Path(__file__)
+from minillm.tools.streams import render, tables
 
 # ---- How far annotators agree
 
@@ -204,7 +201,7 @@ def length_correlation(scored: Sequence[Scored]) -> float | None:
 
 # ---- Tricks
 
-TRICKS: dict[str, str] = tomllib.loads(HERE.with_suffix(".toml").read_text(encoding="utf-8"))["tricks"]
+TRICKS: dict[str, str] = tables(__file__)["tricks"]
 """What might score without being good, made of an honest answer and of the next prompt's. A good reward
 model puts each below the honest answer."""
 
@@ -283,7 +280,7 @@ def report_text(card: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.1%}"
 
-    return render(HERE.with_name("report.txt.j2"), card, percent=percent).rstrip()
+    return render(Path(__file__).with_name("report.txt.j2"), card, percent=percent).rstrip()
 
 
 def write_report(folder: Path, card: dict[str, Any]) -> None:

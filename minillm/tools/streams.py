@@ -1,4 +1,4 @@
-"""Text on its way out: standard streams that are there for every script, templates, columns.
+"""Text on its way out: standard streams that are there for every script, tables of words, templates, columns.
 
 Whatever is written of a text of others is made printable, and on a page escaped, so that it is shown and
 never obeyed.
@@ -7,6 +7,7 @@ never obeyed.
 import io
 import os
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from html import unescape
@@ -51,6 +52,11 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the script runs)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def tables(module: str) -> dict[str, Any]:
+    """The words and tables of a module, in the TOML file of its name beside it."""
+    return tomllib.loads(Path(module).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def render(template: Path, content: Mapping[str, Any], **helpers: Any) -> str:

@@ -1,9 +1,9 @@
 """The words of the little world: `phrases.OPENERS` is the entry OPENERS of phrases.toml, and so on."""
 
-import tomllib
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+from minillm.tools.streams import tables
 
 
 def __getattr__(name: str) -> Any:
@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def _tables() -> dict[str, Any]:
     """All entries, in the order of the file; its lists are tuples here, for nobody may change them."""
-    return _tuples(tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
+    return _tuples(tables(__file__))
 
 
 def _tuples(value: Any) -> Any:
