@@ -205,7 +205,8 @@ def test_the_reason_of_the_system_is_given(tmp_path, monkeypatch):
     assert "closed" in refusal(tmp_path), "and not passed over"
     monkeypatch.setattr("builtins.open", deny)
     assert "b.txt" in (message := refusal(file)) and "Permission denied" in message
-    assert "--encoding" in refusal(tmp_path, encoding="no-such")
+    for name in ("no-such", "base64", "rot13", "undefined"):
+        assert "--encoding" in refusal(tmp_path, encoding=name)
 
 
 class Zstd:

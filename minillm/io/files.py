@@ -50,8 +50,8 @@ class Reading:
 
     def __post_init__(self) -> None:
         try:
-            codecs.getincrementaldecoder(self.encoding)
-        except LookupError:
+            "".encode(self.encoding)  # that of a text: Python has others, as base64
+        except (LookupError, UnicodeError):
             wrong = f"--encoding {self.encoding}: no such encoding"
             raise InputError(f"{wrong}; give utf-8, utf-16, gb18030 …") from None
 
