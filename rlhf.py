@@ -51,7 +51,7 @@ from minillm.io.huggingface import (
     save_model,
     save_scalar_model,
 )
-from minillm.model import LanguageModel, scalar_from_language_model
+from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
 from minillm.ppo import Aligner, adapted_beta, summary
@@ -69,7 +69,6 @@ from minillm.reward import (
     split_by_prompt,
 )
 from minillm.run import Run, Runtime, TrainingState, run_script
-from minillm.tokenizer import Tokenizer
 
 DEMONSTRATIONS = 512  # how many, at most, set the zero of a reward model's scores
 
@@ -337,7 +336,8 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     if run.resuming:
         model, tokenizer = load_scalar_model(run.folder, runtime.opens_on, runtime.dtype)
     else:
-        assistant, tokenizer = load_assistant(options, runtime)
+        assistant, tokenizer = load_causal_model(Path(options.init), runtime.opens_on, runtime.dtype)
+        tokenizer = with_chat_template(tokenizer)
         generator = torch.Generator().manual_seed(options.seed)
         model = scalar_from_language_model(assistant, generator, options.new_blocks)
     template, longest = ChatTemplate(tokenizer), model.config.max_position_embeddings
@@ -372,7 +372,7 @@ def learn_rankings(
 ) -> None:
     """Learns from rankings to the end of the run: a reward model, or by DPO a policy, whose implicit rewards
     (dpo.py) are then the scores."""
-    state, tenth = run.state, max(1, run.steps // 10)
+    state = run.state
     while run.goes_on():
         batch = stream.next(options.batch_sets)
         loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
@@ -381,9 +381,9 @@ def learn_rankings(
 
         tokens = sum(one.size for one in batch)
         run.log_step(tokens, loss=loss, gradient_norm=norm, rate=multiplier)
-        if state.step % (options.val_every or tenth) == 0 or state.step == run.steps:
+        if state.step % run.val_every == 0 or state.step == run.steps:
             validate()
-        if state.step % (options.save_every or tenth) == 0:
+        if state.step % run.save_every == 0:
             run.save()
 
 
@@ -410,12 +410,6 @@ def encoded_rankings(
         if cut := sum(len(one.rankings[0].cut) for one in encoded):
             print(f"{cut:,} of all responses are cut: their rows have no end token")
     return split_by_prompt(encoded, options.val_fraction)
-
-
-def load_assistant(options: Options, runtime: Runtime) -> tuple[LanguageModel, Tokenizer]:
-    """The model of --init, with a chat template. InputError for a model of masked training."""
-    model, tokenizer = load_causal_model(Path(options.init), runtime.opens_on, runtime.dtype)
-    return model, with_chat_template(tokenizer)
 
 
 def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
@@ -511,7 +505,7 @@ def align(options: Options, runtime: Runtime) -> None:
 
 def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
     """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates over it."""
-    state, tenth, prompt_count = run.state, max(1, run.steps // 10), options.rollout_batch // options.samples
+    state, prompt_count = run.state, options.rollout_batch // options.samples
     most_updates = options.ppo_epochs * options.minibatches  # of an iteration
     while run.goes_on():
         began = time.perf_counter()
@@ -538,9 +532,9 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
         shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
         tokens = round(metrics["length"] * options.rollout_batch)
         run.log_step(tokens, **summary(updates), **metrics, shown=shown)
-        if state.step % (options.val_every or tenth) == 0 or state.step == run.steps:
+        if state.step % run.val_every == 0 or state.step == run.steps:
             validate()
-        if state.step % (options.save_every or tenth) == 0:
+        if state.step % run.save_every == 0:
             run.save()
 
 
@@ -582,7 +576,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
 def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     """The models: the assistant as the policy and as the reference, reward model, critic; and the rubric."""
-    policy, tokenizer = load_assistant(options, runtime)
+    policy, tokenizer = load_causal_model(Path(options.init), runtime.opens_on, runtime.dtype)
+    tokenizer = with_chat_template(tokenizer)
     folder = Path(options.reward or Path(options.out) / "reward")
     reward_model = critic = None
     if folder.exists():

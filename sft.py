@@ -113,8 +113,6 @@ def train(options: Options, runtime: Runtime) -> None:
     )
     forward = runtime.wrap(model)
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
-    tenth = max(1, options.steps // 10)
-    val_every, save_every = options.val_every or tenth, options.save_every or tenth
 
     with run.training(state, options.steps, lambda: save_model(run.folder, model, tokenizer)):
         if run.already_finished():
@@ -126,10 +124,10 @@ def train(options: Options, runtime: Runtime) -> None:
             norm = state.optimizers.step(multiplier, options.clip)
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=multiplier)
-            if validation and (state.step % val_every == 0 or state.step == options.steps):
+            if validation and (state.step % run.val_every == 0 or state.step == options.steps):
                 val = held_out(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
-            if state.step % save_every == 0:
+            if state.step % run.save_every == 0:
                 run.save()
         run.end()
         if runtime.is_main:

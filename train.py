@@ -122,32 +122,33 @@ def train(options: Options, runtime: Runtime) -> None:
     cache, val_fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
     streams = [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
     val_streams = [tokenize(source, tokenizer, cache, 1.0, options.workers) for source in val_sources]
-    plan, masked = plan_of(options, model.config, runtime), options.objective == "masked"
+    steps, rows, rates = plan_of(options, model.config, runtime)
+    masked = options.objective == "masked"
     validation = validation_batches(val_streams or streams, options.block_size, options.val_tokens)
     if masked:  # the same tokens are hidden at every validation
         validation = [mask_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(validation)]
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     mixture = Mixture(streams, options.block_size, options.seed)
     forward = runtime.wrap(model, options.compile)
-    state = TrainingState(model, build_optimizers(model, plan.rates, options.optimizer), mixture)
+    state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
     best = math.inf  # the lowest validation loss so far; the run folder holds the model that had it
 
     def save() -> None:
         if best == math.inf:  # until the first validation the newest model is kept
             save_model(run.folder, model, tokenizer)
 
-    with run.training(state, plan.steps, save):
+    with run.training(state, steps, save):
         if run.already_finished():
             return
         best = min((e["nats_per_byte"] for e in run.logged if e["event"] == "val"), default=best)
-        shape = f"{plan.steps:,} steps of {plan.rows} rows of {options.block_size} tokens"
+        shape = f"{steps:,} steps of {rows} rows of {options.block_size} tokens"
         run.say(beginning(model, tokenizer, streams, val_streams, options.vocab_size, shape))
         while run.goes_on():
-            batch = mixture.next_rows(plan.rows)  # the same in every process
+            batch = mixture.next_rows(rows)  # the same in every process
             if masked:
                 batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
             loss = backward(forward, batch, options.micro_tokens, runtime)
-            multiplier = lr_schedule(state.step, plan.steps, options.warmup, options.decay)
+            multiplier = lr_schedule(state.step, steps, options.warmup, options.decay)
             norm = state.optimizers.step(multiplier, options.clip)
 
             targets = batch.targets[batch.targets != IGNORED]
@@ -155,7 +156,7 @@ def train(options: Options, runtime: Runtime) -> None:
             run.log_step(
                 batch.tokens.numel(), loss=loss, gradient_norm=norm, nats_per_byte=per_byte, rate=multiplier
             )
-            if state.step % plan.val_every == 0 or state.step == plan.steps:
+            if state.step % run.val_every == 0 or state.step == steps:
                 val = held_out(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
                 run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
@@ -163,7 +164,7 @@ def train(options: Options, runtime: Runtime) -> None:
                     best = val
                     if runtime.saves:
                         save_model(run.folder, model, tokenizer)
-            if state.step % plan.save_every == 0:
+            if state.step % run.save_every == 0:
                 run.save()
         run.end()
         if runtime.is_main:
@@ -173,20 +174,9 @@ def train(options: Options, runtime: Runtime) -> None:
 # Before the loop
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The numbers of a run that follow from the model's shape unless they are given."""
-
-    steps: int
-    rows: int
-    """Rows of a step, over all processes."""
-    val_every: int
-    save_every: int
-    rates: LearningRates
-
-
-def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> Plan:
-    """What follows from --depth: a deeper model takes more steps, larger batches, smaller rates.
+def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> tuple[int, int, LearningRates]:
+    """(steps, rows of a step, rates), as given or as they follow from --depth: a deeper model takes more
+    steps, larger batches, smaller rates.
 
     batch = 1024 · (depth/4)^3 tokens, rounded to a power of two; steps = 450 · depth. Muon's updates have a
     fixed spectral norm, so its rate does not depend on the width; AdamW's rates fall with the root of the
@@ -201,8 +191,7 @@ def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> Plan:
         norm=0.01,
         weight_decay=options.weight_decay,
     )
-    rows, tenth = runtime.rows_of_step(tokens, options.block_size), max(1, steps // 10)
-    return Plan(steps, rows, options.val_every or tenth, options.save_every or tenth, rates)
+    return steps, runtime.rows_of_step(tokens, options.block_size), rates
 
 
 def start_model(

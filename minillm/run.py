@@ -7,7 +7,7 @@
             while run.goes_on():
                 ...                                       one update: the script's own lines
                 run.log_step(tokens, loss=loss, ...)
-                if state.step % save_every == 0: run.save()
+                if state.step % run.save_every == 0: run.save()
             run.end()
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json    io/huggingface.py
@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minillm.errors import BAD_FILE, InputError, Interrupted, reason_of, writing
-from minillm.files import digest, read_json, sync_open, write_text
-from minillm.io.huggingface import load_weights, read_tensors, whole_tensor, write_tensors
+from minillm.errors import InputError, Interrupted, reason_of, writing
+from minillm.files import read_json, sync_open, write_text
+from minillm.io.huggingface import whole_tensor
 from minillm.options import TrainingOptions, parse_options
 
 # ---- Where it computes
@@ -173,7 +173,8 @@ RESUME_FILE = Path("resume") / "state.safetensors"
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a model trains, and so all that a restart must bring back."""
+    """Everything that changes while a model trains, and so all that a restart must bring back, from the file
+    that tools/folder.py writes."""
 
     model: nn.Module
     optimizers: Any
@@ -186,39 +187,6 @@ class TrainingState:
     """Tokens seen."""
     seconds: float = 0.0
     """Time spent training, over all sittings (processes) of the run."""
-
-    def save(self, folder: Path) -> None:
-        """Writes the restart file, the same for sharded weights as for whole ones."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
-        numbers = {name: getattr(self, name) for name in ("step", "tokens", "seconds")}
-        state = json.dumps(numbers | {"data": self.data.state_dict()})
-        write_tensors(folder / RESUME_FILE, tensors, {"state": state, "seal": self._seal(state, tensors)})
-
-    def restore(self, folder: Path) -> None:
-        """Brings everything back; data that has changed since is refused by name."""
-        path = folder / RESUME_FILE
-        tensors, metadata = read_tensors(path)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-        try:
-            seal = self._seal(metadata["state"], tensors)
-            if metadata.get("seal", seal) != seal:  # the release before wrote none
-                raise ValueError("damaged, or of another run")
-            for name, tensor in tensors.items():
-                part, _, rest = name.partition(".")
-                parts[part][rest] = tensor
-            state = json.loads(metadata["state"])
-            self.step, self.tokens, self.seconds = (state[name] for name in ("step", "tokens", "seconds"))
-            self.data.load_state_dict(state["data"])
-            self.optimizers.load_state_tensors(parts["optimizer"])
-        except BAD_FILE as error:
-            raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
-        load_weights(self.model, parts["model"], path)
-
-    def _seal(self, state: str, tensors: dict[str, Tensor]) -> str:
-        """A digest of the numbers, the tensors' names and shapes, and the kinds of optimizers."""
-        kinds = [type(optimizer).__name__ for optimizer in self.optimizers.optimizers]
-        return digest(state, kinds, sorted((name, list(value.shape)) for name, value in tensors.items()))
 
 
 # ---- The run
@@ -268,9 +236,10 @@ class Run:
         """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
         loop after a step. `save_model` writes the model in Hugging Face's layout."""
         from minillm.tools.ending import signals
-        from minillm.tools.folder import begin_folder, starts_from
+        from minillm.tools.folder import begin_folder, save_state, starts_from
 
-        self.state, self.steps, self.save_model = state, steps, save_model
+        self.state, self.steps, self.save_model, tenth = state, steps, save_model, max(1, steps // 10)
+        self.val_every, self.save_every = self.options.val_every or tenth, self.options.save_every or tenth
         if self.options.warmup > max(steps, TrainingOptions.warmup):
             raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
         if self.resuming:
@@ -292,7 +261,7 @@ class Run:
             begins_here = not self.resuming and starts_from(self.options) == self.folder.resolve()
             if begins_here and self.runtime.saves:
                 # The first model that is written replaces the one of --init: from now on it is here.
-                state.save(self.folder)
+                save_state(state, self.folder)
             self.bar = tqdm(disable=True)
             with NO_SCREEN:
                 # On the bare stream: what the bar shows is printable.
@@ -312,7 +281,9 @@ class Run:
 
         Those are synced before the restart point is written, so no crash can have lost one.
         """
-        self.state.restore(self.folder)
+        from minillm.tools.folder import restore_state
+
+        restore_state(self.state, self.folder)
         step = self.state.step
         if step and all(event["step"] != step for event in self.logged):
             raise InputError(
@@ -393,6 +364,8 @@ class Run:
 
     def save(self) -> None:
         """Writes the model and the restart point; InputError if a weight is not finite."""
+        from minillm.tools.folder import save_state
+
         weights = [getattr(weight, "_local_tensor", weight) for weight in self.state.model.parameters()]
         spoilt = torch.tensor(float(not all(bool(weight.isfinite().all()) for weight in weights)))
         if self.runtime.total(spoilt).item():
@@ -403,7 +376,7 @@ class Run:
                 sync_open(self.file.fileno())  # before a restart point counts on what was logged
         if self.runtime.saves:
             self.save_model()
-            self.state.save(self.folder)
+            save_state(self.state, self.folder)
         self.saved_step = self.state.step
 
     def exploded(self, what: str) -> InputError:

@@ -18,6 +18,7 @@ from minillm.model import LanguageModel, ScalarModel, config_of_depth, initializ
 from minillm.optim import LearningRates, build_optimizers
 from minillm.run import RESUME_FILE, Runtime, TrainingState
 from minillm.tools.device import start_runtime
+from minillm.tools.folder import restore_state, save_state
 
 ROWS, LENGTH, VOCABULARY = 8, 16, 301  # 301: rows that no number of processes divides
 RATES = LearningRates(matrix=0.02, embedding=0.01, norm=0.01, weight_decay=0.1)
@@ -67,17 +68,17 @@ def check_files(folder: Path, runtime: Runtime, whole: Runtime, kind: str, tied:
     for _ in range(2):
         update(ours, runtime)
     places = [folder / f"{kind}-{tied}-{name}" for name in ("ours", "whole", "again", "third", "fourth")]
-    ours.save(places[0])
+    save_state(ours, places[0])
     torch.distributed.barrier()  # the first process writes
     if runtime.is_main:
         plain = state_of(whole, kind, tied, seed=2)
-        plain.restore(places[0])
-        plain.save(places[1])
-    again.restore(places[0])
-    again.save(places[2])
+        restore_state(plain, places[0])
+        save_state(plain, places[1])
+    restore_state(again, places[0])
+    save_state(again, places[2])
     for state, place in ((ours, places[3]), (again, places[4])):
         update(state, runtime)
-        state.save(place)
+        save_state(state, place)
     if runtime.is_main:
         first, second, third, *later = ((place / RESUME_FILE).read_bytes() for place in places)
         assert first == second == third, "a restart point changed on its way"

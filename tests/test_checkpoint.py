@@ -29,7 +29,14 @@ from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, TrainingState
 from minillm.tokenizer import Tokenizer
 from minillm.tools.device import start_runtime
-from minillm.tools.folder import RUN_FILES, claim_folder, read_metrics, start_run_folder
+from minillm.tools.folder import (
+    RUN_FILES,
+    claim_folder,
+    read_metrics,
+    restore_state,
+    save_state,
+    start_run_folder,
+)
 from minillm.tools.provenance import provenance
 
 CPU = torch.device("cpu")
@@ -450,10 +457,10 @@ RESTARTS = {
 
 @pytest.mark.parametrize("damage", RESTARTS)
 def test_a_restart_point_that_does_not_fit_is_refused_in_one_line(tmp_path, damage):
-    trained_state().save(tmp_path)
+    save_state(trained_state(), tmp_path)
     edit_restart(tmp_path, RESTARTS[damage])
     before = contents(tmp_path)
-    assert str(tmp_path / RESUME_FILE) in refusal(new_state().restore, tmp_path)
+    assert str(tmp_path / RESUME_FILE) in refusal(restore_state, new_state(), tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -466,15 +473,15 @@ OTHERS = [
 @pytest.mark.parametrize("other", OTHERS)
 def test_the_restart_point_of_another_run_is_refused(tmp_path, other):
     for one, two in (({}, other), (other, {})):
-        trained_state(**one).save(tmp_path)
-        assert str(tmp_path / RESUME_FILE) in refusal(new_state(**two).restore, tmp_path)
+        save_state(trained_state(**one), tmp_path)
+        assert str(tmp_path / RESUME_FILE) in refusal(restore_state, new_state(**two), tmp_path)
 
 
 def test_a_missing_restart_point_is_refused_and_one_of_the_release_before_needs_no_seal(tmp_path):
-    assert str(tmp_path / RESUME_FILE) in refusal(new_state().restore, tmp_path)
-    trained_state().save(tmp_path)
+    assert str(tmp_path / RESUME_FILE) in refusal(restore_state, new_state(), tmp_path)
+    save_state(trained_state(), tmp_path)
     edit_restart(tmp_path, lambda t, m: m.pop("seal"))
-    (again := new_state()).restore(tmp_path)
+    restore_state(again := new_state(), tmp_path)
     assert (again.step, again.data.position) == (1, 3)
 
 
@@ -482,12 +489,12 @@ def test_a_missing_restart_point_is_refused_and_one_of_the_release_before_needs_
 @settings(max_examples=100)
 def test_any_damage_to_a_restart_point_ends_well_or_in_one_line(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damaged")
-    trained_state().save(folder)
+    save_state(trained_state(), folder)
     path = folder / RESUME_FILE
     content = path.read_bytes()
     size = 8 + struct.unpack("<Q", content[:8])[0]
     path.write_bytes(flip(content[:size], *data.draw(DAMAGE)) + content[size:])
     try:
-        new_state().restore(folder)
+        restore_state(new_state(), folder)
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)

@@ -1,4 +1,4 @@
-"""Whose a run folder is: one run's at a time, never two mixed, and nothing half-written from a killed one."""
+"""A run folder: one run's at a time, never two mixed, nothing half-written; and its restart point."""
 
 import errno
 import importlib
@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from torch import Tensor
+
 from minillm import files
-from minillm.errors import InputError, reading, writing
-from minillm.files import read_json, scratch_of, write_json
+from minillm.errors import BAD_FILE, InputError, reading, writing
+from minillm.files import digest, read_json, scratch_of, write_json
 from minillm.io.files import parse_specs
+from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
-from minillm.run import RESUME_FILE, Runtime
+from minillm.run import RESUME_FILE, Runtime, TrainingState
 from minillm.tools.provenance import provenance
 
 MODEL_FILES = (
@@ -189,3 +192,43 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 case _:
                     raise ValueError("it is no event")
     return events
+
+
+# ---- What an exact restart needs, in one file
+
+
+def save_state(state: TrainingState, folder: Path) -> None:
+    """Writes the restart file, the same for sharded weights as for whole ones."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in state.optimizers.state_tensors().items()}
+    numbers = {name: getattr(state, name) for name in ("step", "tokens", "seconds")}
+    saved = json.dumps(numbers | {"data": state.data.state_dict()})
+    metadata = {"state": saved, "seal": _seal(state, saved, tensors)}
+    write_tensors(folder / RESUME_FILE, tensors, metadata)
+
+
+def restore_state(state: TrainingState, folder: Path) -> None:
+    """Brings everything back; data that has changed since is refused by name."""
+    path = folder / RESUME_FILE
+    tensors, metadata = read_tensors(path)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    try:
+        seal = _seal(state, metadata["state"], tensors)
+        if metadata.get("seal", seal) != seal:  # the release before wrote none
+            raise ValueError("damaged, or of another run")
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        saved = json.loads(metadata["state"])
+        state.step, state.tokens, state.seconds = (saved[name] for name in ("step", "tokens", "seconds"))
+        state.data.load_state_dict(saved["data"])
+        state.optimizers.load_state_tensors(parts["optimizer"])
+    except BAD_FILE as error:
+        raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
+    load_weights(state.model, parts["model"], path)
+
+
+def _seal(state: TrainingState, saved: str, tensors: dict[str, Tensor]) -> str:
+    """A digest of the numbers, the tensors' names and shapes, and the kinds of optimizers."""
+    kinds = [type(optimizer).__name__ for optimizer in state.optimizers.optimizers]
+    return digest(saved, kinds, sorted((name, list(value.shape)) for name, value in tensors.items()))
