@@ -34,6 +34,7 @@ from minillm.errors import InputError
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Run, TrainingState
+from minillm.tools import folder as folder_rules
 from minillm.tools import plots
 from minillm.tools.device import start_runtime
 from minillm.tools.ending import one_line_errors, signals
@@ -297,10 +298,10 @@ def test_sft_over_its_base_model_goes_on_from_that_after_a_kill_at_its_first_sav
     given = "--init base --data chats.jsonl --cache cache --batch-tokens 64 --steps 4 --save-every 2 "
     given += "--val-every 2 --warmup 0 --precision float32 --val-fraction 0.3"
     sft.main([*given.split(), "--out", "whole"])
-    save = TrainingState.save
+    save = folder_rules.save_state
     with monkeypatch.context() as patch, pytest.raises(Killed):
         # The new model is written, its restart point is not.
-        patch.setattr(TrainingState, "save", lambda s, folder: failing() if s.step else save(s, folder))
+        patch.setattr(folder_rules, "save_state", lambda s, folder: failing() if s.step else save(s, folder))
         sft.main([*given.split(), "--out", "base", "--overwrite"])
     sft.main(["--resume", "--out", "base"])
     assert_same_weights(Path("base"), Path("whole"))
