@@ -53,9 +53,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises InputError where it cannot be read or is not UTF-8."""
+    """The text of a file without its byte order mark. InputError where it cannot be read or is not UTF-8."""
     with reading(path, "check the folder; was it copied whole?"):
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -423,6 +423,7 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
         write_text(file, to_json(self.vocabulary))
         write_json(file.with_name("tokenizer_config.json"), config)
+        file.with_name("chat_template.jinja").unlink(missing_ok=True)  # another tokenizer's, which would win
 
 
 def _any_of(names: Iterable[str]) -> regex.Pattern | None:

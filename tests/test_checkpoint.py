@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
-from minillm.files import digest, write_atomically, write_json
+from minillm.files import digest, read_json, read_text, write_atomically, write_json
 from minillm.io.huggingface import load_model, load_scalar_model, read_tensors, save_model, save_scalar_model
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
@@ -123,6 +123,11 @@ def test_options_with_file_names_of_any_bytes_can_be_written(tmp_path):
     """Python hands such bytes over as lone surrogates, which no UTF-8 file can hold as they are."""
     write_json(tmp_path / "run.json", {"data": ["caf\udce9.txt"]})
     assert json.loads((tmp_path / "run.json").read_text()) == {"data": ["caf\udce9.txt"]}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_or_of_json(tmp_path):
+    (tmp_path / "x.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert read_text(tmp_path / "x.json") == '{"a": 1}' and read_json(tmp_path / "x.json") == {"a": 1}
 
 
 # ---- A kill between any two file operations

@@ -314,6 +314,15 @@ def test_tokens_that_only_the_settings_name_are_tokens_as_in_transformers(tmp_pa
     assert Tokenizer.load(tmp_path / "again").encode(text, special=True) == ours.encode(text, special=True)
 
 
+def test_a_template_that_another_tokenizer_left_in_a_folder_does_not_become_that_of_a_model_saved_there(
+    tmp_path,
+):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = with_chat_template(TOKENIZER)
+    save_model(tmp_path, LanguageModel(CONFIG), tokenizer)
+    assert Tokenizer.load(tmp_path).config["chat_template"] == tokenizer.config["chat_template"]
+
+
 def test_documents_are_not_framed_by_the_end_of_a_chats_reply():
     special = TOKENIZER.special_tokens
     end, document = special["<|end|>"], special["<|endoftext|>"]
