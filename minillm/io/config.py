@@ -17,11 +17,8 @@ from minillm.model import ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools.streams import tables
 
-SAME_NAME = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-)  # fmt: skip
 TABLE: dict[str, Any] = tables(__file__)
+SAME_NAME: list[str] = TABLE["same_name"]
 ROPES: dict[str, list[str]] = TABLE["ropes"]
 """The ways to turn queries and keys that are computed here, and the numbers of each."""
 

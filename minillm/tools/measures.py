@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float64, Real
 
-from minillm.tools.streams import columns
+from minillm.tools.streams import columns, tables
 
 Z = 1.96  # standard errors to each side of a 95 % interval
 BINS = 10  # of the predicted probability
@@ -32,14 +32,7 @@ BINS = 10  # of the predicted probability
 Values = Sequence[float | int] | Real[np.ndarray, " N"] | Bool[np.ndarray, " N"]
 Known = float | int | None
 
-FORMS = {
-    "share": ("{:.1%}", "({:.0f}–{:.0f})", 100),
-    "score": ("{:.2f}", "({:.2f}–{:.2f})", 1),
-    "nats": ("{:.3f}", "({:.3f}–{:.3f})", 1),
-    "count": ("{:.1f}", "({:.1f}–{:.1f})", 1),
-    "whole": ("{:,.0f}", "", 1),
-    "signed": ("{:+.3f}", "({:+.3f} to {:+.3f})", 1),
-}
+FORMS = tables(__file__)
 """How a value is written, how its interval is, and by what that is multiplied."""
 
 
