@@ -213,13 +213,13 @@ def teach(
         print(claim, flush=True)
         path = Path(options.out, "quick" if options.quick else "", f"{lesson.stem}.json")
         measured: dict[str, Any] = read_json(path)["seeds"] if path.exists() else {}
-        runs = [run for run in STAGES if run == "base" or (options.run(run) / "run.json").exists()]
-        seed, of = str(options.seed), digest(decisive(lesson), *(run_id(options.run(run)) for run in runs))
+        runs = [options.run(one) for one in STAGES]
+        ids = [run_id(run) for run in runs if run == runs[0] or (run / "run.json").exists()]
+        seed, of = str(options.seed), digest(decisive(read_text(lesson)), *ids)
         if measured.get(seed, {}).get("of") != of:
             began = time.perf_counter()
-            figures = experiment(options)
-            seconds = time.perf_counter() - began
-            measured[seed] = {"figures": figures, "of": of, "seconds": seconds, **provenance()}
+            own = {"figures": experiment(options), "of": of, "seconds": time.perf_counter() - began}
+            measured[seed] = own | provenance()
 
         seeds = [one["figures"] for _, one in sorted(measured.items())]
         said = {"claim": claim, **conclusion(verdict, seeds), "sentence": sentence(seeds)}
@@ -231,15 +231,14 @@ def teach(
 
         rows = [[name, span(seeds, name, form="{:.3g}")] for name in seeds[0]]
         print(columns([["", "mean (least–most)"], *rows]))
-        print(
-            *(f"{'yes' if passed else 'NO':4}{check}" for check, passed in said["checks"].items()), sep="\n"
-        )
+        for check, passed in said["checks"].items():
+            print(f"{'yes' if passed else 'NO':4}{check}")
         print(f"{said['verdict']}: {said['sentence']} (seeds {', '.join(sorted(measured))})")
 
 
-def decisive(lesson: Path) -> str:
+def decisive(text: str) -> str:
     """What decides the figures of a lesson: its code down to `experiment`, without imports and comments."""
-    code = ast.parse(read_text(lesson)).body
+    code = ast.parse(text).body
     end = [getattr(node, "name", "") for node in code].index("experiment") + 1
     words = ast.Import | ast.ImportFrom | ast.Expr
     return "\n".join(ast.unparse(node) for node in code[:end] if not isinstance(node, words))
