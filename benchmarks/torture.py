@@ -353,6 +353,8 @@ class Torture:
         shutil.copytree(before, folder)
         met = [accident(rng, known, size, self.is_small) for _ in range(rng.choice((1, 1, 2, 3)))]
         for what in (*met, Accident()):
+            if stage == "best-of-n" and (folder / "rlhf/best-of-n/report.json").exists():
+                break  # done though by a signal: it has nothing to go on with, and would refuse to begin anew
             words = STAGES[stage].split()
             if stage in RESUMED and any((folder / name).exists() for name in made if name.name == "run.json"):
                 words.append("--resume")
