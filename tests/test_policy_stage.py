@@ -384,7 +384,7 @@ SHARED_OUT = {
     "ppo": ("ppo", ""),
     "ppo, sharded": (
         "ppo",
-        "--shard --checkpoint-activations --ema-decay 0.8 --kl-estimator exact --micro-tokens 40",
+        "--shard --checkpoint-activations --ema-decay 0.8 --kl-estimator exact --micro-tokens 100",
     ),
     "dpo, sharded": ("dpo", "--shard --micro-tokens 100"),
 }
