@@ -111,7 +111,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
     monkeypatch.setattr("minillm.io.huggingface.whole_tensor", full_at_the_third)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
-    refusal(trained_state().save, tmp_path)
+    refusal(save_state, trained_state(), tmp_path)
     assert contents(tmp_path) == before
 
 

@@ -14,7 +14,7 @@ from runs import HERE, fresh_state, open_run
 
 from minillm.errors import InputError
 from minillm.run import Run, Runtime
-from minillm.tools.folder import read_metrics
+from minillm.tools.folder import read_metrics, save_state
 from minillm.tools.plots import plot_loss
 from minillm.tools.trackers import Tracker
 
@@ -29,7 +29,7 @@ def running(folder: Path, at: int | None = None, steps: int = 100, runtime: Runt
     state = fresh_state()
     if at is not None:
         state.step = at
-        state.save(folder)
+        save_state(state, folder)
     run = open_run(folder, runtime, resume=at is not None, **options)
     with run.runtime.closing, run.training(state, steps, lambda: None):
         yield run

@@ -24,6 +24,7 @@ from minillm.optim import (
     orthogonalized,
 )
 from minillm.run import Runtime, TrainingState
+from minillm.tools.folder import restore_state, save_state
 
 LAW = settings(max_examples=15)
 ONE = Runtime(torch.device("cpu"), torch.float32)
@@ -415,10 +416,10 @@ def test_a_restored_run_goes_on_bit_by_bit_as_if_never_stopped(tmp_path, kind, t
     train(whole, 8)
     train(first, stop)
     first.tokens, first.seconds = 17, 2.5
-    first.save(tmp_path)
+    save_state(first, tmp_path)
     second = new_state(kind, tied, seed=1)  # other weights: all must come from the file
     rates = [group["base_rate"] for group in groups_of(second)]
-    second.restore(tmp_path)
+    restore_state(second, tmp_path)
     assert (second.step, second.tokens, second.seconds) == (stop, 17, 2.5)
     assert [group["base_rate"] for group in groups_of(second)] == rates
     for state in (first, second):  # saving changed nothing, and restoring brought all back
