@@ -375,9 +375,9 @@ def learn_rankings(
     state = run.state
     while run.goes_on():
         batch = stream.next(options.batch_sets)
-        loss = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
+        mean = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
         multiplier = lr_schedule(state.step, run.steps, options.warmup, options.decay)
-        norm = state.optimizers.step(multiplier, options.clip)
+        norm, loss = state.optimizers.step(multiplier, options.clip, mean)
 
         tokens = sum(one.size for one in batch)
         run.log_step(tokens, loss=loss, gradient_norm=norm, rate=multiplier)

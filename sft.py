@@ -119,9 +119,9 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         while run.goes_on():
             batch = mixture.next_rows(rows)
-            loss = backward(forward, batch, options.micro_tokens, runtime)
+            mean = backward(forward, batch, options.micro_tokens, runtime)
             multiplier = lr_schedule(state.step, options.steps, options.warmup, options.decay)
-            norm = state.optimizers.step(multiplier, options.clip)
+            norm, loss = state.optimizers.step(multiplier, options.clip, mean)
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=multiplier)
             if validation and (state.step % run.val_every == 0 or state.step == options.steps):

@@ -147,9 +147,9 @@ def train(options: Options, runtime: Runtime) -> None:
             batch = mixture.next_rows(rows)  # the same in every process
             if masked:
                 batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
-            loss = backward(forward, batch, options.micro_tokens, runtime)
+            mean = backward(forward, batch, options.micro_tokens, runtime)
             multiplier = lr_schedule(state.step, steps, options.warmup, options.decay)
-            norm = state.optimizers.step(multiplier, options.clip)
+            norm, loss = state.optimizers.step(multiplier, options.clip, mean)
 
             targets = batch.targets[batch.targets != IGNORED]
             per_byte = loss * len(targets) / max(1, int(token_bytes[targets].sum()))

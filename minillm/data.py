@@ -578,9 +578,9 @@ def flat_index(
 
 def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Numbers of the tokens [N] as rows [B, R], 0 where a response has no token."""
-    padded = torch.zeros(mask.shape, dtype=per_token.dtype, device=per_token.device)
-    padded[mask] = per_token
-    return padded
+    # Not padded[mask] = per_token: a device would be waited for, to learn how many places that are.
+    index = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+    return torch.where(mask, per_token[index], 0)
 
 
 # ---- Rows → batches

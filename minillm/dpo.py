@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from minillm.data import flat_index, pad
+from minillm.data import pad
 from minillm.model import LanguageModel
 from minillm.reward import RankedBatch, Scores
 
 
 def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
-    mask, index = flat_index(batch.begins, batch.ends)
-    return pad(forward(batch.tokens, attend=batch.shared, of=index).logprobs, mask).sum(dim=1)
+    found = forward(batch.tokens, attend=batch.shared, of=batch.index)
+    return pad(found.logprobs, batch.mask).sum(dim=1)
 
 
 def rewards_of(forward: Callable[..., Any], ref_model: LanguageModel, beta: float) -> Scores:

@@ -40,7 +40,7 @@ def accumulate(
     count: int,
     runtime: Runtime,
     weight: float = 1.0,
-) -> float:
+) -> Float[Tensor, ""]:
     """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the .grad of all weights; returns
     that mean, without `weight`. `micro_batches` are this process's share of a step and `count` is the whole
     step's. `summed` calls `forward`, which is the model or what wraps it. Several processes' gradients are
@@ -54,12 +54,12 @@ def accumulate(
             loss = summed(micro)
             (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
-    return runtime.total(total).item() / count
+    return runtime.total(total) / count
 
 
 def backward(
     forward: Callable[..., Tensor], batch: Batch, micro_tokens: int, runtime: Runtime, weight: float = 1.0
-) -> float:
+) -> Float[Tensor, ""]:
     """Adds `weight` times the gradient of the batch's mean loss; returns that mean, in nats per target.
 
     `batch` is the whole step's, the same in every process. Each takes its rows, in forward passes of at
@@ -179,21 +179,21 @@ class Optimizers:
             group["base_rate"] = group["lr"]
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
-    def step(self, multiplier: float, clip: float) -> float:
-        """One update at `multiplier` times the base rates; clears the gradients and returns their norm.
-
-        That norm is over all weights, before the gradients are clipped to at most `clip`. No weight moves
-        where it is not finite.
+    def step(self, multiplier: float, clip: float, *metrics: Float[Tensor, ""]) -> list[float]:
+        """One update at `multiplier` times the base rates; clears the gradients. Returns their norm over all
+        weights, before they are clipped to at most `clip`, and the numbers of `metrics`, read with it: so a
+        step waits for the device once. No weight moves where the norm is not finite.
         """
         total: Any = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
-        norm = (total.full_tensor() if hasattr(total, "full_tensor") else total).item()  # of all shards
+        whole = total.full_tensor() if hasattr(total, "full_tensor") else total  # of all shards
+        norm, *numbers = torch.stack([whole, *metrics]).tolist()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = multiplier * group["base_rate"]
             if math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return norm
+        return [norm, *numbers]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All state, flat: "<optimizer>.<parameter>.<name>" → tensor. The rates are not state."""

@@ -382,8 +382,8 @@ class Aligner:
         minibatches will make, so that the first ratios are exactly 1."""
         device, T, most = self.runtime.device, self.sampling.temperature, self.options.micro_tokens
         sequences = [[*p, *r] for p, r in zip(samples.prompts, samples.responses, strict=True)]
-        sizes = torch.tensor(list(map(len, samples.responses)), device=device)
-        mask = torch.arange(int(sizes.max()), device=device) < sizes[:, None]
+        sizes = torch.tensor(list(map(len, samples.responses)))
+        mask = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
         passes = []
@@ -474,7 +474,7 @@ class Aligner:
         """One step of the optimizers on a minibatch (its forward passes), at `learning_rate` times their base
         rates; its metrics. No weight moves where the gradient is not finite.
         """
-        options, runtime, metrics = self.options, self.runtime, dict[str, float]()
+        options, runtime, metrics = self.options, self.runtime, dict[str, Tensor]()
         count = torch.tensor(float(sum(len(micro.index) for micro in passes)))
         tokens = round(runtime.total(count).item())
         if not critic_only:
@@ -493,11 +493,12 @@ class Aligner:
 
             metrics["value_loss"] = accumulate(critic, value_loss, passes, tokens, runtime, options.vf_coef)
         weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
-        loss = sum(weights[name] * metrics[name] for name in weights if name in metrics)
-        norm = self.optimizers.step(learning_rate, options.clip)
-        return metrics | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
+        norm, *read = self.optimizers.step(learning_rate, options.clip, *metrics.values())
+        numbers = dict(zip(metrics, read, strict=True))
+        loss = sum(weight * numbers.get(name, 0.0) for name, weight in weights.items())
+        return numbers | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
 
-    def learn_policy(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> dict[str, float]:
+    def learn_policy(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> dict[str, Tensor]:
         """Adds the gradient of a minibatch's loss, a mean over its `tokens`, to the policy's .grad; returns
         that loss, and how far the policy has moved since it sampled."""
         options, now = self.options, list[Tensor]()  # log π of the tokens, pass by pass
@@ -520,12 +521,10 @@ class Aligner:
         new, old = torch.cat(now), rollout.logprobs[b, r]
         ratio, old_kl = (new - old).exp(), KL_ESTIMATORS["k3"](old - new)
         _, clipped = policy_losses(new, old, rollout.advantages[b, r], options.clip_range)
-        most, least = self.runtime.largest(torch.stack((ratio.max(), -ratio.min()))).tolist()
+        most, least = self.runtime.largest(torch.stack((ratio.max(), -ratio.min())))
         means = self.runtime.total(torch.stack((old_kl.sum(), clipped.to(new.dtype).sum()))) / tokens
-        moved = {"ratio_max": most, "ratio_min": -least}
-        return (
-            {"policy_loss": loss} | moved | dict(zip(("old_kl", "clip_share"), means.tolist(), strict=True))
-        )
+        moved = {"ratio_max": most, "ratio_min": -least, "old_kl": means[0], "clip_share": means[1]}
+        return {"policy_loss": loss} | moved
 
     @torch.no_grad()
     def follow(self) -> None:

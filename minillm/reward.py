@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from minillm.chat import ChatTemplate
@@ -177,10 +177,11 @@ class RankedBatch:
     tokens: Int64[Tensor, "1 T"]
     shared: Any
     """A prompt is there once among the tokens, and attended to by each of its responses (SharedPrompts)."""
-    begins: Int64[Tensor, " B"]
-    """The index of each response's first token."""
-    ends: Int64[Tensor, " B"]
-    """Its end (exclusive)."""
+    last: Int64[Tensor, " B"]
+    """The index of each response's last token."""
+    mask: Bool[Tensor, "B R"]
+    index: Int64[Tensor, " N"]
+    """Of all their tokens (data.flat_index)."""
     better: Int64[Tensor, " M"]
     worse: Int64[Tensor, " M"]
     weight: Float[Tensor, " M"]
@@ -202,7 +203,8 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)
-    batch: list[Any] = [tokens, shared, starts, ends, better.long(), worse.long(), weights.float()]
+    mask, index = flat_index(starts, ends)
+    batch: list[Any] = [tokens, shared, ends - 1, mask, index, better.long(), worse.long(), weights.float()]
     return RankedBatch(*(part.to(device) for part in batch))
 
 
@@ -226,11 +228,10 @@ def scores_of(forward: Callable[..., Tensor], means: bool = False) -> Scores:
 
     def scores(batch: RankedBatch) -> Tensor:
         values = forward(batch.tokens, attend=batch.shared).flatten()
-        last = values[batch.ends - 1]
+        last = values[batch.last]
         if not means:
             return last
-        mask, index = flat_index(batch.begins, batch.ends)
-        return torch.stack((last, pad(values[index], mask).sum(1) / mask.sum(1)))
+        return torch.stack((last, pad(values[batch.index], batch.mask).sum(1) / batch.mask.sum(1)))
 
     return scores
 
@@ -241,7 +242,7 @@ def ranking_backward(
     step: Sequence[EncodedSet],
     micro_tokens: int,
     runtime: Runtime,
-) -> float:
+) -> Float[Tensor, ""]:
     """Adds the gradient of a step's mean loss per set to .grad; returns that mean, in nats.
 
     `scores` calls `forward`. Sorted by size, the sets are dealt to the processes in turn, for equal work.

@@ -179,11 +179,11 @@ def killed_at_update(number: int) -> Iterator[list[tuple[float, float]]]:
     """Lets a script die in the middle of its `number`-th update; the rate and the clip of each."""
     step, calls = Optimizers.step, []
 
-    def step_or_die(self, rate, clip):
+    def step_or_die(self, rate, clip, *metrics):
         calls.append((rate, clip))
         if len(calls) == number:
             raise Killed
-        return step(self, rate, clip)
+        return step(self, rate, clip, *metrics)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Optimizers, "step", step_or_die)

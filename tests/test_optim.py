@@ -135,7 +135,7 @@ def as_parallel(model: LanguageModel) -> list[int]:
 def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(batch, world):
     """What DistributedDataParallel averages, computed one rank after the other."""
     model = model_of(grown=True)
-    whole = backward(model, batch, 10, ONE)
+    whole = backward(model, batch, 10, ONE).item()
     expected = gradients(model)
     as_parallel(model)
     shares, losses = [], []
@@ -143,7 +143,7 @@ def test_the_shares_of_the_processes_average_to_the_gradient_of_the_whole(batch,
         model.zero_grad(set_to_none=False)
         losses.append(backward(model, batch, 10, OneOf(ONE.device, ONE.dtype, rank, world)))
         shares.append(gradients(model))
-    assert sum(losses) / world == pytest.approx(whole, rel=1e-5)
+    assert sum(losses).item() / world == pytest.approx(whole, rel=1e-5)
     for theirs, *ours in zip(expected, *shares, strict=True):
         torch.testing.assert_close(sum(ours) / world, theirs, **CLOSE)
 
@@ -269,7 +269,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_and_is_returned_as_it_is(
     before = [parameter.detach().clone() for parameter in state.model.parameters()]
     backward(state.model, random_batch(2), 100, ONE)
     state.model.lm_head.weight.grad[0, 0] = bad
-    assert not math.isfinite(state.optimizers.step(1.0, 1.0))
+    assert not math.isfinite(state.optimizers.step(1.0, 1.0)[0])
     for parameter, old in zip(state.model.parameters(), before, strict=True):
         assert torch.equal(parameter, old) and parameter.grad is None
 
@@ -397,7 +397,7 @@ def test_clipping_bounds_the_common_norm_and_keeps_the_direction(size, largest, 
     still = LearningRates(0.0, 0.0, 0.0, 0.0)
     with pytest.MonkeyPatch.context() as patch:  # keeps the gradients of a step
         patch.setattr(torch.optim.Optimizer, "zero_grad", lambda *_, **__: None)
-        returned = build_optimizers(model, still, "adamw").step(1.0, largest)
+        (returned,) = build_optimizers(model, still, "adamw").step(1.0, largest)
     after = torch.cat([gradient.flatten() for gradient in gradients(model)])
     assert returned == pytest.approx(before.norm().item(), rel=1e-4)
     # torch divides by norm + 1e-6, hence a relative 1e-4 at the smallest norms.

@@ -47,7 +47,7 @@ def trained(impl: str, device: str, steps: int = 3) -> tuple[list[float], dict[s
         for module in (kernels.attention, kernels.losses):
             patch.setattr(module, "check", chosen)
         for batch in packed_batches(steps):
-            losses.append(backward(model, batch, 19, here))
+            losses.append(backward(model, batch, 19, here).item())
             optimizers.step(1.0, math.inf)
     # Attention and the loss, in both micro-batches of every step.
     assert len(used) == steps * 2 * 2
