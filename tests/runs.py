@@ -136,15 +136,16 @@ def assert_two_processes_follow(
     assert [x[2] for x in two] == pytest.approx([x[2] for x in one], rel=rel)
 
 
-def in_two_processes(script: ModuleType, words: list[str]) -> None:
-    """What torchrun does with a script, in copies of this process, which need not import torch first."""
+def in_two_processes(script: ModuleType, words: list[str], status: int = 0) -> None:
+    """What torchrun does with a script, in copies of this process, which need not import torch first; each
+    must end with this status, as os.waitpid has it."""
     if torch.cuda.is_available():  # which no copy may use
         subprocess.run([*TORCHRUN, str(script.__file__), *words], cwd=ROOT, check=True, timeout=600)
         return
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     children = [os.fork() or as_process(rank, port, script, words) for rank in (0, 1)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert [os.waitpid(child, 0)[1] for child in children] == [status, status]
 
 
 def as_process(rank: int, port: int, script: ModuleType, words: list[str]) -> NoReturn:

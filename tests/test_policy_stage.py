@@ -386,6 +386,7 @@ SHARED_OUT = {
         "ppo",
         "--shard --checkpoint-activations --ema-decay 0.8 --kl-estimator exact --micro-tokens 100",
     ),
+    "grpo, sharded": ("grpo", "--shard --kl-estimator exact --micro-tokens 60"),
     "dpo, sharded": ("dpo", "--shard --micro-tokens 100"),
 }
 

@@ -1,8 +1,11 @@
 """Whole pretraining runs through the command line: trained, killed, resumed, shared out, refused."""
 
+import itertools
 import json
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +20,7 @@ from runs import (
     assert_same_run,
     assert_two_processes_follow,
     folder_bytes,
+    in_two_processes,
     killed_at_update,
     losses_of,
     metrics_of,
@@ -29,6 +33,7 @@ import train
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import load_model, save_model
+from minillm.optim import Optimizers
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 
@@ -119,6 +124,32 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(text, tmp_path, referenc
 def test_two_processes_follow_the_curve_of_one(text, tmp_path, reference, extra):
     words = arguments(text, tmp_path / "base", *extra)
     assert_two_processes_follow(reference, train, words, tmp_path / "base", rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torchrun's processes are not patched")
+def test_a_sharded_run_that_is_killed_goes_on_bit_for_bit_in_as_many_processes_and_in_one(text, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    in_two_processes(train, arguments(text, whole, *SHARDED))
+    step, updates = Optimizers.step, itertools.count(1)
+
+    def step_or_die(*given):
+        if next(updates) == 6:  # after the restart point of step 3
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizers, "step", step_or_die)
+        in_two_processes(train, arguments(text, killed, *SHARDED), signal.SIGKILL)
+    assert max(event["step"] for event in metrics_of(killed)) == 5
+    alone = shutil.copytree(killed, tmp_path / "alone")
+    in_two_processes(train, [*arguments(text, killed, *SHARDED), "--resume"])
+    assert_same_run(whole, killed)
+    train.main([*arguments(text, alone), "--resume"])
+    one, two = (losses_of(metrics_of(out)) for out in (alone, whole))
+    # Bit for bit up to the restart point, and but for float32's sums in another order after it.
+    before = sum(step <= 3 for _, step, _ in two)
+    assert one[:before] == two[:before] and [x[:2] for x in one] == [x[:2] for x in two]
+    assert [x[2] for x in one] == pytest.approx([x[2] for x in two], rel=1e-4)
 
 
 def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_path):
