@@ -1,7 +1,7 @@
 """Files written whole or not at all; text and JSON read with errors in one line.
 
-A file is written as `.NAME.tmp` beside its place, synced and renamed over the old one, so that a reader, or a
-machine that stops in between, finds the old file or the new one and never half of either.
+A file is written as `.NAME.PROCESS.tmp` beside its place, synced and renamed over the old one, so that a
+reader, or a machine that stops in between, finds the old file or the new one and never half of either.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with writing(path, "what was there before is unchanged; free some space or choose another folder"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.unlink(missing_ok=True)  # of a process that was killed
+            remove_left(path)
             scratch.touch()
             mode = scratch.stat().st_mode  # as the umask has it, whatever the writer chooses
             write(scratch)
@@ -39,8 +40,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def scratch_of(path: Path) -> Path:
-    """The name under which a file is written."""
-    return path.with_name(f".{path.name[:60]}.tmp")
+    """The name under which this process writes a file."""
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
+
+
+def remove_left(path: Path) -> None:
+    """Removes what a process that was killed had written of a file; on Windows, where asking after a process
+    would end it, only what one of this number had."""
+    scratch_of(path).unlink(missing_ok=True)
+    for left in path.parent.glob(f".{escape(path.name[:60])}.*.tmp") if fcntl is not None else ():
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # another user's process, or no process's file
+            pass
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
-from minillm.files import digest, read_json, read_text, write_atomically, write_json
+from minillm.files import digest, read_json, read_text, scratch_of, write_atomically, write_json
 from minillm.io.huggingface import load_model, load_scalar_model, read_tensors, save_model, save_scalar_model
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
@@ -71,7 +71,7 @@ def test_whatever_ends_a_write_at_whatever_step_leaves_the_old_file_and_no_other
 ):
     path = tmp_path / "weights"
     path.write_bytes(b"old")
-    (tmp_path / ".weights.tmp").symlink_to(tmp_path / "not ours")  # must not be written through
+    scratch_of(path).symlink_to(tmp_path / "not ours")  # must not be written through
 
     def fail(*_, **__):
         raise error

@@ -219,9 +219,10 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(her
     out = pretrain()
     (out / ".run.json.tmp").mkdir()  # as the release before wrote
     gone = {".run.json.tmp/file", ".model.safetensors.tmp", ".tmpAb3dEf", "resume/.tmpAb3dEf"}
+    gone |= {".loss.png.1.tmp", "resume/.state.safetensors.99.tmp"}
     for name in gone:
         (out / name).write_bytes(b"half")
-    mine = {"resume/.hidden": b"mine", ".mine.tmp": b"mine", ".tmp": b"mine"}
+    mine = {"resume/.hidden": b"mine", ".mine.tmp": b"mine", ".tmp": b"mine", ".mine.9.tmp": b"mine"}
     for name, content in mine.items():
         (out / name).write_bytes(content)
     before = set(folder_bytes(out))

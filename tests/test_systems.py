@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from runs import ROOT, open_run
 
 from minillm import files
 from minillm.errors import InputError
-from minillm.files import sync, write_text
+from minillm.files import sync, write_atomically, write_text
 from minillm.io.rankings import JsonLines
 from minillm.ppo import moments
 from minillm.run import Runtime
@@ -84,6 +85,24 @@ def test_where_folders_cannot_be_opened_files_are_synced_and_written_whole(tmp_p
     write_text(tmp_path / "x", "new")
     sync(tmp_path)
     assert (tmp_path / "x").read_text() == "new" and os.listdir(tmp_path) == ["x"]
+
+
+def test_two_processes_that_write_one_file_at_once_each_write_it_whole(tmp_path):
+    """What others were writing is left to them while they are there."""
+    path, code = tmp_path / "a.json", "from minillm.files import *; write_text(Path('{}'), 'b')"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        theirs = tmp_path / f".a.json.{other.pid}.tmp"
+        theirs.write_text("half")
+
+        def write(file: Path) -> None:
+            file.write_text("a")
+            subprocess.run([sys.executable, "-c", code.format(path)], cwd=ROOT, check=True)
+            assert (path.read_text(), file.read_text()) == ("b", "a")
+
+        write_atomically(path, write)
+        assert path.read_text() == "a" and set(tmp_path.iterdir()) == {path, theirs}
+    write_text(path, "c")
+    assert path.read_text() == "c" and list(tmp_path.iterdir()) == [path]
 
 
 def test_without_hangups_the_other_signals_are_handled(windows):

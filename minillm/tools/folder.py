@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillm import files
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.files import digest, read_json, scratch_of, write_json
+from minillm.files import digest, read_json, write_json
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
 from minillm.options import TrainingOptions, options_json
@@ -32,7 +32,7 @@ RUN_FILES = (
     str(RESUME_FILE), "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
     "responses.jsonl", *MODEL_FILES, "run.json",
 )  # fmt: skip
-SCRATCH = {scratch_of(Path(name)).name for name in RUN_FILES}
+SCRATCH = {f".{Path(name).name}.tmp" for name in RUN_FILES}
 
 
 @contextmanager
@@ -114,8 +114,9 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
                 what = f"{folder}: is inside {source}, which would hold its files when it is read again"
                 raise InputError(f"{what}; {hint}")
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
-            # Scratch of files.py, and what safetensors leaves where it is killed.
-            if path.name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
+            # Scratch of files.py, of whatever process, and what safetensors leaves where it is killed.
+            name = re.sub(r"\.\d+(?=\.tmp$)", "", path.name)
+            if name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
