@@ -5,16 +5,18 @@ beside the same stages whole.
 """
 
 import json
+import weakref
 
 import pytest
 import sharded
 import torch
-from runs import in_two_processes
+from runs import in_two_processes, tiny_model
 from safetensors.torch import load_file, save_file
 
 import rlhf
 from minillm.errors import InputError
-from minillm.io.huggingface import read_tensors, write_tensors
+from minillm.io import huggingface
+from minillm.io.huggingface import read_tensors, save_model, write_tensors
 from minillm.run import Runtime
 
 
@@ -50,6 +52,20 @@ def test_a_file_written_tensor_by_tensor_is_what_safetensors_writes(tmp_path):
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
     assert read_tensors(tmp_path / "ours")[1] == {"format": "pt", "note": "ä"}
+
+
+def test_saving_gathers_one_tensor_at_a_time(tmp_path, monkeypatch):
+    held = list[weakref.ref]()
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        assert all(one() is None for one in held), "the one before is still there"
+        whole = tensor.clone()
+        held.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(huggingface, "whole_tensor", gathered)
+    save_model(tmp_path, *tiny_model())
+    assert len(held) == len(load_file(tmp_path / "model.safetensors")) > 10
 
 
 def test_more_processes_than_prompts_of_a_minibatch_are_refused_before_anything_starts():
