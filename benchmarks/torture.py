@@ -375,12 +375,12 @@ class Torture:
 
 
 def fault(stage: str, end: End, what: Accident) -> str:
-    """What a process should not have done, or nothing."""
+    """What a process should not have done, or nothing. A lesson may say that the signal ended its stage."""
     errors = re.findall("^error: .*", end.said, re.MULTILINE)
     torchrun = stage.endswith("by 2")  # which has words and codes of its own
     by_signal = what.number and (end.code in (128 + what.number, -what.number, 130) or torchrun)
     told = len(errors) == 1 or (what.what == "limit" and not errors)  # what it says may not grow either
-    by_disk = what.room and (torchrun or (end.code == 2 and told))
+    by_disk = (what.room or (what.after and stage == "lesson")) and (torchrun or (end.code == 2 and told))
     done = end.code == (143 if stage == "play" else 0)
     if "Traceback" in end.said and not torchrun:
         return f"a traceback: {end.said[-1500:]}"

@@ -80,6 +80,13 @@ def test_a_process_may_end_with_its_work_done_by_the_signal_or_by_the_disk(
     assert bool(torture.fault("train", torture.End(code, said), torture.Accident(**accident))) == wrong
 
 
+def test_a_lesson_may_say_that_its_stage_was_ended_by_the_signal(torture):
+    told = torture.End(2, "error: train.py: interrupted")
+    assert not torture.fault("lesson", told, torture.Accident("SIGINT", 2, after=6.0))
+    assert torture.fault("lesson", told, torture.Accident())
+    assert torture.fault("train", told, torture.Accident("SIGINT", 2, after=6.0))
+
+
 def test_a_trial_can_be_had_again(torture):
     known = torture.End(operations=50, seconds=2.0)
     draws = [[torture.accident(random.Random(seed), known, 9000, True) for seed in range(200)] for _ in "ab"]
