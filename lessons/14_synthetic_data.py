@@ -4,12 +4,12 @@
 
 Every assistant here is the base model after the same number of fine-tuning steps; the demonstrations differ:
 
-    a tenth       1,600 demonstrations of the little world, as people might have written them
-    all           16,000 of them
-    by reward     the tenth, and replies to 1,000 prompts by the assistant that learned from the tenth: it
+    a tenth       160 demonstrations of the little world, as people might have written them
+    all           1,600 of them
+    by reward     the tenth, and replies to 1,440 prompts by the assistant that learned from the tenth: it
                   replied four times to each, and the reward model picked one
     by agreement  the tenth, and of the same replies those that it gave twice or more often to one prompt
-    generation n  1,000 replies of generation n - 1, unfiltered, and nothing else; generation 0 is the tenth
+    generation n  1,440 replies of generation n - 1, unfiltered, and nothing else; generation 0 is the tenth
 
 Measured on replies at temperature 1 to new prompts: the rubric's score (0 to 1), and "different", the share
 of replies that repeat no earlier one.
@@ -44,9 +44,9 @@ def demonstration(one: ResponseSet, text: str) -> Conversation:
 def experiment(options: Options) -> Figures:
     world, found = World(options.seed), Figures()
     asked = prompts_of_each_kind(world, "test", options.few(50, 2))
-    people = [one.messages for one in world.conversations("train", options.few(16_000, 200))]
+    people = [one.messages for one in world.conversations("train", options.few(1600, 200))]
     tenth = people[: len(people) // 10]
-    prompts = world.prompts("train", n=options.few(1000, 20))
+    prompts = world.prompts("train", n=options.few(1440, 20))
 
     def taught(name: str, shown: list[Conversation]) -> Path:
         """The base model after these demonstrations; its figures are found on the way."""
