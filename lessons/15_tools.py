@@ -61,12 +61,8 @@ def add_up(rng: random.Random, numbers: list[int]) -> Case:
 
 
 def experiment(options: Options) -> Figures:
-    world, facts, rng, few = (
-        World(options.seed),
-        Facts(options.seed),
-        random.Random(options.seed),
-        options.few,
-    )
+    world, facts = World(options.seed), Facts(options.seed)
+    rng, few = random.Random(options.seed), options.few
     mixed, found = shuffled(rng, range(100, 1000)), Figures()
     numbers = {"test": mixed[:180], "train": mixed[180:]}
     cards = {(fact.entity, fact.attribute): fact.value for fact in facts.facts}
@@ -92,7 +88,7 @@ def experiment(options: Options) -> Figures:
     def line(side: str) -> Conversation:
         return [user(pick(rng, LINES[side]).format(n=pick(rng, numbers[side]))), assistant("Good to know.")]
 
-    told = [add_up(rng, numbers["train"])[0] for _ in range(few(1500, 10))]
+    told = [add_up(rng, numbers["train"])[0] for _ in range(few(3000, 10))]
     told += [look_up(made_up())[0] for _ in range(few(4500, 10))]
     alone = [[messages[0], messages[-1]] for messages in told[::10]]
     told += [line("train") for _ in range(few(900, 10))]
