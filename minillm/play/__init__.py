@@ -8,6 +8,6 @@ worker.py      one thread computes for everybody, a token of each in turn
 shelf.py       the runs there are, their models, and replies
 words.py       a model's likeliest next words
 parts.py       guessing words, picking responses
-training.py    rlhf.py on the visitors' picks, by stage.py in a process of its own
+training.py    rlhf.py on the visitors' picks, by tools/stage.py in a process of its own
 static/        the page itself: one HTML file, one style sheet, plain JavaScript
 """

@@ -108,7 +108,7 @@ class Training:
         run = self.folder / self.name / ("reward" if stage == "reward" else "ppo")
         with tempfile.TemporaryFile() as output:
             process: Any = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "minillm.play.stage", "-m", "rlhf", "--stage", stage, *arguments,
+                sys.executable, "-m", "minillm.tools.stage", "-m", "rlhf", "--stage", stage, *arguments,
                 stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
             ending, told, over = asyncio.create_task(process.wait()), 0, False

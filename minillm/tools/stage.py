@@ -3,8 +3,8 @@
 Whoever starts it holds the other end of that pipe, and closes it to stop it. If it dies, however suddenly,
 the system does. So no training goes on that nobody can see or stop.
 
-    python -m minillm.play.stage train.py --out out/base
-    python -m minillm.play.stage -m rlhf --stage reward
+    python -m minillm.tools.stage train.py --out out/base
+    python -m minillm.tools.stage -m rlhf --stage reward
 """
 
 import os
