@@ -41,11 +41,11 @@ from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.template import ForeignFormat
 from minillm.io.text import open_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
-from minillm.options import options_json, parse_options
 from minillm.play import __main__ as play
 from minillm.tokenizer import Tokenizer
+from minillm.tools.commandline import parse_options
 from minillm.tools.ending import last_words
-from minillm.tools.folder import read_metrics
+from minillm.tools.folder import options_json, read_metrics
 from minillm.tools.scripts import ROOT
 
 LONGEST = 60

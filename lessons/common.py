@@ -40,9 +40,9 @@ from minillm.chat import ChatTemplate, Conversation
 from minillm.errors import InputError
 from minillm.files import digest, read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
-from minillm.options import parse_options
 from minillm.preferences import ChatModel, Ranking, ResponseSet
 from minillm.reward import encode_response, score_rows
+from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import token_values
 from minillm.tools.plots import save

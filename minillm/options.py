@@ -1,14 +1,12 @@
-"""From the command line to one frozen dataclass of options.
+"""The options that training scripts have in common, and what values an option may have.
 
-tyro reads the dataclass: its fields are the flags. Here stand the options that every training script has, and
-`--resume`, for which the stored options of the run are the defaults; an option given again is compared with
-them. tools/commandline.py turns the words of the command line, and run.json, into options.
+A script's options are one frozen dataclass, whose fields are the flags: tools/commandline.py makes one of the
+words of the command line, with `--resume` from what run.json holds.
 """
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -226,43 +224,3 @@ class PolicyOptions(TrainingOptions):
     def samples(self) -> int:
         """Responses to a prompt of a rollout."""
         return self.group_size or (1 if self.algorithm in ("ppo", "dpo") else 8)
-
-
-GROWING = frozenset({"steps", "iterations"})
-"""Options that a resumed run may raise, so that a finished one continues."""
-
-
-# ---- Command line and run.json
-
-
-def parse_options(kind: type[Any], arguments: list[str]) -> Any:
-    """The options of a script; InputError for a flag or a value that does not fit.
-
-    With `--resume`, where a script has it, every option not given is the stored run's; one given with
-    another value is refused by name, unless it changes no weight or asks for more steps.
-    """
-    from minillm.tools.commandline import options_of, print_help, stored_options, words_as_meant
-
-    if {"-h", "--help"} & set(arguments):
-        print_help(kind)
-        raise SystemExit(0)
-    words = words_as_meant(kind, arguments)
-    given = options_of(kind, words)
-    if not getattr(given, "resume", False):
-        return given
-    stored = stored_options(kind, given.folder / "run.json")
-    resumed = options_of(kind, words, default=replace(stored, out=given.out, resume=False, overwrite=False))
-    changed = []
-    for name in {field.name for field in fields(kind)} - kind.free_to_change:
-        value, before = getattr(resumed, name), getattr(stored, name)
-        if value != before and not (name in GROWING and value and value > (before or 0)):
-            changed.append(f"--{name.replace('_', '-')} {value} (was {before})")
-    if changed:
-        found = ", ".join(sorted(changed))
-        raise InputError(f"{given.folder}: cannot resume with other options: {found}")
-    return resumed
-
-
-def options_json(options: Any) -> dict[str, Any]:
-    """The options as run.json holds them."""
-    return json.loads(json.dumps(asdict(options), default=str))

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from minillm.errors import InputError, Interrupted, reason_of, writing
 from minillm.files import read_json, sync_open, write_text
 from minillm.io.huggingface import whole_tensor
-from minillm.options import TrainingOptions, parse_options
+from minillm.options import TrainingOptions
 
 # ---- Where it computes
 
@@ -156,6 +156,7 @@ class Runtime:
 
 def run_script(kind: type[TrainingOptions], work: Callable[[Any, Runtime], None], words: list[str]) -> None:
     """What a training script does with the words of its command line: its `work`, by options of this kind."""
+    from minillm.tools.commandline import parse_options
     from minillm.tools.device import start_runtime
     from minillm.tools.ending import one_line_errors
 

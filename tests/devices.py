@@ -21,9 +21,9 @@ from kernels import dispatch, losses
 from minillm.chat import with_chat_template
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.model import scalar_from_language_model
-from minillm.options import parse_options
 from minillm.ppo import Aligner
 from minillm.run import Run, Runtime
+from minillm.tools.commandline import parse_options
 
 RUN = "--warmup 0 --precision float32 --val-every 9 --save-every 9".split()
 

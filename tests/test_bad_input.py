@@ -34,9 +34,9 @@ from kernels.dev import bench, gate
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
-from minillm.options import parse_options
 from minillm.preferences import new_ranking
 from minillm.tools import chat
+from minillm.tools.commandline import parse_options
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 

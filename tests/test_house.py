@@ -17,9 +17,9 @@ SEAMS = {
     "minillm/data.py": {"minillm/fast/cache.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
     "minillm/model.py": {"minillm/io/rope.py"},
-    "minillm/options.py": {"minillm/tools/commandline.py"},
     "minillm/run.py": {
         "minillm/fast/sharding.py",
+        "minillm/tools/commandline.py",
         "minillm/tools/device.py",
         "minillm/tools/ending.py",
         "minillm/tools/folder.py",

@@ -18,8 +18,10 @@ import sft
 import train
 from minillm.compare import __main__ as compare
 from minillm.errors import InputError
-from minillm.options import Count, Positive, Seed, TrainingOptions, check_limits, options_json, parse_options
+from minillm.options import Count, Positive, Seed, TrainingOptions, check_limits
 from minillm.tools import chat, commandline
+from minillm.tools.commandline import parse_options
+from minillm.tools.folder import options_json
 
 SCRIPTS = [train, sft, rlhf, chat, compare]
 

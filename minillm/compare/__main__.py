@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +35,11 @@ from minillm.files import read_json, write_json, write_text
 from minillm.io import conversations, text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
-from minillm.options import Count, NotNegative, Seed, Whole, check_limits, options_json, parse_options
+from minillm.options import Count, NotNegative, Seed, Whole, check_limits
 from minillm.preferences import ChatModel
 from minillm.run import Runtime
 from minillm.tools import annotators
+from minillm.tools.commandline import parse_options
 from minillm.tools.device import start_runtime
 from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
@@ -239,7 +240,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     return {
         "runs": list(folders),
         "folders": folders,
-        "options": options_json(options),
+        "options": asdict(options),
         **provenance(),
         "device": str(runtime.device),
         "on_world": world is not None,

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.files import read_json, sync, sync_open, write_json
-from minillm.options import options_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
 from minillm.tools.folder import lock
 
@@ -234,7 +234,7 @@ def record_ranking(options: Any, origin: Mapping[str, Any]) -> None:
     """Says beside the rankings how those of this kind of annotator are made."""
     from minillm.tools.provenance import provenance
 
-    how = {"options": options_json(options), "origin": dict(origin)}
+    how = {"options": asdict(options), "origin": dict(origin)}
     write_json(options.folder / f"rank-{options.annotator}.json", how | provenance())
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from minillm.errors import InputError
-from minillm.options import Count, Limit, check_limits, parse_options
+from minillm.options import Count, Limit, check_limits
+from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 
 

@@ -28,9 +28,10 @@ from minillm.files import read_text
 from minillm.generate import SamplingOptions, generate, stream, stream_text
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
-from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits, parse_options
+from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
 from minillm.tokenizer import Tokenizer
 from minillm.tools.calls import MOST_CALLS, Tool, open_tools, results_of
+from minillm.tools.commandline import parse_options
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.ending import one_line_errors
 

@@ -1,4 +1,5 @@
-"""What a command line needs around tyro: errors in one line, --help in groups, old flags, ~ for home.
+"""From the words of a command line to a script's options, by tyro: --resume, errors in one line, --help in
+groups, old flags, ~ for home.
 
 --help shows the options that people change first on top. Names, kinds and defaults are the fields of the
 options' dataclass, the explanations the lines under them.
@@ -14,7 +15,7 @@ import shutil
 import sys
 import textwrap
 from contextlib import redirect_stderr
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,6 +25,36 @@ import tyro
 from minillm.errors import InputError
 from minillm.files import read_json
 from minillm.tools.streams import tables
+
+GROWING = frozenset({"steps", "iterations"})
+"""Options that a resumed run may raise, so that a finished one continues."""
+
+
+def parse_options(kind: type[Any], arguments: list[str]) -> Any:
+    """The options of a script; InputError for a flag or a value that does not fit.
+
+    With `--resume`, where a script has it, every option not given is the stored run's; one given with
+    another value is refused by name, unless it changes no weight or asks for more steps.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print_help(kind)
+        raise SystemExit(0)
+    words = words_as_meant(kind, arguments)
+    given = options_of(kind, words)
+    if not getattr(given, "resume", False):
+        return given
+    stored = stored_options(kind, given.folder / "run.json")
+    resumed = options_of(kind, words, default=replace(stored, out=given.out, resume=False, overwrite=False))
+    changed = []
+    for name in {field.name for field in fields(kind)} - kind.free_to_change:
+        value, before = getattr(resumed, name), getattr(stored, name)
+        if value != before and not (name in GROWING and value and value > (before or 0)):
+            changed.append(f"--{name.replace('_', '-')} {value} (was {before})")
+    if changed:
+        found = ", ".join(sorted(changed))
+        raise InputError(f"{given.folder}: cannot resume with other options: {found}")
+    return resumed
+
 
 # ---- Words of the command line
 

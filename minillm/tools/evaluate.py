@@ -34,9 +34,9 @@ from minillm.io.files import Errors
 from minillm.io.huggingface import load_causal_model
 from minillm.io.text import open_sources
 from minillm.model import LanguageModel
-from minillm.options import parse_options
 from minillm.preferences import ChatModel
 from minillm.tokenizer import Tokenizer
+from minillm.tools.commandline import parse_options
 from minillm.tools.device import start_runtime
 from minillm.tools.ending import one_line_errors
 from minillm.world import KINDS, World

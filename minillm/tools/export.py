@@ -19,8 +19,8 @@ import tyro
 
 from minillm.errors import InputError
 from minillm.files import write_text
-from minillm.options import parse_options
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
+from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 
 FIRST_EDITION = PATTERN.replace(r"\p{L}[\p{L}\p{M}\u200c\u200d]*", r"\p{L}+")

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,7 +22,7 @@ from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.files import digest, read_json, write_json
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_weights, read_tensors, write_tensors
-from minillm.options import TrainingOptions, options_json
+from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Runtime, TrainingState
 from minillm.tools.provenance import provenance
 
@@ -134,6 +135,11 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             f"{folder}: already holds a run; add --resume to go on with it, "
             "--overwrite to replace it, or give another --out"
         )
+
+
+def options_json(options: Any) -> dict[str, Any]:
+    """The options as run.json holds them."""
+    return json.loads(json.dumps(asdict(options)))
 
 
 def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
