@@ -132,7 +132,7 @@ def test_text_costs_nats_per_byte_of_what_is_held_out(base):
     source = Source("one", 1.0, lambda: iter([text] * 20), "")
     ((caption, row),) = text_table([base], [source], "tales", 20 * len(text)).items()
     assert caption == f"20 held-out documents of tales, {20 * len(text):,} bytes"
-    expected = text_loss(base.model, base.tokenizer, [text], ended=True).nats / len(text)
+    expected = text_loss(base.model, base.tokenizer, text, ended=True).nats / len(text)
     assert row["nats per byte"]["base"]["value"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -207,7 +207,7 @@ def text_table(
     documents = list(held_out_text(sources, VAL_FRACTION, size))
     sizes, nats = [len(text.encode()) for text in documents], {}
     for one in models:
-        losses = [text_loss(one.model, one.tokenizer, [text], ended=True).nats for text in documents]
+        losses = [text_loss(one.model, one.tokenizer, text, ended=True).nats for text in documents]
         nats[one.name] = mean(losses, sizes, "nats")
     caption = f"{len(documents)} held-out documents of {origin}, {sum(sizes):,} bytes"
     return {caption: {"nats per byte": nats}} if documents else {}

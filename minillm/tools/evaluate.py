@@ -15,11 +15,11 @@ minillm/compare makes tables of that, of several models at once; sft.py shows on
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from itertools import chain, islice, pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,8 +159,7 @@ def prompts_of_each_kind(world: World, split: str, count: int) -> list[Prompt]:
 # ---- The loss on a text
 
 
-@dataclass(frozen=True)
-class TextLoss:
+class TextLoss(NamedTuple):
     """The sum of -log p over a text."""
 
     nats: float
@@ -175,32 +174,17 @@ class TextLoss:
         )
 
 
-@torch.no_grad()
-def text_loss(
-    model: LanguageModel, tokenizer: Tokenizer, pieces: Iterable[str], ended: bool = False
-) -> TextLoss:
-    """The loss on a text that comes in pieces, in windows of the model's context side by side; with `ended`
-    also on the token that ends a document.
+def text_loss(model: LanguageModel, tokenizer: Tokenizer, text: str, ended: bool = False) -> TextLoss:
+    """The loss on a document, in windows of the model's context; with `ended` also on the token that ends it.
 
     Every token is a target once, as in validation: a window's first follows the token before it alone, the
     text's first the token that opens documents.
     """
-    T, device = model.config.max_position_embeddings, model.lm_head.weight.device
-    (last, eos), sizes = document_marks(tokenizer), [0]
-
-    def encoded() -> Iterator[int]:
-        for piece in pieces:
-            sizes.append(len(piece.encode()))
-            yield from tokenizer.encode(piece)
-        yield from [eos] * ended
-
-    stream, nats, tokens = encoded(), 0.0, 0
-    while block := list(islice(stream, ROWS * T)):
-        windows = (torch.tensor(own, device=device).split(T) for own in ([last, *block[:-1]], block))
-        inputs, targets = (pad_sequence(own, True, pad) for own, pad in zip(windows, (0, -100), strict=True))
-        nats += model(inputs, targets=targets).item()
-        tokens, last = tokens + len(block), block[-1]
-    return TextLoss(nats, tokens, sum(sizes))
+    T, (bos, eos) = model.config.max_position_embeddings, document_marks(tokenizer)
+    tokens = [bos, *tokenizer.encode(text), *[eos] * ended]
+    rows = [(tokens[i : i + 1], tokens[i + 1 : i + 1 + T]) for i in range(0, len(tokens) - 1, T)]
+    nats = -sum(float(logprobs.sum()) for logprobs in token_values(model, rows))
+    return TextLoss(nats, len(tokens) - 1, len(text.encode()))
 
 
 @dataclass(frozen=True)
@@ -229,7 +213,7 @@ def main(arguments: list[str]) -> None:
         first = next(documents)  # before the model, so that a wrong file costs no wait
         with start_runtime(options.device) as runtime:
             model = load_causal_model(Path(options.run), runtime.device, runtime.dtype)
-            losses = [astuple(text_loss(*model, [document])) for document in chain([first], documents)]
+            losses = [text_loss(*model, document) for document in chain([first], documents)]
             print(TextLoss(*map(sum, zip(*losses, strict=True))))
             for what, count in (source.skipped + source.dropped).items():
                 print(f"  left out: {count:,} {what}")
