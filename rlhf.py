@@ -431,7 +431,7 @@ def finish_reward_model(
 ) -> None:
     """The bias, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
-    from minillm.tools.report import report_card, report_text, score_rankings, unknown_score, write_report
+    from minillm.tools.report import report_card, report_text, write_report
     from minillm.world import KINDS
 
     val_loss = run.metric("val", "loss")
@@ -440,12 +440,11 @@ def finish_reward_model(
     model, tokenizer = load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
     center(model, demonstrations(training, world, template))
     save_scalar_model(run.folder, model, tokenizer)
-    rubric = world.utility if world else unknown_score
-    card = report_card(model, template, score_rankings(model, held_out), rankings, rubric)
+    card = report_card(model, template, held_out, rankings, world and world.utility)
     write_report(run.folder, card)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.say(report_text(card))
-    run.finish(val_loss=val_loss, accuracy=card["accuracy"]["value"], bias=model.bias.item())
+    run.finish(val_loss=val_loss, accuracy=card["pairs"]["all"]["accuracy"]["value"], bias=model.bias.item())
 
 
 def demonstrations(training: Sequence[EncodedSet], world: Any, template: ChatTemplate) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,20 +16,19 @@ from minillm.model import ModelConfig, ScalarModel
 from minillm.preferences import MARGIN, Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
 from minillm.tokenizer import Tokenizer
+from minillm.tools import report as report_module
+from minillm.tools.measures import written
 from minillm.tools.report import (
     MARGINS,
-    TRICKS,
-    Scored,
-    accuracy,
+    WORDS,
+    alike,
     length_correlation,
     pairs_of,
     rater_accuracy,
     report_card,
     report_text,
-    score_rankings,
     trick_pairs,
     trick_shares,
-    unknown_score,
     write_report,
 )
 
@@ -44,6 +45,29 @@ def ranked(values: list[float], prompt: str = "Who?", texts: list[str] | None = 
     texts = texts or [f"Response {i}." for i in range(len(values))]
     given = {"annotator": "a", "seed": 0, "time": "2026-01-31T12:00:00"} | fields
     return Ranking([{"role": "user", "content": prompt}], texts, ranking_by(values), **given)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A ranking with the score and the length in tokens of each response."""
+
+    ranking: Ranking
+    scores: list[float]
+    lengths: list[int]
+
+
+def unknown_score(messages: list, text: str) -> None:
+    """Where there is no rubric."""
+
+
+def sets_of(scored: list[Scored]) -> tuple[list[EncodedSet], list[float]]:
+    """The same as sets with rows of these lengths, and the scores of the rows."""
+    sets = [EncodedSet([one.ranking], [[1] * length for length in one.lengths]) for one in scored]
+    return sets, [score for one in scored for score in one.scores]
+
+
+def pairs(scored: list[Scored], rubric=unknown_score) -> np.ndarray:
+    return pairs_of(*sets_of(scored), rubric)
 
 
 def some_scored(seed: int, prompts: int = 12, noise: float = 1.0) -> list[Scored]:
@@ -84,69 +108,66 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
             return None
         return step * generator(seed + int(prompt[:-1])).permutation(4)[int(text[9])]
 
-    pairs = []
+    every = []
     for one in scored:
         known = [rubric(one.ranking.messages, text) for text in one.ranking.responses]
         for i, j in one.ranking.pairs():
             gap = 0.0 if None in known else known[i] - known[j]
             longer = np.sign(one.lengths[i] - one.lengths[j])
-            pairs.append(
+            every.append(
                 (one.scores[i] - one.scores[j], gap, one.ranking.kind, one.ranking.annotator, longer)
             )
 
-    def expect(found: dict, some: list, right) -> None:
-        assert found["count"] == len(some)
-        assert found["value"] == (pytest.approx(np.mean([*map(right, some)])) if some else None)
-
-    def in_order(pair) -> bool:
-        return pair[0] > 0
-
-    def as_rubric(pair) -> bool:
-        return (pair[0] > 0) == (pair[1] > 0)
-
-    card = report_card(MODEL, CHAT, scored, [one.ranking for one in scored], rubric)
-    expect(card["accuracy"], pairs, in_order)
-    expect(card["longer"], pairs, lambda pair: (1 + pair[4]) / 2)
-    assert card["by_kind"].keys() == {"fact", "harm"}
-    for kind, found in card["by_kind"].items():
-        expect(found, [pair for pair in pairs if pair[2] == kind], in_order)
-    truth, pairs_of_rubric = card["truth"], [pair for pair in pairs if pair[1]]
-    expect(truth["ceiling"], pairs_of_rubric, lambda pair: pair[1] > 0)
-    far = [pair for pair in pairs_of_rubric if abs(pair[1]) >= MARGIN]
-    classes = [(truth, far)]
-    for found in truth["by_margin"]:
-        high = np.inf if found["to"] == MARGINS[-1] else found["to"]
-        classes.append((found, [pair for pair in far if found["from"] <= abs(pair[1]) < high]))
-    for found, some in classes:
-        expect(found["scores"], some, as_rubric)
-        expect(found["annotators"], some, lambda pair: pair[1] > 0)
-    for name, found in truth["by_annotator"].items():
-        expect(found, [pair for pair in far if pair[3] == name], lambda pair: pair[1] > 0)
+    sets, scores = sets_of(scored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "score_rows", lambda model, rows: scores)
+        card = report_card(MODEL, CHAT, sets, [one.ranking for one in scored], rubric)
+    parts = {"all": every}
+    parts |= {f"of {kind}": [pair for pair in every if pair[2] == kind] for kind in ("fact", "harm")}
+    parts |= {f"by {name}": [pair for pair in every if pair[3] == name] for name in "ab"}
+    for low, high in pairwise(MARGINS):
+        parts[f"{low:g} to {high:g} apart"] = [pair for pair in every if low <= abs(pair[1]) < high]
+    assert card["pairs"].keys() == {label for label, own in parts.items() if own}
+    for label, row in card["pairs"].items():
+        known = [pair for pair in parts[label] if pair[1]]
+        far = [pair for pair in known if abs(pair[1]) >= MARGIN]
+        expected = {
+            "pairs": [len(parts[label])] * len(parts[label]),
+            "accuracy": [pair[0] > 0 for pair in parts[label]],
+            "longer": [(1 + pair[4]) / 2 for pair in parts[label]],
+            "ceiling": [pair[1] > 0 for pair in known],
+            "truth": [(pair[0] > 0) == (pair[1] > 0) for pair in far],
+            "annotators": [pair[1] > 0 for pair in far],
+        }
+        assert row.keys() == expected.keys()
+        for name, own in expected.items():
+            assert row[name]["count"] == len(own)
+            assert row[name]["value"] == (pytest.approx(np.mean(own)) if own else None)
+        assert f"{row['accuracy']['value']:.1%}" in report_text(card)
     bins: list[list[float]] = [[] for _ in range(10)]
-    for difference, *_ in pairs:
+    for difference, *_ in every:
         sure = 1 / (1 + np.exp(-abs(difference)))
         bins[min(9, int((sure - 0.5) * 20))].append(sure - (difference > 0))
-    error = sum(abs(sum(own)) for own in bins) / len(pairs)
-    assert card["calibration"]["error"] == pytest.approx(error)
-    if far:
-        shown = f"{truth['scores']['value']:.1%} of {len(far)} pairs in the rubric's order"
-        assert shown in report_text(card)
+    error = sum(abs(sum(own)) for own in bins) / len(every)
+    assert card["whole"]["calibration error (ECE)"]["value"]["value"] == pytest.approx(error)
 
 
 @pytest.mark.parametrize(("factor", "share"), [(1, 1.0), (-1, 0.0), (0, 0.5)])
 def test_scores_are_right_reversed_ones_wrong_equal_ones_half_and_equal_texts_no_pair(factor, share):
     worth = [3.0, 1.0, 2.0, 1.0]
-    pairs = pairs_of([Scored(ranked(worth), [factor * value for value in worth], [1] * 4)])
-    assert accuracy(pairs, "score")["value"] == share
-    assert len(pairs) == 5, "one of six pairs is tied"
+    found = pairs([Scored(ranked(worth), [factor * value for value in worth], [1] * 4)])
+    untied = found[found["place"] != 0]
+    assert alike(untied, "place", "score")["value"] == share
+    assert (len(found), len(untied)) == (6, 5), "one of six pairs is tied"
     ranking = ranked([3.0, 2.0, 1.0], texts=["Yes.", "Yes.", "No."])
-    assert len(pairs_of([Scored(ranking, [1.0, 1.0, 0.0], [2, 2, 2])])) == 2
+    (one,) = pairs([Scored(ranking, [0.0, 1.0, 0.5], [2, 2, 2])])
+    assert (one["place"], one["score"]) == (-2, -0.5), "the best place and the highest score of equal texts"
 
 
 def test_a_prompt_that_was_ranked_several_times_makes_nobody_surer():
     scored = some_scored(0)
     thrice = [one for one in scored for _ in range(3)]
-    few, many = (accuracy(pairs_of(some), "score") for some in (scored, thrice))
+    few, many = (alike(pairs(some), "place", "score") for some in (scored, thrice))
     assert (many["low"], many["high"]) == pytest.approx((few["low"], few["high"]))
 
 
@@ -171,10 +192,10 @@ def test_length_and_score_are_correlated_within_prompts_alone(seed, shift):
     moved = [Scored(j.ranking, [s + i * shift for s in j.scores], j.lengths) for i, j in enumerate(scored)]
     within = [[np.subtract(own, np.mean(own)) for own in (one.lengths, one.scores)] for one in scored]
     expected = np.corrcoef(*(np.concatenate(own) for own in zip(*within, strict=True)))[0, 1]
-    assert length_correlation(scored) == pytest.approx(expected, abs=1e-9)
-    assert length_correlation(moved) == pytest.approx(expected, abs=1e-6)
+    assert length_correlation(pairs(scored)) == pytest.approx(expected, abs=1e-9)
+    assert length_correlation(pairs(moved)) == pytest.approx(expected, abs=1e-6)
     flat = [Scored(one.ranking, [2.0] * 4, one.lengths) for one in scored]
-    assert length_correlation(flat) is None, "scores that never vary"
+    assert length_correlation(pairs(flat)) is None, "scores that never vary"
 
 
 # ---- Tricks
@@ -186,7 +207,7 @@ KINDS_OF = [ranked([0.0, 1.0], f"{i}?", [f"Worse {i}.", f"Best {i}."], kind=kind
 def test_every_prompt_meets_every_trick_once_in_the_place_of_its_best_answer():
     twice = [*KINDS_OF, ranked([1.0, 0.0], "0?", ["Worse 0.", "Best 0."], annotator="b", kind="fact")]
     found = trick_pairs(twice, unknown_score)
-    assert set(found) == set(TRICKS)
+    assert set(found) == set(WORDS["tricks"])
     for own in found.values():
         assert [pair.responses[0] for pair in own] == [f"Best {i}." for i in range(4)]
         assert all(pair.responses[0] != pair.responses[1] for pair in own)
@@ -206,9 +227,10 @@ def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
     for name, own in found.items():
         rows = [[encode_response(CHAT, pair.messages, text) for text in pair.responses] for pair in own]
         below = [honest > trick for honest, trick in (score_rows(MODEL, two) for two in rows)]
-        assert (shares[name]["value"], shares[name]["count"]) == (np.mean(below), 4)
+        assert (shares[name]["share"]["value"], shares[name]["share"]["count"]) == (np.mean(below), 4)
     short = trick_shares(small_model(TOKENIZER, positions=60), CHAT, found)
-    assert short["padded"]["count"] == 0 and short["padded"]["value"] is None and short["empty"]["count"] == 4
+    padded, empty = (short[name]["share"] for name in ("padded", "empty"))
+    assert (padded["count"], padded["value"], empty["count"]) == (0, None, 4)
 
 
 # ---- The card
@@ -216,15 +238,16 @@ def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
 
 def whole_card(rankings: list[Ranking]) -> dict:
     encoded, _ = encode_rankings(rankings, CHAT, 400)
-    return report_card(MODEL, CHAT, score_rankings(MODEL, encoded), rankings)
+    return report_card(MODEL, CHAT, encoded, rankings)
 
 
-def test_every_ranking_has_the_scores_of_its_rows():
+def test_every_pair_has_the_gap_of_its_rows_whichever_set_they_are_of():
     rankings, rows = [ranked([1.0, 0.0, 3.0]), ranked([0.0, 0.0, 1.0])], [[1, 2], [3], [4, 5, 6]]
-    scored = score_rankings(MODEL, [EncodedSet(rankings, rows), EncodedSet(rankings[:1], rows[::-1])])
-    assert [one.ranking for one in scored] == [*rankings, rankings[0]]
-    for one, own in zip(scored, (rows, rows, rows[::-1]), strict=True):
-        assert one.scores == pytest.approx(score_rows(MODEL, own)) and one.lengths == list(map(len, own))
+    sets = [EncodedSet(rankings, rows), EncodedSet(rankings[:1], rows[::-1])]
+    found = pairs_of(sets, [3.0, 7.0, 1.0, 1.0, 7.0, 3.0], unknown_score)
+    assert found["place"].tolist() == [1, -1, -2, 0, -1, -1, 1, -1, -2]
+    assert found["score"].tolist() == [-4, 2, 6] * 2 + [-6, -2, 4]
+    assert found["length"].tolist() == [1, -1, -2] * 2 + [2, 1, -1]
 
 
 def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
@@ -233,15 +256,21 @@ def test_the_card_is_written_as_numbers_and_as_a_picture(tmp_path):
     write_report(tmp_path, card)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(card))
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert card["accuracy"]["low"] <= card["accuracy"]["value"] <= card["accuracy"]["high"]
+    found = card["pairs"]["all"]["accuracy"]
+    assert found["low"] <= found["value"] <= found["high"]
     assert card["prompts"] == 12 and card["rankings"] == 18
-    for figure in (card["accuracy"]["value"], card["annotators"]["ceiling"]):
-        assert f"{figure:.1%}" in report_text(card)
-    assert "rubric" not in report_text(card), "nobody knows the truth here"
+    text = report_text(card)
+    for figure in (
+        found,
+        *(own for table in ("whole", "tricks") for row in card[table].values() for own in row.values()),
+    ):
+        assert written(figure)[0] in text
+    assert card["pairs"]["all"]["ceiling"]["value"] is None, "nobody knows the truth here"
 
 
 def test_what_is_unknown_is_said_to_be(tmp_path):
     card = whole_card([ranked([1.0, 1.0], texts=["", ""])])
     write_report(tmp_path, card)
     text = report_text(card)
-    assert "ceiling        unknown" in text and "accuracy       unknown" in text and "nan" not in text
+    assert re.search(r"^all +0 +–( +–){4}$", text, re.MULTILINE) and "nan" not in text
+    assert re.search(r"ceiling is no lower +–$", text, re.MULTILINE)

@@ -25,6 +25,7 @@ from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import encode_response, score_rows
+from minillm.tools.report import report_text
 from minillm.world import KINDS, World
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
@@ -81,12 +82,14 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference, ran
     held_out = report["rankings"]
     assert final["event"] == "final"
     assert final["step"] == -(-(48 - report["prompts"]) // 4), "every set once, whoever ranked it"
-    assert final["accuracy"] == report["accuracy"]["value"]
+    assert final["accuracy"] == report["pairs"]["all"]["accuracy"]["value"]
     val = [event for event in events if event["event"] == "val"][-1]
     assert val["step"] == final["step"], "also where the last step is no tenth"
     assert val["accuracy"] == pytest.approx(final["accuracy"]), "validation is on the held-out rankings too"
     texts = read_rankings(ranked)
-    assert report["annotators"]["value"] == 1 and report["prompts"] <= held_out < len(texts)
+    assert next(iter(report["whole"].values()))["value"]["value"] == 1 and report[
+        "prompts"
+    ] <= held_out < len(texts)
     assert {p.name for p in reference.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json",
         "metrics.jsonl", "loss.png", "report.json", "report.png", "resume",
@@ -97,8 +100,8 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference, ran
 def test_it_learns_the_order_of_responses_it_has_not_seen(assistant, ranked, tmp_path, capfd):
     rlhf.main(arguments(assistant, ranked, tmp_path / "out", "--epochs", "6", "--val-fraction", "0.3"))
     report = json.loads((tmp_path / "out" / "reward" / "report.json").read_text())
-    assert report["accuracy"]["value"] > 0.9
-    assert f"{report['accuracy']['value']:.1%} of pairs" in capfd.readouterr().out
+    assert report["pairs"]["all"]["accuracy"]["value"] > 0.9
+    assert report_text(report) in capfd.readouterr().out
 
 
 def test_the_best_responses_score_zero_on_average_where_there_are_no_demonstrations(reference, ranked):
@@ -128,7 +131,8 @@ def test_on_the_little_world_its_conversations_score_zero_and_the_rubric_judges(
     path = write_rankings(tmp_path / "world.jsonl", rankings)
     rlhf.main(arguments(wide, path, out, "--val-fraction", "0.3"))
     report = json.loads((out / "reward" / "report.json").read_text())
-    assert report["truth"]["ceiling"]["value"] == 1 and set(report["by_kind"]) <= set(KINDS)
+    kinds = {label.removeprefix("of ") for label in report["pairs"] if label.startswith("of ")}
+    assert report["pairs"]["all"]["ceiling"]["value"] == 1 and kinds and kinds <= set(KINDS)
     model, tokenizer = load_scalar_model(out / "reward", CPU, torch.float32)
     template = ChatTemplate(tokenizer)
     shown = [c.messages for c in world.conversations("train", rlhf.DEMONSTRATIONS)]
