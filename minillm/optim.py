@@ -121,23 +121,26 @@ class LearningRates:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients: they lift small singular values fast, at the price of ending near 1, not at 1."""
 
+TOGETHER = 1 << 22
+"""Weights, in matrices of one shape, that are orthogonalized at once: many small products take long."""
+
 
 def orthogonalized(
-    update: Float[Tensor, "rows columns"], dtype: torch.dtype
-) -> Float[Tensor, "rows columns"]:
-    """Close to U Vᵀ of the update's singular value decomposition U S Vᵀ: all directions made equally large.
+    updates: Float[Tensor, "matrices rows columns"], dtype: torch.dtype
+) -> Float[Tensor, "matrices rows columns"]:
+    """Close to U Vᵀ of each update's singular value decomposition U S Vᵀ: all directions made equally large.
 
     Each step takes the singular values s to a·s + b·s³ + c·s⁵, by products of matrices alone, in `dtype`. The
     first division makes them at most 1; after five steps nearly all lie between 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
-    x = update.to(dtype)
-    x = x.T if len(update) > update.shape[1] else x  # the smaller product of the two
-    x = x / x.norm().clamp(min=1e-7)
+    x, tall = updates.to(dtype), updates.shape[1] > updates.shape[2]
+    x = x.mT if tall else x  # the smaller product of the two
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if len(update) > update.shape[1] else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -150,23 +153,34 @@ class Muon(torch.optim.Optimizer):
     without instructions for it some twenty times as long as float32.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype) -> None:
-        super().__init__(groups, {"momentum": momentum})
+    def __init__(self, group: dict[str, Any], momentum: float, dtype: torch.dtype) -> None:
+        super().__init__([group], {"momentum": momentum})
         self.dtype = dtype
+        alike = defaultdict[torch.Size, list[nn.Parameter]](list)
+        for weight in group["params"]:
+            alike[weight.shape].append(weight)
+        self.stacks: list[list[nn.Parameter]] = []
+        for shape, weights in alike.items():
+            size = max(1, TOGETHER // shape.numel())
+            self.stacks += [weights[first : first + size] for first in range(0, len(weights), size)]
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: the gradients are there
-        for group in self.param_groups:
-            momentum, rate = group["momentum"], group["lr"]
-            for weight in group["params"]:
+        (group,) = self.param_groups
+        for stack in self.stacks:
+            weights, updates = [], []
+            for weight in stack:
                 if weight.grad is None:
                     continue
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalized(weight.grad.lerp(mean, momentum), self.dtype)
-                weight.mul_(1 - rate * group["weight_decay"])
-                weight.add_(update, alpha=-rate * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
+                mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                weights.append(weight)
+                updates.append(weight.grad.lerp(mean, group["momentum"]))
+            found = orthogonalized(torch.stack(updates), self.dtype) if updates else ()
+            for weight, update in zip(weights, found, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
 
 
 class Optimizers:
@@ -238,7 +252,7 @@ def build_optimizers(
     adamw: dict[str, Any] = {"betas": (0.9, 0.95), "eps": eps, "fused": True}
     if optimizer == "adamw":
         return Optimizers([torch.optim.AdamW([*groups, blocks], **adamw)])
-    muon = Muon([blocks], momentum=0.95, dtype=model.model.compute_dtype)
+    muon = Muon(blocks, momentum=0.95, dtype=model.model.compute_dtype)
     return Optimizers([muon, torch.optim.AdamW(groups, **adamw)])
 
 

@@ -12,6 +12,7 @@ from runs import document_starts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillm import optim
 from minillm.data import IGNORED, Batch
 from minillm.model import LanguageModel, ModelConfig, initialize
 from minillm.optim import (
@@ -304,20 +305,33 @@ def test_adam_trusts_the_smallest_gradients_unless_told_otherwise():
     torch.testing.assert_close(model.lm_head.weight, before - RATES.embedding, rtol=0, atol=1e-4)
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    shapes=st.lists(st.tuples(*[st.sampled_from([1, 3, 8])] * 2), min_size=1, max_size=6),
+    idle=st.integers(0, 6),
+    most=st.sampled_from([1, 24, 1 << 22]),
+    seed=st.integers(0, 99),
+)
 @LAW
-def test_muons_steps_are_those_of_torchs_bit_for_bit_where_both_multiply_in_bfloat16(rows, columns, seed):
+def test_muons_steps_are_those_of_torchs_bit_for_bit_where_both_multiply_in_bfloat16(
+    shapes, idle, most, seed
+):
+    """Torch takes one matrix after the other; a matrix without a gradient stays as it is."""
     random = torch.Generator().manual_seed(seed)
-    ours = torch.nn.Parameter(torch.randn(rows, columns, generator=random))
-    theirs = torch.nn.Parameter(ours.detach().clone())
-    one = Muon([{"params": [ours], "lr": 0.3, "weight_decay": 0.2}], momentum=0.95, dtype=torch.bfloat16)
-    other = torch.optim.Muon([theirs], lr=0.3, weight_decay=0.2, momentum=0.95)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "TOGETHER", most)
+        one = Muon({"params": ours, "lr": 0.3, "weight_decay": 0.2}, momentum=0.95, dtype=torch.bfloat16)
+    other = torch.optim.Muon(theirs, lr=0.3, weight_decay=0.2, momentum=0.95)
     for _ in range(3):
-        ours.grad = torch.randn(rows, columns, generator=random)
-        theirs.grad = ours.grad.clone()
+        for number, (weight, copy) in enumerate(zip(ours, theirs, strict=True)):
+            if number != idle:
+                weight.grad = torch.randn(weight.shape, generator=random)
+                copy.grad = weight.grad.clone()
         one.step()
         other.step()
-        assert torch.equal(ours, theirs)
+        for weight, copy in zip(ours, theirs, strict=True):
+            assert torch.equal(weight, copy)
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
@@ -325,7 +339,7 @@ def test_muons_steps_are_those_of_torchs_bit_for_bit_where_both_multiply_in_bflo
 def test_the_orthogonalized_update_keeps_all_directions_and_makes_them_alike(rows, columns, seed):
     update = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     u, s, v = torch.linalg.svd(update, full_matrices=False)
-    sizes = u.T @ orthogonalized(update, torch.float64) @ v.T
+    sizes = u.T @ orthogonalized(update[None], torch.float64)[0] @ v.T
     torch.testing.assert_close(sizes, sizes.diag().diag(), rtol=0, atol=1e-6)
     large = s / s.norm() > 0.02  # smaller ones would take more than five steps
     assert ((sizes.diag() > 0.65) & (sizes.diag() < 1.25))[large].all()
