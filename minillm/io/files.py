@@ -11,19 +11,20 @@ import codecs
 import csv
 import fnmatch
 import glob
+import gzip
 import importlib
 import io
 import json
 import math
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from minillm.errors import InputError
 
@@ -32,7 +33,7 @@ WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is he
 UNNAMED = "values_without_a_column"  # the field of what a table's row has too much, as by a comma not quoted
 HEAD = 2**16  # bytes from which a file's kind is told
 BLOCK = 2**20
-PACKED_BLOCK = 2**10  # which may hold a thousand times as much
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 Errors = Literal["strict", "replace"]
 
@@ -191,53 +192,27 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
             magic, name = file.read(4), path.lower()
             file.seek(0)
             if magic == b"\x28\xb5\x2f\xfd" or name.endswith(".zst"):
-                zstd = _library("zstandard", path, "packed by zstd", "unpack it by zstd -d")
-                yield io.BufferedReader(_Unpacked(file, zstd.ZstdDecompressor().decompressobj))
+                zstd = _library(ZSTD, "backports.zstd", path, "packed by zstd", "unpack it by zstd -d")
+                yield zstd.open(file)
             elif magic[:2] == b"\x1f\x8b" or name.endswith(".gz"):
-                yield io.BufferedReader(_Unpacked(file, partial(zlib.decompressobj, 31)))
+                yield cast(IO[bytes], gzip.GzipFile(fileobj=file))
             else:
                 yield file
-    except OSError as error:
-        raise InputError(f"cannot read {path!r}: {error.strerror or error}; check its permissions") from error
     except Exception as error:
-        if isinstance(error, EOFError | zlib.error) or type(error).__name__ == "ZstdError":
+        if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) or type(error).__name__ == "ZstdError":
             raise InputError(f"{path!r}: cut off or corrupt gzip or zstd; fetch or pack it again") from error
+        if isinstance(error, OSError):
+            raise InputError(
+                f"cannot read {path!r}: {error.strerror or error}; check its permissions"
+            ) from error
         raise
 
 
-class _Unpacked(io.RawIOBase):
-    """Packed streams one behind the other, unpacked; EOFError where the last is cut off."""
-
-    def __init__(self, file: IO[bytes], new: Callable[[], Any]) -> None:
-        self.file, self.new, self.packed, self.ready, self.position = file, new, b"", io.BytesIO(), 0
-        self.stream: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        while not (size := self.ready.readinto(buffer)):
-            if not (packed := self.packed or self.file.read(PACKED_BLOCK)):
-                if self.stream:
-                    raise EOFError
-                break
-            self.packed = b""
-            if self.stream or (packed := packed.lstrip(b"\0")):  # zeros may fill up the end of a file
-                self.stream = self.stream or self.new()
-                self.ready, self.packed = io.BytesIO(self.stream.decompress(packed)), self.stream.unused_data
-                self.stream = None if self.stream.eof else self.stream
-        self.position += size
-        return size
-
-
-def _library(package: str, path: str, what: str, instead: str) -> Any:
+def _library(module: str, package: str, path: str, what: str, instead: str) -> Any:
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
-        needs = f"which needs {(top := package.partition('.')[0])} (pip install {top})"
+        needs = f"which needs {package} (pip install {package})"
         raise InputError(f"{path!r}: is {what}, {needs}; install it or {instead}") from None
 
 
@@ -386,7 +361,7 @@ def _table(path: str, read: Reading) -> Iterator[Any]:
 
 
 def _parquet(path: str, read: Reading) -> Iterator[Any]:
-    parquet = _library("pyarrow.parquet", path, "Parquet", "make .jsonl of it")
+    parquet = _library("pyarrow.parquet", "pyarrow", path, "Parquet", "make .jsonl of it")
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
