@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from minillm.data import Source
 from minillm.errors import InputError
 from minillm.io import files as files_module
-from minillm.io.files import Reading, text_pieces
 from minillm.io.text import EXTENSIONS, open_sources, world_sources
 from minillm.world import SHARES, World
 
@@ -237,7 +237,7 @@ def test_packed_files_of_several_parts_are_whole_and_one_that_is_cut_off_is_refu
 
 
 @given(
-    text=st.text(st.sampled_from("ab\n\r\u00e9\u20ac\U0001f600 "), max_size=200),
+    text=st.text(st.sampled_from("ab\n\r\u00e9\u20ac\U0001f600 "), min_size=1, max_size=200),
     limit=st.integers(8, 40),
     encoding=st.sampled_from(["utf-8", "utf-16", "gb18030"]),
 )
@@ -245,7 +245,8 @@ def test_pieces_of_a_file_join_to_its_text_within_the_limit_and_end_at_newlines(
     tmp_path_factory, text, limit, encoding
 ):
     file = write(tmp_path_factory.getbasetemp() / "pieces.txt", text.encode(encoding))
-    pieces = list(text_pieces(str(file), Reading(encoding=encoding), limit))
+    with mock.patch("minillm.io.text.DOCUMENT_LIMIT", limit):
+        pieces = texts(file, encoding=encoding)
     assert "".join(pieces) == text
     for piece in pieces[:-1]:
         assert 0 < len(piece) <= limit
@@ -256,12 +257,13 @@ def test_a_file_and_a_line_of_any_length_take_bounded_memory(tmp_path, monkeypat
     limit = 2**20
     long = write(tmp_path / "a.txt", b"a line of text\n" * (20 * limit // 15))
     monkeypatch.setattr(files_module, "LINE_LIMIT", 2**16)
+    monkeypatch.setattr("minillm.io.text.DOCUMENT_LIMIT", limit)
     bomb = b'{"text": "' + b"x" * 2**24 + b'"}\n'
     lines = gzip.compress(b'{"text": "a"}\n' + bomb + b'{"text": "b"}\n')
     packed = write(tmp_path / "a.jsonl.gz", lines)
     assert "line 2" in (message := refusal(packed)) and "longer than" in message
     tracemalloc.start()
-    assert sum(1 for _ in text_pieces(str(long), Reading(), limit)) >= 20
+    assert sum(1 for _ in open_one(long).documents()) >= 20
     assert texts(packed, errors="replace") == ["a", "b"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -333,7 +335,7 @@ def test_endoftext_parts_documents_unless_somebody_writes_about_it(tmp_path, mon
     code = 'END = "<|endoftext|>"\n'
     assert texts(write(tmp_path / "b.py", code)) == [code]
     long = write(tmp_path / "c.txt", stories * 400)
-    monkeypatch.setattr(files_module, "BLOCK", 64)
+    monkeypatch.setattr("minillm.io.text.DOCUMENT_LIMIT", 64)
     assert texts(long) == expected * 400
 
 

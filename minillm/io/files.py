@@ -1,6 +1,6 @@
 """Other people's files: what the user wrote → files → what each of them is → its text or its records.
 
-    data/*.jsonl:0.5 ──► parse_specs, list_files ──► kind_of ──► text_pieces, or records
+    data/*.jsonl:0.5 ──► parse_specs, list_files ──► kind_of ──► open_text, or records
 
 What a file is, its content says: text; JSON, a record a line, in one array, or in objects over many lines;
 a table (.csv, .tsv) or a Parquet file, a record a row. All may be packed by gzip or zstd. Lines, rows and
@@ -265,20 +265,6 @@ def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
             wrong = f"{path!r}: invalid {read.encoding.upper()} at byte {file.tell() - len(rest)}"
             way = "convert it, give train.py or sft.py its --encoding, or use --errors replace"
             raise InputError(f"{wrong}; {way}") from error
-
-
-def text_pieces(path: str, read: Reading, limit: int) -> Iterator[str]:
-    """The text of a file in pieces of at most `limit` characters, cut after a newline if any."""
-    rest = ""
-    with open_text(path, read) as file:
-        while text := file.read(BLOCK):
-            rest += text
-            while len(rest) > limit:
-                cut = rest.rfind("\n", 0, limit) + 1 or limit
-                yield rest[:cut]
-                rest = rest[cut:]
-    if rest:
-        yield rest
 
 
 # ---- A file → records

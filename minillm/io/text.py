@@ -30,9 +30,9 @@ from minillm.io.files import (
     extension_of,
     kind_of,
     list_files,
+    open_text,
     parse_specs,
     records,
-    text_pieces,
     unpacked,
 )
 from minillm.tokenizer import ENDOFTEXT
@@ -136,16 +136,18 @@ def _documents(
 
 def _texts(path: str, read: Reading) -> Iterator[str]:
     """The text of a file, or the several between its <|endoftext|>, without the line breaks around them."""
-    rest, separated = "", False
-    for piece in text_pieces(path, read, DOCUMENT_LIMIT):
-        *whole, rest = SEPARATOR.split(rest + piece)
-        separated = separated or bool(whole)
-        yield from (text.strip("\r\n") for text in whole)
-        if not whole:
-            yield rest.strip("\r\n") if separated else rest
-            rest = ""
-    if rest.strip("\r\n"):
-        yield rest.strip("\r\n")
+    rest, around = "", ""
+    with open_text(path, read) as file:
+        while piece := file.read(DOCUMENT_LIMIT):
+            *whole, rest = SEPARATOR.split(rest + piece)
+            around = "\r\n" if whole else around
+            yield from (text.strip(around) for text in whole)
+            while len(rest) > DOCUMENT_LIMIT:
+                cut = rest.rfind("\n", 0, DOCUMENT_LIMIT) + 1 or DOCUMENT_LIMIT
+                yield rest[:cut].strip(around)
+                rest = rest[cut:]
+    if rest := rest.strip(around):
+        yield rest
 
 
 def _fields(path: str, kind: str, read: Reading, dropped: Counter[str]) -> Iterator[str]:
