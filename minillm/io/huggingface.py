@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError
-from minillm.files import digest, read_json, write_atomically, write_json
+from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
@@ -38,8 +38,6 @@ CODES = {
 """What safetensors calls the types."""
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""
-EARLIER_TEMPLATE = "075901de796089becde3c1f0e8f862ee"
-"""The digest of our chat template before it knew calls: for what that could say, today's says the same."""
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -126,8 +124,6 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 def _from_others(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, with the stops that came beside it in generation_config.json."""
     tokenizer = Tokenizer.load(folder)
-    if digest(str(tokenizer.config.get("chat_template"))) == EARLIER_TEMPLATE:
-        tokenizer = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": TEMPLATE})
     # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
         stops = read_json(folder / "generation_config.json").get("eos_token_id")
@@ -151,19 +147,12 @@ def load_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[LanguageModel, Tokenizer]:
     """Opens a run folder or a Hugging Face folder of a layout that config.toml has."""
-    config, tokenizer, tensors = _open_folder(folder)
-    if kind := _kind_of_classifier(tensors):
-        raise InputError(f"{folder}: is {kind} and says nothing; give a language model")
+    config, tokenizer, tensors = _open_folder(folder, labels=0)
     model = LanguageModel(config, compute_dtype)
     load_weights(model, tensors, folder)
     if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
         model.stored_dtype = torch.bfloat16
     return model.to(device), tokenizer
-
-
-def _kind_of_classifier(tensors: dict[str, Tensor]) -> str | None:
-    labels = len(tensors.get("score.weight", ()))
-    return "a reward model" if labels == 1 else f"a classifier of {labels} labels" if labels else None
 
 
 def load_causal_model(
@@ -181,10 +170,7 @@ def load_scalar_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[ScalarModel, Tokenizer]:
     """Opens a reward model: a run folder or a Hugging Face sequence classifier with one label."""
-    config, tokenizer, tensors = _open_folder(folder)
-    if (kind := _kind_of_classifier(tensors)) != "a reward model":
-        what = f"{folder}: by score.weight {kind or 'a language model'}"
-        raise InputError(f"{what}; give a reward model's folder")
+    config, tokenizer, tensors = _open_folder(folder, labels=1)
     model = ScalarModel(config, compute_dtype)
     load_weights(model, tensors, folder)
     path = folder / "config.json"
@@ -195,8 +181,9 @@ def load_scalar_model(
     return model.to(device), tokenizer
 
 
-def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
-    """What a model's folder holds, checked to be of one model."""
+def _open_folder(folder: Path, labels: int) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
+    """What the folder of a model holds, which scores a text by so many `labels` or none, checked to be of one
+    model."""
     if advice := _instead_of_a_model(folder):
         raise InputError(f"{folder}: {advice}")
     config = config_from_json(folder / "config.json")
@@ -205,6 +192,10 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor
         what = f"tokenizer.json has {tokenizer.vocab_size} tokens but config.json says {config.vocab_size}"
         raise InputError(f"{folder}: {what}; the two belong to different models")
     tensors = read_weights(folder)
+    found, kinds = len(tensors.get("score.weight", ())), ("a language model", "a reward model")
+    if found != labels:
+        what = kinds[found] if found < 2 else f"a classifier of {found} labels"
+        raise InputError(f"{folder}: is {what}, by score.weight; give {kinds[labels]}'s folder")
     held = sum(tensor.numel() for tensor in tensors.values())
     # Told before a model is made: a wrong number must not ask for more memory than there is.
     if parameter_count(config) > 2 * held:
