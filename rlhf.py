@@ -227,18 +227,17 @@ def sample(options: Options, runtime: Runtime) -> None:
 
 def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
-    from minillm.io.conversations import open_conversations, print_counts
+    from minillm.io.conversations import open_conversations
+    from minillm.tools.sources import counts_text
 
     if not options.data:
         return world_prompts(options.seed, "reward", options.prompts)
     prompts: list[Prompt] = []
     for source in open_conversations(options.data, options.errors, "prompt"):
-        if source.weight != 1:
-            raise InputError(f"data source {source.name!r}: prompts have no weight; leave it out")
         own = [Prompt(messages) for messages in source.conversations()]
         prompts += own
         if runtime.is_main:
-            print_counts(source.name, len(own), "prompts", source.skipped)
+            print(counts_text(f"{source.name}: {len(own):,} prompts", source.skipped))
     if len(prompts) > options.prompts and runtime.is_main:
         print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
     return prompts[: options.prompts]

@@ -311,9 +311,7 @@ def encode_source(
     InputError, or where no token of it is the assistant's, it is left out; all is counted. InputError where
     nothing is left to train on; there may be nothing to validate on.
     """
-    skipped = Skipped(source.skipped)
-    skipped.first = source.skipped.first
-    kept: dict[Side, list[Encoded]] = {side: [] for side in SIDES}
+    skipped, kept = Skipped(), {side: list[Encoded]() for side in SIDES}
     parts = split_conversations(source, val_fraction)
     bar = tqdm(parts, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
     for number, (side, conversation) in enumerate(bar, start=1):
@@ -331,6 +329,8 @@ def encode_source(
                 skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
             skipped.add(reason, f"{place} is among the {reason}")
+    skipped.update(source.skipped)
+    skipped.first = source.skipped.first or skipped.first
     train, val = kept["train"], kept["val"]
     if not train:
         what = f"data source {source.name!r}: no conversation to train on ({skipped.first or 'too few'})"

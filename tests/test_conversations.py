@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,11 @@ def open_one(spec: object, **options) -> ConversationSource:
     return source
 
 
-def refusal(spec: object, opener=open_conversations) -> str:
+def conversations_of(specs: list[str], **options) -> list:
+    return [held for source in open_conversations(specs, **options) for held in source.conversations()]
+
+
+def refusal(spec: object, opener=conversations_of) -> str:
     with pytest.raises(InputError) as caught:
         opener([str(spec)])
     message = str(caught.value)
@@ -84,7 +89,6 @@ HELD = [
 def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, count):
     source = open_one(write(tmp_path / name, content))
     assert list(source.conversations()) == [ASKED] * count and not source.skipped
-    assert source.fingerprint == open_one(write(tmp_path / "b.jsonl", [GOOD] * count)).fingerprint
     assert (source.name, source.weight) == (name, 1)
 
 
@@ -156,6 +160,7 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_is_shown(tmp_path, 
         assert words in source.skipped.first or words.startswith("conversations")
     write(tmp_path / f"0{suffix}", [GOOD, {"other": 1}])
     both = open_one(tmp_path)
+    assert len(list(both.conversations())) == 3
     assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.skipped.first
 
 
@@ -172,22 +177,14 @@ def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_whe
     assert source.skipped == {"lines that do not parse": 1}
 
 
-def test_a_fingerprint_follows_the_conversations_and_their_order(tmp_path):
-    other = {"question": "Who?", "answer": "I."}
-    contents = [[GOOD], [other], [GOOD, other], [other, GOOD], [GOOD, GOOD]]
-    prints = [open_one(write(tmp_path / f"{i}.json", held)).fingerprint for i, held in enumerate(contents)]
-    assert len(set(prints)) == len(contents)
-    assert open_one(write(tmp_path / "more.json", [{"no": 1}, GOOD])).fingerprint == prints[0]
-
-
 @pytest.mark.parametrize(
     ("opener", "record", "words"),
     [
-        (open_conversations, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
-        (open_conversations, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
+        (conversations_of, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
+        (conversations_of, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
         (open_comparisons, {"prompt": "x", "chosen": "y"}, ("prompt, chosen", "lacks rejected")),
         (open_comparisons, {**QA, "label": True}, ("judged one by one", "known formats")),
-        (partial(open_conversations, purpose="prompt"), {"name": "x"}, ("name", "messages", "conversations")),
+        (partial(conversations_of, purpose="prompt"), {"name": "x"}, ("name", "messages", "conversations")),
     ],
 )
 def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(tmp_path, opener, record, words):
@@ -198,18 +195,20 @@ def test_a_file_of_nothing_usable_is_told_its_fields_and_the_nearest_format(tmp_
 # ---- Prompts and rankings
 
 
-def test_prompts_and_rankings_are_opened_as_such(tmp_path):
+def test_prompts_and_rankings_are_opened_as_such(tmp_path, capsys):
     records = [PAIR, {**QA, "label": True}, {**QA, "label": False, "completion": "No."}, {"id": 1}]
     path = str(write(tmp_path / "p.jsonl", records))
     (source,) = open_conversations([path], purpose="prompt")
     assert list(source.conversations()) == [ASKED[:1]] * 3
-    (rankings,) = open_comparisons([f"friends={path}"])
-    assert [ranking.responses for ranking in rankings.rankings] == [["b", "a"], ["Because.", "No."]]
-    assert [ranking.annotator for ranking in rankings.rankings] == ["friends"] * 2
-    assert source.skipped == rankings.skipped == {"records in no known format": 1}
-    assert rankings.skipped.first.startswith("line 4 of ")
-    with pytest.raises(InputError, match="no weight"):
-        open_comparisons([f"{path}:2"])
+    rankings = open_comparisons([f"friends={path}"])
+    assert [ranking.responses for ranking in rankings] == [["b", "a"], ["Because.", "No."]]
+    assert [ranking.annotator for ranking in rankings] == ["friends"] * 2
+    said, left_out, first = capsys.readouterr().out.splitlines()
+    assert (said, left_out) == ("friends: 2 rankings", "  left out or cut: 1 records in no known format")
+    assert first.startswith("  the first: line 4 of ") and source.skipped == {"records in no known format": 1}
+    for opener in (open_comparisons, partial(open_conversations, purpose="prompt")):
+        with pytest.raises(InputError, match="no weight"):
+            opener([f"{path}:2"])
 
 
 def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
@@ -241,7 +240,7 @@ REAL = {  # conversations and what is left out of them; the same of rankings, wh
 
 
 @pytest.mark.parametrize("file", REAL)
-def test_published_data_is_read_in_full(shared_data, file):
+def test_published_data_is_read_in_full(shared_data, capsys, file):
     source = open_one(shared_data / file)
     conversations = list(source.conversations())
     found = [len(conversations), source.skipped.total()]
@@ -249,9 +248,10 @@ def test_published_data_is_read_in_full(shared_data, file):
     roles = {message["role"] for conversation in conversations for message in conversation}
     assert roles == {"user", "assistant"}
     if len(REAL[file]) > 2:
-        (rankings,) = open_comparisons([str(shared_data / file)])
-        found += [len(rankings.rankings), rankings.skipped.total()]
-        for ranking in rankings.rankings:
+        rankings = open_comparisons([str(shared_data / file)])
+        left_out = re.findall(r"left out or cut: ([\d,]+)", capsys.readouterr().out)
+        found += [len(rankings), sum(int(count.replace(",", "")) for count in left_out)]
+        for ranking in rankings:
             assert isinstance(ranking, Ranking) and ranking.messages[-1]["role"] == "user"
             assert 2 <= len(ranking.responses) <= 9 and ranking.pairs()
     assert tuple(found) == REAL[file]
@@ -265,15 +265,13 @@ def test_the_little_world_speaks_in_the_same_form():
     assert conversations == expected == list(source.conversations())
     assert source.name not in SHARES  # so that it can be mixed with the world's text
     assert [next(read_record({"messages": said}, "conversation")) for said in conversations] == conversations
-    others = [world_conversations(world, "dev", 50), world_conversations(World(1), "train", 50)]
-    assert source.fingerprint not in {other.fingerprint for other in others}
 
 
 # ---- Train and validation
 
 
 def a_source(conversations: list) -> ConversationSource:
-    return ConversationSource("s", 1.0, lambda: iter(conversations), "f")
+    return ConversationSource("s", 1.0, lambda: iter(conversations))
 
 
 def exchange(question: str, answer: str) -> list[dict[str, str]]:

@@ -55,7 +55,7 @@ def encode(messages: list[dict[str, str]]) -> Dialogue:
 
 
 def a_source(conversations: list, name: str = "s", weight: float = 1.0) -> ConversationSource:
-    return ConversationSource(name, weight, lambda: iter(conversations), "f")
+    return ConversationSource(name, weight, lambda: iter(conversations))
 
 
 def encoded(conversations: list, block_size: int, name: str = "s", weight: float = 1.0) -> EncodedSource:

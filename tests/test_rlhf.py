@@ -304,7 +304,7 @@ def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_thei
     for _ in range(2):
         both = rank(out, "--annotator", "file", "--data", str(pairs))
         assert both == [*judged, ("pairs.jsonl", [{"role": "user", "content": "Add 1 and 1."}], [[0], [1]])]
-    assert "left out: 1 records in no known format" in capsys.readouterr().out
+    assert "left out or cut: 1 records in no known format" in capsys.readouterr().out
 
 
 def test_sets_that_the_judge_cannot_read_are_counted(out, tmp_path, monkeypatch, capsys):

@@ -164,8 +164,8 @@ def open_prompts(
     else:
         asked: list[Prompt] = []
         for source in conversations.open_conversations(options.data, options.errors, "prompt"):
-            left_out += source.skipped
             asked += [Prompt(messages, UNNAMED, "") for messages in source.conversations()]
+            left_out += source.skipped
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
         prompts = asked[: options.prompts]
     length = options.max_new_tokens

@@ -1,6 +1,6 @@
 """Other people's conversations, prompts and rankings, and the little world's conversations.
 
-    files ──► records (files.py) ──► formats.py ──► ConversationSource, or ComparisonSource
+    files ──► records (files.py) ──► formats.py ──► ConversationSource, or rankings
 
 A conversation is a list of messages {"role", "content"}, the roles being system, user and assistant; it
 ends with the assistant. A reply with "train": False is not learned. What cannot be used is left out and
@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minillm.chat import Conversation
 from minillm.data import Skipped
 from minillm.errors import InputError
-from minillm.files import digest_of
 from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
 from minillm.io.formats import FORMATS, Purpose, compared, known, nearest, read_record
 from minillm.io.rankings import read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
+from minillm.tools.sources import counts_text
 from minillm.world import World
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -30,23 +29,14 @@ EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 @dataclass(frozen=True)
 class ConversationSource:
-    """A named stream of conversations or prompts with a weight in the mixture; `conversations()` starts a new
-    pass over it."""
+    """A named stream of conversations, with a weight in the mixture, or of prompts or comparisons."""
 
     name: str
     weight: float
-    conversations: Callable[[], Iterator[Conversation]]
-    fingerprint: str
+    conversations: Callable[[], Iterator[Any]]
+    """Starts a new pass over it."""
     skipped: Skipped = field(default_factory=Skipped)
-
-
-@dataclass(frozen=True)
-class ComparisonSource:
-    """The rankings of a file, folder or glob, and what was left out of it."""
-
-    name: str
-    rankings: list[Ranking]
-    skipped: Skipped
+    """What the latest pass left out, and files that every pass does."""
 
 
 def open_conversations(
@@ -56,51 +46,49 @@ def open_conversations(
     encoding: str = "utf-8",
 ) -> list[ConversationSource]:
     """Open conversations given as files, folders or globs of JSON, tables or Parquet; or prompts, which are
-    all messages before the last reply, or all where nobody has replied.
+    all messages before the last reply, or all where nobody has replied; or what compares replies.
 
     A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`); `errors` and `encoding` are as there.
-    Every file is read whole once here, so that what is wrong shows before anything is trained.
+    Only a pass over a source meets what is wrong in its files.
     """
     sources, read = [], Reading(errors, encoding)
     for name, path, weight in parse_specs(specs):
+        if weight != 1 and purpose != "conversation":
+            raise InputError(f"data source {name!r}: a {purpose} has no weight; leave the {weight:g} out")
         files, unread = list_files(name, [path], EXTENSIONS)
         skipped = Skipped(unread)
-        fingerprint = digest_of(_read(files, read, purpose, skipped))
-        again = partial(_read, files, read, purpose, Skipped())
-        sources.append(ConversationSource(name, weight, again, fingerprint, skipped))
+        read_again = partial(_read, files, read, purpose, unread, skipped)
+        sources.append(ConversationSource(name, weight, read_again, skipped))
     return sources
 
 
 def world_conversations(world: World, split: str, n: int) -> ConversationSource:
     """`n` demonstrations of the little world. Its splits share no question."""
     messages = [conversation.messages for conversation in world.conversations(split, n)]
-    return ConversationSource("conversations", 1.0, lambda: iter(messages), digest_of(messages))
+    return ConversationSource("conversations", 1.0, lambda: iter(messages))
 
 
 # ---- Rankings
 
 
-def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[ComparisonSource]:
-    """Opens rankings as `open_conversations` opens conversations; a spec is [NAME=]PATH, the name being the
+def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Ranking]:
+    """The rankings that files hold, saying what was read; a spec is [NAME=]PATH, the name being the
     annotator's. Replies that were judged one by one are compared with those to the same prompt."""
-    sources = []
-    for name, path, weight in parse_specs(specs):
-        if weight != 1:
-            raise InputError(f"data source {name!r}: rankings have no weight; leave the {weight:g} out")
-        files, unread = list_files(name, [path], EXTENSIONS)
-        skipped = Skipped(unread)
+    found: list[Ranking] = []
+    for source in open_conversations(specs, errors, "ranking"):
         rankings = []
-        for result in compared(_read(files, Reading(errors), "ranking", skipped)):
+        for result in compared(source.conversations()):
             if isinstance(result, str):
-                skipped.add(result, f"one in {path!r} is among the {result}")
+                source.skipped.add(result, f"one in {source.name!r} is among the {result}")
             else:
                 asked, scores = result
                 given = ResponseSet(asked, list(scores))
-                rankings.append(new_ranking(given, ranking_by(list(scores.values())), name, 0))
+                rankings.append(new_ranking(given, ranking_by(list(scores.values())), source.name, 0))
         if not rankings:
-            raise _nothing_found(path, "ranking", skipped.first)
-        sources.append(ComparisonSource(name, rankings, skipped))
-    return sources
+            raise _nothing_found(source.name, "ranking", source.skipped.first)
+        print(counts_text(f"{source.name}: {len(rankings):,} rankings", source.skipped))
+        found += rankings
+    return found
 
 
 def rankings_of_file(file: str) -> list[Ranking]:
@@ -110,25 +98,19 @@ def rankings_of_file(file: str) -> list[Ranking]:
     _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
     if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
         return read_rankings(Path(file))
-    (source,) = open_comparisons([file])
-    print_counts(file, len(source.rankings), "rankings", source.skipped)
-    return source.rankings
-
-
-def print_counts(name: str, count: int, what: str, skipped: Skipped) -> None:
-    """Says how much a source gave and what was left out of it."""
-    print(f"{name}: {count:,} {what}")
-    for reason, number in sorted(skipped.items()):
-        print(f"  left out: {number:,} {reason}")
-    if skipped.first:
-        print(f"  the first: {skipped.first}")
+    return open_comparisons([file])
 
 
 # ---- Files → what their records hold
 
 
-def _read(files: Sequence[str], read: Reading, purpose: Purpose, skipped: Skipped) -> Iterator[Any]:
-    """One pass over what the records of `files` give for a purpose; puts into `skipped` what is left out."""
+def _read(
+    files: Sequence[str], read: Reading, purpose: Purpose, unread: Counter[str], skipped: Skipped
+) -> Iterator[Any]:
+    """One pass over what the records of `files` give for a purpose; `skipped` becomes what it leaves out, and
+    the files that are `unread`."""
+    skipped.clear()
+    skipped.update(unread)
     for file in files:
         found, own = False, Skipped()
         for place, record in _records(file, read, skipped):

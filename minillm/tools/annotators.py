@@ -34,7 +34,7 @@ from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError
 from minillm.files import digest, read_text
-from minillm.io.conversations import open_comparisons, print_counts
+from minillm.io.conversations import open_comparisons
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_causal_model
 from minillm.io.rankings import RankingFile, open_rankings, read_responses, record_ranking
@@ -244,14 +244,11 @@ def published(options: Any) -> list[Job]:
     """The rankings of other people's files, under the names of the files."""
     if not options.data:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
-    jobs: list[Job] = []
     for _, path, _ in parse_specs(options.data):
         if Path(path).resolve() == (options.folder / "rankings.jsonl").resolve():
             raise InputError(f"--data {path}: is where the rankings go; give another file, or another --out")
-    for source in open_comparisons(options.data, options.errors):
-        print_counts(source.name, len(source.rankings), "rankings", source.skipped)
-        jobs += [(source.name, one.key, partial(replace, one)) for one in source.rankings]
-    return jobs
+    rankings = open_comparisons(options.data, options.errors)
+    return [(one.annotator, one.key, partial(replace, one)) for one in rankings]
 
 
 def rank_as_person(options: Any) -> None:

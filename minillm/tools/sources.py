@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minillm.data import EncodedSource, Mixture, TokenizedSource
+from minillm.data import EncodedSource, Mixture, Skipped, TokenizedSource
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer
 
@@ -43,10 +43,14 @@ def text_line(source: TokenizedSource) -> str:
 
 def conversation_lines(source: EncodedSource) -> str:
     """What a source of conversations holds on both sides, and by reason what was left out or cut."""
-    val = len(source.val) or "none"
-    lines = [f"{source.name}: {len(source.train):,} conversations to train on, {val} to validate on"]
-    lines += [f"  left out or cut: {count:,} {reason}" for reason, count in sorted(source.skipped.items())]
-    return "\n".join(lines + [f"  the first: {source.skipped.first}"] * bool(source.skipped.first))
+    what = f"{len(source.train):,} conversations to train on, {len(source.val) or 'none'} to validate on"
+    return counts_text(f"{source.name}: {what}", source.skipped)
+
+
+def counts_text(what: str, skipped: Skipped) -> str:
+    """What was read, and by reason what was left out or cut of it, as lines to read."""
+    lines = [what, *(f"  left out or cut: {count:,} {reason}" for reason, count in sorted(skipped.items()))]
+    return "\n".join(lines + [f"  the first: {skipped.first}"] * bool(skipped.first))
 
 
 def tell_shares(say: Callable[[str], None], mixture: Mixture) -> list[dict[str, Any]]:
