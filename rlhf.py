@@ -197,7 +197,7 @@ def sample(options: Options, runtime: Runtime) -> None:
     def fits(prompt: Prompt) -> bool:
         return all(model.has_room(prompt.messages, options.max_new_tokens) for model in models)
 
-    prompts = with_room(prompts_of(options, runtime), fits, options, runtime, needed)
+    prompts = with_room(prompts_of(options), fits, options, needed)
     path, run = options.folder / "responses.jsonl", options.folder / "run.json"
     origin = {"prompts": digest(*(json.dumps(prompt.messages) for prompt in prompts))}
     origin |= {f"weights of {model.name}": model.fingerprint for model in models}
@@ -225,7 +225,7 @@ def sample(options: Options, runtime: Runtime) -> None:
     print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
 
-def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
+def prompts_of(options: Options) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
     from minillm.io.conversations import open_conversations
     from minillm.tools.sources import counts_text
@@ -236,9 +236,8 @@ def prompts_of(options: Options, runtime: Runtime) -> list[Prompt]:
     for source in open_conversations(options.data, options.errors, "prompt"):
         own = [Prompt(messages) for messages in source.conversations()]
         prompts += own
-        if runtime.is_main:
-            print(counts_text(f"{source.name}: {len(own):,} prompts", source.skipped))
-    if len(prompts) > options.prompts and runtime.is_main:
+        print(counts_text(f"{source.name}: {len(own):,} prompts", source.skipped))
+    if len(prompts) > options.prompts:
         print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
     return prompts[: options.prompts]
 
@@ -256,11 +255,11 @@ def world_prompts(seed: int, split: str, count: int) -> list[Prompt]:
 
 
 def with_room(
-    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, runtime: Runtime, needed: int
+    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, needed: int
 ) -> list[Prompt]:
     """The prompts that leave room for a response; says how many do not. InputError where too few are left."""
     length, kept = options.max_new_tokens, list(filter(fits, prompts))
-    if len(kept) < len(prompts) and runtime.is_main:
+    if len(kept) < len(prompts):
         print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
     if len(kept) < needed:
         raise InputError(
@@ -340,7 +339,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
         generator = torch.Generator().manual_seed(options.seed)
         model = scalar_from_language_model(assistant, generator, options.new_blocks)
     template, longest = ChatTemplate(tokenizer), model.config.max_position_embeddings
-    training, held_out = encoded_rankings(options, template, longest, runtime)
+    training, held_out = encoded_rankings(options, template, longest)
     stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
     rates = LearningRates(
         options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
@@ -387,7 +386,7 @@ def learn_rankings(
 
 
 def encoded_rankings(
-    options: Options, template: ChatTemplate, longest: int, runtime: Runtime
+    options: Options, template: ChatTemplate, longest: int
 ) -> tuple[list[EncodedSet], list[EncodedSet]]:
     """All rankings given, those to train on and those held out; says what is left out.
 
@@ -403,11 +402,10 @@ def encoded_rankings(
     encoded, skipped = encode_rankings(rankings, template, longest)
     if not encoded:
         raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
-    if runtime.is_main:
-        for reason, count in skipped.items():
-            print(f"left out: {count} {reason}")
-        if cut := sum(len(one.rankings[0].cut) for one in encoded):
-            print(f"{cut:,} of all responses are cut: their rows have no end token")
+    for reason, count in skipped.items():
+        print(f"left out: {count} {reason}")
+    if cut := sum(len(one.rankings[0].cut) for one in encoded):
+        print(f"{cut:,} of all responses are cut: their rows have no end token")
     return split_by_prompt(encoded, options.val_fraction)
 
 
@@ -471,7 +469,7 @@ def align(options: Options, runtime: Runtime) -> None:
     held_out: list[EncodedSet] = []
     if options.algorithm == "dpo":
         longest = aligner.policy.config.max_position_embeddings
-        ranked, held_out = encoded_rankings(options, aligner.template, longest, runtime)
+        ranked, held_out = encoded_rankings(options, aligner.template, longest)
         aligner.stream, steps = ranking_stream(ranked, options.seed), steps_of(ranked, options, runtime)
     else:
         aligner.stream = Shuffled(training, "prompts", options.seed, digest([p.tokens for p in training]))
@@ -601,19 +599,17 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
 
     runtime, length = aligner.runtime, options.max_new_tokens
     if options.data:
-        prompts = prompts_of(options, runtime)
+        prompts = prompts_of(options)
         training, held_out = split_by_hash(prompts, lambda p: json.dumps(p.messages), options.val_fraction)
     else:
-        check_world_is_meant(options, runtime.is_main)
-        training = prompts_of(options, runtime)
+        check_world_is_meant(options)
+        training = prompts_of(options)
         held_out = world_prompts(options.seed, "dev", options.val_prompts)
     longest = aligner.policy.config.max_position_embeddings
 
     def shared_out(some: Sequence[Prompt]) -> list[Prompt]:
         asked = [replace(prompt, tokens=aligner.template.prompt(prompt.messages)) for prompt in some]
-        kept = with_room(
-            asked, lambda p: len(p.tokens) + length <= longest, options, runtime, runtime.world_size
-        )
+        kept = with_room(asked, lambda p: len(p.tokens) + length <= longest, options, runtime.world_size)
         return kept[: len(kept) // runtime.world_size * runtime.world_size]
 
     training, held_out = shared_out(training), shared_out(held_out[: options.val_prompts])

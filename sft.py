@@ -101,8 +101,7 @@ def train(options: Options, runtime: Runtime) -> None:
     tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
     rows, encode = runtime.rows_of_step(options.batch_tokens, block_size), ChatTemplate(tokenizer).encode
     conversations = [encode_source(chat, encode, block_size, options.val_fraction) for chat in chats]
-    if runtime.is_main:
-        print(*map(conversation_lines, conversations), sep="\n")
+    print(*map(conversation_lines, conversations), sep="\n")
     validation = validation_batches(conversations, block_size, options.val_tokens)
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
     cache, workers = Path(options.cache), options.workers

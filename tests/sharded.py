@@ -6,6 +6,7 @@ A property that does not hold ends it. Each process writes a file of JSON: the b
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,8 @@ def check_whole_models(runtime: Runtime) -> None:
 def main(words: list[str]) -> None:
     folder = Path(words[0])
     with start_runtime("cpu", "float32", shard=True) as runtime:
+        is_silent = getattr(sys.stdout, "name", None) == os.devnull
+        assert is_silent == (runtime.rank > 0), "what each would say, the first says"
         if runtime.sharded:
             whole, half = Runtime(runtime.device, runtime.dtype), replace(runtime, dtype=torch.bfloat16)
             check_files(folder / "32", runtime, whole, "muon", tied=False)

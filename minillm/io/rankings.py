@@ -251,7 +251,7 @@ def check_origin(record: Path, origin: Mapping[str, Any]) -> None:
 # ---- Whose prompts they are of
 
 
-def check_world_is_meant(options: Any, is_main: bool) -> None:
+def check_world_is_meant(options: Any) -> None:
     """InputError where a policy would train on the little world's prompts, none being named, but what was
     sampled or ranked were prompts of somebody's own alone; says so where some of them were."""
     from minillm.world import KINDS
@@ -268,7 +268,7 @@ def check_world_is_meant(options: Any, is_main: bool) -> None:
             known = " ".join(_stored(out, "data")) if path.name == "responses.jsonl" else ""
             way = f"name the prompts to train on with --data{known and f', as in --data {known}'}"
             raise InputError(f"{what}; {way}")
-        if others and is_main:
+        if others:
             print(f"{what}, and the policy trains on the little world's alone; see --data")
 
 

@@ -4,7 +4,7 @@ import gc
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,8 @@ def start_runtime(
     try:
         dtype = choose_dtype(chosen) if precision == "auto" else getattr(torch, precision)
         with ExitStack() as closing:
+            if rank:  # the first process alone speaks, but for errors
+                closing.enter_context(redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
             yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
         if world_size > 1:
             dist.barrier()  # the main process has more to do at the end: the others wait for it
