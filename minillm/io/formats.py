@@ -289,14 +289,11 @@ def _asked(fields: Record) -> Conversation:
         earlier = [text for turn in earlier for text in turn]
     messages, system = _messages(earlier) + _question(fields), _one(fields, SYSTEM)
     tools = [dict(tool) for tool in (loads(tools) if isinstance(tools, str) else tools)]
-    if _is_empty(system):
-        return with_tools(messages, tools)
-    first = _message("system", system)
-    if messages and messages[0]["role"] == "system":
-        if messages[0] != first:
+    if not _is_empty(system) and messages[:1] != [first := _message("system", system)]:
+        if messages and messages[0]["role"] == "system":
             raise LeftOutError("records with two system messages")
-        return with_tools(messages, tools)
-    return with_tools([first, *messages], tools)
+        messages = [first, *messages]
+    return with_tools(messages, tools)
 
 
 def _question(fields: Record) -> Conversation:
@@ -528,33 +525,30 @@ def demonstration(example: Example) -> Iterator[Conversation | str]:
     messages, score = max(example, key=itemgetter(1))
     if score is not None and (score == BAD or isnan(score) or (len(example) == 1 and score <= 0)):
         raise LeftOutError("replies judged bad, by a label or a rating of 0 or less")
-    calls = _first_unread_call(messages)
-    kept, empty = messages[:calls], False
-    if calls < len(messages) and kept and kept[-1]["role"] == "assistant":
-        kept.pop()  # the call itself, spelled as a text
+    end = _first_unread_call(messages)
+    kept, empty = messages[:end], False
     while kept and (kept[-1]["role"] != "assistant" or not _says(kept[-1])):
         empty |= kept.pop()["role"] == "assistant"
-    if not kept and calls < len(messages):
-        raise LeftOutError("conversations with a tool call and no reply before it")
     if not kept:
         what = "with an empty message" if empty else "without a message of the assistant's"
+        what = "with a tool call and no reply before it" if end < len(messages) else what
         raise LeftOutError(f"conversations {what}")
     if not any(m.get("train", True) for m in kept if m["role"] == "assistant"):
         raise LeftOutError("conversations whose replies all have weight 0")
     yield checked(kept, may_call=True)
-    if calls < len(messages):
+    if end < len(messages):
         yield "ends of conversations from a tool call on"
     elif empty:
         yield "empty last replies"
 
 
 def _first_unread_call(messages: Conversation) -> int:
-    """Where the first result stands that answers no call in the form of OpenAI's, or else the end."""
+    """Where the first call stands that is a text and not in the form of OpenAI's, or else the end."""
     answers = False
     for i, message in enumerate(messages):
         answers = "tool_calls" in message or (answers and message["role"] == "tool")
         if message["role"] == "tool" and not answers:
-            return i
+            return i - (i > 0 and messages[i - 1]["role"] == "assistant")
     return len(messages)
 
 
@@ -619,14 +613,13 @@ def compared(judged: Iterable[Comparison]) -> Iterator[Comparison | str]:
             by_prompt.setdefault(repr(asked), []).append((asked, scores))
     for same in by_prompt.values():
         replies = [reply for _, scores in same for reply in scores.items()]
-        if len({score for _, score in replies}) < 2:
-            how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
-            yield f"replies judged one by one, {how}"
-        else:
-            try:
-                yield same[0][0], _different(replies)
-            except LeftOutError as reason:
-                yield str(reason)
+        try:
+            if len({score for _, score in replies}) < 2:
+                how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
+                raise LeftOutError(f"replies judged one by one, {how}")
+            yield same[0][0], _different(replies)
+        except LeftOutError as reason:
+            yield str(reason)
 
 
 USES: dict[Purpose, Callable[[Example], Iterator[Any]]] = {
