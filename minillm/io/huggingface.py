@@ -30,12 +30,6 @@ from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
 
-CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-"""What safetensors calls the types."""
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights may be on disk."""
 
@@ -46,21 +40,20 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
 
     All processes of a sharded model must call this; the first writes.
     """
-    weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
-    if writes(weights):
-        _write_beside(folder, model, tokenizer)
-    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
-
-
-def _write_beside(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """What stands beside the weights of a language model."""
     named = str(model.stored_dtype).removeprefix("torch.")
     raw = config_to_json(model.config, tokenizer) | {"dtype": named, "torch_dtype": named}
-    write_json(folder / "config.json", raw)
-    _for_others(tokenizer).save(folder)
-    if tokenizer.config.get("chat_template") is not None:
+    weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
+    if writes(weights) and tokenizer.config.get("chat_template") is not None:
         stops = list(ChatTemplate(tokenizer).stop_ids)
         write_json(folder / "generation_config.json", {"eos_token_id": stops})
+    _save(folder, raw, tokenizer, weights)
+
+
+def _save(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
+    if writes(weights):
+        write_json(folder / "config.json", raw)
+        _for_others(tokenizer).save(folder)
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
 def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) -> None:
@@ -74,11 +67,8 @@ def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) ->
         "pad_token_id": tokenizer.special_tokens.get(pad or ""),
         "minillm_score_bias": model.bias.item(),
     }
-    weights = model_tensors(model)
-    if writes(weights):
-        write_json(folder / "config.json", raw)
-        _for_others(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})).save(folder)
-    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    padded = Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "pad_token": pad})
+    _save(folder, raw, padded, model_tensors(model))
 
 
 def padding_token(tokenizer: Tokenizer) -> str | None:
@@ -284,7 +274,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so all are aligned
     ends = list(accumulate((tensor.nbytes for _, tensor in ordered), initial=0))
     header: dict[str, Any] = {"__metadata__": metadata} | {
-        name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        name: {"dtype": _code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
         for (name, tensor), begin, end in zip(ordered, ends, ends[1:], strict=False)
     }
     text = json.dumps(header).encode()
@@ -301,6 +291,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     else:
         for _, tensor in ordered:
             whole_tensor(tensor)
+
+
+def _code(dtype: torch.dtype) -> str:
+    """What safetensors calls a type: BF16 for torch.bfloat16, U8 for torch.uint8."""
+    name = str(dtype).removeprefix("torch.")
+    return name.replace("float", "f").replace("uint", "u").replace("int", "i").upper()
 
 
 def writes(tensors: dict[str, Tensor]) -> bool:
