@@ -383,13 +383,15 @@ def test_a_model_that_knows_no_calls_says_so(scripted):
 
 @pytest.fixture
 def talk(monkeypatch, scripted):
-    """A `Chat` that says what is scripted, turn by turn."""
+    """A `Chat` that says what is scripted, turn by turn; `asked` are the prompts of these."""
 
     def script(*turns: str, **options: object) -> Chat:
         model, _ = scripted()
         chat, coming = Chat(model.model, model.tokenizer, Options("run", **options)), iter(turns)
+        chat.asked = []
 
         def say(model, prompt, sampling, seed):
+            chat.asked.append(prompt)
             first, *calls = next(coming).split("CALL ")
             yield from chat.tokenizer.encode(first)
             for call in calls:
@@ -407,7 +409,7 @@ def test_a_chat_shows_calls_and_results_and_says_the_rest(talk):
     assert "".join(chat.reply("2+3?", notes.append)) == "Well. So 5."
     assert notes == ['[calculator {"expression": "2+3"} → 5]']
     assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
-    assert chat.asked == chat.format.prompt(chat.messages[:3]) and not chat.cut
+    assert chat.asked == [chat.prompt(chat.messages[:1]), chat.prompt(chat.messages[:3])] and not chat.cut
     assert chat_module.run_command(chat, "/undo") and not chat.messages
 
 
@@ -416,20 +418,13 @@ def test_a_model_is_told_of_its_tools_only_where_asked_for(talk):
         chat = talk("Hm.", tools=("calculator",), describe_tools=described)
         assert "".join(chat.reply("2+3?")) == "Hm."
         expected = with_tools(ask("2+3?"), [calculator().schema()]) if described else ask("2+3?")
-        assert chat.asked == chat.format.prompt(expected)
+        assert chat.asked == [chat.format.prompt(expected)]
 
 
-def test_a_chat_without_tools_runs_nothing_and_one_that_was_told_of_them_ends_at_the_call(talk):
-    chat = talk(SUM, "Nothing.")
+def test_a_chat_without_tools_runs_nothing(talk):
+    chat = talk(SUM)
     assert "".join(chat.reply("2+3?")) == "<|system|>" + SUM.removeprefix("CALL ")
     assert len(chat.messages) == 2 and "tool_calls" not in chat.messages[1]
-    chat = talk(SUM, "So 5.")
-    chat.told = [calculator().schema()]
-    assert "".join(chat.reply("2+3?")) == "" and len(chat.messages) == 2
-    assert chat.asked == chat.format.prompt(with_tools(ask("2+3?"), chat.told))
-    (call,) = chat.messages[1]["tool_calls"]
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "5"}
-    assert "".join(chat.reply(result)) == "So 5." and len(chat.messages) == 4
 
 
 def test_a_chat_calls_no_more_often_than_it_may_and_ends_where_no_room_is_left(talk):
@@ -444,7 +439,6 @@ def test_a_chat_calls_no_more_often_than_it_may_and_ends_where_no_room_is_left(t
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tools": ("calculator",), "samples": 2, "prompt": "x"}, "with --tools there is one answer"),
         ({"search_in": ("a.txt",), "tools": ("calculator",)}, "--search-in: nothing searches there"),
     ],
 )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,12 +25,12 @@ import tyro
 from minillm.chat import ChatTemplate, chat_format, with_tools
 from minillm.errors import InputError
 from minillm.files import read_text
-from minillm.generate import SamplingOptions, generate, stream, stream_text
+from minillm.generate import SamplingOptions, stream, stream_text
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
 from minillm.tokenizer import Tokenizer
-from minillm.tools.calls import MOST_CALLS, Tool, open_tools, results_of
+from minillm.tools.calls import MOST_CALLS, open_tools, results_of
 from minillm.tools.commandline import parse_options
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.ending import one_line_errors
@@ -87,8 +87,6 @@ class Options:
             raise InputError("--prompt-file: --prompt gives a text already; leave one out")
         if self.samples > 1 and self.prompt is None and self.prompt_file is None:
             raise InputError(f"--samples {self.samples}: say of what, with --prompt or --prompt-file")
-        if self.samples > 1 and self.tools:
-            raise InputError(f"--samples {self.samples}: with --tools there is one answer; leave one out")
         if self.search_in and "search" not in self.tools:
             raise InputError("--search-in: nothing searches there; add --tools search")
 
@@ -102,11 +100,8 @@ Note = Callable[[str], None]
 
 class Chat:
     """A conversation with a model: its messages, the oldest dropped where they no longer fit, and the next
-    reply. A base model, which has no chat template, goes on with each text by itself.
-
-    `tools` are run when the model calls them. Without any, but with `told`, of which it is told (in OpenAI's
-    form), a reply ends where it calls, and the last message has the calls: they are another program's to run.
-    """
+    reply, for which calls of the options' tools are run. A base model, which has no chat template, goes on
+    with each text by itself."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
         """InputError for options that cannot work with this model, before the first message."""
@@ -120,17 +115,17 @@ class Chat:
             raise InputError(
                 f"--max-new-tokens {self.reserved}: the model has {self.positions} positions; give less"
             )
-        self.tools, self.told = dict[str, Tool](), list[dict[str, Any]]()
-        if options.tools:
-            self.tools = open_tools(options.tools, Path(options.run), options.search_in)
-            self.told = [tool.schema() for tool in self.tools.values() if options.describe_tools]
-            if self.format.call_id is None:
-                raise InputError(
-                    f"--tools: {options.run} has no chat template that knows calls; leave it out"
-                )
+        if options.tools and self.format.call_id is None:
+            raise InputError(f"--tools: {options.run} has no chat template that knows calls; leave it out")
+        self.tools = open_tools(options.tools, Path(options.run), options.search_in)
         self.messages: tuple[Message, ...] = ()
-        self.replies, self.cut, self.tokens = 0, False, list[int]()
+        self.replies, self.cut = 0, False
         self.set_system(options.system or "")
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which the model is to reply."""
+        told = [tool.schema() for tool in self.tools.values() if self.options.describe_tools]
+        return self.format.prompt(with_tools(list(messages), told), self.options.thinking)
 
     def ask(
         self, text: str | Message, note: Note = print
@@ -140,7 +135,7 @@ class Chat:
         said = (*self.messages, {"role": "user", "content": text} if isinstance(text, str) else text)
         system = said[: said[0]["role"] == "system"]
         for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
-            prompt = self._prompt(asked)
+            prompt = self.prompt(asked)
             if self.is_base or len(prompt) + self.reserved <= self.positions:
                 break
         else:
@@ -159,30 +154,29 @@ class Chat:
         return asked, prompt, how
 
     def reply(
-        self, text: str | Message, note: Note = print, stopped: Callable[[], bool] = lambda: False
+        self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[str]:
-        """The reply to a text of the user's or another message, piece by piece, until its end or until it is
-        to be stopped; then it becomes part of the conversation. `cut` says whether its end is missing,
-        `asked` and `tokens` which tokens were read and said, after the last call. `note` is told of calls and
-        results."""
-        messages, self.asked, sampling = self.ask(text, note)
+        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped; then
+        it becomes part of the conversation, and `cut` says whether its end is missing. `note` is told of
+        calls and results."""
+        messages, prompt, sampling = self.ask(text, note)
         seed, called = self.options.seed + self.replies, 0
         self.replies += 1
         while True:
-            said = ""
-            for piece in self._pieces(sampling, seed):
-                said += piece
+            content, tokens = "", list[int]()
+            for piece in self._pieces(prompt, sampling, seed, tokens):
+                content += piece
                 yield piece
                 if stopped():
                     break
-            message: Message = {"role": "assistant", "content": said} | ({"cut": True} if self.cut else {})
-            if not self.cut and isinstance(self.format, ChatTemplate) and (self.tools or self.told):
-                message = self.format.message(self.tokens)
+            message: Message = {"role": "assistant", "content": content} | ({"cut": True} if self.cut else {})
+            if self.tools and isinstance(self.format, ChatTemplate) and not self.cut:
+                message = self.format.message(tokens)
             calls = message.get("tool_calls", [])
-            if not self.is_base and (said or calls or not self.cut):
+            if not self.is_base and (content or calls or not self.cut):
                 self.messages = messages = (*messages, message)
             called += len(calls)
-            if not (calls and self.tools):
+            if not calls:
                 return
             if called > MOST_CALLS:
                 return note(f"({called} calls: no more than {MOST_CALLS} are run in a reply)")
@@ -190,28 +184,26 @@ class Chat:
             for call, result in zip(calls, results, strict=True):
                 note(f"[{{name}} {{arguments}} → {result['content']}]".format_map(call["function"]))
             self.messages = messages = (*messages, *results)
-            self.asked = self._prompt(messages)
-            if (room := self.positions - len(self.asked)) < 1:
+            prompt = self.prompt(messages)
+            if (room := self.positions - len(prompt)) < 1:
                 return note("(no room for a reply after the results)")
             sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self.format.prompt(with_tools(list(messages), self.told), self.options.thinking)
-
-    def _pieces(self, sampling: SamplingOptions, seed: int) -> Iterator[str]:
-        """One turn of the model, up to its first call where it may call; `cut` and `tokens` are of all."""
-        self.cut, self.tokens = True, []
-        call_id = self.format.call_id if self.tools or self.told else None
+    def _pieces(
+        self, prompt: list[int], sampling: SamplingOptions, seed: int, tokens: list[int]
+    ) -> Iterator[str]:
+        """The text of one turn of the model, up to its first call where it has tools; `tokens` get all."""
+        self.cut, shown = True, True
 
         def until_end() -> Iterator[int]:
-            calls = False
-            for token in stream(self.model, self.asked, sampling, seed):
+            nonlocal shown
+            for token in stream(self.model, prompt, sampling, seed):
                 if token in sampling.stop_ids:
                     self.cut = False
                     return
-                self.tokens.append(token)
-                calls = calls or token == call_id
-                if not calls:
+                tokens.append(token)
+                shown = shown and not (self.tools and token == self.format.call_id)
+                if shown:
                     yield token
 
         return stream_text(self.tokenizer.decode_bytes, until_end())
@@ -310,23 +302,19 @@ def take_turn(chat: Chat, entry: str) -> bool:
 
 def answer(chat: Chat, text: str) -> None:
     """The reply alone, or several; what there is to say about them goes to standard error."""
-    note, options = partial(print, file=sys.stderr), chat.options
+    note, before = partial(print, file=sys.stderr), chat.messages
+    note_once = cache(note)  # what there is to say of the prompt is the same for all
     if chat.is_base:
         note(greeting(chat))
-    if options.samples == 1:
-        for piece in chat.reply(text, note):
+    for number in range(chat.options.samples):
+        if chat.options.samples > 1:
+            print(f"--- sample {number} ---")
+        for piece in chat.reply(text, note_once):
             print(piece, end="", flush=True)
         print()
         if chat.cut:
             note("[cut]")
-        return
-    _, prompt, sampling = chat.ask(text, note)
-    seeds = range(options.seed, options.seed + options.samples)
-    found = generate(chat.model, [prompt] * len(seeds), sampling, seeds)
-    for number, (said, ended) in enumerate(zip(found.responses, found.stopped, strict=True)):
-        print(f"--- sample {number} ---\n{chat.tokenizer.decode(said[: len(said) - ended])}")
-        if not ended:
-            note(f"[sample {number} cut]")
+        chat.messages = before
 
 
 def main(arguments: list[str]) -> None:
