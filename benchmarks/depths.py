@@ -20,7 +20,7 @@ from minillm.io.huggingface import load_causal_model
 from minillm.tools.device import choose_dtype
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
-from minillm.tools.scripts import script
+from minillm.tools.stage import script
 
 CPU, SIDE, TOKENS = torch.device("cpu"), 2048, 98_304
 """Rows and columns of the ceiling's matrices; the tokens of a run, in three steps or more."""

@@ -46,7 +46,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import last_words
 from minillm.tools.folder import options_json, read_metrics
-from minillm.tools.scripts import ROOT
+from minillm.tools.stage import ROOT
 
 LONGEST = 60
 """Seconds that a case may take."""

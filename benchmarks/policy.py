@@ -19,7 +19,7 @@ from harness import parser, write
 from minillm.files import read_json
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
-from minillm.tools.scripts import script
+from minillm.tools.stage import script
 from minillm.tools.streams import tables
 
 VARIANTS = {name: options.split() for name, options in tables(__file__).items()}

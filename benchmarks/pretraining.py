@@ -18,7 +18,7 @@ from harness import parser, race, write
 
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
-from minillm.tools.scripts import script
+from minillm.tools.stage import script
 from minillm.tools.streams import tables
 
 SHORT, LONG, NANOGPT, JUDGED = (words.split() for words in tables(__file__).values())

@@ -49,7 +49,7 @@ from typing import Any, NoReturn
 
 from harness import at_least_one, parser, write
 
-from minillm.tools.scripts import ROOT
+from minillm.tools.stage import ROOT
 
 SIGNALS = ("KILL", "TERM", "INT", "HUP")
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

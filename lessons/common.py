@@ -47,7 +47,7 @@ from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import token_values
 from minillm.tools.plots import save
 from minillm.tools.provenance import provenance
-from minillm.tools.scripts import script as script
+from minillm.tools.stage import script as script
 from minillm.tools.streams import columns
 from minillm.world import user
 from minillm.world.facts import Entity, Facts, pick, shuffled, state

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillm.errors import InputError
-from minillm.tools.scripts import script
+from minillm.tools.stage import script
 
 HARNESS = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "harness.py"))
 

@@ -1,7 +1,8 @@
 """A Python file, or "-m" and a module, that stops as by Ctrl-C once its standard input ends.
 
-Whoever starts it holds the other end of that pipe, and closes it to stop it. If it dies, however suddenly,
-the system does. So no training goes on that nobody can see or stop.
+Whoever starts it, as `script` does for lessons and benchmarks, holds the other end of that pipe, and closes
+it to stop it. If it dies, however suddenly, the system does. So no training goes on that nobody can see or
+stop.
 
     python -m minillm.tools.stage train.py --out out/base
     python -m minillm.tools.stage -m rlhf --stage reward
@@ -10,11 +11,36 @@ the system does. So no training goes on that nobody can see or stop.
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
-import minillm.tools.start  # noqa: F401  (stopped while torch loads, it ends in one word)
+if __name__ == "__main__":
+    import minillm.tools.start  # noqa: F401  (stopped while torch loads, it ends in one word)
+
+from minillm.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name: str | Path, *options: object, folder: Path | None = None) -> tuple[float, str]:
+    """Runs a Python file, whose path is from the repository's root, or "-m" and a module, in the current or
+    another folder: the seconds, and what it printed. InputError with its last line where it fails."""
+    began, words = time.perf_counter(), [str(name), *map(str, options)]
+    what = ["-m", *words[1:]] if name == "-m" else [str(ROOT / name), *words[1:]]
+    command = [sys.executable, "-m", "minillm.tools.stage", *what]
+    own = os.environ | {"PYTHONPATH": str(ROOT)}  # for "-m" in another folder
+    watched, held = os.pipe()
+    try:
+        done = subprocess.run(command, cwd=folder, env=own, stdin=watched, capture_output=True, text=True)
+    finally:
+        os.close(watched)
+        os.close(held)
+    if done.returncode:
+        raise InputError(f"{' '.join(words)[:200]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return time.perf_counter() - began, done.stdout
 
 
 def stop_at_end_of_input() -> None:
