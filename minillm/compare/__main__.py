@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,7 +57,7 @@ JudgeName = Literal["rubric", "reward", "model", "person"]
 class Options:
     """Compare models on the same prompts: a table, and a page with all metrics."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
     """Run folders or Hugging Face folders, from the first stage to the last."""
     data: tuple[str, ...] = ()
     """Conversations, as sft.py's --data, of which all before the last reply is a prompt. Nothing: the little

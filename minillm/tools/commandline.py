@@ -11,14 +11,14 @@ import io
 import itertools
 import os
 import re
-import shutil
 import sys
 import textwrap
 from contextlib import redirect_stderr
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import Field, fields, make_dataclass, replace
+from dataclasses import field as new_field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -38,7 +38,6 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     """
     if {"-h", "--help"} & set(arguments):
         print_help(kind)
-        raise SystemExit(0)
     words = words_as_meant(kind, arguments)
     given = options_of(kind, words)
     if not getattr(given, "resume", False):
@@ -138,32 +137,34 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def print_help(kind: type[Any]) -> None:
-    """The description of a script's options and all of them, grouped."""
+    """What tyro says of a class with a part for each group of a script's options; it ends the script."""
     program, house = Path(sys.argv[0]).resolve(), Path(__file__).parents[2]
     command = program.name
     if program.is_relative_to(house / "minillm"):
         module = ".".join(program.relative_to(house).with_suffix("").parts)
         command = f"-m {module.removesuffix('.__main__')}"
-    print(f"usage: python {command} [options]\n\n{inspect.getdoc(kind)}")
-    explained, kinds = explanations(kind), get_type_hints(kind)
-    width = min(110, shutil.get_terminal_size().columns)
+    explained, kinds, parts = explanations(kind), get_type_hints(kind, include_extras=True), []
     for title, members in grouped(kind).items():
-        print(f"\n{title}:")
-        for field in members:
-            print(textwrap.fill(flag(field, kinds[field.name]), width, initial_indent="  "))
-            value = field.default
-            shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
-            text = f"{explained[field.name]} ({'required' if value is MISSING else f'default: {shown}'})"
-            print(textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        own = [
+            (
+                name,
+                Annotated[kinds[name], tyro.conf.arg(help=explained[name])],
+                new_field(default=one.default),
+            )
+            for name, one in members.items()
+        ]
+        parts.append((title, make_dataclass(title, own, kw_only=True)))
+    shown, how = make_dataclass("Options", parts), (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    tyro.cli(shown, args=["--help"], prog=f"python {command}", description=inspect.getdoc(kind), config=how)
 
 
-def grouped(kind: type[Any]) -> dict[str, list[Field]]:
-    """The fields by title."""
+def grouped(kind: type[Any]) -> dict[str, dict[str, Field]]:
+    """The fields by title and name."""
     known, found = {field.name: field for field in fields(kind)}, {}
     for title, names in GROUPS.items():
-        if members := [known.pop(name) for name in names.split() if name in known]:
+        if members := {name: known.pop(name) for name in names.split() if name in known}:
             found[title] = members
-    return found | ({"more": list(known.values())} if known else {})
+    return found | ({"more": known} if known else {})
 
 
 def explanations(kind: type[Any]) -> dict[str, str]:
@@ -175,23 +176,3 @@ def explanations(kind: type[Any]) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     return found
-
-
-def flag(field: Field, kind: Any) -> str:
-    """How an option is given: "--steps INT", "--no-whiten", "RUN"."""
-    if field.name in ("run", "runs"):
-        return field.name.upper() if kind is str else "RUN [RUN ...]"
-    name = field.name.replace("_", "-")
-    if kind is bool:
-        return f"--no-{name}" if field.default else f"--{name}"
-    return f"--{name} {values(kind)}"
-
-
-def values(kind: Any) -> str:
-    """What can be given: "INT", "{ppo,grpo}", "STR ..."."""
-    parts = [part for part in get_args(kind) if part is not NoneType]
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, parts)) + "}"
-    if get_origin(kind) is tuple:
-        return f"{values(parts[0])} ..."
-    return "|".join(map(values, parts)) or kind.__name__.upper()
