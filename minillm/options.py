@@ -60,8 +60,9 @@ class TrainingOptions:
     overwrite: bool = False
     """Replace the run in --out."""
 
-    micro_tokens: Count = 65_536
-    """Tokens in one forward pass of one process; a larger batch is accumulated."""
+    micro_tokens: Count = 8192
+    """Tokens in one forward pass of one process; a larger batch is accumulated. Memory grows with them; a CPU
+    computes no faster with more."""
     weight_decay: NotNegative = 0.0
     """Decoupled decay of the block matrices."""
     warmup: Whole = 20
