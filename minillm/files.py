@@ -74,10 +74,8 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none."""
-    try:
+    with reading(path, "was it copied whole?", "read as JSON", (ValueError, RecursionError)):
         content = json.loads(read_text(path), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error}); was it copied whole?") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object; restore it")
     return content

@@ -131,11 +131,11 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ("a.json", b"\0\1\2", "binary"),
         ("a.json", b"PAR1 and so on", "Parquet"),
         ("a.json", b"PK\3\4 and so on", "zip"),
-        ("a.txt", "Why? Because.", "not valid JSON"),
+        ("a.txt", "Why? Because.", "as JSON"),
         ("a.csv", "prompt,completion\nWhy?,Because, and so on.\n", "values_without_a_column"),
         ("a.csv", "prompt,completion,completion\nWhy?,Because.,No.\n", "'completion' is the name of two"),
         *(
-            ("a.csv", f'prompt,completion\n"Why?,Because.\n{rest}', "no table")
+            ("a.csv", f'prompt,completion\n"Why?,Because.\n{rest}', "as a table")
             for rest in ("", '"Who?,It.\n')
         ),
     ],

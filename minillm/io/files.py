@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import IO, Any, Literal, cast
 
-from minillm.errors import InputError
+from minillm.errors import InputError, reading
 
 LINE_LIMIT = 256 * 2**20  # characters of one record
 WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is held in memory
@@ -50,11 +51,9 @@ class Reading:
     """Where the text is in a record; None for "text" or "content"."""
 
     def __post_init__(self) -> None:
-        try:
+        wrong = (LookupError, UnicodeError)
+        with reading(f"--encoding {self.encoding}", "give utf-8, utf-16, gb18030 …", "used", wrong):
             "".encode(self.encoding)  # that of a text: Python has others, as base64
-        except (LookupError, UnicodeError):
-            wrong = f"--encoding {self.encoding}: no such encoding"
-            raise InputError(f"{wrong}; give utf-8, utf-16, gb18030 …") from None
 
 
 # ---- What the user wrote → name, path, weight
@@ -187,25 +186,19 @@ def _fits(parts: list[str], patterns: list[str]) -> bool:
 @contextmanager
 def unpacked(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked if it is of gzip or zstd; what goes wrong becomes an InputError."""
-    try:
-        with open(path, "rb") as file:
-            magic, name = file.read(4), path.lower()
-            file.seek(0)
-            if magic == b"\x28\xb5\x2f\xfd" or name.endswith(".zst"):
-                zstd = _library(ZSTD, "backports.zstd", path, "packed by zstd", "unpack it by zstd -d")
+    damaged = partial(reading, repr(path), "it is cut off or corrupt: fetch or pack it again", "unpacked")
+    with reading(repr(path), "check its permissions", errors=(OSError,)), open(path, "rb") as file:
+        magic, name = file.read(4), path.lower()
+        file.seek(0)
+        if magic == b"\x28\xb5\x2f\xfd" or name.endswith(".zst"):
+            zstd = _library(ZSTD, "backports.zstd", path, "packed by zstd", "unpack it by zstd -d")
+            with damaged((EOFError, zstd.ZstdError)):
                 yield zstd.open(file)
-            elif magic[:2] == b"\x1f\x8b" or name.endswith(".gz"):
+        elif magic[:2] == b"\x1f\x8b" or name.endswith(".gz"):
+            with damaged((EOFError, zlib.error, gzip.BadGzipFile)):
                 yield cast(IO[bytes], gzip.GzipFile(fileobj=file))
-            else:
-                yield file
-    except Exception as error:
-        if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile) or type(error).__name__ == "ZstdError":
-            raise InputError(f"{path!r}: cut off or corrupt gzip or zstd; fetch or pack it again") from error
-        if isinstance(error, OSError):
-            raise InputError(
-                f"cannot read {path!r}: {error.strerror or error}; check its permissions"
-            ) from error
-        raise
+        else:
+            yield file
 
 
 def _library(module: str, package: str, path: str, what: str, instead: str) -> Any:
@@ -323,36 +316,30 @@ def _whole(path: str, read: Reading) -> Iterator[Any]:
     if len(text) > WHOLE_LIMIT:
         long = f"{path!r}: JSON of over {WHOLE_LIMIT >> 20} million characters"
         raise InputError(f"{long}; make a record a line of it, as by jq -c '.[]'")
-    while at < len(text):
-        try:
+    with reading(repr(path), "is it whole?", "read as JSON", (ValueError, RecursionError)):
+        while at < len(text):
             record, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path!r}: not valid JSON behind character {at}; is it whole?") from error
-        yield record
-        while text[at : at + 1].isspace():
-            at += 1
+            yield record
+            while text[at : at + 1].isspace():
+                at += 1
 
 
 def _table(path: str, read: Reading) -> Iterator[Any]:
     csv.field_size_limit(LINE_LIMIT)
-    with open_text(path, read) as file:
-        try:
-            delimiter = "\t" if _unpacked_name(path).endswith("tsv") else ","
-            table = csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter, strict=True)
-            if twice := [name for name, count in Counter(table.fieldnames).items() if name and count > 1]:
-                raise csv.Error(f"{twice[0]!r} is the name of two columns")
-            yield from table
-        except csv.Error as error:
-            raise InputError(f"{path!r}: no table ({error}); make .jsonl of it") from error
+    delimiter = "\t" if _unpacked_name(path).endswith("tsv") else ","
+    wrong = reading(repr(path), "make .jsonl of it", "read as a table", (csv.Error,))
+    with open_text(path, read) as file, wrong:
+        table = csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter, strict=True)
+        if twice := [name for name, count in Counter(table.fieldnames).items() if name and count > 1]:
+            raise csv.Error(f"{twice[0]!r} is the name of two columns")
+        yield from table
 
 
 def _parquet(path: str, read: Reading) -> Iterator[Any]:
     parquet = _library("pyarrow.parquet", "pyarrow", path, "Parquet", "make .jsonl of it")
-    try:
+    with reading(repr(path), "fetch it again", "read as Parquet", (OSError, ValueError)):
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path!r}: no Parquet that can be read ({error}); fetch it again") from error
 
 
 RECORDS: dict[str, Callable[[str, Reading], Iterator[Any]]] = {

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minillm.chat import TEMPLATE, ChatTemplate
-from minillm.errors import InputError
+from minillm.errors import InputError, reading
 from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
@@ -325,11 +325,8 @@ def _is_part(tensor: Tensor) -> bool:
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one safetensors file, and its metadata."""
-    try:
+    hint = "the folder is incomplete, or the file damaged: restore it"
+    with reading(path, hint, "opened as safetensors", (SafetensorError, OSError)):
         open(path, "rb").close()  # of whatever forbids it the library says that the file is missing
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; the folder is incomplete") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); restore it") from error
