@@ -227,16 +227,11 @@ def sample(options: Options, runtime: Runtime) -> None:
 
 def prompts_of(options: Options) -> list[Prompt]:
     """The little world's prompts for rankings, or those of the files given."""
-    from minillm.io.conversations import open_conversations
-    from minillm.tools.sources import counts_text
+    from minillm.io.conversations import read_all
 
     if not options.data:
         return world_prompts(options.seed, "reward", options.prompts)
-    prompts: list[Prompt] = []
-    for source in open_conversations(options.data, options.errors, "prompt"):
-        own = [Prompt(messages) for messages in source.conversations()]
-        prompts += own
-        print(counts_text(f"{source.name}: {len(own):,} prompts", source.skipped))
+    prompts = [Prompt(messages) for messages in read_all(options.data, "prompt", options.errors)]
     if len(prompts) > options.prompts:
         print(f"the first {options.prompts:,} of {len(prompts):,} prompts are used; see --prompts")
     return prompts[: options.prompts]

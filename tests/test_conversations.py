@@ -16,9 +16,9 @@ from minillm.data import split_conversations
 from minillm.errors import InputError
 from minillm.io.conversations import (
     ConversationSource,
-    open_comparisons,
     open_conversations,
     rankings_of_file,
+    read_all,
     world_conversations,
 )
 from minillm.io.formats import read_record
@@ -49,6 +49,9 @@ def open_one(spec: object, **options) -> ConversationSource:
 
 def conversations_of(specs: list[str], **options) -> list:
     return [held for source in open_conversations(specs, **options) for held in source.conversations()]
+
+
+rankings_of = partial(read_all, purpose="ranking")
 
 
 def refusal(spec: object, opener=conversations_of) -> str:
@@ -182,8 +185,8 @@ def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_whe
     [
         (conversations_of, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
         (conversations_of, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
-        (open_comparisons, {"prompt": "x", "chosen": "y"}, ("prompt, chosen", "lacks rejected")),
-        (open_comparisons, {**QA, "label": True}, ("judged one by one", "known formats")),
+        (rankings_of, {"prompt": "x", "chosen": "y"}, ("prompt, chosen", "lacks rejected")),
+        (rankings_of, {**QA, "label": True}, ("judged one by one", "known formats")),
         (partial(conversations_of, purpose="prompt"), {"name": "x"}, ("name", "messages", "conversations")),
     ],
 )
@@ -200,13 +203,13 @@ def test_prompts_and_rankings_are_opened_as_such(tmp_path, capsys):
     path = str(write(tmp_path / "p.jsonl", records))
     (source,) = open_conversations([path], purpose="prompt")
     assert list(source.conversations()) == [ASKED[:1]] * 3
-    rankings = open_comparisons([f"friends={path}"])
+    rankings = rankings_of([f"friends={path}"])
     assert [ranking.responses for ranking in rankings] == [["b", "a"], ["Because.", "No."]]
     assert [ranking.annotator for ranking in rankings] == ["friends"] * 2
     said, left_out, first = capsys.readouterr().out.splitlines()
     assert (said, left_out) == ("friends: 2 rankings", "  left out or cut: 1 records in no known format")
     assert first.startswith("  the first: line 4 of ") and source.skipped == {"records in no known format": 1}
-    for opener in (open_comparisons, partial(open_conversations, purpose="prompt")):
+    for opener in (rankings_of, partial(open_conversations, purpose="prompt")):
         with pytest.raises(InputError, match="no weight"):
             opener([f"{path}:2"])
 
@@ -248,7 +251,7 @@ def test_published_data_is_read_in_full(shared_data, capsys, file):
     roles = {message["role"] for conversation in conversations for message in conversation}
     assert roles == {"user", "assistant"}
     if len(REAL[file]) > 2:
-        rankings = open_comparisons([str(shared_data / file)])
+        rankings = rankings_of([str(shared_data / file)])
         left_out = re.findall(r"left out or cut: ([\d,]+)", capsys.readouterr().out)
         found += [len(rankings), sum(int(count.replace(",", "")) for count in left_out)]
         for ranking in rankings:

@@ -37,7 +37,6 @@ SEAMS = {
         "minillm/tools/plots.py",
         "minillm/tools/provenance.py",
         "minillm/tools/report.py",
-        "minillm/tools/sources.py",
         "minillm/tools/start.py",
         "minillm/world/__init__.py",
     },

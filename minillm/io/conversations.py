@@ -68,27 +68,31 @@ def world_conversations(world: World, split: str, n: int) -> ConversationSource:
     return ConversationSource("conversations", 1.0, lambda: iter(messages))
 
 
-# ---- Rankings
+# ---- Prompts and rankings, all at once
 
 
-def open_comparisons(specs: Sequence[str], errors: Errors = "strict") -> list[Ranking]:
-    """The rankings that files hold, saying what was read; a spec is [NAME=]PATH, the name being the
-    annotator's. Replies that were judged one by one are compared with those to the same prompt."""
-    found: list[Ranking] = []
-    for source in open_conversations(specs, errors, "ranking"):
-        rankings = []
-        for result in compared(source.conversations()):
-            if isinstance(result, str):
-                source.skipped.add(result, f"one in {source.name!r} is among the {result}")
-            else:
-                asked, scores = result
-                given = ResponseSet(asked, list(scores))
-                rankings.append(new_ranking(given, ranking_by(list(scores.values())), source.name, 0))
-        if not rankings:
-            raise _nothing_found(source.name, "ranking", source.skipped.first)
-        print(counts_text(f"{source.name}: {len(rankings):,} rankings", source.skipped))
-        found += rankings
+def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") -> list[Any]:
+    """All prompts, or rankings, that files hold, saying what was read. The name of a spec [NAME=]PATH is that
+    of the annotator."""
+    found: list[Any] = []
+    for source in open_conversations(specs, errors, purpose):
+        own = list(_rankings(source) if purpose == "ranking" else source.conversations())
+        if not own:
+            raise _nothing_found(source.name, purpose, source.skipped.first)
+        print(counts_text(f"{source.name}: {len(own):,} {purpose}s", source.skipped))
+        found += own
     return found
+
+
+def _rankings(source: ConversationSource) -> Iterator[Ranking]:
+    """Replies that were judged one by one are compared with those to the same prompt."""
+    for result in compared(source.conversations()):
+        if isinstance(result, str):
+            source.skipped.add(result, f"one in {source.name!r} is among the {result}")
+        else:
+            asked, scores = result
+            given = ResponseSet(asked, list(scores))
+            yield new_ranking(given, ranking_by(list(scores.values())), source.name, 0)
 
 
 def rankings_of_file(file: str) -> list[Ranking]:
@@ -98,7 +102,7 @@ def rankings_of_file(file: str) -> list[Ranking]:
     _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
     if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
         return read_rankings(Path(file))
-    return open_comparisons([file])
+    return read_all([file], "ranking")
 
 
 # ---- Files → what their records hold

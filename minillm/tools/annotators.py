@@ -34,7 +34,7 @@ from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError
 from minillm.files import digest, read_text
-from minillm.io.conversations import open_comparisons
+from minillm.io.conversations import read_all
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_causal_model
 from minillm.io.rankings import RankingFile, open_rankings, read_responses, record_ranking
@@ -247,7 +247,7 @@ def published(options: Any) -> list[Job]:
     for _, path, _ in parse_specs(options.data):
         if Path(path).resolve() == (options.folder / "rankings.jsonl").resolve():
             raise InputError(f"--data {path}: is where the rankings go; give another file, or another --out")
-    rankings = open_comparisons(options.data, options.errors)
+    rankings = read_all(options.data, "ranking", options.errors)
     return [(one.annotator, one.key, partial(replace, one)) for one in rankings]
 
 
