@@ -252,8 +252,13 @@ def converse(chat: Chat) -> None:
     print(greeting(chat))
     while True:
         try:
-            if not take_turn(chat, read_entry()):
-                return
+            entry = read_entry()
+            if entry.startswith("/") and not entry.startswith("//"):
+                if (said := run_command(chat, entry)) is None:
+                    return
+                print(said)
+            elif entry.strip():
+                show_reply(chat, entry.removeprefix("/"))
         except InputError as error:
             print(f"error: {error}")
         except EOFError:
@@ -280,24 +285,17 @@ def read_entry() -> str:
     return entry
 
 
-def take_turn(chat: Chat, entry: str) -> bool:
-    """One command or message. False to end."""
-    if entry.startswith("/") and not entry.startswith("//"):
-        said = run_command(chat, entry)
-        if said is not None:
-            print(said)
-        return said is not None
-    if entry.strip():
-        # During a reply Ctrl-C asks instead of raising, which could strike in the middle of any operation.
-        interrupts: list[int] = []
-        previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        try:
-            for piece in chat.reply(entry.removeprefix("/"), stopped=lambda: bool(interrupts)):
-                print(piece, end="", flush=True)
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        print(" [cut]" if chat.cut else "")
-    return True
+def show_reply(chat: Chat, text: str) -> None:
+    """Prints a reply as it comes. Ctrl-C stops it, but raises nothing, which could strike in the middle of
+    any operation."""
+    interrupts: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        for piece in chat.reply(text, stopped=lambda: bool(interrupts)):
+            print(piece, end="", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    print(" [cut]" if chat.cut else "")
 
 
 def answer(chat: Chat, text: str) -> None:
