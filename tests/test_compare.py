@@ -19,10 +19,9 @@ from minillm.compare.metrics import (
     changes,
     contests,
     cost_section,
-    headline,
     held_out_text,
-    manner,
     pair_section,
+    reply_section,
     sure_section,
     text_table,
     world_metrics,
@@ -284,7 +283,7 @@ def test_metrics_of_replies_are_those_of_their_texts():
         Reply(prompt, text, not text.endswith("man."), score=WORLD.score(prompt, text))
         for prompt, text in zip([*facts, *harm], said, strict=True)
     ]
-    found = headline({"greedy": {"run": replies}}).tables["greedy"]
+    found = reply_section("headline", {"greedy": {"run": replies}}).tables["greedy"]
     values = {label: row["run"]["value"] for label, row in found.items()}
     assert values.pop("score by the rubric") == np.mean([one.utility for one in replies])
     assert values == {
@@ -292,7 +291,7 @@ def test_metrics_of_replies_are_those_of_their_texts():
         "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "refuses anything else": 0,
         "helps to do harm": 0.5, "advises harm": None, "different pieces of advice": 0,
     }  # fmt: skip
-    found = manner({"greedy": {"run": replies}}).tables["greedy"]
+    found = reply_section("manner", {"greedy": {"run": replies}}).tables["greedy"]
     assert found["ends by itself"]["run"]["value"] == 0.75
     assert found["words in a reply"]["run"]["value"] == np.mean([len(text.split()) for text in said])
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minillm.compare.metrics import words
+from minillm.compare.metrics import WORDS
 from minillm.compare.page import page, terminal_text
 from minillm.tools.measures import estimate
 from minillm.tools.streams import printable
 
 KINDS = ("fact", "harm")
 RUNS = ["base", "sft", "ppo"]
-SECTIONS = [name for name in words() if name != "metrics"]
+SECTIONS = [name for name in WORDS if name != "metrics"]
 VOID = {"meta", "br"}
 
 

@@ -32,9 +32,10 @@ from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
 from minillm.errors import InputError, writing
 from minillm.files import read_json, write_json, write_text
-from minillm.io import conversations, text
+from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
+from minillm.io.text import text_sources
 from minillm.options import Count, NotNegative, Seed, Whole, check_limits
 from minillm.preferences import ChatModel
 from minillm.run import Runtime
@@ -210,9 +211,8 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     folders = {one.name: run for one, run in zip(models, options.runs, strict=True)}
     prompts, left_out = open_prompts(options, world, models)
     kinds = dict(Counter(prompt.kind for prompt in prompts))
-    sources, origin = [] if world is None else text.world_sources(world, WORLD_MEGABYTES), "the little world"
-    if options.text:
-        sources, origin = text.open_sources(options.text, options.errors), ", ".join(options.text)
+    with_text, origin = options.text or world, ", ".join(options.text) or "the little world"
+    sources = text_sources(options.text, seed, WORLD_MEGABYTES, options.errors) if with_text else []
     with writing(options.out, "give another --out"):
         Path(options.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -229,10 +229,10 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
             contests |= metrics.contests(*judge, prompts, shown, seed)
     pairs = world and metrics.world_pairs(world, options.split, options.pairs)
     sections = {
-        "headline": metrics.headline(said) if world else metrics.manner(said),
+        "headline": metrics.reply_section("headline" if world else "manner", said),
         "by_kind": world and metrics.by_kind(said, [*kinds]),
         "contests": metrics.Section(contests),
-        "manner": world and metrics.manner(said),
+        "manner": world and metrics.reply_section("manner", said),
         "pairs": pairs and metrics.pair_section(models, pairs),
         "cost": metrics.cost_section(models, said, sources, origin, options.text_bytes),
         "sure": world and metrics.sure_section(models, said),

@@ -13,7 +13,6 @@ section 3.5; what alignment does to calibration, OpenAI 2023, "GPT-4" (arXiv 230
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import combinations, pairwise
 from math import ceil, sqrt
 from operator import attrgetter
@@ -30,6 +29,8 @@ from minillm.tools.streams import tables
 from minillm.world import KINDS, World
 from minillm.world.rubric import Prompt
 
+WORDS = tables(__file__)
+"""Titles, texts and labels."""
 VAL_FRACTION = 0.05  # of the text: what train.py and sft.py hold out unless told otherwise
 GREEDY = "greedy"
 
@@ -44,12 +45,6 @@ class Section:
     notes: list[str] = field(default_factory=list)
     plots: dict[str, dict[str, list[tuple[float, float, float]]]] = field(default_factory=dict)
     """By caption and model, how sure it is, how often right, and the size of the dot, from 0 to 1."""
-
-
-@cache
-def words() -> dict[str, Any]:
-    """Titles, texts and labels."""
-    return tables(__file__)
 
 
 # ---- What the replies are like
@@ -72,18 +67,15 @@ def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Row
     }
 
 
-def manner(said: Said) -> Section:
-    """The metrics that need no rubric."""
-    return Section(reply_tables(words()["metrics"]["manner"], said))
-
-
-def headline(said: Said) -> Section:
-    """The metrics that matter most, and which of them moved."""
-    rows = words()["metrics"]["headline"]
-    tables, better = reply_tables(rows, said), {row["label"]: row["better"] for row in rows}
-    return Section(
-        tables, [note for sampling, own in tables.items() for note in changes(own, better, sampling)]
+def reply_section(name: str, said: Said) -> Section:
+    """The metrics under a name in metrics.toml; where these say what is better, also which of them moved."""
+    rows = WORDS["metrics"][name]
+    tables, better = (
+        reply_tables(rows, said),
+        {row["label"]: row["better"] for row in rows if "better" in row},
     )
+    moved = [changes(own, better, sampling) for sampling, own in tables.items() if better]
+    return Section(tables, [note for of_sampling in moved for note in of_sampling])
 
 
 def changes(table: Mapping[str, Any], better: Mapping[str, int], sampling: str) -> Iterator[str]:
@@ -107,7 +99,7 @@ def changes(table: Mapping[str, Any], better: Mapping[str, int], sampling: str) 
 def by_kind(said: Said, kinds: Sequence[str]) -> Section:
     """The rubric and what is right, of each kind of prompts and of all."""
     tables: dict[str, Rows] = {}
-    for metric in words()["metrics"]["by_kind"]:
+    for metric in WORDS["metrics"]["by_kind"]:
         rows = [metric | {"label": kind, "kinds": [kind]} for kind in kinds] + [metric | {"label": "all"}]
         made = reply_tables(rows, said)
         tables |= {f"{metric['label']}, {sampling}": table for sampling, table in made.items()}
@@ -184,7 +176,7 @@ def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseS
 
     likely, difference, notes = Rows(), Rows(), []
     for name, every in pairs.items():
-        label = words()["pairs"]["names"][name]
+        label = WORDS["pairs"]["names"][name]
         own = [pair for pair in every if all(has_room(one, pair) for one in models)]
         if left_out := len(every) - len(own):
             notes.append(f"{left_out} pairs of {label} do not fit every model's context and are left out.")
@@ -196,7 +188,7 @@ def pair_section(models: Sequence[ChatModel], pairs: Mapping[str, list[ResponseS
             rates = np.array(sums) / [len(text.encode()) for _, text in texts]
             likely[label][one.name] = mean(rates[::2] <= rates[1::2])
             difference[label][one.name] = mean(rates[::2] - rates[1::2], form="signed")
-    caption, other = words()["pairs"]["captions"]
+    caption, other = WORDS["pairs"]["captions"]
     return Section({caption: likely, other: difference}, notes)
 
 
@@ -260,7 +252,7 @@ def sure_section(models: Sequence[ChatModel], said: Said) -> Section:
             rows.setdefault(label, {})[one.name] = own
         # A dot's area is the bin's share of all.
         lines[one.name] = [(b["sure"], b["accuracy"], sqrt(b["count"] / len(sure))) for b in bins]
-    caption = words()["sure"]["caption"]
+    caption = WORDS["sure"]["caption"]
     return Section({caption: rows}, plots={caption: lines})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from minillm.compare.metrics import words
+from minillm.compare.metrics import WORDS
 from minillm.tools.measures import table_text, written
 from minillm.tools.streams import render
 
@@ -28,20 +28,20 @@ Content = Mapping[str, Any]
 def page(content: Content) -> str:
     """The whole file."""
     helpers = {"glance": glance(content), "shown": SHOWN, "folded": FOLDED}
-    return render(HERE / "page.html.j2", content, words=words(), written=written, **helpers)
+    return render(HERE / "page.html.j2", content, words=WORDS, written=written, **helpers)
 
 
 def terminal_text(content: Content) -> str:
     """The same sections without the plots, and the first replies of each kind."""
     helpers = {"table_text": table_text, "in_one_line": partial(shorten, width=100, placeholder=" …")}
-    text = render(HERE / "terminal.txt.j2", content, words=words(), **helpers)
+    text = render(HERE / "terminal.txt.j2", content, words=WORDS, **helpers)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def glance(content: Content) -> dict[str, Any]:
     """What each stage did, in one picture: the shares of the headline, of every model, and what they are."""
     sampling, table = [*content["metrics"]["headline"]["tables"].items()][-1]
-    arrows = {row["label"]: {1: " ↑", -1: " ↓"}[row["better"]] for row in words()["metrics"]["headline"]}
+    arrows = {row["label"]: {1: " ↑", -1: " ↓"}[row["better"]] for row in WORDS["metrics"]["headline"]}
     rows = {
         label + arrows.get(label, ""): [*found.values()]
         for label, found in table.items()
