@@ -207,8 +207,6 @@ def sample(options: Options, runtime: Runtime) -> None:
         path.unlink(missing_ok=True)  # first: a crash must not leave them beside another run.json
         start_run_folder(options, "rlhf", origin=origin)
     with JsonLines(path) as file:
-        if file.mended:
-            print(file.mended)
         answered = [record.get("messages") for _, record in read_json_lines(path, "")]
         done = len(answered)
         if answered != [prompt.messages for prompt in prompts[:done]]:

@@ -28,10 +28,10 @@ from minillm.tools.folder import lock
 
 class JsonLines:
     """A file of JSON lines that only grows. A line is on the disk when `append` returns. One process writes
-    at a time. A last line that a crash tore is moved to FILE.torn at opening, and `mended` says so."""
+    at a time. A last line that a crash tore is moved to FILE.torn at opening, which is said."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.mended = path, ""
+        self.path = path
         with writing(path, "give another folder"):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a write that fails leaves nothing behind for close() to try again.
@@ -76,7 +76,7 @@ class JsonLines:
             sync(aside)
             os.ftruncate(self.file.fileno(), len(content) - len(torn))
             what = f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps"
-            self.mended = f"{what}; it is now in {aside.name}"
+            print(f"{what}; it is now in {aside.name}")
         elif content and not content.endswith(b"\n"):
             self._write(b"\n")
 
@@ -224,10 +224,7 @@ def open_rankings(options: Any, origin: Mapping[str, Any]) -> RankingFile:
         print(f"{path}: begins anew; what it held, of all annotators, is kept in {aside.name}")
     elif path.exists() and record.exists():
         check_origin(record, origin)
-    file = RankingFile(path)
-    if file.mended:
-        print(file.mended)
-    return file
+    return RankingFile(path)
 
 
 def record_ranking(options: Any, origin: Mapping[str, Any]) -> None:
