@@ -25,6 +25,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 
+Queries = Float64[ndarray, "B H T C"]
+Keys = Float64[ndarray, "B K S C"]
+Bounds = Int[ndarray, "B T"] | None
+Logits = Float64[ndarray, "N V"]
+Targets = Int[ndarray, " N"]
+PerRow = Float64[ndarray, " N"]
+
 
 def softmax(z: Float64[ndarray, "..."]) -> Float64[ndarray, "..."]:
     """exp(z) / sum exp(z) over the last axis; a row of nothing but -inf gives zeros."""
@@ -38,9 +45,8 @@ def softmax(z: Float64[ndarray, "..."]) -> Float64[ndarray, "..."]:
 
 
 def visible_keys(
-    B: int, T: int, S: int, start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
-    causal: bool = True,
-) -> Bool[ndarray, "B T S"]:  # fmt: skip
+    B: int, T: int, S: int, start: Bounds = None, end: Bounds = None, causal: bool = True
+) -> Bool[ndarray, "B T S"]:
     """True where query t of row b sees key s: start <= s < end and, if causal, s <= t + S - T."""
     seen = np.ones((B, T, S), dtype=bool)
     for b, t, s in np.ndindex(B, T, S):
@@ -60,10 +66,9 @@ def attention_weights(q, k, start=None, end=None, causal=True, scale=None):
 
 
 def attention(
-    q: Float64[ndarray, "B H T C"], k: Float64[ndarray, "B K S C"], v: Float64[ndarray, "B K S C"],
-    start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
+    q: Queries, k: Keys, v: Keys, start: Bounds = None, end: Bounds = None,
     causal: bool = True, scale: float | None = None,
-) -> Float64[ndarray, "B H T C"]:  # fmt: skip
+) -> Queries:  # fmt: skip
     """out = p v, the mean of the visible values weighted by p; zeros where no key is visible."""
     p = attention_weights(q, k, start, end, causal, scale)
     return np.einsum("bhts,bhsc->bhtc", p, repeat_heads(v, q.shape[1]))
@@ -95,13 +100,9 @@ def attention_over_blocks(
 
 
 def attention_backward(
-    d_out: Float64[ndarray, "B H T C"],
-    q: Float64[ndarray, "B H T C"], k: Float64[ndarray, "B K S C"], v: Float64[ndarray, "B K S C"],
-    start: Int[ndarray, "B T"] | None = None, end: Int[ndarray, "B T"] | None = None,
+    d_out: Queries, q: Queries, k: Keys, v: Keys, start: Bounds = None, end: Bounds = None,
     causal: bool = True, scale: float | None = None,
-) -> tuple[
-    Float64[ndarray, "B H T C"], Float64[ndarray, "B K S C"], Float64[ndarray, "B K S C"]
-]:  # fmt: skip
+) -> tuple[Queries, Keys, Keys]:  # fmt: skip
     """(dq, dk, dv) for one head, with z = scale * q k^T, p = softmax(z), out = p v:
 
         dv = p^T d_out                    product
@@ -139,7 +140,7 @@ def sum_heads(dx: Float64[ndarray, "B H S C"], K: int) -> Float64[ndarray, "B K 
 # --- Cross-entropy -------------------------------------------------------------------------------
 
 
-def row_losses(logits, targets, ignore_index=-100) -> Float64[ndarray, " N"]:
+def row_losses(logits: Logits, targets: Targets, ignore_index: int | None = -100) -> PerRow:
     """-log softmax(z)[target] = max z + log sum exp(z - max z) - z[target]; 0 for ignored rows."""
     losses = np.zeros(len(logits))
     for n, (z, target) in enumerate(zip(logits, targets, strict=True)):
@@ -149,7 +150,7 @@ def row_losses(logits, targets, ignore_index=-100) -> Float64[ndarray, " N"]:
 
 
 def cross_entropy(
-    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], ignore_index=-100, reduction="mean"
+    logits: Logits, targets: Targets, ignore_index: int = -100, reduction: str = "mean"
 ) -> Float64[ndarray, "*rows"]:
     """The rows' losses in nats ("none"), their sum, or their mean over the rows not ignored."""
     losses, count = row_losses(logits, targets, ignore_index), (targets != ignore_index).sum()
@@ -158,9 +159,9 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    d_out: Float64[ndarray, "*rows"], logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"],
+    d_out: Float64[ndarray, "*rows"], logits: Logits, targets: Targets,
     ignore_index: int = -100, reduction: str = "mean",
-) -> Float64[ndarray, "N V"]:  # fmt: skip
+) -> Logits:  # fmt: skip
     """d logits. With loss = log sum exp(z) - z[target], p = softmax(z), u the row's share of d_out:
 
         d log sum exp(z) / dz = p,   so   dz = u (p - onehot(target))
@@ -178,9 +179,7 @@ def cross_entropy_backward(
     return np.where(kept[:, None], u[:, None] * d_logits, 0.0)
 
 
-def row_losses_over_blocks(
-    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], BLOCK: int
-) -> Float64[ndarray, " N"]:
+def row_losses_over_blocks(logits: Logits, targets: Targets, BLOCK: int) -> PerRow:
     """`row_losses` that reads each row once, block by block, as the fast versions do.
 
     It keeps the maximum m so far and s = sum exp(z - m); a larger maximum rescales s.
@@ -198,18 +197,15 @@ def row_losses_over_blocks(
 # --- Log-probability, entropy and KL -------------------------------------------------------------
 
 
-def token_logprobs(
-    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], temperature: float = 1.0
-) -> tuple[Float64[ndarray, " N"], Float64[ndarray, " N"]]:
+def token_logprobs(logits: Logits, targets: Targets, temperature: float = 1.0) -> tuple[PerRow, PerRow]:
     """(log p[target], H) with p = softmax(z / temperature) and H = -sum p log p, where 0 log 0 is 0."""
     p = softmax(logits / temperature)
     return -row_losses(logits / temperature, targets, ignore_index=None), -xlogy(p, p).sum(axis=1)
 
 
 def token_logprobs_backward(
-    d_logprob: Float64[ndarray, " N"], d_entropy: Float64[ndarray, " N"],
-    logits: Float64[ndarray, "N V"], targets: Int[ndarray, " N"], temperature: float = 1.0,
-) -> Float64[ndarray, "N V"]:  # fmt: skip
+    d_logprob: PerRow, d_entropy: PerRow, logits: Logits, targets: Targets, temperature: float = 1.0
+) -> Logits:
     """d logits. With y = z / temperature and p = softmax(y):
 
         d log p[target] / dy = onehot(target) - p       cross-entropy with the sign turned
@@ -226,15 +222,13 @@ def token_logprobs_backward(
     return d_y / temperature
 
 
-def kl(p_logits: Float64[ndarray, "N V"], q_logits: Float64[ndarray, "N V"]) -> Float64[ndarray, " N"]:
+def kl(p_logits: Logits, q_logits: Logits) -> PerRow:
     """KL(p || q) = sum p (log p - log q): 0 where p is 0 whatever q is, inf where only q is 0."""
     p, q = softmax(p_logits), softmax(q_logits)
     return (xlogy(p, p) - xlogy(p, q)).sum(axis=1)
 
 
-def kl_backward(
-    d_kl: Float64[ndarray, " N"], p_logits: Float64[ndarray, "N V"], q_logits: Float64[ndarray, "N V"]
-) -> tuple[Float64[ndarray, "N V"], Float64[ndarray, "N V"]]:
+def kl_backward(d_kl: PerRow, p_logits: Logits, q_logits: Logits) -> tuple[Logits, Logits]:
     """(d p_logits, d q_logits), by the softmax rule for either side:
 
         dKL / dp = log p - log q + 1,   so   dKL / dz_p = p (log p - log q - KL)
@@ -251,7 +245,7 @@ def kl_backward(
 
 
 def linear_backward(
-    dz: Float64[ndarray, "N V"], hidden: Float64[ndarray, "N D"], weight: Float64[ndarray, "V D"]
+    dz: Logits, hidden: Float64[ndarray, "N D"], weight: Float64[ndarray, "V D"]
 ) -> tuple[Float64[ndarray, "N D"], Float64[ndarray, "V D"]]:
     """(d hidden, d weight) of the logits z = h W^T:  dh = dz W  and  dW = dz^T h.
 
