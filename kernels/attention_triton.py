@@ -164,11 +164,10 @@ def _program(blocks, K):
 def _bound(bound, default, b, t, T, S):
     """Row by row a given bound, within 0..S."""
     if bound is None:
-        found = tl.zeros_like(t) + default
-    else:
+        return tl.zeros_like(t) + default
+    else:  # or else it would be compiled for None
         given = tl.load(bound[0] + b * bound[1][0] + t.to(tl.int64) * bound[1][1], t < T, 0)
-        found = tl.minimum(tl.maximum(given, 0), S).to(tl.int32)
-    return found
+        return tl.minimum(tl.maximum(given, 0), S).to(tl.int32)
 
 
 @triton.jit
@@ -398,16 +397,14 @@ def tiles() -> dict[str, dict[str, Any]]:
 def configuration(kernel: str, C: int, dtype: torch.dtype) -> dict[str, int]:
     """The blocks, warps and stages for one of the kernels of tiles.toml on the current device."""
     width = max(16, triton.next_power_of_2(C))
-    BLOCK_M, BLOCK_N, warps, stages = SMALLEST
+    sizes = SMALLEST
     # Interpreted, small blocks let tests of a few dozen tokens cross many borders; float64 is for tests too.
     if not INTERPRETED.value and dtype != torch.float64:
-        kind = "float32" if dtype == torch.float32 else "half"
-        names = {90: "sm_90", 100: "sm_100", 103: "sm_100"}
-        device = names.get(driver.active.get_current_target().arch, "sm_80")
-        known = tiles()[kernel][kind]
-        BLOCK_M, BLOCK_N, warps, stages = known.get(device, known.get("any"))[(width > 64) + (width > 128)]
-    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
-    return {"C": C, "WIDTH": width, **blocks, "num_warps": warps, "num_stages": stages, **FUSED}
+        known = tiles()[kernel]["float32" if dtype == torch.float32 else "half"]
+        device = {90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(driver.active.get_current_target().arch)
+        sizes = known.get(device, known["any"])[(width > 64) + (width > 128)]
+    named = zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True)
+    return {"C": C, "WIDTH": width, **dict(named), **FUSED}
 
 
 @torch.library.custom_op("minillm::attention", mutates_args=())

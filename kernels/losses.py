@@ -50,14 +50,13 @@ class Plan:
     rows: int  # ... but no fewer rows: adding to dW is a pass over a [V, D] tensor for every chunk
     once: int  # so few logits are one chunk where the backward pass makes them again: larger products
     align: int  # logits between the starts of two rows are a multiple of this: wide loads, fast products
-    skip: bool  # leave ignored rows out; on a GPU, to know how many they are would stall it
-    half: bool  # half types are multiplied as they are; a CPU takes them as float32 (see `_product`)
+    gpu: bool  # half types are multiplied as they are, and ignored rows too: to count them would stall it
 
 
 PLANS = {
-    "cpu": Plan(chunk=1 << 19, rows=256, once=1 << 21, align=1, skip=True, half=False),
+    "cpu": Plan(chunk=1 << 19, rows=256, once=1 << 21, align=1, gpu=False),
     # 256 MB of float32 and 128 MB of their gradients in a half type.
-    "cuda": Plan(chunk=1 << 26, rows=256, once=1 << 26, align=64, skip=False, half=True),
+    "cuda": Plan(chunk=1 << 26, rows=256, once=1 << 26, align=64, gpu=True),
 }
 
 
@@ -185,16 +184,14 @@ def _walk(
     if not once or plan.once < N * V:
         size = min(N, max(plan.chunk // V // plan.rows, 1) * plan.rows)
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    factor = hidden.dtype if plan.half else exact
-    rounded = not hidden.is_cuda and hidden.dtype == torch.bfloat16
+    factor = hidden.dtype if plan.gpu else exact
+    rounded = not plan.gpu and hidden.dtype == torch.bfloat16
     h, W = hidden.to(factor), weight.to(hidden.dtype).to(factor)
     # All chunks have the same memory, in which rows begin at multiples of `align`, and dz that of z if it has
     # its dtype.
     shape = size, -(-V // plan.align) * plan.align
-    z = dz = hidden.new_empty(shape, dtype=exact)[:, :V]
-    wanted = d_hidden is not None or d_weight is not None
-    if wanted and factor != exact:
-        dz = hidden.new_empty(shape, dtype=factor)[:, :V]
+    z, wanted = hidden.new_empty(shape, dtype=exact)[:, :V], d_hidden is not None or d_weight is not None
+    dz = hidden.new_empty(shape, dtype=factor)[:, :V] if wanted and factor != exact else z
     for first in range(0, max(N, 1), max(size, 1)):
         rows = slice(first, first + size)
         z, dz = z[: len(h[rows])], dz[: len(h[rows])]  # the last chunk may be smaller
@@ -202,11 +199,11 @@ def _walk(
         if d_hidden is not None:
             _product(dz, W, d_hidden[rows], rounded)
         if d_weight is not None:
-            _product(dz.T, h[rows], d_weight, rounded, accumulate=True)
+            _product(dz.T, h[rows], d_weight, rounded, beta=1)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, accumulate: bool = False) -> Tensor:
-    """out = a b, or out += a b, summed in float32 or better whatever the factors are.
+def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, beta: int = 0) -> Tensor:
+    """out = a b, or out += a b for a beta of 1, summed in float32 or better whatever the factors are.
 
     `rounded`: a CPU may round factors in float32 to bfloat16, as h and W are already. Its units for bfloat16
     take several times less for the product, and still give it in float32.
@@ -216,12 +213,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, rounded: bool, accumulate: bool 
     try:
         matmul.fp32_precision = "bf16" if rounded else before
         if a.dtype == out.dtype:
-            return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+            return torch.addmm(out, a, b, beta=beta, out=out)
         if not a.is_cuda:  # where tests and the compile gate walk as on a GPU
-            return out.add_(a @ b) if accumulate else out.copy_(a @ b)
-        if accumulate:
-            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+            return out.add_(a @ b) if beta else out.copy_(a @ b)
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     finally:
         matmul.fp32_precision = before
 
@@ -313,23 +308,20 @@ def _summed(
 
     dz = p - onehot(target),  0 in rows that are ignored
     """
-    kept: Tensor | None
     rows, kept, N = None, targets != ignore_index, len(hidden)
-    targets = targets.where(kept, 0)
-    if not PLANS.get(hidden.device.type, PLANS["cpu"]).skip:
-        hidden = hidden.where(kept[:, None], 0.0)  # 0 * nan is nan: an ignored row must not reach dW
-    else:
-        if not kept.all():
-            rows = kept.nonzero().squeeze(1)
-            hidden, targets = hidden[rows], targets[rows]
-        kept = None
+    if PLANS.get(hidden.device.type, PLANS["cpu"]).gpu:
+        # 0 * nan is nan: an ignored row must not reach dW.
+        hidden, targets = hidden.where(kept[:, None], 0.0), targets.where(kept, 0)
+    elif not kept.all():
+        rows = kept.nonzero().squeeze(1)
+        hidden, targets, kept = hidden[rows], targets[rows], kept[rows]
     exact = torch.promote_types(hidden.dtype, torch.float32)
     total = hidden.new_zeros((), dtype=exact)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else None
     d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
     loss_and_gradient = import_module(f"kernels.rows_{impl}").loss_and_gradient
     for i, z, dz in _walk(hidden, weight, d_hidden, d_weight, once=False):
-        total += loss_and_gradient(z, targets[i], None if kept is None else kept[i], dz).sum()
+        total += loss_and_gradient(z, targets[i], kept[i], dz).sum()
     if d_hidden is not None and rows is not None:
         d_hidden = d_hidden.new_zeros(N, d_hidden.shape[1]).index_copy_(0, rows, d_hidden)
     d_hidden, d_weight = (hidden.new_empty(0) if d is None else d for d in (d_hidden, d_weight))
@@ -352,8 +344,6 @@ def _save_summed(ctx, inputs, output):
 
 @once_differentiable
 def _scale(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 7
     upstream = upstream.reshape(1)  # not a scalar, so that half gradients are scaled in float32
     found = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     return *((d * upstream).to(dtype) if wanted else None for d, dtype, wanted in found), *[None] * 5

@@ -34,10 +34,8 @@ def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Te
     return torch.stack(said)
 
 
-def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor | None) -> None:
+def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor) -> None:
     """out = dz = (d_logprob (onehot(target) - p) - d_entropy p (log p + H)) / temperature."""
-    if out is None:
-        return
     y, d_y = _scaled(z, temperature), d_result / temperature
     p, g = y.softmax(1), d_y[2][:, None]
     if len(result) == 3:
@@ -49,7 +47,7 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
     out.copy_(_quiet(dz.scatter_add_(1, targets[:, None], g), result[:2], d_result[2:]))
 
 
-def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Tensor:
+def loss_and_gradient(z, targets, kept: Tensor, out: Tensor | None) -> Tensor:
     """-log p[target] [N], and out = dz = p - onehot(target); 0 in rows that are not `kept`. May use z up."""
     target, top = targets[:, None], z.amax(1)
     z_target = z.gather(1, target)[:, 0]
@@ -57,11 +55,11 @@ def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Te
     losses = top - z_target - p.amax(1).log()
     if out is not None:
         p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-        if kept is not None:
+        if z.is_cuda or not kept.all():
             p.mul_(kept[:, None])
         if p is not out:
             out.copy_(p)
-    return losses if kept is None else losses.where(kept, 0.0)
+    return losses.where(kept, 0.0)
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:

@@ -37,6 +37,14 @@ LN_2, LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(1 / math.log(2))
 
 
 # --- The walk along a row --------------------------------------------------------------------------
+#
+# The kernels take each tensor of rows with its stride: (x, x.stride(0)).
+
+
+@triton.jit
+def _row(x, n, ALIGN: tl.constexpr):
+    """Where row n begins."""
+    return tl.multiple_of(x[0] + n * x[1], ALIGN)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def _moved(a, s, keep, shift):
 
 @triton.jit
 def logprob_kernel(
-    z, targets, result, stride, V, N, scale,
+    z, targets, result, V, N, scale,
     ENTROPY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With  u = c (z - max z),  c = log2(e) / temperature,  s = sum 2^u,  a = sum 2^u u,  p = 2^u / s:
@@ -94,10 +102,10 @@ def logprob_kernel(
     log2 p[target] = u[target] - log2 s,    H = -sum p log p = ln 2 (log2 s - a / s)
     """
     ACC: tl.constexpr = result.dtype.element_ty
-    PIECE: tl.constexpr = ALIGN * 8 // z.dtype.element_ty.primitive_bitwidth
+    PIECE: tl.constexpr = ALIGN * 8 // z[0].dtype.element_ty.primitive_bitwidth
     c = tl.full([], LOG2_E, ACC) * scale
     n = tl.program_id(0).to(tl.int64)
-    row = tl.multiple_of(z + n * stride, ALIGN)
+    row = _row(z, n, ALIGN)
     target = tl.load(targets + n)
     valid = (target >= 0) & (target < V)
     z_target = tl.load(row + target, mask=valid, other=float("nan")).to(ACC)
@@ -126,15 +134,15 @@ def logprob_kernel(
 
 @triton.jit
 def logprob_backward_kernel(
-    z, targets, result, d_result, out, stride, out_stride, V, N, scale,
+    z, out, targets, result, d_result, V, N, scale,
     ENTROPY: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz = scale (d_logprob (onehot(target) - p) - d_entropy p (log p + H)), scale = 1 / temperature."""
     ACC: tl.constexpr = result.dtype.element_ty
     c = tl.full([], LOG2_E, ACC) * scale
     n = tl.program_id(0).to(tl.int64)
-    row = tl.multiple_of(z + n * stride, ALIGN)
-    out_row = tl.multiple_of(out + n * out_stride, ALIGN)
+    row = _row(z, n, ALIGN)
+    out_row = _row(out, n, ALIGN)
     target = tl.load(targets + n)
     top = tl.load(result + n)
     log_sum = tl.load(result + N + n)
@@ -167,19 +175,17 @@ def logprob_backward_kernel(
 
 
 @triton.jit
-def kl_kernel(
-    z_p, z_q, result, stride_p, stride_q, V, N, ALIGN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def kl_kernel(z_p, z_q, result, V, N, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """With  u = c (z - max z)  of either row,  d = sum 2^u_p (u_p - u_q):
 
     KL = sum p (log p - log q) = ln 2 (d / s_p - log2 s_p + log2 s_q)
     """
     ACC: tl.constexpr = result.dtype.element_ty
-    BITS: tl.constexpr = z_p.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = z_p[0].dtype.element_ty.primitive_bitwidth
     PIECE: tl.constexpr = ALIGN * 8 // BITS if ALIGN * 8 > BITS else 1  # z_q may be narrower
     n = tl.program_id(0).to(tl.int64)
-    row_p = tl.multiple_of(z_p + n * stride_p, ALIGN)
-    row_q = tl.multiple_of(z_q + n * stride_q, ALIGN)
+    row_p = _row(z_p, n, ALIGN)
+    row_q = _row(z_q, n, ALIGN)
     m_p = tl.full([BLOCK // PIECE], LOWEST, ACC)
     m_q = m_p
     s_p = tl.zeros([BLOCK // PIECE], ACC)
@@ -213,14 +219,13 @@ def kl_kernel(
 
 @triton.jit
 def kl_backward_kernel(
-    z_p, z_q, result, d_result, out_p, out_q, stride_p, stride_q, stride_out_p, stride_out_q, V, N,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    z_p, z_q, out_p, out_q, result, d_result, V, N, ALIGN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """d z_p = d_kl p (log p - log q - KL),  d z_q = d_kl (q - p); an `out` of None is not wanted."""
     ACC: tl.constexpr = result.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
-    row_p = tl.multiple_of(z_p + n * stride_p, ALIGN)
-    row_q = tl.multiple_of(z_q + n * stride_q, ALIGN)
+    row_p = _row(z_p, n, ALIGN)
+    row_q = _row(z_q, n, ALIGN)
     top_p = tl.load(result + n)
     sum_p = tl.load(result + N + n)
     top_q = tl.load(result + 2 * N + n)
@@ -242,9 +247,9 @@ def kl_backward_kernel(
                 dz_q = g * (tl.exp2(log_q) - p)
             mask = column < V if END else None
             if out_p is not None:
-                tl.store(tl.multiple_of(out_p + n * stride_out_p, ALIGN) + column, dz_p, mask=mask)
+                tl.store(_row(out_p, n, ALIGN) + column, dz_p, mask=mask)
             if out_q is not None:
-                tl.store(tl.multiple_of(out_q + n * stride_out_q, ALIGN) + column, dz_q, mask=mask)
+                tl.store(_row(out_q, n, ALIGN) + column, dz_q, mask=mask)
 
 
 # --- Launches --------------------------------------------------------------------------------------
@@ -252,71 +257,49 @@ def kl_backward_kernel(
 
 def logprob(z: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Tensor:
     """[max z, log2 sum 2^u, log p[target]], and the entropy if it is wanted."""
-    z, (N, V) = _rows(z), z.shape
-    result = z.new_empty(3 + entropy, N, dtype=torch.promote_types(z.dtype, torch.float32))
-    if N:
-        with torch.cuda.device_of(z):
-            logprob_kernel[(N,)](
-                z, targets.contiguous(), result, z.stride(0), V, N, 1 / temperature, entropy, **_launch(z)
-            )
+    result = z.new_empty(3 + entropy, len(z), dtype=torch.promote_types(z.dtype, torch.float32))
+    _launch(logprob_kernel, [z], targets, result, scale=1 / temperature, ENTROPY=entropy)
     return result
 
 
-def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor | None) -> None:
+def logprob_backward(z, targets, temperature: float, result, d_result, out: Tensor) -> None:
     """out = dz = (d_logprob (onehot(target) - p) - d_entropy p (log p + H)) / temperature."""
-    z, (N, V) = _rows(z), z.shape
-    if N and out is not None:
-        with torch.cuda.device_of(z):
-            logprob_backward_kernel[(N,)](
-                z, targets.contiguous(), result.contiguous(), d_result.contiguous(), out,
-                z.stride(0), out.stride(0), V, N, 1 / temperature,
-                len(result) == 4, **_launch(z, out),
-            )  # fmt: skip
+    given, entropy = (targets, result, d_result), len(result) == 4
+    _launch(logprob_backward_kernel, [z, out], *given, scale=1 / temperature, ENTROPY=entropy)
 
 
-def loss_and_gradient(z, targets, kept: Tensor | None, out: Tensor | None) -> Tensor:
+def loss_and_gradient(z, targets, kept: Tensor, out: Tensor | None) -> Tensor:
     """-log p[target] [N], and out = dz = p - onehot(target); 0 in rows that are not `kept`. May use z up."""
     result = logprob(z, targets, 1.0, False)
     if out is not None:
-        upstream = torch.empty_like(result)
-        upstream[2] = -1.0 if kept is None else -kept.to(result.dtype)
-        logprob_backward(z, targets, 1.0, result, upstream, out)
-    return -result[2] if kept is None else (-result[2]).where(kept, 0.0)
+        logprob_backward(z, targets, 1.0, result, -kept.to(result.dtype).expand_as(result), out)
+    return (-result[2]).where(kept, 0.0)
 
 
 def kl(z_p: Tensor, z_q: Tensor) -> Tensor:
     """[max z_p, log2 sum 2^u_p, the same of q, KL(p || q)]."""
-    z_p, z_q, (N, V) = _rows(z_p), _rows(z_q), z_p.shape
     dtype = torch.promote_types(torch.promote_types(z_p.dtype, z_q.dtype), torch.float32)
-    result = z_p.new_empty(5, N, dtype=dtype)
-    if N:
-        with torch.cuda.device_of(z_p):
-            kl_kernel[(N,)](z_p, z_q, result, z_p.stride(0), z_q.stride(0), V, N, **_launch(z_p, z_q))
+    result = z_p.new_empty(5, len(z_p), dtype=dtype)
+    _launch(kl_kernel, [z_p, z_q], result)
     return result
 
 
 def kl_backward(z_p, z_q, result, d_result, out_p: Tensor | None, out_q: Tensor | None) -> None:
     """out_p = d_kl p (log p - log q - KL) and out_q = d_kl (q - p); None for what is not wanted."""
-    z_p, z_q, (N, V) = _rows(z_p), _rows(z_q), z_p.shape
-    outs = [out for out in (out_p, out_q) if out is not None]
-    if N and outs:
-        strides = (0 if x is None else x.stride(0) for x in (z_p, z_q, out_p, out_q))
-        with torch.cuda.device_of(z_p):
-            kl_backward_kernel[(N,)](
-                z_p, z_q, result.contiguous(), d_result.contiguous(), out_p, out_q, *strides,
-                V, N, **_launch(z_p, z_q, *outs),
-            )  # fmt: skip
+    _launch(kl_backward_kernel, [z_p, z_q, out_p, out_q], result, d_result)
 
 
-def _rows(z: Tensor) -> Tensor:
-    """z with neighbouring columns side by side; rows may have any stride."""
-    return z if z.stride(1) == 1 else z.contiguous()
-
-
-def _launch(*rows: Tensor) -> dict[str, int]:
-    """Block, warps, and the bytes that the rows of all these tensors begin at multiples of."""
-    size = min(x.element_size() for x in rows)
-    aligned = all(x.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0 for x in rows)
-    block = min(max(16, triton.next_power_of_2(rows[0].shape[1])), LANES * LANE_BYTES // size)
-    warps = max(1, block * size // (LANE_BYTES * WARP))
-    return {"ALIGN": 16 if aligned else size, "BLOCK": block, "num_warps": warps}
+def _launch(kernel, rows: list[Tensor | None], *others: Tensor, **options: float) -> None:
+    """A program for each row of these tensors [N, V], of which inputs may have strides of any kind."""
+    rows = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in rows]
+    given = [x for x in rows if x is not None]
+    (N, V), size = given[0].shape, min(x.element_size() for x in given)
+    # The bytes that the rows of all these tensors begin at multiples of.
+    aligned = all(x.data_ptr() % 16 == x.stride(0) * x.element_size() % 16 == 0 for x in given)
+    options["ALIGN"] = 16 if aligned else size
+    options["BLOCK"] = block = min(max(16, triton.next_power_of_2(V)), LANES * LANE_BYTES // size)
+    options["num_warps"] = max(1, block * size // (LANE_BYTES * WARP))
+    strided = [None if x is None else (x, x.stride(0)) for x in rows]
+    if N:
+        with torch.cuda.device_of(given[0]):
+            kernel[(N,)](*strided, *(x.contiguous() for x in others), V=V, N=N, **options)

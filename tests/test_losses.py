@@ -520,11 +520,16 @@ def test_rows_of_different_dtypes_and_places_in_memory_can_be_compared(device, d
 def test_rows_are_read_16_bytes_at_a_time_only_where_all_begin_at_borders():
     from kernels.rows_triton import _launch
 
-    wide = torch.empty(4, 64, dtype=torch.bfloat16)
+    class Watched:
+        def __getitem__(self, grid):
+            return lambda *rows, **options: found.append(options["ALIGN"])
+
+    found, wide = list[int](), torch.empty(4, 64, dtype=torch.bfloat16)
     aligned = wide[:, :50]
-    assert _launch(aligned)["ALIGN"] == _launch(aligned, wide)["ALIGN"] == 16
-    assert _launch(wide[:, 1:])["ALIGN"] == 2 and _launch(torch.empty(4, 51))["ALIGN"] == 4
-    assert _launch(aligned, torch.empty(4, 50))["ALIGN"] == 2
+    for rows in ([aligned], [aligned, None, wide], [wide[:, 1:]], [torch.empty(4, 51)]):
+        _launch(Watched(), rows)
+    _launch(Watched(), [aligned, torch.empty(4, 50)])
+    assert found == [16, 16, 2, 4, 2]
 
 
 # --- Arguments -------------------------------------------------------------------------------------
