@@ -230,3 +230,9 @@ def test_the_gate_builds_what_a_step_launches_with_gradients_as_a_model_leaves_t
     forward = [arguments for name, arguments, _ in launched if name == "_forward"]
     assert [x[3] is not None for x in forward] == [True, False, False]  # packed; a prompt; one token more
     assert [x[0][0].shape[2] for x in forward] == [128, 128, 1]
+
+
+def test_every_operation_takes_the_way_of_a_gpu_whatever_it_has_checked():
+    with gate.compiling(90):
+        assert kernels.attention.check({}, {}, None) == "triton"
+        assert gate.losses.check({}, {}, None, reduction="sum", temperature=0.7) == "triton"

@@ -143,8 +143,8 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
         patch.object(driver, "_active", device),
         patch.object(JITFunction, "run", build),
         patch.dict(losses.PLANS, cpu=losses.PLANS["cuda"]),
-        patch.object(losses, "check", lambda *_: "triton"),
-        patch.object(attention, "check", lambda *_: "triton"),
+        patch.object(losses, "check", lambda *_, **__: "triton"),
+        patch.object(attention, "check", lambda *_, **__: "triton"),
     ):
         yield compiled
 
