@@ -83,7 +83,7 @@ class Options(PolicyOptions):
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
     """sample, policy: prompts, or conversations, used without their last reply. Nothing: the little world's
-    prompts. rank --annotator file: rankings that others published (minillm/io/conversations.py)."""
+    prompts. rank --annotator file: rankings that others published (minillm/io/formats.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip it, counted."""
 

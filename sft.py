@@ -54,7 +54,7 @@ class Options(DataOptions):
 
     data: tuple[str, ...] = ()
     """Conversations: files, folders or globs of .json(l)(.gz), each as PATH, PATH:WEIGHT or
-    NAME=PATH:WEIGHT, in any of the formats of minillm/io/conversations.py. Nothing: the little world's."""
+    NAME=PATH:WEIGHT, in any of the formats of minillm/io/formats.py. Nothing: the little world's."""
     out: str = "out/sft"
     """The run folder."""
     init: str = "out/base"

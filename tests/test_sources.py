@@ -312,6 +312,7 @@ LINES = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS
         ("array.json", json.dumps(RECORDS, indent=2).encode()),
         ("array.txt", json.dumps(RECORDS).encode()),
         ("table.csv", '\ufeffid,text\r\n1,"o\n\u2028e"\r\n2,two\r\n3,three\r\n'.encode()),
+        ("german.csv", 'id;"text"\r\n1;"o\n\u2028e"\r\n2;two\r\n3;three\r\n'.encode()),
         ("table.tsv", 'text\tid\n"o\n\u2028e"\t1\ntwo\t2\nthree\t3\n'.encode()),
     ],
 )
@@ -324,7 +325,8 @@ def test_text_is_kept_as_it_is_and_options_say_how_it_is_read(tmp_path):
     nul = "text with a \0 in it " + "and more " * 100
     assert texts(write(tmp_path / "b.txt", nul)) == [nul]
     assert texts(write(tmp_path / "c.txt", "你好".encode("gb18030")), encoding="gb18030") == ["你好"]
-    assert texts(write(tmp_path / "d.jsonl", '{"body": "x"}\n'), field="body") == ["x"]
+    mixed = '{"body": "x"}\n{"title": "", "text": "y", "body": "z"}\n'
+    assert texts(write(tmp_path / "d.jsonl", mixed), field=("title", "body", "text")) == ["x", "z"]
     row = write(tmp_path / "e.csv", "id,text\n1,one, and more\n2,two\n")
     assert texts(row, errors="replace") == ["two"], "a row of more values than columns is not read in part"
 

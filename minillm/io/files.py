@@ -47,8 +47,8 @@ class Reading:
     """Stop at bytes that are not of the encoding and at records that do not parse, or replace and skip them,
     counting."""
     encoding: str = "utf-8"
-    field: str | None = None
-    """Where the text is in a record; None for "text" or "content"."""
+    field: tuple[str, ...] = ("text", "content")
+    """Where the text may be in a record."""
 
     def __post_init__(self) -> None:
         wrong = (LookupError, UnicodeError)
@@ -326,10 +326,12 @@ def _whole(path: str, read: Reading) -> Iterator[Any]:
 
 def _table(path: str, read: Reading) -> Iterator[Any]:
     csv.field_size_limit(LINE_LIMIT)
-    delimiter = "\t" if _unpacked_name(path).endswith("tsv") else ","
     wrong = reading(repr(path), "make .jsonl of it", "read as a table", (csv.Error,))
     with open_text(path, read) as file, wrong:
-        table = csv.DictReader(file, restkey=UNNAMED, delimiter=delimiter, strict=True)
+        head = file.readline(LINE_LIMIT)
+        marks = "\t" if _unpacked_name(path).endswith("tsv") else ",;\t"  # a spreadsheet's, by its country
+        delimiter = max(marks, key=head.count)
+        table = csv.DictReader(chain([head], file), restkey=UNNAMED, delimiter=delimiter, strict=True)
         if twice := [name for name, count in Counter(table.fieldnames).items() if name and count > 1]:
             raise csv.Error(f"{twice[0]!r} is the name of two columns")
         yield from table

@@ -46,7 +46,10 @@ SEPARATOR = re.compile(rf"(?<![\"'`]){re.escape(ENDOFTEXT)}|{re.escape(ENDOFTEXT
 
 
 def open_sources(
-    specs: Sequence[str], errors: Errors = "strict", encoding: str = "utf-8", field: str | None = None
+    specs: Sequence[str],
+    errors: Errors = "strict",
+    encoding: str = "utf-8",
+    field: Sequence[str] | None = None,
 ) -> list[Source]:
     """Open data given as text: a path with, if wanted, a name before it and a weight after it.
 
@@ -57,7 +60,7 @@ def open_sources(
     end in one of EXTENSIONS, or cannot be read, are counted in `skipped`. Every byte is read here once, for
     the fingerprint, but only `documents()` meets what is wrong in it.
     """
-    read = Reading(errors, encoding, field)
+    read = Reading(errors, encoding, tuple(field or Reading.field))
     alike: dict[Any, list[tuple[str, str, float]]] = defaultdict(list)
     for spec, parsed in zip(specs, parse_specs(specs), strict=True):
         path = parsed[1]
@@ -161,16 +164,15 @@ def _fields(path: str, kind: str, read: Reading, dropped: Counter[str]) -> Itera
             yield _text_of(record, read.field)
 
 
-def _text_of(record: Any, field: str | None) -> str:
+def _text_of(record: Any, fields: Sequence[str]) -> str:
     """The text in a record. Raises ValueError with the reason where there is none."""
-    wanted = (field,) if field else ("text", "content")
     record = record if isinstance(record, dict) else {}
     if UNNAMED in record:
         raise ValueError("has more values than the table has columns; put quotes around its text")
-    texts = [text for name in wanted if isinstance(text := record.get(name), str)]
+    texts = [text for name in fields if isinstance(text := record.get(name), str)]
     if not texts:
         has = f"it has {', '.join(map(str, record))[:100]}" if record else "it is no JSON object"
-        raise ValueError(f"no text in a field {' or '.join(map(repr, wanted))} ({has}); name it by --field")
+        raise ValueError(f"no text in a field {' or '.join(map(repr, fields))} ({has}); name it by --field")
     text = next(filter(None, texts), "")
     text.encode()  # JSON can spell half of a surrogate pair, which no UTF-8 can: also a ValueError
     return text

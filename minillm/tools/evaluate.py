@@ -199,8 +199,8 @@ class Options:
     """Stop at text not in the encoding or a line that does not parse, or replace and skip them."""
     encoding: str = "utf-8"
     """Of text files."""
-    field: str | None = None
-    """The field of a JSON record, or column of a table, that holds the text. Default text or content."""
+    field: tuple[str, ...] = ("text", "content")
+    """Fields of a JSON record, or columns of a table: the first of these that holds text is the document."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
