@@ -123,7 +123,8 @@ class Options(PolicyOptions):
     init: str = "out/sft"
     """reward, policy: the assistant to start from: a run, or a Hugging Face folder (Llama, Qwen, Mistral)."""
     rankings: tuple[str, ...] = ()
-    """reward, policy --algorithm dpo: rankings, ours or anybody's. Nothing: rankings.jsonl in --out."""
+    """reward, policy --algorithm dpo: rankings, ours or anybody's (files, folders or globs). Nothing:
+    rankings.jsonl in --out."""
 
     decay: Share = 1.0
     """reward, policy: share of the run, at its end, over which the rates fall towards 0."""
@@ -248,12 +249,13 @@ def world_prompts(seed: int, split: str, count: int) -> list[Prompt]:
 
 
 def with_room(
-    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, needed: int
+    prompts: Sequence[Prompt], fits: Callable[[Prompt], bool], options: Options, needed: int, what: str = ""
 ) -> list[Prompt]:
     """The prompts that leave room for a response; says how many do not. InputError where too few are left."""
     length, kept = options.max_new_tokens, list(filter(fits, prompts))
     if len(kept) < len(prompts):
-        print(f"{len(prompts) - len(kept):,} prompts left out: too long for {length} tokens of response")
+        few = f"{len(prompts) - len(kept):,} of {len(prompts):,} {what}prompts"
+        print(f"{few} left out: too long for {length} tokens of response")
     if len(kept) < needed:
         raise InputError(
             f"{len(kept)} of {len(prompts)} prompts leave room for a response, and {needed} are needed; give "
@@ -396,10 +398,12 @@ def encoded_rankings(
     if not encoded:
         raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
     for reason, count in skipped.items():
-        print(f"left out: {count} {reason}")
+        print(f"left out: {count:,} {reason}")
     if cut := sum(len(one.rankings[0].cut) for one in encoded):
         print(f"{cut:,} of all responses are cut: their rows have no end token")
-    return split_by_prompt(encoded, options.val_fraction)
+    training, held_out = split_by_prompt(encoded, options.val_fraction)
+    print(f"{len(training):,} sets of ranked responses to train on, {len(held_out):,} held out")
+    return training, held_out
 
 
 def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
@@ -600,12 +604,14 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
         held_out = world_prompts(options.seed, "dev", options.val_prompts)
     longest = aligner.policy.config.max_position_embeddings
 
-    def shared_out(some: Sequence[Prompt]) -> list[Prompt]:
+    def shared_out(some: Sequence[Prompt], what: str) -> list[Prompt]:
         asked = [replace(prompt, tokens=aligner.template.prompt(prompt.messages)) for prompt in some]
-        kept = with_room(asked, lambda p: len(p.tokens) + length <= longest, options, runtime.world_size)
+        kept = with_room(
+            asked, lambda p: len(p.tokens) + length <= longest, options, runtime.world_size, what
+        )
         return kept[: len(kept) // runtime.world_size * runtime.world_size]
 
-    training, held_out = shared_out(training), shared_out(held_out[: options.val_prompts])
+    training, held_out = shared_out(training, ""), shared_out(held_out[: options.val_prompts], "held-out ")
     if aligner.reward_model:
         longest = aligner.reward_model.config.max_position_embeddings
         needed = max(len(prompt.tokens) for prompt in (*training, *held_out)) + length

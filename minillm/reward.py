@@ -91,7 +91,9 @@ def encode_rankings(
             continue
         start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))
         if max(map(len, rows)) > longest:
-            skipped[f"rankings with a response that ends after position {longest}"] += len(ranked)
+            skipped[f"rankings with a response that ends after position {longest}, the model's last"] += len(
+                ranked
+            )
         else:
             encoded.append(EncodedSet(ranked, rows, max(1, start)))
     return encoded, skipped

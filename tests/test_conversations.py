@@ -184,6 +184,11 @@ def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_whe
     ("opener", "record", "words"),
     [
         (conversations_of, {"instruction": "x", "id": 1}, ("instruction, id", "an answer", "output")),
+        (
+            conversations_of,
+            {"messages": [ASKED[0], {**ASKED[1], "content": ""}]},
+            ("fields: messages; known",),
+        ),
         (conversations_of, {"foo": 1, "rejected": "x"}, ("foo, rejected", "chosen and rejected", "chosen")),
         (rankings_of, {"prompt": "x", "chosen": "y"}, ("prompt, chosen", "lacks rejected")),
         (rankings_of, {**QA, "label": True}, ("judged one by one", "known formats")),
@@ -218,6 +223,8 @@ def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
     theirs = rankings_of_file(str(write(tmp_path / "pairs.jsonl", [PAIR, {"id": 1}])))
     assert [ranking.responses for ranking in theirs] == [["b", "a"]]
     assert "1 rankings" in capsys.readouterr().out
+    for several in (tmp_path, f"{tmp_path}/*.jsonl"):
+        assert [ranking.key for ranking in rankings_of_file(str(several))] == [theirs[0].key]
     ours = rankings_of_file(str(write(tmp_path / "rankings.jsonl", [vars(theirs[0])])))
     assert [ranking.key for ranking in ours] == [theirs[0].key]
     with pytest.raises(InputError, match=r"missing\.jsonl"):

@@ -1,5 +1,6 @@
 """Whole runs of the policy stage through the command line: it learns, stops and goes on exactly, refuses."""
 
+import gzip
 import json
 import math
 import re
@@ -246,6 +247,10 @@ def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_th
     for algorithm in ("ppo", "grpo", "dpo", "best-of-n"):
         line = refusal(rlhf, arguments(unnamed, tmp_path, algorithm=algorithm), capfd)
         assert "rankings.jsonl" in line and "--data" in line
+    packed = tmp_path / "pairs.json.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "pairs.jsonl").read_bytes()))
+    dpo = arguments(unnamed | {"--rankings": str(packed)}, tmp_path / "published", algorithm="dpo")
+    assert f"as in --data {packed}" in refusal(rlhf, dpo, capfd)
     elsewhere = unnamed | {"--reward": str(tmp_path / "reward")}
     assert "--data" in refusal(rlhf, arguments(elsewhere, tmp_path / "other"), capfd)
 

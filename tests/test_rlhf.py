@@ -113,7 +113,8 @@ def test_prompts_of_ones_own_are_all_before_the_last_reply(model, tmp_path, capf
     ]  # fmt: skip
     printed = capfd.readouterr().out
     assert (
-        "1 conversations that are replies to nothing" in printed and "2 prompts left out: too long" in printed
+        "1 conversations that are replies to nothing" in printed
+        and "2 of 4 prompts left out: too long" in printed
     )
     data.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (messages[:2], messages)))
     again = ["--stage", "sample", "--resume", "--out", str(tmp_path / "rlhf")]

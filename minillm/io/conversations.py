@@ -96,13 +96,19 @@ def _rankings(source: ConversationSource) -> Iterator[Ranking]:
 
 
 def rankings_of_file(file: str) -> list[Ranking]:
-    """The rankings in a rankings.jsonl of ours, or in anybody's file of preferences, saying what was read."""
+    """The rankings in a rankings.jsonl of ours, or in anybody's preferences (a file, folder or glob), saying
+    what was read."""
+    return read_rankings(Path(file)) if are_ours(file) else read_all([file], "ranking")
+
+
+def are_ours(file: str) -> bool:
+    """Whether rankings are a file of ours, or missing, and not anybody's preferences."""
     if not Path(file).is_file():
-        return read_rankings(Path(file))
+        return not Path(file).is_dir() and "*" not in file
     _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
-    if first is None or (isinstance(first, dict) and first.keys() & {"ranking", "withdraws"}):
-        return read_rankings(Path(file))
-    return read_all([file], "ranking")
+    return first is None or (
+        isinstance(first, dict) and not first.keys().isdisjoint({"ranking", "withdraws"})
+    )
 
 
 # ---- Files → what their records hold

@@ -115,7 +115,7 @@ def known(record: object) -> tuple[Format | None, Record]:
 
 
 def nearest(record: object, purpose: Purpose) -> str:
-    """The fields of a record, and the format that it misses by least, with what it lacks."""
+    """The fields of a record, and the format that it misses by least, with what it lacks, if it has none."""
     if not isinstance(record, dict):
         return "it is a list" if isinstance(record, list) else "it is no JSON object"
     fields = known(record)[1]
@@ -125,9 +125,10 @@ def nearest(record: object, purpose: Purpose) -> str:
 
     forms = [form for form in FORMATS if purpose in form.gives]
     form = min(forms, key=lambda form: (len(lacking(form)) / len(form.known_by), form.name != "messages"))
-    wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form)) or "other content in its fields"
+    wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form))
     has = ", ".join(map(str, record)) or "none"
-    return f"its fields: {has}; the nearest format is {form.name}, for which it lacks {wanted}"
+    near = f"; the nearest format is {form.name}, for which it lacks {wanted}" if wanted else ""
+    return f"its fields: {has}{near}"
 
 
 # ---- Fields

@@ -251,12 +251,15 @@ def check_origin(record: Path, origin: Mapping[str, Any]) -> None:
 def check_world_is_meant(options: Any) -> None:
     """InputError where a policy would train on the little world's prompts, none being named, but what was
     sampled or ranked were prompts of somebody's own alone; says so where some of them were."""
+    from minillm.io.conversations import are_ours
     from minillm.world import KINDS
 
     out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
     ranked = [reward.parent / "rankings.jsonl", *map(Path, _stored(reward, "rankings"))]
     if options.algorithm == "dpo":
         ranked = [Path(path) for path in options.rankings] or [out / "rankings.jsonl"]
+    if theirs := [str(path) for path in ranked if not are_ours(str(path))]:
+        raise InputError(f"no --data: name the prompts to train on, as in --data {' '.join(theirs)}")
     for path in (out / "responses.jsonl", *ranked):
         kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
         others = sum(kind not in KINDS for kind in kinds)
