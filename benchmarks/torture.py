@@ -38,26 +38,30 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import urllib.error
-import urllib.request
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 from harness import at_least_one, parser, write
+from page import ask, pick_longest
 
 from minillm.tools.stage import ROOT
 
-SIGNALS = ("KILL", "TERM", "INT", "HUP")
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPING = SIGNALS[1:]
+OPERATIONS = {
+    "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.fsync",
+}  # fmt: skip
 VOLATILE = re.compile(r"\w*seconds?|tokens_per_second|time|id|overwrite|resume|of|commit|dirty")
 """Fields that differ from run to run: times, the id of a run and what follows from it, how it was started."""
 PATIENCE = 60.0
 """Seconds after which a process counts as hanging, beyond three times what it takes in peace."""
+HUNG = 124
+"""The exit code of one, as `timeout` has it."""
 
 EACH = "--device cpu --precision float32 --warmup 1 --save-every 1 --val-every 2"
 TEXT = f"--steps 4 --batch-tokens 256 --val-tokens 128 --cache cache {EACH}"
@@ -116,111 +120,92 @@ class Accident:
     """What happens to a process, if anything."""
 
     what: str = "peace"
-    number: int = 0
-    """The signal."""
-    after: float = 0.0
-    """Seconds until the signal."""
-    operation: int = 0
-    """Or the file operation at which it comes."""
-    room: int = 0
-    """Bytes that the disk has left, or to which a file may grow."""
+    number: int = 0  # the signal
+    after: float = 0.0  # seconds until it
+    operation: int = 0  # or the file operation at which it comes
+    room: int = 0  # bytes that the disk has left, or to which a file may grow
 
 
 def accident(rng: random.Random, known: End, made: int, full: bool) -> Accident:
     """One of all, to a stage that ends like `known` in peace and makes files of `made` bytes."""
-    number = getattr(signal, f"SIG{rng.choice(SIGNALS)}")
-    match rng.choice(
-        ["signal", "signal", "operation", "operation", "operation", "full" if full else "limit", "limit"]
-    ):
+    number, third = rng.choice(SIGNALS), "full" if full else "limit"
+    match rng.choice(["signal", "signal", "operation", "operation", "operation", third, "limit"]):
         case "signal":
-            return Accident(signal.Signals(number).name, number, rng.uniform(0, known.seconds))
+            return Accident(number.name, number, after=rng.uniform(0, known.seconds))
         case "operation":
             number = rng.choice([number, signal.SIGKILL, signal.SIGKILL])
             return Accident("operation", number, operation=rng.randint(1, max(1, known.operations)))
+        case "full":
+            return Accident("full", room=round(made * rng.random()))
         case what:
-            return Accident(
-                what, room=round(made * rng.random()) if what == "full" else round(made ** rng.random())
-            )
+            return Accident(what, room=round(made ** rng.random()))
 
 
 # ---- A process and its end
 
 
-def become(words: list[str], folder: Path, shared: mmap.mmap, what: Accident) -> NoReturn:
+def become(words: list[str], folder: Path, done: ctypes.c_int64, what: Accident) -> None:
     """What a fork does: runs a script or a module as Python does, and counts its file operations."""
 
-    def count(path: object) -> None:
-        if isinstance(path, str | bytes | os.PathLike):
-            place = os.path.abspath(os.fsdecode(path))
-            if not place.startswith(str(folder)):
-                return
-        shared[:8] = (done := int.from_bytes(shared[:8]) + 1).to_bytes(8)
-        if done == what.operation:
-            os.kill(os.getpid(), what.number)
+    def is_elsewhere(path: object) -> bool:
+        named = isinstance(path, str | bytes | os.PathLike)  # else a file that is open already
+        return named and not os.path.abspath(os.fsdecode(path)).startswith(str(folder))
 
-    code, fsync = 0, os.fsync
+    def notice(event: str, given: tuple[Any, ...]) -> None:
+        if event in OPERATIONS and not is_elsewhere(given[0]):
+            done.value += 1
+            if done.value == what.operation:
+                os.kill(os.getpid(), what.number)
+
     for number in STOPPING:  # as Python has them before a script's first line, or nearly: without traceback
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    try:
-        os.chdir(folder)
-        handle = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        os.fsync = lambda handle: (count(None), fsync(handle))[1]  # type: ignore[assignment,func-returns-value]
-        sys.addaudithook(lambda event, given: count(given[0]) if event in OPERATIONS else None)
-        if what.what == "limit":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (what.room, what.room))
-        sys.modules.pop("minillm.tools.start", None)  # a script imports it first
-        if words[0] == "-m":
-            sys.argv = words[1:]
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv, sys.path[0] = words, str((ROOT / words[0]).parent)
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
+    os.chdir(folder)
+    handle = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    fsync = os.fsync
+    os.fsync = lambda handle: (sys.audit("os.fsync", handle), fsync(handle))[1]  # type: ignore[assignment,func-returns-value]
+    sys.addaudithook(notice)
+    if what.what == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (what.room, what.room))
+    sys.modules.pop("minillm.tools.start", None)  # a script imports it first
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, str((ROOT / words[0]).parent)
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def start(words: list[str], folder: Path, what: Accident, patience: float) -> End:
-    """Runs a command to its end and those that it leaves to theirs; TimeoutError where one hangs."""
-    shared, began = mmap.mmap(-1, 8), time.monotonic()
+    """Runs a command to its end and those that it leaves to theirs; ends them where one hangs."""
+    done, began = ctypes.c_int64.from_buffer(mmap.mmap(-1, 8)), time.monotonic()
     folder.with_suffix(".log").write_bytes(b"")  # no visitor must find the address of the server before
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    if not (pid := os.fork()):
-        become(words, folder, shared, what)
+    process = get_context("fork").Process(target=become, args=(words, folder, done, what), daemon=True)
+    process.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    ends: dict[int, int] = {}
-    struck = not what.after
+    pid, ends, struck = cast(int, process.pid), dict[int, int](), not what.after
     if "minillm.play" in words:
         threading.Thread(target=visit, args=(folder, pid), daemon=True).start()
-    while True:
-        with suppress(ChildProcessError):
-            ended, status = os.waitpid(-1, os.WNOHANG)
+    with suppress(ChildProcessError):
+        while True:
+            late, (ended, status) = time.monotonic() - began, os.waitpid(-1, os.WNOHANG)
             if ended:
                 ends[ended] = status
-                continue
-            late = time.monotonic() - began
-            if not struck and late > what.after and pid not in ends:
+            elif late > patience:
+                for left in children(os.getpid()):
+                    os.kill(left, signal.SIGKILL)
+            elif not struck and late > what.after and pid not in ends:
                 # Under torchrun, which starts processes itself, any of them.
                 os.kill(random.Random(what.after).choice([pid, *children(pid)]), what.number)
                 struck = True
-            if late > patience:
-                for left in children(os.getpid()):
-                    os.kill(left, signal.SIGKILL)
-                raise TimeoutError(f"it still runs after {late:.0f} s")
-            time.sleep(0.002)
-            continue
-        break
+            else:
+                time.sleep(0.002)
     said = folder.with_suffix(".log").read_text(errors="replace")
-    count = int.from_bytes(shared[:8])
-    return End(os.waitstatus_to_exitcode(ends[pid]), said, count, time.monotonic() - began)
+    code = HUNG if late > patience else os.waitstatus_to_exitcode(ends[pid])
+    return End(code, said, done.value, late)
 
 
 def children(pid: int) -> list[int]:
@@ -232,29 +217,23 @@ def children(pid: int) -> list[int]:
 def visit(folder: Path, server: int) -> None:
     """A visitor of the page: picks ten times, trains on it, keeps the run; then the server is ended."""
     log = folder.with_suffix(".log")
-
-    def ask(path: str, **fields: Any) -> dict[str, Any]:
-        body = json.dumps(fields).encode() if fields else None
-        with urllib.request.urlopen(f"{address}/api/{path}", body, timeout=PATIENCE) as answer:
-            return json.load(answer)
-
     try:
         while not (found := re.search(r"http://[\d.:]+", log.read_text())):
             os.kill(server, 0)  # ProcessLookupError once it is gone
             time.sleep(0.02)
         address = found[0]
-        shown = ask("rank", name="Ada")
+        shown = json.load(ask(address, "/api/rank", {"name": "Ada"}))
         while shown["done"] < 10:
-            shown = ask("rank", name="Ada", key=shown["key"], action="B > A = C")
+            shown = pick_longest(address, "Ada", shown)
         if not (folder / "play" / "kept").exists():
-            for shown in ask("state")["runs"]:
+            for shown in json.load(ask(address, "/api/state"))["runs"]:
                 if "visit-" in shown["name"]:
-                    ask("change", what="undo", name=shown["name"].split("/")[1])
-            run = ask("train", iterations=1)["run"]
-            with urllib.request.urlopen(f"{address}/api/train", timeout=PATIENCE) as events:
-                events.read()  # to the end of the training
+                    name = shown["name"].split("/")[1]
+                    ask(address, "/api/change", {"what": "undo", "name": name}).read()
+            run = json.load(ask(address, "/api/train", {"iterations": 1}))["run"]
+            ask(address, "/api/train").read()  # to the end of the training
             if (folder / "play" / run / "ppo" / "loss.png").exists():
-                ask("change", what="keep", name=run, new="kept")
+                ask(address, "/api/change", {"what": "keep", "name": run, "new": "kept"}).read()
     except urllib.error.HTTPError:
         pass  # it refuses something, as on a full disk
     except (OSError, ValueError, http.client.HTTPException):
@@ -279,31 +258,26 @@ def content(path: Path) -> Any:
 
         tensors, metadata = read_tensors(path)
         metadata.pop("seal", None)  # of the time too
-        numbers = {name: lasting(json.loads(value)) for name, value in metadata.items()}
+        numbers = {name: json.loads(value, object_hook=lasting) for name, value in metadata.items()}
         return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | numbers
     if path.suffix in (".json", ".jsonl") and path.name != "tokenizer.json":
         text = path.read_text(encoding="utf-8")
-        return [
-            lasting(json.loads(line)) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])
-        ]
+        records = text.splitlines() if path.suffix == ".jsonl" else [text]
+        return [json.loads(record, object_hook=lasting) for record in records]
     return re.sub(rb"It took \d+ seconds", b"", path.read_bytes())  # compare.html
 
 
-def lasting(value: Any) -> Any:
-    """JSON without its volatile fields."""
-    if isinstance(value, dict):
-        return {name: lasting(inner) for name, inner in value.items() if not VOLATILE.fullmatch(name)}
-    return [lasting(inner) for inner in value] if isinstance(value, list) else value
+def lasting(fields: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object without its volatile fields."""
+    return {name: value for name, value in fields.items() if not VOLATILE.fullmatch(name)}
 
 
 def write_data(folder: Path) -> None:
     """A text, conversations and preferences."""
     tale = [f"On day {i} the {i % 7} cats met {i % 5} dogs.\n" for i in range(99)]
     (folder / "tale.txt").write_text("".join(tale))
-    chats: list[Any] = [
-        {"messages": [{"role": "user", "content": line}, {"role": "assistant", "content": "I saw."}]}
-        for line in tale
-    ]
+    said = {"role": "assistant", "content": "I saw."}
+    chats: list[Any] = [{"messages": [{"role": "user", "content": line}, said]} for line in tale]
     pairs: list[Any] = [{"prompt": line, "chosen": "I saw them.", "rejected": "No."} for line in tale]
     for name, records in (("chats.jsonl", chats), ("pairs.jsonl", pairs)):
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -317,7 +291,8 @@ class Torture:
 
     def __init__(self, folder: Path, stack: ExitStack, given: argparse.Namespace) -> None:
         self.seed, stages = given.seed, given.stages
-        self.ring = [stage for turn in range(3) for stage in stages if not turn or stage not in SLOW]
+        fast = [stage for stage in stages if stage not in SLOW]
+        self.ring = [*stages, *fast, *fast]
         self.disk, self.known = folder / "disk", dict[str, tuple[End, Path, Path]]()
         self.disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(self.disk)]
@@ -343,11 +318,8 @@ class Torture:
         rng, stage = random.Random(f"{self.seed} {number}"), self.ring[number % len(self.ring)]
         known, before, after = self.known[stage]
         folder, ballast = self.disk / "trial", self.disk / "ballast"
-        made = [
-            path.relative_to(after)
-            for path in after.rglob("*")
-            if not (before / path.relative_to(after)).exists()
-        ]
+        names = [path.relative_to(after) for path in after.rglob("*")]
+        made = [name for name in names if not (before / name).exists()]
         size = sum((after / name).stat().st_size for name in made)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(before, folder)
@@ -360,17 +332,13 @@ class Torture:
                 words.append("--resume")
             if what.what == "full":
                 ballast.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - what.room)))
-            try:
-                end = start(words, folder, what, PATIENCE + 3 * known.seconds)
-            except TimeoutError as error:
-                return stage, met, f"{what}: {error}"
+            end = start(words, folder, what, PATIENCE + 3 * known.seconds)
             ballast.unlink(missing_ok=True)
             if wrong := fault(stage, end, what):
                 return stage, met, f"{what}: {wrong}"
         found, expected = contents(folder), contents(after)
-        different = [
-            name for name in sorted({*found, *expected}) if found.get(name, ...) != expected.get(name, ...)
-        ]
+        every = sorted({*found, *expected})
+        different = [name for name in every if found.get(name, ...) != expected.get(name, ...)]
         return stage, met, f"differ: {different}" if different else ""
 
 
@@ -384,6 +352,8 @@ def fault(stage: str, end: End, what: Accident) -> str:
     done = end.code == (143 if stage == "play" else 0)
     if "Traceback" in end.said and not torchrun:
         return f"a traceback: {end.said[-1500:]}"
+    if end.code == HUNG:
+        return f"it still runs after {end.seconds:.0f} s"
     return "" if done or by_signal or by_disk else f"exit code {end.code}: {end.said[-1500:]}"
 
 
