@@ -11,6 +11,7 @@ commands' options; whole commands on damaged files: tests/test_bad_input.py.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,26 +115,16 @@ def lines(records: list[Any]) -> str:
 # ---- Damage
 
 
-def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths to everything in a JSON value."""
-    yield path
-    for key in (
-        content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
-    ):
-        yield from places(content[key], (*path, key))
-
-
 def altered(content: Any, rng: random.Random) -> Any:
     """A JSON value with another value, or none, in one place."""
-    content = json.loads(json.dumps(content))
-    if not (path := rng.choice(list(places(content)))):
+    if not isinstance(content, dict | list) or not content or rng.random() < 0.2:
         return rng.choice(VALUES)
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = rng.choice(VALUES)
-    if rng.random() < 0.25:
-        del place[path[-1]]
+    content, keys = content.copy(), list(content) if isinstance(content, dict) else range(len(content))
+    key = rng.choice(keys)
+    if rng.random() < 0.1:
+        del content[key]
+    else:
+        content[key] = altered(content[key], rng)
     return content
 
 
@@ -198,39 +189,22 @@ def commands(folder: Path, rng: random.Random) -> None:
     words = [rng.choice([*flags, *flags, *WORDS, f"{rng.choice(flags)}={rng.choice(WORDS)}"])
              for _ in range(rng.randrange(7))]  # fmt: skip
     if name in ("minillm.tools.evaluate", "minillm.tools.export"):
-        run_command(lambda: module.main([str(folder / "nothing"), *words]))
+        module.main([str(folder / "nothing"), *words])
     else:
-        run_command(lambda: parse_options(module.Options, words))
-
-
-def run_command(action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except SystemExit as end:
-        assert end.code in (0, 2), end.code
+        parse_options(module.Options, words)
 
 
 def templates(folder: Path, rng: random.Random) -> None:
     """A template of pieces, some of them of a good one, asked as training and chatting ask."""
-    good = ["{% for m in messages %}", "{{ m.content }}", "<|end|>", "{% endfor %}"]
-    pieces = [rng.choice(PIECES) for _ in range(rng.randrange(8))]
-    source = "".join(rng.sample(pieces, len(pieces)) if rng.random() < 0.3 else mixed(good, pieces, rng))
+    pieces = ["{% for m in messages %}", "{{ m.content }}", "<|end|>", "{% endfor %}"]
+    for _ in range(rng.randrange(8)):
+        pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(PIECES))
+    source = "".join(rng.sample(pieces, rng.randrange(len(pieces))) if rng.random() < 0.3 else pieces)
     tokenizer = Tokenizer.load(folder / "sft")
     form = ForeignFormat(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": source}))
-    chat = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": rng.choice(("Yes", "", "<|end|>"))},
-    ]
-    form.encode(chat)
-    form.prompt(chat[:1], rng.random() < 0.5)
-
-
-def mixed(some: list[str], others: list[str], rng: random.Random) -> list[str]:
-    """Both, each in its order."""
-    made, rest = [], iter(some)
-    for piece in others:
-        made += [next(rest, "")] * (rng.random() < 0.7) + [piece]
-    return [*made, *rest]
+    asked, answer = {"role": "user", "content": "Hi"}, rng.choice(("Yes", "", "<|end|>"))
+    form.encode([asked, {"role": "assistant", "content": answer}])
+    form.prompt([asked], rng.random() < 0.5)
 
 
 BODIES: tuple[dict[str, Any], ...] = (
@@ -243,36 +217,32 @@ BODIES: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-class Page:
-    """The page of minillm.play, and requests to it."""
-
-    def __init__(self) -> None:
-        self.client: Any = None
-
-    def __call__(self, folder: Path, rng: random.Random) -> None:
-        if self.client is None:
-            app, _ = play.build(play.Options(runs=str(folder), text=(str(folder / "text.txt"),), port=0), 80)
-            self.client = TestClient(app, "http://localhost:80", raise_server_exceptions=False)
-            self.client.headers["host"] = "localhost:80"
-        body = rng.choice(BODIES)
-        raw = json.dumps(body if rng.random() < 0.2 else altered(body, rng)).encode()
-        if rng.random() < 0.2:
-            raw = damaged(raw, "", rng)
-        path, query = (
-            rng.choice(PATHS),
-            {rng.choice(("run", "number", "name")): rng.choice(("base", "1", "\0", "..", "9" * 99))},
-        )
-        method = rng.choice(("GET", "POST", "POST", "POST", "PUT", "HEAD"))
-        if path == "/api/train":  # of which a stream follows that waits
-            method = "POST"
-        answer = self.client.request(method, path, content=raw, params=query)
-        asked = f"{method} {path} {query} {raw[:300]!r}: {answer.status_code} {answer.text[:300]}"
-        assert answer.status_code < 500 and "a fault of the server" not in answer.text, asked
+@functools.cache
+def client_of(folder: Path) -> TestClient:
+    """Who asks the page of minillm.play."""
+    app, _ = play.build(play.Options(runs=str(folder), text=(str(folder / "text.txt"),), port=0), 80)
+    client = TestClient(app, "http://localhost:80", raise_server_exceptions=False)
+    client.headers["host"] = "localhost:80"
+    return client
 
 
-KINDS: dict[str, Callable[[Path, random.Random], None]] = {
-    "files": files, "commands": commands, "templates": templates, "page": Page(),
-}  # fmt: skip
+def page(folder: Path, rng: random.Random) -> None:
+    """A request to the page or its API."""
+    body = rng.choice(BODIES)
+    raw = json.dumps(body if rng.random() < 0.2 else altered(body, rng)).encode()
+    if rng.random() < 0.2:
+        raw = damaged(raw, "", rng)
+    path, name = rng.choice(PATHS), rng.choice(("run", "number", "name"))
+    query = {name: rng.choice(("base", "1", "\0", "..", "9" * 99))}
+    method = rng.choice(("GET", "POST", "POST", "POST", "PUT", "HEAD"))
+    if path == "/api/train":  # of which a stream follows that waits
+        method = "POST"
+    answer = client_of(folder).request(method, path, content=raw, params=query)
+    asked = f"{method} {path} {query} {raw[:300]!r}: {answer.status_code} {answer.text[:300]}"
+    assert answer.status_code < 500 and "a fault of the server" not in answer.text, asked
+
+
+KINDS = {"files": files, "commands": commands, "templates": templates, "page": page}
 
 
 # ---- All of them
@@ -280,13 +250,14 @@ KINDS: dict[str, Callable[[Path, random.Random], None]] = {
 
 def case(kind: str, number: int, folder: Path, seed: int) -> str:
     """What is wrong with a case, or nothing."""
-    before, said = state_of(folder), io.StringIO()
+    before, said, wrong = state_of(folder), io.StringIO(), ""
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LONGEST)
-    wrong = ""
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             KINDS[kind](folder, random.Random(f"{seed} {kind} {number}"))
+    except SystemExit as end:
+        wrong = "" if end.code in (0, 2) else f"exit code {end.code}"
     except BaseException as error:
         if last_words(error) is None or isinstance(error, KeyboardInterrupt):
             wrong = "".join(traceback.format_exception(error)[-4:])
