@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import numpy as np
 import pytest
@@ -27,8 +27,7 @@ from minillm.tools.report import (
     rater_accuracy,
     report_card,
     report_text,
-    trick_pairs,
-    trick_shares,
+    tricks,
     write_report,
 )
 
@@ -120,7 +119,7 @@ def test_every_share_of_the_card_is_that_of_its_pairs(seed, step):
 
     sets, scores = sets_of(scored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module, "score_rows", lambda model, rows: scores)
+        patch.setattr(report_module, "score_rows", lambda model, rows: cycle(scores))
         card = report_card(MODEL, CHAT, sets, [one.ranking for one in scored], rubric)
     parts = {"all": every}
     parts |= {f"of {kind}": [pair for pair in every if pair[2] == kind] for kind in ("fact", "harm")}
@@ -204,31 +203,38 @@ KINDS_OF = [ranked([0.0, 1.0], f"{i}?", [f"Worse {i}.", f"Best {i}."], kind=kind
             for i, kind in enumerate(["fact", "fact", "harm", "fact"])]  # fmt: skip
 
 
+def pairs_by_trick(rankings: list[Ranking], rubric=unknown_score) -> dict[str, list[list[str]]]:
+    found: dict[str, list[list[str]]] = {name: [] for name in WORDS["tricks"]}
+    for one in tricks(rankings, rubric):
+        assert one.ranking == [[0], [1]] and one.responses[0] != one.responses[1]
+        found[one.annotator].append(one.responses)
+    return found
+
+
 def test_every_prompt_meets_every_trick_once_in_the_place_of_its_best_answer():
     twice = [*KINDS_OF, ranked([1.0, 0.0], "0?", ["Worse 0.", "Best 0."], annotator="b", kind="fact")]
-    found = trick_pairs(twice, unknown_score)
-    assert set(found) == set(WORDS["tricks"])
+    found = pairs_by_trick(twice)
     for own in found.values():
-        assert [pair.responses[0] for pair in own] == [f"Best {i}." for i in range(4)]
-        assert all(pair.responses[0] != pair.responses[1] for pair in own)
-    others = [pair.responses[1] for pair in found["another's"]]
+        assert [honest for honest, _ in own] == [f"Best {i}." for i in range(4)]
+    others = [trick for _, trick in found["another's"]]
     assert others == [f"Best {i}." for i in (1, 2, 3, 0)], "the next prompt's"
 
 
 def test_a_trick_that_is_truly_no_worse_proves_nothing_and_the_truth_says_what_is_honest():
-    found = trick_pairs(KINDS_OF, lambda messages, text: 1.0 if "Worse" in text else 0.0)
-    assert {pair.responses[0] for pair in found["empty"]} == {f"Worse {i}." for i in range(4)}
+    found = pairs_by_trick(KINDS_OF, lambda messages, text: 1.0 if "Worse" in text else 0.0)
+    assert {honest for honest, _ in found["empty"]} == {f"Worse {i}." for i in range(4)}
     assert not found["repeated"] and not found["praise"], "those hold the honest words too"
 
 
 def test_a_share_of_tricks_is_what_the_scores_say_and_only_of_those_that_fit():
-    found = trick_pairs(KINDS_OF, unknown_score)
-    shares = trick_shares(MODEL, CHAT, found)
-    for name, own in found.items():
-        rows = [[encode_response(CHAT, pair.messages, text) for text in pair.responses] for pair in own]
+    encoded, _ = encode_rankings(KINDS_OF, CHAT, 400)
+    shares = report_card(MODEL, CHAT, encoded, KINDS_OF)["tricks"]
+    for name, own in pairs_by_trick(KINDS_OF).items():
+        pairs = zip(KINDS_OF, own, strict=True)
+        rows = [[encode_response(CHAT, one.messages, text) for text in two] for one, two in pairs]
         below = [honest > trick for honest, trick in (score_rows(MODEL, two) for two in rows)]
         assert (shares[name]["share"]["value"], shares[name]["share"]["count"]) == (np.mean(below), 4)
-    short = trick_shares(small_model(TOKENIZER, positions=60), CHAT, found)
+    short = report_card(small_model(TOKENIZER, positions=60), CHAT, encoded, KINDS_OF)["tricks"]
     padded, empty = (short[name]["share"] for name in ("padded", "empty"))
     assert (padded["count"], padded["value"], empty["count"]) == (0, None, 4)
 

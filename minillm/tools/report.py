@@ -29,7 +29,8 @@ Left out: agreement beyond chance (Cohen's κ, Krippendorff's α), and a signifi
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from math import inf, sqrt
 from pathlib import Path
@@ -42,9 +43,9 @@ from minillm.chat import ChatTemplate
 from minillm.errors import InputError
 from minillm.files import write_json
 from minillm.model import ScalarModel
-from minillm.preferences import MARGIN, Message, Ranking, ResponseSet
-from minillm.reward import EncodedSet, prompt_key, score_rows
-from minillm.tools.annotators import by_reward, prefer
+from minillm.preferences import MARGIN, Message, Ranking
+from minillm.reward import EncodedSet, encode_rankings, prompt_key, score_rows
+from minillm.tools.annotators import prefer
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, table_text
 from minillm.tools.streams import tables
 
@@ -180,39 +181,22 @@ def length_correlation(pairs: Pairs) -> float | None:
 # ---- Tricks
 
 
-def trick_pairs(rankings: Sequence[Ranking], rubric: RubricScore) -> dict[str, list[ResponseSet]]:
-    """For every trick, to each prompt an honest answer, the response that the rubric gives most or else the
-    annotator's best, and the trick in its place; none where the trick leaves the answer as it is, or where
-    the rubric gives it no less."""
+def tricks(rankings: Sequence[Ranking], rubric: RubricScore) -> Iterator[Ranking]:
+    """For every trick, of each prompt a ranking in its name: an honest answer, which is the response that the
+    rubric gives most or else the annotator's best, above the trick in its place. None where the trick leaves
+    the answer as it is, or where the rubric gives it no less."""
     first = {prompt_key(ranking): ranking for ranking in reversed(rankings)}
-    asked = [first[key] for key in dict.fromkeys(map(prompt_key, rankings))]
-    honest = []
+    asked, honest = [first[key] for key in dict.fromkeys(map(prompt_key, rankings))], []
     for one in asked:
-        scores = [rubric(one.messages, text) for text in one.responses]
-        places = [-rank for rank in one.ranks()]
-        worth = [
-            (-inf if score is None else score, place) for score, place in zip(scores, places, strict=True)
-        ]
-        honest.append(one.responses[worth.index(max(worth))])
-    return {
-        name: [
-            ResponseSet(one.messages, [answer, trick])
-            for one, answer, other in zip(asked, honest, [*honest[1:], *honest[:1]], strict=True)
-            for trick in [made.format(answer=answer, other=other)]
-            if answer.strip() and answer != trick
-            if prefer(rubric(one.messages, text) for text in (answer, trick)) in (1, None)
-        ]
-        for name, made in WORDS["tricks"].items()
-    }
-
-
-def trick_shares(model: ScalarModel, template: ChatTemplate, of_trick: dict[str, list[ResponseSet]]) -> Rows:
-    """The share of honest answers that score above the trick, per trick; where both fit the model."""
-    found = iter(by_reward(model, template)([pair for pairs in of_trick.values() for pair in pairs]))
-    outcomes = {name: islice(found, len(pairs)) for name, pairs in of_trick.items()}
-    return {
-        name: {"share": mean([won == 1 for won in own if won is not None])} for name, own in outcomes.items()
-    }
+        scored = [(rubric(one.messages, text), text) for text in one.responses]
+        known = [(score, text) for score, text in scored if score is not None]
+        honest.append(max(known)[1] if known else one.responses[one.ranking[0][0]])
+    for name, made in WORDS["tricks"].items():
+        for one, answer, other in zip(asked, honest, [*honest[1:], *honest[:1]], strict=True):
+            trick = made.format(answer=answer, other=other)
+            is_worse = prefer(rubric(one.messages, text) for text in (answer, trick)) in (1, None)
+            if answer.strip() and answer != trick and is_worse:
+                yield replace(one, responses=[answer, trick], ranking=[[0], [1]], annotator=name, cut=[])
 
 
 # ---- The card
@@ -227,8 +211,12 @@ def report_card(
 ) -> dict[str, Any]:
     """All metrics, as report.json holds them. `rankings` are all there are, for annotators can be compared on
     those too that the model has seen. InputError where a score is not finite."""
-    rubric = rubric or (lambda messages, text: None)
-    pairs = pairs_of(held_out, score_rows(model, [row for one in held_out for row in one.rows]), rubric)
+    of_text = rubric or (lambda messages, text: None)
+
+    def scored(sets: Sequence[EncodedSet]) -> Pairs:
+        return pairs_of(sets, score_rows(model, [row for one in sets for row in one.rows]), of_text)
+
+    pairs = scored(held_out)
     ordered, own = pairs[pairs["place"] != 0], [ranking for one in held_out for ranking in one.rankings]
     # σ(|difference|) is how sure the scores are of their order.
     sure = 1 / (1 + np.exp(-np.abs(ordered["score"])))
@@ -236,6 +224,7 @@ def report_card(
     error, bins = reliability(sure, right, lowest=0.5)
     agreed = agreements(rankings).get(ALL, {"agreement": estimate(None, 0)})["agreement"]
     best = None if agreed["value"] is None else rater_accuracy(agreed["value"])
+    tricked = scored(encode_rankings(tricks(own, of_text), template, model.config.max_position_embeddings)[0])
     whole = {
         "two annotators agree: the ceiling is no lower": agreed,
         "and no higher, if all pairs are equally hard": estimate(best, agreed["count"]),
@@ -247,7 +236,10 @@ def report_card(
         "rankings": len(own),
         "pairs": shares(ordered),
         "whole": {label: {"value": found} for label, found in whole.items()},
-        "tricks": trick_shares(model, template, trick_pairs(own, rubric)),
+        "tricks": {
+            name: {"share": alike(tricked[tricked["annotator"] == name], "place", "score")}
+            for name in WORDS["tricks"]
+        },
         "bins": bins,
     }
 
