@@ -468,6 +468,10 @@ def test_the_search_is_over_given_files_or_the_text_that_the_runs_base_was_train
         )
     with pytest.raises(InputError, match=r"alone.run\.json: does not say on what text"):
         open_tools(["search"], tmp_path / "alone", [])
+    for damaged in (5, {"data": 5}, {"data": [], "init": 5}):
+        (tmp_path / "alone" / "run.json").write_text(json.dumps({"stage": "train", "options": damaged}))
+        with pytest.raises(InputError, match="does not say on what text"):
+            open_tools(["search"], tmp_path / "alone", [])
     world = {"data": [], "seed": 3, "world_megabytes": 0.02, "init": None}
     (tmp_path / "base" / "run.json").write_text(json.dumps({"stage": "train", "options": world}))
     page = next(World(3).documents("wiki", 0.001))

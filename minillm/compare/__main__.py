@@ -31,7 +31,7 @@ from minillm.chat import ChatTemplate
 from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
 from minillm.errors import InputError, writing
-from minillm.files import read_json, write_json, write_text
+from minillm.files import write_json, write_text
 from minillm.io import conversations
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
@@ -44,6 +44,7 @@ from minillm.tools.commandline import parse_options
 from minillm.tools.device import start_runtime
 from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
+from minillm.tools.folder import read_run
 from minillm.tools.provenance import provenance
 from minillm.world import World
 from minillm.world.rubric import Prompt
@@ -137,10 +138,9 @@ def open_models(options: Options, runtime: Runtime) -> list[ChatModel]:
     models = []
     for name, run in zip(names_of(options.runs), options.runs, strict=True):
         models.append(ChatModel(name, *load_causal_model(Path(run), runtime.device, runtime.dtype)))
-        path = Path(run, "run.json")
-        trained = read_json(path).get("options") if path.exists() and not options.data else None
-        on_world = trained if isinstance(trained, dict) and trained.get("data") == [] else {}
-        if (seed := on_world.get("seed", options.seed)) != options.seed:
+        _, trained = read_run(Path(run))
+        on_world = not options.data and trained.get("data") == []
+        if on_world and (seed := trained.get("seed", options.seed)) != options.seed:
             raise InputError(f"{run}: was trained in the little world of seed {seed}; give --seed {seed}")
     return models
 

@@ -21,7 +21,7 @@ from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.files import read_json, sync, sync_open, write_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
-from minillm.tools.folder import lock
+from minillm.tools.folder import lock, read_run
 
 # ---- Lines
 
@@ -274,7 +274,5 @@ def check_world_is_meant(options: Any) -> None:
 
 def _stored(folder: Path, option: str) -> list[str]:
     """A list of files among the options of an earlier run."""
-    path = folder / "run.json"
-    found = read_json(path).get("options") if path.exists() else None
-    files = found.get(option) if isinstance(found, dict) else None
+    files = read_run(folder)[1].get(option)
     return [str(file) for file in files] if isinstance(files, list) else []

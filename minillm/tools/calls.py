@@ -30,10 +30,10 @@ from typing import Any
 
 from minillm.chat import Completion, Conversation
 from minillm.errors import InputError, reason_of
-from minillm.files import read_json
 from minillm.generate import SamplingOptions, generate
 from minillm.io.text import text_sources
 from minillm.preferences import ChatModel
+from minillm.tools.folder import read_run
 
 SECONDS = 2.0
 """For a call."""
@@ -209,14 +209,13 @@ def texts_of_run(run: Path, files: Sequence[str] = ()) -> Iterable[str]:
 
 def text_options(run: Path) -> dict[str, Any]:
     """The options of the run of train.py from which a run comes. InputError where that is not known."""
-    path = run / "run.json"
-    said = read_json(path) if path.exists() else {}
-    options = said.get("options", {})
+    stage, options = read_run(run)
     if options.get("init"):
-        return text_options(Path(options["init"]))
-    if said.get("stage") != "train":
-        raise InputError(f"{path}: does not say on what text the run was trained; give files, --search-in")
-    return dict(options)
+        return text_options(Path(str(options["init"])))
+    if stage != "train" or not isinstance(options.get("data"), list):
+        what = f"{run / 'run.json'}: does not say on what text the run was trained"
+        raise InputError(f"{what}; give files, --search-in")
+    return options
 
 
 # ---- Conversations that call
@@ -239,8 +238,8 @@ def converse(
     if isinstance(model.form, Completion) or model.form.call_id is None:
         raise InputError(f"{model.name}: has no chat template that knows calls; train it with sft.py")
     form, added = model.form, [Conversation() for _ in prompts]
-    sampling, calling = replace(sampling, stop_ids=form.stop_ids), list(range(len(prompts)))
-    for turn in range(most_calls + 1):
+    sampling, calling, turn = replace(sampling, stop_ids=form.stop_ids), list(range(len(prompts))), 0
+    while calling:
         asked = [form.prompt([*prompts[i], *added[i]]) for i in calling]
         said = generate(model.model, asked, sampling, [seeds[i] + turn for i in calling])
         responses = zip(calling, said.responses, said.stopped, strict=True)
@@ -256,8 +255,7 @@ def converse(
             if model.has_room([*prompts[i], *added[i], *results], sampling.max_new_tokens):
                 added[i] += results
                 calling.append(i)
-        if not calling:
-            break
+        turn += 1
     return added
 
 

@@ -171,6 +171,13 @@ def begin_folder(options: TrainingOptions, stage: str, resuming: bool) -> None:
         write_json(path, run | {"options": now | sitting})
 
 
+def read_run(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The stage and the options that run.json of a folder tells of; None and none where it tells nothing."""
+    path = folder / "run.json"
+    run = read_json(path) if path.exists() else {}
+    return run.get("stage"), run["options"] if isinstance(run.get("options"), dict) else {}
+
+
 def starts_from(options: TrainingOptions) -> Path | None:
     """The folder of the model that a run starts from, where it has one."""
     init = getattr(options, "init", None)
