@@ -1,6 +1,6 @@
 """Who says which response is better: the rubric, a reward model, a language model, people, files.
 
-    a judge, asked of pairs    by_rubric, by_reward, Judge, by_person     compare, the report card
+    a judge, asked of pairs    by_rubric, by_reward, Judge, by_person     compare
     an annotator of sets       simulated people, Judge, files, a person   rlhf.py --stage rank
 
 A judge is called with pairs, which are sets of two responses. It says of each 1 where the first is better, -1
