@@ -1,14 +1,16 @@
 """A run folder as a GGUF file, for llama.cpp, Ollama and LM Studio.
 
-    git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt
+    git clone https://github.com/ggml-org/llama.cpp && pip install transformers sentencepiece
     python -m minillm.export out/sft --gguf sft.gguf --llama-cpp llama.cpp
     ollama create sft -f sft.gguf.Modelfile && ollama run sft        or: llama-cli -m sft.gguf
 
 llama.cpp's own converter does the work. It knows how a tokenizer splits text by a list of tokenizers that it
-has met, and none trained here is in it: this tells it the name under which the same pattern goes there.
+has met, and none trained here is in it: this tells it the name under which the same pattern goes there. Its
+requirements.txt asks for other versions of torch and transformers than are installed; it works with these.
 """
 
 import importlib
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,13 +21,15 @@ import tyro
 
 from minillm.errors import InputError
 from minillm.files import write_text
-from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
+from minillm.io.vocabulary import LibraryVocabulary
+from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, Vocabulary
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 
 FIRST_EDITION = PATTERN.replace(r"\p{L}[\p{L}\p{M}\u200c\u200d]*", r"\p{L}+")
+QWEN2_PATTERN = FIRST_EDITION.replace(r"\p{N}{1,3}", r"\p{N}")
 PRE_TOKENIZERS: dict[str | None, str] = {
-    **dict.fromkeys((PATTERN, FIRST_EDITION), "smaug-bpe"), GPT2_PATTERN: "gpt-2",
+    **dict.fromkeys((PATTERN, FIRST_EDITION), "smaug-bpe"), GPT2_PATTERN: "gpt-2", QWEN2_PATTERN: "qwen2",
 }  # fmt: skip
 """By its patterns, the name that llama.cpp gives a way to split text. Llama 3's is the first, too, but puts
 bos before every text, which the chat template does already. Words with combining marks (Hindi, Thai) are
@@ -49,17 +53,28 @@ def export(options: Options) -> None:
     converter = Path(options.llama_cpp) / "convert_hf_to_gguf.py"
     if not converter.is_file():
         raise InputError(
-            f"{converter}: missing; git clone https://github.com/ggml-org/llama.cpp, "
-            "and name it with --llama-cpp"
+            f"{converter}: missing; git clone https://github.com/ggml-org/llama.cpp, name it with "
+            "--llama-cpp, and pip install transformers sentencepiece, which it needs"
         )
-    pattern = getattr(Tokenizer.load(options.run).vocabulary, "pattern", None)  # others: in the list
-    name = PRE_TOKENIZERS.get(pattern, "")
+    name = PRE_TOKENIZERS.get(pattern_of(Tokenizer.load(options.run).vocabulary), "")  # others: in the list
     code = "import sys; from minillm.tools.export import convert; convert(*sys.argv[1:])"
     words = [str(converter), name, options.run, "--outfile", options.gguf]
     if subprocess.run([sys.executable, "-c", code, *words], check=False).returncode:
         raise InputError(f"{options.run}: llama.cpp's converter refused it, for the reason above")
     write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {Path(options.gguf).resolve()}\n")
     print(f"{options.gguf} and {options.gguf}.Modelfile are written")
+
+
+def pattern_of(vocabulary: Vocabulary | LibraryVocabulary) -> str | None:
+    """The pattern by which text is split; of others' only GPT-2's and Qwen2's: it says all."""
+    if isinstance(vocabulary, Vocabulary):
+        return vocabulary.pattern
+    match json.loads(vocabulary.json).get("pre_tokenizer"):
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return GPT2_PATTERN
+        case {"pretokenizers": [{"pattern": {"Regex": str(pattern)}}, {"type": "ByteLevel"}]}:
+            return pattern if pattern == QWEN2_PATTERN else None
+    return None
 
 
 def convert(converter: str, name: str, *arguments: str) -> None:
