@@ -89,9 +89,7 @@ STAGES = {
     "train by 2": f"{TWO}train.py {SHAPE} --out two --block-size 64 {TEXT}",
     "policy by 2": f"{TWO}rlhf.py --out pair --stage {POLICY} --reward rlhf/reward {ROLLOUT}",
 }
-"""Of each stage its command."""
-NEEDED = ("train", "sft", "sample", "rank", "reward", "policy")
-"""Stages on which others build."""
+"""Of each stage its command. One may build on all that stand before it."""
 RESUMED = ("train", "sft", "sample", "reward", "policy", "grpo", "dpo", "train by 2", "policy by 2")
 """Those with --resume; the others go on by themselves, or begin anew."""
 SLOW = ("lesson", "play", "train by 2", "policy by 2")
@@ -147,7 +145,7 @@ def accident(rng: random.Random, known: End, made: int, full: bool) -> Accident:
 def become(words: list[str], folder: Path, done: ctypes.c_int64, what: Accident) -> None:
     """What a fork does: runs a script or a module as Python does, and counts its file operations."""
 
-    def is_elsewhere(path: object) -> bool:
+    def is_elsewhere(path: Any) -> bool:
         named = isinstance(path, str | bytes | os.PathLike)  # else a file that is open already
         return named and not os.path.abspath(os.fsdecode(path)).startswith(str(folder))
 
@@ -186,25 +184,24 @@ def start(words: list[str], folder: Path, what: Accident, patience: float) -> En
     process = get_context("fork").Process(target=become, args=(words, folder, done, what), daemon=True)
     process.start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    pid, ends, struck = cast(int, process.pid), dict[int, int](), not what.after
+    pid, late, struck = cast(int, process.pid), 0.0, not what.after
     if "minillm.play" in words:
         threading.Thread(target=visit, args=(folder, pid), daemon=True).start()
-    with suppress(ChildProcessError):
-        while True:
-            late, (ended, status) = time.monotonic() - began, os.waitpid(-1, os.WNOHANG)
-            if ended:
-                ends[ended] = status
-            elif late > patience:
-                for left in children(os.getpid()):
-                    os.kill(left, signal.SIGKILL)
-            elif not struck and late > what.after and pid not in ends:
-                # Under torchrun, which starts processes itself, any of them.
-                os.kill(random.Random(what.after).choice([pid, *children(pid)]), what.number)
-                struck = True
-            else:
-                time.sleep(0.002)
+    while process.exitcode is None or children(os.getpid()):
+        late = time.monotonic() - began
+        for orphan in set(children(os.getpid())) - {pid}:
+            os.waitpid(orphan, os.WNOHANG)
+        if late > patience:
+            for left in children(os.getpid()):
+                os.kill(left, signal.SIGKILL)
+        elif not struck and late > what.after and process.exitcode is None:
+            # Under torchrun, which starts processes itself, any of them.
+            os.kill(random.Random(what.after).choice([pid, *children(pid)]), what.number)
+            struck = True
+        else:
+            time.sleep(0.002)
     said = folder.with_suffix(".log").read_text(errors="replace")
-    code = HUNG if late > patience else os.waitstatus_to_exitcode(ends[pid])
+    code = HUNG if late > patience else cast(int, process.exitcode)
     return End(code, said, done.value, late)
 
 
@@ -302,16 +299,15 @@ class Torture:
         (before := folder / "data").mkdir()
         write_data(before)
         for stage in list(STAGES)[: max(map(list(STAGES).index, stages)) + 1]:
-            if stage in (*NEEDED, *stages):
-                after = shutil.copytree(before, folder / stage)
-                end = start(STAGES[stage].split(), after, Accident(), 600)
-                wrong = fault(stage, end, Accident())
-                if stage == "play" and not (after / "play" / "kept").is_dir():
-                    wrong = "its visitor could not pick, train and keep"
-                if wrong:
-                    sys.exit(f"error: {stage} in peace: {wrong}")
-                print(f"{stage}: {end.seconds:.1f} s, {end.operations} file operations", flush=True)
-                self.known[stage], before = (end, before, after), after
+            after = shutil.copytree(before, folder / stage)
+            end = start(STAGES[stage].split(), after, Accident(), 600)
+            wrong = fault(stage, end, Accident())
+            if stage == "play" and not (after / "play" / "kept").is_dir():
+                wrong = "its visitor could not pick, train and keep"
+            if wrong:
+                sys.exit(f"error: {stage} in peace: {wrong}")
+            print(f"{stage}: {end.seconds:.1f} s, {end.operations} file operations", flush=True)
+            self.known[stage], before = (end, before, after), after
 
     def trial(self, number: int) -> tuple[str, list[Accident], str]:
         """The stage, its accidents, and what was wrong in the end, or nothing."""
