@@ -26,7 +26,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minillm.data import IGNORED, Batch
-from minillm.io.huggingface import cut_like
 from minillm.model import LanguageModel, ScalarModel
 from minillm.run import Runtime
 
@@ -208,28 +207,6 @@ class Optimizers:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return [norm, *numbers]
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """All state, flat: "<optimizer>.<parameter>.<name>" → tensor. The rates are not state."""
-        return {
-            f"{i}.{j}.{name}": value
-            for i, optimizer in enumerate(self.optimizers)
-            for j, entries in optimizer.state_dict()["state"].items()
-            for name, value in entries.items()
-        }
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state_tensors` gave; an optimizer that has not stepped yet has no state."""
-        states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in self.optimizers]
-        for key, value in tensors.items():
-            i, j, name = key.split(".")
-            states[int(i)][int(j)][name] = value
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for number, values in state.items():
-                state[number] = {name: cut_like(value, parameters[number]) for name, value in values.items()}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def build_optimizers(

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 from minillm.errors import InputError, Interrupted, reason_of, writing
 from minillm.files import read_json, sync_open, write_text
-from minillm.io.huggingface import whole_tensor
 from minillm.options import TrainingOptions
 
 # ---- Where it computes
@@ -116,11 +115,9 @@ class Runtime:
         ask for it; where nothing is sharded, what was given."""
         if not self.sharded:
             return part
-        if isinstance(part, Tensor):
-            return cast(Whole, whole_tensor(part))
-        from minillm.fast.sharding import whole_model
+        from minillm.fast.sharding import whole
 
-        return whole_model(part, self.device)
+        return whole(part, self.device)
 
     def even(self, parts: list[Part], idle: Part) -> list[Part]:
         """As many parts as the process with the most has, where the run is sharded: all must make as many

@@ -19,7 +19,7 @@ from minillm.model import LanguageModel, ScalarModel, config_of_depth, initializ
 from minillm.optim import LearningRates, build_optimizers
 from minillm.run import RESUME_FILE, Runtime, TrainingState
 from minillm.tools.device import start_runtime
-from minillm.tools.folder import restore_state, save_state
+from minillm.tools.folder import optimizer_tensors, restore_state, save_state
 
 ROWS, LENGTH, VOCABULARY = 8, 16, 301  # 301: rows that no number of processes divides
 RATES = LearningRates(matrix=0.02, embedding=0.01, norm=0.01, weight_decay=0.1)
@@ -55,7 +55,7 @@ def held(state: TrainingState, runtime: Runtime) -> dict[str, int]:
     tensors = {
         "weights": parameters,
         "gradients": [p.grad for p in parameters if p.grad is not None],
-        "optimizer": list(state.optimizers.state_tensors().values()),
+        "optimizer": list(optimizer_tensors(state.optimizers).values()),
     }
     return {
         name: sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in some)

@@ -25,7 +25,7 @@ from minillm.optim import (
     orthogonalized,
 )
 from minillm.run import Runtime, TrainingState
-from minillm.tools.folder import restore_state, save_state
+from minillm.tools.folder import optimizer_tensors, restore_state, save_state
 
 LAW = settings(max_examples=15)
 ONE = Runtime(torch.device("cpu"), torch.float32)
@@ -440,7 +440,7 @@ def test_a_restored_run_goes_on_bit_by_bit_as_if_never_stopped(tmp_path, kind, t
         train(state, 8 - stop)
         for one, other in zip(whole.model.parameters(), state.model.parameters(), strict=True):
             assert torch.equal(one, other)
-        states = [run.optimizers.state_tensors() for run in (whole, state)]
+        states = [optimizer_tensors(run.optimizers) for run in (whole, state)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
         assert whole.data.state_dict() == state.data.state_dict()

@@ -15,7 +15,7 @@ Sources: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), stage 3; recomputed
 """
 
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from minillm.io.huggingface import whole_tensor
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard(model: nn.Module, device: torch.device, compiled: bool) -> None:
@@ -53,22 +51,25 @@ def recompute_blocks(model: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def whole_model(model: Model, device: torch.device) -> Model:
-    """A copy with all weights, in the precision that the model computes in, to sample or to score with."""
-    config, dtype = cast(Any, model.config), cast(Any, model.model).compute_dtype
+def whole(part: Any, device: torch.device) -> Any:
+    """A tensor gathered from all processes; or a copy of a model with all weights, in the precision that it
+    computes in, to sample or to score with."""
+    if isinstance(part, Tensor):
+        return whole_tensor(part)
+    config, dtype = part.config, part.model.compute_dtype
     with torch.device("meta"):
-        copy = type(model)(config, dtype)  # type: ignore[call-arg]
+        copy = type(part)(config, dtype)
     # The scalar head computes in the precision of its weights, whatever the trunk's is.
     weights = {
         name: whole_tensor(weight.detach()).to(device, weight.dtype if name == "score.weight" else dtype)
-        for name, weight in model.named_parameters()
+        for name, weight in part.named_parameters()
     }
     copy.load_state_dict(weights, strict=False, assign=True)
-    for name, buffer in model.named_buffers():
+    for name, buffer in part.named_buffers():
         owner, _, last = name.rpartition(".")
         setattr(copy.get_submodule(owner), last, buffer)
     if config.tie_word_embeddings and hasattr(copy, "lm_head"):
-        cast(Any, copy).lm_head.weight = cast(Any, copy.model).embed_tokens.weight
+        copy.lm_head.weight = copy.model.embed_tokens.weight
     return copy.requires_grad_(False)
 
 

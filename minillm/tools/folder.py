@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -21,7 +22,8 @@ from minillm import files
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.files import digest, read_json, write_json
 from minillm.io.files import parse_specs
-from minillm.io.huggingface import load_weights, read_tensors, write_tensors
+from minillm.io.huggingface import cut_like, load_weights, read_tensors, write_tensors
+from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Runtime, TrainingState
 from minillm.tools.provenance import provenance
@@ -214,7 +216,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def save_state(state: TrainingState, folder: Path) -> None:
     """Writes the restart file, the same for sharded weights as for whole ones."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
-    tensors |= {f"optimizer.{name}": value for name, value in state.optimizers.state_tensors().items()}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(state.optimizers).items()}
     numbers = {name: getattr(state, name) for name in ("step", "tokens", "seconds")}
     saved = json.dumps(numbers | {"data": state.data.state_dict()})
     metadata = {"state": saved, "seal": _seal(state, saved, tensors)}
@@ -236,10 +238,34 @@ def restore_state(state: TrainingState, folder: Path) -> None:
         saved = json.loads(metadata["state"])
         state.step, state.tokens, state.seconds = (saved[name] for name in ("step", "tokens", "seconds"))
         state.data.load_state_dict(saved["data"])
-        state.optimizers.load_state_tensors(parts["optimizer"])
+        load_optimizer_tensors(state.optimizers, parts["optimizer"])
     except BAD_FILE as error:
         raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
     load_weights(state.model, parts["model"], path)
+
+
+def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
+    """All state, flat: "<optimizer>.<parameter>.<name>" → tensor. The rates are not state."""
+    return {
+        f"{i}.{j}.{name}": value
+        for i, optimizer in enumerate(optimizers.optimizers)
+        for j, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: Optimizers, tensors: dict[str, Tensor]) -> None:
+    """Takes over what `optimizer_tensors` gave; an optimizer that has not stepped yet has no state."""
+    states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in optimizers.optimizers]
+    for key, value in tensors.items():
+        i, j, name = key.split(".")
+        states[int(i)][int(j)][name] = value
+    for optimizer, state in zip(optimizers.optimizers, states, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, values in state.items():
+            state[number] = {name: cut_like(value, parameters[number]) for name, value in values.items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _seal(state: TrainingState, saved: str, tensors: dict[str, Tensor]) -> str:
