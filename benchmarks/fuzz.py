@@ -41,6 +41,7 @@ from minillm.io.huggingface import load_model, load_scalar_model, save_model, sa
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.template import ForeignFormat
 from minillm.io.text import open_sources
+from minillm.io.vocabulary import load_tokenizer
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.play import __main__ as play
 from minillm.tokenizer import Tokenizer
@@ -200,7 +201,7 @@ def templates(folder: Path, rng: random.Random) -> None:
     for _ in range(rng.randrange(8)):
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice(PIECES))
     source = "".join(rng.sample(pieces, rng.randrange(len(pieces))) if rng.random() < 0.3 else pieces)
-    tokenizer = Tokenizer.load(folder / "sft")
+    tokenizer = load_tokenizer(folder / "sft")
     form = ForeignFormat(Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": source}))
     asked, answer = {"role": "user", "content": "Hi"}, rng.choice(("Yes", "", "<|end|>"))
     form.encode([asked, {"role": "assistant", "content": answer}])

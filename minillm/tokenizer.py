@@ -14,7 +14,6 @@ One trick makes this fast in plain Python: a word is a `str` whose characters ar
 in C.
 """
 
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,14 +22,13 @@ from functools import cache, cached_property
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain, pairwise
 from operator import add, itemgetter
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import regex
 
 from minillm.errors import InputError
-from minillm.files import digest, read_json, read_text, write_json, write_text
+from minillm.files import digest
 
 ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (ENDOFTEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|mask|>")
@@ -277,7 +275,7 @@ def _parts(word: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Text to ids and back. Make one with `train` or `load`.
+    """Text to ids and back. `train` makes one; io/vocabulary.py keeps it in a folder.
 
     `vocabulary` is ours or, of the same methods, another program's (io/vocabulary.py). `config` is what
     tokenizer_config.json holds: the names of bos_token, eos_token, pad_token and mask_token, and whatever
@@ -396,35 +394,6 @@ class Tokenizer:
         """Changes with all that determines a document's ids."""
         return digest(repr(self.vocabulary), self.bos_id, self.eos_id)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read tokenizer.json, given its folder or its name, and tokenizer_config.json beside it.
-
-        InputError if a file is absent or broken, or if it needs the `tokenizers` library and that is absent.
-        """
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        from minillm.io.vocabulary import read_vocabulary
-
-        settings = file.with_name("tokenizer_config.json")
-        tokenizer = cls(read_vocabulary(file), _read_config(settings) if settings.exists() else None)
-        try:  # so that an unknown name is an error here, not in the middle of a run
-            _ = tokenizer.bos_id, tokenizer.mask_id
-        except InputError as error:
-            raise InputError(f"{settings}: {error}") from None
-        return tokenizer
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder or, if `path` ends in .json, the first
-        as that file and the second beside it. Each is written whole or not at all."""
-        from minillm.io.vocabulary import to_json
-
-        file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
-        config = {"clean_up_tokenization_spaces": False, **self.config}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
-        write_text(file, to_json(self.vocabulary))
-        write_json(file.with_name("tokenizer_config.json"), config)
-        file.with_name("chat_template.jinja").unlink(missing_ok=True)  # another tokenizer's, which would win
-
 
 def _any_of(names: Iterable[str]) -> regex.Pattern | None:
     """A pattern that captures the leftmost, then longest, of `names`; None if there are none."""
@@ -441,11 +410,3 @@ def _default_config(special_tokens: Mapping[str, int]) -> dict:
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), ENDOFTEXT)
     names["mask_token"] = "<|mask|>"
     return {role: name for role, name in names.items() if name in special_tokens}
-
-
-def _read_config(file: Path) -> dict:
-    """tokenizer_config.json; a chat template in a file of its own, as newer tools write, wins."""
-    config, template = read_json(file), file.with_name("chat_template.jinja")
-    if template.exists():
-        config["chat_template"] = read_text(template)
-    return config

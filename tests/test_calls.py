@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from minillm.chat import TEMPLATE, ChatTemplate, check_messages, new_call, with_
 from minillm.errors import InputError
 from minillm.generate import Samples, SamplingOptions
 from minillm.io.template import PLAIN_TEMPLATE
+from minillm.io.vocabulary import save_tokenizer
 from minillm.preferences import ChatModel
 from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minillm.tools import calls as calls_module
@@ -48,7 +50,7 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def judge(folder: str) -> PreTrainedTokenizerFast:
-    tokenizer().save(folder)
+    save_tokenizer(Path(folder), tokenizer())
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -25,7 +25,7 @@ SEAMS = {
         "minillm/tools/folder.py",
         "minillm/tools/trackers.py",
     },
-    "minillm/tokenizer.py": {"minillm/fast/workers.py", "minillm/io/vocabulary.py"},
+    "minillm/tokenizer.py": {"minillm/fast/workers.py"},
     "minillm/reward.py": {"minillm/fast/shared_prompts.py"},
     "rlhf.py": {
         "minillm/io/conversations.py",

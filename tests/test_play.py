@@ -29,6 +29,7 @@ from minillm.errors import InputError
 from minillm.files import write_json
 from minillm.generate import stream_text
 from minillm.io.rankings import read_rankings
+from minillm.io.vocabulary import load_tokenizer
 from minillm.play import __main__ as play
 from minillm.play import shelf
 from minillm.play.parts import Picking
@@ -36,7 +37,6 @@ from minillm.play.shelf import Shelf, until
 from minillm.play.training import Training
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import MOST_WAITING, Busy, Worker
-from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import hold, read_metrics
 
 TOKEN = "a" * 20
@@ -350,7 +350,7 @@ def test_the_official_client_gets_the_same_reply_whole_streamed_and_with_log_pro
 def test_the_official_client_is_given_calls_runs_them_and_gets_the_reply_to_their_results(client, runs):
     asked = {"model": "sft", "tools": TOOLS, "max_tokens": 40}
     messages: list = [{"role": "user", "content": "2+3?"}]
-    with a_model_that_calls(Tokenizer.load(runs / "sft")):
+    with a_model_that_calls(load_tokenizer(runs / "sft")):
         whole = client.chat.completions.create(**asked, messages=messages).choices[0]
         assert whole.finish_reason == "tool_calls" and whole.message.content == "Let me see."
         (call,) = whole.message.tool_calls

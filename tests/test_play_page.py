@@ -13,9 +13,9 @@ from runs import ROOT
 from served import a_model_that_calls, make_runs, serve
 
 from minillm.io.rankings import read_rankings
+from minillm.io.vocabulary import load_tokenizer
 from minillm.play import __main__ as play
 from minillm.play import training
-from minillm.tokenizer import Tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -178,7 +178,7 @@ def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
 def test_calls_of_tools_are_run_and_shown_with_their_results(page, runs):
     page.goto(f"{page.url.partition('#')[0]}#chat")
     page.get_by_label("base", exact=True).uncheck()
-    with a_model_that_calls(Tokenizer.load(runs / "sft")):
+    with a_model_that_calls(load_tokenizer(runs / "sft")):
         for _ in range(2):  # what was called stays part of the talk
             page.locator("#chat-text").fill("2+3?")
             page.keyboard.press("Enter")

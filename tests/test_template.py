@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -17,7 +18,7 @@ from minillm.chat import TEMPLATE as DEFAULT_TEMPLATE
 from minillm.chat import ChatTemplate, check_messages, with_chat_template
 from minillm.errors import InputError
 from minillm.io.template import PLAIN_TEMPLATE, ForeignFormat
-from minillm.io.vocabulary import LibraryVocabulary, to_json
+from minillm.io.vocabulary import LibraryVocabulary, load_tokenizer, save_tokenizer, to_json
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, SPECIAL_TOKENS, Tokenizer
 
 CORPUS = (
@@ -115,7 +116,7 @@ def template_of(name: str) -> ChatTemplate:
 @cache
 def judge_of(name: str) -> PreTrainedTokenizerFast:
     with TemporaryDirectory() as folder:
-        tokenizer_of(name).save(folder)
+        save_tokenizer(Path(folder), tokenizer_of(name))
         return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -373,12 +374,12 @@ def test_a_tokenizer_without_a_template_gets_ours_and_keeps_it_or_its_own_on_dis
     trained = Tokenizer.train([CORPUS], 300)
     dressed = with_chat_template(trained)
     assert dressed.config["chat_template"] == DEFAULT_TEMPLATE and "chat_template" not in trained.config
-    dressed.save(tmp_path)
+    save_tokenizer(tmp_path, dressed)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == DEFAULT_TEMPLATE
-    loaded = with_chat_template(Tokenizer.load(tmp_path))
+    loaded = with_chat_template(load_tokenizer(tmp_path))
     assert ChatTemplate(loaded).prompt(chat("Hello")) == ChatTemplate(dressed).prompt(chat("Hello"))
     (tmp_path / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
-    template = ChatTemplate(Tokenizer.load(tmp_path))
+    template = ChatTemplate(load_tokenizer(tmp_path))
     assert template.end_id == template.tokenizer.eos_id, "a file of its own counts"
     assert with_chat_template(tokenizer_of("chatml")) is tokenizer_of("chatml")
     gpt2 = Tokenizer.train([CORPUS], 300, ["<|endoftext|>"])

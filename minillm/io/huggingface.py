@@ -26,6 +26,7 @@ from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError, reading
 from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
+from minillm.io.vocabulary import load_tokenizer, save_tokenizer
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
@@ -52,7 +53,7 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
 def _save(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     if writes(weights):
         write_json(folder / "config.json", raw)
-        _for_others(tokenizer).save(folder)
+        save_tokenizer(folder, _for_others(tokenizer))
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
@@ -113,7 +114,7 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 def _from_others(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, with the stops that came beside it in generation_config.json."""
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
         stops = read_json(folder / "generation_config.json").get("eos_token_id")

@@ -18,21 +18,42 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError, reading
-from minillm.files import read_json
-from minillm.tokenizer import Vocabulary, splitter
+from minillm.files import read_json, read_text, write_json, write_text
+from minillm.tokenizer import Tokenizer, Vocabulary, splitter
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""The last, as newer tools write it, wins over a chat template in the second."""
 SWITCHES = ("single_word", "lstrip", "rstrip", "normalized")
 """What an added token can ask for beside its name; ours ask for nothing."""
 
 
-def read_vocabulary(file: Path) -> "Vocabulary | LibraryVocabulary":
-    """The vocabulary in a tokenizer.json, with the tokens that only tokenizer_config.json beside it names.
-    InputError if a file is broken or needs a missing library."""
-    document, settings = read_json(file), file.with_name("tokenizer_config.json")
-    config = read_json(settings) if settings.exists() else {}
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of tokenizer.json, and what tokenizer_config.json beside it says of roles, chat
+    template and tokens. InputError if a file is absent or broken, or needs the `tokenizers` library and that
+    is absent."""
+    file, settings, template = (folder / name for name in FILES)
+    document, config = read_json(file), read_json(settings) if settings.exists() else None
     with reading(file, "give a tokenizer.json as the tokenizers library writes it"):
-        document["added_tokens"] = _added_tokens(document, config)
-        return _read_own(document) or _read_foreign(file, document)
+        document["added_tokens"] = _added_tokens(document, config or {})
+        vocabulary = _read_own(document) or _read_foreign(file, document)
+    if config is not None and template.exists():
+        config["chat_template"] = read_text(template)
+    tokenizer = Tokenizer(vocabulary, config)
+    try:  # so that an unknown name is an error here, not in the middle of a run
+        _ = tokenizer.bos_id, tokenizer.mask_id
+    except InputError as error:
+        raise InputError(f"{settings}: {error}") from None
+    return tokenizer
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, each whole or not at all."""
+    file, settings, template = (folder / name for name in FILES)
+    config = {"clean_up_tokenization_spaces": False, **tokenizer.config}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
+    write_text(file, to_json(tokenizer.vocabulary))
+    write_json(settings, config)
+    template.unlink(missing_ok=True)  # another tokenizer's, which would win
 
 
 def _added_tokens(document: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ import tyro
 
 from minillm.errors import InputError
 from minillm.files import write_text
-from minillm.io.vocabulary import LibraryVocabulary
-from minillm.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, Vocabulary
+from minillm.io.vocabulary import LibraryVocabulary, load_tokenizer
+from minillm.tokenizer import GPT2_PATTERN, PATTERN, Vocabulary
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 
@@ -56,7 +56,9 @@ def export(options: Options) -> None:
             f"{converter}: missing; git clone https://github.com/ggml-org/llama.cpp, name it with "
             "--llama-cpp, and pip install transformers sentencepiece, which it needs"
         )
-    name = PRE_TOKENIZERS.get(pattern_of(Tokenizer.load(options.run).vocabulary), "")  # others: in the list
+    name = PRE_TOKENIZERS.get(
+        pattern_of(load_tokenizer(Path(options.run)).vocabulary), ""
+    )  # others: in the list
     code = "import sys; from minillm.tools.export import convert; convert(*sys.argv[1:])"
     words = [str(converter), name, options.run, "--outfile", options.gguf]
     if subprocess.run([sys.executable, "-c", code, *words], check=False).returncode:
