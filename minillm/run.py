@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minillm.errors import InputError, Interrupted, reason_of, writing
-from minillm.files import read_json, sync_open, write_text
+from minillm.files import sync_open
 from minillm.options import TrainingOptions
 
 # ---- Where it computes
@@ -205,23 +205,16 @@ class Run:
     def __init__(
         self, stage: str, options: TrainingOptions, runtime: Runtime, command: str | None = None
     ) -> None:
-        from minillm.tools.folder import claim_folder, read_metrics
+        from minillm.tools.folder import claim_folder, earlier_events
 
         self.stage, self.options, self.runtime = stage, options, runtime
         self.command = command or f"{stage}.py"
         self.folder, self.began = options.folder, time.perf_counter()
         self.path = self.folder / "metrics.jsonl"
         claim_folder(options, runtime)
-        self.resuming = options.resume and (self.folder / RESUME_FILE).exists()
-        self.logged = read_metrics(self.folder) if options.resume else []
-        """The events of earlier sittings."""
-        if not self.resuming:
-            if any(event["event"] == "final" for event in self.logged):
-                raise InputError(
-                    f"{self.folder}: is finished, and has no {RESUME_FILE} any more; leave it as it is, or "
-                    "--overwrite to begin anew"
-                )
-            self.logged = []
+        earlier = earlier_events(options)
+        self.resuming, self.logged = earlier is not None, earlier or []
+        """Whether an earlier sitting left a restart point; and its events."""
         self.file: Any = None
         self.tracker: Any = None
         if options.tracker != "none" and runtime.is_main:
@@ -234,32 +227,28 @@ class Run:
         """Surrounds the loop: `state` is restored if the run resumes, metrics.jsonl is open, signals stop the
         loop after a step. `save_model` writes the model in Hugging Face's layout."""
         from minillm.tools.ending import signals
-        from minillm.tools.folder import begin_folder, save_state, starts_from
+        from minillm.tools.folder import begin_folder, resume
 
         self.state, self.steps, self.save_model, tenth = state, steps, save_model, max(1, steps // 10)
         self.val_every, self.save_every = self.options.val_every or tenth, self.options.save_every or tenth
         if self.options.warmup > max(steps, TrainingOptions.warmup):
             raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
         if self.resuming:
-            self._restore()
+            self.logged = resume(state, steps, self.folder, self.logged)
         self.saved_step, self.earlier = state.step if self.resuming else None, state.seconds
         self.latest = {event["event"]: event for event in self.logged}
         self.shown: dict[str, str] = {}
         self.told_to_stop = math.inf
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals(self._stop))
+            if self.runtime.saves:
+                begin_folder(self)
             if self.runtime.is_main:
-                begin_folder(self.options, self.stage, self.resuming)
-                write_text(self.path, "".join(json.dumps(event) + "\n" for event in self.logged))
                 # Unbuffered: a line is on its way to the disk when written, and none is left to close().
                 self.file = stack.enter_context(open(self.path, "ab", buffering=0))
                 if self.tracker and "final" not in self.latest:
-                    self.tracker.open(self.folder, read_json(self.folder / "run.json"), state.step)
+                    self.tracker.open(self.folder, state.step)
                     stack.callback(self.tracker.close)
-            begins_here = not self.resuming and starts_from(self.options) == self.folder.resolve()
-            if begins_here and self.runtime.saves:
-                # The first model that is written replaces the one of --init: from now on it is here.
-                save_state(state, self.folder)
             self.bar = tqdm(disable=True)
             with NO_SCREEN:
                 # On the bare stream: what the bar shows is printable.
@@ -273,24 +262,6 @@ class Run:
             finally:
                 with NO_SCREEN:
                     self.bar.close()
-
-    def _restore(self) -> None:
-        """Goes back to the restart point, and keeps the logged lines up to there.
-
-        Those are synced before the restart point is written, so no crash can have lost one.
-        """
-        from minillm.tools.folder import restore_state
-
-        restore_state(self.state, self.folder)
-        step = self.state.step
-        if step and all(event["step"] != step for event in self.logged):
-            raise InputError(
-                f"{self.path}: holds no step {step}, where the run goes on; restore it or --overwrite"
-            )
-        if step > self.steps:
-            raise InputError(f"{self.folder}: has done {step:,} steps already; ask for no fewer")
-        ends = "final" if step < self.steps else None
-        self.logged = [e for e in self.logged if e["step"] <= step and e["event"] != ends]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C, SIGTERM or SIGHUP ends the loop after the step under way; a second one ends at once.

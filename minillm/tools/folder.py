@@ -20,12 +20,12 @@ from torch import Tensor
 
 from minillm import files
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.files import digest, read_json, write_json
+from minillm.files import digest, read_json, write_json, write_text
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import cut_like, load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
-from minillm.run import RESUME_FILE, Runtime, TrainingState
+from minillm.run import RESUME_FILE, Run, Runtime, TrainingState
 from minillm.tools.provenance import provenance
 
 MODEL_FILES = (
@@ -161,16 +161,26 @@ def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
     write_json(folder / "run.json", run)
 
 
-def begin_folder(options: TrainingOptions, stage: str, resuming: bool) -> None:
-    """Writes run.json of a new run, or into that of a resumed one the options that have changed."""
-    if not resuming:
-        start_run_folder(options, stage)
-        return
-    path, now = options.folder / "run.json", options_json(options)
+def begin_folder(run: Run) -> None:
+    """Writes run.json of a new run, or into that of a resumed one the options that have changed; and the
+    events up to here."""
+    if run.runtime.is_main:
+        if run.resuming:
+            change_options(run.folder / "run.json", options_json(run.options))
+        else:
+            start_run_folder(run.options, run.stage)
+        write_text(run.path, "".join(json.dumps(event) + "\n" for event in run.logged))
+    if not run.resuming and starts_from(run.options) == run.folder.resolve():
+        # The first model that is written replaces the one of --init: from now on it is here.
+        save_state(run.state, run.folder)
+
+
+def change_options(path: Path, now: dict[str, Any]) -> None:
+    """Writes into run.json the options of this sitting that have changed."""
     run = read_json(path)
-    sitting = {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
-    if run["options"] != now | sitting:
-        write_json(path, run | {"options": now | sitting})
+    now |= {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
+    if run["options"] != now:
+        write_json(path, run | {"options": now})
 
 
 def read_run(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -210,7 +220,40 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
+def earlier_events(options: TrainingOptions) -> list[dict[str, Any]] | None:
+    """The events of the run that is resumed; None where none is, or where it left no restart point and begins
+    anew. InputError where it has none any more."""
+    folder = options.folder
+    events = read_metrics(folder) if options.resume else []
+    if options.resume and (folder / RESUME_FILE).exists():
+        return events
+    if any(event["event"] == "final" for event in events):
+        raise InputError(
+            f"{folder}: is finished, and has no {RESUME_FILE} any more; leave it as it is, or --overwrite to "
+            "begin anew"
+        )
+    return None
+
+
 # ---- What an exact restart needs, in one file
+
+
+def resume(
+    state: TrainingState, steps: int, folder: Path, logged: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Goes back to the restart point of a run of `steps` steps; returns the logged events up to there.
+
+    Those are synced before the restart point is written, so no crash can have lost one.
+    """
+    restore_state(state, folder)
+    step = state.step
+    if step and all(event["step"] != step for event in logged):
+        path = folder / "metrics.jsonl"
+        raise InputError(f"{path}: holds no step {step}, where the run goes on; restore it or --overwrite")
+    if step > steps:
+        raise InputError(f"{folder}: has done {step:,} steps already; ask for no fewer")
+    ends = "final" if step < steps else None
+    return [e for e in logged if e["step"] <= step and e["event"] != ends]
 
 
 def save_state(state: TrainingState, folder: Path) -> None:

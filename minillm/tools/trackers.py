@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError, reason_of
+from minillm.files import read_json
 from minillm.tools.streams import printable
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -27,8 +28,9 @@ class Tracker:
         except ImportError as error:
             raise InputError(f"--tracker {name}: {error}; pip install {name}, or leave it out") from error
 
-    def open(self, folder: Path, run: dict[str, Any], step: int) -> None:
-        """Before `log`: the run folder, what run.json holds, and the step that is done."""
+    def open(self, folder: Path, step: int) -> None:
+        """Before `log`: the run folder, with its run.json, and the step that is done."""
+        run = read_json(folder / "run.json")
         try:
             if self.name == "wandb":
                 how = {"config": run["options"], "id": run.get("id"), "resume": "allow"}
