@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ from minillm.play import __main__ as play
 from minillm.tokenizer import Tokenizer
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import last_words
-from minillm.tools.folder import options_json, read_metrics
+from minillm.tools.folder import read_metrics
 from minillm.tools.stage import ROOT
 
 LONGEST = 60
@@ -92,7 +92,7 @@ def make(folder: Path) -> None:
     reward = scalar_from_language_model(model, torch.Generator().manual_seed(0))
     save_scalar_model(folder / "rlhf" / "reward", reward, tokenizer)
     for run, stage in (("base", "train"), ("sft", "sft")):
-        options = options_json(importlib.import_module(stage).Options(out=str(folder / run)))
+        options = asdict(importlib.import_module(stage).Options(out=str(folder / run)))
         write_json(folder / run / "run.json", {"stage": stage, "options": options})
         events = [{"event": event, "step": 1, "loss": 0.5} for event in ("train", "val", "final")]
         (folder / run / "metrics.jsonl").write_text(lines(events))

@@ -22,7 +22,6 @@ from minillm.errors import InputError
 from minillm.options import Count, Positive, Seed, TrainingOptions, check_limits
 from minillm.tools import chat, commandline
 from minillm.tools.commandline import parse_options
-from minillm.tools.folder import options_json
 
 SCRIPTS = [train, sft, rlhf, chat, compare]
 
@@ -95,7 +94,7 @@ def start_run(folder: Path, given: dict) -> None:
     """What a script leaves in run.json."""
     options = parse_options(Options, flags({**given, "out": str(folder)}))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"options": options_json(options)}))
+    (folder / "run.json").write_text(json.dumps({"options": asdict(options)}))
 
 
 def resume(folder: Path, given: dict) -> list[str]:

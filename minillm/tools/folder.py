@@ -139,11 +139,6 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def options_json(options: Any) -> dict[str, Any]:
-    """The options as run.json holds them."""
-    return json.loads(json.dumps(asdict(options)))
-
-
 def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
     """Removes the files of an earlier run, nothing that a run did not write, and says what starts, with
     `more` in run.json.
@@ -157,7 +152,7 @@ def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
     for path in [*(folder / name for name in RUN_FILES if name not in kept), *events]:
         with writing(path, "give another --out"):
             path.unlink(missing_ok=True)
-    run = {"stage": stage, "id": uuid4().hex, "options": options_json(options), **provenance(), **more}
+    run = {"stage": stage, "id": uuid4().hex, "options": asdict(options), **provenance(), **more}
     write_json(folder / "run.json", run)
 
 
@@ -166,21 +161,16 @@ def begin_folder(run: Run) -> None:
     events up to here."""
     if run.runtime.is_main:
         if run.resuming:
-            change_options(run.folder / "run.json", options_json(run.options))
+            path, options = run.folder / "run.json", asdict(run.options)
+            written = read_json(path)
+            options |= {name: written["options"].get(name) for name in ("resume", "overwrite", "out")}
+            write_json(path, written | {"options": options})
         else:
             start_run_folder(run.options, run.stage)
         write_text(run.path, "".join(json.dumps(event) + "\n" for event in run.logged))
     if not run.resuming and starts_from(run.options) == run.folder.resolve():
         # The first model that is written replaces the one of --init: from now on it is here.
         save_state(run.state, run.folder)
-
-
-def change_options(path: Path, now: dict[str, Any]) -> None:
-    """Writes into run.json the options of this sitting that have changed."""
-    run = read_json(path)
-    now |= {name: run["options"].get(name) for name in ("resume", "overwrite", "out")}
-    if run["options"] != now:
-        write_json(path, run | {"options": now})
 
 
 def read_run(folder: Path) -> tuple[Any, dict[str, Any]]:
