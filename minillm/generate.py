@@ -17,9 +17,8 @@ Sources: nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751), section 3.1;
 et al. 2018 (arXiv 1805.04833), section 5.4.
 """
 
-import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,15 +114,6 @@ def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions
     """The tokens `generate` would give this prompt and seed, each as soon as it is chosen."""
     _check(model, [prompt], options, [seed])
     return (int(token) for _, token, _ in _steps(model, [prompt], options, [seed]))
-
-
-def stream_text(decode_bytes: Callable[[list[int]], bytes], tokens: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as tokens come, holding back bytes until they make whole characters.
-
-    `decode_bytes` is the tokenizer's. The pieces join to the text of all tokens decoded at once,
-    with U+FFFD for bytes that are not UTF-8.
-    """
-    return codecs.iterdecode((decode_bytes([token]) for token in tokens), "utf-8", errors="replace")
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) -> Float[Tensor, "B V"]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from minillm import generate as generate_module
 from minillm.errors import InputError
 from minillm.fast.decode import FoldedCache
-from minillm.generate import Samples, SamplingOptions, filter_logits, generate, stream, stream_text
+from minillm.generate import Samples, SamplingOptions, filter_logits, generate, stream
 from minillm.model import KVCache, LanguageModel, ModelConfig
+from minillm.tools.streams import stream_text
 
 LAW = settings(max_examples=25)
 BASE = ModelConfig(

@@ -27,7 +27,6 @@ from served import a_model_that_calls, make_runs, serve
 
 from minillm.errors import InputError
 from minillm.files import write_json
-from minillm.generate import stream_text
 from minillm.io.rankings import read_rankings
 from minillm.io.vocabulary import load_tokenizer
 from minillm.play import __main__ as play
@@ -38,6 +37,7 @@ from minillm.play.training import Training
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import MOST_WAITING, Busy, Worker
 from minillm.tools.folder import hold, read_metrics
+from minillm.tools.streams import stream_text
 
 TOKEN = "a" * 20
 

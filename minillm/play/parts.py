@@ -13,7 +13,6 @@ from minillm.chat import ChatTemplate, Completion
 from minillm.data import split_documents
 from minillm.errors import InputError
 from minillm.files import read_json
-from minillm.generate import stream_text
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources
 from minillm.model import LanguageModel
@@ -23,6 +22,7 @@ from minillm.preferences import ResponseSet
 from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
 from minillm.tools.ranking import RankingSession, parse_ranking
+from minillm.tools.streams import stream_text
 
 PASSAGES = 12
 """Of each source of text."""

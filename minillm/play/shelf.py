@@ -17,7 +17,7 @@ import torch
 from minillm.chat import ChatTemplate, check_messages, with_tools
 from minillm.errors import InputError
 from minillm.files import read_json
-from minillm.generate import SamplingOptions, stream, stream_text
+from minillm.generate import SamplingOptions, stream
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import LanguageModel
 from minillm.play.worker import Event, Job
@@ -26,6 +26,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.tools.calls import MOST_CALLS, Tool, calculator, results_of, search, texts_of_run
 from minillm.tools.chat import Chat
 from minillm.tools.chat import Options as ChatOptions
+from minillm.tools.streams import stream_text
 
 MOST_OPEN = 8
 """Models in memory; the one not asked for the longest goes first."""

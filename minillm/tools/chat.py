@@ -25,7 +25,7 @@ import tyro
 from minillm.chat import ChatTemplate, chat_format, with_tools
 from minillm.errors import InputError
 from minillm.files import read_text
-from minillm.generate import SamplingOptions, stream, stream_text
+from minillm.generate import SamplingOptions, stream
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
@@ -34,6 +34,7 @@ from minillm.tools.calls import MOST_CALLS, open_tools, results_of
 from minillm.tools.commandline import parse_options
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.ending import one_line_errors
+from minillm.tools.streams import stream_text
 
 LONGEST_REPLY = 512
 """Tokens of a reply where the context leaves as many and --max-new-tokens says nothing."""

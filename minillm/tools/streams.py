@@ -1,18 +1,29 @@
-"""Text on its way out: standard streams that are there for every script, tables of words, templates, columns.
+"""Text on its way out: standard streams that are there for every script, a reply as its tokens come, tables
+of words, templates, columns.
 
 Whatever is written of a text of others is made printable, and on a page escaped, so that it is shown and
 never obeyed.
 """
 
+import codecs
 import io
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from html import unescape
 from pathlib import Path
 from typing import Any
+
+
+def stream_text(decode_bytes: Callable[[list[int]], bytes], tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text as tokens come, holding back bytes until they make whole characters.
+
+    `decode_bytes` is the tokenizer's. The pieces join to the text of all tokens decoded at once,
+    with U+FFFD for bytes that are not UTF-8.
+    """
+    return codecs.iterdecode((decode_bytes([token]) for token in tokens), "utf-8", errors="replace")
 
 
 def printable(text: str, kept: str = "\n\t") -> str:
