@@ -5,11 +5,10 @@ cache (model.KVCache, mostly in the faster form of fast/decode.py); after it eve
 Rows that have stopped are dropped once they are a quarter of the batch. Computation is in the model's
 `compute_dtype`; on a CPU float32 is the faster one.
 
-A step turns logits into one token: divide by the temperature, forbid the stop tokens while the
-response is too short, keep the top-k, of these keep the nucleus (top-p), renormalise, and invert the
-cumulative distribution at a uniform number. Each row draws its uniform numbers from its own seed, so
-its sample does not depend on its neighbours (up to rounding: a matrix product over more rows may add
-in another order, which moves a probability in its last digits).
+A step turns logits into one token: divide by the temperature, keep the top-k, of these keep the nucleus
+(top-p), renormalise, and invert the cumulative distribution at a uniform number. Each row draws its uniform
+numbers from its own seed, so its sample does not depend on its neighbours (up to rounding: a matrix product
+over more rows may add in another order, which moves a probability in its last digits).
 
 Left out: beam search, repetition penalties, speculative decoding, paged caches, CUDA graphs.
 
@@ -43,8 +42,6 @@ class SamplingOptions:
     top_p: Mass | int = 1.0
     """Sample among the fewest most probable tokens that together reach this probability, counted
     after temperature and top-k; 1 for all."""
-    min_new_tokens: Whole = 0
-    """No stop token is chosen before the response has this many others."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a response; the one that did stays as its last token."""
     crop: bool = False
@@ -67,8 +64,8 @@ class Samples:
     responses: list[list[int]]
     """Token ids, the stop token included."""
     logprobs: Float[Tensor, "B N"]
-    """Of response token n, in nats, under the distribution it was sampled from: after temperature,
-    stop tokens held back, top-k and top-p. 0 after the response's end, and for a greedy choice."""
+    """Of response token n, in nats, under the distribution it was sampled from: after temperature, top-k
+    and top-p. 0 after the response's end, and for a greedy choice."""
     stopped: list[bool]
     """Whether the response ended on a stop token rather than at max_new_tokens."""
 
@@ -184,8 +181,6 @@ def _steps(
                 cache.keep(running)
                 rows, uniforms, token, running = (x[running] for x in (rows, uniforms, token, running))
             logits = cache.step(token) if step else cache.prefill(tokens, lengths)
-            if step < options.min_new_tokens:
-                logits[:, stop_ids] = -torch.inf
             token, logprob = _choose(logits, uniforms[:, step], options)
             running = running & (token[:, None] != stop_ids).all(dim=1)
             # The only wait for the device in a step. NaN if a log-probability is not finite.
@@ -218,8 +213,6 @@ def _check(
             not model.config.causal,
         f"stop_ids {options.stop_ids} are not all below the model's {V} tokens; use its tokenizer":
             not all(0 <= token < V for token in options.stop_ids),
-        "every token is a stop token; set min_new_tokens to 0":
-            options.min_new_tokens > 0 and len(set(options.stop_ids)) == V,
     }  # fmt: skip
     for number, prompt in enumerate(prompts):
         objections |= {

@@ -55,11 +55,9 @@ def last_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
         return model.logits(model.model(torch.tensor([tokens])))[0, -1].double()
 
 
-def sampled_from(logits: Tensor, options: SamplingOptions, step: int) -> Tensor:
+def sampled_from(logits: Tensor, options: SamplingOptions) -> Tensor:
     """Log-probabilities by the definition, one token after the other."""
     logits = logits / options.temperature
-    if step < options.min_new_tokens:
-        logits[list(options.stop_ids)] = -math.inf
     order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
     order = order[: options.top_k or len(order)]
     probabilities = logits[order].softmax(0)
@@ -143,17 +141,16 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(prompts, random,
     st.floats(0.3, 3),
     st.sampled_from([0, 1, 5, 63, 64, 1000]),
     st.sampled_from([1.0, 0.9, 0.4, 1e-6]),
-    st.integers(0, 4),
 )
 def test_returned_log_probabilities_are_those_of_the_distribution_sampled_from(
-    prompts, temperature, top_k, top_p, min_new
+    prompts, temperature, top_k, top_p
 ):
-    options = SamplingOptions(5, temperature, top_k, top_p, min_new, stop_ids=tuple(range(0, 64, 4)))
+    options = SamplingOptions(5, temperature, top_k, top_p, stop_ids=tuple(range(0, 64, 4)))
     samples = generate(MODEL, prompts, options, range(len(prompts)))
     for b, response in enumerate(samples.responses):
         tokens = list(prompts[b])
         for n, token in enumerate(response):
-            expected = float(sampled_from(last_logits(MODEL, tokens), options, n)[token])
+            expected = float(sampled_from(last_logits(MODEL, tokens), options)[token])
             got = float(samples.logprobs[b, n])
             # A token at the very edge of the nucleus may round in or out; a chosen one never is
             # further than that from the definition.
@@ -240,18 +237,15 @@ def test_top_p_counts_what_top_k_left():
 
 
 @LAW
-@given(PROMPTS, st.integers(0, 10), st.sets(st.integers(0, 63), max_size=40), st.sampled_from([0, 1.0]))
-def test_a_response_and_its_stream_end_on_the_first_stop_token_and_not_before_min_new_tokens(
-    prompts, min_new, stop_ids, temperature
-):
-    options = SamplingOptions(8, temperature, min_new_tokens=min_new, stop_ids=tuple(sorted(stop_ids)))
+@given(PROMPTS, st.sets(st.integers(0, 63), max_size=40), st.sampled_from([0, 1.0]))
+def test_a_response_and_its_stream_end_on_the_first_stop_token(prompts, stop_ids, temperature):
+    options = SamplingOptions(8, temperature, stop_ids=tuple(sorted(stop_ids)))
     samples = generate(MODEL, prompts, options, range(len(prompts)))
     assert list(stream(MODEL, prompts[0], options, 0)) == samples.responses[0]
     for response, stopped in zip(samples.responses, samples.stopped, strict=True):
         stops = [n for n, token in enumerate(response) if token in stop_ids]
         assert stopped == bool(stops)
         assert stops == ([len(response) - 1] if stops else [])
-        assert not stops or stops[0] >= min_new
         assert stops or len(response) == 8
 
 
@@ -331,14 +325,11 @@ def test_no_prompts_have_no_responses():
 @pytest.mark.parametrize(
     "change",
     [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
-     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_new_tokens": -1}],
+     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(change):
     with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')}"):
         SamplingOptions(**({"max_new_tokens": 4} | change))
-
-
-STOPS = tuple(range(64))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +341,6 @@ STOPS = tuple(range(64))
         ([[64]], {}, "outside the model's vocabulary"),
         ([[-1]], {}, "outside the model's vocabulary"),
         ([[1]], {"stop_ids": (64,)}, "stop_ids"),
-        ([[1]], {"stop_ids": STOPS, "min_new_tokens": 1}, "every token"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line_before_anything_is(prompts, options, message):
