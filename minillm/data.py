@@ -192,7 +192,7 @@ class TokenizedSource:
             raise InputError(f"data source {self.name!r}: {short}; give more text or a smaller block size")
         return TextRows(self, block_size, seed)
 
-    def val_rows(self, block_size: int, most: int) -> "list[Row]":
+    def val_rows(self, block_size: int, most: int) -> "list[Batch]":
         """At most `most` rows of the held-out text, the same each time: of the windows side by side from its
         first token on, all or evenly spaced ones; the last is filled up with bos and targets IGNORED."""
         if len(self.val) < 2:
@@ -205,7 +205,8 @@ class TokenizedSource:
             tokens, targets = np.full(block_size, self.bos_id), np.full(block_size, IGNORED)
             tokens[: len(ids)], targets[: len(ids) - 1] = ids[:block_size], ids[1:]
             begins = np.where(tokens == self.bos_id, np.arange(block_size, dtype=np.int32), 0)
-            rows.append(Row(tokens, targets, np.maximum.accumulate(begins)))
+            row = tokens, targets, np.maximum.accumulate(begins)
+            rows.append(Batch(*map(torch.from_numpy, row)))
         return rows
 
 
@@ -296,7 +297,7 @@ class EncodedSource:
         """The rows of the training conversations, which are no longer than `block_size`."""
         return PackedRows(self, block_size, seed)
 
-    def val_rows(self, block_size: int, most: int) -> "list[Row]":
+    def val_rows(self, block_size: int, most: int) -> "list[Batch]":
         """At most `most` rows of the held-out conversations, the same each time."""
         packed = best_fit(positions(self.val), np.arange(len(self.val)), block_size)[:most]
         return [pack_conversations([self.val[i] for i in chosen], block_size) for chosen in packed]
@@ -364,15 +365,16 @@ def positions(conversations: Sequence[Encoded]) -> Int64[np.ndarray, " M"]:
 # ---- Tokens → rows, shuffled
 
 
-class Row(NamedTuple):
-    """One row of a batch."""
+class Batch(NamedTuple):
+    """Rows of tokens and what comes next at each position, IGNORED where nothing does; of one row, the axis B
+    is left out."""
 
-    tokens: Int64[np.ndarray, " T"]
-    targets: Int64[np.ndarray, " T"]
-    start: Int32[np.ndarray, " T"]  # the position in the row where this position's document begins
+    tokens: Int64[Tensor, "*B T"]
+    targets: Int64[Tensor, "*B T"]
+    start: Int32[Tensor, "*B T"]  # the position in the row where this position's document begins
 
 
-def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row:
+def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Batch:
     """A row of conversations that fit in it. Its end is padding: token 0, no target, each a document."""
     tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
     start, begin = np.arange(block_size, dtype=np.int32), 0
@@ -381,7 +383,7 @@ def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Row
         tokens[begin:end], start[begin:end] = ids[:-1], begin
         targets[begin:end] = np.where(assistant[1:], ids[1:].astype(np.int64), IGNORED)
         begin = end
-    return Row(tokens, targets, start)
+    return Batch(*map(torch.from_numpy, (tokens, targets, start)))
 
 
 class Shuffled(Generic[Item]):
@@ -436,7 +438,7 @@ def generator_of(*key: int | str) -> np.random.Generator:
 LINE_END, BLANK_LINE = re.compile(rb"\n\s*\Z"), re.compile(rb"\n\s*\n\s*\Z")
 
 
-class TextRows(Shuffled[Row]):
+class TextRows(Shuffled[Batch]):
     """The rows of one stream of text.
 
     Row i is tokens[phase + i·T : phase + (i+1)·T + 1], T being `block_size`; its last token is the first of
@@ -460,7 +462,7 @@ class TextRows(Shuffled[Row]):
         self.made = random.random(len(order)) < self.made_share
         return order
 
-    def take(self, which: Any) -> Row:
+    def take(self, which: Any) -> Batch:
         tokens, size, bos = self.items, self.block_size, self.source.bos_id
         begin = self.phase + int(which) * size
         ids = tokens[begin : begin + size + 1].astype(np.int64)
@@ -468,7 +470,7 @@ class TextRows(Shuffled[Row]):
             begin = min(self._paragraph(begin), len(tokens) - size)
             ids[0], ids[1:] = bos, tokens[begin : begin + size]
         begins = np.where(ids[:-1] == bos, np.arange(size, dtype=np.int32), 0)
-        return Row(ids[:-1], ids[1:], np.maximum.accumulate(begins))
+        return Batch(*map(torch.from_numpy, (ids[:-1], ids[1:], np.maximum.accumulate(begins))))
 
     def _paragraph(self, begin: int) -> int:
         """Where the next paragraph begins, from `begin` on, else the next line, else `begin`. A token begins
@@ -482,7 +484,7 @@ class TextRows(Shuffled[Row]):
         return begin
 
 
-class PackedRows(Shuffled[Row]):
+class PackedRows(Shuffled[Batch]):
     """The rows of a source of conversations: every one once an epoch, each epoch with other neighbours."""
 
     def __init__(self, source: EncodedSource, block_size: int, seed: int) -> None:
@@ -493,7 +495,7 @@ class PackedRows(Shuffled[Row]):
         rows = best_fit(self.sizes, random.permutation(len(self.sizes)), self.block_size)
         return [rows[i] for i in random.permutation(len(rows)).tolist()]
 
-    def take(self, which: Any) -> Row:
+    def take(self, which: Any) -> Batch:
         return pack_conversations([self.items[i] for i in which], self.block_size)
 
 
@@ -586,14 +588,6 @@ def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tens
 # ---- Rows → batches
 
 
-class Batch(NamedTuple):
-    """Rows of tokens and what comes next at each position, IGNORED where nothing does."""
-
-    tokens: Int64[Tensor, "B T"]
-    targets: Int64[Tensor, "B T"]
-    start: Int32[Tensor, "B T"]  # the position in the row where this position's document begins
-
-
 RowSource = TokenizedSource | EncodedSource
 
 
@@ -610,7 +604,7 @@ class Mixture:
         self.sources, self.block_size, self.seed = list(sources), block_size, seed
         self.shares = weights / weights.sum()
         self.drawn = [0] * len(sources)
-        self.streams: list[Shuffled[Row]] = [source.rows(block_size, seed) for source in sources]
+        self.streams: list[Shuffled[Batch]] = [source.rows(block_size, seed) for source in sources]
         self.choices = generator_of(seed)
 
     def next_rows(self, n: int) -> Batch:
@@ -621,7 +615,7 @@ class Mixture:
         for source in chosen:
             rows += self.streams[source].next()
             self.drawn[source] += 1
-        return Batch(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+        return Batch(*map(torch.stack, zip(*rows, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the mixture, in a few numbers that JSON can hold."""
@@ -657,7 +651,7 @@ def validation_batches(
         rows = source.val_rows(block_size, max(1, round(max_tokens * source.weight / total / block_size)))
         for first in range(0, len(rows), batch_rows):
             parts = zip(*rows[first : first + batch_rows], strict=True)
-            batches.append(Batch(*(torch.from_numpy(np.stack(part)) for part in parts)))
+            batches.append(Batch(*map(torch.stack, parts)))
     return batches
 
 

@@ -349,11 +349,11 @@ def test_of_one_long_text_a_share_of_rows_begins_with_bos_and_a_paragraph(tmp_pa
     assert abs(len(begins) / len(rows) - BEGINNING_SHARE) < 0.06
     train = stream.source.train.tolist()
     for row in begins:
-        assert bytes(row.tokens[1:9].astype(np.uint8)) == b"Chapter "
+        assert bytes(row.tokens[1:9].numpy().astype(np.uint8)) == b"Chapter "
         # Nothing teaches that a document ends there, and the text goes on as it is in the book.
         assert BYTES.bos_id not in row.targets.tolist()
         assert row.tokens[1:].tolist() == row.targets[:-1].tolist()
-        assert bytes(row.targets.astype(np.uint8)) in bytes(np.array(train[1:-1], np.uint8))
+        assert bytes(row.targets.numpy().astype(np.uint8)) in bytes(np.array(train[1:-1], np.uint8))
         assert row.start.tolist() == [0] * 64
 
 
@@ -371,7 +371,7 @@ def test_where_no_blank_line_is_near_a_row_begins_with_a_line_or_anywhere(tmp_pa
     assert begins
     for row in begins:
         # The first row of the stream begins a document of its own accord.
-        assert first is None or bytes(row.targets.astype(np.uint8)).startswith(first)
+        assert first is None or bytes(row.targets.numpy().astype(np.uint8)).startswith(first)
 
 
 def test_a_stream_shorter_than_a_row_is_refused_by_name_and_one_row_is_enough():
