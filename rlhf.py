@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, seed_of, split_by_hash, tokenize
+from minillm.digest import digest
 from minillm.dpo import rewards_of
 from minillm.errors import InputError
-from minillm.files import digest, write_json, write_text
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import (
     load_causal_model,
@@ -310,6 +310,7 @@ def rank(options: Options, runtime: Runtime) -> None:
 
 def agreement(options: Options, runtime: Runtime) -> None:
     """Prints the table of agreement and writes agreement.json."""
+    from minillm.io.disk import write_json
     from minillm.io.rankings import read_rankings
     from minillm.tools.measures import table_text
     from minillm.tools.provenance import provenance
@@ -536,6 +537,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     Its KL to the assistant is at most log n - (n - 1)/n nats a response (Stiennon et al. 2020, appendix G.3).
     """
+    from minillm.io.disk import write_json, write_text
     from minillm.tools.folder import claim_folder, start_run_folder
     from minillm.tools.provenance import provenance
 

@@ -35,7 +35,6 @@ from minillm.data import (
     validation_batches,
 )
 from minillm.errors import InputError
-from minillm.files import write_text
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
@@ -250,6 +249,8 @@ def finish(run: Run, best: float, mixture: Mixture, options: Options) -> None:
 
 def write_samples(run: Run, model: LanguageModel, tokenizer: Tokenizer, options: Options) -> None:
     """A few texts sampled from the document token alone, on the screen and in samples.txt."""
+    from minillm.io.disk import write_text
+
     bos, eos = document_marks(tokenizer)
     sampling = SamplingOptions(max_new_tokens=options.block_size - 1, temperature=0.8, stop_ids=(eos,))
     seeds = [options.seed + i for i in range(options.samples)]

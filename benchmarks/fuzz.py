@@ -33,10 +33,11 @@ from harness import at_least_one, parser, write
 from starlette.testclient import TestClient
 
 from minillm.chat import with_chat_template
+from minillm.digest import digest_of
 from minillm.errors import InputError
-from minillm.files import digest_of, write_json
 from minillm.io import sandbox
 from minillm.io.conversations import open_conversations, rankings_of_file
+from minillm.io.disk import write_json
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.template import ForeignFormat

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `python benchmarks/x.py` runs beside its own minillm
 
-from minillm.files import write_json
+from minillm.io.disk import write_json
 from minillm.tools.provenance import provenance
 
 Side = Callable[[int], dict[str, float]]

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import parser, write
 
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.tools.ending import one_line_errors
 from minillm.tools.folder import read_metrics
 from minillm.tools.stage import script

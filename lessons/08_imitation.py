@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from minillm.files import write_text
+from minillm.io.disk import write_text
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.world import World
 

@@ -20,7 +20,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from minillm.files import read_json, read_text, write_text
+from minillm.io.disk import read_json, read_text, write_text
 
 NOISE = (1, 3)
 PROMPTS = (300, 1000, 3000)

@@ -28,7 +28,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.axes import Axes
 
-from minillm.files import read_text
+from minillm.io.disk import read_text
 from minillm.io.rankings import read_rankings, read_responses
 from minillm.preferences import ResponseSet, new_ranking, ranking_by, simulated_annotators
 from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies

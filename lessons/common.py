@@ -37,8 +37,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.chat import ChatTemplate, Conversation
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest, read_json, read_text, write_json, write_text
+from minillm.io.disk import read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.preferences import ChatModel, Ranking, ResponseSet
 from minillm.reward import encode_response, score_rows

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillm.chat import Conversation, Dialogue
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest
 from minillm.tokenizer import ENDOFTEXT, Tokenizer
 
 Item = TypeVar("Item")

@@ -30,7 +30,7 @@ from torch import nn
 
 from minillm.chat import ChatTemplate, Completion, chat_format
 from minillm.data import seed_of
-from minillm.files import digest
+from minillm.digest import digest
 from minillm.generate import ROWS, SamplingOptions, generate
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer

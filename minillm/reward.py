@@ -36,8 +36,8 @@ from torch import Tensor
 
 from minillm.chat import ChatTemplate
 from minillm.data import Shuffled, flat_index, forward_passes, pack_sequences, pad, split_by_hash
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest
 from minillm.model import ScalarModel
 from minillm.optim import accumulate
 from minillm.preferences import Ranking

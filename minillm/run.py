@@ -42,7 +42,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minillm.errors import InputError, Interrupted, reason_of, writing
-from minillm.files import sync_open
 from minillm.options import TrainingOptions
 
 # ---- Where it computes
@@ -333,6 +332,7 @@ class Run:
 
     def save(self) -> None:
         """Writes the model and the restart point; InputError if a weight is not finite."""
+        from minillm.io.disk import sync_open
         from minillm.tools.folder import save_state
 
         weights = [getattr(weight, "_local_tensor", weight) for weight in self.state.model.parameters()]

@@ -27,8 +27,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 import regex
 
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest
 
 ENDOFTEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (ENDOFTEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|mask|>")

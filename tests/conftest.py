@@ -63,7 +63,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def quick_plots(monkeypatch) -> None:
     """No picture is drawn, which takes a third of a small run; the reference runs of each stage draw all."""
-    from minillm.files import write_atomically
+    from minillm.io.disk import write_atomically
     from minillm.tools import plots
 
     def save(figure: object, path: Path) -> None:

@@ -14,7 +14,7 @@ import uvicorn
 from matplotlib.figure import Figure
 
 from minillm.chat import with_chat_template
-from minillm.files import write_json
+from minillm.io.disk import write_json
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.play import __main__ as play

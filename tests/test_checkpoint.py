@@ -21,8 +21,9 @@ from runs import Killed, fresh_state, open_run, restart_point
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import with_chat_template
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest, read_json, read_text, scratch_of, write_atomically, write_json
+from minillm.io.disk import read_json, read_text, scratch_of, write_atomically, write_json
 from minillm.io.huggingface import load_model, load_scalar_model, read_tensors, save_model, save_scalar_model
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
@@ -84,7 +85,7 @@ def test_whatever_ends_a_write_at_whatever_step_leaves_the_old_file_and_no_other
 
     with monkeypatch.context() as patch:
         if step != "write":
-            patch.setattr(f"minillm.files.os.{step}", fail)
+            patch.setattr(f"minillm.io.disk.os.{step}", fail)
         if isinstance(error, OSError):
             message = refusal(write_atomically, path, write)
             assert str(path) in message and "No space left" in message and "unchanged" in message

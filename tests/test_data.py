@@ -31,8 +31,8 @@ from minillm.data import (
     tokenize,
     validation_batches,
 )
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest
 from minillm.io.text import open_sources
 from minillm.tokenizer import Tokenizer
 

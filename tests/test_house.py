@@ -19,6 +19,7 @@ SEAMS = {
     "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/run.py": {
         "minillm/fast/sharding.py",
+        "minillm/io/disk.py",
         "minillm/tools/commandline.py",
         "minillm/tools/device.py",
         "minillm/tools/ending.py",
@@ -29,6 +30,7 @@ SEAMS = {
     "minillm/reward.py": {"minillm/fast/shared_prompts.py"},
     "rlhf.py": {
         "minillm/io/conversations.py",
+        "minillm/io/disk.py",
         "minillm/io/rankings.py",
         "minillm/io/text.py",
         "minillm/tools/annotators.py",
@@ -52,6 +54,7 @@ SEAMS = {
         "minillm/world/__init__.py",
     },
     "train.py": {
+        "minillm/io/disk.py",
         "minillm/io/text.py",
         "minillm/tools/device.py",
         "minillm/tools/plots.py",

@@ -26,7 +26,7 @@ from runs import ROOT, refusal
 from served import a_model_that_calls, make_runs, serve
 
 from minillm.errors import InputError
-from minillm.files import write_json
+from minillm.io.disk import write_json
 from minillm.io.rankings import read_rankings
 from minillm.io.vocabulary import load_tokenizer
 from minillm.play import __main__ as play

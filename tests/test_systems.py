@@ -14,9 +14,9 @@ import pytest
 import torch
 from runs import ROOT, open_run
 
-from minillm import files
 from minillm.errors import InputError
-from minillm.files import sync, write_atomically, write_text
+from minillm.io import disk
+from minillm.io.disk import sync, write_atomically, write_text
 from minillm.io.rankings import JsonLines
 from minillm.ppo import moments
 from minillm.run import Runtime
@@ -50,10 +50,10 @@ def windows(monkeypatch) -> SimpleNamespace:
         if flags.get(handle, os.O_RDWR) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(disk, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
-    monkeypatch.setattr("minillm.files.os.open", open_file)
-    monkeypatch.setattr("minillm.files.os.fsync", fsync)
+    monkeypatch.setattr("minillm.io.disk.os.open", open_file)
+    monkeypatch.setattr("minillm.io.disk.os.fsync", fsync)
     monkeypatch.delattr(signal, "SIGHUP")
     return SimpleNamespace(locking=locking)
 
@@ -89,7 +89,7 @@ def test_where_folders_cannot_be_opened_files_are_synced_and_written_whole(tmp_p
 
 def test_two_processes_that_write_one_file_at_once_each_write_it_whole(tmp_path):
     """What others were writing is left to them while they are there."""
-    path, code = tmp_path / "a.json", "from minillm.files import *; write_text(Path('{}'), 'b')"
+    path, code = tmp_path / "a.json", "from minillm.io.disk import *; write_text(Path('{}'), 'b')"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         theirs = tmp_path / f".a.json.{other.pid}.tmp"
         theirs.write_text("half")
@@ -144,7 +144,7 @@ def test_on_macos_a_sync_reaches_the_disk_itself_where_the_file_system_can(tmp_p
         if refused:
             raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(files, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    monkeypatch.setattr(disk, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
     write_text(tmp_path / "x", "new")
     assert asked == [51, 51]  # the file, and its name
     assert (tmp_path / "x").read_text() == "new"
@@ -172,4 +172,4 @@ def test_sums_in_float64_are_made_on_the_cpu():
 
 
 def test_this_system_has_what_is_simulated_away():
-    assert importlib.import_module("fcntl") is files.fcntl
+    assert importlib.import_module("fcntl") is disk.fcntl

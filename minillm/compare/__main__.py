@@ -31,8 +31,8 @@ from minillm.chat import ChatTemplate
 from minillm.compare import metrics
 from minillm.compare.page import page, terminal_text
 from minillm.errors import InputError, writing
-from minillm.files import write_json, write_text
 from minillm.io import conversations
+from minillm.io.disk import write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import text_sources

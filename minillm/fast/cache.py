@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from minillm.data import SIDES, Side
+from minillm.digest import digest
 from minillm.errors import BAD_FILE, writing
-from minillm.files import digest, write_json
+from minillm.io.disk import write_json
 from minillm.tools.folder import hold
 
 

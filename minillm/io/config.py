@@ -12,7 +12,7 @@ from typing import Any
 
 from minillm.chat import chat_format
 from minillm.errors import InputError
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.model import ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools.streams import tables

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from minillm.chat import TEMPLATE, ChatTemplate
 from minillm.errors import InputError, reading
-from minillm.files import read_json, write_atomically, write_json
 from minillm.io.config import config_from_json, config_to_json, number
+from minillm.io.disk import read_json, write_atomically, write_json
 from minillm.io.vocabulary import load_tokenizer, save_tokenizer
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary

@@ -19,7 +19,7 @@ from typing import Any
 
 from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.files import read_json, sync, sync_open, write_json
+from minillm.io.disk import read_json, sync, sync_open, write_json
 from minillm.preferences import Ranking, Record, ResponseSet, now
 from minillm.tools.folder import lock, read_run
 

@@ -18,8 +18,8 @@ from functools import partial
 from typing import Any
 
 from minillm.data import Source
+from minillm.digest import digest, digest_of
 from minillm.errors import InputError
-from minillm.files import digest, digest_of
 from minillm.io.files import (
     BLOCK,
     KINDS,

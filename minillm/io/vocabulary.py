@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError, reading
-from minillm.files import read_json, read_text, write_json, write_text
+from minillm.io.disk import read_json, read_text, write_json, write_text
 from minillm.tokenizer import Tokenizer, Vocabulary, splitter
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -13,7 +13,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from minillm.errors import InputError, reading
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.play.api import openai_routes
 from minillm.play.parts import Guessing, Picking
 from minillm.play.shelf import Shelf, talk

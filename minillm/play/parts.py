@@ -12,7 +12,7 @@ from typing import Any
 from minillm.chat import ChatTemplate, Completion
 from minillm.data import split_documents
 from minillm.errors import InputError
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources
 from minillm.model import LanguageModel

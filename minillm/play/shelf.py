@@ -16,8 +16,8 @@ import torch
 
 from minillm.chat import ChatTemplate, check_messages, with_tools
 from minillm.errors import InputError
-from minillm.files import read_json
 from minillm.generate import SamplingOptions, stream
+from minillm.io.disk import read_json
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import LanguageModel
 from minillm.play.worker import Event, Job

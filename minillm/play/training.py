@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError
-from minillm.files import write_text
+from minillm.io.disk import write_text
 from minillm.play.parts import Picking
 from minillm.play.shelf import answers
 from minillm.play.web import words_for

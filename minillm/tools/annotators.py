@@ -32,9 +32,10 @@ from torch import Tensor
 
 from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format
+from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.files import digest, read_text
 from minillm.io.conversations import read_all
+from minillm.io.disk import read_text
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_causal_model
 from minillm.io.rankings import RankingFile, open_rankings, read_responses, record_ranking

@@ -24,8 +24,8 @@ import tyro
 
 from minillm.chat import ChatTemplate, chat_format, with_tools
 from minillm.errors import InputError
-from minillm.files import read_text
 from minillm.generate import SamplingOptions, stream
+from minillm.io.disk import read_text
 from minillm.io.huggingface import load_causal_model
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 
 from minillm.errors import InputError
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.tools.streams import tables
 
 GROWING = frozenset({"steps", "iterations"})

@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from minillm.errors import InputError
-from minillm.files import write_text
+from minillm.io.disk import write_text
 from minillm.io.vocabulary import LibraryVocabulary, load_tokenizer
 from minillm.tokenizer import GPT2_PATTERN, PATTERN, Vocabulary
 from minillm.tools.commandline import parse_options

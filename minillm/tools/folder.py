@@ -18,9 +18,10 @@ from uuid import uuid4
 
 from torch import Tensor
 
-from minillm import files
+from minillm.digest import digest
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.files import digest, read_json, write_json, write_text
+from minillm.io import disk
+from minillm.io.disk import read_json, write_json, write_text
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import cut_like, load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
@@ -46,7 +47,7 @@ def hold(folder: Path, wait: bool) -> Iterator[None]:
     """
     # Windows opens no folder: there it is a file inside, which goes when it is closed.
     inside, how = "", os.O_RDONLY
-    if files.fcntl is None:
+    if disk.fcntl is None:
         inside, how = ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_TEMPORARY", 0)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def hold(folder: Path, wait: bool) -> Iterator[None]:
 def lock(handle: int, wait: bool) -> None:
     """Keeps an open file, or folder, for this process until it is closed. Where another has it, this waits or
     raises BlockingIOError. A file system without locks has none."""
-    while files.fcntl is None:  # Windows, where nobody can read what is locked: a byte far behind the end
+    while disk.fcntl is None:  # Windows, where nobody can read what is locked: a byte far behind the end
         os.lseek(handle, 2**40, os.SEEK_SET)
         windows = importlib.import_module("msvcrt")
         try:
@@ -77,7 +78,7 @@ def lock(handle: int, wait: bool) -> None:
                 raise BlockingIOError from None
             time.sleep(0.1)
     try:
-        files.fcntl.flock(handle, files.fcntl.LOCK_EX | (0 if wait else files.fcntl.LOCK_NB))
+        disk.fcntl.flock(handle, disk.fcntl.LOCK_EX | (0 if wait else disk.fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:
@@ -117,7 +118,7 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
                 what = f"{folder}: is inside {source}, which would hold its files when it is read again"
                 raise InputError(f"{what}; {hint}")
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
-            # Scratch of files.py, of whatever process, and what safetensors leaves where it is killed.
+            # Scratch of io/disk.py, of whatever process, and what safetensors leaves where it is killed.
             name = re.sub(r"\.\d+(?=\.tmp$)", "", path.name)
             if name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

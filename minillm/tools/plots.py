@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minillm.files import write_atomically
+from minillm.io.disk import write_atomically
 from minillm.tools.folder import read_metrics
 from minillm.tools.streams import printable
 

@@ -41,7 +41,7 @@ from jaxtyping import Float64
 
 from minillm.chat import ChatTemplate
 from minillm.errors import InputError
-from minillm.files import write_json
+from minillm.io.disk import write_json
 from minillm.model import ScalarModel
 from minillm.preferences import MARGIN, Message, Ranking
 from minillm.reward import EncodedSet, encode_rankings, prompt_key, score_rows

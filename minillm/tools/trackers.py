@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import InputError, reason_of
-from minillm.files import read_json
+from minillm.io.disk import read_json
 from minillm.tools.streams import printable
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}

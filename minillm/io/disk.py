@@ -4,10 +4,9 @@ A file is written as `.NAME.PROCESS.tmp` beside its place, synced and renamed ov
 reader, or a machine that stops in between, finds the old file or the new one and never half of either.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -104,18 +103,3 @@ def sync_open(handle: int) -> None:
     if hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # not every file system has it
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-
-
-def digest(*parts: Any) -> str:
-    """32 hex digits that follow from the content of the parts, see `digest_of`."""
-    return digest_of(parts)
-
-
-def digest_of(parts: Iterable[Any]) -> str:
-    """The digest of a stream of parts, each JSON or bytes (an array counts as its bytes), in their order."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        is_json = part is None or isinstance(part, str | int | float | list | tuple | dict)
-        data = json.dumps(part).encode() if is_json else bytes(part)
-        state.update(f"{len(data)} ".encode() + data)
-    return state.hexdigest()
