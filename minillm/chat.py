@@ -18,7 +18,6 @@ Sources: ChatML (OpenAI 2023), where roles and ends of turns are tokens that no 
 the assistant's turn, each result a turn of its own, as in Qwen3's template.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ Message = dict[str, Any]
 the role tool with the results follow in the same order. "train": False where a reply is not to be learned."""
 Conversation = list[Message]
 
-ROLES = ("system", "user", "assistant", "tool")
 CONTROL_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 TEMPLATE = Path(__file__).with_suffix(".j2").read_text(encoding="utf-8")
@@ -84,13 +82,12 @@ class ChatTemplate:
         self.stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
         """The tokens at which a reply is over: its end, and the end of a document."""
 
-    def encode(self, messages: object) -> Dialogue:
-        """A whole conversation. InputError for what `check_messages` or the template refuses."""
-        checked = check_messages(messages)
+    def encode(self, messages: Conversation) -> Dialogue:
+        """A whole conversation. InputError for what the template refuses."""
         if self._foreign:
-            return self._foreign.encode(checked)
+            return self._foreign.encode(messages)
         tokens, mask = list(self._begin), [False] * len(self._begin)
-        for message in checked:
+        for message in messages:
             role = message["role"].replace("tool", "system")
             said = self.tokenizer.encode(message["content"])
             for call in message.get("tool_calls", ()):
@@ -112,11 +109,11 @@ class ChatTemplate:
             calls.append(new_call(f"call_{len(calls)}", name if name.split() == [name] else "?", given))
         return {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
 
-    def prompt(self, messages: object, thinking: bool = False) -> list[int]:
+    def prompt(self, messages: Conversation, thinking: bool = False) -> list[int]:
         """The tokens after which the model is to reply to these messages; with `thinking`, where its
         template knows thoughts, it is to think first."""
         if self._foreign:
-            return self._foreign.prompt(check_messages(messages), thinking)
+            return self._foreign.prompt(messages, thinking)
         return [*self.encode(messages).tokens, self.tokenizer.special_tokens["<|assistant|>"]]
 
 
@@ -164,55 +161,6 @@ def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
 def new_call(number: object, name: str, arguments: str) -> dict[str, Any]:
     """A call of a tool as OpenAI's API has it."""
     return {"id": str(number), "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def with_tools(messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> Conversation:
-    """The messages with what TEMPLATE tells of `tools` (in OpenAI's form), which ends the system message."""
-    if not tools:
-        return messages
-    told = "\n".join(["Tools:", *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
-    if messages and messages[0]["role"] == "system":
-        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
-    return [{"role": "system", "content": told}, *messages]
-
-
-def check_messages(messages: object) -> Conversation:
-    """The messages without fields that are not used; InputError says which one is not a message."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError("messages: give a list of at least one {role, content}")
-    checked, due = [], iter(())
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {number}: is {message!r:.40}; give an object with role and content")
-        role, content, calls = (message.get(name) for name in ("role", "content", "tool_calls"))
-        if role not in ROLES:
-            raise InputError(f"message {number}: its role is {role!r:.40}; give {', '.join(ROLES)}")
-        calls = check_calls(calls, f"message {number}") if calls and role == "assistant" else []
-        if role != "tool":
-            due = iter([call["id"] for call in calls])
-        elif message.get("tool_call_id") not in (None, next(due, None)):
-            raise InputError(f"message {number}: answers another call than is next; keep the order of calls")
-        content = "" if calls and content is None else content
-        if not isinstance(content, str):
-            raise InputError(f"message {number}: its content is {content!r:.40}; give a text")
-        more: Message = {"tool_calls": calls} if calls else {}
-        more |= {} if message.get("train", True) else {"train": False}
-        checked.append({"role": role, "content": content, **more})
-    return checked
-
-
-def check_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    """The calls of a message, their arguments as text; InputError for what is no call."""
-    checked = []
-    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        name, given = map((function if isinstance(function, Mapping) else {}).get, ("name", "arguments"))
-        if not isinstance(name, str) or name.split() != [name] or not isinstance(given, str | Mapping):
-            wanted = 'give {"function": {"name": …, "arguments": …}}, the name one word'
-            raise InputError(f"{where}: its call {number} is {call!r:.60}; {wanted}")
-        arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        checked.append(new_call(call.get("id") or f"call_{number}", name, arguments))
-    return checked
 
 
 if __name__ == "__main__":

@@ -162,18 +162,18 @@ class ChatModel:
         config = json.dumps(self.tokenizer.config, sort_keys=True, default=str)
         return digest(fingerprint(self.model), self.tokenizer.fingerprint, config)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: list[Message]) -> list[int]:
         """The tokens after which it is to reply; a base model gets the last message as a line of text."""
         if isinstance(self.form, Completion):
             return self.form.prompt([{"role": "user", "content": messages[-1]["content"] + "\n"}])
         return self.form.prompt(messages)
 
-    def has_room(self, messages: Sequence[Message], max_new_tokens: int) -> bool:
+    def has_room(self, messages: list[Message], max_new_tokens: int) -> bool:
         """Whether a reply of that length fits after the prompt."""
         return len(self.prompt(messages)) + max_new_tokens <= self.model.config.max_position_embeddings
 
     def replies(
-        self, prompts: Sequence[Sequence[Message]], sampling: SamplingOptions, seeds: Sequence[int]
+        self, prompts: Sequence[list[Message]], sampling: SamplingOptions, seeds: Sequence[int]
     ) -> Iterator[tuple[str, bool]]:
         """The text of a reply to each, and whether it ended."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)

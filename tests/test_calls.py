@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from runs import tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from minillm.chat import TEMPLATE, ChatTemplate, check_messages, new_call, with_chat_template, with_tools
+from minillm.chat import TEMPLATE, ChatTemplate, new_call, with_chat_template
 from minillm.errors import InputError
 from minillm.generate import Samples, SamplingOptions
+from minillm.io.messages import check_messages, with_tools
 from minillm.io.template import PLAIN_TEMPLATE
 from minillm.io.vocabulary import save_tokenizer
 from minillm.preferences import ChatModel
@@ -95,13 +96,14 @@ tools = st.lists(st.builds(lambda n, d: {"type": "function", "function": {"name"
 
 @given(conversations(), tools, st.booleans())
 def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, asks):
-    whole = ChatTemplate(tokenizer()).encode(with_tools(messages, told))
+    checked = check_messages(messages)
+    whole = ChatTemplate(tokenizer()).encode(with_tools(checked, told))
     found = theirs.apply_chat_template(
         messages, tools=told or None, return_dict=True, return_assistant_tokens_mask=True
     )
     assert whole.tokens == found["input_ids"]
     assert [int(own) for own in whole.assistant] == found["assistant_masks"]
-    prompt = ChatTemplate(tokenizer()).prompt(with_tools(messages[:-1], told))
+    prompt = ChatTemplate(tokenizer()).prompt(with_tools(checked[:-1], told))
     assert prompt == theirs.apply_chat_template(
         messages[:-1], tools=told or None, add_generation_prompt=True, return_dict=False
     )
@@ -110,7 +112,7 @@ def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, 
 @given(conversations())
 def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_written(messages):
     template, checked = ChatTemplate(tokenizer()), check_messages(messages)
-    whole = template.encode(messages)
+    whole = template.encode(checked)
     runs = itertools.groupby(zip(whole.tokens, whole.assistant, strict=True), key=lambda pair: pair[1])
     learned = [[token for token, _ in run] for own, run in runs if own]
     assert all(reply.pop() == template.end_id for reply in learned)

@@ -23,10 +23,11 @@ from operator import itemgetter
 from statistics import fmean
 from typing import Any, Literal
 
-from minillm.chat import ROLES as OURS
-from minillm.chat import Conversation, Message, check_calls, with_tools
+from minillm.chat import Conversation, Message
 from minillm.errors import InputError
 from minillm.io.files import UNNAMED
+from minillm.io.messages import ROLES as OURS
+from minillm.io.messages import check_calls, check_messages, with_tools
 from minillm.tools.streams import tables
 
 Record = dict[str, Any]
@@ -580,6 +581,10 @@ def checked(messages: Conversation, may_call: bool = False) -> Conversation:
     }
     if reason := next((reason for reason, found in wrong.items() if found), None):
         raise LeftOutError(f"conversations {reason}")
+    try:
+        check_messages(messages)
+    except InputError as error:
+        raise LeftOutError("conversations with results in another order than their calls") from error
     return messages
 
 

@@ -17,9 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minillm.chat import check_messages
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.io.disk import read_json, sync, sync_open, write_json
+from minillm.io.messages import check_messages
 from minillm.preferences import Ranking, Record, ResponseSet, now
 from minillm.tools.folder import lock, read_run
 

@@ -14,11 +14,12 @@ from uuid import uuid4
 
 import torch
 
-from minillm.chat import ChatTemplate, check_messages, with_tools
+from minillm.chat import ChatTemplate
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, stream
 from minillm.io.disk import read_json
 from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.io.messages import check_messages, with_tools
 from minillm.model import LanguageModel
 from minillm.play.worker import Event, Job
 from minillm.preferences import ChatModel

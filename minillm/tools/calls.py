@@ -10,7 +10,7 @@ too long all become one line, "error: …", which the model reads as the result.
 calculator walks the syntax tree of an expression and knows numbers and seven operators, with bounds on size.
 
 Where a client runs its own tools, as by OpenAI's API, there is nothing to run here: `ChatTemplate.message`
-makes a message with `tool_calls` of a reply's tokens, `with_tools` tells a model of tools (minillm/chat.py).
+makes a message with `tool_calls` of a reply's tokens, `with_tools` tells a model of tools (io/messages.py).
 Left out: tools that change anything, and calls side by side: they run one after another.
 """
 

@@ -22,11 +22,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from minillm.chat import ChatTemplate, chat_format, with_tools
+from minillm.chat import ChatTemplate, chat_format
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, stream
 from minillm.io.disk import read_text
 from minillm.io.huggingface import load_causal_model
+from minillm.io.messages import with_tools
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
 from minillm.tokenizer import Tokenizer
