@@ -84,27 +84,22 @@ def generate(
     model that cannot generate; ValueError where there is not one seed to a prompt.
     """
     _check(model, prompts, options, seeds)
-    responses: list[list[int]] = []
-    logprobs: list[Tensor] = []
-    ended: list[bool] = []
+    size, device = (len(prompts), options.max_new_tokens), model.lm_head.weight.device
+    # New tensors, as those made in inference mode cannot take part in training.
+    chosen, logprobs = torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, device=device)
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
         steps = list(_steps(model, prompts[part], options, seeds[part]))
         rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
         step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
-        # New tensors, as those made in inference mode cannot take part in training.
-        chosen = torch.zeros((len(prompts[part]), len(steps)), dtype=torch.int64, device=rows.device)
-        given = torch.zeros(chosen.shape, device=rows.device)
-        chosen[rows, step], given[rows, step] = tokens, step_logprobs
-        stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=rows.device))
-        stopped = stops.any(dim=1)
-        counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, len(steps))
-        beyond = torch.arange(len(steps), device=rows.device) >= counts[:, None]
-        responses += [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
-        logprobs += given.masked_fill(beyond, 0)
-        ended += stopped.tolist()
-    padded = nn.utils.rnn.pad_sequence(logprobs, batch_first=True) if logprobs else torch.zeros(0, 0)
-    return Samples(prompts, responses, padded, ended)
+        chosen[first + rows, step], logprobs[first + rows, step] = tokens, step_logprobs
+    stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=device))
+    stopped = stops.any(dim=1)
+    counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, options.max_new_tokens)
+    beyond = torch.arange(options.max_new_tokens, device=device) >= counts[:, None]
+    responses = [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
+    longest = max(map(len, responses), default=0)
+    return Samples(prompts, responses, logprobs.masked_fill(beyond, 0)[:, :longest], stopped.tolist())
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
