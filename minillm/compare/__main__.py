@@ -226,7 +226,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         for name, judge in judges.items():
             # A person judges the last sampling alone: to read every prompt twice is much to ask.
             shown = dict([list(said.items())[-1]]) if name == "person" else said
-            contests |= metrics.contests(*judge, prompts, shown, seed)
+            contests |= metrics.contests(*judge, prompts, shown)
     pairs = world and metrics.world_pairs(world, options.split, options.pairs)
     sections = {
         "headline": metrics.reply_section("headline" if world else "manner", said),

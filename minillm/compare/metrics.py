@@ -22,7 +22,7 @@ import numpy as np
 
 from minillm.data import Source, split_documents
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.tools.annotators import PairJudge, blind
+from minillm.tools.annotators import PairJudge, outcomes_of
 from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, win_rates, written
 from minillm.tools.streams import tables
@@ -138,18 +138,16 @@ def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:
 # ---- Who wins
 
 
-def contests(
-    name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said, seed: int
-) -> dict[str, Rows]:
+def contests(name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said) -> dict[str, Rows]:
     """How often each later model wins, ties and loses against each earlier one; in the last sampling, for
-    neighbours, by kind too. The judge is given all pairs at once, their sides shuffled."""
+    neighbours, by kind too. The judge is given all pairs at once."""
     keys = [(sampling, *two) for sampling in said for two in combinations(said[sampling], 2)]
     pairs = [
         ResponseSet(after.prompt.messages, [after.text, before.text], after.prompt.kind)
         for sampling, earlier, later in keys
         for after, before in zip(said[sampling][later], said[sampling][earlier], strict=True)
     ]
-    outcomes, last = iter(blind(judge, pairs, seed)), [*said][-1]
+    outcomes, last = iter(outcomes_of(judge, pairs)), [*said][-1]
     overall, tables = Rows(), dict[str, Rows]()
     for sampling, earlier, later in keys:
         label = f"{later} against {earlier}, {sampling}"

@@ -4,7 +4,8 @@
     an annotator of sets       simulated people, Judge, files, a person   rlhf.py --stage rank
 
 A judge is called with pairs, which are sets of two responses. It says of each 1 where the first is better, -1
-where the second, 0 where neither, and None where it does not know. `blind` hides which side is whose.
+where the second, 0 where neither, and None where it does not know. Which side is whose tells it nothing: a
+person sees them in a blind order, the language model in both.
 
 The language model is shown the principles, the conversation and two responses, called A and B, and begins its
 reply with "The better reply is"; whether " A" or " B" is likelier to come next is its choice. Judges favour a
@@ -60,16 +61,11 @@ def exchanged(pair: ResponseSet) -> ResponseSet:
     return replace(pair, responses=pair.responses[::-1])
 
 
-def blind(judge: PairJudge, pairs: Sequence[ResponseSet], seed: int) -> list[Outcome]:
-    """What a judge says of pairs whose sides were shuffled. Equal responses tie unseen."""
-    rng = random.Random(f"{seed} sides")
-    sides = [-1 if rng.random() < 0.5 else 1 for _ in pairs]
+def outcomes_of(judge: PairJudge, pairs: Sequence[ResponseSet]) -> list[Outcome]:
+    """What a judge says of pairs. Equal responses tie unseen."""
     asked = [i for i, pair in enumerate(pairs) if pair.responses[0] != pair.responses[1]]
-    found: list[Outcome] = [0] * len(pairs)
-    outcomes = judge([pairs[i] if sides[i] > 0 else exchanged(pairs[i]) for i in asked])
-    for i, outcome in zip(asked, outcomes, strict=True):
-        found[i] = None if outcome is None else sides[i] * outcome
-    return found
+    found = dict(zip(asked, judge([pairs[i] for i in asked]), strict=True))
+    return [found.get(i, 0) for i in range(len(pairs))]
 
 
 def prefer(scores: Iterable[float | int | None], margin: float = 0.0) -> Outcome:
@@ -104,7 +100,8 @@ def by_reward(model: ScalarModel, template: ChatTemplate) -> PairJudge:
 
 
 def by_person(file: RankingFile, name: str, seed: int) -> PairJudge:
-    """A person at the terminal, in an order that tells nothing. None where they have not judged.
+    """A person at the terminal: pairs in an order that tells nothing, and so the sides of each
+    (ranking.py). None where they have not judged.
 
     Every answer is kept in the file, so that another sitting goes on where this one ended.
     """
