@@ -122,11 +122,10 @@ def test_people_do_not_see_or_undo_each_others_rankings(session):
     assert session.done == 1
 
 
-def test_what_a_model_says_cannot_command_the_terminal(tmp_path):
-    said = ResponseSet([{"role": "user", "content": "\x1b[2J"}], ["\x1b]0;x\x07", "two\nlines"])
+def test_a_response_of_several_lines_stays_behind_its_letter(tmp_path):
+    said = ResponseSet([{"role": "user", "content": "Two?"}], ["one", "two\nlines"])
     with RankingFile(tmp_path / "rankings.jsonl") as file:
-        shown = screen(RankingSession([said], file, "Ada", 0))
-    assert all(c.isprintable() or c == "\n" for c in shown) and "two\n      lines" in shown
+        assert "two\n      lines" in screen(RankingSession([said], file, "Ada", 0))
 
 
 def test_more_responses_than_letters_are_refused(tmp_path):

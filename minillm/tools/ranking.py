@@ -11,7 +11,6 @@ from contextlib import suppress
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile
 from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
-from minillm.tools.streams import printable
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
 """Names for the responses while they are ranked."""
@@ -96,7 +95,7 @@ def screen(session: RankingSession) -> str:
     lines += [f"{message['role']}: {message['content']}" for message in given.messages]
     for letter, index in zip(LETTERS, session.blind_order(given), strict=False):
         lines += ["", f"  {letter}   " + given.responses[index].replace("\n", "\n      ")]
-    return printable("\n".join([*lines, "", HELP]))
+    return "\n".join([*lines, "", HELP])
 
 
 def run_command(session: RankingSession, typed: str) -> str | None:
