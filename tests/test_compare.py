@@ -34,7 +34,7 @@ from minillm.io.text import world_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.tokenizer import Tokenizer
-from minillm.tools.annotators import Judge, by_person, by_reward, by_rubric, exchanged, outcomes_of, prefer
+from minillm.tools.annotators import Judge, by_person, by_reward, by_rubric, outcomes_of, prefer
 from minillm.tools.evaluate import Reply, sample_replies, text_loss, token_values
 from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
@@ -88,6 +88,11 @@ def naive(one: ChatModel, context: list[int], said: list[int]) -> torch.Tensor:
 
 def pair(prompt, first: str, second: str) -> ResponseSet:
     return ResponseSet(prompt.messages, [first, second], prompt.kind)
+
+
+def exchanged(pair: ResponseSet) -> ResponseSet:
+    """The same pair, the second response first."""
+    return replace(pair, responses=pair.responses[::-1])
 
 
 # ---- What is likely

@@ -56,11 +56,6 @@ Outcome = int | None
 PairJudge = Callable[[Sequence[ResponseSet]], list[Outcome]]
 
 
-def exchanged(pair: ResponseSet) -> ResponseSet:
-    """The same pair, the second response first."""
-    return replace(pair, responses=pair.responses[::-1])
-
-
 def outcomes_of(judge: PairJudge, pairs: Sequence[ResponseSet]) -> list[Outcome]:
     """What a judge says of pairs. Equal responses tie unseen."""
     asked = [i for i, pair in enumerate(pairs) if pair.responses[0] != pair.responses[1]]
@@ -152,7 +147,8 @@ class Judge:
 
     def __call__(self, pairs: Sequence[ResponseSet]) -> list[Outcome]:
         """For each pair who wins; None where a question is longer than the judge's context."""
-        both = [(self.question(pair), self.question(exchanged(pair))) for pair in pairs]
+        orders = ((pair, replace(pair, responses=pair.responses[::-1])) for pair in pairs)
+        both = [(self.question(one), self.question(other)) for one, other in orders]
         longest = self.model.config.max_position_embeddings
         fitting = [i for i, two in enumerate(both) if max(map(len, two)) <= longest]
         signs = np.sign(self.margins([question for i in fitting for question in both[i]])).astype(int)
