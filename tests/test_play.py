@@ -453,6 +453,21 @@ def test_runs_and_responses_of_different_worlds_are_named(tmp_path):
         assert "base of 3" in note and "responses.jsonl of 0" in note
 
 
+def test_what_is_damaged_is_left_out_and_named_and_the_rest_can_be_used(tmp_path):
+    folder = make_runs(tmp_path / "out")
+    shutil.copytree(folder / "sft", folder / "play" / "mine" / "ppo")
+    for path in ("sft/run.json", "play/mine/ppo/config.json"):
+        (folder / path).write_text("{ cut")
+    (folder / "rlhf" / "responses.jsonl").write_text("{ cut\n{}\n")
+    for address in serve(play.Options(runs=str(folder), port=0)):
+        state = httpx.get(f"{address}/api/state").json()
+        assert [run["name"] for run in state["runs"]] == ["base"]
+        for path in ("sft/run.json: ", "play/mine/ppo/config.json: ", "rlhf/responses.jsonl, line 1: "):
+            assert path in state["note"]
+        asked = {"run": "base", "number": 0}
+        assert httpx.post(f"{address}/api/guess", json=asked, timeout=60).is_success
+
+
 def test_too_little_memory_is_said_in_a_line(asking, monkeypatch):
     def reply(*_: object, **__: object) -> Iterator[dict]:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate memory")
@@ -544,6 +559,7 @@ def test_what_is_left_of_a_training_that_was_killed_goes_with_the_next_one(tmp_p
         (visits / left).mkdir(parents=True)
     (visits / "visit-1" / "prompts.jsonl").touch()
     shutil.copytree(folder / "sft", visits / "visit-3" / "ppo")
+    (visits / "visit-3" / "ppo" / "config.json").write_text("{ damaged")  # and yet somebody's policy
     monkeypatch.setattr(Training, "_run", lambda *_: asyncio.sleep(0))
 
     async def begin() -> str:

@@ -33,9 +33,10 @@ def build_app(
 
     async def state(request: Request) -> Response:
         def found() -> Event:
-            runs = shelf.runs()
+            runs, wrong = shelf.look()
             known = {"runs": runs, "ranked": picking.count(), "results": results.exists()}
-            known["needed"], known["note"] = FEWEST_RANKINGS, picking.doubt(runs)
+            known["needed"] = FEWEST_RANKINGS
+            known["note"] = "; ".join(filter(None, [*wrong, picking.doubt(runs)]))
             return known | {"training": {"name": training.name, "running": training.running}}
 
         return JSONResponse(await run_in_threadpool(found))

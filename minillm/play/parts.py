@@ -170,10 +170,13 @@ class Picking:
 
     def doubt(self, runs: list[dict[str, Any]]) -> str:
         """Says so where runs and responses are not of one little world: what is true in one is not in
-        another."""
+        another. Also where the responses cannot be read."""
         worlds = {run["name"]: run["world"] for run in runs if run["world"] is not None}
-        if self.responses.exists() and self.sets[0].world is not None:
-            worlds["rlhf/responses.jsonl"] = self.sets[0].world
+        try:
+            if self.responses.exists() and self.sets[0].world is not None:
+                worlds["rlhf/responses.jsonl"] = self.sets[0].world
+        except InputError as error:
+            return str(error)
         if len(set(worlds.values())) < 2:
             return ""
         told = ", ".join(f"{name} of {world}" for name, world in worlds.items())

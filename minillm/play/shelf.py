@@ -47,13 +47,21 @@ class Shelf:
 
     def runs(self) -> list[dict[str, Any]]:
         """The language models there are, by name and stage, in the order of their stages."""
-        found = []
+        return self.look()[0]
+
+    def look(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The same, and what is wrong with the runs that cannot be read, which are left out."""
+        found, wrong = [], list[str]()
         for depth in range(1, DEEPEST + 1):
             for path in sorted(self.folder.glob("*/" * depth + "config.json")):
-                if kind_of(path) == "language model" and (path.parent / "model.safetensors").exists():
-                    found.append(self._describe(path.parent))
+                try:
+                    if kind_of(path) == "language model" and (path.parent / "model.safetensors").exists():
+                        found.append(self._describe(path.parent))
+                except InputError as error:
+                    wrong.append(str(error))
         order = ["train", "sft", "policy"]
-        return sorted(found, key=lambda run: order.index(run["stage"]) if run["stage"] in order else 3)
+        found.sort(key=lambda run: order.index(run["stage"]) if run["stage"] in order else 3)
+        return found, wrong
 
     def _describe(self, folder: Path) -> dict[str, Any]:
         path = folder / "run.json"

@@ -181,9 +181,8 @@ class Training:
 
     def _clear(self) -> None:
         """Takes away what visits left that ended, or were killed, with no policy to show or to go on with."""
-        shown = {run["name"] for run in self.shelf.runs()}
         for visit in self.folder.glob("visit-*"):
-            if f"play/{visit.name}/ppo" not in shown:
+            if not (visit / "ppo" / "model.safetensors").exists():
                 with suppress(BlockingIOError), hold(visit / "reward", False), hold(visit / "ppo", False):
                     shutil.rmtree(visit)  # no stage is still at it
 
