@@ -263,6 +263,7 @@ LEFT_OUT = [
       for purpose in ("conversation", "prompt", "ranking") for spelled in (json.dumps, str)),
     ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),  # of no function
     ("conversation", {"messages": [USER, BOT, TOOL, BOT]}, "tool call"),  # BOT is the call, as a text
+    ("conversation", {"messages": [TOOL, USER, BOT]}, "tool call"),
     *(("conversation", {"instruction": f"What is it?\n{mark}", "output": "A cat."}, "placeholder")
       for mark in ("<image>", "<|image|>", "<image_1>", "<video>", "<extra_id_1>Assistant")),
     *(("conversation", {"question": "What is it?", "answer": "A cat.", name: "x"}, repr(name))

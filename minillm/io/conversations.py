@@ -56,7 +56,7 @@ def open_conversations(
         if weight != 1 and purpose != "conversation":
             raise InputError(f"data source {name!r}: a {purpose} has no weight; leave the {weight:g} out")
         files, unread = list_files(name, [path], EXTENSIONS)
-        skipped = Skipped(unread)
+        skipped = Skipped()
         read_again = partial(_read, files, read, purpose, unread, skipped)
         sources.append(ConversationSource(name, weight, read_again, skipped))
     return sources
