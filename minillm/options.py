@@ -122,8 +122,9 @@ class DataOptions(TrainingOptions):
     """Stop at text not in the encoding or a line that does not parse, or replace and skip them, counted."""
     encoding: str = "utf-8"
     """Of the files of text or conversations: utf-8, utf-16, gb18030, shift_jis …"""
-    field: tuple[str, ...] = ("text", "content")
-    """Fields of a JSON record, or columns of a table: the first of these that holds text is the document."""
+    field: tuple[str, ...] | None = None
+    """The fields of a JSON record, or columns of a table, of which the first with text is the document.
+    Default text and content."""
     cache: str = "out/cache"
     """Where tokenized text is kept between runs."""
     workers: Count = 1

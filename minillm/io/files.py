@@ -47,8 +47,8 @@ class Reading:
     """Stop at bytes that are not of the encoding and at records that do not parse, or replace and skip them,
     counting."""
     encoding: str = "utf-8"
-    field: tuple[str, ...] = ("text", "content")
-    """Where the text may be in a record."""
+    field: tuple[str, ...] | None = None
+    """Where the text may be in a record; None for "text" or "content"."""
 
     def __post_init__(self) -> None:
         wrong = (LookupError, UnicodeError)

@@ -49,7 +49,7 @@ def open_sources(
     specs: Sequence[str],
     errors: Errors = "strict",
     encoding: str = "utf-8",
-    field: Sequence[str] | None = None,
+    field: tuple[str, ...] | None = None,
 ) -> list[Source]:
     """Open data given as text: a path with, if wanted, a name before it and a weight after it.
 
@@ -60,7 +60,7 @@ def open_sources(
     end in one of EXTENSIONS, or cannot be read, are counted in `skipped`. Every byte is read here once, for
     the fingerprint, but only `documents()` meets what is wrong in it.
     """
-    read = Reading(errors, encoding, tuple(field or Reading.field))
+    read = Reading(errors, encoding, field)
     alike: dict[Any, list[tuple[str, str, float]]] = defaultdict(list)
     for spec, parsed in zip(specs, parse_specs(specs), strict=True):
         path = parsed[1]
@@ -164,8 +164,9 @@ def _fields(path: str, kind: str, read: Reading, dropped: Counter[str]) -> Itera
             yield _text_of(record, read.field)
 
 
-def _text_of(record: Any, fields: Sequence[str]) -> str:
+def _text_of(record: Any, named: Sequence[str] | None) -> str:
     """The text in a record. Raises ValueError with the reason where there is none."""
+    fields = named or ("text", "content")
     record = record if isinstance(record, dict) else {}
     if UNNAMED in record:
         raise ValueError("has more values than the table has columns; put quotes around its text")

@@ -199,8 +199,9 @@ class Options:
     """Stop at text not in the encoding or a line that does not parse, or replace and skip them."""
     encoding: str = "utf-8"
     """Of text files."""
-    field: tuple[str, ...] = ("text", "content")
-    """Fields of a JSON record, or columns of a table: the first of these that holds text is the document."""
+    field: tuple[str, ...] | None = None
+    """The fields of a JSON record, or columns of a table, of which the first with text is the document.
+    Default text and content."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
