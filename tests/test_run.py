@@ -460,11 +460,13 @@ def test_a_later_process_of_torchrun_says_an_error_only_where_it_outlives_the_fi
 
 
 def test_text_of_others_commands_no_terminal_wherever_it_is_printed():
-    action = "print('a\\x1b[2J\\r\\tb'); print('\\x1b[2Jc', file=sys.stderr); raise InputError('\\x1b[2Jd')"
+    action = (
+        "print('a\\r\\n\\x1b[2J\\r\\tb'); print('\\x1b[2Jc', file=sys.stderr); raise InputError('\\x1b[2Jd')"
+    )
     code = SMALL.replace("import one", "import InputError, one") + action
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "\x1b" not in done.stdout + done.stderr
-    assert done.stdout.endswith("[2J\N{REPLACEMENT CHARACTER}\tb\n")
+    assert done.stdout.endswith("a\n\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\tb\n")
 
 
 @pytest.mark.parametrize("stream", ["2>/dev/full", "2>&-"])

@@ -28,6 +28,7 @@ def stream_text(decode_bytes: Callable[[list[int]], bytes], tokens: Iterable[int
 
 def printable(text: str, kept: str = "\n\t") -> str:
     """Without control characters: text of others must command neither a terminal nor a page."""
+    text = text.replace("\r\n", "\n")  # as a model writes that has learned it from a text
     return "".join(c if c.isprintable() or c in kept else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
