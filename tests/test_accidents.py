@@ -72,6 +72,7 @@ def test_a_project_differs_by_any_byte_but_times_and_ids(tmp_path, torture):
         (130, "", {"number": 15}, False),  # a loop that was stopped says how to go on
         (143, "", {"number": 1}, True),
         (-11, "", {"number": 9}, True),
+        (124, "", {"number": 9}, True),  # it hung, and was ended
     ],
 )
 def test_a_process_may_end_with_its_work_done_by_the_signal_or_by_the_disk(
