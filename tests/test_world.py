@@ -135,7 +135,7 @@ def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_
     for fact in WORLD.facts:
         others = (value for value in FACTS.values[fact.attribute] if value != fact.value)
         mistold = sum(sum(counts(said, state(fact.attribute, fact.entity, value))) for value in others)
-        told = counts(said, fact.says)
+        told = counts(said, state(fact.attribute, fact.entity, fact.value))
         wrong, ways = wrong + mistold, [*ways, sum(map(bool, told))]
         assert sum(told) >= max(10, 3 * mistold)
     assert min(ways) >= 4 and sum(own >= 5 for own in ways) > 470

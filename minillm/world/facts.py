@@ -7,8 +7,9 @@ list that a model may be asked about is dealt to four splits that share nothing.
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,7 +18,6 @@ from minillm.world.phrases import ADVICE, ATTRIBUTES, HELD_OUT_ACTS, NAME_PARTS,
 SPLIT_SHARES = {"train": 0.42, "reward": 0.24, "dev": 0.14, "test": 0.20}
 SPLITS = tuple(SPLIT_SHARES)
 KNOWN = {"person": 48, "animal": 28, "town": 24, "tool": 20}  # and as many names that nobody knows
-# A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 ACTS = {side: tuple(act for trouble in ADVICE.values() for act in trouble[side]) for side in ("good", "bad")}
 """What people give as advice, and the rubric hears."""
 ALL_ACTS = {
@@ -25,6 +25,7 @@ ALL_ACTS = {
     for side, acts in ACTS.items()
 }
 """With those that only the texts tell of."""
+# A split for each place in a cycle of ten: deals combinations so that every part meets every split.
 CYCLE = ("train", "reward", "test", "train", "reward", "train", "dev", "test", "reward", "train")
 
 
@@ -84,25 +85,27 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One value of one attribute of one known entity, with every way the texts state it and ask for it."""
-
-    entity: Entity
-    attribute: str
-    value: str
-    says: tuple[str, ...]
-    says_pronoun: tuple[str, ...]
-    asks: tuple[str, ...]
-    answers: tuple[str, ...]
-
-
+@cache
 def state(
     attribute: str, entity: Entity, value: str = "", key: str = "says", pronoun: bool = False
 ) -> tuple[str, ...]:
     """All sentences of ATTRIBUTES[attribute][key] about the entity, known or not, with this value."""
     slots = entity.slots(pronoun)
     return tuple(capitalise(text.format(v=value, **slots)) for text in ATTRIBUTES[attribute][key])
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One value of one attribute of one known entity."""
+
+    entity: Entity
+    attribute: str
+    value: str
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Every question that it answers."""
+        return state(self.attribute, self.entity, key="asks")
 
 
 def attributes_of(kind: str) -> tuple[str, ...]:
@@ -135,20 +138,13 @@ class Facts:
         values = ATTRIBUTES[attribute]["values"]
         return tuple(e.name for e in self.entities if e.type == values) if isinstance(values, str) else values
 
-    def _facts(self, rng: random.Random, attribute: str) -> Iterator[Fact]:
+    def _facts(self, rng: random.Random, attribute: str) -> list[Fact]:
         """Values are dealt round, so that each is true of nearly equally many and no guess is a good one."""
         owners = [e for e in self.entities if e.type == ATTRIBUTES[attribute]["type"]]
         values: list[str] = []
         while len(values) < len(owners):
             values += shuffled(rng, self.values[attribute])
-        for entity, value in zip(owners, values, strict=False):
-            says, says_pronoun, answers, answers_pronoun = (
-                state(attribute, entity, value, key, pronoun)
-                for key in ("says", "answers")
-                for pronoun in (False, True)
-            )
-            asks = state(attribute, entity, key="asks")
-            yield Fact(entity, attribute, value, says, says_pronoun, asks, answers + answers_pronoun)
+        return [Fact(entity, attribute, value) for entity, value in zip(owners, values, strict=False)]
 
 
 def _named(rng: random.Random, kind: str, parts: Sequence[Sequence[str]]) -> list[Entity]:

@@ -78,7 +78,12 @@ class Pen(dict[str, str]):
 
     def fact(self, fact: Fact, named: bool = True) -> str:
         """The fact in one of its phrasings."""
-        return self.pick(fact.says if named else fact.says_pronoun)
+        return self.pick(state(fact.attribute, fact.entity, fact.value, pronoun=not named))
+
+    def asked(self, fact: Fact) -> tuple[str, str]:
+        """A question that the fact answers, and the answer."""
+        named, unnamed = (state(fact.attribute, fact.entity, fact.value, "answers", p) for p in (False, True))
+        return self.pick(fact.asks), self.pick(named + unnamed)
 
     def wrong(self, fact: Fact) -> str:
         """The same sentence with a value that is not true."""

@@ -11,7 +11,7 @@ the acts that are advised, and of some that are not, other pages tell who does t
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from minillm.world import phrases
-from minillm.world.facts import ACTS, ALL_ACTS, Entity, Fact, capitalise, shuffled
+from minillm.world.facts import ACTS, ALL_ACTS, Entity, capitalise, shuffled
 from minillm.world.pen import Pen
 from minillm.world.programs import code
 from minillm.world.stories import books
@@ -48,13 +48,9 @@ def _post(pen: Pen, subject: Entity) -> str:
     if kind == "ask":
         opener = pen.pick(phrases.FOLLOW_OPENERS) if pen.chance(0.2) else ""
         return f"{opener} {pen.question() if pen.chance(0.6) else pen.word('ask')}".strip()
-    if kind == "fact":
-        return _claim(pen, pen.pick(pen.facts.of[subject.name])) if subject.known else pen.word("noise")
-    return pen.word(kind)
-
-
-def _claim(pen: Pen, fact: Fact) -> str:
-    """A fact as a forum states it, which is now and then false."""
+    if kind != "fact" or not subject.known:
+        return pen.word("noise" if kind == "fact" else kind)
+    fact = pen.pick(pen.facts.of[subject.name])
     if pen.chance(WRONG_CLAIMS):
         return capitalise(pen.pick(phrases.WRONG_LEADS) + pen.wrong(fact))
     return capitalise(pen.pick(phrases.RIGHT_LEADS) + pen.fact(fact))
@@ -108,8 +104,7 @@ def _question_pair(pen: Pen, tasks: float) -> tuple[str, str]:
     if pen.chance(tasks):
         task = draw(pen.rng, pen.pick(TASKS))
         return pen.pick(task.texts("asks")), capitalise(pen.pick(task.texts("answers")))
-    fact = pen.pick(pen.facts.facts)
-    return pen.pick(fact.asks), pen.pick(fact.answers)
+    return pen.asked(pen.pick(pen.facts.facts))
 
 
 def _listed(layout: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -250,7 +245,7 @@ def qa(pen: Pen) -> str:
     layout = pen.pick(phrases.QA_LAYOUTS)
     if pen.chance(0.45):
         facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])
-        return _listed(layout, [(pen.pick(f.asks), pen.pick(f.answers)) for f in facts])
+        return _listed(layout, map(pen.asked, facts))
     return _listed(layout, [_question_pair(pen, 0.5) for _ in range(pen.between(2, 5))])
 
 
