@@ -21,7 +21,8 @@ def books(pen: Pen) -> str:
         story.tell(phrases.STORY["lies"], o=thing, p=story.holder[thing])
     story.tell(phrases.STORY["want"], **cast)
     done = story.run()
-    where = story.where_is(story.thing)
+    holder = story.holder[story.thing]
+    where = f"{holder} still had it" if holder in story.people else f"it was still at {holder}"
     story.tell(phrases.STORY["done" if done else "failed"], **cast, state=where, State=capitalise(where))
     text = (title + "\n" if pen.chance(0.5) else "") + story.lines[0]
     for line in story.lines[1:]:  # a new line now and then
@@ -30,7 +31,7 @@ def books(pen: Pen) -> str:
 
 
 class Story:
-    """A story and its state: where everybody is, where things are or who holds them, the hour."""
+    """A story and its state: where everybody is, and where things are or who holds them."""
 
     def __init__(self, pen: Pen) -> None:
         self.pen = pen
@@ -42,7 +43,6 @@ class Story:
         self.hero, self.friend, self.thing = self.people[0], self.people[1], self.things[0]
         self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
         self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
-        self.phase = 0
         self.lines: list[str] = []
 
     def tell(self, table: Sequence[str], **slots: str) -> None:
@@ -53,21 +53,17 @@ class Story:
         """Everybody else in the same place."""
         return [p for p in self.people if p != who and self.at[p] == self.at[who]]
 
-    def where_is(self, thing: str) -> str:
-        """Who or what has the thing, as part of a sentence."""
-        holder = self.holder[thing]
-        return f"{holder} still had it" if holder in self.people else f"it was still at {holder}"
-
     def run(self) -> bool:
         """Errand and wandering by turns, until night comes or the thing is brought: True."""
         diligence = self.pen.pick((0.3, 0.5, 0.7))
-        while self.phase < 3:
+        for phase in PHASES[1:]:
             for _ in range(self.pen.between(2, 4)):
                 if not self.pen.chance(diligence):
                     self.wander()
                 elif self.errand():
                     return True
-            self.time_passes()
+            self.tell(phrases.STORY["phase"], phase=phase, Phase=capitalise(phase))
+            self.tell(phrases.SCENES[phase])
         return False
 
     # Each change of state is told as it happens.
@@ -82,12 +78,6 @@ class Story:
         """To take, to give or to drop: a person or a place has the thing from now on."""
         self.holder[thing] = to
         self.tell(phrases.BEATS[beat], a=who, o=thing, b=to)
-
-    def time_passes(self) -> None:
-        self.phase += 1
-        phase = PHASES[self.phase]
-        self.tell(phrases.STORY["phase"], phase=phase, Phase=capitalise(phase))
-        self.tell(phrases.SCENES[phase])
 
     # What happens besides changes nothing.
 
