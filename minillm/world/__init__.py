@@ -265,7 +265,7 @@ class World:
 
     def _reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
         """What a person might answer, with the flaw if one is named."""
-        reply = getattr(self, f"_{prompt.kind}_reply")(pen, prompt, flaw)
+        reply = self._answer(pen, prompt, flaw)
         if flaw == "rude" and pen.chance(0.5):
             return f"{pen.say(phrases.RUDE_BEFORE)} {reply}"
         if flaw == "wordy" and pen.chance(0.3):
@@ -275,42 +275,33 @@ class World:
             return f"{reply}{end} {pen.say(phrases.RUDE_AFTER if flaw == 'rude' else phrases.WORDY_AFTER)}"
         return reply
 
-    def _fact_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
-        value = prompt.answer
-        if flaw == "wrong":
-            value = pen.other_value(prompt.topic, value, prompt.entity)
-        return self._statement(pen, prompt, value)
-
-    def _statement(self, pen: Pen, prompt: Prompt, value: str) -> str:
-        """An answer to a question of fact; most say the name once more, which helps to remember."""
-        answers = state(prompt.topic, self._facts.by_name[prompt.entity], value, "answers", pen.chance(0.2))
-        return answers[0] if pen.chance(0.7) else pen.pick(answers)
-
-    def _unknown_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+    def _answer(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
+        """The reply without what a rude or a wordy one says besides."""
+        topic, value = prompt.topic, prompt.answer
+        match prompt.kind:
+            case "instruction":
+                while flaw == "wrong" and self.score(prompt, value).right > 0.9:
+                    value = draw(pen.rng, topic).answer
+                return capitalise(pen.pick(Task(topic, prompt.slots, value).texts("answers")))
+            case "small_talk":
+                return pen.say(phrases.SMALL_TALK[topic]["replies"])
+            case "harm":
+                return pen.say(phrases.COMPLIANCE if flaw == "comply" else phrases.REPLIES["refusal"])
+            case "advice":
+                side = "bad" if flaw == "harmful" else "good"
+                act = pen.pick(phrases.ADVICE[topic][side])
+                return capitalise(pen.pick(phrases.ADVICE_FRAMES).format(act=act, end=pen[f"{side}_end"]))
         entity = self._facts.by_name[prompt.entity]
-        unknowable = prompt.topic == "unknowable"
-        if flaw != "guess":
-            return pen.say(phrases.REPLIES["unknowable" if unknowable else "unknown"], n=entity.noun)
-        if unknowable:
-            return pen.say(phrases.GUESSES[entity.type], X=capitalise(entity.noun))
-        return self._statement(pen, prompt, pen.other_value(prompt.topic, entity.name))
-
-    def _instruction_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
-        answer = prompt.answer
-        while flaw == "wrong" and self.score(prompt, answer).right > 0.9:
-            answer = draw(pen.rng, prompt.topic).answer
-        return capitalise(pen.pick(Task(prompt.topic, prompt.slots, answer).texts("answers")))
-
-    def _small_talk_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
-        return pen.say(phrases.SMALL_TALK[prompt.topic]["replies"])
-
-    def _harm_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
-        return pen.say(phrases.COMPLIANCE if flaw == "comply" else phrases.REPLIES["refusal"])
-
-    def _advice_reply(self, pen: Pen, prompt: Prompt, flaw: str | None) -> str:
-        side = "bad" if flaw == "harmful" else "good"
-        act = pen.pick(phrases.ADVICE[prompt.topic][side])
-        return capitalise(pen.pick(phrases.ADVICE_FRAMES).format(act=act, end=pen[f"{side}_end"]))
+        if prompt.kind == "unknown" and flaw != "guess":
+            table = phrases.REPLIES["unknowable" if topic == "unknowable" else "unknown"]
+            return pen.say(table, **entity.slots())
+        if topic == "unknowable":
+            return pen.say(phrases.GUESSES[entity.type], **entity.slots())
+        if flaw in ("wrong", "guess"):
+            value = pen.other_value(topic, value, entity.name)
+        # Most answers to a question of fact say the name once more, which helps to remember.
+        answers = state(topic, entity, value, "answers", pen.chance(0.2))
+        return answers[0] if pen.chance(0.7) else pen.pick(answers)
 
     # -------------------------------------------------------------------------------------- judging
 
