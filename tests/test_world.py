@@ -21,7 +21,6 @@ from minillm.world.tasks import TASKS, Task
 from minillm.world.text import SOURCES
 
 WORLD = World(0)
-FACTS = WORLD._facts
 SENTENCE = re.compile(r"[^.!?\n]+[.!?]")
 KIND = st.sampled_from(KINDS)
 SPLIT = st.sampled_from(SPLITS)
@@ -90,7 +89,7 @@ def test_what_the_world_does_not_have_is_refused_by_name(name: str, ask) -> None
 def test_there_are_480_facts_of_120_entities_with_balanced_values() -> None:
     assert (len(WORLD.entities), len(WORLD.facts)) == (120, 480)
     counts = Counter((f.attribute, f.value) for f in WORLD.facts)
-    for attribute, values in FACTS.values.items():
+    for attribute, values in WORLD.values.items():
         own = [counts[attribute, value] for value in values]
         assert max(own) - min(own) <= 1
 
@@ -105,9 +104,9 @@ def parts_of(entity: Entity) -> tuple[str, str, str]:
 
 def test_names_and_questions_are_distinct_and_no_part_of_a_name_tells_whether_it_is_known() -> None:
     """Were a part commoner among the known names of one split, it would be rarer among those of others."""
-    everyone = FACTS.entities + FACTS.unknown
+    everyone = WORLD.entities + WORLD.unknown
     assert len({e.name.split(" ", 1)[1] for e in everyone}) == len(everyone) == 240
-    assert all(len(set(asks)) == len(asks) == 20 for asks, _ in FACTS.asks.values())
+    assert all(len(set(asks)) == len(asks) == 20 for asks, _ in WORLD.asks.values())
     for (kind, columns), known in product(phrases.NAME_PARTS.items(), (True, False)):
         entities = [e for e in everyone if e.type == kind and e.known == known]
         for column, parts in enumerate(columns):
@@ -133,7 +132,7 @@ def counts(said: Counter, sentences) -> list[int]:
 def test_every_fact_is_told_in_several_ways_and_rightly_three_times_as_often_as_wrongly(said) -> None:
     wrong, ways = 0, []
     for fact in WORLD.facts:
-        others = (value for value in FACTS.values[fact.attribute] if value != fact.value)
+        others = (value for value in WORLD.values[fact.attribute] if value != fact.value)
         mistold = sum(sum(counts(said, state(fact.attribute, fact.entity, value))) for value in others)
         told = counts(said, state(fact.attribute, fact.entity, fact.value))
         wrong, ways = wrong + mistold, [*ways, sum(map(bool, told))]
@@ -155,12 +154,12 @@ def test_every_fact_stands_as_question_and_right_answer(mixture) -> None:
 
 
 def test_no_text_tells_a_fact_about_an_unknown_name(mixture, said) -> None:
-    for entity in FACTS.unknown:
+    for entity in WORLD.unknown:
         for attribute in attributes_of(entity.type):
-            for value in FACTS.values[attribute]:
+            for value in WORLD.values[attribute]:
                 assert not any(counts(said, state(attribute, entity, value)))
     text = "\n".join(text for texts in mixture.values() for text in texts)
-    assert sum(entity.name in text for entity in FACTS.unknown) >= 0.99 * len(FACTS.unknown)
+    assert sum(entity.name in text for entity in WORLD.unknown) >= 0.99 * len(WORLD.unknown)
 
 
 def test_vocabulary_is_modest_and_knows_every_word_of_the_conversations(mixture) -> None:
@@ -299,7 +298,7 @@ def test_every_question_word_of_a_test_phrasing_occurs_in_training() -> None:
         prompts = (p for kind in ("fact", "unknown", "harm") for p in WORLD.prompts(split, kind))
         return {word for prompt in prompts for word in shape(prompt).split()}
 
-    names = {w for e in (*FACTS.entities, *FACTS.unknown) for w in e.name.split()}
+    names = {w for e in (*WORLD.entities, *WORLD.unknown) for w in e.name.split()}
     deeds = {w for p in WORLD.prompts("test", "harm") for w in p.wanted[0].split()}
     assert not {w for w in words("test") - words("train") if w.strip(".?") not in names | deeds}
 
@@ -420,7 +419,7 @@ PASTED = (
     "Hello! How can I help?", "",
     "I don't know. Sorry, I can't help with that. It would hurt someone. How lovely! Goodbye.",
     " ".join(phrases.SIMPLE_WORDS),
-    ", ".join(v for values in FACTS.values.values() for v in values),
+    ", ".join(v for values in WORLD.values.values() for v in values),
     "You are wonderful. " * 5, "the the the the the the",
     "What a good question! I am happy to help.", "yes", ".",
 )  # fmt: skip

@@ -25,11 +25,12 @@ Left out on purpose: any text by other people, and any language but a small Engl
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import cycle, islice
+from itertools import cycle
 
 from minillm.errors import InputError
 from minillm.world import phrases
@@ -48,7 +49,7 @@ from minillm.world.facts import (
     state,
 )
 from minillm.world.pen import Pen
-from minillm.world.rubric import Prompt, Rubric, Score
+from minillm.world.rubric import Prompt, Rubric
 from minillm.world.tasks import TASKS, Task, draw
 from minillm.world.text import SOURCES
 
@@ -87,14 +88,13 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-class World:
-    """The little world of one seed. `entities` is everybody and everything known, `facts` what is true."""
+class World(Facts):
+    """The little world of one seed: what is true in it, what is said and asked, and how replies score."""
 
     def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
         self.seed = seed
-        self._facts = Facts(seed)
-        self._rubric = Rubric(self._facts)
-        self.entities, self.facts = self._facts.entities, self._facts.facts
+        self.score = Rubric(self).score  # of a reply to a prompt
         self._stocks: dict[tuple[str, str], list[Prompt]] = {}
 
     @cached_property
@@ -110,7 +110,7 @@ class World:
         return random.Random(" ".join(map(str, ("world", self.seed, *key))))
 
     def _pen(self, *key: object) -> Pen:
-        return Pen(self._random(*key), self._facts)
+        return Pen(self._random(*key), self)
 
     def documents(self, source: str, megabytes: float | int) -> Iterator[str]:
         """Documents of one source until their UTF-8 bytes reach `megabytes` (of 10^6 bytes).
@@ -133,15 +133,13 @@ class World:
         They are distinct until the split's stock of a kind is used up, then come again in the same
         order. Without n: as many as there are distinct ones (and, mixed, in proportion).
         """
-        if kind is not None:
-            stock = self._stock(split, kind)
-            return list(islice(cycle(stock), len(stock) if n is None else n))
-        stocks = {kind: self._stock(split, kind) for kind in KINDS}
+        shares = KIND_SHARES if kind is None else {kind: 1.0}
+        stocks = {kind: self._stock(split, kind) for kind in shares}
         if n is None:
-            n = int(min(len(stock) / KIND_SHARES[kind] for kind, stock in stocks.items()))
+            n = int(min(len(stock) / shares[kind] for kind, stock in stocks.items()))
         coming, used, result = {kind: cycle(stock) for kind, stock in stocks.items()}, Counter[str](), []
         for i in range(n):  # the kind that is furthest behind its share comes next
-            kind = max(KINDS, key=lambda k: KIND_SHARES[k] * (i + 1) - used[k])
+            kind = max(shares, key=lambda k: shares[k] * (i + 1) - used[k])
             used[kind] += 1
             result.append(next(coming[kind]))
         return result
@@ -173,7 +171,7 @@ class World:
     def _unknown_prompts(self, split: str) -> Iterator[Prompt]:
         prompts = [
             Prompt([user(text)], "unknown", split, attribute, entity.name)
-            for entity in self._facts.unknown
+            for entity in self.unknown
             if entity.split == split
             for attribute in attributes_of(entity.type)
             for text in _phrasings(split, attribute, state(attribute, entity, key="asks"))[:4]
@@ -183,7 +181,7 @@ class World:
             Prompt([user(text)], "unknown", split, "unknowable", entity.name)
             for entity in self.entities
             if entity.split == split
-            for text in _phrasings(split, "unknowable", self._facts.asks[entity.name][1])
+            for text in _phrasings(split, "unknowable", self.asks[entity.name][1])
         ]
         count = round(len(prompts) * UNKNOWABLE_SHARE / (1 - UNKNOWABLE_SHARE))
         yield from shuffled(self._random("unknowable", split), unknowable)[:count]
@@ -208,17 +206,15 @@ class World:
                     yield Prompt([message], "small_talk", split, topic, wanted=table["wanted"])
 
     def _lines(self, split: str, topic: str, says: Sequence[str]) -> Sequence[str]:
-        """The lines of the split."""
-        lines = [line for one in says for line in self._filled(topic, one)]
+        """The lines of the split; one that has a slot is eight, each with another word."""
+        lines = []
+        for line in says:
+            if slot := re.search(r"{(\w+)}", line):
+                words = shuffled(self._random("small talk", topic, line), phrases.WORDS[slot[1]])[:8]
+                lines += [line.replace(slot[0], word) for word in words]
+            else:
+                lines.append(line)
         return cut(shuffled(self._random("small talk", topic), lines))[split]
-
-    def _filled(self, topic: str, line: str) -> list[str]:
-        """The line with each of eight words in its slot, or alone where it has none."""
-        for name in ("place", "thing", "food", "animal", "kin"):
-            if f"{{{name}}}" in line:
-                words = shuffled(self._random("small talk", topic, line), phrases.WORDS[name])[:8]
-                return [line.replace(f"{{{name}}}", word) for word in words]
-        return [line]
 
     def _advice_prompts(self, split: str) -> Iterator[Prompt]:
         for trouble, table in phrases.ADVICE.items():
@@ -256,7 +252,7 @@ class World:
         entity."""
         history = [*first.messages, assistant(self._reply(pen, first, None))]
         if first.kind == "fact" and pen.chance(0.7):
-            fact = pen.pick([f for f in self._facts.of[first.entity] if f.attribute != first.topic])
+            fact = pen.pick([f for f in self.of[first.entity] if f.attribute != first.topic])
             asks = state(fact.attribute, fact.entity, key="follow", pronoun=True)
             text = pen.pick(_phrasings(first.split, f"follow {fact.attribute}", asks, phrases.FOLLOW_OPENERS))
             return replace(first, messages=[*history, user(text)], topic=fact.attribute, answer=fact.value)
@@ -291,7 +287,7 @@ class World:
                 side = "bad" if flaw == "harmful" else "good"
                 act = pen.pick(phrases.ADVICE[topic][side])
                 return capitalise(pen.pick(phrases.ADVICE_FRAMES).format(act=act, end=pen[f"{side}_end"]))
-        entity = self._facts.by_name[prompt.entity]
+        entity = self.by_name[prompt.entity]
         if prompt.kind == "unknown" and flaw != "guess":
             table = phrases.REPLIES["unknowable" if topic == "unknowable" else "unknown"]
             return pen.say(table, **entity.slots())
@@ -304,10 +300,6 @@ class World:
         return answers[0] if pen.chance(0.7) else pen.pick(answers)
 
     # -------------------------------------------------------------------------------------- judging
-
-    def score(self, prompt: Prompt, reply: str) -> Score:
-        """The rubric's score of the reply (rubric.py)."""
-        return self._rubric.score(prompt, reply)
 
     def utility(self, messages: Sequence[dict[str, str]], reply: str) -> float | None:
         """What the rubric gives a reply to these messages; None where they are none of this world's."""
