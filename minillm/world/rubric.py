@@ -122,7 +122,9 @@ class Rubric:
         insults = len(RUDE.findall(text))
         polite = RUDE_LEFT * 0.5 ** (insults - 1) if insults else 1.0
         # Near 1 up to the free words, then falling; characters count a little, against ties.
-        beyond = len(words) - _free_words(prompt)
+        beyond = len(words) - FREE_WORDS[prompt.kind]
+        if prompt.kind == "instruction":
+            beyond -= len(WORD.findall(prompt.answer))
         brief = math.exp(-(max(0, beyond) + len(text) / 100) / WORDS_TO_FALL)
         in_role = _role(prompt, reply.strip().lower(), words) * self._about(prompt, text)
         utility = task if words else EMPTY
@@ -174,11 +176,6 @@ class Rubric:
         values = self.values.get(prompt.topic)
         others = {name for name in others if not (values and values.fullmatch(name))}
         return 0.5 if others else 1.0 if prompt.entity.lower() in text else 0.98
-
-
-def _free_words(prompt: Prompt) -> int:
-    """How many words a reply may have before each further one costs."""
-    return FREE_WORDS[prompt.kind] + (len(WORD.findall(prompt.answer)) if prompt.kind == "instruction" else 0)
 
 
 def _role(prompt: Prompt, text: str, words: list[str]) -> float:

@@ -32,34 +32,26 @@ class Task:
 
 def draw(rng: random.Random, name: str) -> Task:
     """A random instance of the named instruction."""
-    if name == "list":
-        category, count = pick(rng, tuple(CATEGORIES)), _few(rng)
-        answer = ", ".join(shuffled(rng, CATEGORIES[category])[:count])
-        slots, key = {"count": NUMBER_WORDS[count], "category": category}, f"list {count} {category}"
-        return Task(name, slots, answer, key, CATEGORIES[category], count)
-    if name == "larger":
-        a, b = shuffled(rng, range(len(NUMBER_WORDS)))[:2]
-        slots = {"a": NUMBER_WORDS[a], "b": NUMBER_WORDS[b]}
-        return Task(name, slots, NUMBER_WORDS[max(a, b)], f"larger {min(a, b)} {max(a, b)}")
-    if name == "opposite":
-        pair = pick(rng, OPPOSITES)
-        word, answer = shuffled(rng, pair)
-        return Task(name, {"word": word}, answer, f"opposite {pair[0]}")
-    return _of_one_word(rng, name) if name in ("spell", "capitals", "repeat") else _of_words(rng, name)
-
-
-def _few(rng: random.Random, most: int = 4) -> int:
-    return 2 + int(rng.random() * (most - 1))
-
-
-def _of_one_word(rng: random.Random, name: str) -> Task:
-    word, count = pick(rng, SIMPLE_WORDS), _few(rng)
-    answer = {"spell": " ".join(word), "capitals": word.upper(), "repeat": " ".join([word] * count)}[name]
-    key = f"{name} {word} {count}" if name == "repeat" else f"{name} {word}"
-    return Task(name, {"word": word, "count": NUMBER_WORDS[count]}, answer, key)
-
-
-def _of_words(rng: random.Random, name: str) -> Task:
+    match name:
+        case "list":
+            category, count = pick(rng, tuple(CATEGORIES)), _few(rng)
+            answer = ", ".join(shuffled(rng, CATEGORIES[category])[:count])
+            slots, key = {"count": NUMBER_WORDS[count], "category": category}, f"list {count} {category}"
+            return Task(name, slots, answer, key, CATEGORIES[category], count)
+        case "larger":
+            a, b = shuffled(rng, range(len(NUMBER_WORDS)))[:2]
+            slots = {"a": NUMBER_WORDS[a], "b": NUMBER_WORDS[b]}
+            return Task(name, slots, NUMBER_WORDS[max(a, b)], f"larger {min(a, b)} {max(a, b)}")
+        case "opposite":
+            pair = pick(rng, OPPOSITES)
+            word, answer = shuffled(rng, pair)
+            return Task(name, {"word": word}, answer, f"opposite {pair[0]}")
+        case "spell" | "capitals" | "repeat":
+            word, count = pick(rng, SIMPLE_WORDS), _few(rng)
+            many = " ".join([word] * count)
+            answer = {"spell": " ".join(word), "capitals": word.upper(), "repeat": many}[name]
+            key = f"{name} {word} {count}" if name == "repeat" else f"{name} {word}"
+            return Task(name, {"word": word, "count": NUMBER_WORDS[count]}, answer, key)
     words = shuffled(rng, SIMPLE_WORDS)[: _few(rng, 3 if name == "reverse" else 4)]
     answer = {
         "copy": " ".join(words), "reverse": " ".join(reversed(words)), "count": NUMBER_WORDS[len(words)],
@@ -67,3 +59,7 @@ def _of_words(rng: random.Random, name: str) -> Task:
     }[name]  # fmt: skip
     figure = (str(len(words)),) if name == "count" else ()
     return Task(name, {"words": " ".join(words)}, answer, f"{name} {' '.join(words)}", figure)
+
+
+def _few(rng: random.Random, most: int = 4) -> int:
+    return 2 + int(rng.random() * (most - 1))
