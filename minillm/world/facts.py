@@ -125,26 +125,23 @@ class Facts:
         self.by_name = {entity.name: entity for entity in self.entities + self.unknown}
         self.names = {kind: [n for n, e in self.by_name.items() if e.type == kind] for kind in NAME_PARTS}
         self.asks = {entity.name: _questions(entity) for entity in everyone}  # answerable, unanswerable
-        self.values = {attribute: self._values(attribute) for attribute in ATTRIBUTES}
-        self.facts = [fact for attribute in ATTRIBUTES for fact in self._facts(rng, attribute)]
+        known = {kind: tuple(e.name for e in self.entities if e.type == kind) for kind in NAME_PARTS}
+        self.values: dict[str, tuple[str, ...]] = {}
+        self.facts: list[Fact] = []
         self.of: dict[str, list[Fact]] = {entity.name: [] for entity in self.entities}
         self.by_value: dict[str, dict[str, list[Fact]]] = {attribute: {} for attribute in ATTRIBUTES}
-        for fact in self.facts:
-            self.of[fact.entity.name].append(fact)
-            self.by_value[fact.attribute].setdefault(fact.value, []).append(fact)
-
-    def _values(self, attribute: str) -> tuple[str, ...]:
-        """The values an attribute may have: words, or the names of everybody known of a type."""
-        values = ATTRIBUTES[attribute]["values"]
-        return tuple(e.name for e in self.entities if e.type == values) if isinstance(values, str) else values
-
-    def _facts(self, rng: random.Random, attribute: str) -> list[Fact]:
-        """Values are dealt round, so that each is true of nearly equally many and no guess is a good one."""
-        owners = [e for e in self.entities if e.type == ATTRIBUTES[attribute]["type"]]
-        values: list[str] = []
-        while len(values) < len(owners):
-            values += shuffled(rng, self.values[attribute])
-        return [Fact(entity, attribute, value) for entity, value in zip(owners, values, strict=False)]
+        for attribute, table in ATTRIBUTES.items():
+            # Words, or the names of everybody known of a type; dealt round, so that each is true of nearly
+            # equally many and no guess is a good one.
+            values = self.values[attribute] = known.get(table["values"]) or table["values"]
+            owners, dealt = known[table["type"]], list[str]()
+            while len(dealt) < len(owners):
+                dealt += shuffled(rng, values)
+            for name, value in zip(owners, dealt, strict=False):
+                fact = Fact(self.by_name[name], attribute, value)
+                self.facts.append(fact)
+                self.of[name].append(fact)
+                self.by_value[attribute].setdefault(value, []).append(fact)
 
 
 def _named(rng: random.Random, kind: str, parts: Sequence[Sequence[str]]) -> list[Entity]:
