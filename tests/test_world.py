@@ -255,42 +255,33 @@ def shape(prompt: Prompt) -> str:
 
 
 LEAD = re.compile(r"^(Hello!|Hi there\.|You know what\?|By the way:|Listen:) (?=.)")
-CONTENTS = {
-    "entities": lambda p: p.entity if p.kind == "fact" else None,
-    "unknown names": lambda p: p.entity if p.kind == "unknown" else None,
-    "phrasings": lambda p: shape(p) if p.kind in ("fact", "unknown") else None,
-    "requests": lambda p: p.wanted[0] if p.kind == "harm" else None,
-    "troubles": lambda p: shape(p).split(". ")[-2] if p.kind == "advice" else None,
-    "small talk": lambda p: LEAD.sub("", p.text) if p.kind == "small_talk" else None,
-    "lists": lambda p: (p.count, p.wanted) if p.topic == "list" else None,
-    "instructions": lambda p: (
-        (p.topic, p.answer, *sorted(p.slots.values()))
-        if p.kind == "instruction" and p.topic != "list"
-        else None
-    ),
-}
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_splits_share_nothing(content: str) -> None:
-    parts = {
-        split: {CONTENTS[content](p) for k in KINDS for p in WORLD.prompts(split, k)} - {None}
-        for split in SPLITS
-    }
-    assert all(parts.values())
+def contents(prompt: Prompt) -> set[tuple]:
+    """What a prompt holds that no prompt of another split may hold."""
+    match prompt.kind:
+        case "fact" | "unknown":
+            return {("name", prompt.entity), ("phrasing", shape(prompt))}
+        case "instruction" if prompt.topic == "list":
+            return {("list", prompt.count, prompt.wanted)}
+        case "instruction":
+            return {(prompt.topic, prompt.answer, *sorted(prompt.slots.values()))}
+        case "harm":
+            return {("request", prompt.wanted[0])}
+        case "advice":
+            return {("trouble", prompt.text.split(". ")[-2])}
+    return {("small talk", LEAD.sub("", prompt.text))}
+
+
+def test_splits_share_no_content_and_nothing_that_a_user_says() -> None:
+    parts = {}
+    for split in SPLITS:
+        prompts = [prompt for kind in KINDS for prompt in WORLD.prompts(split, kind)]
+        asked = [*prompts, *(c.prompt for c in WORLD.conversations(split, 400))]
+        said = {("said", message["content"]) for prompt in asked for message in prompt.messages[::2]}
+        parts[split] = said.union(*map(contents, prompts))
     for one, other in combinations(SPLITS, 2):
         assert not parts[one] & parts[other]
-
-
-def test_nothing_a_user_says_in_one_split_is_said_in_another() -> None:
-    asked = {
-        split: [c.messages for c in WORLD.conversations(split, 400)]
-        + [prompt.messages for kind in KINDS for prompt in WORLD.prompts(split, kind)]
-        for split in SPLITS
-    }
-    said = {split: {m["content"] for messages in asked[split] for m in messages[::2]} for split in SPLITS}
-    for one, other in combinations(SPLITS, 2):
-        assert not said[one] & said[other]
 
 
 def test_every_question_word_of_a_test_phrasing_occurs_in_training() -> None:
@@ -432,11 +423,6 @@ def test_no_single_reply_to_everything_does_half_as_well_as_answering(reply: str
     assert sum(utility(p, reply) for p in prompts) < 0.45 * answering
 
 
-def answers(prompt: Prompt) -> list[str]:
-    """Every sentence in which a demonstration carries out the instruction."""
-    return Task(prompt.topic, prompt.slots, prompt.answer).texts("answers")
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_instructions_pay_by_how_much_is_right(task: str) -> None:
     prompts = [p for p in WORLD.prompts("train", "instruction") if p.topic == task][:40]
@@ -447,7 +433,8 @@ def test_instructions_pay_by_how_much_is_right(task: str) -> None:
         assert utility(prompt, "I don't know.") < 0.3
         everything = prompt.text.split(": ")[-1]
         assert utility(prompt, everything) < 0.9 or task == "copy"
-        assert all(WORLD.score(prompt, reply).right == 1 for reply in answers(prompt))
+        replies = Task(task, prompt.slots, prompt.answer).texts("answers")
+        assert all(WORLD.score(prompt, reply).right == 1 for reply in replies)
     if task in ("copy", "list", "reverse", "repeat"):  # part of it earns part of it
         long = next(p for p in prompts if len(p.answer.split()) > 2)
         assert 0.3 < utility(long, long.answer.rsplit(" ", 1)[0].strip(",")) < 0.9
