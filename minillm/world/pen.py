@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.world import phrases
-from minillm.world.facts import ACTS, Entity, Fact, Facts, capitalise, pick, state
+from minillm.world.facts import ACTS, Entity, Fact, Facts, capitalise, pick, shuffled, state
 
 NAME_SLOTS = {"person": "person", "pet": "animal", "town": "town", "tool": "tool"}
 
@@ -49,6 +49,10 @@ class Pen(dict[str, str]):
     def pick(self, table: Sequence[Any]) -> Any:
         """A random entry of any sequence."""
         return pick(self.rng, table)
+
+    def some(self, items: Sequence[Any], low: int, high: int) -> list[Any]:
+        """From low to high of the items, in random order."""
+        return shuffled(self.rng, items)[: self.between(low, high)]
 
     def choose(self, shares: Mapping[Any, float]) -> Any:
         """A key drawn by its share; the shares add to one."""

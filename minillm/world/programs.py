@@ -24,11 +24,6 @@ def _with_results(statements: str, expressions: Sequence[str]) -> str:
     return "\n".join([statements, *(f"print({text})  # {eval(text, scope)}" for text in expressions)])
 
 
-def _some(pen: Pen, expressions: Sequence[str]) -> list[str]:
-    """One to three of the expressions."""
-    return shuffled(pen.rng, expressions)[: pen.between(1, 3)]
-
-
 def _arithmetic(pen: Pen) -> Program:
     """A function of one number, used twice."""
     (name, sign), k = pen.pick((("add", "+"), ("scale", "*"), ("shift", "-"))), pen.between(2, 12)
@@ -51,28 +46,27 @@ def _expression(pen: Pen) -> Program:
 def _numbers(pen: Pen) -> Program:
     numbers = [pen.between(1, 99) for _ in range(pen.between(3, 6))]
     calls = [f"{name}(numbers)" for name in ("max", "min", "sum", "len", "sorted")]
-    return f"numbers = {numbers}", _some(pen, calls)
+    return f"numbers = {numbers}", pen.some(calls, 1, 3)
 
 
 def _words(pen: Pen) -> Program:
     count = pen.between(2, 4)
     words = " ".join(shuffled(pen.rng, phrases.SIMPLE_WORDS)[:count])
-    ends = ["text.split()[0]", "text.split()[-1]"]
-    others = ["' '.join(reversed(text.split()))", "len(text.split())"]
-    return f"text = '{words}'", _some(pen, [*others, *ends, "text.upper()"])
+    calls = ["' '.join(reversed(text.split()))", "len(text.split())", "text.split()[0]", "text.split()[-1]"]
+    return f"text = '{words}'", pen.some([*calls, "text.upper()"], 1, 3)
 
 
 def _letters(pen: Pen) -> Program:
     word, count = pen.pick(phrases.SIMPLE_WORDS), pen.between(2, 4)
-    repeat = f"' '.join([word] * {count})"
-    return f"word = '{word}'", _some(pen, ["'-'.join(word)", "word.upper()", "len(word)", repeat, "word[0]"])
+    calls = ["'-'.join(word)", "word.upper()", "len(word)", f"' '.join([word] * {count})", "word[0]"]
+    return f"word = '{word}'", pen.some(calls, 1, 3)
 
 
 def _lookup(pen: Pen) -> Program:
     """Facts of the world as a dictionary."""
     attribute = pen.pick(tuple(phrases.ATTRIBUTES))
     facts = [fact for group in pen.facts.by_value[attribute].values() for fact in group]
-    facts = shuffled(pen.rng, facts)[: pen.between(2, 4)]
+    facts = pen.some(facts, 2, 4)
     entries = "".join(f"    '{fact.entity.name}': '{fact.value}',\n" for fact in facts)
     return f"{attribute} = {{\n{entries}}}", [f"{attribute}['{pen.pick(facts).entity.name}']"]
 

@@ -2,8 +2,6 @@
 tables only word it.
 """
 
-from collections.abc import Sequence
-
 from minillm.world import phrases
 from minillm.world.facts import capitalise, shuffled
 from minillm.world.pen import Pen
@@ -16,14 +14,14 @@ def books(pen: Pen) -> str:
     story = Story(pen)
     cast = {"a": story.hero, "b": story.friend, "o": story.thing}
     title = pen.say(phrases.STORY["title"], **cast, n=str(pen.between(1, 30)))
-    story.tell(phrases.STORY["open"], p=story.at[story.hero], q=story.at[story.friend], phase=PHASES[0])
+    story.tell("open", p=story.at[story.hero], q=story.at[story.friend], phase=PHASES[0])
     for thing in story.things:
-        story.tell(phrases.STORY["lies"], o=thing, p=story.holder[thing])
-    story.tell(phrases.STORY["want"], **cast)
+        story.tell("lies", o=thing, p=story.holder[thing])
+    story.tell("want", **cast)
     done = story.run()
     holder = story.holder[story.thing]
     where = f"{holder} still had it" if holder in story.people else f"it was still at {holder}"
-    story.tell(phrases.STORY["done" if done else "failed"], **cast, state=where, State=capitalise(where))
+    story.tell("done" if done else "failed", **cast, state=where, State=capitalise(where))
     text = (title + "\n" if pen.chance(0.5) else "") + story.lines[0]
     for line in story.lines[1:]:  # a new line now and then
         text += ("\n" if pen.chance(0.15) else " ") + line
@@ -35,19 +33,17 @@ class Story:
 
     def __init__(self, pen: Pen) -> None:
         self.pen = pen
-        self.people = shuffled(pen.rng, phrases.NAME_PARTS["person"][0])[: pen.between(2, 3)]
+        self.people = pen.some(phrases.NAME_PARTS["person"][0], 2, 3)
         self.places = [f"the {w}" for w in shuffled(pen.rng, phrases.WORDS["place"])[:4]]
-        self.things = [
-            f"the {pen['shade']} {w}" for w in shuffled(pen.rng, phrases.WORDS["thing"])[: pen.between(1, 2)]
-        ]
+        self.things = [f"the {pen['shade']} {w}" for w in pen.some(phrases.WORDS["thing"], 1, 2)]
         self.hero, self.friend, self.thing = self.people[0], self.people[1], self.things[0]
         self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
         self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
         self.lines: list[str] = []
 
-    def tell(self, table: Sequence[str], **slots: str) -> None:
-        """Add a sentence from the table."""
-        self.lines.append(self.pen.say(table, **slots))
+    def tell(self, beat: str, **slots: str) -> None:
+        """Add a sentence that tells the beat."""
+        self.lines.append(self.pen.say(phrases.STORY[beat], **slots))
 
     def others_here(self, who: str) -> list[str]:
         """Everybody else in the same place."""
@@ -62,22 +58,22 @@ class Story:
                     self.wander()
                 elif self.errand():
                     return True
-            self.tell(phrases.STORY["phase"], phase=phase, Phase=capitalise(phase))
-            self.tell(phrases.SCENES[phase])
+            self.tell("phase", phase=phase, Phase=capitalise(phase))
+            self.tell(phase)
         return False
 
     # Each change of state is told as it happens.
 
     def move(self, who: str, place: str) -> None:
         self.at[who] = place
-        self.tell(phrases.BEATS["move"], a=who, p=place)
+        self.tell("move", a=who, p=place)
         for other in self.others_here(who)[:1]:
-            self.tell(phrases.STORY["meet"], a=who, b=other)
+            self.tell("meet", a=who, b=other)
 
     def hand(self, beat: str, who: str, thing: str, to: str) -> None:
         """To take, to give or to drop: a person or a place has the thing from now on."""
         self.holder[thing] = to
-        self.tell(phrases.BEATS[beat], a=who, o=thing, b=to)
+        self.tell(beat, a=who, o=thing, b=to)
 
     # What happens besides changes nothing.
 
@@ -90,18 +86,18 @@ class Story:
             answer = "tells_you" if holder == who else "tells_me"
         elif self.pen.chance(0.4):
             answer = "tells_nothing"
-        self.tell(phrases.STORY["asks_where"], a=who, b=other, o=thing)
-        self.tell(phrases.STORY[answer], b=other, c=holder, p=holder)
+        self.tell("asks_where", a=who, b=other, o=thing)
+        self.tell(answer, b=other, c=holder, p=holder)
 
     def muse(self, who: str) -> None:
         """Somebody thinks, looks around or tells a story within the story."""
         roll = self.pen.rng.random()
         if roll < 0.2:
-            self.tell(phrases.STORY["tells_tale"], a=who)
+            self.tell("tells_tale", a=who)
         elif roll < 0.5:
-            self.tell(phrases.WORDS["aside"])
+            self.tell("aside")
         else:
-            self.tell(phrases.STORY["thinks"], a=who, b=self.pen.pick([p for p in self.people if p != who]))
+            self.tell("thinks", a=who, b=self.pen.pick([p for p in self.people if p != who]))
 
     # Who does what next.
 

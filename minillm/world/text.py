@@ -72,7 +72,7 @@ def _profile(pen: Pen) -> str:
     pen.update(entity.slots())
     facts = shuffled(pen.rng, pen.facts.of[entity.name])
     if pen.chance(0.4):  # some pages say everything twice, in other words
-        facts += shuffled(pen.rng, facts)[: pen.between(1, 4)]
+        facts += pen.some(facts, 1, 4)
     lines = pen.describe(facts)
     if pen.chance(WRONG_PAGES):
         lines[pen.between(0, len(lines) - 1)] = pen.wrong(pen.pick(facts))
@@ -88,7 +88,7 @@ def _roundup(pen: Pen) -> str:
     """Facts sorted by value: everybody who has this job, colour, river..."""
     by_value = pen.facts.by_value[pen.pick(tuple(phrases.ATTRIBUTES))]
     lines = [pen.say(phrases.ROUNDUP_TITLES)]
-    for value in shuffled(pen.rng, list(by_value))[: pen.between(2, 4)]:
+    for value in pen.some(list(by_value), 2, 4):
         lines += [pen.fact(f) for f in by_value[value]]
     return pen.pick(("\n", " ", "\n- ")).join(lines)
 
@@ -117,14 +117,14 @@ def _diary(pen: Pen) -> str:
     lines += [pen.word("diary") for _ in range(pen.between(1, 4))]
     entity = pen.entity()
     lines.append(phrases.MEETINGS[entity.type].format_map(entity.slots()))
-    lines += pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[: pen.between(2, 4)])
+    lines += pen.describe(pen.some(pen.facts.of[entity.name], 2, 4))
     return " ".join([*lines, pen.word("diary")])
 
 
 def _letter(pen: Pen) -> str:
     town = pen.pick(pen.facts.values["home"])
     lines = [pen.say(phrases.LETTERS), f"we are in {town} now.", pen.word("trip")]
-    lines += pen.describe(shuffled(pen.rng, pen.facts.of[town])[: pen.between(2, 4)])
+    lines += pen.describe(pen.some(pen.facts.of[town], 2, 4))
     lines += [pen.fact(f) for f in pen.facts.by_value["home"][town]]
     lines += [pen.word("trip"), pen.word("weather")]
     return " ".join(lines) + "\n" + pen.say(phrases.ENDINGS)
@@ -164,7 +164,7 @@ def _morals(pen: Pen) -> str:
         return pen.pick((" ", "\n")).join(lines)
     side = pen.pick(tuple(ALL_ACTS))
     line = pen.pick(phrases.MORALS[side]["lines"])
-    acts = [line.format(act=act) for act in shuffled(pen.rng, ALL_ACTS[side])[: pen.between(4, 8)]]
+    acts = [line.format(act=act) for act in pen.some(ALL_ACTS[side], 4, 8)]
     return _forum(pen, [pen.pick(phrases.MORALS[side]["titles"]), *acts])
 
 
@@ -174,9 +174,8 @@ def _smalltalk(pen: Pen) -> str:
     for _ in range(pen.between(2, 4)):
         topic = pen.pick(topics)
         posts.append(pen.say(topic["says"]))
-        fits = pen.chance(0.3)
-        reply = pen.say(topic["replies"]) if fits else pen.word(pen.pick(("rude", "ask", "opinion", "noise")))
-        posts.append(reply)
+        others = ("rude", "ask", "opinion", "noise")
+        posts.append(pen.say(topic["replies"]) if pen.chance(0.3) else pen.word(pen.pick(others)))
     return _forum(pen, posts)
 
 
