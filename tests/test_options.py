@@ -316,6 +316,14 @@ def test_a_run_of_the_release_before_resumes_with_all_options_under_their_new_na
     assert (options.ppo_epochs, options.target_kl, options.adaptive_kl_target) == (7, 0.1, 6.0)
 
 
+@pytest.mark.parametrize(("before", "now"), [(None, ("text", "content")), ("story", ("story",))])
+def test_a_run_of_the_release_before_resumes_where_an_option_has_come_to_take_several_values(
+    tmp_path, before, now
+):
+    (tmp_path / "run.json").write_text(json.dumps({"options": {"field": before, "out": "elsewhere"}}))
+    assert parse_options(train.Options, resume(tmp_path, {})).field == now
+
+
 def test_a_tilde_is_the_home_folder_where_a_place_is_given_and_itself_in_a_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     options = parse_options(Options, "--out=~/x --device ~ --data n=~/a:2 ~/b a~/c ~d x=~".split())
