@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,7 +122,7 @@ class Chat:
             raise InputError(f"--tools: {options.run} has no chat template that knows calls; leave it out")
         self.tools = open_tools(options.tools, Path(options.run), options.search_in)
         self.messages: tuple[Message, ...] = ()
-        self.replies, self.cut = 0, False
+        self.seeds, self.cut = count(options.seed), False
         self.set_system(options.system or "")
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -162,8 +163,7 @@ class Chat:
         it becomes part of the conversation, and `cut` says whether its end is missing. `note` is told of
         calls and results."""
         messages, prompt, sampling = self.ask(text, note)
-        seed, called = self.options.seed + self.replies, 0
-        self.replies += 1
+        seed, called = next(self.seeds), 0
         while True:
             content, tokens = "", list[int]()
             for piece in self._pieces(prompt, sampling, seed, tokens):
