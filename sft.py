@@ -184,7 +184,7 @@ def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> Non
     from minillm.compare.metrics import world_metrics
     from minillm.tools.measures import table_text
     from minillm.tools.plots import plot_loss
-    from minillm.tools.sources import tell_shares
+    from minillm.tools.sources import tell_rise, tell_shares
     from minillm.world import World
 
     metrics = {}
@@ -196,6 +196,8 @@ def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> Non
         for caption, rows in metrics.items():
             run.say(f"{caption}:\n{table_text(rows)}")
     sources = tell_shares(run.say, mixture)
+    if validated:
+        tell_rise(run)
     plot_loss(run.folder, "loss", "nats per target")
     run.finish(sources=sources, val_loss=val_loss, val_perplexity=perplexity, metrics=metrics)
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import train
 from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_model
 from minillm.io.vocabulary import load_tokenizer
+from minillm.tools.sources import tell_rise
 from minillm.world import KINDS
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
@@ -124,6 +126,17 @@ def test_what_is_read_cut_and_left_out_is_said_before_the_first_step(
     assert "left out or cut: 1 ends of conversations longer than a row" in printed.out
     numbers = re.search(r"chats\.jsonl: (\d+) conversations to train on, (\d+) to validate on", printed.out)
     assert sum(map(int, numbers.groups())) == len(chats.read_text().splitlines()) - 1
+
+
+@pytest.mark.parametrize(("last", "told"), [(3.1, True), (2.05, False), (1.5, False)])
+def test_a_validation_loss_that_rose_is_told(tmp_path, capsys, last, told):
+    events = [
+        {"event": "val", "step": step, "loss": loss} for step, loss in ((5, 3.0), (10, 2.0), (15, last))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    tell_rise(SimpleNamespace(folder=tmp_path, say=print))
+    expected = "val rose from 2.000 at step 10 to 3.100 nats/token: " if told else ""
+    assert capsys.readouterr().out.partition("the conv")[0] == expected
 
 
 @pytest.mark.parametrize("case", ["one conversation", "the same thrice", "nothing held out"])

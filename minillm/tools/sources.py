@@ -1,11 +1,13 @@
 """What is told of the sources of a run: before training what they hold, after it what was drawn of them."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from minillm.data import EncodedSource, Mixture, Skipped, TokenizedSource
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer
+from minillm.tools.folder import read_metrics
 
 
 def beginning(
@@ -70,3 +72,12 @@ def tell_shares(say: Callable[[str], None], mixture: Mixture) -> list[dict[str, 
         say(line + "".join(f", {count} {what} skipped" for what, count in source.skipped.items()))
         report.append(found)
     return report
+
+
+def tell_rise(run: Any) -> None:
+    """Says so where the last validation loss is 5 % above the lowest or more."""
+    losses = [event for event in read_metrics(run.folder) if event["event"] == "val"]
+    lowest, last = min(losses, key=itemgetter("loss")), losses[-1]["loss"]
+    if last >= 1.05 * lowest["loss"]:
+        rose = f"val rose from {lowest['loss']:.3f} at step {lowest['step']:,} to {last:.3f} nats/token"
+        run.say(f"{rose}: the conversations are learned by heart; give fewer --steps")
