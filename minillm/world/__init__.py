@@ -50,7 +50,7 @@ from minillm.world.facts import (
 )
 from minillm.world.pen import Pen
 from minillm.world.rubric import Prompt, Rubric
-from minillm.world.tasks import TASKS, Task, draw
+from minillm.world.tasks import TASKS, draw, wordings
 from minillm.world.text import SOURCES
 
 VERSION = 5
@@ -189,21 +189,20 @@ class World(Facts):
     def _instruction_prompts(self, split: str) -> Iterator[Prompt]:
         rng, seen = self._random("instructions", split), set()
         for i in range(round(INSTRUCTION_STOCK * SPLIT_SHARES[split])):
-            task = draw(rng, TASKS[i % len(TASKS)])
-            while split_of(f"{self.seed} {task.key}") != split:
-                task = draw(rng, task.name)
-            text = pick(rng, _phrasings(split, task.name, task.texts("asks")))
+            task, content = draw(rng, TASKS[i % len(TASKS)])
+            while split_of(f"{self.seed} {content}") != split:
+                task, content = draw(rng, task.topic)
+            text = pick(rng, _phrasings(split, task.topic, wordings(task, "asks")))
             if text not in seen:
                 seen.add(text)
-                right = (task.answer, task.wanted, task.count, task.slots)
-                yield Prompt([user(text)], "instruction", split, task.name, "", *right)
+                yield replace(task, messages=[user(text)], split=split)
 
     def _small_talk_prompts(self, split: str) -> Iterator[Prompt]:
         for topic, table in phrases.SMALL_TALK.items():
             for line in self._lines(split, topic, table["says"]):
                 for lead in phrases.SMALL_TALK_LEADS:
-                    message = user(f"{lead} {line}".strip())
-                    yield Prompt([message], "small_talk", split, topic, wanted=table["wanted"])
+                    text = f"{lead} {line}".strip()
+                    yield Prompt([user(text)], "small_talk", split, topic, wanted=table["wanted"])
 
     def _lines(self, split: str, topic: str, says: Sequence[str]) -> Sequence[str]:
         """The lines of the split; one that has a slot is eight, each with another word."""
@@ -277,8 +276,8 @@ class World(Facts):
         match prompt.kind:
             case "instruction":
                 while flaw == "wrong" and self.score(prompt, value).right > 0.9:
-                    value = draw(pen.rng, topic).answer
-                return capitalise(pen.pick(Task(topic, prompt.slots, value).texts("answers")))
+                    value = draw(pen.rng, topic)[0].answer
+                return capitalise(pen.pick(wordings(replace(prompt, answer=value), "answers")))
             case "small_talk":
                 return pen.say(phrases.SMALL_TALK[topic]["replies"])
             case "harm":

@@ -15,7 +15,7 @@ from minillm.world.facts import ACTS, ALL_ACTS, Entity, capitalise, shuffled
 from minillm.world.pen import Pen
 from minillm.world.programs import code
 from minillm.world.stories import books
-from minillm.world.tasks import TASKS, draw
+from minillm.world.tasks import TASKS, draw, wordings
 
 # False are this share of a forum's answers, and one sentence on this share of the pages about
 # somebody: together about 3% of all statements of fact in the default mixture.
@@ -102,8 +102,8 @@ def _quiz(pen: Pen) -> str:
 def _question_pair(pen: Pen, tasks: float) -> tuple[str, str]:
     """A question and its right answer: of fact, or with a probability of `tasks` an instruction."""
     if pen.chance(tasks):
-        task = draw(pen.rng, pen.pick(TASKS))
-        return pen.pick(task.texts("asks")), capitalise(pen.pick(task.texts("answers")))
+        task, _ = draw(pen.rng, pen.pick(TASKS))
+        return pen.pick(wordings(task, "asks")), capitalise(pen.pick(wordings(task, "answers")))
     return pen.asked(pen.pick(pen.facts.facts))
 
 
@@ -187,7 +187,8 @@ def _lesson(pen: Pen) -> str:
 
 def _exercise(pen: Pen) -> str:
     """One line of a school page: an instruction carried out."""
-    return capitalise(pen.pick(draw(pen.rng, pen.pick(TASKS)).texts("says")))
+    task, _ = draw(pen.rng, pen.pick(TASKS))
+    return capitalise(pen.pick(wordings(task, "says")))
 
 
 # Kinds of web page, by number of pages.
