@@ -113,8 +113,8 @@ def stored_options(kind: type[Any], path: Path) -> Any:
         stored = {RENAMED.get(name, name): value for name, value in stored.items()}
     if not isinstance(stored, dict) or not stored.keys() <= names:
         raise InputError(f"{path}: does not hold the options of this script; was it another stage's run?")
-    if isinstance(field := stored.get("field", []), str | None):  # one name, or none, in the release before
-        stored["field"] = list(kind.field) if field is None else [field]
+    if isinstance(stored.get("field"), str):  # one name in the release before
+        stored["field"] = [stored["field"]]
     try:
         return kind(**{name: _typed(name, value, kinds[name]) for name, value in stored.items()})
     except (InputError, TypeError, OverflowError) as error:
