@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,25 @@ def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_pa
     done = subprocess.run([*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "interrupted"))]
     assert len(said) == 1 and "nowhere.txt" in said[0] and done.stderr.count("exitcode  : 2 ") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by an option of Linux")
+def test_processes_of_torchrun_end_with_it_even_where_it_is_killed(text, tmp_path):
+    """They waited for one another for two and a half minutes."""
+    command = [*TORCHRUN, str(ROOT / "train.py"), "--data", str(text), "--out", str(tmp_path / "two")]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started: list[Path] = []
+    while not (len(started) == 2 and all("libtorch" in (one / "maps").read_text() for one in started)):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+        started = [Path("/proc", child) for child in children.split()]
+    launcher.kill()
+    launcher.wait()
+    limit = time.monotonic() + 30
+    while any(one.exists() and "State:\tZ" not in (one / "status").read_text() for one in started):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 def test_accumulating_small_batches_follows_the_curve_of_one_batch(text, tmp_path, reference):
