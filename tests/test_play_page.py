@@ -245,16 +245,41 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             assert not (folder / "play" / "mine").exists()
 
 
-def test_where_nothing_is_yet_the_page_says_how_to_make_it(browser, tmp_path):
+def test_where_nothing_is_yet_the_page_says_how_to_make_it_and_offers_nothing_else(browser, tmp_path):
     for address in serve(play.Options(runs=str(tmp_path), port=0)):
         page = browser.new_page()
         for part, said in (
             ("guess", "run make demo"),
             ("pick", "no responses"),
+            ("train", "no responses"),
             ("chat", "make demo"),
             ("results", "no comparison"),
         ):
             page.goto(f"{address}/#{part}")
             page.reload()
             page.get_by_role("alert").get_by_text(re.compile(said)).wait_for()
+            assert page.locator("main button:visible, main input:visible").count() == 0
+        page.close()
+
+
+def test_what_is_wrong_with_a_model_is_seen_on_a_phone_and_another_can_be_chosen(browser, tmp_path):
+    """However long the path of its folder is, and however far down the page."""
+    folder = make_runs(tmp_path / ("long" * 20) / "out")
+    os.truncate(folder / "sft" / "model.safetensors", 1000)
+    for address in serve(play.Options(runs=str(folder), port=0)):
+        page = browser.new_page(viewport={"width": 390, "height": 400})
+        page.goto(address)
+        page.locator("#guess-choices button").first.wait_for()
+        page.locator("#guess-run").select_option("sft")
+        visible(page, "damaged: restore it").wait_for()
+        assert page.locator("#guess-form").is_hidden()
+        page.locator("#guess-run").select_option("base")
+        page.locator("#guess-choices button").first.click()
+        visible(page, "The model's first guess was").wait_for()
+        page.goto(f"{address}/#chat")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("alert").get_by_text("damaged: restore it").wait_for()
+        page.locator("[data-run=sft]").get_by_text("damaged: restore it").wait_for()
+        assert page.locator("#trouble").bounding_box()["y"] > -1
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.close()

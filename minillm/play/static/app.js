@@ -27,6 +27,13 @@ const results = {
 
 const parts = { guess, pick, train, chat, results };
 
+// What a part needs and is not there yet, and how to make it.
+function missing(name, state) {
+  if (["guess", "chat"].includes(name) && !state.runs.length) return "no model yet: run make demo, which makes some in about ten minutes, then load this page again";
+  if (["pick", "train"].includes(name) && state.ranked < 0) return "no responses to pick from yet: run make demo, or python rlhf.py --stage sample, then load this page again";
+  return "";
+}
+
 async function show() {
   const name = parts[location.hash.slice(1)] ? location.hash.slice(1) : "guess";
   for (const part of Object.keys(parts)) $(part).hidden = part !== name;
@@ -39,7 +46,10 @@ async function show() {
     const state = await get("/api/state");
     $("note").textContent = state.note;
     $("note").hidden = !state.note;
-    await parts[name].show(state);
+    const lacks = missing(name, state);
+    $(name).classList.toggle("missing", lacks !== "");
+    trouble(lacks);
+    if (!lacks) await parts[name].show(state);
   } catch (error) {
     trouble(error);
   }

@@ -14,7 +14,6 @@ export function begin() {
 }
 
 export async function show(state) {
-  if (!state.runs.length) throw new Error("no model yet: run make demo, then load this page again");
   const before = new Set(chosen());
   const wanted = before.size ? before : new Set(["base", "sft", "rlhf/ppo"]);
   const made = state.runs.filter((run) => run.name.startsWith("play/") && !known.has(run.name)).at(-1);
@@ -82,6 +81,9 @@ async function ask(column, text, signal) {
         whole = "";
       } else if (event.messages) talk = event.messages;
     }
+  } catch (error) {
+    if (error.name !== "AbortError") note.textContent = error.message;
+    throw error;
   } finally {
     talks.set(name, talk ?? [...messages, { role: "assistant", content: whole }]);
   }

@@ -12,7 +12,12 @@ let latest = 0; // number of the latest load
 export function begin() {
   $("guess-form").addEventListener("submit", doing(() => guess($("guess-typed").value.trim())));
   $("guess-next").addEventListener("click", doing(next));
-  $("guess-run").addEventListener("change", doing(ask));
+  $("guess-run").addEventListener("change", doing(() => {
+    question = null; // it was of another model
+    $("guess-form").hidden = $("guess-told").hidden = true;
+    $("guess-text").textContent = "Here comes a text.";
+    return ask();
+  }));
   $("guess-temperature").addEventListener("input", doing(async () => {
     $("guess-temperature-shown").textContent = Number($("guess-temperature").value).toFixed(1);
     if (question) await load();
@@ -24,7 +29,6 @@ export function begin() {
 }
 
 export async function show(state) {
-  if (!state.runs.length) throw new Error("no model yet: run make demo, which makes some in about ten minutes, then load this page again");
   const before = $("guess-run").value;
   $("guess-run").replaceChildren(...state.runs.map((run) => make("option", { value: run.name }, run.name)));
   if (before) $("guess-run").value = before;

@@ -17,6 +17,7 @@ export function trouble(error) {
   const line = error ? String(error.message ?? error) : "";
   $("trouble").textContent = line;
   $("trouble").hidden = !line;
+  if (line) $("trouble").scrollIntoView({ block: "nearest" });
 }
 
 async function checked(response) {

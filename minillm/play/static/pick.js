@@ -26,7 +26,6 @@ export function begin() {
 }
 
 export async function show(state) {
-  if (state.ranked < 0) throw new Error("no responses to pick from yet: run make demo, or python rlhf.py --stage sample, then load this page again");
   needed = state.needed;
   await load();
 }

@@ -26,10 +26,10 @@ export function begin() {
 export async function show(state) {
   if (state.training.running || (state.training.name && !first)) follow();
   else if (!state.training.name) {
-    const [picks, missing] = [Math.max(0, state.ranked), Math.max(0, state.needed - state.ranked)];
+    const missing = Math.max(0, state.needed - state.ranked);
     $("train-state").replaceChildren(...(missing
-      ? [`Picks so far: ${picks}. `, make("a", { href: "#pick" }, `Pick ${missing} more`), ", then come back."]
-      : [`${picks} picks to learn from. It takes about a minute.`]));
+      ? [`Picks so far: ${state.ranked}. `, make("a", { href: "#pick" }, `Pick ${missing} more`), ", then come back."]
+      : [`${state.ranked} picks to learn from. It takes about a minute.`]));
     $("train-start").disabled = missing > 0;
   }
 }
