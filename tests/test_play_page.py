@@ -91,7 +91,9 @@ def test_a_word_is_guessed(page, by):
     assert page.locator("#guess-bars .truth").count() >= 2
     assert page.locator("#guess-you").inner_text() in ("0 of 1", "1 of 1")
     bars = page.locator("#guess-bars").inner_text()
-    page.locator("#guess-temperature").fill("2")
+    for value in ("1.8", "1.9", "2"):  # quicker than the model
+        page.locator("#guess-temperature").fill(value)
+    assert page.locator("#guess-temperature-shown").inner_text() == "2.0"
     page.wait_for_function("before => document.querySelector('#guess-bars').innerText != before", arg=bars)
     (page.locator("#guess-next").click if by == "mouse" else lambda: page.keyboard.press("n"))()
     page.locator("#guess-typed").fill("zebra")
@@ -152,6 +154,28 @@ def test_the_better_response_is_picked_and_taken_back(page, by, runs):
     assert len(made) == 1 and [len(tied) for tied in made[0].ranking] == [1, 3]
 
 
+def test_the_focus_is_never_lost_where_responses_are_picked(browser, address):
+    """A screen reader reads the next prompt, too, and how far one is."""
+    page = browser.new_page()
+    page.goto(address)
+    press(page, "keyboard", "2 Pick")
+    assert page.locator("#pick-title:focus").count() == 1
+    page.locator("#pick-name").fill("Tabitha")
+    press(page, "keyboard", "Best: response 2")
+    visible(page, "1 of 24 ranked by Tabitha").wait_for()
+    assert page.locator(":focus").get_attribute("aria-label") == "Best: response 2"
+    page.locator("#pick-all").check()
+    for number in (3, 1, 2, 4):
+        press(page, "keyboard", f"Next best: response {number}")
+    assert page.locator("#pick-send:focus").count() == 1
+    page.keyboard.press("Enter")
+    visible(page, "2 of 24 ranked by Tabitha").wait_for()
+    assert page.locator(":focus").get_attribute("aria-label") == "Next best: response 1"
+    assert page.locator("[aria-live]").filter(has_text="2 of 24").count() == 1
+    assert page.locator("#pick-messages").get_attribute("aria-live") == "polite"
+    page.close()
+
+
 def test_what_a_model_writes_is_never_markup(page):
     page.goto(f"{page.url.partition('#')[0]}#pick")
     visible(page, "<b>hm</b>").wait_for()
@@ -162,17 +186,23 @@ def test_what_a_model_writes_is_never_markup(page):
 def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
     page.goto(f"{page.url.partition('#')[0]}#chat")
     page.locator("#chat-columns > div").nth(1).wait_for()
+    visible(page, "Nothing is said yet").wait_for()
     page.locator("#chat-text").fill("Who are you?")
     if by == "mouse":
         page.get_by_role("button", name="Send").click()
     else:
         page.keyboard.press("Enter")
-    page.locator("#chat-stop").wait_for(state="hidden")
+    visible(page, "All have answered").wait_for()
     for number in (0, 1):
         page.locator("#chat-columns > div").nth(number).locator(".token").first.wait_for()
     token = page.locator("#chat-columns .token").first
     (token.hover if by == "mouse" else token.focus)()
     visible(page, "had .*%; most probable here").wait_for()
+    if by == "keyboard":  # the arrows lead through a reply, the Tab key to the next
+        page.keyboard.press("ArrowRight")
+        assert page.locator(".token:focus").evaluate("one => one.previousElementSibling.matches('.token')")
+        page.keyboard.press("Tab")
+        assert page.locator("[data-run=sft] .token:focus").count() == 1
 
 
 def test_calls_of_tools_are_run_and_shown_with_their_results(page, runs):
@@ -221,6 +251,7 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             visible(page, "10 picks to learn from").wait_for()
             page.locator("#train-iterations").fill("10" if by == "mouse" else "1000")
             press(page, by, "Train")
+            page.locator("#train-state:focus").wait_for()
             page.locator("#train-answers > div").nth(4).wait_for()
             assert page.locator("#train-answers > div").count() == 5
             page.locator("#train-answers .good").first.wait_for()
@@ -231,6 +262,7 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             if by == "keyboard":
                 press(page, by, "Undo: remove it")
                 visible(page, "It is gone").wait_for()
+                assert page.locator("#train-state:focus").count() == 1
                 assert not (folder / "play" / "visit-1").exists()
                 continue
             with page.expect_download() as download:

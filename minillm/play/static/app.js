@@ -34,12 +34,16 @@ function missing(name, state) {
   return "";
 }
 
-async function show() {
+async function show(event) {
   const name = parts[location.hash.slice(1)] ? location.hash.slice(1) : "guess";
   for (const part of Object.keys(parts)) $(part).hidden = part !== name;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
+  }
+  if (event) { // from another part: what this one is called is read first
+    $(`${name}-title`).tabIndex = -1;
+    $(`${name}-title`).focus();
   }
   trouble(null);
   try {

@@ -11,6 +11,8 @@ export function begin() {
   $("chat-form").addEventListener("submit", doing(send));
   $("chat-stop").addEventListener("click", () => stopping?.abort());
   $("chat-reset").addEventListener("click", () => { talks.clear(); drawColumns(); });
+  $("chat-columns").addEventListener("keydown", ({ key, target }) =>
+    target[{ ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[key]]?.focus());
 }
 
 export async function show(state) {
@@ -51,6 +53,7 @@ async function send() {
     const asked = [...$("chat-columns").children].map((column) => ask(column, text, stopping.signal));
     const failed = (await Promise.allSettled(asked)).find((one) => one.status === "rejected");
     if (failed) throw failed.reason;
+    $("chat-token").textContent = "All have answered.";
   } finally {
     $("chat-stop").hidden = true;
   }
@@ -89,13 +92,13 @@ async function ask(column, text, signal) {
   }
 }
 
-// A token whose probability shows at the pointer or in focus.
-function token(one) {
-  const element = make("span", { class: "token", tabindex: one.p === undefined ? false : 0 }, one.text);
+// A token whose probability shows at the pointer or in focus; the Tab key leads to a reply's first.
+function token(one, place) {
+  const element = make("span", { class: "token", tabindex: one.p === undefined ? false : place ? -1 : 0 }, one.text);
   if (one.p === undefined) return element;
   const instead = one.instead.map(([text, p]) => `“${text}” ${percent(p)}`).join(", ");
   const line = `“${one.text}” had ${percent(one.p)}; most probable here: ${instead}`;
   element.title = line;
-  for (const kind of ["mouseenter", "focus"]) element.addEventListener(kind, () => { $("chat-token").textContent = line; $("chat-token").hidden = false; });
+  for (const kind of ["mouseenter", "focus"]) element.addEventListener(kind, () => { $("chat-token").textContent = line; });
   return element;
 }

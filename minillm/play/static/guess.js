@@ -18,10 +18,10 @@ export function begin() {
     $("guess-text").textContent = "Here comes a text.";
     return ask();
   }));
-  $("guess-temperature").addEventListener("input", doing(async () => {
+  $("guess-temperature").addEventListener("input", () => {
     $("guess-temperature-shown").textContent = Number($("guess-temperature").value).toFixed(1);
-    if (question) await load();
-  }));
+  });
+  $("guess-temperature").addEventListener("input", doing(async () => question && load()));
   keys("guess", (event) => {
     if (!told && question && /^[1-4]$/.test(event.key)) $("guess-choices").children[event.key - 1]?.click();
     else if (told && event.key === "n") $("guess-next").click();

@@ -71,8 +71,11 @@ const choose = doing(async (index) => {
   reorder(without);
 });
 
-// Draws the responses: those ordered first, best on top.
+const buttons = () => [...$("pick-responses").querySelectorAll("button"), $("pick-send")];
+
+// Draws the responses with their places. The focus stays where it was, or goes on to what keeps the order.
 function reorder(groups) {
+  const focused = buttons().indexOf(document.activeElement);
   order = groups;
   tie = false;
   const all = $("pick-all").checked;
@@ -92,6 +95,7 @@ function reorder(groups) {
   }));
   $("pick-send").hidden = !all || rest.length > 0 || !shown.key;
   for (const id of ["pick-tie", "pick-skip"]) $(id).disabled = !shown.key;
+  if (focused >= 0) ($("pick-send").hidden ? buttons()[focused % shown.responses.length] : $("pick-send"))?.focus();
 }
 
 // Dropped on another: the dragged one is better than it, and all that were not ordered yet follow in their order.

@@ -20,7 +20,7 @@ export function begin() {
   }));
   $("train-stop").addEventListener("click", doing(() => post("/api/change", { what: "stop", name: run, new: "" })));
   $("train-undo").addEventListener("click", doing(() => change("undo", "")));
-  $("train-keep").addEventListener("click", doing(() => change("keep", $("train-name").value.trim())));
+  $("train-after").addEventListener("submit", doing(() => change("keep", $("train-name").value.trim())));
 }
 
 export async function show(state) {
@@ -37,7 +37,17 @@ export async function show(state) {
 async function change(what, name) {
   await post("/api/change", { what, name: run, new: name });
   $("train-after").hidden = true;
-  $("train-state").textContent = what === "undo" ? "It is gone; the assistant is as it was." : `Kept as play/${name}: see it under “4 Compare”.`;
+  $("train-state").replaceChildren(...(what === "undo" ? ["It is gone; the assistant is as it was."]
+    : [`Kept as play/${name}: see it under `, make("a", { href: "#chat" }, "4 Compare"), "."]));
+  $("train-state").focus();
+}
+
+// Whoever is at a button that goes away is led to what is said of it.
+function running(now) {
+  const led = [$("train-start"), $("train-stop")].includes(document.activeElement);
+  $("train-start").disabled = now;
+  $("train-stop").hidden = !now;
+  if (led) $("train-state").focus();
 }
 
 const follow = doing(async () => {
@@ -49,13 +59,11 @@ const follow = doing(async () => {
   $("train-answers").replaceChildren();
   $("train-prompts").hidden = true;
   $("train-after").hidden = true;
-  $("train-start").disabled = true;
-  $("train-stop").hidden = false;
+  running(true);
   try {
     for await (const event of events("/api/train", null, following.signal)) tell(event);
   } finally {
-    $("train-start").disabled = false;
-    $("train-stop").hidden = true;
+    running(false);
   }
 });
 
