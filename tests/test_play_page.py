@@ -312,6 +312,7 @@ def test_what_is_wrong_with_a_model_is_seen_on_a_phone_and_another_can_be_chosen
         page.get_by_role("button", name="Send").click()
         page.get_by_role("alert").get_by_text("damaged: restore it").wait_for()
         page.locator("[data-run=sft]").get_by_text("damaged: restore it").wait_for()
+        visible(page, "Not all have answered").wait_for()
         assert page.locator("#trouble").bounding_box()["y"] > -1
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.close()

@@ -52,8 +52,8 @@ async function send() {
   try {
     const asked = [...$("chat-columns").children].map((column) => ask(column, text, stopping.signal));
     const failed = (await Promise.allSettled(asked)).find((one) => one.status === "rejected");
+    $("chat-token").textContent = failed ? "Not all have answered." : "All have answered.";
     if (failed) throw failed.reason;
-    $("chat-token").textContent = "All have answered.";
   } finally {
     $("chat-stop").hidden = true;
   }
