@@ -245,7 +245,9 @@ def test_help_gives_every_option_once_with_its_line_and_default_what_is_changed_
     for field in fields(script.Options):
         text = explained.pop(f"{'no-' if field.default is True else ''}{field.name.replace('_', '-')}", "")
         text = text or explained.pop("RUN")
-        assert len(text.split()) >= 3 and text.endswith(")") and ("(default: " in text or "(required" in text)
+        assert len(text.split()) >= 3 and (field.default is not None or "None" not in text.split()[0])
+        # The explanation says what None and () mean.
+        assert bool(re.search(r"\((default: |required)[^()]*\)$", text)) == (field.default not in (None, ()))
     assert not explained
     groups = commandline.grouped(script.Options)
     names = [*groups["main"]]

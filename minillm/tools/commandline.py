@@ -145,19 +145,21 @@ def print_help(kind: type[Any]) -> None:
     if program.is_relative_to(house / "minillm"):
         module = ".".join(program.relative_to(house).with_suffix("").parts)
         command = f"-m {module.removesuffix('.__main__')}"
-    explained, kinds, parts = explanations(kind), get_type_hints(kind, include_extras=True), []
+    explained, parts = explanations(kind), []
+    plain, kinds = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for title, members in grouped(kind).items():
-        own = [
-            (
-                name,
-                Annotated[kinds[name], tyro.conf.arg(help=explained[name])],
-                new_field(default=one.default),
-            )
-            for name, one in members.items()
-        ]
+        own: list[Any] = []
+        for name, one in members.items():
+            how: dict[str, Any] = {"help": explained[name]}
+            if one.default is None:  # what that means, the explanation says
+                given = get_args(plain[name])[0]
+                how["metavar"] = "STR ..." if get_origin(given) is tuple else given.__name__.upper()
+            if one.default in (None, ()):
+                how["help_behavior_hint"] = ""
+            own.append((name, Annotated[kinds[name], tyro.conf.arg(**how)], new_field(default=one.default)))
         parts.append((title, make_dataclass(title, own, kw_only=True)))
-    shown, how = make_dataclass("Options", parts), (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(shown, args=["--help"], prog=f"python {command}", description=inspect.getdoc(kind), config=how)
+    shown, form = make_dataclass("Options", parts), (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    tyro.cli(shown, args=["--help"], prog=f"python {command}", description=inspect.getdoc(kind), config=form)
 
 
 def grouped(kind: type[Any]) -> dict[str, dict[str, Field]]:
