@@ -91,9 +91,7 @@ def encode_rankings(
             continue
         start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))
         if max(map(len, rows)) > longest:
-            skipped[f"rankings with a response that ends after position {longest}, the model's last"] += len(
-                ranked
-            )
+            skipped[f"rankings with a response behind the model's {longest} positions"] += len(ranked)
         else:
             encoded.append(EncodedSet(ranked, rows, max(1, start)))
     return encoded, skipped

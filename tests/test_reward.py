@@ -167,7 +167,9 @@ def test_a_set_stays_if_its_longest_row_ends_at_the_limit_and_goes_if_one_of_its
     (kept,), none = encode_rankings([mixed], chat, longest)
     assert len(kept.rows) == 2 and not none
     gone, skipped = encode_rankings([mixed], chat, longest - 1)
-    assert gone == [] and skipped == {f"rankings with a response that ends after position {longest - 1}": 1}
+    assert gone == [] and skipped == {
+        f"rankings with a response behind the model's {longest - 1} positions": 1
+    }
 
 
 def test_responses_start_behind_the_prompt_though_they_begin_alike():
