@@ -226,7 +226,7 @@ BAD_INPUT = {
     "all tied": ("--rankings {d}/tied.jsonl", "tied"),
     "one response": ("--rankings {d}/alone.jsonl", "at least 2"),
     "one prompt": ("--rankings {d}/prompt.jsonl", "one prompt"),
-    "all too long for the model": ("--rankings {d}/long.jsonl", "position 80"),
+    "all too long for the model": ("--rankings {d}/long.jsonl", "80 positions"),
     "init from nowhere": ("--init nowhere", "nowhere"),
     "init from a folder that is no model": ("--init {d}", "config.json"),
     "init from a reward model": ("--init {d}/scalar", "reward model"),

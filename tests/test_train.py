@@ -162,7 +162,7 @@ def test_under_torchrun_one_process_says_an_error_and_all_end_with_code_2(tmp_pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="by an option of Linux")
 def test_processes_of_torchrun_end_with_it_even_where_it_is_killed(text, tmp_path):
-    """They waited for one another for two and a half minutes."""
+    """They waited for one another for more than an hour."""
     command = [*TORCHRUN, str(ROOT / "train.py"), "--data", str(text), "--out", str(tmp_path / "two")]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     started: list[Path] = []

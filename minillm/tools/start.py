@@ -1,7 +1,7 @@
 """What a script imports before all that takes seconds, as torch does: Ctrl-C meanwhile ends it in one word.
 
 From then on, `ending.one_line_errors` says how a script ends. A process that torchrun started ends with
-torchrun, even where that is killed (on Linux): processes left alone wait for one another for minutes.
+torchrun, even where that is killed (on Linux): left alone, processes wait for one another for hours.
 """
 
 import ctypes
