@@ -468,6 +468,19 @@ def test_what_is_damaged_is_left_out_and_named_and_the_rest_can_be_used(tmp_path
         assert httpx.post(f"{address}/api/guess", json=asked, timeout=60).is_success
 
 
+@pytest.mark.parametrize("told", [{}, {"options": []}])
+def test_a_run_json_that_tells_of_no_options_leaves_the_run_of_use(tmp_path, told):
+    folder = make_runs(tmp_path / "out")
+    write_json(folder / "base" / "run.json", {"stage": "train", **told})
+    tale = tmp_path / "tale.txt"
+    tale.write_text("The cat sat on the mat and then it went home to eat, and the dog came too.\n" * 20)
+    for address in serve(play.Options(runs=str(folder), text=(str(tale),), port=0)):
+        runs = httpx.get(f"{address}/api/state").json()["runs"]
+        assert {"name": "base", "stage": "train", "world": None} in runs
+        asked = {"run": "base", "number": 0}
+        assert httpx.post(f"{address}/api/guess", json=asked, timeout=60).is_success
+
+
 def test_too_little_memory_is_said_in_a_line(asking, monkeypatch):
     def reply(*_: object, **__: object) -> Iterator[dict]:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate memory")

@@ -70,10 +70,8 @@ def reply_tables(rows: Sequence[Mapping[str, Any]], said: Said) -> dict[str, Row
 def reply_section(name: str, said: Said) -> Section:
     """The metrics under a name in metrics.toml; where these say what is better, also which of them moved."""
     rows = WORDS["metrics"][name]
-    tables, better = (
-        reply_tables(rows, said),
-        {row["label"]: row["better"] for row in rows if "better" in row},
-    )
+    tables = reply_tables(rows, said)
+    better = {row["label"]: row["better"] for row in rows if "better" in row}
     moved = [changes(own, better, sampling) for sampling, own in tables.items() if better]
     return Section(tables, [note for of_sampling in moved for note in of_sampling])
 

@@ -12,7 +12,6 @@ from typing import Any
 from minillm.chat import ChatTemplate, Completion
 from minillm.data import split_documents
 from minillm.errors import InputError
-from minillm.io.disk import read_json
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources
 from minillm.model import LanguageModel
@@ -21,6 +20,7 @@ from minillm.play.words import LONGEST, likeliest_words
 from minillm.preferences import ResponseSet
 from minillm.reward import encode_response, score_rows
 from minillm.tokenizer import Tokenizer
+from minillm.tools.folder import read_run
 from minillm.tools.ranking import RankingSession, parse_ranking
 from minillm.tools.streams import stream_text
 
@@ -83,7 +83,7 @@ class Guessing:
         """Documents: those given, or what this run or the base model held out; else the little world's."""
         stages = {one["name"]: one["stage"] for one in self.shelf.runs()}
         bases = [name for name in (run, *stages) if stages.get(name) == "train"]
-        options = read_json(self.shelf.folder / bases[0] / "run.json")["options"] if bases else {}
+        options = read_run(self.shelf.folder / bases[0])[1] if bases else {}
         how = options.get("errors", "strict"), options.get("encoding", "utf-8"), options.get("field")
         if given := self.text or options.get("val_data"):
             sources, held_out = open_sources(given, *how), 1.0

@@ -27,6 +27,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.tools.calls import MOST_CALLS, Tool, calculator, results_of, search, texts_of_run
 from minillm.tools.chat import Chat
 from minillm.tools.chat import Options as ChatOptions
+from minillm.tools.folder import read_run
 from minillm.tools.streams import stream_text
 
 MOST_OPEN = 8
@@ -64,11 +65,9 @@ class Shelf:
         return found, wrong
 
     def _describe(self, folder: Path) -> dict[str, Any]:
-        path = folder / "run.json"
-        run = read_json(path) if path.exists() else {}
-        options = run.get("options", {})
+        stage, options = read_run(folder)
         world = options.get("seed") if options.get("data") == [] else None  # of whose text or prompts it is
-        return {"name": folder.relative_to(self.folder).as_posix(), "stage": run.get("stage"), "world": world}
+        return {"name": folder.relative_to(self.folder).as_posix(), "stage": stage, "world": world}
 
     def folder_of(self, name: str) -> Path:
         """Where a run is. NoSuchRun where there is none of that name."""
