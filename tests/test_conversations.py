@@ -223,7 +223,7 @@ def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
     theirs = rankings_of_file(str(write(tmp_path / "pairs.jsonl", [PAIR, {"id": 1}])))
     assert [ranking.responses for ranking in theirs] == [["b", "a"]]
     assert "1 rankings" in capsys.readouterr().out
-    for several in (tmp_path, f"{tmp_path}/*.jsonl"):
+    for several in (tmp_path, f"{tmp_path}/*.jsonl", f"{tmp_path}/pair?.jsonl", f"{tmp_path}/pair[s].jsonl"):
         assert [ranking.key for ranking in rankings_of_file(str(several))] == [theirs[0].key]
     ours = rankings_of_file(str(write(tmp_path / "rankings.jsonl", [vars(theirs[0])])))
     assert [ranking.key for ranking in ours] == [theirs[0].key]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def rankings_of_file(file: str) -> list[Ranking]:
 def are_ours(file: str) -> bool:
     """Whether rankings are a file of ours, or missing, and not anybody's preferences."""
     if not Path(file).is_file():
-        return not Path(file).is_dir() and "*" not in file
+        return not Path(file).is_dir() and not has_magic(file)
     _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
     return first is None or (
         isinstance(first, dict) and not first.keys().isdisjoint({"ranking", "withdraws"})
