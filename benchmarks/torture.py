@@ -251,7 +251,7 @@ def content(path: Path) -> Any:
     if path.is_dir():
         return None
     if path.name == "state.safetensors":
-        from minillm.io.huggingface import read_tensors  # not before main has set the number of threads
+        from minillm.io.weights import read_tensors  # not before main has set the number of threads
 
         tensors, metadata = read_tensors(path)
         metadata.pop("seal", None)  # of the time too

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.data import TokenizedSource
-from minillm.io.huggingface import read_tensors
+from minillm.io.weights import read_tensors
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
 from minillm.optim import LearningRates, Optimizers, build_optimizers
 from minillm.options import TrainingOptions

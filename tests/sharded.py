@@ -15,6 +15,8 @@ import torch
 from runs import Position
 
 from minillm.generate import SamplingOptions, generate
+from minillm.io import weights
+from minillm.io.weights import write_weights
 from minillm.model import LanguageModel, ScalarModel, config_of_depth, initialize
 from minillm.optim import LearningRates, build_optimizers
 from minillm.run import RESUME_FILE, Runtime, TrainingState
@@ -86,6 +88,18 @@ def check_files(folder: Path, runtime: Runtime, whole: Runtime, kind: str, tied:
         assert later[0] == later[1] != first, "the step after it is another one"
 
 
+def check_shards(folder: Path, runtime: Runtime, whole: Runtime) -> None:
+    """Weights in several files are the same from processes that each have a part as from one."""
+    weights.SHARD_BYTES = 50_000
+    write_weights(folder / "ours", state_of(runtime, "adamw", False, seed=5).model.state_dict())
+    if runtime.is_main:
+        write_weights(folder / "whole", state_of(whole, "adamw", False, seed=5).model.state_dict())
+        ours, plain = (
+            {path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("ours", "whole")
+        )
+        assert ours == plain and len(ours) > 3
+
+
 def check_whole_models(runtime: Runtime) -> None:
     """A gathered model gives what the sharded one gives, in every head, and samples."""
     tokens = torch.arange(12)[None]
@@ -113,6 +127,7 @@ def main(words: list[str]) -> None:
             whole, half = Runtime(runtime.device, runtime.dtype), replace(runtime, dtype=torch.bfloat16)
             check_files(folder / "32", runtime, whole, "muon", tied=False)
             check_files(folder / "16", half, replace(whole, dtype=half.dtype), "adamw", tied=True)
+            check_shards(folder, runtime, whole)
             check_whole_models(runtime)
             check_whole_models(half)
         state = state_of(runtime, "adamw", False, seed=0)

@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from minillm.chat import with_chat_template
 from minillm.digest import digest
 from minillm.errors import InputError
+from minillm.io import weights
 from minillm.io.disk import read_json, read_text, scratch_of, write_atomically, write_json
-from minillm.io.huggingface import load_model, load_scalar_model, read_tensors, save_model, save_scalar_model
+from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
+from minillm.io.weights import read_tensors, read_weights, write_weights
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, TrainingState
@@ -109,7 +111,7 @@ def test_a_full_disk_while_weights_are_written_keeps_the_old_ones(tmp_path, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return tensor
 
-    monkeypatch.setattr("minillm.io.huggingface.whole_tensor", full_at_the_third)
+    monkeypatch.setattr("minillm.io.weights.whole_tensor", full_at_the_third)
     message = refusal(save_model, tmp_path, small_model(seed=1), TOKENIZER)
     assert "model.safetensors" in message and "No space left" in message
     refusal(save_state, trained_state(), tmp_path)
@@ -216,6 +218,33 @@ def test_a_run_killed_between_any_two_file_operations_goes_on_as_if_it_had_not_b
     assert number > 40
 
 
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_weights_in_any_number_of_files_are_the_old_ones_or_the_new_after_a_kill(
+    tmp_path, monkeypatch, before, after
+):
+    """And the next to be written leave nothing of what the kill left."""
+    models = [{str(i): torch.full((6,), i + shift) for i in range(6)} for shift in (0.0, 10.0)]
+    for number in itertools.count():
+        folder, dead = tmp_path / str(number), False
+        for files, model, left[0] in ((before, models[0], None), (after, models[1], number)):
+            monkeypatch.setattr(weights, "SHARD_BYTES", 144 // files)
+            try:
+                write_weights(folder, model)
+            except Killed:
+                dead = True
+            finally:
+                left[0] = None
+        read = read_weights(folder)
+        assert any(all(torch.equal(read[name], model[name]) for name in model) for model in models)
+        if not dead:
+            break
+        write_weights(folder, models[1])
+        assert torch.equal(read_weights(folder)["5"], models[1]["5"])
+        assert len(os.listdir(folder)) == (1 if after == 1 else after + 1)
+    assert number > 5
+
+
 # ---- Claiming a folder
 
 
@@ -307,7 +336,7 @@ def test_a_new_run_removes_the_files_of_the_old_one_and_nothing_else(tmp_path):
         ".hidden": b"mine",
         "model.safetensors.bak": b"mine",
     }
-    for name in [*mine, *map(str, RUN_FILES)]:
+    for name in [*mine, *map(str, RUN_FILES), "model-00001-of-00002.safetensors"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
     start_run_folder(TrainingOptions(str(tmp_path), clip=0.5), "train")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import rlhf
 from minillm.errors import InputError
-from minillm.io import huggingface
-from minillm.io.huggingface import read_tensors, save_model, write_tensors
+from minillm.io import weights
+from minillm.io.huggingface import save_model
+from minillm.io.weights import read_tensors, write_tensors
 from minillm.run import Runtime
 
 
@@ -63,7 +64,7 @@ def test_saving_gathers_one_tensor_at_a_time(tmp_path, monkeypatch):
         held.append(weakref.ref(whole))
         return whole
 
-    monkeypatch.setattr(huggingface, "whole_tensor", gathered)
+    monkeypatch.setattr(weights, "whole_tensor", gathered)
     save_model(tmp_path, *tiny_model())
     assert len(held) == len(load_file(tmp_path / "model.safetensors")) > 10
 

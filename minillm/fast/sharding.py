@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from minillm.io.huggingface import whole_tensor
+from minillm.io.weights import whole_tensor
 
 
 def shard(model: nn.Module, device: torch.device, compiled: bool) -> None:

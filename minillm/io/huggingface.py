@@ -1,4 +1,4 @@
-"""Hugging Face's layout on disk: config.json, model.safetensors, and the tokenizer beside them.
+"""Hugging Face's layout on disk: config.json, weights (weights.py), and the tokenizer beside them.
 
 Models of the Llama, Qwen2, Qwen3, Mistral and SmolLM3 layouts made by others open here, sharded or not; those
 written here open in transformers with the same logits. What this model cannot compute is refused by name
@@ -9,35 +9,29 @@ number by which our scores are shifted is a field of config.json that is ours al
 every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 """
 
-import json
 import math
 from contextlib import suppress
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillm.chat import TEMPLATE, ChatTemplate
-from minillm.errors import InputError, reading
+from minillm.errors import InputError
 from minillm.io.config import config_from_json, config_to_json, number
-from minillm.io.disk import read_json, write_atomically, write_json
+from minillm.io.disk import read_json, write_json
 from minillm.io.vocabulary import load_tokenizer, save_tokenizer
+from minillm.io.weights import INDEX, load_weights, read_weights, write_weights, writes
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
 
-STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What weights may be on disk."""
-
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """config.json, tokenizer files and model.safetensors, the weights last: in float32, or in bfloat16 where
-    they came so. For a chat model also generation_config.json: transformers looks there where a reply ends.
+    """config.json, tokenizer files and weights, these last: in float32, or in bfloat16 where they came so.
+    For a chat model also generation_config.json: transformers looks there where a reply ends.
 
     All processes of a sharded model must call this; the first writes.
     """
@@ -54,7 +48,7 @@ def _save(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, weights: dict
     if writes(weights):
         write_json(folder / "config.json", raw)
         save_tokenizer(folder, _for_others(tokenizer))
-    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
+    write_weights(folder, weights)
 
 
 def save_scalar_model(folder: Path, model: ScalarModel, tokenizer: Tokenizer) -> None:
@@ -210,7 +204,7 @@ def _instead_of_a_model(folder: Path) -> str | None:
         return f"no such folder; give a run folder or a Hugging Face model folder{way * is_hub}"
     names = {path.name for path in folder.iterdir()}
     endings = {Path(name).suffix for name in names}
-    if "model.safetensors.index.json" in names:
+    if INDEX in names:
         endings.add(".safetensors")
     if "adapter_config.json" in names and "config.json" not in names:
         return "is a LoRA adapter; merge it into its model with PEFT (merge_and_unload, save_pretrained)"
@@ -221,113 +215,3 @@ def _instead_of_a_model(folder: Path) -> str | None:
     if "tokenizer.json" not in names and names & {"merges.txt", "vocab.json", "tokenizer.model"}:
         return "has no tokenizer.json; AutoTokenizer.from_pretrained(…).save_pretrained(…) writes one"
     return None
-
-
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> None:
-    """Copies tensors into a model with a `config`; every name and shape must match."""
-    expected, config = model.state_dict(), cast(ModelConfig, model.config)
-    # A constant, which old checkpoints hold too.
-    tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-        head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-        if head is not None and embedding is not None and not torch.equal(head, embedding):
-            what = f"{origin}: weight lm_head.weight differs from the embedding, though config.json ties them"
-            raise InputError(f"{what}; set tie_word_embeddings to false, or take the weight out")
-    for names, what in ((expected.keys() - tensors.keys(), "missing"),
-                        (tensors.keys() - expected.keys(), "not part of this model")):  # fmt: skip
-        if names:
-            raise InputError(f"{origin}: weight {min(names)} is {what} ({len(names)} in all)")
-    for name, tensor in tensors.items():
-        if tensor.shape != (shape := expected[name].shape):
-            wrong = f"is {list(tensor.shape)}, config.json asks for {list(shape)}"
-        elif tensor.dtype not in STORED:
-            wrong = f"is of {tensor.dtype}, which is no weight's here"
-        elif not tensor.isfinite().all():
-            wrong = "holds values that are not finite; restore the file"
-        else:
-            expected[name].copy_(cut_like(tensor, expected[name]))
-            continue
-        raise InputError(f"{origin}: weight {name} {wrong}")
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from one file or from the shards its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return read_tensors(single)[0]
-    shards = read_json(index).get("weight_map")
-    files = list(shards.values()) if isinstance(shards, dict) else []
-    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise InputError(f"{index}: has no weight_map from weights to files; download the model again")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(files)):
-        tensors |= read_tensors(folder / shard)[0]
-    return tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, whole or not at all, with one tensor at a time in memory.
-
-    The format: the length of a header in 8 bytes, the header in JSON, the tensors' bytes in its order. All
-    processes of a sharded model must call this; each tensor is gathered, and the first process writes.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so all are aligned
-    ends = list(accumulate((tensor.nbytes for _, tensor in ordered), initial=0))
-    header: dict[str, Any] = {"__metadata__": metadata} | {
-        name: {"dtype": _code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        for (name, tensor), begin, end in zip(ordered, ends, ends[1:], strict=False)
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def write(file: Path) -> None:
-        with open(file, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in ordered:
-                out.write(whole_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
-
-    if writes(tensors):
-        write_atomically(path, write)
-    else:
-        for _, tensor in ordered:
-            whole_tensor(tensor)
-
-
-def _code(dtype: torch.dtype) -> str:
-    """What safetensors calls a type: BF16 for torch.bfloat16, U8 for torch.uint8."""
-    name = str(dtype).removeprefix("torch.")
-    return name.replace("float", "f").replace("uint", "u").replace("int", "i").upper()
-
-
-def writes(tensors: dict[str, Tensor]) -> bool:
-    """Whether this process writes them: of those that hold parts of them the first alone."""
-    return not any(map(_is_part, tensors.values())) or dist.get_rank() == 0
-
-
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Of a tensor that every process has, this process's part, as `like` is cut; all where that is whole."""
-    if not _is_part(like) or tensor.shape != like.shape:
-        return tensor
-    from minillm.fast.sharding import part_of
-
-    return part_of(tensor, cast(Any, like))
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, which all must ask for it; one that is not cut as it is."""
-    return cast(Any, tensor).full_tensor() if _is_part(tensor) else tensor
-
-
-def _is_part(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked so, as torch's module for them takes seconds to import."""
-    return hasattr(tensor, "full_tensor")
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one safetensors file, and its metadata."""
-    hint = "the folder is incomplete, or the file damaged: restore it"
-    with reading(path, hint, "opened as safetensors", (SafetensorError, OSError)):
-        open(path, "rb").close()  # of whatever forbids it the library says that the file is missing
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

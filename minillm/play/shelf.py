@@ -20,6 +20,7 @@ from minillm.generate import SamplingOptions, stream
 from minillm.io.disk import read_json
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.messages import check_messages, with_tools
+from minillm.io.weights import weights_file
 from minillm.model import LanguageModel
 from minillm.play.worker import Event, Job
 from minillm.preferences import ChatModel
@@ -56,7 +57,7 @@ class Shelf:
         for depth in range(1, DEEPEST + 1):
             for path in sorted(self.folder.glob("*/" * depth + "config.json")):
                 try:
-                    if kind_of(path) == "language model" and (path.parent / "model.safetensors").exists():
+                    if kind_of(path) == "language model" and weights_file(path.parent):
                         found.append(self._describe(path.parent))
                 except InputError as error:
                     wrong.append(str(error))
@@ -98,7 +99,8 @@ class Shelf:
         return found
 
     def _open(self, name: str, load: Any) -> Any:
-        key = name, (self.folder / name / "model.safetensors").stat().st_mtime_ns
+        weights = weights_file(self.folder / name)
+        key = name, weights.stat().st_mtime_ns if weights else 0
         if key not in self.opened:
             for old in [old for old in self.opened if old[0] == name]:
                 del self.opened[old]

@@ -23,6 +23,7 @@ from typing import Any
 
 from minillm.errors import InputError
 from minillm.io.disk import write_text
+from minillm.io.weights import weights_file
 from minillm.play.parts import Picking
 from minillm.play.shelf import answers
 from minillm.play.web import words_for
@@ -182,7 +183,7 @@ class Training:
     def _clear(self) -> None:
         """Takes away what visits left that ended, or were killed, with no policy to show or to go on with."""
         for visit in self.folder.glob("visit-*"):
-            if not (visit / "ppo" / "model.safetensors").exists():
+            if weights_file(visit / "ppo") is None:
                 with suppress(BlockingIOError), hold(visit / "reward", False), hold(visit / "ppo", False):
                     shutil.rmtree(visit)  # no stage is still at it
 

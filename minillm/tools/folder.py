@@ -1,6 +1,7 @@
 """A run folder: one run's at a time, never two mixed, nothing half-written; and its restart point."""
 
 import errno
+import fnmatch
 import importlib
 import itertools
 import json
@@ -23,20 +24,21 @@ from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.io import disk
 from minillm.io.disk import read_json, write_json, write_text
 from minillm.io.files import parse_specs
-from minillm.io.huggingface import cut_like, load_weights, read_tensors, write_tensors
+from minillm.io.weights import INDEX, SHARDS, SINGLE, cut_like, load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
 from minillm.run import RESUME_FILE, Run, Runtime, TrainingState
 from minillm.tools.provenance import provenance
 
 MODEL_FILES = (
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "config.json", SINGLE, INDEX, SHARDS, "tokenizer.json", "tokenizer_config.json", "generation_config.json",
 )  # fmt: skip
 RUN_FILES = (
     str(RESUME_FILE), "metrics.jsonl", "loss.png", "samples.txt", "report.json", "report.png", "curves.png",
     "responses.jsonl", *MODEL_FILES, "run.json",
 )  # fmt: skip
-SCRATCH = {f".{Path(name).name}.tmp" for name in RUN_FILES}
+"""What a run leaves, where one is a pattern."""
+SCRATCH = re.compile("|".join(fnmatch.translate(f".{Path(name).name}.tmp") for name in RUN_FILES))
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
             # Scratch of io/disk.py, of whatever process, and what safetensors leaves where it is killed.
             name = re.sub(r"\.\d+(?=\.tmp$)", "", path.name)
-            if name in SCRATCH or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
+            if SCRATCH.match(name) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -150,7 +152,8 @@ def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
     folder = options.folder
     kept = {"run.json", *(MODEL_FILES if starts_from(options) == folder.resolve() else ())}
     events = (folder / "tensorboard").glob("events.out.tfevents.*")
-    for path in [*(folder / name for name in RUN_FILES if name not in kept), *events]:
+    shards = folder.glob(SHARDS) if SHARDS not in kept else ()
+    for path in [*(folder / name for name in RUN_FILES if name not in kept), *shards, *events]:
         with writing(path, "give another --out"):
             path.unlink(missing_ok=True)
     run = {"stage": stage, "id": uuid4().hex, "options": asdict(options), **provenance(), **more}
