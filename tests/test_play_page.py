@@ -159,19 +159,19 @@ def test_the_focus_is_never_lost_where_responses_are_picked(browser, address):
     page = browser.new_page()
     page.goto(address)
     press(page, "keyboard", "2 Pick")
-    assert page.locator("#pick-title:focus").count() == 1
+    page.locator("#pick-title:focus").wait_for()
     page.locator("#pick-name").fill("Tabitha")
     press(page, "keyboard", "Best: response 2")
     visible(page, "1 of 24 ranked by Tabitha").wait_for()
-    assert page.locator(":focus").get_attribute("aria-label") == "Best: response 2"
+    page.locator("[aria-label='Best: response 2']:focus").wait_for()
     page.locator("#pick-all").check()
     for number in (3, 1, 2, 4):
         press(page, "keyboard", f"Next best: response {number}")
-    assert page.locator("#pick-send:focus").count() == 1
+    page.locator("#pick-send:focus").wait_for()
     page.keyboard.press("Enter")
     visible(page, "2 of 24 ranked by Tabitha").wait_for()
-    assert page.locator(":focus").get_attribute("aria-label") == "Next best: response 1"
-    assert page.locator("[aria-live]").filter(has_text="2 of 24").count() == 1
+    page.locator("[aria-label='Next best: response 1']:focus").wait_for()
+    page.locator("[aria-live]").filter(has_text="2 of 24").wait_for()
     assert page.locator("#pick-messages").get_attribute("aria-live") == "polite"
     page.close()
 
@@ -202,7 +202,7 @@ def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
         page.keyboard.press("ArrowRight")
         assert page.locator(".token:focus").evaluate("one => one.previousElementSibling.matches('.token')")
         page.keyboard.press("Tab")
-        assert page.locator("[data-run=sft] .token:focus").count() == 1
+        page.locator("[data-run=sft] .token:focus").wait_for()
 
 
 def test_calls_of_tools_are_run_and_shown_with_their_results(page, runs):
@@ -258,11 +258,11 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             if by == "keyboard":
                 press(page, by, "Stop and keep what is learned")
             visible(page, "Done in" if by == "mouse" else "Stopped").wait_for()
-            assert page.locator("#train-plots svg").count() == 3
+            page.locator("#train-plots svg").nth(2).wait_for()
             if by == "keyboard":
                 press(page, by, "Undo: remove it")
                 visible(page, "It is gone").wait_for()
-                assert page.locator("#train-state:focus").count() == 1
+                page.locator("#train-state:focus").wait_for()
                 assert not (folder / "play" / "visit-1").exists()
                 continue
             with page.expect_download() as download:
@@ -304,7 +304,7 @@ def test_what_is_wrong_with_a_model_is_seen_on_a_phone_and_another_can_be_chosen
         page.locator("#guess-choices button").first.wait_for()
         page.locator("#guess-run").select_option("sft")
         visible(page, "damaged: restore it").wait_for()
-        assert page.locator("#guess-form").is_hidden()
+        page.locator("#guess-form").wait_for(state="hidden")
         page.locator("#guess-run").select_option("base")
         page.locator("#guess-choices button").first.click()
         visible(page, "The model's first guess was").wait_for()
