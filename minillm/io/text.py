@@ -40,9 +40,9 @@ from minillm.world import SHARES, World
 
 EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """What is read of a folder. A file given by name or glob may have any name."""
-DOCUMENT_LIMIT = 8 * 2**20  # characters; longer than any novel, so that only dumps of many texts are cut
-SEPARATOR = re.compile(rf"(?<![\"'`]){re.escape(ENDOFTEXT)}|{re.escape(ENDOFTEXT)}(?![\"'`])")
-"""Between quotes somebody writes about it."""
+DOCUMENT_LIMIT = 4 * 2**20  # characters; longer than War and Peace: only dumps of many texts are cut
+SEPARATOR = re.compile(rf"{re.escape(ENDOFTEXT)}(?:(?<![\"'`]{re.escape(ENDOFTEXT)})|(?![\"'`]))")
+"""Between quotes somebody writes about it. The word stands first: a search for it is thirty times as fast."""
 
 
 def open_sources(
