@@ -1,5 +1,6 @@
 """The model: the laws of its attention, the judgement of transformers, and the rules of its shape."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import ROOT, document_starts
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
@@ -191,14 +192,17 @@ def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_i
     from torch.nn.parallel import DistributedDataParallel
 
     plain, wrapped = random_model(TINY, dtype=torch.float32), random_model(TINY, dtype=torch.float32)
+    tokens = random_tokens(TINY, 2, 6, seed=0)
+
+    def add_gradients(model: nn.Module) -> None:
+        model(tokens, targets=tokens.roll(-1, 1)).backward()
+        model(tokens, of=torch.tensor([2, 9])).logprobs.sum().backward()
+
     distributed.init_process_group("gloo", f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
-        parallel = DistributedDataParallel(wrapped)
-        tokens = random_tokens(TINY, 2, 6, seed=0)
-        for model in (plain, parallel):
-            model(tokens, targets=tokens.roll(-1, 1)).backward()
-            model(tokens, of=torch.tensor([2, 9])).logprobs.sum().backward()
-        del parallel
+        add_gradients(plain)
+        add_gradients(DistributedDataParallel(wrapped))
+        gc.collect()  # as in start_runtime: the wrapper must not outlive the group
     finally:
         distributed.destroy_process_group()
     for ours, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):

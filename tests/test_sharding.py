@@ -6,6 +6,7 @@ beside the same stages whole.
 
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import sharded
@@ -19,6 +20,7 @@ from minillm.io import weights
 from minillm.io.huggingface import save_model
 from minillm.io.weights import read_tensors, write_tensors
 from minillm.run import Runtime
+from minillm.tools.device import start_runtime
 
 
 def test_restart_points_are_the_same_bytes_sharded_and_whole_and_each_process_holds_its_share(tmp_path):
@@ -67,6 +69,30 @@ def test_saving_gathers_one_tensor_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "whole_tensor", gathered)
     save_model(tmp_path, *tiny_model())
     assert len(held) == len(load_file(tmp_path / "model.safetensors")) > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torchrun's processes are not patched")
+def test_a_wrapped_model_is_gone_before_the_group_of_its_processes_after_an_error_too():
+    """Else the group ends with it, while its threads wait for Python: now and then for ever."""
+    held, destroy = list[weakref.ref](), torch.distributed.destroy_process_group
+
+    def destroy_alone() -> None:
+        assert [one() for one in held] == [None]
+        destroy()
+
+    def fail(runtime: Runtime) -> None:
+        wrapped = runtime.wrap(tiny_model()[0])
+        assert wrapped(torch.tensor([[1, 2]])) is not None
+        held.append(weakref.ref(wrapped))
+        raise InputError("while it is trained")
+
+    def main(_: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="while it is trained"):
+            patch.setattr(torch.distributed, "destroy_process_group", destroy_alone)
+            with start_runtime("cpu", "float32") as runtime:
+                fail(runtime)
+
+    in_two_processes(SimpleNamespace(main=main), [])  # type: ignore[arg-type]
 
 
 def test_more_processes_than_prompts_of_a_minibatch_are_refused_before_anything_starts():
