@@ -36,9 +36,9 @@ def experiment(options: Options) -> Figures:
             shared = ("--out", folder, "--init", options.run("sft"), "--seed", options.seed)
             script("rlhf.py", "--stage", "rank", "--noise", noise, *shared)
             script("rlhf.py", "--stage", "reward", *shared)
-            truth = read_json(folder / "reward" / "report.json")["truth"]
-            for who in ("scores", "annotators"):
-                found[f"noise {noise}, {count} prompts, {who}"] = truth[who]["value"]
+            pairs = read_json(folder / "reward" / "report.json")["pairs"]["all"]
+            for who, share in (("scores", "truth"), ("annotators", "annotators")):
+                found[f"noise {noise}, {count} prompts, {who}"] = pairs[share]["value"]
     return found
 
 

@@ -231,12 +231,10 @@ def report_card(
         "calibration error (ECE)": estimate(error, len(sure), form="nats"),
         "correlation of score and length": estimate(length_correlation(pairs), len(pairs), form="signed"),
     }
-    table = shares(ordered)
     return {
         "prompts": len(set(map(prompt_key, own))),
         "rankings": len(own),
-        "truth": {"scores": table[ALL]["truth"], "annotators": table[ALL]["annotators"]},
-        "pairs": table,
+        "pairs": shares(ordered),
         "whole": {label: {"value": found} for label, found in whole.items()},
         "tricks": {
             name: {"share": alike(tricked[tricked["annotator"] == name], "place", "score")}
