@@ -56,6 +56,11 @@ CONVERSATIONS = [
     ({"messages": ASKED, "prompt": "Why?", "prompt_id": "7"}, ASKED),
     ({"messages": [USER], "answer": "Because."}, ASKED),
     ({"problem": "Why?", "solution": "Yes", "generations": ["a", "b"], "messages": ASKED}, ASKED),
+    ({"problem": "Why?", "solution": "Yes", "answer": "4", "messages": ASKED}, ASKED),
+    *(({**record, "reasoning": switch}, ASKED) for switch in ("on", "off") for record in
+      ({"input": "Why?", "output": "Because."}, {"messages": ASKED})),
+    ({"messages": ASKED, "chat_template_kwargs": {"custom_instructions": "Be kind.", "enable_thinking": 0}},
+     [SYSTEM, *ASKED]),
     # calls of tools and their results
     ({"messages": [USER, CALLED, TOOL, BOT]}, [USER, CALLED, TOOL, BOT]),
     ({"messages": [USER, {**CALLED, "content": None}, {**TOOL, "tool_call_id": "1"}, BOT, *ASKED]},
@@ -68,7 +73,7 @@ CONVERSATIONS = [
     *(({"messages": [*system, *ASKED], "tools": given},
        [{"role": "system", "content": f'{head}Tools:\n{{"name": "add"}}'}, *ASKED])
       for system, head in (([], ""), ([SYSTEM], "Be kind.\n\n"))
-      for given in ([{"name": "add"}], '[{"name": "add"}]')),
+      for given in ([{"name": "add"}], '[{"name": "add"}]', ['{"name": "add"}'])),
     # what stands beside the turns
     ({"system": "Be kind.", "messages": ASKED}, [SYSTEM, *ASKED]),
     ({"system": None, "tools": [], "messages": ASKED}, ASKED),
@@ -89,6 +94,7 @@ CONVERSATIONS = [
     ({"instruction": "Add.", "input": "1 1", "output": "2"}, chat("Add.\n\n1 1", "2")),
     ({"instruction": "Why?", "output": "Because.", "prompt": "### Instruction:\nWhy?\n### Output:\nBecause."},
      ASKED),
+    ({"question": "Why?", "answer": ["Because."]}, ASKED),
     ({"prompt": [USER], "completion": [BOT]}, ASKED),
     ({"prompt": [USER], "completion": [BOT], "label": True}, ASKED),
     ({"prompt": "Why?", "completion": "Because.", "label": "True"}, ASKED),
@@ -148,6 +154,9 @@ PROMPTS = [
     ({"question": "Why?", "answer": "Because."}, [USER]),
     ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, [USER]),
     ([USER], [USER]),
+    # whichever reply is right
+    ({"problem": "Why?", "solution": "So.", "answer": "4"}, [USER]),
+    ({"question": "Why?", "responses": [{"response": "Because."}]}, [USER]),
 ]
 
 
@@ -170,7 +179,10 @@ RANKINGS = [
     ({"instruction": "Add.", "input": "1", "output": "x", "chosen": "b", "rejected": "a"}, "b > a"),
     ({"instruction": "Why?", "input": "", "output_1": "a", "output_2": "b", "preference": 2}, "b > a"),
     ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
+    *(({"input": "Why?", "output_1": "a", "output_2": "b", "label": two}, "b > a") for two in (2.0, "2.0")),
     ({"prompt": "Why?", **TWO, "winner": "B"}, "b > a"),
+    ({"question": "Why?", "response_j": "b", "response_k": "a"}, "b > a"),
+    *(({**PAIR, "chosen_score": none, "rejected_score": none}, "b > a") for none in ("", float("nan"))),
     *(({"prompt": "Why?", **TWO, "winner": word}, "a = b")
       for word in ("tie", "both_bad", "tie (bothbad)", "neither", "equal")),
     ({"conversation_a": chat("Why?", "a"), "conversation_b": chat("Why?", "b"), "winner": "model_b"},
@@ -257,8 +269,12 @@ LEFT_OUT = [
     *(("conversation", {"messages": [USER, {**BOT, name: 0}]}, "weight 0")
       for name in ("train", "training", "loss")),
     ("conversation", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight other"),
-    *(("conversation", record, "judged bad") for nan in ("NaN", float("nan")) for record in
-      ({**KTO, "score": nan}, {"prompt": "Why?", "responses": ["a", "b"], "scores": [nan, nan]})),
+    *((purpose, record, words) for nan in ("NaN", float("nan")) for purpose, record, words in (
+        ("conversation", {**KTO, "score": nan}, "judged bad"),
+        ("ranking", {**KTO, "score": nan}, "nothing that compares it"),
+        *(("ranking", {"prompt": "Why?", "responses": ["a", "b"], "scores": scores}, "no verdict")
+          for scores in ([nan, nan], [nan, 1])),
+        ("conversation", {"prompt": "Why?", **TWO, "overall_preference": nan}, "no verdict"))),
     *((purpose, {"prompt": spelled(ASKED), "chosen": "b", "rejected": "a"}, "spelled as a text")
       for purpose in ("conversation", "prompt", "ranking") for spelled in (json.dumps, str)),
     ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),  # of no function
@@ -271,6 +287,11 @@ LEFT_OUT = [
     ("conversation", {"contents": [{"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": [
         {"text": "Hm", "thought": True}, {"text": "Because."}]}]}, "not text"),
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
+    ("conversation", {"messages": [{**USER, "value": "Who?"}, BOT]}, "'value' and 'content'"),
+    ("conversation", {"messages": ASKED, "chat_template_kwargs": {"xml_tools": ["{}"]}}, "'xml_tools'"),
+    ("conversation", {"question": "Why?", "answer": ["Because.", "So."]}, "lists of replies"),
+    ("conversation", {"input": "Why?", "targets": {"choices": ["a", "b"]}}, "something else"),
+    ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
     ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no verdict"),

@@ -84,7 +84,13 @@ def _examples(record: object, purpose: Purpose) -> list[Example]:
     try:
         if form.parts:
             return [example for part in form.parts(fields, purpose) for example in _examples(part, purpose)]
-        return [_example(fields, form.replies(fields))]
+        try:
+            replies = form.replies(fields)
+        except LeftOutError:
+            if purpose != "prompt" or not _asked(fields):
+                raise
+            replies = ()  # a prompt is one whichever reply is right
+        return [_example(fields, replies)]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise LeftOutError("records whose fields hold something else than their format has") from error
 
@@ -100,7 +106,9 @@ def known(record: object) -> tuple[Format | None, Record]:
         del fields["turns"]  # how many there are
     if isinstance(fields.get("history"), list):
         fields["earlier turns"] = fields.pop("history")  # a text is the question
-    for name in ("input", "info"):  # where OpenAI's preferences have what is asked
+    # "reasoning": "on" says that a reply holds its thoughts, and is none.
+    fields = {n: value for n, value in fields.items() if n not in THOUGHT or value not in ("on", "off")}
+    for name in ("input", "info", "chat_template_kwargs"):  # where OpenAI and SmolTalk2 have what is asked
         fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
     if "instruction" in fields and "### Instruction:" in str(fields.get("prompt")):
         del fields["prompt"]  # the other fields, put into a template
@@ -177,6 +185,7 @@ def _one(fields: Record, names: Sequence[str]) -> Any:
 
 ROLES = {name: role for role, names in NAMES["roles"].items() for name in names}
 """By the names that people give them, what a message can be."""
+TEXTS = ("content", "value", "text", "full_text", "parts", "refusal")
 PARTS = ("text", "input_text", "output_text")
 
 
@@ -207,9 +216,9 @@ def _turn(turn: Record) -> list[Message]:
     calls = turn.get("tool_calls") or (
         [{"function": turn["function_call"]}] if turn.get("function_call") else []
     )
-    if not calls and not turn.keys() & {"content", "value", "text", "parts"}:
+    if not calls and not turn.keys() & set(TEXTS):
         raise KeyError("content")
-    message = _message(role, _first(turn, ("content", "value", "text", "parts", "refusal")))
+    message = _message(role, _one(turn, TEXTS))
     if message["role"] == "assistant":
         message["content"] = _thought_of(turn) + message["content"]
         try:
@@ -219,8 +228,7 @@ def _turn(turn: Record) -> list[Message]:
         weights = [turn[name] for name in FIELDS["weights"] if turn.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
             raise LeftOutError("conversations with a weight other than 0 and 1")
-        if 0 in weights:
-            message["train"] = False
+        message |= {"train": False} if 0 in weights else {}
     if message["role"] == "tool" and turn.get("tool_call_id") is not None:
         message["tool_call_id"] = turn["tool_call_id"]
     # Some data says by a system message of nothing that there is none.
@@ -242,9 +250,7 @@ def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conv
             raise TypeError(said)
         return found or [_message(role, said)]
     if isinstance(said, dict):
-        if role and not said.keys() & {"role", "from"}:
-            return [_message(role, _first(said, ("full_text", "text", "content", "value")))]
-        said = [said]
+        said = [said if "from" in said or not role else {**said, "role": said.get("role") or role}]
     if not isinstance(said, list):
         raise TypeError(said)
     if said and all(isinstance(turn, str) for turn in said):
@@ -290,7 +296,8 @@ def _asked(fields: Record) -> Conversation:
     if all(isinstance(turn, list) for turn in earlier):
         earlier = [text for turn in earlier for text in turn]
     messages, system = _messages(earlier) + _question(fields), _one(fields, SYSTEM)
-    tools = [dict(tool) for tool in (loads(tools) if isinstance(tools, str) else tools)]
+    tools = loads(tools) if isinstance(tools, str) else tools
+    tools = [dict(loads(tool) if isinstance(tool, str) else tool) for tool in tools]
     if not _is_empty(system) and messages[:1] != [first := _message("system", system)]:
         if messages and messages[0]["role"] == "system":
             raise LeftOutError("records with two system messages")
@@ -324,6 +331,7 @@ def _question(fields: Record) -> Conversation:
 def _reply(asked: Conversation, said: Any) -> Conversation:
     """The conversation that a reply makes of what was asked; the reply may hold that, too."""
     nothing_asked = all(message["role"] == "system" for message in asked)
+    said = said[0] if not nothing_asked and isinstance(said, list) and len(said) == 1 else said
     messages = _messages(said, "assistant", may_be_transcript=nothing_asked)
     if not messages or messages[0]["role"] in ("assistant", "tool"):
         if asked and asked[-1]["role"] == "assistant":
@@ -335,7 +343,7 @@ def _reply(asked: Conversation, said: Any) -> Conversation:
     system = asked[:1] if asked and asked[0]["role"] == "system" and messages[0]["role"] != "system" else []
     whole = system + messages
     if asked not in (whole, system) and whole[: len(asked)] != asked:
-        raise LeftOutError("replies to another prompt than stands beside them")
+        raise LeftOutError("replies to another prompt than stands beside them, or lists of replies")
     return whole
 
 
@@ -344,8 +352,8 @@ def _reply(asked: Conversation, said: Any) -> Conversation:
 
 def _answer(fields: Record) -> Replies:
     """The one answer, if it is not among the turns already."""
-    answer, thought, turns = _one(fields, ANSWERS), _thought_of(fields), _first(fields, TURNS)
-    if answer is None or (turns and _messages(turns)[-1]["role"] != "user"):
+    thought, turns = _thought_of(fields), _first(fields, TURNS)
+    if (turns and _messages(turns)[-1]["role"] != "user") or (answer := _one(fields, ANSWERS)) is None:
         return ()
     return [(thought + answer if thought else answer, None)]
 
@@ -361,7 +369,7 @@ def _chosen_and_rejected(fields: Record) -> Replies:
     scores: list[Any] = [_score_beside(fields, name) for name in ("chosen", "rejected")]
     if isinstance(ratings := fields.get("rating"), list) and len(ratings) == 2:  # in any order
         scores = sorted(map(float, ratings), reverse=True)
-    better, worse = (1.0, 0.0) if None in scores else map(float, scores)
+    better, worse = (1.0, 0.0) if {"None", "nan", ""} & {*map(str, scores)} else map(float, scores)
     if better < worse:
         raise LeftOutError("pairs whose scores contradict their order")
     return [(_one(fields, CHOSEN), better), (_one(fields, REJECTED), worse)]
@@ -396,14 +404,12 @@ def _numbered(fields: Record) -> Record:
 def _listed_replies(fields: Record) -> Replies:
     """Replies by a field that names the best of them, else by their own scores; without those of none."""
     texts = ("text", "response", "answer", "completion", "content", "output", "value")
-    replies = [
-        reply if isinstance(reply, dict) else {"text": reply}
-        for reply in _first(fields, (NUMBERED, *REPLIES))
-    ]
+    held = _first(fields, (NUMBERED, *REPLIES))
+    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in held]
     names = [reply.get(CALLED) or (str(i),) for i, reply in enumerate(replies)]
     scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or map(_score, replies)
     rated = [(_first(reply, texts), score) for reply, score in zip(replies, scores, strict=True)]
-    if len(known := [(text, float(score)) for text, score in rated if score is not None]) < 2:
+    if len(known := [(t, float(s)) for t, s in rated if s is not None and not isnan(float(s))]) < 2:
         raise LeftOutError("records with no verdict on two replies")
     return known
 
@@ -413,9 +419,7 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
     if verdict is None:
         return [0.0, float(signed)] if signed is not None and len(names) == 2 else None
-    if isinstance(verdict, float) and verdict.is_integer():
-        verdict = int(verdict)
-    word = str(verdict).strip().lower()
+    word = str(verdict).strip().lower().removesuffix(".0")
     if word.endswith(("bad", "bad)")) or word in ("neither", "none"):
         return [BAD] * len(names)
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
@@ -450,15 +454,12 @@ def _score(reply: Record) -> Score:
 
 def _rating(fields: Record) -> float | None:
     """What a reply is rated: a truth, or a number."""
-    truths: dict[str, Any] = {"true": 1, "false": 0}  # as tables spell them
-    for name in RATING:
-        value: Any = fields.get(name)
-        if value is not None:
-            try:
-                return float(truths.get(str(value).lower(), value))
-            except (ValueError, TypeError):
-                raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
-    return None
+    name, value = next(((n, fields[n]) for n in RATING if fields.get(n) is not None), ("", None))
+    truths, word = {"true": "1", "false": "0"}, str(value).lower()  # as tables spell them
+    try:
+        return None if value is None else float(truths.get(word, word))
+    except ValueError:
+        raise LeftOutError(f"records with a {name!r} that is no truth and no number") from None
 
 
 # ---- The records in a record
@@ -561,10 +562,9 @@ def _says(message: Message) -> bool:
 
 def prompt(example: Example) -> Iterator[Conversation | str]:
     """What is asked: all before the last reply, or all where nobody has replied."""
-    messages = example[0][0]
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    yield [{"role": message["role"], "content": message["content"]} for message in checked(messages)]
+    said = example[0][0]
+    asked = said[:-1] if said and said[-1]["role"] == "assistant" else said
+    yield [{"role": message["role"], "content": message["content"]} for message in checked(asked)]
 
 
 def checked(messages: Conversation, may_call: bool = False) -> Conversation:
@@ -595,7 +595,7 @@ def comparison(example: Example) -> Iterator[Comparison]:
     asked = checked(example[0][0])[:-1]
     if any(checked(messages)[:-1] != asked for messages, _ in example):
         raise LeftOutError("comparisons of replies to different prompts")
-    if example[0][1] is None:
+    if example[0][1] is None or isnan(example[0][1]):
         raise LeftOutError("records with one reply and nothing that compares it")
     yield asked, _different([(messages[-1]["content"], score) for messages, score in example])
 
