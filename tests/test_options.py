@@ -38,6 +38,7 @@ class Options:
     rate: Positive = 0.5
     kind: Literal["causal", "masked"] = "causal"
     loud: bool = False
+    quick: bool = True
     qk_norm: bool | None = None
     device: str = "auto"
     # Renamed in this release:
@@ -62,6 +63,7 @@ VALUES = {
     "rate": st.floats(allow_infinity=False, min_value=0, exclude_min=True),
     "kind": st.sampled_from(["causal", "masked"]),
     "loud": st.just(True),
+    "quick": st.just(False),
     "qk_norm": st.booleans(),
     "device": st.sampled_from(["cpu", "cuda:1"]),
 }
@@ -73,10 +75,11 @@ def flags(given: dict, underscores: bool = False) -> list[str]:
     """The command line that gives these values."""
     words = []
     for name, value in given.items():
+        name = f"no_{name}" if name == "quick" and not value else name
         words.append("--" + (name if underscores else name.replace("_", "-")))
         if isinstance(value, tuple):
             words += value
-        elif name not in ("loud", "overwrite", "resume"):
+        elif not isinstance(value, bool) or name == "qk_norm":
             words.append(str(value))
     return words
 
@@ -243,8 +246,10 @@ def test_help_gives_every_option_once_with_its_line_and_default_what_is_changed_
         elif indent and cell and explained:
             explained[name] += f" {cell}"
     for field in fields(script.Options):
-        text = explained.pop(f"{'no-' if field.default is True else ''}{field.name.replace('_', '-')}", "")
-        text = text or explained.pop("RUN")
+        name = field.name.replace("_", "-")
+        name = f"{name}," if field.default is True else name  # the way to turn it off stands beside it
+        text = explained.pop(name, "") or explained.pop("RUN")
+        assert field.default is not True or text.startswith(f"--no-{name[:-1]} ")
         assert len(text.split()) >= 3 and (field.default is not None or "None" not in text.split()[0])
         # The explanation says what None and () mean.
         assert bool(re.search(r"\((default: |required)[^()]*\)$", text)) == (field.default not in (None, ()))

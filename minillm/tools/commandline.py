@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 from contextlib import redirect_stderr
-from dataclasses import Field, fields, make_dataclass, replace
+from dataclasses import MISSING, Field, fields, make_dataclass, replace
 from dataclasses import field as new_field
 from pathlib import Path
 from types import UnionType
@@ -95,7 +95,7 @@ def options_of(kind: type[Any], words: list[str], **how: Any) -> Any:
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            return tyro.cli(kind, args=words, **(how or {"config": (tyro.conf.FlagCreatePairsOff,)}))
+            return tyro.cli(kind, args=words, **how)
     except SystemExit:
         # What tyro says inside its frame, up to the first ruler; in ASCII one stands in front, too.
         lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
@@ -145,7 +145,7 @@ def print_help(kind: type[Any]) -> None:
     if program.is_relative_to(house / "minillm"):
         module = ".".join(program.relative_to(house).with_suffix("").parts)
         command = f"-m {module.removesuffix('.__main__')}"
-    explained, parts = explanations(kind), []
+    explained, parts, hints = explanations(kind), [], {None: "", (): "", MISSING: "(required)"}
     plain, kinds = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for title, members in grouped(kind).items():
         own: list[Any] = []
@@ -154,11 +154,11 @@ def print_help(kind: type[Any]) -> None:
             if one.default is None:  # what that means, the explanation says
                 given = get_args(plain[name])[0]
                 how["metavar"] = "STR ..." if get_origin(given) is tuple else given.__name__.upper()
-            if one.default in (None, ()):
-                how["help_behavior_hint"] = ""
-            own.append((name, Annotated[kinds[name], tyro.conf.arg(**how)], new_field(default=one.default)))
+            how |= {"help_behavior_hint": hints[one.default]} if one.default in hints else {}
+            marks = (tyro.conf.arg(**how), *[tyro.conf.FlagCreatePairsOff] * (one.default is False))
+            own.append((name, Annotated[(kinds[name], *marks)], new_field(default=one.default)))
         parts.append((title, make_dataclass(title, own, kw_only=True)))
-    shown, form = make_dataclass("Options", parts), (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    shown, form = make_dataclass("Options", parts), (tyro.conf.OmitArgPrefixes,)
     tyro.cli(shown, args=["--help"], prog=f"python {command}", description=inspect.getdoc(kind), config=form)
 
 
