@@ -1,5 +1,6 @@
 """The README is a promise: its commands run in their order, its files exist."""
 
+import ast
 import importlib
 import json
 import re
@@ -16,7 +17,11 @@ from runs import ROOT, TORCHRUN
 import rlhf
 import sft
 import train
+from minillm.compare import __main__ as compare
+from minillm.errors import InputError
+from minillm.play import __main__ as play
 from minillm.tools import chat, evaluate, export
+from minillm.tools.commandline import parse_options
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 
@@ -25,6 +30,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     line.split("  #")[0].strip() for line in README.splitlines() if re.match(r"    (python|torchrun) ", line)
 ]
+OPTIONS = {
+    "train.py": train, "sft.py": sft, "rlhf.py": rlhf, "minillm.chat": chat, "minillm.compare": compare,
+    "minillm.export": export, "minillm.play": play, "minillm.tools.evaluate": evaluate,
+}  # fmt: skip
 # What makes a command small: its size is no part of the promise.
 SHAPE = "--vocab-size 300 --depth 1".split()
 SMALL = {
@@ -104,6 +113,33 @@ def test_what_else_the_readme_asks_to_type_is_there_and_run_by_ci_or_a_test():
     assert re.findall(r"`python -m ([\w.]+)", README) == ["minillm.export"]  # test_export.py runs it
 
 
+def texts() -> dict[str, str]:
+    """All pages, and the docstrings of all modules."""
+    pages = {str(page): page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "lessons" / "README.md"]}
+    files = [*ROOT.glob("*.py"), *(ROOT / "minillm").rglob("*.py"), *(ROOT / "lessons").glob("*.py")]
+    docs = {str(file): ast.get_docstring(ast.parse(file.read_text())) or "" for file in files}
+    return pages | docs
+
+
+def test_every_command_that_a_page_or_a_docstring_shows_is_taken_by_its_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "elsewhere"):  # play refuses a folder that is not there
+        (tmp_path / folder).mkdir()
+    checked = set()
+    for place, text in texts().items():
+        for line in re.sub(r"\\\n +", "", text).splitlines():
+            found = re.match(r" {4,}(?:srun )?(?:python|torchrun) .*?(?=  |$)", line)
+            words = shlex.split(found[0].replace("$stage", "rank")) if found else []
+            if at := next((i for i, word in enumerate(words) if word in OPTIONS), 0):
+                try:
+                    given = [word for word in words[at + 1 :] if word != "--resume"]
+                    parse_options(OPTIONS[words[at]].Options, given)
+                except InputError as error:
+                    pytest.fail(f"{place}: {line.strip()}: {error}")
+                checked.add((words[at], place))
+    assert {name for name, _ in checked} == OPTIONS.keys() and len(checked) > 20
+
+
 def test_every_file_of_the_core_and_every_room_around_it_stands_in_the_map_once():
     core, _, ring = README.split("## The code, in reading order")[1].partition("Around it")
     named, folder = [], ""
@@ -128,7 +164,6 @@ def test_every_file_and_option_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`([\w/]+\.py)`", text):
         assert any((ROOT / folder / name).exists() for folder in ("", "kernels", "minillm")), name
-    scripts = (train, sft, rlhf, chat, evaluate, export)
-    options = {"help"} | {field.name for script in scripts for field in fields(script.Options)}
+    options = {"help"} | {field.name for script in OPTIONS.values() for field in fields(script.Options)}
     for option in re.findall(r"`--([\w-]+)", text):
         assert option.replace("-", "_") in options, option

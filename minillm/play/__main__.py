@@ -3,7 +3,7 @@
     python -m minillm.play                          on http://127.0.0.1:8017, with the runs in out/
     python -m minillm.play --runs elsewhere         with those of another folder
     python -m minillm.play --text tale.txt          guess the next word of a text of your own
-    python -m minillm.play --host 0.0.0.0 --token long-secret     for other machines, by a token
+    python -m minillm.play --host 0.0.0.0 --token 16lettersAndDigits    for other machines; make up your own
 
 What is there after `make demo` suffices; with less, the page says what is missing and how to make it.
 """
@@ -39,7 +39,7 @@ class Options:
     port: Annotated[int, Limit("0 to 65535", lambda value: 0 <= value < 2**16)] = 8017
     """The port; 0 takes a free one."""
     token: str | None = None
-    """A secret that visitors from other machines must know, of 16 characters or more."""
+    """A secret that visitors from other machines must know, of 16 letters and digits or more."""
     auto: bool = False
     """Train after every tenth pick, without waiting for the button."""
     together: Count = 4
