@@ -53,7 +53,7 @@ class Options(DataOptions):
     """Fine-tune a base model on conversations."""
 
     data: tuple[str, ...] = ()
-    """Conversations: files, folders or globs of .json(l)(.gz), each as PATH, PATH:WEIGHT or
+    """Conversations: files, folders or globs of JSON, CSV or Parquet, each as PATH, PATH:WEIGHT or
     NAME=PATH:WEIGHT, in any of the formats of minillm/io/formats.py. Nothing: the little world's."""
     out: str = "out/sft"
     """The run folder."""
@@ -66,7 +66,7 @@ class Options(DataOptions):
 
     block_size: Length | None = None
     """Tokens in a row; a longer conversation is cut behind a reply. Default the model's longest, or
-    `batch_tokens` where that is less."""
+    --batch-tokens where that is less."""
     batch_tokens: Count = 1024
     """Tokens in a step, over all processes, padding included."""
     steps: Count = 900

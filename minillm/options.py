@@ -66,7 +66,7 @@ class TrainingOptions:
     weight_decay: NotNegative = 0.0
     """Decoupled decay of the block matrices."""
     warmup: Whole = 20
-    """Steps over which the rates rise; 0 for none."""
+    """Updates over which the rates rise; 0 for none."""
     decay: Share = 0.5
     """Share of the run, at its end, over which the rates fall towards 0."""
     clip: Positive = 1.0
@@ -140,7 +140,7 @@ class PolicyOptions(TrainingOptions):
     """The options for aligning a policy; an option that only some algorithms read begins with their names."""
 
     algorithm: Literal["ppo", "grpo", "dpo", "best-of-n"] = "ppo"
-    """How the policy learns. best-of-n learns nothing: of `group_size` responses the best-scored is given."""
+    """How the policy learns. best-of-n learns nothing: of --group-size responses the best-scored is given."""
     reward: str | None = None
     """The reward model's folder. Default the one in --out."""
     iterations: Count = 120
@@ -194,7 +194,7 @@ class PolicyOptions(TrainingOptions):
     ptx_tokens: Count = 1024
     """ppo, grpo: raw text in an update."""
     text: tuple[str, ...] = ()
-    """ppo, grpo: raw text for ptx, as train.py's --data. Nothing: the little world's."""
+    """ppo, grpo: raw text for ptx, as train.py's --data. Nothing: the little world's, with its prompts."""
     world_megabytes: Positive = 12.0
     """ppo, grpo: size of the little world's text, where that is used."""
     cache: str = "out/cache"

@@ -59,7 +59,7 @@ class Options:
     system: str | None = None
     """The system message."""
     tools: tuple[Literal["calculator", "search"], ...] = ()
-    """What the model may call, as one can that learned it (lessons/15_tools.py)."""
+    """What the model may call, if it has learned to (lessons/15_tools.py)."""
     search_in: tuple[str, ...] = ()
     """Files, folders or globs of text for the search. Nothing: what the run's base was trained on."""
     describe_tools: bool = False
