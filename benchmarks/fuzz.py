@@ -1,6 +1,6 @@
 """Fuzzers: damaged files, nonsense as command lines, random chat templates, bodies for the page and its API.
 
-    python benchmarks/fuzz.py --cases 10000 --json benchmarks/fuzz.json       a quarter of an hour on one core
+    python benchmarks/fuzz.py --cases 10000 --json benchmarks/fuzz.json       six minutes on two cores
     python benchmarks/fuzz.py --cases 80                                      as the tests run it
     python benchmarks/fuzz.py --only templates --first 217 --cases 1          a case again, by its number
 

@@ -1,6 +1,6 @@
 """Accidents: stages are killed, signalled or given a full disk, go on, and end as they would have in peace.
 
-    python benchmarks/torture.py --json benchmarks/torture.json          500 trials, an hour on one core
+    python benchmarks/torture.py --json benchmarks/torture.json          500 trials, 23 minutes on two cores
     python benchmarks/torture.py --trials 4 --stages train sample        as the tests run it
     python benchmarks/torture.py --first 217 --trials 1                  a trial again, by its number
 

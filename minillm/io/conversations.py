@@ -2,8 +2,8 @@
 
     files ──► records (files.py) ──► formats.py ──► ConversationSource, or rankings
 
-A conversation is a list of messages {"role", "content"}, the roles being system, user and assistant; it
-ends with the assistant. A reply with "train": False is not learned. What cannot be used is left out and
+A conversation is a list of messages {"role", "content"}, the roles being system, user, assistant and tool;
+it ends with the assistant. A reply with "train": False is not learned. What cannot be used is left out and
 counted by reason, and the first such record is shown.
 """
 
