@@ -120,6 +120,7 @@ def check_whole_models(runtime: Runtime) -> None:
 
 def main(words: list[str]) -> None:
     folder = Path(words[0])
+    folder.mkdir(parents=True, exist_ok=True)
     with start_runtime("cpu", "float32", shard=True) as runtime:
         is_silent = getattr(sys.stdout, "name", None) == os.devnull
         assert is_silent == (runtime.rank > 0), "what each would say, the first says"
