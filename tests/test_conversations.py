@@ -134,6 +134,9 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ("a.json", b"\0\1\2", "binary"),
         ("a.json", b"PAR1 and so on", "Parquet"),
         ("a.json", b"PK\3\4 and so on", "zip"),
+        ("a.jsonl.bz2", b"BZh91AY&SY and so on", "bzip2"),
+        ("a.jsonl.xz", b"\xfd7zXZ\0 and so on", "xz"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         ("a.txt", "Why? Because.", "as JSON"),
         ("a.csv", "prompt,completion\nWhy?,Because, and so on.\n", "values_without_a_column"),
         ("a.csv", "prompt,completion,completion\nWhy?,Because.,No.\n", "'completion' is the name of two"),
@@ -147,7 +150,7 @@ def test_a_file_without_a_conversation_is_refused_by_name(tmp_path, name, conten
     message = refusal(write(tmp_path / name, content))
     assert name in message and named in message
     write(tmp_path / "b.json", [GOOD])
-    if content and name not in ("a.txt", "a.csv"):
+    if content and name.endswith((".json", ".jsonl")):
         assert named in refusal(tmp_path), "among good ones, too"
 
 

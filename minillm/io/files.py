@@ -211,7 +211,8 @@ def _library(module: str, package: str, path: str, what: str, instead: str) -> A
 
 SIGNATURES = {
     b"PAR1": "parquet", b"ARROW1": "an Arrow file, not text", b"PK\x03\x04": "a zip archive, not text",
-    b"SQLite format 3\0": "a database, not text",
+    b"SQLite format 3\0": "a database, not text", b"BZh": "packed by bzip2", b"\xfd7zXZ\0": "packed by xz",
+    b"version https://git-lfs": "a pointer of Git LFS and not the file, which git lfs pull fetches",
 }  # fmt: skip
 
 
