@@ -289,7 +289,9 @@ LEFT_OUT = [
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
     ("conversation", {"messages": [{**USER, "value": "Who?"}, BOT]}, "'value' and 'content'"),
     ("conversation", {"messages": ASKED, "chat_template_kwargs": {"xml_tools": ["{}"]}}, "'xml_tools'"),
-    ("conversation", {"question": "Why?", "answer": ["Because.", "So."]}, "lists of replies"),
+    ("conversation", {"question": "Why?", "answer": ["Because.", "So."]}, "something else"),
+    *((purpose, {name: ["Why?", "And so?"]}, "something else")  # no reply among the questions
+      for purpose in ("conversation", "prompt") for name in ("turns", "prompt")),
     ("conversation", {"input": "Why?", "targets": {"choices": ["a", "b"]}}, "something else"),
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),

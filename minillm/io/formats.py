@@ -243,7 +243,7 @@ def _thought_of(fields: Record) -> str:
 
 def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conversation:
     """The messages in a list of turns, in one turn, in a transcript, in a list of texts that the user
-    begins, or in a text that `role` says."""
+    begins, or in a text that `role` says: it says no several."""
     if isinstance(said, str):
         found = _parse_transcript(said) if may_be_transcript else []
         if not (found or role):
@@ -253,7 +253,7 @@ def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conv
         said = [said if "from" in said or not role else {**said, "role": said.get("role") or role}]
     if not isinstance(said, list):
         raise TypeError(said)
-    if said and all(isinstance(turn, str) for turn in said):
+    if said and all(isinstance(turn, str) for turn in said) and not (role and len(said) > 1):
         return [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
     return [message for turn in said for message in _turn(turn)]
 
@@ -309,7 +309,7 @@ def _question(fields: Record) -> Conversation:
     turns = _one(fields, TURNS[:-1])
     turns = fields.get("data") if turns is None else turns
     if turns is not None:
-        messages = _messages(turns)
+        messages = _messages(turns, "user" if turns is fields.get("turns") else "")  # as MT-Bench has them
         said = "\n".join(message["content"] for message in messages)
         for name in QUESTIONS + ABOUT:
             if isinstance(beside := fields.get(name), str) and beside not in said:
@@ -343,7 +343,7 @@ def _reply(asked: Conversation, said: Any) -> Conversation:
     system = asked[:1] if asked and asked[0]["role"] == "system" and messages[0]["role"] != "system" else []
     whole = system + messages
     if asked not in (whole, system) and whole[: len(asked)] != asked:
-        raise LeftOutError("replies to another prompt than stands beside them, or lists of replies")
+        raise LeftOutError("replies to another prompt than stands beside them")
     return whole
 
 
