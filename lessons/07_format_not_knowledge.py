@@ -13,7 +13,8 @@ answer, each time in 300 steps (which see less than half of 16,000).
     moved       how far weights went, as a share of their length: ‖after - before‖ / ‖before‖
 
 What would refute the claim: facts that the assistant knows and the base model did not, or the other way
-round, by more than 3 points; a form that takes as many demonstrations as there are facts to learn.
+round, by more than 3 points; a form that fewer than nine of ten replies have after 100 demonstrations;
+facts that are known and after 16,000 are not said (more than 5 points).
 """
 
 from common import Figures, Options, Seeds, fact_questions, known, load, means, script, span, teach
