@@ -43,7 +43,7 @@ def attention(
 
     H is a multiple of K: consecutive groups of H / K query heads share a key/value head. `start`
     and `end` are positions in 0..S (int32); `scale` is 1 / sqrt(C) unless given. `impl` is "triton",
-    "torch", or None for the faster one. Autocast changes nothing. ValueError for shapes that do not fit, H
+    "torch", or None for Triton on a GPU. Autocast changes nothing. ValueError for shapes that do not fit, H
     not a multiple of K, mixed dtypes, an unknown `impl`, and, in Triton, C > 256.
     """
     operands = {"q": (q, "B H T C"), "k": (k, "B K S C"), "v": (v, "B K S C")}

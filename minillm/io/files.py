@@ -3,8 +3,8 @@
     data/*.jsonl:0.5 ──► parse_specs, list_files ──► kind_of ──► open_text, or records
 
 What a file is, its content says: text; JSON, a record a line, in one array, or in objects over many lines;
-a table (.csv, .tsv) or a Parquet file, a record a row. All may be packed by gzip or zstd. Lines, rows and
-text are read as streams; a JSON array is held in memory. Left out: other formats, downloads.
+a table (.csv, .tsv) or a Parquet file, a record a row. All but Parquet may be packed by gzip or zstd. Lines,
+rows and text are read as streams; a JSON array is held in memory. Left out: other formats, downloads.
 """
 
 import codecs
