@@ -245,8 +245,17 @@ def test_a_masked_model_is_no_causal_one_to_anybody(tmp_path):
     assert not config_from_json(tmp_path / "config.json").causal
 
 
+def test_a_score_that_is_one_number_is_no_part_of_a_model(tmp_path):
+    save_model(tmp_path, LanguageModel(CONFIG), TOKENIZER)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"score.weight": torch.tensor(1.0)}, file)
+    with pytest.raises(InputError, match=r"score\.weight is not part"):
+        opened(tmp_path)
+
+
 FOUND = {
     "adapter": ({"adapter_config.json", "adapter_model.safetensors"}, "LoRA"),
+    "adapter beside its model": ({"adapter_config.json", "config.json", "model.safetensors"}, "LoRA"),
     "gguf": ({"model.gguf"}, "GGUF"),
     "pickles": ({"config.json", "tokenizer.json", "pytorch_model.bin"}, "safetensors"),
     "older tokenizer": ({"config.json", "model.safetensors", "vocab.json", "merges.txt"}, "tokenizer.json"),
@@ -342,6 +351,10 @@ def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text())["eos_token_id"] == list(template.stop_ids)
     stops = [*template.stop_ids, special["<|mask|>"]]
+    (tmp_path / "generation_config.json").unlink()  # as transformers reads models older than that file
+    edit(tmp_path, eos_token_id=stops)
+    assert list(ChatTemplate(load_model(tmp_path, CPU, torch.float32)[1]).stop_ids) == stops
+    edit(tmp_path, eos_token_id=None)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     for _ in range(2):
         model, again = load_model(tmp_path, CPU, torch.float32)

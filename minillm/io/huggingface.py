@@ -23,7 +23,7 @@ from minillm.errors import InputError
 from minillm.io.config import config_from_json, config_to_json, number
 from minillm.io.disk import read_json, write_json
 from minillm.io.vocabulary import load_tokenizer, save_tokenizer
-from minillm.io.weights import INDEX, load_weights, read_weights, write_weights, writes
+from minillm.io.weights import load_weights, read_weights, write_weights, writes
 from minillm.model import LanguageModel, ModelConfig, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
@@ -107,11 +107,12 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _from_others(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, with the stops that came beside it in generation_config.json."""
+    """The tokenizer of a folder, with the stops that came in generation_config.json, or else config.json."""
     tokenizer = load_tokenizer(folder)
     # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
-        stops = read_json(folder / "generation_config.json").get("eos_token_id")
+        path = folder / "generation_config.json"
+        stops = read_json(path if path.exists() else folder / "config.json").get("eos_token_id")
         names = {i: name for name, i in tokenizer.special_tokens.items()}
         own = ChatTemplate(tokenizer).stop_ids
         listed = stops if isinstance(stops, list) else [stops]
@@ -177,7 +178,8 @@ def _open_folder(folder: Path, labels: int) -> tuple[ModelConfig, Tokenizer, dic
         what = f"tokenizer.json has {tokenizer.vocab_size} tokens but config.json says {config.vocab_size}"
         raise InputError(f"{folder}: {what}; the two belong to different models")
     tensors = read_weights(folder)
-    found, kinds = len(tensors.get("score.weight", ())), ("a language model", "a reward model")
+    found = sum(tensors.get("score.weight", torch.empty(0)).shape[:1])
+    kinds = "a language model", "a reward model"
     if found != labels:
         what = kinds[found] if found < 2 else f"a classifier of {found} labels"
         raise InputError(f"{folder}: is {what}, by score.weight; give {kinds[labels]}'s folder")
@@ -203,11 +205,9 @@ def _instead_of_a_model(folder: Path) -> str | None:
         is_hub = not folder.is_absolute() and len(folder.parts) == 2
         return f"no such folder; give a run folder or a Hugging Face model folder{way * is_hub}"
     names = {path.name for path in folder.iterdir()}
-    endings = {Path(name).suffix for name in names}
-    if INDEX in names:
-        endings.add(".safetensors")
-    if "adapter_config.json" in names and "config.json" not in names:
-        return "is a LoRA adapter; merge it into its model with PEFT (merge_and_unload, save_pretrained)"
+    endings = {Path(name.removesuffix(".index.json")).suffix for name in names}
+    if "adapter_config.json" in names:  # transformers puts it onto a model beside it
+        return "holds a LoRA adapter; merge it into its model with PEFT (merge_and_unload, save_pretrained)"
     if ".safetensors" not in endings and ".gguf" in endings:
         return f"holds {gguf}"
     if ".safetensors" not in endings and endings & {".bin", ".pth", ".pt"}:
