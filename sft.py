@@ -42,7 +42,7 @@ from minillm.data import (
 from minillm.errors import InputError
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel
-from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
+from minillm.optim import LearningRates, backward, build_optimizers, lr_schedule, validation_loss
 from minillm.options import Count, DataOptions, Length, Part, Positive, Whole
 from minillm.preferences import ChatModel
 from minillm.run import Run, Runtime, TrainingState, run_script
@@ -124,7 +124,7 @@ def train(options: Options, runtime: Runtime) -> None:
 
             run.log_step(batch.tokens.numel(), loss=loss, gradient_norm=norm, rate=multiplier)
             if validation and (state.step % run.val_every == 0 or state.step == options.steps):
-                val = held_out(model, validation, token_bytes, runtime).per_target
+                val = validation_loss(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
             if state.step % run.save_every == 0:
                 run.save()

@@ -38,7 +38,7 @@ from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model
 from minillm.model import LanguageModel, ModelConfig, config_of_depth, initialize
-from minillm.optim import LearningRates, backward, build_optimizers, held_out, lr_schedule
+from minillm.optim import LearningRates, backward, build_optimizers, lr_schedule, validation_loss
 from minillm.options import Count, DataOptions, Fraction, Length, Positive, Whole
 from minillm.run import Run, Runtime, TrainingState, run_script
 from minillm.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 batch.tokens.numel(), loss=loss, gradient_norm=norm, nats_per_byte=per_byte, rate=multiplier
             )
             if state.step % run.val_every == 0 or state.step == steps:
-                val = held_out(model, validation, token_bytes, runtime).per_byte
+                val = validation_loss(model, validation, token_bytes, runtime).per_byte
                 run.log("val", f"val {val:.3f} nats/byte", nats_per_byte=val)
                 run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
                 if val <= best:

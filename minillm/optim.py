@@ -76,7 +76,7 @@ def backward(
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationLoss:
     """The loss over validation batches, in nats."""
 
     per_target: float
@@ -85,10 +85,10 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out(
+def validation_loss(
     model: LanguageModel, batches: Sequence[Batch], token_bytes: Int[Tensor, " V"], runtime: Runtime
-) -> HeldOut:
-    """The loss over validation batches (on the CPU), shared out among the processes."""
+) -> ValidationLoss:
+    """The loss over these batches (on the CPU), shared out among the processes."""
     totals = torch.zeros(3, dtype=torch.float64)
     idle = batches[0]._replace(targets=torch.full_like(batches[0].targets, IGNORED))
     for batch in runtime.even(list(batches[runtime.rank :: runtime.world_size]), idle):
@@ -97,7 +97,7 @@ def held_out(
         nats = model(own.tokens, own.start, targets=own.targets).item()
         totals += torch.tensor([nats, len(targets), int(token_bytes[targets].sum())], dtype=torch.float64)
     nats, targets, size = runtime.total(totals).tolist()
-    return HeldOut(nats / max(1, targets), nats / max(1, size))
+    return ValidationLoss(nats / max(1, targets), nats / max(1, size))
 
 
 # ---- A gradient -> an update

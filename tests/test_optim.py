@@ -20,9 +20,9 @@ from minillm.optim import (
     Muon,
     backward,
     build_optimizers,
-    held_out,
     lr_schedule,
     orthogonalized,
+    validation_loss,
 )
 from minillm.run import Runtime, TrainingState
 from minillm.tools.folder import optimizer_tensors, restore_state, save_state
@@ -164,11 +164,11 @@ def test_held_out_loss_is_all_loss_over_all_targets_or_all_bytes_of_text(some, c
         nats = sum(plain_losses(model, batch).sum().item() for batch in some)
     targets = torch.cat([batch.targets[batch.targets != IGNORED] for batch in some])
     size = max(1, BYTES[targets].sum().item())  # no bytes divide nothing by zero
-    loss = held_out(model, some, BYTES, ONE)
+    loss = validation_loss(model, some, BYTES, ONE)
     assert loss.per_target == pytest.approx(nats / len(targets), rel=1e-5)
     assert loss.per_byte == pytest.approx(nats / size, rel=1e-5)
     assert all(parameter.grad is None for parameter in model.parameters())
-    alone = held_out(model, some[:1], BYTES, ONE)
+    alone = validation_loss(model, some[:1], BYTES, ONE)
     targets = some[0].targets[some[0].targets != IGNORED]
     expected = alone.per_target * len(targets) / max(1, int(BYTES[targets].sum()))
     assert alone.per_byte == pytest.approx(expected, rel=1e-5)
@@ -178,7 +178,7 @@ def test_each_process_validates_its_own_batches_and_the_sums_are_of_all():
     model, all_batches = model_of(), [random_batch(2, seed) for seed in range(5)]
     for rank in (0, 1):
         here, own = OneOf(ONE.device, ONE.dtype, rank, 2), all_batches[rank::2]
-        loss = held_out(model, all_batches, BYTES, here)
+        loss = validation_loss(model, all_batches, BYTES, here)
         nats = sum(model(b.tokens, b.start, targets=b.targets).item() for b in own)
         size = sum(int(BYTES[b.targets].sum()) for b in own)
         (totals,) = here.totals
@@ -190,7 +190,7 @@ def test_each_process_validates_its_own_batches_and_the_sums_are_of_all():
 def test_a_batch_without_targets_has_no_loss_and_no_gradient():
     model, batch = model_of(), random_batch(2)
     batch = Batch(batch.tokens, torch.full_like(batch.tokens, IGNORED), batch.start)
-    assert backward(model, batch, 4, ONE) == held_out(model, [batch], BYTES, ONE).per_target == 0.0
+    assert backward(model, batch, 4, ONE) == validation_loss(model, [batch], BYTES, ONE).per_target == 0.0
     assert all(not gradient.any() for gradient in gradients(model))
 
 
