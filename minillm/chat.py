@@ -46,7 +46,7 @@ class Dialogue:
     """A conversation as tokens."""
 
     tokens: list[int]
-    assistant: list[bool]
+    loss_mask: list[bool]
     """Whether the model must produce this token: it is in the assistant's content, or ends it."""
     unlearned: int = 0
     """Replies that are context alone, because the template writes them anew once another message follows."""

@@ -264,9 +264,8 @@ def _marked_documents(
 
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""A conversation's tokens, and whether each is the assistant's to produce. One of L tokens takes L - 1
-positions of a row: every token but the last goes in, and the next one is the target where it is the
-assistant's."""
+"""A conversation's tokens and its loss mask (chat.Dialogue). One of L tokens takes L - 1 positions of a row:
+every token but the last goes in, and the next one is the target where the mask is true."""
 
 
 class Skipped(Counter[str]):
@@ -325,7 +324,7 @@ def encode_source(
         if dialogue:
             ids = np.array(dialogue.tokens, np.uint32)
             small = ids.astype(np.uint16) if ids.max() < 2**16 else ids
-            kept[side].append((small, np.array(dialogue.assistant)))
+            kept[side].append((small, np.array(dialogue.loss_mask)))
             if dialogue.unlearned:
                 skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
@@ -352,7 +351,7 @@ def _fitted(
             return None, "conversations longer than a row"
         dialogue = encode(conversation[: ends[fitting - 1]])
         reason = "ends of conversations longer than a row"
-    if not any(dialogue.assistant[1:]):
+    if not any(dialogue.loss_mask[1:]):
         return None, "conversations without a token of the assistant's"
     return dialogue, reason
 
@@ -378,10 +377,10 @@ def pack_conversations(conversations: Sequence[Encoded], block_size: int) -> Bat
     """A row of conversations that fit in it. Its end is padding: token 0, no target, each a document."""
     tokens, targets = np.zeros(block_size, np.int64), np.full(block_size, IGNORED)
     start, begin = np.arange(block_size, dtype=np.int32), 0
-    for ids, assistant in conversations:
+    for ids, loss_mask in conversations:
         end = begin + len(ids) - 1
         tokens[begin:end], start[begin:end] = ids[:-1], begin
-        targets[begin:end] = np.where(assistant[1:], ids[1:].astype(np.int64), IGNORED)
+        targets[begin:end] = np.where(loss_mask[1:], ids[1:].astype(np.int64), IGNORED)
         begin = end
     return Batch(*map(torch.from_numpy, (tokens, targets, start)))
 

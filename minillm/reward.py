@@ -67,7 +67,7 @@ def encode_response(
 ) -> list[int]:
     """The row of a response: messages, response and, if it ended, its end token; nothing after that."""
     dialogue = template.encode([*messages, {"role": "assistant", "content": response}])
-    last = max(i for i, assistant in enumerate(dialogue.assistant) if assistant)
+    last = max(i for i, learned in enumerate(dialogue.loss_mask) if learned)
     return dialogue.tokens[: last + ended]
 
 

@@ -102,7 +102,7 @@ def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, 
         messages, tools=told or None, return_dict=True, return_assistant_tokens_mask=True
     )
     assert whole.tokens == found["input_ids"]
-    assert [int(own) for own in whole.assistant] == found["assistant_masks"]
+    assert [int(own) for own in whole.loss_mask] == found["assistant_masks"]
     prompt = ChatTemplate(tokenizer()).prompt(with_tools(checked[:-1], told))
     assert prompt == theirs.apply_chat_template(
         messages[:-1], tools=told or None, add_generation_prompt=True, return_dict=False
@@ -113,7 +113,7 @@ def test_the_ids_and_the_mask_are_those_of_transformers(theirs, messages, told, 
 def test_calls_are_learned_results_never_and_a_reply_is_read_back_as_it_was_written(messages):
     template, checked = ChatTemplate(tokenizer()), check_messages(messages)
     whole = template.encode(checked)
-    runs = itertools.groupby(zip(whole.tokens, whole.assistant, strict=True), key=lambda pair: pair[1])
+    runs = itertools.groupby(zip(whole.tokens, whole.loss_mask, strict=True), key=lambda pair: pair[1])
     learned = [[token for token, _ in run] for own, run in runs if own]
     assert all(reply.pop() == template.end_id for reply in learned)
     said = [m for m in checked if m["role"] == "assistant"]

@@ -92,7 +92,7 @@ PADDING = ([0], [IGNORED])
 def alone(conversation: list) -> tuple[list[int], list[int]]:
     """A conversation as it is trained on by itself: inputs and targets."""
     dialogue = encode(conversation)
-    tokens, owed = dialogue.tokens, dialogue.assistant
+    tokens, owed = dialogue.tokens, dialogue.loss_mask
     targets = [token if mine else IGNORED for token, mine in zip(tokens[1:], owed[1:], strict=True)]
     return tokens[:-1], targets
 
@@ -330,7 +330,7 @@ def test_a_source_encoded_otherwise_is_not_resumed():
         return replace(encode(messages), tokens=[token + 1 for token in encode(messages).tokens])
 
     def all_owed(messages: list) -> Dialogue:
-        return replace(encode(messages), assistant=[True] * len(encode(messages).tokens))
+        return replace(encode(messages), loss_mask=[True] * len(encode(messages).tokens))
 
     for other in (other_ids, all_owed):
         source = encode_source(a_source(talks), other, 40, 0.0)
@@ -389,7 +389,7 @@ def test_what_the_encoder_refuses_or_gives_no_target_is_counted_and_the_first_sh
     def silent(messages: list) -> Dialogue:
         dialogue, speaks = encode(messages), messages is not good
         # The first token has none before it to predict it from.
-        return replace(dialogue, assistant=[True] + [speaks and mine for mine in dialogue.assistant[1:]])
+        return replace(dialogue, loss_mask=[True] + [speaks and mine for mine in dialogue.loss_mask[1:]])
 
     talks = [good, [user("c"), assistant("d")]]
     source = encode_source(a_source(talks), silent, 40, 0.0)

@@ -162,10 +162,10 @@ def test_the_masked_tokens_are_the_replies_each_with_its_end(name, messages):
     if name == "thoughts":  # writes earlier turns anew: only the last reply is learned as it is asked for
         assert dialogue.unlearned == len(replies) - 1
         replies = replies[-1:]
-    masked = [t for t, own in zip(dialogue.tokens, dialogue.assistant, strict=True) if own]
+    masked = [t for t, own in zip(dialogue.tokens, dialogue.loss_mask, strict=True) if own]
     assert tokenizer.decode(masked) == "".join(reply + family.between + family.end for reply in replies)
     # One unbroken stretch for each reply, and the end token in it once, at its end.
-    stretches = "".join("x" if own else " " for own in dialogue.assistant).split()
+    stretches = "".join("x" if own else " " for own in dialogue.loss_mask).split()
     assert len(stretches) == len(replies) == masked.count(template_of(name).end_id)
 
 
@@ -180,7 +180,7 @@ def test_a_prompt_ends_where_its_reply_begins_a_content_is_never_control_and_the
         if m["role"] == "assistant":
             prompt, known = template.prompt(messages[:i]), template.encode(messages[: i + 1])
             assert known.tokens[: len(prompt)] == prompt
-            assert not known.assistant[len(prompt) - 1] and known.assistant[len(prompt)]
+            assert not known.loss_mask[len(prompt) - 1] and known.loss_mask[len(prompt)]
             if name != "thoughts":  # which writes earlier turns anew
                 assert whole.tokens[: len(prompt)] == prompt
     for encode in (lambda m: template.encode(m).tokens, template.prompt):
@@ -321,7 +321,7 @@ def test_a_thinking_model_learns_behind_what_it_is_asked_with(template, thinks, 
         said = message("assistant", (form if thinks else "") + "Yes.")
         whole, prompt = chat.encode([*asked, said]), chat.prompt(asked, thinking=thinks)
         assert whole.tokens[: len(prompt)] == prompt
-        learned = [token for token, own in zip(whole.tokens, whole.assistant, strict=True) if own]
+        learned = [token for token, own in zip(whole.tokens, whole.loss_mask, strict=True) if own]
         assert tokenizer.decode(learned) == LEARNED[template, thinks]
         assert whole.tokens[len(prompt) : len(prompt) + len(learned)] == learned, "nothing but the last reply"
         assert whole.unlearned == 1
@@ -347,7 +347,7 @@ def test_a_reply_of_weight_0_is_context():
         whole = template_of(name).encode(said)
         said[1]["train"] = False
         masked = template_of(name).encode(said)
-        assert masked.tokens == whole.tokens and sum(masked.assistant) == sum(whole.assistant) / 2
+        assert masked.tokens == whole.tokens and sum(masked.loss_mask) == sum(whole.loss_mask) / 2
 
 
 @pytest.mark.parametrize("name", ["ours", "plain"])
@@ -356,7 +356,7 @@ def test_the_mask_of_transformers_is_the_replies_each_with_its_end(name):
     theirs = judge_of(name).apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
     ours = template_of(name).encode(said)
     assert theirs["input_ids"] == ours.tokens
-    assert theirs["assistant_masks"] == [int(own) for own in ours.assistant]
+    assert theirs["assistant_masks"] == [int(own) for own in ours.loss_mask]
 
 
 # --- programs that are no templates
