@@ -65,28 +65,28 @@ def attention(
             raise ValueError(f"heads are {C} wide, Triton's take up to {MAX_WIDTH}: use impl='torch'")
         return attention_op(q, k, v, start, end, causal, scale)[0]
     cpu, dtype, visible = q.device.type == "cpu", q.dtype, None
-    eager = cpu and not torch.compiler.is_compiling()
+    eager = cpu and not torch.compiler.is_compiling()  # a result can be looked at without waiting for it
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if cpu and grad and dtype.itemsize == 2 and T * S <= FLOAT32_SCORES:
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):
         if start is not None or end is not None or (causal and T != S):
             if not eager:
-                return _apart(q, k, v, start, end, causal, scale).to(dtype)
+                return _with_nonfinite_keys(q, k, v, start, end, causal, scale).to(dtype)
             visible = _visible(q, S, start, end, causal)
         out = F.scaled_dot_product_attention(
             q, k, v, visible, is_causal=causal and visible is None, scale=scale, enable_gqa=bool(H != K)
         )
         if eager:
-            # Sums cost nothing beside the rest. Only what is not finite needs care; a key can be so unseen by
-            # `out`, and still reach a gradient.
+            # Sums cost nothing beside the rest. Only what is not finite needs care; a masked key that is not
+            # does not show in `out`, but would reach dq.
             sums = [x.detach().sum(dtype=torch.float32) for x in ((out, k) if grad else (out,))]
             if not torch.stack(sums).sum().isfinite():
-                out = _apart(q, k, v, start, end, causal, scale)
+                out = _with_nonfinite_keys(q, k, v, start, end, causal, scale)
     return out.to(dtype)
 
 
-def _apart(q, k, v, start, end, causal, scale):
+def _with_nonfinite_keys(q, k, v, start, end, causal, scale):
     """Keys that are not finite, which torch's attention lets reach queries that do not see them, count as 0,
     and the rows that see one are nan."""
     spoilt = ~(k.isfinite() & v.isfinite()).all(-1)  # [B, K, S]

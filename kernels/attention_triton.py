@@ -239,7 +239,7 @@ def _forward(
     m = tl.full([BLOCK_M], LOWEST, ACC)
     total = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, WIDTH], ACC)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(2):  # first the blocks that all rows see wholly, then those at an edge
         count = S if EDGE else None
         for i in range(edges if EDGE else wholes):
             keys = _block(i, first, first_whole, wholes, EDGE) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -23,8 +23,8 @@ def check(
     a letter is one size.
 
     ValueError, or TypeError for a dtype, naming the argument; IndexError for a target that is neither among
-    V tokens nor `ignore_index`. NotImplementedError under forward-mode differentiation, where a custom
-    operator would answer with a derivative of zero.
+    V tokens nor `ignore_index` (0, a token anyway, for none). NotImplementedError under forward-mode
+    differentiation, where a custom operator would answer with a derivative of zero.
     """
     if impl not in (None, "triton", "torch"):
         raise ValueError(f"unknown impl {impl!r}: there are None, 'triton' and 'torch'")

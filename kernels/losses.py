@@ -48,7 +48,7 @@ class Plan:
 
     chunk: int  # logits in a chunk ...
     rows: int  # ... but no fewer rows: adding to dW is a pass over a [V, D] tensor for every chunk
-    once: int  # so few logits are one chunk where the backward pass makes them again: larger products
+    once: int  # up to so many logits are one chunk where the backward pass makes them anew: larger products
     align: int  # logits between the starts of two rows are a multiple of this: wide loads, fast products
     gpu: bool  # half types are multiplied as they are, and ignored rows too: to count them would stall it
 
@@ -172,7 +172,7 @@ def _walk(
     """Chunk by chunk some rows, their logits z = hidden @ weight.T in float32 (or float64), and the memory
     for their dz, which goes into the gradients that are given before the next chunk is made.
 
-    Without a weight, hidden is the logits and dz their gradient.
+    Without a weight, hidden is the logits and dz their gradient. `once`: in one chunk if few (Plan.once).
     """
     plan, N = PLANS.get(hidden.device.type, PLANS["cpu"]), len(hidden)
     if weight is None:
@@ -229,10 +229,9 @@ def _rows(
     states: list[Tensor], weights: list[Tensor], targets: Tensor | None, temperature: float,
     entropy: bool, impl: str,
 ) -> Tensor:  # fmt: skip
-    """What the operation of `rows_torch.py` says of each row.
-
-    With targets the operation is `logprob` on one side, without it is `kl` of two. A side is hidden states
-    and a weight, or, where there are no weights, logits.
+    """What the operation of `rows_torch.py` says of each row. With targets it is `logprob` of one side:
+    [max, log S, log p[target]] and, with `entropy`, H, as [3 or 4, N]. Without, `kl` of two: [max, log S, the
+    same of q, KL], as [5, N]. A side is hidden states and a weight, or, without weights, logits.
     """
     module, results = import_module(f"kernels.rows_{impl}"), []
     for chunks in zip(*starmap(_walk, zip_longest(states, weights)), strict=True):
@@ -303,8 +302,8 @@ def _summed(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
     want_hidden: bool, want_weight: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(sum of losses [], its d hidden [N, D], its d weight [V, D], which overflows no half type before the
-    upstream gradient scales it); what is not wanted is empty. With logits z = h W^T and p = softmax(z):
+    """(sum of losses [], its d hidden [N, D], its d weight [V, D] in float32, for it could overflow a half
+    type until the upstream gradient scales it); what is not wanted is empty. With z = h W^T, p = softmax(z):
 
     dz = p - onehot(target),  0 in rows that are ignored
     """

@@ -8,7 +8,7 @@ costs a fraction of one over memory. The algebra stands in `reference.py`. Throu
 The result has a row of N numbers for everything that is said of the rows of z. It begins with what a
 backward pass needs again, max y and log S, of either side for kl. They are kept apart, for their sum would
 round: behind logits of size 10^4 float32 knows it to 10^-3 only. As the largest p is 1 / S, no sum of
-exponentials is needed beside the softmax. What is chosen over what is measured: on one core torch's softmax
+exponentials is needed beside the softmax. Operations were chosen by measurement: on one core torch's softmax
 takes less time than its exp, and `masked_fill` more than twice that.
 
 `rows_triton.py` has the same functions for GPUs. Gradients are written to `out`, which may be z itself. A
@@ -42,8 +42,8 @@ def logprob_backward(z, targets, temperature: float, result, d_result, out: Tens
         dz = p.mul_(-g)
     else:
         top, log_sum, _, entropy = result
-        h, u = d_y[3][:, None], (y - top[:, None]).clamp_(min=LOWEST)
-        dz = u.mul_(-h).sub_(g + h * (entropy - log_sum)[:, None]).mul_(p)
+        g_entropy, u = d_y[3][:, None], (y - top[:, None]).clamp_(min=LOWEST)
+        dz = u.mul_(-g_entropy).sub_(g + g_entropy * (entropy - log_sum)[:, None]).mul_(p)
     out.copy_(_quiet(dz.scatter_add_(1, targets[:, None], g), result[:2], d_result[2:]))
 
 

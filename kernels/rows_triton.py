@@ -81,12 +81,11 @@ def _step(m, z, c):
 
 
 @triton.jit
-def _moved(a, s, keep, shift):
-    """sum 2^u f  after every u has lost log2(1 / keep) and every f has gained `shift`, where s = sum 2^u.
-
-    Terms that vanish take even an infinite f with them.
+def _moved(a, s, fade, shift):
+    """The sum  a = sum 2^u f,  rescaled as  s = sum 2^u  is by `fade`, where every f gains `shift`: a step's
+    maximum was larger. Terms that vanish take even an infinite f with them.
     """
-    return tl.where((keep > 0) & (s > 0), keep * (a + shift * s), 0.0)
+    return tl.where((fade > 0) & (s > 0), fade * (a + shift * s), 0.0)
 
 
 # --- Log-probability and entropy -------------------------------------------------------------------
@@ -102,7 +101,7 @@ def logprob_kernel(
     log2 p[target] = u[target] - log2 s,    H = -sum p log p = ln 2 (log2 s - a / s)
     """
     ACC: tl.constexpr = result.dtype.element_ty
-    PIECE: tl.constexpr = ALIGN * 8 // z[0].dtype.element_ty.primitive_bitwidth
+    PIECE: tl.constexpr = ALIGN * 8 // z[0].dtype.element_ty.primitive_bitwidth  # logits in ALIGN bytes
     c = tl.full([], LOG2_E, ACC) * scale
     n = tl.program_id(0).to(tl.int64)
     row = _row(z, n, ALIGN)
@@ -115,10 +114,10 @@ def logprob_kernel(
     for END in tl.static_range(2):
         begin, end = _range(V, BLOCK, END)
         for start in range(begin, end, BLOCK):
-            new, keep, u, e = _step(m, _load(row, start + _pieces(BLOCK, PIECE), V, END, ACC), c)
+            new, fade, u, e = _step(m, _load(row, start + _pieces(BLOCK, PIECE), V, END, ACC), c)
             if ENTROPY:
-                a = _moved(a, s, keep, (m - new) * c) + tl.sum(tl.where(e > 0, e * u, 0.0), 1)
-            s = s * keep + tl.sum(e, 1)
+                a = _moved(a, s, fade, (m - new) * c) + tl.sum(tl.where(e > 0, e * u, 0.0), 1)
+            s = s * fade + tl.sum(e, 1)
             m = new
     top = tl.max(m, 0)
     weight = tl.exp2((m - top) * c)
@@ -195,12 +194,12 @@ def kl_kernel(z_p, z_q, result, V, N, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
         begin, end = _range(V, BLOCK, END)
         for start in range(begin, end, BLOCK):
             column = start + _pieces(BLOCK, PIECE)
-            new_p, keep_p, u_p, e_p = _step(m_p, _load(row_p, column, V, END, ACC), LOG2_E)
-            new_q, keep_q, u_q, e_q = _step(m_q, _load(row_q, column, V, END, ACC), LOG2_E)
-            d = _moved(d, s_p, keep_p, ((m_p - new_p) - (m_q - new_q)) * LOG2_E)
+            new_p, fade_p, u_p, e_p = _step(m_p, _load(row_p, column, V, END, ACC), LOG2_E)
+            new_q, fade_q, u_q, e_q = _step(m_q, _load(row_q, column, V, END, ACC), LOG2_E)
+            d = _moved(d, s_p, fade_p, ((m_p - new_p) - (m_q - new_q)) * LOG2_E)
             d += tl.sum(tl.where(e_p > 0, e_p * (u_p - u_q), 0.0), 1)
-            s_p = s_p * keep_p + tl.sum(e_p, 1)
-            s_q = s_q * keep_q + tl.sum(e_q, 1)
+            s_p = s_p * fade_p + tl.sum(e_p, 1)
+            s_q = s_q * fade_q + tl.sum(e_q, 1)
             m_p, m_q = new_p, new_q
     top_p = tl.max(m_p, 0)
     top_q = tl.max(m_q, 0)
@@ -208,13 +207,13 @@ def kl_kernel(z_p, z_q, result, V, N, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     total_p = tl.sum(weight * s_p, 0)
     total_q = tl.sum(tl.exp2((m_q - top_q) * LOG2_E) * s_q, 0)
     d = tl.sum(_moved(d, s_p, weight, ((m_p - top_p) - (m_q - top_q)) * LOG2_E), 0)
-    log_p = tl.log2(total_p)
-    log_q = tl.log2(total_q)
+    log_sum_p = tl.log2(total_p)
+    log_sum_q = tl.log2(total_q)
     tl.store(result + n, top_p)
-    tl.store(result + N + n, log_p)
+    tl.store(result + N + n, log_sum_p)
     tl.store(result + 2 * N + n, top_q)
-    tl.store(result + 3 * N + n, log_q)
-    tl.store(result + 4 * N + n, (d / total_p - log_p + log_q) * LN_2)
+    tl.store(result + 3 * N + n, log_sum_q)
+    tl.store(result + 4 * N + n, (d / total_p - log_sum_p + log_sum_q) * LN_2)
 
 
 @triton.jit
@@ -227,9 +226,9 @@ def kl_backward_kernel(
     row_p = _row(z_p, n, ALIGN)
     row_q = _row(z_q, n, ALIGN)
     top_p = tl.load(result + n)
-    sum_p = tl.load(result + N + n)
+    log_sum_p = tl.load(result + N + n)
     top_q = tl.load(result + 2 * N + n)
-    sum_q = tl.load(result + 3 * N + n)
+    log_sum_q = tl.load(result + 3 * N + n)
     divergence = tl.load(result + 4 * N + n)
     g = tl.load(d_result + 4 * N + n).to(ACC)
     live = g != 0
@@ -240,8 +239,8 @@ def kl_backward_kernel(
             dz_p = tl.zeros([BLOCK], ACC)
             dz_q = tl.zeros([BLOCK], ACC)
             if live:
-                log_p = (_load(row_p, column, V, END, ACC) - top_p) * LOG2_E - sum_p
-                log_q = (_load(row_q, column, V, END, ACC) - top_q) * LOG2_E - sum_q
+                log_p = (_load(row_p, column, V, END, ACC) - top_p) * LOG2_E - log_sum_p
+                log_q = (_load(row_q, column, V, END, ACC) - top_q) * LOG2_E - log_sum_q
                 p = tl.exp2(log_p)
                 dz_p = g * p * (tl.where(p == 0, 0.0, (log_p - log_q) * LN_2) - divergence)
                 dz_q = g * (tl.exp2(log_q) - p)
