@@ -24,7 +24,7 @@ from minillm.reward import RankedBatch, Scores
 
 def response_logprobs(forward: Callable[..., Any], batch: RankedBatch) -> Float[Tensor, " B"]:
     """log π(response | prompt), the end token included. `forward` is the model, or what wraps it."""
-    found = forward(batch.tokens, attend=batch.shared, of=batch.index)
+    found = forward(batch.tokens, attend=batch.shared, index=batch.index)
     return pad(found.logprobs, batch.mask).sum(dim=1)
 
 

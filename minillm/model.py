@@ -108,12 +108,12 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]
     ) -> Float[Tensor, "B T D"]:
         """`attend`: what queries [B, H, T, C] gather from keys and values [B, K, T, C]. Rotary positions turn
-        the channels (i, i + C/2) of queries and keys by their position's angles."""
+        channels (i, i + C/2) of queries and keys by angle i of their position: cos, sin [*, T, C/2]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
-        halves = (x.chunk(2, dim=-1) for x in (q, k))
+        halves = (heads.chunk(2, dim=-1) for heads in (q, k))
         q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
         gathered = attend(q, k, v)
         return self.o_proj(gathered.transpose(1, 2).flatten(2))
@@ -194,14 +194,15 @@ class Decoder(nn.Module):
         positions = attend.positions if attend else torch.arange(tokens.shape[1], device=tokens.device)
         # Angles in float32: in bfloat16 positions 256 and 257 are equal.
         angles = positions[..., None] * self.frequencies
-        size = self.config.rope[4] if self.config.rope[0] == "yarn" else 1.0  # YaRN's magnitude
+        kind, *numbers = self.config.rope
+        size = numbers[3] if kind == "yarn" else 1.0  # of factor, fast, slow, magnitude and length
         cos, sin = (size * angles.cos()).to(self.compute_dtype), (size * angles.sin()).to(self.compute_dtype)
         end = None if start is None or self.config.causal else document_ends(start)
         within = partial(attention, start=start, end=end, causal=self.config.causal)
-        turns = self.config.no_rope_layers or [1] * len(self.layers)
+        rotates = self.config.no_rope_layers or [1] * len(self.layers)
         for number, block in enumerate(self.layers):
-            turned = (cos, sin) if turns[number] else (torch.ones_like(cos), torch.zeros_like(sin))
-            x = block(x, *turned, partial(attend, number) if attend else within)
+            rotation = (cos, sin) if rotates[number] else (torch.ones_like(cos), torch.zeros_like(sin))
+            x = block(x, *rotation, partial(attend, number) if attend else within)
         return self.norm(x)
 
 
@@ -251,16 +252,16 @@ class LanguageModel(nn.Module):
         attend: Attend | None = None,
         *,
         targets: Int[Tensor, "B T"] | None = None,
-        of: Int[Tensor, " N"] | None = None,
+        index: Int[Tensor, " N"] | None = None,
         **options: Any,
     ) -> Any:
         """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or `token_logprobs`
-        of the tokens at places `of` among all, with these options, each from the hidden state before it. Or,
-        asked for neither, all hidden states [B·T, D].
+        with these options of the tokens at `index` in tokens.flatten(), each from the hidden state before it.
+        Or, asked for neither, all hidden states [B·T, D].
         """
         hidden = self.model(tokens, start, attend).flatten(0, 1)
-        if of is not None:
-            return self.token_logprobs(hidden[of - 1], tokens.flatten()[of], **options)
+        if index is not None:
+            return self.token_logprobs(hidden[index - 1], tokens.flatten()[index], **options)
         if targets is None:
             return hidden
         return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")
@@ -271,12 +272,12 @@ class LanguageModel(nn.Module):
         tokens: Int[Tensor, " N"],
         temperature: float = 1.0,
         allowed: Bool[Tensor, "N V"] | None = None,
-        reference: tuple[Float[Tensor, "N R"], Float[Tensor, "V R"]] | None = None,
+        reference: tuple[Float[Tensor, "N E"], Float[Tensor, "V E"]] | None = None,
     ) -> TokenLogprobs:
         """Of the token after each hidden state, under softmax(logits / temperature) over `allowed`.
 
-        `reference`: the hidden states of another model and its output matrix, for the KL to it at the same
-        temperature. `allowed` restricts this model's tokens, not the other's.
+        `reference`: hidden states of another model, E wide, and its output matrix, for the KL to it at the
+        same temperature. `allowed` restricts this model's tokens, not the other's.
         """
         weight, kl = self.lm_head.weight, None
         if allowed is None:
@@ -425,7 +426,7 @@ def config_of_depth(depth: int, vocab_size: int, max_position_embeddings: int, *
 
     width = 32 · depth; heads are 32 wide up to a width of 256, 64 up to 1,024 and 128 beyond, one
     key/value head to each; the SwiGLU block is 8/3 as wide as the residual stream (three matrices with as
-    many weights as two of width 4), rounded up to a multiple of 64. `overrides`: what is to be otherwise.
+    many weights as two, 4 times as wide), rounded up to a multiple of 64. `overrides`: what is to be other.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     width = given.get("hidden_size", 32 * depth)
@@ -443,7 +444,7 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     """Random weights of a language model or a part of one, drawn in the order of `named_parameters`.
 
     Every matrix keeps the size of what passes through it (variance 1 / fan-in), except the two that
-    write into the residual stream: they start at zero, so that each block starts as the identity.
+    write into the residual stream: they start at zero, each block so as the identity (arXiv 1901.09321).
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "o_proj.weight", "down_proj.weight")):

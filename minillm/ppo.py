@@ -395,7 +395,7 @@ class Aligner:
         for micro in chain(*passes):
             reference = self.reference(micro)
             how = {"temperature": T, "allowed": micro.allowed, "reference": reference}
-            numbers = policy(micro.tokens, micro.start, of=micro.index, **how)._asdict()
+            numbers = policy(micro.tokens, micro.start, index=micro.index, **how)._asdict()
             numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, micro.taken, T)
             if critic:
                 numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
@@ -507,7 +507,7 @@ class Aligner:
         def policy_loss(micro: Pass) -> Float[Tensor, ""]:
             exact = self.reference(micro) if grpo and not estimate else None
             how = {"temperature": self.sampling.temperature, "allowed": micro.allowed, "reference": exact}
-            logprobs, _, kl = self.wrapped_policy(micro.tokens, micro.start, of=micro.index, **how)
+            logprobs, _, kl = self.wrapped_policy(micro.tokens, micro.start, index=micro.index, **how)
             now.append(logprobs.detach())
             old, advantages = rollout.logprobs[micro.cells], rollout.advantages[micro.cells]
             losses, _ = policy_losses(logprobs, old, advantages, options.clip_range)

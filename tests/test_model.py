@@ -179,11 +179,11 @@ def test_log_probabilities_entropy_and_kl_are_those_of_the_state_before_each_tok
     kl = (p.exp() * (p.clamp(min=-1e9) - q)).sum(1)
     hidden = other.model(tokens).flatten(0, 1)[index - 1], other.lm_head.weight
     options = {"temperature": temperature, "allowed": allowed}
-    found = model(tokens, of=index, reference=hidden, **options)
+    found = model(tokens, index=index, reference=hidden, **options)
     expected = p.gather(1, taken[:, None])[:, 0], -(p.exp() * p.clamp(min=-1e9)).sum(1), kl
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
-    assert model(tokens, of=index, **options).kl is None
+    assert model(tokens, index=index, **options).kl is None
 
 
 def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_itself(tmp_path):
@@ -196,7 +196,7 @@ def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_i
 
     def add_gradients(model: nn.Module) -> None:
         model(tokens, targets=tokens.roll(-1, 1)).backward()
-        model(tokens, of=torch.tensor([2, 9])).logprobs.sum().backward()
+        model(tokens, index=torch.tensor([2, 9])).logprobs.sum().backward()
 
     distributed.init_process_group("gloo", f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
@@ -216,9 +216,9 @@ from minillm.model import LanguageModel, ModelConfig
 torch.manual_seed(0)
 model = LanguageModel(ModelConfig(40, 12, 20, 1, 4, 2, 6, 64))
 compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True, dynamic=False)
-for asked in ("targets", "of", "shared"):
+for asked in ("targets", "index", "shared"):
     tokens = torch.randint(40, (1, 6))
-    options = {"targets": tokens} if asked == "targets" else {"of": torch.tensor([2, 4])}
+    options = {"targets": tokens} if asked == "targets" else {"index": torch.tensor([2, 4])}
     if asked == "shared":
         prompt, *rest = tokens[0].tolist()
         tokens, options["attend"], _ = pack_sets([[[prompt, a] for a in rest]], [1])
