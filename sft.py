@@ -148,8 +148,8 @@ def open_data(options: Options) -> tuple[list[Any], list[Source]]:
     else:
         chats = open_conversations(options.data, options.errors, encoding=options.encoding)
     with_text = options.text_share and (options.text or options.on_world)
-    how = options.errors, options.encoding, options.field
-    texts = text_sources(options.text, options.seed, options.world_megabytes, *how) if with_text else []
+    how = options.seed, options.world_megabytes, options.errors, options.encoding, options.field
+    texts = text_sources(options.text, *how) if with_text else []
     check_names([source.name for source in chats] + [source.name for source in texts])
     return chats, texts
 

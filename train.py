@@ -8,9 +8,9 @@
     torchrun --nproc-per-node 2 train.py                  several processes, the same curve
     torchrun --nproc-per-node 8 train.py --shard          each with a part of the model (docs/scale.md)
 
-Reads top to bottom: the options, then `train` with its loop, then the pieces the loop calls.
-Leaves a run folder (minillm/run.py), which transformers can open too, with the model of the lowest validation
-loss.
+Reads top to bottom: the options (the rest, and types such as Count, are in minillm/options.py), then `train`
+with its loop, then what that calls. Leaves a run folder (minillm/run.py), which transformers can open too,
+with the model of the lowest validation loss.
 """
 
 import math
@@ -111,23 +111,23 @@ SHAPE = {
 def train(options: Options, runtime: Runtime) -> None:
     """One pretraining run, from the text to the finished folder."""
     from minillm.io.text import open_sources, text_sources
-    from minillm.tools.sources import beginning
+    from minillm.tools.sources import pretraining_lines
 
     run = Run("train", options, runtime)
-    decoding = options.errors, options.encoding, options.field
-    sources = text_sources(options.data, options.seed, options.world_megabytes, *decoding)
-    val_sources = open_sources(options.val_data, *decoding) if options.val_data else []
+    file_options = options.errors, options.encoding, options.field
+    sources = text_sources(options.data, options.seed, options.world_megabytes, *file_options)
+    val_sources = open_sources(options.val_data, *file_options) if options.val_data else []
     model, tokenizer = start_model(options, sources, run.folder if run.resuming else None, runtime)
     cache, val_fraction = Path(options.cache), 0.0 if val_sources else options.val_fraction
-    streams = [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
-    val_streams = [tokenize(source, tokenizer, cache, 1.0, options.workers) for source in val_sources]
+    tokenized = [tokenize(source, tokenizer, cache, val_fraction, options.workers) for source in sources]
+    val_tokenized = [tokenize(source, tokenizer, cache, 1.0, options.workers) for source in val_sources]
     steps, rows, rates = plan_of(options, model.config, runtime)
     masked = options.objective == "masked"
-    validation = validation_batches(val_streams or streams, options.block_size, options.val_tokens)
+    validation = validation_batches(val_tokenized or tokenized, options.block_size, options.val_tokens)
     if masked:  # the same tokens are hidden at every validation
         validation = [mask_tokens(batch, tokenizer, seed=i) for i, batch in enumerate(validation)]
     token_bytes = torch.from_numpy(tokenizer.token_lengths)
-    mixture = Mixture(streams, options.block_size, options.seed)
+    mixture = Mixture(tokenized, options.block_size, options.seed)
     forward = runtime.wrap(model, options.compile)
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
     best = math.inf  # the lowest validation loss so far; the run folder holds the model that had it
@@ -141,18 +141,18 @@ def train(options: Options, runtime: Runtime) -> None:
             return
         best = min((e["nats_per_byte"] for e in run.logged if e["event"] == "val"), default=best)
         shape = f"{steps:,} steps of {rows} rows of {options.block_size} tokens"
-        run.say(beginning(model, tokenizer, streams, val_streams, options.vocab_size, shape))
+        run.say(pretraining_lines(model, tokenizer, tokenized, val_tokenized, options.vocab_size, shape))
         while run.goes_on():
             batch = mixture.next_rows(rows)  # the same in every process
             if masked:
                 batch = mask_tokens(batch, tokenizer, seed=((options.seed << 32) + state.step) % 2**64)
-            mean = backward(forward, batch, options.micro_tokens, runtime)
+            mean = backward(forward, batch, options.micro_tokens, runtime)  # on the device: step reads it
             multiplier = lr_schedule(state.step, steps, options.warmup, options.decay)
             norm, loss = state.optimizers.step(multiplier, options.clip, mean)
 
             targets = batch.targets[batch.targets != IGNORED]
             per_byte = loss * len(targets) / max(1, int(token_bytes[targets].sum()))
-            run.log_step(
+            run.log_step(  # and counts it
                 batch.tokens.numel(), loss=loss, gradient_norm=norm, nats_per_byte=per_byte, rate=multiplier
             )
             if state.step % run.val_every == 0 or state.step == steps:
@@ -179,7 +179,7 @@ def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> tuple[in
 
     batch = 1024 · (depth/4)^3 tokens, rounded to a power of two; steps = 450 · depth. Muon's updates have a
     fixed spectral norm, so its rate does not depend on the width; AdamW's rates fall with the root of the
-    width (embeddings) or with the width (matrices).
+    width (embeddings) or with the width (matrices: Yang et al. 2022, arXiv 2203.03466, table 3).
     """
     depth, width = config.num_hidden_layers, config.hidden_size
     steps = options.steps or 450 * depth

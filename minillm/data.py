@@ -64,7 +64,7 @@ class Source:
     fingerprint: str
     """Changes with the documents."""
     size: int | None = None
-    """About how many bytes they have; None where the first documents are a fair sample of all."""
+    """About how many bytes they have; None where the order is random: the first ones are a fair sample."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Files that were left out, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -87,9 +87,9 @@ def split_documents(
 ) -> Iterator[tuple[Side, str]]:
     """Give every document to train or validation, about `val_fraction` of the text to validation.
 
-    A document is validation if its hash is below `val_fraction`, so that copies of it land on one side, or is
-    the smallest of the first 20, so that there is some. A document that is much of the whole text, of `size`
-    bytes, is cut instead: the last `val_fraction` of its bytes, from the beginning of a character, is
+    A document is validation if its hash is below `val_fraction`, so that copies of it land on one side, or
+    the smallest of the first 20's, so that there is some. A document that is much of the whole text, of
+    `size` bytes, is cut instead: the last `val_fraction` of its bytes, from the beginning of a character, is
     validation. So is every document where there are fewer than 20.
     """
     stream = iter(documents)
@@ -193,8 +193,8 @@ class TokenizedSource:
         return TextRows(self, block_size, seed)
 
     def val_rows(self, block_size: int, most: int) -> "list[Batch]":
-        """At most `most` rows of the held-out text, the same each time: of the windows side by side from its
-        first token on, all or evenly spaced ones; the last is filled up with bos and targets IGNORED."""
+        """The held-out text, cut into rows from its first token on: all of them or `most` evenly spaced ones,
+        the same each time. The last row is padded with bos, of targets IGNORED."""
         if len(self.val) < 2:
             what = f"data source {self.name!r}: no text for validation"
             raise InputError(f"{what}; give more text or a larger validation fraction")
@@ -205,7 +205,7 @@ class TokenizedSource:
             tokens, targets = np.full(block_size, self.bos_id), np.full(block_size, IGNORED)
             tokens[: len(ids)], targets[: len(ids) - 1] = ids[:block_size], ids[1:]
             begins = np.where(tokens == self.bos_id, np.arange(block_size, dtype=np.int32), 0)
-            row = tokens, targets, np.maximum.accumulate(begins)
+            row = tokens, targets, np.maximum.accumulate(begins)  # as Batch names them
             rows.append(Batch(*map(torch.from_numpy, row)))
         return rows
 
@@ -451,21 +451,21 @@ class TextRows(Shuffled[Batch]):
     def __init__(self, source: TokenizedSource, block_size: int, seed: int) -> None:
         self.source, self.block_size = source, block_size
         documents = source.counts["train"]["documents"]
-        self.made_share = max(0.0, BEGINNING_SHARE - documents * block_size / len(source.train))
+        self.bos_share = max(0.0, BEGINNING_SHARE - documents * block_size / len(source.train))
         super().__init__(source.train, source.name, seed, source.fingerprint)
 
     def arrange(self, random: np.random.Generator) -> Any:
         size, length = self.block_size, len(self.items)
         self.phase = int(random.integers(min(size, length - size)))
         order = random.permutation((length - 1 - self.phase) // size)
-        self.made = random.random(len(order)) < self.made_share
+        self.adds_bos = random.random(len(order)) < self.bos_share
         return order
 
     def take(self, which: Any) -> Batch:
         tokens, size, bos = self.items, self.block_size, self.source.bos_id
         begin = self.phase + int(which) * size
         ids = tokens[begin : begin + size + 1].astype(np.int64)
-        if self.made[which] and bos not in ids:
+        if self.adds_bos[which] and bos not in ids:
             begin = min(self._paragraph(begin), len(tokens) - size)
             ids[0], ids[1:] = bos, tokens[begin : begin + size]
         begins = np.where(ids[:-1] == bos, np.arange(size, dtype=np.int32), 0)
@@ -535,7 +535,7 @@ def best_fit(
 def forward_passes(
     numbers: Sequence[int], sequences: Sequence[Sequence[int]], micro_tokens: int
 ) -> list[list[list[int]]]:
-    """Which of the sequences, by number, are side by side in each row of each forward pass.
+    """Of each forward pass its rows, and of each row the numbers of the sequences that it holds.
 
     Rows are as long as the longest sequence; a pass has at most `micro_tokens` positions, or one row.
     """

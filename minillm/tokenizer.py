@@ -76,7 +76,7 @@ def learn_merges(word_counts: Mapping[str, int], new_tokens: int) -> list[tuple[
     pairs = _PairIndex(word_counts)
     tokens = [bytes([byte]) for byte in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
-    merges: dict[tuple[bytes, bytes], None] = {}
+    merges: dict[tuple[bytes, bytes], None] = {}  # an ordered set: a merged pair can come up again
 
     def entry(pair: str) -> tuple[int, str, str, str]:
         left, right = (_descending(tokens[ord(symbol)]) for symbol in pair)
@@ -105,7 +105,7 @@ class _PairIndex:
     """Words, and how often each pair of neighbours is in them, updated by each merge."""
 
     def __init__(self, word_counts: Mapping[str, int]) -> None:
-        self.words = [word.encode().decode("latin-1") for word in word_counts]
+        self.words = [word.encode().decode("latin-1") for word in word_counts]  # a character per byte
         self.word_counts = list(word_counts.values())
         self.counts: dict[str, int] = defaultdict(int)  # pair → how often in the whole text
         self.where: dict[str, list[int]] = defaultdict(list)  # pair → numbers of words that have or had it
@@ -168,7 +168,7 @@ class Vocabulary:
 
     @property
     def added_tokens(self) -> dict[str, int]:
-        """The tokens that are no part of ordinary text."""
+        """The same; in a vocabulary of others (io/vocabulary.py) also tokens that are found in any text."""
         return self.special_tokens
 
     @cached_property

@@ -323,7 +323,7 @@ def test_each_epoch_has_a_phase_and_an_order_of_its_own_so_that_every_token_is_s
 def test_a_row_keeps_the_bounds_of_its_documents(tmp_path):
     mixture = Mixture([tokenize(a_source(DOCUMENTS), BYTES, tmp_path)], 32, 0)
     batch = mixture.next_rows(50)
-    assert mixture.streams[0].made_share == 0, "of many documents no row is made to begin as one"
+    assert mixture.streams[0].bos_share == 0, "of many documents no row is made to begin as one"
     for tokens, targets, starts in zip(*fields(batch), strict=True):
         assert tokens[1:] == targets[:-1]
         for t, start in enumerate(starts):

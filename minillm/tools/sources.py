@@ -10,11 +10,11 @@ from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import read_metrics
 
 
-def beginning(
+def pretraining_lines(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    streams: Sequence[TokenizedSource],
-    val_streams: Sequence[TokenizedSource],
+    tokenized: Sequence[TokenizedSource],
+    val_tokenized: Sequence[TokenizedSource],
     vocab_size: int | None,
     shape: str,
 ) -> str:
@@ -26,8 +26,8 @@ def beginning(
     lines = [
         f"model: {model.config.num_hidden_layers} blocks, {size:,} parameters; vocabulary: {vocabulary}",
         shape,
-        *map(text_line, streams),
-        *(f"validation: {text_line(stream)}" for stream in val_streams),
+        *map(text_line, tokenized),
+        *(f"validation: {text_line(source)}" for source in val_tokenized),
     ]
     return "\n".join(lines)
 
