@@ -46,8 +46,8 @@ from minillm.options import TrainingOptions
 
 # ---- Where it computes
 
-Part = TypeVar("Part")
-Whole = TypeVar("Whole", bound=Tensor | nn.Module)
+Item = TypeVar("Item")
+Sharded = TypeVar("Sharded", bound=Tensor | nn.Module)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Runtime:
 
             shard(model, self.device, compiled)
 
-    def whole(self, part: Whole) -> Whole:
+    def whole(self, part: Sharded) -> Sharded:
         """A sharded tensor, or a model to sample or score with, gathered from all processes, which all must
         ask for it; where nothing is sharded, what was given."""
         if not self.sharded:
@@ -118,7 +118,7 @@ class Runtime:
 
         return whole(part, self.device)
 
-    def even(self, parts: list[Part], idle: Part) -> list[Part]:
+    def even(self, parts: list[Item], idle: Item) -> list[Item]:
         """As many parts as the process with the most has, where the run is sharded: all must make as many
         forward passes. `idle` makes up for those missing."""
         if not self.sharded:
@@ -234,7 +234,7 @@ class Run:
             raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
         if self.resuming:
             self.logged = resume(state, steps, self.folder, self.logged)
-        self.saved_step, self.earlier = state.step if self.resuming else None, state.seconds
+        self.saved_step, self.earlier_seconds = state.step if self.resuming else None, state.seconds
         self.latest = {event["event"]: event for event in self.logged}
         self.shown: dict[str, str] = {}
         self.told_to_stop = math.inf
@@ -339,7 +339,7 @@ class Run:
         spoilt = torch.tensor(float(not all(bool(weight.isfinite().all()) for weight in weights)))
         if self.runtime.total(spoilt).item():
             raise self.exploded("some weights are no longer finite")
-        self.state.seconds = self.earlier + time.perf_counter() - self.began
+        self.state.seconds = self.earlier_seconds + time.perf_counter() - self.began
         if self.file:
             with writing(self.path, "free some space and --resume"):
                 sync_open(self.file.fileno())  # before a restart point counts on what was logged

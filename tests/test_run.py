@@ -96,7 +96,7 @@ def test_the_clock_runs_on_over_the_sittings_of_a_run(tmp_path):
         update(state)
         run.log_step(5, loss=1.0, gradient_norm=1.0)
         state.seconds = 1.0
-        run.earlier = 1000.0  # as if there had been a long sitting before
+        run.earlier_seconds = 1000.0  # as if there had been a long sitting before
         run.save()
     run.runtime.closing.close()
     again, later = open_run(tmp_path / "run", resume=True), fresh_state()
