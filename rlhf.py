@@ -558,7 +558,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
     write_text(options.folder / "responses.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     metrics = {
         "score": fmean(scores[j] for j in best), "largest_kl": math.log(n) - (n - 1) / n,
-        "unended": fmean(not samples.stopped[j] for j in best), "seconds": time.perf_counter() - began,
+        "unended": fmean(not samples.ended[j] for j in best), "seconds": time.perf_counter() - began,
     }  # fmt: skip
     if aligner.rubric:
         metrics["rubric"] = fmean(aligner.rubric(r["messages"], r["response"]) or 0.0 for r in records)

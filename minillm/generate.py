@@ -63,16 +63,16 @@ class Samples:
     prompts: Sequence[Sequence[int]]
     responses: list[list[int]]
     """Token ids, the stop token included."""
-    logprobs: Float[Tensor, "B N"]
-    """Of response token n, in nats, under the distribution it was sampled from: after temperature, top-k
+    logprobs: Float[Tensor, "B R"]
+    """Of token r of response b, in nats, under the distribution it was sampled from: after temperature, top-k
     and top-p. 0 after the response's end, and for a greedy choice."""
-    stopped: list[bool]
+    ended: list[bool]
     """Whether the response ended on a stop token rather than at max_new_tokens."""
 
     def texts(self, decode: Callable[[list[int]], str]) -> list[str]:
         """The responses without their stop tokens, as text."""
-        own = zip(self.responses, self.stopped, strict=True)
-        return [decode(response[: len(response) - stopped]) for response, stopped in own]
+        own = zip(self.responses, self.ended, strict=True)
+        return [decode(response[: len(response) - ended]) for response, ended in own]
 
 
 def generate(
@@ -90,16 +90,17 @@ def generate(
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
         steps = list(_steps(model, prompts[part], options, seeds[part]))
+        # Of every token chosen: its row, itself, its log-probability, and below its step.
         rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
         step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
         chosen[first + rows, step], logprobs[first + rows, step] = tokens, step_logprobs
     stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=device))
-    stopped = stops.any(dim=1)
-    counts = torch.where(stopped, stops.int().argmax(dim=1) + 1, options.max_new_tokens)
+    ended = stops.any(dim=1)
+    counts = torch.where(ended, stops.int().argmax(dim=1) + 1, options.max_new_tokens)
     beyond = torch.arange(options.max_new_tokens, device=device) >= counts[:, None]
     responses = [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
     longest = max(map(len, responses), default=0)
-    return Samples(prompts, responses, logprobs.masked_fill(beyond, 0)[:, :longest], stopped.tolist())
+    return Samples(prompts, responses, logprobs.masked_fill(beyond, 0)[:, :longest], ended.tolist())
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
@@ -187,7 +188,7 @@ def _steps(
             return
 
 
-def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Float[Tensor, "B N"]:
+def _uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Float[Tensor, "B R"]:
     """Row b: `count` uniform numbers of [0, 1) from a generator of its own. In float64, in which the sum of a
     large vocabulary's probabilities keeps its small terms, where the device has it: Apple's GPUs do not."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

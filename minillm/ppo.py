@@ -319,7 +319,7 @@ class Aligner:
         samples = generate(model, asked, self.sampling, seeds)
         del model  # before another is gathered
         texts = samples.texts(self.template.tokenizer.decode)
-        return samples, texts, self.score(prompts, texts, samples.stopped)
+        return samples, texts, self.score(prompts, texts, samples.ended)
 
     def score(
         self, prompts: Sequence[Prompt], texts: Sequence[str], ended: Sequence[bool]
@@ -440,7 +440,7 @@ class Aligner:
         sums = {
             "score": scores.sum().item(),
             "score_square": scores.square().sum().item(),
-            "unended": float(rollout.samples.stopped.count(False)),
+            "unended": float(rollout.samples.ended.count(False)),
             "length": float(rollout.mask.sum()),
             "kl": float(rollout.kl.cpu().double().sum()),
             "entropy": float(rollout.entropy.cpu().double().sum()),

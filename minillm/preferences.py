@@ -28,14 +28,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from minillm.chat import ChatTemplate, Completion, chat_format
+from minillm.chat import ChatTemplate, Completion, Message, chat_format
 from minillm.data import seed_of
 from minillm.digest import digest
 from minillm.generate import ROWS, SamplingOptions, generate
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer
 
-Message = dict[str, str]
 Record = dict[str, Any]
 
 MOST_RESPONSES = 9
@@ -179,7 +178,7 @@ class ChatModel:
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
         asked = [self.prompt(messages) for messages in prompts]
         samples = generate(self.model, asked, sampling, seeds)
-        return zip(samples.texts(self.tokenizer.decode), samples.stopped, strict=True)
+        return zip(samples.texts(self.tokenizer.decode), samples.ended, strict=True)
 
 
 def sample_sets(

@@ -176,7 +176,7 @@ def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, 
         prompt = chat.format.prompt([*chat.messages, message("user", text)])
         options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.format.stop_ids)
         samples = generate(MODEL, [prompt], options, [seed + number])
-        (response,), stopped = samples.responses, samples.stopped[0]
+        (response,), stopped = samples.responses, samples.ended[0]
         assert "".join(chat.reply(text)) == plain_tokenizer().decode(response[:-1] if stopped else response)
         assert chat.cut == (not stopped)
 

@@ -83,7 +83,7 @@ def test_a_chat_model_is_asked_in_its_format_and_a_base_model_gets_a_line_of_tex
                           (chat, ChatTemplate(chat).prompt(asked))):  # fmt: skip
         stops = chat_format(known).stop_ids
         samples = generate(model, [prompt], SamplingOptions(9, 0.0, stop_ids=stops), [0])
-        tokens, ended = samples.responses[0], samples.stopped[0]
+        tokens, ended = samples.responses[0], samples.ended[0]
         question = Prompt(asked, "prompts", "")
         expected = Reply(question, known.decode(tokens[:-1] if ended else tokens), ended, tuple(tokens))
         assert sample_replies(ChatModel("", model, known), [question], 0.0, 9) == [expected]

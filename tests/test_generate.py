@@ -242,7 +242,7 @@ def test_a_response_and_its_stream_end_on_the_first_stop_token(prompts, stop_ids
     options = SamplingOptions(8, temperature, stop_ids=tuple(sorted(stop_ids)))
     samples = generate(MODEL, prompts, options, range(len(prompts)))
     assert list(stream(MODEL, prompts[0], options, 0)) == samples.responses[0]
-    for response, stopped in zip(samples.responses, samples.stopped, strict=True):
+    for response, stopped in zip(samples.responses, samples.ended, strict=True):
         stops = [n for n, token in enumerate(response) if token in stop_ids]
         assert stopped == bool(stops)
         assert stops == ([len(response) - 1] if stops else [])
@@ -319,7 +319,7 @@ def test_where_a_device_lacks_float64_none_is_made_on_it(monkeypatch):
 
 def test_no_prompts_have_no_responses():
     samples = generate(MODEL, [], SamplingOptions(max_new_tokens=4), [])
-    assert (samples.responses, samples.stopped, samples.logprobs.numel()) == ([], [], 0)
+    assert (samples.responses, samples.ended, samples.logprobs.numel()) == ([], [], 0)
 
 
 @pytest.mark.parametrize(

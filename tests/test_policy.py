@@ -206,7 +206,7 @@ def test_figures_of_a_rollout_are_sums_over_responses_and_of_entropy_over_tokens
     assert figures["score_deviation"] == pytest.approx(rollout.scores.std(correction=0).item(), abs=1e-5)
     assert figures["kl"] == pytest.approx(rollout.kl.sum(1).mean().item(), rel=1e-4)
     assert figures["entropy"] == pytest.approx(rollout.entropy[rollout.mask].mean().item(), rel=1e-4)
-    assert figures["unended"] == rollout.samples.stopped.count(False) / 8 and figures["beta"] == 0.3
+    assert figures["unended"] == rollout.samples.ended.count(False) / 8 and figures["beta"] == 0.3
 
 
 def test_a_rollout_is_learned_from_by_the_critic_the_unit_of_scores_and_the_beta_of_now():
@@ -253,7 +253,7 @@ def sampled(sampling: SamplingOptions = PLAIN, seed: int = 0) -> Samples:
 def chosen(samples: Samples, numbers: list[int]) -> Samples:
     """Some of the responses alone."""
     prompts, responses, stopped = (
-        [values[i] for i in numbers] for values in (samples.prompts, samples.responses, samples.stopped)
+        [values[i] for i in numbers] for values in (samples.prompts, samples.responses, samples.ended)
     )
     return Samples(prompts, responses, samples.logprobs[numbers], stopped)
 
@@ -384,7 +384,7 @@ def test_a_response_may_end_with_each_stop_token_and_its_text_has_one_score_whic
         found, texts, scores = aligner_of(missing_eos_score=None).sample(model, PROMPTS[:4], [1, 2, 3, 4])
         expected = [score_of(text, prompt) for prompt, text in enumerate(texts)]
         assert scores.tolist() == pytest.approx(expected, abs=1e-4)
-        own = list(zip(found.responses, found.stopped, strict=True))
+        own = list(zip(found.responses, found.ended, strict=True))
         seen |= {response[-1] for response, ended in own if ended}
         assert texts == [TOKENIZER.decode(response[: len(response) - ended]) for response, ended in own]
     assert seen == set(TEMPLATE.stop_ids)

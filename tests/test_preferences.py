@@ -326,7 +326,7 @@ def test_each_response_has_the_seed_of_its_place_however_many_are_sampled_togeth
     assert len(set(map(tuple, whole.responses))) == 5
     monkeypatch.setattr(generate_module, "ROWS", 2)
     parts = generate(model.model, prompts, sampling, seeds)
-    assert (parts.responses, parts.stopped) == (whole.responses, whole.stopped)
+    assert (parts.responses, parts.ended) == (whole.responses, whole.ended)
     torch.testing.assert_close(parts.logprobs, whole.logprobs)
 
 

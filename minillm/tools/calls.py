@@ -242,7 +242,7 @@ def converse(
     while calling:
         asked = [form.prompt([*prompts[i], *added[i]]) for i in calling]
         said = generate(model.model, asked, sampling, [seeds[i] + turn for i in calling])
-        responses = zip(calling, said.responses, said.stopped, strict=True)
+        responses = zip(calling, said.responses, said.ended, strict=True)
         calling = []
         for i, response, ended in responses:
             message = form.message(response[: len(response) - ended])

@@ -102,7 +102,7 @@ def sample_replies(
     said = generate(one.model, rows, options, range(seed, seed + len(rows)))
     texts = said.texts(one.tokenizer.decode)
     scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return list(map(Reply, prompts, texts, said.stopped, map(tuple, said.responses), scores))
+    return list(map(Reply, prompts, texts, said.ended, map(tuple, said.responses), scores))
 
 
 @torch.no_grad()
