@@ -179,7 +179,7 @@ def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> tuple[in
 
     batch = 1024 · (depth/4)^3 tokens, rounded to a power of two; steps = 450 · depth. Muon's updates have a
     fixed spectral norm, so its rate does not depend on the width; AdamW's rates fall with the root of the
-    width (embeddings) or with the width (matrices: Yang et al. 2022, arXiv 2203.03466, table 3).
+    width (embeddings) or with the width (matrices, as in muP: Yang et al. 2022, arXiv 2203.03466).
     """
     depth, width = config.num_hidden_layers, config.hidden_size
     steps = options.steps or 450 * depth

@@ -16,7 +16,7 @@ Sources: RMSNorm, Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4; rotary positi
 attention, Ainslie et al. 2023 (arXiv 2305.13245), section 2; QK-norm, Henry et al. 2020
 (arXiv 2010.04245), section 3, in the per-head RMSNorm form of Qwen3; masked training, Devlin et al. 2019
 (arXiv 1810.04805), section 3.1; the scalar head and its first weights, Stiennon et al. 2020
-(arXiv 2009.01325), appendix B.1.
+(arXiv 2009.01325), appendix B.1; blocks that start as the identity, Zhang et al. 2019 (arXiv 1901.09321).
 """
 
 import math
@@ -444,7 +444,7 @@ def initialize(model: nn.Module, generator: torch.Generator) -> None:
     """Random weights of a language model or a part of one, drawn in the order of `named_parameters`.
 
     Every matrix keeps the size of what passes through it (variance 1 / fan-in), except the two that
-    write into the residual stream: they start at zero, each block so as the identity (arXiv 1901.09321).
+    write into the residual stream: they start at zero, so that each block starts as the identity.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "o_proj.weight", "down_proj.weight")):
