@@ -499,7 +499,7 @@ def align(options: Options, runtime: Runtime) -> None:
 
 def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
     """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates over it."""
-    state, prompt_count = run.state, options.rollout_batch // options.samples
+    state, prompt_count = run.state, options.rollout_batch // options.responses_per_prompt
     most_updates = options.ppo_epochs * options.minibatches  # of an iteration
     while run.goes_on():
         began = time.perf_counter()
@@ -511,7 +511,7 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
         updates: list[dict[str, float]] = []
         for _ in range(options.ppo_epochs):
             for minibatch in rollout.minibatches:
-                done = state.step * most_updates + len(updates)
+                done = state.step * most_updates + len(updates)  # passes left out count too
                 multiplier = lr_schedule(done, run.steps * most_updates, options.warmup, options.decay)
                 critic_only = aligner.critic is not None and state.step < options.critic_warmup
                 updates.append(aligner.update(rollout, minibatch, multiplier, critic_only))
@@ -519,7 +519,7 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
             if fmean(moved) > options.target_kl:
                 break
         if aligner.ema:
-            aligner.follow()
+            aligner.update_ema()
         if options.adaptive_kl_target:
             aligner.beta = adapted_beta(aligner.beta, metrics["kl"], options.adaptive_kl_target)
 
@@ -543,7 +543,7 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
     unfinished = not (options.folder / "report.json").exists()  # an earlier one is begun again
     claim_folder(replace(options, overwrite=options.overwrite or unfinished), runtime)
-    aligner, n, began = start_aligner(options, runtime), options.samples, time.perf_counter()
+    aligner, n, began = start_aligner(options, runtime), options.responses_per_prompt, time.perf_counter()
     _, prompts = policy_prompts(options, aligner)
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [seed_of(options.seed, i // n, i % n, 1) for i in range(len(asked))]
@@ -628,12 +628,12 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
 
 def check_shares(options: Options, runtime: Runtime) -> None:
     """InputError unless every process has a prompt of every minibatch."""
-    prompts = options.rollout_batch // options.samples // options.minibatches
+    prompts = options.rollout_batch // options.responses_per_prompt // options.minibatches
     if prompts < runtime.world_size:
         raise InputError(
             f"--rollout-batch {options.rollout_batch}: its {options.minibatches} minibatches have {prompts} "
             f"prompts each, too few for {runtime.world_size} processes; give at least "
-            f"{runtime.world_size * options.samples * options.minibatches}"
+            f"{runtime.world_size * options.responses_per_prompt * options.minibatches}"
         )
 
 

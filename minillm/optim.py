@@ -34,23 +34,23 @@ from minillm.run import Runtime
 
 def accumulate(
     forward: Any,
-    summed: Callable[[Any], Tensor],
+    summed_loss: Callable[[Any], Tensor],
     micro_batches: Sequence[Any],
     count: int,
     runtime: Runtime,
     weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Adds `weight` times the gradient of Σ summed(micro-batch) / count to the .grad of all weights; returns
-    that mean, without `weight`. `micro_batches` are this process's share of a step and `count` is the whole
-    step's. `summed` calls `forward`, which is the model or what wraps it. Several processes' gradients are
-    averaged, hence the factor `world_size`: DistributedDataParallel does so with the last micro-batch only,
-    sharded weights with each.
+    """Adds `weight` (of this loss among several) times the gradient of Σ summed_loss(micro-batch) / count to
+    the .grad of all weights; returns that mean, without `weight`. `micro_batches` are this process's share of
+    a step, `count` is the whole step's. `summed_loss` calls `forward`, the model or what wraps it. Several
+    processes' gradients are averaged, hence the factor `world_size`: DistributedDataParallel does so with the
+    last micro-batch only, sharded weights with each.
     """
     total = torch.zeros((), device=runtime.device)
     for number, micro in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
         with nullcontext() if is_last else getattr(forward, "no_sync", nullcontext)():
-            loss = summed(micro)
+            loss = summed_loss(micro)
             (loss * (weight * runtime.world_size / count)).backward()
         total += loss.detach()
     return runtime.total(total) / count

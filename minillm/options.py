@@ -158,8 +158,8 @@ class PolicyOptions(TrainingOptions):
     policy_rate: Positive = 5e-4
     """Learning rate of the policy's matrices, by AdamW; the critic's are the same."""
     beta: NotNegative = 0.15
-    """Price of a nat of KL to the reference, between the distributions at the temperature sampled at, the
-    policy's after top-k and top-p; for dpo the same β, which sets how far it may go."""
+    """β, the price of a nat of KL(π ‖ π_ref), both at the temperature sampled at, π after top-k and top-p;
+    for dpo the β of its loss, which sets how far it may go."""
     adaptive_kl_target: Positive | None = None
     """ppo, grpo: the KL, nats a response, that β steers to, by at most 2% an iteration. Default: β stays."""
     max_kl: Positive = 200.0
@@ -183,12 +183,12 @@ class PolicyOptions(TrainingOptions):
     critic_warmup: Whole = 3
     """ppo: first iterations in which only the critic learns."""
     whiten: bool = True
-    """ppo: shift and scale advantages to mean 0 and deviation 1."""
+    """ppo: shift and scale advantages to mean 0 and standard deviation 1."""
     scale_scores: bool = True
-    """Divide scores by the deviation of the assistant's own, on held-out prompts."""
+    """Divide scores by the standard deviation of the assistant's own, on held-out prompts."""
     missing_eos_score: Real | None = -1.0
-    """Score of a response that was cut before its end, in deviations from the mean of the assistant's own;
-    None for what the reward model says of its text."""
+    """Score of a response that was cut before its end, in standard deviations from the mean of the
+    assistant's own; None for what the reward model says of its text."""
     ptx: NotNegative = 0.0
     """ppo, grpo: factor of the loss on raw text, which is mixed in."""
     ptx_tokens: Count = 1024
@@ -211,18 +211,19 @@ class PolicyOptions(TrainingOptions):
                 f"--target-kl {self.target_kl:g}: give nats a token, below 1; for nats a response, which it "
                 f"was in the release before, give --adaptive-kl-target {self.target_kl:g}"
             )
-        dealt = self.samples * self.minibatches
+        group = self.responses_per_prompt
+        dealt = group * self.minibatches
         if self.algorithm in ("ppo", "grpo") and self.rollout_batch % dealt:
             raise InputError(
                 f"--rollout-batch {self.rollout_batch}: cannot be dealt to {self.minibatches} "
-                f"--minibatches in groups of {self.samples} (--group-size); give a multiple of {dealt}"
+                f"--minibatches in groups of {group} (--group-size); give a multiple of {dealt}"
             )
-        if self.algorithm in ("grpo", "best-of-n") and self.samples < 2:
+        if self.algorithm in ("grpo", "best-of-n") and group < 2:
             raise InputError(
                 f"--group-size {self.group_size}: {self.algorithm} compares responses; give at least 2"
             )
 
     @property
-    def samples(self) -> int:
-        """Responses to a prompt of a rollout."""
+    def responses_per_prompt(self) -> int:
+        """--group-size, or its default."""
         return self.group_size or (1 if self.algorithm in ("ppo", "dpo") else 8)

@@ -22,9 +22,9 @@ What a run does, in the order in which it happens; the defaults are those of rlh
         temperature, top-k and top-p included                                      Huang
      6  the reward model reads the text of a response as it read those it was
         trained on, with their end token, whatever token ended this one            (measured here)
-     7  a response that does not end scores missing_eos_score deviations from the
-        mean score of the assistant's own responses                                Huang, after Ziegler
-     8  scores are divided by the deviation of the assistant's own                 Engstrom, 3 (2)
+     7  a response that does not end scores missing_eos_score standard deviations
+        from the mean score of the assistant's own responses                       Huang, after Ziegler
+     8  scores are divided by the standard deviation of the assistant's own        Engstrom, 3 (2)
      9  a token's reward is -β (log π - log π_ref), the last one's also the score   Ziegler, 2.2
     10  γ 1, λ 0.95                                                                InstructGPT, C.4; Huang
     11  advantages are whitened over all tokens of a rollout, padding left out     Huang
@@ -134,7 +134,7 @@ def group_advantages(scores: Float[Tensor, " B"], size: int, eps: float = 1e-4) 
 
 
 def moments(values: Float[Tensor, "..."], runtime: Runtime) -> tuple[float, float]:
-    """Mean and deviation (the root of the mean square distance from the mean) of the values of all processes.
+    """Mean and standard deviation (of the values as a population), over all processes.
 
     In float64, for the deviation is a difference of large sums; on the CPU, for not every device has it.
     """
@@ -238,7 +238,7 @@ def with_advantages(
     that the critic explains: 1 for a perfect one, 0 for a constant."""
     mask = rollout.mask
     if options.algorithm == "grpo":
-        advantages = group_advantages(rollout.scores, options.samples)
+        advantages = group_advantages(rollout.scores, options.responses_per_prompt)
         return replace(rollout, advantages=advantages[:, None] * mask), {}
     k1 = rollout.logprobs - rollout.ref_logprobs
     rewards = penalised_rewards(rollout.scores / unit, k1, mask, beta)
@@ -248,7 +248,7 @@ def with_advantages(
     _, spread = moments(returns[mask], runtime)
     if options.whiten:
         advantages = (advantages - mean) / (deviation + 1e-8)
-    explained = 1 - (deviation / spread) ** 2 if spread else 0.0
+    explained = 1 - (deviation / spread) ** 2 if spread else 0.0  # advantages = returns - values
     return replace(rollout, advantages=advantages, returns=returns), {"explained_variance": explained}
 
 
@@ -414,7 +414,7 @@ class Aligner:
         shares = [order[m :: options.minibatches] for m in range(options.minibatches)]
         own = [i for share in shares for i in share[runtime.rank :: runtime.world_size]]
         asked = [(i, k) for i in own for k in range(size)]
-        seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]
+        seeds = [seed_of(options.seed, step, i * size + k, 0) for i, k in asked]  # 0: training, 1: validation
         samples, _, scores = self.sample(self.policy, [prompts[i] for i, _ in asked], seeds)
         each = len(asked) // options.minibatches
         minibatches = [range(first, first + each) for first in range(0, len(asked), each)]
@@ -469,9 +469,9 @@ class Aligner:
     # -- Rollouts -> updates
 
     def update(
-        self, rollout: Rollout, passes: Sequence[Pass], learning_rate: float, critic_only: bool = False
+        self, rollout: Rollout, passes: Sequence[Pass], multiplier: float, critic_only: bool = False
     ) -> dict[str, float]:
-        """One step of the optimizers on a minibatch (its forward passes), at `learning_rate` times their base
+        """One step of the optimizers on a minibatch (its forward passes), at `multiplier` times their base
         rates; its metrics. No weight moves where the gradient is not finite.
         """
         options, runtime, metrics = self.options, self.runtime, dict[str, Tensor]()
@@ -493,10 +493,10 @@ class Aligner:
 
             metrics["value_loss"] = accumulate(critic, value_loss, passes, tokens, runtime, options.vf_coef)
         weights = {"policy_loss": 1.0, "text_loss": options.ptx, "value_loss": options.vf_coef}
-        norm, *read = self.optimizers.step(learning_rate, options.clip, *metrics.values())
+        norm, *read = self.optimizers.step(multiplier, options.clip, *metrics.values())
         numbers = dict(zip(metrics, read, strict=True))
         loss = sum(weight * numbers.get(name, 0.0) for name, weight in weights.items())
-        return numbers | {"loss": loss, "gradient_norm": norm, "rate": learning_rate}
+        return numbers | {"loss": loss, "gradient_norm": norm, "rate": multiplier}
 
     def learn_policy(self, rollout: Rollout, passes: Sequence[Pass], tokens: int) -> dict[str, Tensor]:
         """Adds the gradient of a minibatch's loss, a mean over its `tokens`, to the policy's .grad; returns
@@ -527,8 +527,8 @@ class Aligner:
         return {"policy_loss": loss} | moved
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Moves the average (1 - ema_decay) of the way to the policy."""
+    def update_ema(self) -> None:
+        """Moves the moving average (1 - ema_decay) of the way to the policy."""
         for slow, fast in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
             slow.lerp_(fast, 1 - self.options.ema_decay)
 

@@ -83,13 +83,14 @@ def encode_rankings(
     for ranked in sets.values():
         messages, cut = ranked[0].messages, ranked[0].cut
         try:
+            # An empty response keeps its end token even if cut: it must have one to be scored at.
             rows = [encode_response(template, messages, text, ended=k not in cut or not text)
                     for k, text in enumerate(ranked[0].responses)]  # fmt: skip
-            columns = zip(template.prompt(messages), *rows, strict=False)
+            columns = zip(template.prompt(messages), *rows, strict=False)  # to the end of the shortest
         except InputError:
             skipped["rankings that the chat template refuses"] += len(ranked)
             continue
-        start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))
+        start = sum(takewhile(bool, (len(set(tokens)) == 1 for tokens in columns)))  # equal from the front
         if max(map(len, rows)) > longest:
             skipped[f"rankings with a response behind the model's {longest} positions"] += len(ranked)
         else:
@@ -109,16 +110,14 @@ def prompt_key(ranking: Ranking) -> str:
 
 
 def split_by_prompt(
-    encoded: Sequence[EncodedSet], held_out: float
+    encoded: Sequence[EncodedSet], val_fraction: float
 ) -> tuple[list[EncodedSet], list[EncodedSet]]:
-    """The sets to train on, and those of about a share `held_out` of the prompts.
-
-    InputError where there is only one prompt.
-    """
-    training, held = split_by_hash(encoded, lambda one: prompt_key(one.rankings[0]), held_out)
-    if not held:
+    """The sets to train on and those held out, of about a share `val_fraction` of the prompts. InputError
+    where there is only one prompt."""
+    training, held_out = split_by_hash(encoded, lambda one: prompt_key(one.rankings[0]), val_fraction)
+    if not held_out:
         raise InputError("the rankings are of one prompt or none: give some of at least two prompts")
-    return training, held
+    return training, held_out
 
 
 def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
@@ -202,7 +201,7 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
             pairs += [(first + better, first + worse, weight) for better, worse in distinct_pairs(ranking)]
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
-    better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)
+    better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)  # indices too
     mask, index = flat_index(starts, ends)
     batch: list[Any] = [tokens, shared, ends - 1, mask, index, better.long(), worse.long(), weights.float()]
     return RankedBatch(*(part.to(device) for part in batch))
@@ -249,12 +248,13 @@ def ranking_backward(
     """
     own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
-    def summed(micro: Sequence[EncodedSet]) -> Tensor:
+    def summed_loss(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro, runtime.device)
         return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
 
-    micros = runtime.even(micro_batches(own, micro_tokens), [replace(step[0], rankings=[])])
-    return accumulate(forward, summed, micros, len(step), runtime)
+    idle = [replace(step[0], rankings=[])]  # no pairs, no loss
+    micros = runtime.even(micro_batches(own, micro_tokens), idle)
+    return accumulate(forward, summed_loss, micros, len(step), runtime)
 
 
 @torch.no_grad()

@@ -166,7 +166,9 @@ def aligner_of(
 
 def rolled_out(step: int = 0, sampling: SamplingOptions = PLAIN, **given) -> tuple[Rollout, dict[str, float]]:
     aligner = aligner_of(sampling, **given)
-    return aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], step)
+    return aligner.rollout(
+        PROMPTS[: aligner.options.rollout_batch // aligner.options.responses_per_prompt], step
+    )
 
 
 def rows_of(samples: Samples) -> list[tuple[list[int], int]]:
@@ -400,7 +402,9 @@ class Learner:
         self.aligner = aligner_of(sampling, **given)
         options = self.aligner.options
         self.policy, self.models = self.aligner.policy, self.aligner.models
-        self.rollout, _ = self.aligner.rollout(PROMPTS[: options.rollout_batch // options.samples], 0)
+        self.rollout, _ = self.aligner.rollout(
+            PROMPTS[: options.rollout_batch // options.responses_per_prompt], 0
+        )
         self.minibatches = self.rollout.minibatches
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
@@ -517,7 +521,9 @@ def test_an_iterations_metrics_are_means_of_its_updates_and_the_extreme_ratios()
 def test_gradients_of_raw_text_and_of_the_critic_have_the_weights_asked_for():
     def norm(critic_only: bool, **given) -> dict[str, float]:
         aligner = aligner_of(**given)
-        rollout, _ = aligner.rollout(PROMPTS[: aligner.options.rollout_batch // aligner.options.samples], 0)
+        rollout, _ = aligner.rollout(
+            PROMPTS[: aligner.options.rollout_batch // aligner.options.responses_per_prompt], 0
+        )
         aligner.beta, still = 0.0, replace(rollout, advantages=torch.zeros(rollout.mask.shape))
         tokens = np.arange(600, dtype=np.uint16) % 250
         aligner.text = Mixture([a_stream(tokens, tokens)], 40, 0) if aligner.options.ptx else None
@@ -624,7 +630,7 @@ def test_a_moving_average_keeps_its_share_and_takes_the_rest_from_the_policy():
     with torch.no_grad():
         for slow, fast in zip(aligner.ema.parameters(), REF.parameters(), strict=True):
             slow.copy_(fast)
-    aligner.follow()
+    aligner.update_ema()
     for name, value in aligner.ema.named_parameters():
         expected = 0.9 * REF.get_parameter(name) + 0.1 * POLICY.get_parameter(name)
         torch.testing.assert_close(value, expected, **CLOSE)
