@@ -77,9 +77,9 @@ class ChatTemplate:
             ends = self._foreign.ends
         self.end_id = ends[0]
         """The token that ends a reply."""
-        kept = tokenizer.config.get("minillm_stop_tokens") or []  # that an imported model came with
-        stops = (*ends, tokenizer.eos_id, *(special.get(name) for name in kept))
-        self.stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        kept = tokenizer.config.get("minillm_stop_tokens")  # that an imported model came with
+        named = [i for name, i in special.items() if isinstance(kept, list) and name in kept]
+        self.stop_ids = tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_id, *named) if i is not None))
         """The tokens at which a reply is over: its end, and the end of a document."""
 
     def encode(self, messages: Conversation) -> Dialogue:

@@ -257,11 +257,12 @@ class LanguageModel(nn.Module):
     ) -> Any:
         """The loss of `targets`: Σ -log p(target), a scalar, targets of -100 left out. Or `token_logprobs`
         with these options of the tokens at `index` in tokens.flatten(), each from the hidden state before it.
-        Or, asked for neither, all hidden states [B·T, D].
-        """
+        Or, asked for neither, all hidden states [B·T, D]."""
         hidden = self.model(tokens, start, attend).flatten(0, 1)
         if index is not None:
             return self.token_logprobs(hidden[index - 1], tokens.flatten()[index], **options)
+        if options:
+            raise TypeError(f"only log-probabilities, of an index, take {', '.join(options)}")
         if targets is None:
             return hidden
         return linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), reduction="sum")

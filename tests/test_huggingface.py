@@ -360,6 +360,9 @@ def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_
         model, again = load_model(tmp_path, CPU, torch.float32)
         assert list(ChatTemplate(again).stop_ids) == stops
         save_model(tmp_path, model, again)
+    for damaged in (5, "<|mask|>", [["<|mask|>"]], {"a": 1}):
+        config = {**tokenizer.config, "minillm_stop_tokens": damaged}
+        assert ChatTemplate(Tokenizer(TOKENIZER.vocabulary, config)).stop_ids == template.stop_ids
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "<|end|>", "<|mask|>", None])

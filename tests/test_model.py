@@ -184,6 +184,8 @@ def test_log_probabilities_entropy_and_kl_are_those_of_the_state_before_each_tok
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     assert model(tokens, index=index, **options).kl is None
+    with pytest.raises(TypeError, match="of an index, take temperature, allowed"):
+        model(tokens, **options)
 
 
 def test_one_module_wrapped_whole_gives_every_answer_and_gradient_of_the_model_itself(tmp_path):
