@@ -1,6 +1,6 @@
 """What aligning does to the assistant, over seeds and with one thing changed at a time.
 
-    python benchmarks/policy.py --folder out/x --seeds 0 1 2 --variants ppo --json benchmarks/policy.json
+    python benchmarks/policy.py --folder out/x --seeds 0 1 2 3 4 --variants ppo --json benchmarks/policy.json
     python benchmarks/policy.py --folder out/x --seeds 0 1 2 --json benchmarks/ablations.json
 
 Every seed is a world, a base model, an assistant, rankings and a reward model of its own, made by the scripts
