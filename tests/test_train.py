@@ -241,7 +241,7 @@ def test_a_model_is_compiled_where_that_is_asked_for(text, tmp_path, monkeypatch
 
 
 def test_where_validation_rises_the_best_model_is_kept_and_sampled(text, tmp_path, monkeypatch, capsys):
-    scores, real = iter([2.0, 1.0, 3.0]), train.held_out
+    scores, real = iter([2.0, 1.0, 3.0]), train.validation_loss
     kept: list[float] = []
 
     def rising(*arguments):
@@ -251,7 +251,7 @@ def test_where_validation_rises_the_best_model_is_kept_and_sampled(text, tmp_pat
         kept.append(next(model.parameters()).sum().item())
         save_model(folder, model, tokenizer)
 
-    monkeypatch.setattr(train, "held_out", rising)
+    monkeypatch.setattr(train, "validation_loss", rising)
     monkeypatch.setattr(train, "save_model", save)
     out = tmp_path / "base"
     final = run_in_process(text, out, "--save-every", "1")[-1]
