@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +95,9 @@ def split_documents(
     stream = iter(documents)
     first = list(itertools.islice(stream, FEW_DOCUMENTS))
     few, smallest = len(first) < FEW_DOCUMENTS, min(map(unit_hash, first), default=0.0)
-    for text in itertools.chain(first, stream):
+    stream = itertools.chain(first, stream)
+    del first  # as the stream goes on, nothing holds these any more
+    for text in stream:
         raw = text.encode()
         if few or (size and len(raw) > LARGE_DOCUMENT * val_fraction * size):
             train = raw[: int(len(raw) * (1 - val_fraction))].decode(errors="ignore")
@@ -246,14 +248,18 @@ def _marked_documents(
     a progress bar where it takes longer than a second."""
     bos, eos = document_marks(tokenizer)
     opening, closing = np.array([bos], np.uint32), np.array([eos] if eos != bos else [], np.uint32)
-    split, ahead = itertools.tee(split_documents(source.documents(), val_fraction, source.size))
-    encoded = tokenizer.encode_documents((text for _, text in ahead), workers)
-    title, sides = f"tokenize {source.name}", set()
+    title, sides, sizes = f"tokenize {source.name}", set(), deque[tuple[Side, int]]()
+
+    def texts() -> Iterator[str]:
+        for side, text in split_documents(source.documents(), val_fraction, source.size):
+            sizes.append((side, len(text.encode())))
+            yield text
+
     with tqdm(
         desc=title, total=source.size, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True
     ) as bar:
-        for (side, text), ids in zip(split, encoded, strict=True):
-            size = len(text.encode())
+        for ids in tokenizer.encode_documents(texts(), workers):  # some texts ahead, where workers do it
+            side, size = sizes.popleft()
             yield side, np.concatenate([opening, ids, closing]), size
             bar.update(size)
             sides.add(side)

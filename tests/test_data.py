@@ -4,8 +4,9 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,31 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
 
 
 # ---- Train and validation
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_the_text_a_few_documents_at_a_time_are_in_memory_while_it_is_tokenized(
+    tmp_path, monkeypatch, workers
+):
+    """Beside the first twenty, which decide the split, until they have been read."""
+
+    def encode(texts: Iterator[str], of: int) -> Iterator[np.ndarray]:
+        ahead = deque[str]()
+        for text in texts:  # as worker processes do: so many texts are read ahead
+            ahead.append(text)
+            while len(ahead) > of:
+                yield np.zeros(len(ahead.popleft()) // 10**5, np.uint32)
+        yield from (np.zeros(len(text) // 10**5, np.uint32) for text in ahead)
+
+    size, count = 10**6, 200
+    source = Source("s", 1.0, lambda: (chr(65 + i % 50) * size for i in range(count)), "f", size * count)
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda _, texts, workers: encode(texts, 2 * workers))
+    tracemalloc.start()
+    stream = tokenize(source, BYTES, tmp_path, 0.1, workers)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(side["tokens"] for side in stream.counts.values()) == count * 11 + 2
+    assert peak < (FEW_DOCUMENTS + 12) * size
 
 
 @given(texts=documents, fraction=fractions)
