@@ -228,7 +228,8 @@ def _turn(turn: Record) -> list[Message]:
         weights = [turn[name] for name in FIELDS["weights"] if turn.get(name) is not None]
         if any(weight not in (0, 1) for weight in weights):
             raise LeftOutError("conversations with a weight other than 0 and 1")
-        message |= {"train": False} if 0 in weights else {}
+        if 0 in weights:
+            message["train"] = False
     if message["role"] == "tool" and turn.get("tool_call_id") is not None:
         message["tool_call_id"] = turn["tool_call_id"]
     # Some data says by a system message of nothing that there is none.

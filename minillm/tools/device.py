@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -45,14 +46,11 @@ def start_runtime(
             yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
         if world_size > 1:
             dist.barrier()  # the main process has more to do at the end: the others wait for it
-    except BaseException as error:
-        if world_size > 1:
-            traceback.clear_frames(error.__traceback__)  # they hold the model
-        raise
     finally:
         if world_size > 1:
             # DistributedDataParallel holds the group too. If it outlived this, the group would end with it,
             # while its threads wait for Python: now and then the process hangs or aborts.
+            traceback.clear_frames(sys.exc_info()[2])  # those of an error hold the model
             gc.collect()
             dist.destroy_process_group()
 
