@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         m ← μ m + (1-μ) g
         W ← (1 - rate · decay) W - rate · √max(1, rows/columns) · orthogonalized(μ m + (1-μ) g)
 
-    The same steps as torch.optim.Muon's, but that multiplies in bfloat16 on every device, which takes a CPU
+    torch.optim.Muon takes the same steps one matrix at a time, in bfloat16 on every device, which takes a CPU
     without instructions for it some twenty times as long as float32.
     """
 

@@ -312,26 +312,29 @@ def test_adam_trusts_the_smallest_gradients_unless_told_otherwise():
     seed=st.integers(0, 99),
 )
 @LAW
-def test_muons_steps_are_those_of_torchs_bit_for_bit_where_both_multiply_in_bfloat16(
-    shapes, idle, most, seed
-):
-    """Torch takes one matrix after the other; a matrix without a gradient stays as it is."""
+def test_muons_steps_are_those_of_torchs(shapes, idle, most, seed):
+    """Torch takes one matrix after the other; a matrix without a gradient stays as it is.
+
+    Both multiply in float64 here. In bfloat16 a product of several matrices now and then rounds a sum the
+    other way than the product of one, and a small direction grows by the factor 3.4 in each step.
+    """
     random = torch.Generator().manual_seed(seed)
-    ours = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=random).double()) for shape in shapes]
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "TOGETHER", most)
-        one = Muon({"params": ours, "lr": 0.3, "weight_decay": 0.2}, momentum=0.95, dtype=torch.bfloat16)
-    other = torch.optim.Muon(theirs, lr=0.3, weight_decay=0.2, momentum=0.95)
-    for _ in range(3):
-        for number, (weight, copy) in enumerate(zip(ours, theirs, strict=True)):
-            if number != idle:
-                weight.grad = torch.randn(weight.shape, generator=random)
-                copy.grad = weight.grad.clone()
-        one.step()
-        other.step()
-        for weight, copy in zip(ours, theirs, strict=True):
-            assert torch.equal(weight, copy)
+        patch.setattr(Tensor, "bfloat16", Tensor.clone)
+        one = Muon({"params": ours, "lr": 0.3, "weight_decay": 0.2}, momentum=0.95, dtype=torch.float64)
+        other = torch.optim.Muon(theirs, lr=0.3, weight_decay=0.2, momentum=0.95)
+        for _ in range(3):
+            for number, (weight, copy) in enumerate(zip(ours, theirs, strict=True)):
+                if number != idle:
+                    weight.grad = torch.randn(weight.shape, generator=random).double()
+                    copy.grad = weight.grad.clone()
+            one.step()
+            other.step()
+            for weight, copy in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(weight, copy, rtol=0, atol=1e-10)
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
