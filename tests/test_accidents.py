@@ -1,4 +1,4 @@
-"""The short forms of benchmarks/torture.py and benchmarks/fuzz.py, and that they notice what is wrong."""
+"""The short forms of benchmarks/torture.py and tests/fuzz.py, and that they notice what is wrong."""
 
 import json
 import os
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc an
 
 
 def short(tmp_path: Path, name: str, *options: str) -> dict:
-    """The record of a benchmark's short form."""
+    """The record of a tool's short form."""
     record = tmp_path / "record.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / name), "--json", str(record), *options]
+    command = [sys.executable, str(ROOT / name), "--json", str(record), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(record.read_text())
@@ -32,13 +32,13 @@ def torture(monkeypatch) -> ModuleType:
 
 
 def test_stages_that_meet_accidents_end_as_they_would_have_in_peace(tmp_path):
-    record = short(tmp_path, "torture.py", "--trials", "4", "--stages", "train", "sample")
+    record = short(tmp_path, "benchmarks/torture.py", "--trials", "4", "--stages", "train", "sample")
     assert record["same"] == record["trials"] == 4 and record["failures"] == []
     assert sum(own["trials"] for own in record["stages"].values()) == 4
 
 
 def test_whatever_comes_ends_well_or_in_one_line(tmp_path):
-    record = short(tmp_path, "fuzz.py", "--cases", "80")
+    record = short(tmp_path, "tests/fuzz.py", "--cases", "80")
     assert record["kinds"] == {"files": 20, "commands": 20, "templates": 20, "page": 20}
 
 

@@ -1,13 +1,13 @@
 """Fuzzers: damaged files, nonsense as command lines, random chat templates, bodies for the page and its API.
 
-    python benchmarks/fuzz.py --cases 10000 --json benchmarks/fuzz.json       six minutes on two cores
-    python benchmarks/fuzz.py --cases 80                                      as the tests run it
-    python benchmarks/fuzz.py --only templates --first 217 --cases 1          a case again, by its number
+    python tests/fuzz.py --cases 10000 --json benchmarks/fuzz.json       six minutes on two cores
+    python tests/fuzz.py --cases 80                                      as test_accidents.py runs it
+    python tests/fuzz.py --only templates --first 217 --cases 1          a case again, by its number
 
 Whatever comes, a reader, a command and the server end well or in one line of bad input (an InputError, exit
 code 2, a status below 500); they take no longer than a minute, and every file that was there is as it was.
 Each case follows from the seed, the kind and its number. All run in this process, at the readers and the
-commands' options; whole commands on damaged files: tests/test_bad_input.py.
+commands' options. test_bad_input.py runs whole commands on files that are damaged in the same ways.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from harness import at_least_one, parser, write
+from safetensors.torch import load, save
 from starlette.testclient import TestClient
 
 from minillm.chat import with_chat_template
@@ -50,6 +50,9 @@ from minillm.tools.commandline import parse_options
 from minillm.tools.ending import last_words
 from minillm.tools.folder import read_metrics
 from minillm.tools.stage import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from harness import at_least_one, parser, write
 
 LONGEST = 60
 """Seconds that a case may take."""
@@ -132,6 +135,10 @@ def altered(content: Any, rng: random.Random) -> Any:
 
 def damaged(raw: bytes, name: str, rng: random.Random) -> bytes:
     """The content of a file, spoiled: as bytes, or in what it says."""
+    if name.endswith("safetensors") and rng.random() < 0.3:
+        tensors, number = load(raw), rng.choice((float("nan"), float("inf"), 3e38, 1e30, 0.0, -1.0))
+        spoiled = rng.choice([name for name, tensor in tensors.items() if tensor.is_floating_point()])
+        return save(tensors | {spoiled: torch.full_like(tensors[spoiled], number)})
     if name.endswith("safetensors") and rng.random() < 0.6:
         size = struct.unpack("<Q", raw[:8])[0]
         header = json.dumps(altered(json.loads(raw[8 : 8 + size]), rng)).encode()
@@ -144,12 +151,12 @@ def damaged(raw: bytes, name: str, rng: random.Random) -> bytes:
         records[number] = json.dumps(altered(json.loads(records[number]), rng)).encode()
         return b"\n".join(records) + b"\n"
     at, flipped = rng.randrange(len(raw) + 1), bytearray(raw)
-    for _ in range(rng.choice((1, 9))):
+    for _ in range(rng.choice((1, 9)) if raw else 0):
         flipped[rng.randrange(min(len(raw), rng.choice((20, 2000, 10**9))))] ^= 1 << rng.randrange(8)
+    part = rng.choice((b"\xff\xc3\0", b"[" * 10**5, b'{"a":' * 5000 + b"\n", b"[]\n", b"\n\n", b'{"a'))
     return rng.choice([
-        raw[:at], bytes(flipped), b"", raw[:at] + b"\xff\xc3\0" + raw[at:], bytes(len(raw)), raw * 2,
-        raw[:at] + b"[" * 10**5 + raw[at:], raw[:at] + b'{"a":' * 5000 + raw[at:], b"\x1f\x8b" + raw,
-        b"PAR1" + raw,
+        raw[:at], bytes(flipped), b"", raw[:at] + part + raw[at:], raw + part, bytes(len(raw)), raw * 2,
+        b"\x1f\x8b" + raw, b"PAR1" + raw,
     ])  # fmt: skip
 
 
