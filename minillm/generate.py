@@ -1,4 +1,4 @@
-"""Sampling: prompts in, continuations with their log-probabilities out.
+"""Sampling: prompts in, continuations out.
 
 Prompts of different lengths share a batch by right padding. One forward pass fills the key/value
 cache (model.KVCache, mostly in the faster form of fast/decode.py); after it every step feeds one token a row.
@@ -31,7 +31,7 @@ from minillm.options import Count, Mass, NotNegative, Whole, check_limits
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen. A greedy choice is a point mass: its log-probability is 0."""
+    """How tokens are chosen."""
 
     max_new_tokens: Count
     """The longest response, in tokens, stop token included."""
@@ -63,9 +63,6 @@ class Samples:
     prompts: Sequence[Sequence[int]]
     responses: list[list[int]]
     """Token ids, the stop token included."""
-    logprobs: Float[Tensor, "B R"]
-    """Of token r of response b, in nats, under the distribution it was sampled from: after temperature, top-k
-    and top-p. 0 after the response's end, and for a greedy choice."""
     ended: list[bool]
     """Whether the response ended on a stop token rather than at max_new_tokens."""
 
@@ -85,28 +82,23 @@ def generate(
     """
     _check(model, prompts, options, seeds)
     size, device = (len(prompts), options.max_new_tokens), model.lm_head.weight.device
-    # New tensors, as those made in inference mode cannot take part in training.
-    chosen, logprobs = torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, device=device)
+    chosen = torch.zeros(size, dtype=torch.int64, device=device)
     for first in range(0, len(prompts), ROWS):
         part = slice(first, first + ROWS)
-        steps = list(_steps(model, prompts[part], options, seeds[part]))
-        # Of every token chosen: its row, itself, its log-probability, and below its step.
-        rows, tokens, step_logprobs = (torch.cat(column) for column in zip(*steps, strict=True))
-        step = torch.cat([torch.full_like(row, i) for i, (row, _, _) in enumerate(steps)])
-        chosen[first + rows, step], logprobs[first + rows, step] = tokens, step_logprobs
-    stops = torch.isin(chosen, torch.tensor(options.stop_ids, dtype=torch.int64, device=device))
-    ended = stops.any(dim=1)
-    counts = torch.where(ended, stops.int().argmax(dim=1) + 1, options.max_new_tokens)
-    beyond = torch.arange(options.max_new_tokens, device=device) >= counts[:, None]
-    responses = [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)]
-    longest = max(map(len, responses), default=0)
-    return Samples(prompts, responses, logprobs.masked_fill(beyond, 0)[:, :longest], ended.tolist())
+        for step, (rows, tokens) in enumerate(_steps(model, prompts[part], options, seeds[part])):
+            chosen[first + rows, step] = tokens
+    responses, ended = [], []
+    for row in chosen.tolist():
+        end = next((i for i, token in enumerate(row, start=1) if token in options.stop_ids), None)
+        responses.append(row[:end])
+        ended.append(end is not None)
+    return Samples(prompts, responses, ended)
 
 
 def stream(model: LanguageModel, prompt: Sequence[int], options: SamplingOptions, seed: int) -> Iterator[int]:
     """The tokens `generate` would give this prompt and seed, each as soon as it is chosen."""
     _check(model, [prompt], options, [seed])
-    return (int(token) for _, token, _ in _steps(model, [prompt], options, [seed]))
+    return (int(token) for _, token in _steps(model, [prompt], options, [seed]))
 
 
 def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) -> Float[Tensor, "B V"]:
@@ -129,23 +121,20 @@ def filter_logits(logits: Float[Tensor, "B V"], top_k: int, top_p: float | int) 
 
 def _choose(
     logits: Float[Tensor, "B V"], uniform: Float[Tensor, " B"], options: SamplingOptions
-) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """One token a row and its log-probability."""
+) -> Int[Tensor, " B"]:
+    """One token a row."""
     if options.temperature == 0:
-        best, token = logits.max(dim=1)
-        return token, best - best  # 0, or NaN where the logits are not finite
+        return logits.max(dim=1).indices
     if options.temperature != 1:
         # The largest is moved to 0 first, so that no temperature, however low, makes it infinite; 1e-30 is
         # well above the smallest float32.
         logits = (logits - logits.amax(dim=1, keepdim=True)) / max(options.temperature, 1e-30)
     if options.top_k or options.top_p < 1:
         logits = filter_logits(logits, options.top_k, options.top_p)
-    probabilities = logits.softmax(dim=1)
     # The token at which the cumulative sum first exceeds the uniform share of the total.
-    cumulative = probabilities.cumsum(dim=1, dtype=uniform.dtype)
+    cumulative = logits.softmax(dim=1).cumsum(dim=1, dtype=uniform.dtype)
     target = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)[:, 0]
 
 
 # ---- Step by step
@@ -153,8 +142,8 @@ def _choose(
 
 def _steps(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
-) -> Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Float[Tensor, " b"]]]:
-    """At each step the rows in the batch, the token that each is given and its log-probability.
+) -> Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"]]]:
+    """At each step the rows in the batch and the token that each is given.
 
     A row that stopped may stay for some steps: what follows its stop token is to be ignored.
     """
@@ -177,13 +166,13 @@ def _steps(
                 cache.keep(running)
                 rows, uniforms, token, running = (x[running] for x in (rows, uniforms, token, running))
             logits = cache.step(token) if step else cache.prefill(tokens, lengths)
-            token, logprob = _choose(logits, uniforms[:, step], options)
+            token = _choose(logits, uniforms[:, step], options)
             running = running & (token[:, None] != stop_ids).all(dim=1)
-            # The only wait for the device in a step. NaN if a log-probability is not finite.
-            left = float(running.sum() + 0 * logprob.sum())
+            # The only wait for the device in a step. NaN if a logit is not finite.
+            left = float(running.sum() + 0 * logits.sum())
         if math.isnan(left):
             raise InputError("sampling: the model's logits are not finite; its weights are damaged")
-        yield rows, token, logprob
+        yield rows, token
         if not left:
             return
 

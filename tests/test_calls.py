@@ -9,7 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import tiny_model
@@ -320,7 +319,7 @@ def scripted(monkeypatch):
                 [] if text.endswith("CUT") else [chat.form.end_id] for parts in said for text in parts[-1:]
             ]
             responses = [[*row, *end] for row, end in zip(rows, ends, strict=True)]
-            return Samples(prompts, responses, torch.zeros(0, 0), [bool(end) for end in ends])
+            return Samples(prompts, responses, [bool(end) for end in ends])
 
         monkeypatch.setattr(calls_module, "generate", sample)
         return chat, seen

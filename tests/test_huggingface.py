@@ -89,7 +89,7 @@ def test_a_family_is_computed_as_transformers_computes_it_and_written_so_again(t
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
         greedy = judge.generate(tokens[:, :20], max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 20:]
     rows = generate(model, tokens[:, :20].tolist(), SamplingOptions(20, temperature=0.0), [0, 0])
-    assert rows.responses == greedy.tolist() and not rows.logprobs.any()
+    assert rows.responses == greedy.tolist()
 
     save_model(tmp_path / "again", model, TOKENIZER)
     again, report = AutoModelForCausalLM.from_pretrained(

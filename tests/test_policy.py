@@ -19,7 +19,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.data import Mixture, Shuffled, seed_of
 from minillm.dpo import response_logprobs, rewards_of
 from minillm.errors import InputError
-from minillm.generate import Samples, SamplingOptions, generate
+from minillm.generate import Samples, SamplingOptions, filter_logits
 from minillm.model import LanguageModel, ScalarModel, scalar_from_language_model
 from minillm.options import PolicyOptions
 from minillm.ppo import (
@@ -87,7 +87,7 @@ def by_hand(scores: Sequence[float], spread: float = 1.0, seed: int = 0) -> Roll
     )
     responses = [[0] * (1 + i) for i in range(len(scores))]
     return Rollout(
-        samples=Samples([[0]] * len(scores), responses, torch.zeros(0, 0), [True] * len(scores)),
+        samples=Samples([[0]] * len(scores), responses, [True] * len(scores)),
         scores=torch.tensor(scores),
         minibatches=[],
         mask=mask,
@@ -257,7 +257,7 @@ def chosen(samples: Samples, numbers: list[int]) -> Samples:
     prompts, responses, stopped = (
         [values[i] for i in numbers] for values in (samples.prompts, samples.responses, samples.ended)
     )
-    return Samples(prompts, responses, samples.logprobs[numbers], stopped)
+    return Samples(prompts, responses, stopped)
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_SAMPLING)
@@ -267,9 +267,10 @@ def test_log_probabilities_of_a_rollout_are_those_of_sampling_and_ratios_begin_a
     aligner = aligner_of(sampling, micro_tokens=2 * 40)
     parts = [range(2), range(2, 5)]
     rollout = observed(sampled(sampling), sampling, each=2, parts=parts)
-    samples = generate(POLICY, TOKENS[:5], aligner.sampling, range(5))
-    for row, mask, logprobs in zip(rollout.logprobs, rollout.mask, samples.logprobs, strict=True):
-        torch.testing.assert_close(row[mask], logprobs[: int(mask.sum())], **ROUNDED)
+    states, taken = read(POLICY, rollout.samples, sampling.temperature)
+    expected = filter_logits(states, sampling.top_k, sampling.top_p).log_softmax(-1)
+    own = rollout.logprobs[rollout.mask]
+    torch.testing.assert_close(own, expected[range(len(taken)), taken], **ROUNDED)
     learned = replace(rollout, advantages=torch.ones(rollout.mask.shape))
     for passes in rollout.minibatches:
         metrics = aligner.update(learned, passes, 0.0)  # at a rate of 0, so that nothing moves
@@ -333,7 +334,7 @@ def test_at_the_start_policy_and_reference_are_one_that_only_the_policy_leaves()
 
 def test_a_token_at_the_edge_of_the_nucleus_stays_possible():
     """Scoring may round a token out of the nucleus that sampling took it from."""
-    samples = Samples(TOKENS[:1], [[66, 67, 68]], torch.zeros(1, 3), [False])  # top-k 1 takes none of them
+    samples = Samples(TOKENS[:1], [[66, 67, 68]], [False])  # top-k 1 takes none of them
     rollout = observed(samples, replace(PLAIN, top_k=1))
     assert rollout.logprobs.isfinite().all() and rollout.ref_logprobs.isfinite().all()
 
