@@ -22,6 +22,7 @@ minillm/ppo.py and dpo.py.
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -160,7 +161,7 @@ class Options(PolicyOptions):
             raise InputError("--resume: best-of-n takes a minute; --overwrite to do it again")
         read = {"sample": self.models, "reward": (self.init,), "policy": (self.init, self.reward)}
         for name in filter(None, read.get(self.stage, ())):
-            if Path(name).resolve() == self.folder.resolve():
+            if os.path.realpath(name) == os.path.realpath(self.folder):
                 raise InputError(
                     f"{name}: is where this stage writes, and is needed as it is to the end; copy it, or "
                     "give another --out"
@@ -187,7 +188,7 @@ class Options(PolicyOptions):
 
 def sample(options: Options, runtime: Runtime) -> None:
     """Writes a line of responses.jsonl for each prompt, in order, after those that are there."""
-    from minillm.io.rankings import JsonLines, check_origin, read_json_lines
+    from minillm.io.rankings import JsonLines, check_origin, read_json_lines, read_responses
     from minillm.tools.folder import claim_folder, start_run_folder
 
     claim_folder(options, runtime)
@@ -217,11 +218,11 @@ def sample(options: Options, runtime: Runtime) -> None:
             for lines in sample_sets(models, prompts, *plan, done):
                 file.append(lines)
                 bar.update(len(lines))
-    written = [record for _, record in read_json_lines(path, "")]
-    cut = sum(not draw["ended"] for record in written for draw in record["draws"])
+    written = read_responses(path)
+    repeating = sum(len({text.strip() for text in one.responses}) < len(one.responses) for one in written)
     print(f"{path}: {len(prompts):,} prompts with {options.responses} responses each")
-    print(f"{sum('note' in record for record in written):,} of them hold a response that repeats another")
-    print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
+    print(f"{repeating:,} of them hold a response that repeats another")
+    print(f"{sum(len(one.cut) for one in written):,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
 
 def prompts_of(options: Options) -> list[Prompt]:

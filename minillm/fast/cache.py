@@ -20,7 +20,7 @@ import numpy as np
 from minillm.data import SIDES, Side
 from minillm.digest import digest
 from minillm.errors import BAD_FILE, writing
-from minillm.io.disk import write_json
+from minillm.io.disk import remove, write_json
 from minillm.tools.folder import hold
 
 
@@ -51,7 +51,7 @@ def _write(
     folder: Path, dtype: np.dtype, parts: Iterable[tuple[Side, np.ndarray, int]], dropped: Mapping[str, int]
 ) -> dict[str, Any]:
     for damaged in folder.iterdir():  # what another process has mapped outlives its name
-        damaged.unlink()
+        remove(damaged)
     counts = {side: dict.fromkeys(("tokens", "bytes", "documents", "checksum"), 0) for side in SIDES}
     with ExitStack() as opened:
         files = {side: opened.enter_context(open(folder / f"{side}.bin", "wb")) for side in SIDES}

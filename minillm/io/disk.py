@@ -6,6 +6,7 @@ reader, or a machine that stops in between, finds the old file or the new one an
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
@@ -82,6 +83,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON's")
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def published(options: Any) -> list[Job]:
     if not options.data:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
     for _, path, _ in parse_specs(options.data):
-        if Path(path).resolve() == (options.folder / "rankings.jsonl").resolve():
+        if realpath(path) == realpath(options.folder / "rankings.jsonl"):
             raise InputError(f"--data {path}: is where the rankings go; give another file, or another --out")
     rankings = read_all(options.data, "ranking", options.errors)
     return [(one.annotator, one.key, partial(replace, one)) for one in rankings]

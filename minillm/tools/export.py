@@ -11,6 +11,7 @@ requirements.txt asks for other versions of torch and transformers than are inst
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def export(options: Options) -> None:
     words = [str(converter), name, options.run, "--outfile", options.gguf]
     if subprocess.run([sys.executable, "-c", code, *words], check=False).returncode:
         raise InputError(f"{options.run}: llama.cpp's converter refused it, for the reason above")
-    write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {Path(options.gguf).resolve()}\n")
+    write_text(Path(f"{options.gguf}.Modelfile"), f"FROM {os.path.abspath(options.gguf)}\n")
     print(f"{options.gguf} and {options.gguf}.Modelfile are written")
 
 

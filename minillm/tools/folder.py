@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -116,14 +115,14 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
         check_run_folder(folder, options.resume, options.overwrite)
         specs = [*getattr(options, "data", ()), *getattr(options, "text", ())]
         for _, source, _ in parse_specs(specs) if specs else ():
-            if folder.resolve().is_relative_to(Path(source).resolve()):
+            if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
                 what = f"{folder}: is inside {source}, which would hold its files when it is read again"
                 raise InputError(f"{what}; {hint}")
         for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
             # Scratch of io/disk.py, of whatever process, and what safetensors leaves where it is killed.
             name = re.sub(r"\.\d+(?=\.tmp$)", "", path.name)
             if SCRATCH.match(name) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                disk.remove(path)
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -150,7 +149,7 @@ def start_run_folder(options: TrainingOptions, stage: str, **more: Any) -> None:
     again. A model that the new run starts from stays until there is another.
     """
     folder = options.folder
-    kept = {"run.json", *(MODEL_FILES if starts_from(options) == folder.resolve() else ())}
+    kept = {"run.json", *(MODEL_FILES if starts_from(options) == os.path.realpath(folder) else ())}
     events = (folder / "tensorboard").glob("events.out.tfevents.*")
     shards = folder.glob(SHARDS) if SHARDS not in kept else ()
     for path in [*(folder / name for name in RUN_FILES if name not in kept), *shards, *events]:
@@ -172,7 +171,7 @@ def begin_folder(run: Run) -> None:
         else:
             start_run_folder(run.options, run.stage)
         write_text(run.path, "".join(json.dumps(event) + "\n" for event in run.logged))
-    if not run.resuming and starts_from(run.options) == run.folder.resolve():
+    if not run.resuming and starts_from(run.options) == os.path.realpath(run.folder):
         # The first model that is written replaces the one of --init: from now on it is here.
         save_state(run.state, run.folder)
 
@@ -184,10 +183,10 @@ def read_run(folder: Path) -> tuple[Any, dict[str, Any]]:
     return run.get("stage"), run["options"] if isinstance(run.get("options"), dict) else {}
 
 
-def starts_from(options: TrainingOptions) -> Path | None:
-    """The folder of the model that a run starts from, where it has one."""
+def starts_from(options: TrainingOptions) -> str | None:
+    """The folder of the model that a run starts from, links followed, where it has one."""
     init = getattr(options, "init", None)
-    return Path(init).resolve() if init else None
+    return os.path.realpath(init) if init else None  # Path.resolve fails in a loop of links
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
