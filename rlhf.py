@@ -40,7 +40,8 @@ import torch
 from tqdm import tqdm
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import Mixture, Shuffled, seed_of, split_by_hash, tokenize
+from minillm.corpus import split_by_hash, tokenize
+from minillm.data import Mixture, Shuffled, seed_of
 from minillm.digest import digest
 from minillm.dpo import rewards_of
 from minillm.errors import InputError
@@ -471,7 +472,7 @@ def align(options: Options, runtime: Runtime) -> None:
         ranked, held_out = encoded_rankings(options, aligner.template, longest)
         aligner.stream, steps = ranking_stream(ranked, options.seed), steps_of(ranked, options, runtime)
     else:
-        aligner.stream = Shuffled(training, "prompts", options.seed, digest([p.tokens for p in training]))
+        aligner.stream = Shuffled.of(training, "prompts", options.seed, digest([p.tokens for p in training]))
         aligner.text, steps = text_mixture(options, aligner), options.iterations
     state = TrainingState(aligner.models, aligner.optimizers, aligner)
 

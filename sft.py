@@ -29,16 +29,8 @@ if __name__ == "__main__":
 import torch
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import (
-    EncodedSource,
-    Mixture,
-    RowSource,
-    Source,
-    TokenizedSource,
-    encode_source,
-    tokenize,
-    validation_batches,
-)
+from minillm.corpus import Source, encode_source, tokenize
+from minillm.data import EncodedSource, Mixture, RowSource, TokenizedSource, validation_batches
 from minillm.errors import InputError
 from minillm.io.huggingface import load_causal_model, load_model, save_model
 from minillm.model import LanguageModel

@@ -24,16 +24,8 @@ if __name__ == "__main__":
 
 import torch
 
-from minillm.data import (
-    IGNORED,
-    Mixture,
-    Source,
-    document_marks,
-    mask_tokens,
-    text_sample,
-    tokenize,
-    validation_batches,
-)
+from minillm.corpus import Source, document_marks, text_sample, tokenize
+from minillm.data import IGNORED, Mixture, mask_tokens, validation_batches
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.huggingface import config_from_json, load_model, save_model

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from minillm.data import split_documents
+from minillm.corpus import split_documents
 from minillm.tools.evaluate import token_values
 from minillm.tools.folder import read_metrics
 from minillm.world import SHARES, World

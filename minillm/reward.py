@@ -35,7 +35,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from minillm.chat import ChatTemplate
-from minillm.data import Shuffled, flat_index, forward_passes, pack_sequences, pad, split_by_hash
+from minillm.corpus import split_by_hash
+from minillm.data import Shuffled, flat_index, forward_passes, pack_sequences, pad
 from minillm.digest import digest
 from minillm.errors import InputError
 from minillm.model import ScalarModel
@@ -123,7 +124,7 @@ def split_by_prompt(
 def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[EncodedSet]:
     """The sets as an endless shuffled stream."""
     content = (json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]) for one in encoded)
-    return Shuffled(encoded, "rankings", seed, digest(*content))
+    return Shuffled.of(encoded, "rankings", seed, digest(*content))
 
 
 # ---- Rows -> scores

@@ -27,7 +27,7 @@ from minillm.compare.metrics import (
     world_metrics,
 )
 from minillm.compare.page import page
-from minillm.data import Source, unit_hash
+from minillm.corpus import Source, unit_hash
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import world_sources

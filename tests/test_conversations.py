@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.data import split_conversations
+from minillm.corpus import split_conversations
 from minillm.errors import InputError
 from minillm.io.conversations import (
     ConversationSource,

@@ -14,7 +14,7 @@ STEPS = {"train.py": (30, 8), "sft.py": (30, 8), "PPO": (94, 14)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {
     "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py", "minillm/tools/start.py"},
-    "minillm/data.py": {"minillm/fast/cache.py"},
+    "minillm/corpus.py": {"minillm/fast/cache.py"},
     "minillm/generate.py": {"minillm/fast/decode.py"},
     "minillm/model.py": {"minillm/io/rope.py"},
     "minillm/run.py": {

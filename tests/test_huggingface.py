@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.data import document_marks
+from minillm.corpus import document_marks
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, generate
 from minillm.io.config import config_from_json, config_to_json

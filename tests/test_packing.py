@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from runs import a_stream
 
 from minillm.chat import Dialogue
+from minillm.corpus import encode_source
 from minillm.data import (
     IGNORED,
     STRETCH,
@@ -22,7 +23,6 @@ from minillm.data import (
     Mixture,
     TokenizedSource,
     best_fit,
-    encode_source,
     positions,
     validation_batches,
 )

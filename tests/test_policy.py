@@ -548,7 +548,7 @@ def test_policy_and_critic_have_optimizers_of_their_own_at_one_rate_and_norms_at
 def test_a_restart_brings_everything_back_that_moves_and_goes_on_with_the_same_models_alone():
     def made(**models) -> Aligner:
         aligner = aligner_of(ptx=0.5, **models)
-        aligner.stream = Shuffled(PROMPTS, "prompts", 0, "f")
+        aligner.stream = Shuffled.of(PROMPTS, "prompts", 0, "f")
         tokens = np.arange(600, dtype=np.uint16) % 250
         aligner.text = Mixture([a_stream(tokens, tokens)], 40, 0)
         return aligner

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.data import Source
+from minillm.corpus import Source
 from minillm.errors import InputError
 from minillm.io import files as files_module
 from minillm.io.text import EXTENSIONS, open_sources, world_sources

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from minillm.data import Source, split_documents
+from minillm.corpus import Source, split_documents
 from minillm.preferences import ChatModel, ResponseSet
 from minillm.tools.annotators import PairJudge, outcomes_of
 from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values

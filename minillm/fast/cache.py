@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from minillm.data import SIDES, Side
+from minillm.corpus import SIDES
+from minillm.data import Side
 from minillm.digest import digest
 from minillm.errors import BAD_FILE, writing
 from minillm.io.disk import remove, write_json

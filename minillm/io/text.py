@@ -1,6 +1,6 @@
 """Where text comes from: files, folders, globs and the little world, each a stream of documents.
 
-    text files ──► Source(name, weight, documents)    then data.py: documents ──► tokens ──► batches
+    text files ──► Source(name, weight, documents)    then corpus.py: documents ──► tokens
 
 A text is one document, or several with <|endoftext|> between them; a record (files.py) is a document, by
 its field "text" or "content", or --field.
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from minillm.data import Source
+from minillm.corpus import Source
 from minillm.digest import digest, digest_of
 from minillm.errors import InputError
 from minillm.io.files import (

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from minillm.chat import ChatTemplate, Completion
-from minillm.data import split_documents
+from minillm.corpus import split_documents
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources

@@ -28,7 +28,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minillm.data import document_marks
+from minillm.corpus import document_marks
 from minillm.generate import SamplingOptions, generate
 from minillm.io.files import Errors
 from minillm.io.huggingface import load_causal_model
