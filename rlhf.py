@@ -56,7 +56,7 @@ from minillm.io.huggingface import (
 from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
-from minillm.ppo import Aligner, adapted_beta, summary
+from minillm.ppo import Aligner, adapted_beta
 from minillm.preferences import MOST_RESPONSES, ChatModel, Prompt, sample_sets
 from minillm.reward import (
     EncodedSet,
@@ -73,6 +73,7 @@ from minillm.reward import (
 from minillm.run import Run, Runtime, TrainingState, run_script
 
 DEMONSTRATIONS = 512  # how many, at most, set the zero of a reward model's scores
+EXTREMES = {"ratio_max": max, "ratio_min": min}  # of an iteration's updates; other metrics are means of them
 
 
 @dataclass(frozen=True)
@@ -527,7 +528,8 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
 
         shown = f", score {metrics['score']:.2f}, KL {metrics['kl']:.1f}"
         tokens = round(metrics["length"] * options.rollout_batch)
-        run.log_step(tokens, **summary(updates), **metrics, shown=shown)
+        means = {name: EXTREMES.get(name, fmean)([one[name] for one in updates]) for name in updates[0]}
+        run.log_step(tokens, **means, updates=len(updates), **metrics, shown=shown)
         if state.step % run.val_every == 0 or state.step == run.steps:
             validate()
         if state.step % run.save_every == 0:

@@ -24,8 +24,9 @@ from matplotlib.axes import Axes
 
 from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_scalar_model
+from minillm.model import score_rows
 from minillm.preferences import ChatModel
-from minillm.reward import encode_response, score_rows
+from minillm.reward import encode_response
 from minillm.tools.evaluate import prompts_of_each_kind, sample_replies
 from minillm.world import World
 

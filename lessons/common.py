@@ -41,8 +41,9 @@ from minillm.digest import digest
 from minillm.errors import InputError
 from minillm.io.disk import read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
+from minillm.model import score_rows
 from minillm.preferences import ChatModel, Ranking, ResponseSet
-from minillm.reward import encode_response, score_rows
+from minillm.reward import encode_response
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import token_values

@@ -377,44 +377,44 @@ def mask_tokens(batch: Batch, tokenizer: Tokenizer, seed: int) -> Batch:
 # A sequence is a prompt and one response to it. A forward pass has P rows of T positions; a row holds whole
 # sequences, so that hardly a position is padding. Reward model, critic and policies are run in this way:
 #
-#     sequences ──forward_passes──► rows ──pack_sequences──► tokens, start [P, T] ──model──► numbers [P, T]
-#                                               └──► begins, ends ──► mask, index [N] ──► padded [B, R]
+#     sequences ──forward_passes──► tokens, start [P, T] ──model──► numbers [P, T]
+#                        └──► begins [B] ──► index [N] of the responses' tokens ──► padded [B, R]
 #
 # An index counts the positions of all rows end to end; the B responses have N tokens, at most R each.
 
 
+class ForwardPass(NamedTuple):
+    """Rows of whole sequences side by side."""
+
+    numbers: Int64[Tensor, " B"]  # which sequences they are, in the order in which they stand
+    begins: Int64[Tensor, " B"]  # the index of each one's first token
+    tokens: Int64[Tensor, "P T"]
+    start: Int32[Tensor, "P T"]  # where the sequence of each position begins in its row
+
+
 def forward_passes(
     numbers: Sequence[int], sequences: Sequence[Sequence[int]], micro_tokens: int
-) -> list[list[list[int]]]:
-    """Of each forward pass its rows, and of each row the numbers of the sequences that it holds.
-
-    Rows are as long as the longest sequence; a pass has at most `micro_tokens` positions, or one row.
-    """
-    sizes = np.array([len(sequences[i]) for i in numbers], np.int64)
-    if not len(sizes):
-        return []
-    rows = [[numbers[i] for i in row] for row in best_fit(sizes, np.arange(len(sizes)), int(sizes.max()))]
-    count = max(1, micro_tokens // int(sizes.max()))
-    return [rows[first : first + count] for first in range(0, len(rows), count)]
-
-
-def pack_sequences(
-    sequences: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
-) -> tuple[Int64[Tensor, "P T"], Int32[Tensor, "P T"], Int64[Tensor, " B"]]:
-    """The tokens of these rows; for each position the start of its sequence, before which it sees nothing;
-    and the index of each sequence's first token. Each position of padding is a sequence of its own."""
-    width = max(sum(len(sequences[i]) for i in row) for row in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    start = torch.arange(width, dtype=torch.int32).repeat(len(rows), 1)
-    begins = []
-    for r, row in enumerate(rows):
-        t = 0
-        for i in row:
-            end = t + len(sequences[i])
-            tokens[r, t:end], start[r, t:end] = torch.tensor(sequences[i]), t
-            begins.append(r * width + t)
-            t = end
-    return tokens, start, torch.tensor(begins)
+) -> list[ForwardPass]:
+    """The sequences of these numbers, packed. Rows are as long as the longest; a pass has at most
+    `micro_tokens` positions, or one row. Each position of padding is a sequence of its own."""
+    sizes, passes = np.array([len(sequences[i]) for i in numbers], np.int64), list[ForwardPass]()
+    longest = int(sizes.max(initial=1))
+    rows, count = best_fit(sizes, np.arange(len(sizes)), longest), max(1, micro_tokens // longest)
+    for own in (rows[first : first + count] for first in range(0, len(rows), count)):
+        width = max(int(sizes[row].sum()) for row in own)
+        tokens = torch.zeros(len(own), width, dtype=torch.int64)
+        start = torch.arange(width, dtype=torch.int32).repeat(len(own), 1)
+        there, begins = list[int](), list[int]()
+        for r, row in enumerate(own):
+            t = 0
+            for number in (numbers[i] for i in row):
+                end = t + len(sequences[number])
+                tokens[r, t:end], start[r, t:end] = torch.tensor(sequences[number]), t
+                there.append(number)
+                begins.append(r * width + t)
+                t = end
+        passes.append(ForwardPass(torch.tensor(there), torch.tensor(begins), tokens, start))
+    return passes
 
 
 def flat_index(

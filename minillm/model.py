@@ -20,7 +20,7 @@ attention, Ainslie et al. 2023 (arXiv 2305.13245), section 2; QK-norm, Henry et 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.losses import kl as logits_kl
 from kernels.losses import linear_cross_entropy, linear_kl, linear_token_logprobs, token_logprobs
+from minillm.data import forward_passes
 from minillm.errors import InputError
 
 
@@ -346,6 +347,24 @@ def scalar_from_language_model(
     scalar.model = trunk
     nn.init.normal_(scalar.score.weight, std=(trunk.config.hidden_size + 1) ** -0.5, generator=generator)
     return scalar.to(model.lm_head.weight.device)
+
+
+@torch.no_grad()
+def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
+    """A reward model's score of every row, the value of its last token, in forward passes of at most
+    `batch_tokens` positions. InputError where a score is not finite."""
+    device, scores = model.bias.device, torch.zeros(len(rows), dtype=model.bias.dtype)
+    sizes = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    for numbers, begins, tokens, start in forward_passes(
+        sizes.argsort(stable=True).tolist(), rows, batch_tokens
+    ):
+        last = begins + sizes[numbers] - 1
+        scores[numbers] = model(tokens.to(device), start.to(device)).flatten()[last.to(device)].cpu()
+    if not scores.isfinite().all():
+        raise InputError(
+            "the reward model gives scores that are not finite; restore its folder or train it anew"
+        )
+    return scores.tolist()
 
 
 # ---- One token after the other

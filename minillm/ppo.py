@@ -64,14 +64,13 @@ from torch import Tensor, nn
 
 from kernels.losses import linear_token_logprobs
 from minillm.chat import ChatTemplate
-from minillm.data import Mixture, Shuffled, flat_index, forward_passes, generator_of, pack_sequences, seed_of
+from minillm.data import Mixture, Shuffled, forward_passes, generator_of, seed_of
 from minillm.errors import InputError
 from minillm.generate import Samples, SamplingOptions, filter_logits, generate
-from minillm.model import LanguageModel, ScalarModel
+from minillm.model import LanguageModel, ScalarModel, score_rows
 from minillm.optim import LearningRates, Optimizers, accumulate, backward, build_optimizers
 from minillm.options import PolicyOptions
 from minillm.preferences import Message, Prompt, fingerprint
-from minillm.reward import encode_response, score_rows
 from minillm.run import Runtime
 
 # ---- KL(π || π_ref) from samples of π
@@ -191,19 +190,10 @@ class Pass:
     """Where the sequence of each position begins in its row."""
     index: Int64[Tensor, " N"]
     """Where the responses' tokens are among those of all rows, end to end."""
-    taken: Int64[Tensor, " N"]
-    """These tokens themselves: the actions taken."""
     cells: tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]
     """Where they are in the rollout, as indices b and r: numbers [B, R] at `cells` are numbers [N]."""
     allowed: Bool[Tensor, "N V"] | None = None
     """What top-k and top-p left to choose each of them from; None where that is everything."""
-
-    @property
-    def idle(self) -> "Pass":
-        """The same forward pass, of no tokens: what `Runtime.even` asks for."""
-        index, taken, (b, r) = self.index[:0], self.taken[:0], self.cells
-        allowed = None if self.allowed is None else self.allowed[:0]
-        return replace(self, index=index, taken=taken, cells=(b[:0], r[:0]), allowed=allowed)
 
 
 @dataclass(frozen=True)
@@ -328,7 +318,8 @@ class Aligner:
         if self.reward_model is None:
             return torch.zeros(len(texts), device=self.runtime.device)
         longest = self.reward_model.config.max_position_embeddings
-        rows = [encode_response(self.template, p.messages, t) for p, t in zip(prompts, texts, strict=True)]
+        encode, end = self.template.tokenizer.encode, self.template.end_id
+        rows = [[*p.tokens, *encode(text), end] for p, text in zip(prompts, texts, strict=True)]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
         model = self.runtime.whole(self.reward_model)
         scores = torch.tensor(score_rows(model, rows), device=self.runtime.device)
@@ -340,29 +331,12 @@ class Aligner:
         missing = self.scale[0] + self.options.missing_eos_score * self.scale[1]
         return torch.where(torch.tensor(ended, device=scores.device), scores, missing)
 
-    def pack(
-        self,
-        policy: LanguageModel,
-        samples: Samples,
-        sequences: Sequence[Sequence[int]],
-        rows: Sequence[Sequence[int]],
-    ) -> Pass:
-        """A forward pass over these rows (data.forward_passes) of the samples' prompts with their responses,
-        the sequences."""
-        device, sampling, numbers = self.runtime.device, self.sampling, list(chain(*rows))
-        tokens, start, begins = pack_sequences(sequences, rows)
-        bounds = torch.tensor([(len(samples.prompts[i]), len(sequences[i])) for i in numbers])
-        mask, index = flat_index(begins + bounds[:, 0], begins + bounds[:, 1])
-        which, r = mask.nonzero(as_tuple=True)
-        cells = torch.tensor(numbers)[which].to(device), r.to(device)
-        tokens, start, index = tokens.to(device), start.to(device), index.to(device)
-        micro = Pass(tokens, start, index, tokens.flatten()[index], cells)
-        if not sampling.top_k and sampling.top_p == 1:
-            return micro
-        hidden = policy(tokens, start)[index - 1]
-        kept = filter_logits(policy.logits(hidden) / sampling.temperature, sampling.top_k, sampling.top_p)
-        # The token taken is always allowed: rounding here may differ from sampling at the edge of a nucleus.
-        return replace(micro, allowed=(kept > -torch.inf).scatter(1, micro.taken[:, None], True))
+    def allowed(self, policy: LanguageModel, micro: Pass) -> Bool[Tensor, "N V"]:
+        """What top-k and top-p left to choose each token from. The token taken is always allowed: rounding
+        here may differ from sampling at the edge of a nucleus."""
+        logits = policy.logits(policy(micro.tokens, micro.start)[micro.index - 1])
+        kept = filter_logits(logits / self.sampling.temperature, self.sampling.top_k, self.sampling.top_p)
+        return (kept > -torch.inf).scatter(1, micro.tokens.flatten()[micro.index, None], True)
 
     def reference(self, micro: Pass) -> tuple[Float[Tensor, "N D"], Float[Tensor, "V D"]]:
         """The reference's hidden state before each of a pass's tokens, and its output matrix."""
@@ -380,28 +354,35 @@ class Aligner:
     ) -> Rollout:
         """The numbers of all models for the responses, from the same forward passes that the updates on these
         minibatches will make, so that the first ratios are exactly 1."""
-        device, T, most = self.runtime.device, self.sampling.temperature, self.options.micro_tokens
+        device, sampling, T = self.runtime.device, self.sampling, self.sampling.temperature
         sequences = [[*p, *r] for p, r in zip(samples.prompts, samples.responses, strict=True)]
-        sizes = torch.tensor(list(map(len, samples.responses)))
-        mask = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
+        prompts, sizes = (torch.tensor(list(map(len, x))) for x in (samples.prompts, samples.responses))
+        mask = torch.arange(int(sizes.max())) < sizes[:, None]
         names = ("logprobs", "ref_logprobs", "kl", "entropy", "values", "advantages", "returns")
         grids = {name: torch.zeros(mask.shape, device=device) for name in names}
-        passes = []
+        passes: list[list[Pass]] = []
         for minibatch in minibatches:
-            cut = forward_passes(minibatch, sequences, most)
-            even = self.runtime.even(cut, cut[0])
-            packed = [self.pack(policy, samples, sequences, rows) for rows in even]
-            passes.append(packed[: len(cut)] + [micro.idle for micro in packed[len(cut) :]])
+            own, made = forward_passes(minibatch, sequences, self.options.micro_tokens), list[Pass]()
+            for i, (numbers, begins, tokens, start) in enumerate(self.runtime.even(own, own[0])):
+                # Behind its own passes a process makes some of no tokens, see `Runtime.even`.
+                which, r = (mask[numbers] & (i < len(own))).nonzero(as_tuple=True)
+                index, b = (begins + prompts[numbers])[which] + r, numbers[which]
+                tokens, start, index, b, r = (x.to(device) for x in (tokens, start, index, b, r))
+                made.append(Pass(tokens, start, index, (b, r)))
+            if sampling.top_k or sampling.top_p < 1:
+                made = [replace(micro, allowed=self.allowed(policy, micro)) for micro in made]
+            passes.append(made)
         for micro in chain(*passes):
             reference = self.reference(micro)
             how = {"temperature": T, "allowed": micro.allowed, "reference": reference}
             numbers = policy(micro.tokens, micro.start, index=micro.index, **how)._asdict()
-            numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, micro.taken, T)
+            taken = micro.tokens.flatten()[micro.index]
+            numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, taken, T)
             if critic:
                 numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
             for name, per_token in numbers.items():
                 grids[name][micro.cells] = per_token
-        return Rollout(samples, scores, passes, mask, **grids)
+        return Rollout(samples, scores, passes, mask.to(device), **grids)
 
     def rollout(self, prompts: Sequence[Prompt], step: int) -> tuple[Rollout, dict[str, float]]:
         """This process's share of a step's rollout, with advantages; and metrics of the whole.
@@ -542,12 +523,3 @@ def policy_optimizers(
     rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
     models: list[LanguageModel | ScalarModel] = [policy, critic] if critic else [policy]
     return Optimizers([o for m in models for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])
-
-
-def summary(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The metrics of an iteration's updates: their means, and the largest and smallest ratio."""
-    means = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
-    extremes = {"ratio_max": max, "ratio_min": min}
-    for name in means.keys() & extremes.keys():
-        means[name] = extremes[name](one[name] for one in updates)
-    return means | {"updates": float(len(updates))}

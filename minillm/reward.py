@@ -25,8 +25,8 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
-from math import comb, isfinite
+from itertools import takewhile
+from math import comb
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ from torch import Tensor
 
 from minillm.chat import ChatTemplate
 from minillm.corpus import split_by_hash
-from minillm.data import Shuffled, flat_index, forward_passes, pack_sequences, pad
+from minillm.data import Shuffled, flat_index, pad
 from minillm.digest import digest
 from minillm.errors import InputError
-from minillm.model import ScalarModel
+from minillm.model import ScalarModel, score_rows
 from minillm.optim import accumulate
 from minillm.preferences import Ranking
 from minillm.run import Runtime
@@ -125,31 +125,6 @@ def ranking_stream(encoded: Sequence[EncodedSet], seed: int) -> Shuffled[Encoded
     """The sets as an endless shuffled stream."""
     content = (json.dumps([one.rows, [ranking.ranking for ranking in one.rankings]]) for one in encoded)
     return Shuffled.of(encoded, "rankings", seed, digest(*content))
-
-
-# ---- Rows -> scores
-
-
-@torch.no_grad()
-def score_rows(model: ScalarModel, rows: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> list[float]:
-    """The score of every row, in forward passes of at most `batch_tokens` positions.
-
-    InputError where a score is not finite.
-    """
-    device, scores = model.bias.device, [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for packed in forward_passes(order, rows, batch_tokens):
-        tokens, start, begins = pack_sequences(rows, packed)
-        numbers = list(chain(*packed))
-        last = begins + torch.tensor([len(rows[i]) for i in numbers]) - 1
-        values = model(tokens.to(device), start.to(device)).flatten()[last.to(device)]
-        for i, score in zip(numbers, values.tolist(), strict=True):
-            scores[i] = score
-    if not all(map(isfinite, scores)):
-        raise InputError(
-            "the reward model gives scores that are not finite; restore its folder or train it anew"
-        )
-    return scores
 
 
 # ---- Scores -> loss

@@ -4,25 +4,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.data import flat_index, forward_passes, pack_sequences, pad
+from minillm.data import flat_index, forward_passes, pad
 from minillm.fast.shared_prompts import pack_sets
 
 
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5), st.integers(1, 5))
-def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes, each):
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5))
+def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes):
     """Response b's tokens are 100 b, 100 b + 1, ..., its prompt's among them."""
     rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
     prompts, lengths = torch.tensor([prompt for prompt, _ in sizes]), torch.tensor([len(row) for row in rows])
-    numbers = list(range(len(rows)))
-    tokens, start, begins = pack_sequences(rows, [numbers[i : i + each] for i in range(0, len(rows), each)])
-    begins, ends = begins + prompts, begins + lengths
-    mask, places = flat_index(begins, ends)
-    expected = [token for row, (prompt, _) in zip(rows, sizes, strict=True) for token in row[prompt:]]
-    assert tokens.flatten()[places].tolist() == expected
-    first_seen = tokens.gather(1, start.long()).flatten()[places]
-    assert first_seen.tolist() == [token // 100 * 100 for token in expected]
-    grid = pad(tokens.flatten()[places].float(), mask)
-    assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
+    for numbers, begins, tokens, start in forward_passes(range(len(rows)), rows, 24):
+        mask, places = flat_index(begins + prompts[numbers], begins + lengths[numbers])
+        expected = [token for i in numbers.tolist() for token in rows[i][prompts[i] :]]
+        assert tokens.flatten()[places].tolist() == expected
+        first_seen = tokens.gather(1, start.long()).flatten()[places]
+        assert first_seen.tolist() == [token // 100 * 100 for token in expected]
+        grid = pad(tokens.flatten()[places].float(), mask)
+        assert grid[mask].tolist() == expected and grid[~mask].eq(0).all()
 
 
 trees = st.lists(
@@ -59,10 +57,10 @@ def test_a_common_beginning_is_there_once_and_every_sequence_whole_in_the_rows(d
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(30, 120))
 def test_every_sequence_is_in_one_forward_pass_of_the_size_allowed(lengths, micro_tokens):
     passes = forward_passes(range(len(lengths)), [[0] * length for length in lengths], micro_tokens)
-    assert sorted(number for rows in passes for row in rows for number in row) == list(range(len(lengths)))
-    for rows in passes:
-        width = max(sum(lengths[number] for number in row) for row in rows)
-        assert width <= max(lengths) and width * len(rows) <= micro_tokens
+    assert sorted(number for one in passes for number in one.numbers.tolist()) == list(range(len(lengths)))
+    for one in passes:
+        assert one.tokens.shape[1] <= max(lengths) and one.tokens.numel() <= micro_tokens
+        assert one.tokens.shape[1] <= sum(lengths[number] for number in one.numbers)
 
 
 def test_nothing_needs_no_forward_pass():

@@ -416,6 +416,23 @@ def final_of(out: Path) -> dict:
     return metrics_of(out)[-1]
 
 
+def test_an_iterations_metrics_are_means_of_its_updates_and_the_extreme_ratios(places, tmp_path, monkeypatch):
+    update, found = rlhf.Aligner.update, list[dict[str, float]]()
+
+    def noted(self, *given):
+        found.append(update(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(rlhf.Aligner, "update", noted)
+    rlhf.main(arguments(places, tmp_path, "--iterations", "1", "--critic-warmup", "0"))
+    (event,) = (event for event in metrics_of(tmp_path / "ppo") if event["event"] == "train")
+    each = {name: [one[name] for one in found] for name in found[0]}
+    assert event["updates"] == len(found) == 4 and len(set(each["loss"])) == 4
+    extremes = {"ratio_max": max(each["ratio_max"]), "ratio_min": min(each["ratio_min"])}
+    means = {name: sum(values) / 4 for name, values in each.items()}
+    assert {name: event[name] for name in means} == pytest.approx(means | extremes)
+
+
 def test_passes_are_made_until_the_last_one_found_the_policy_too_far_from_its_samples(places, tmp_path):
     options = "--iterations 1 --critic-warmup 0 --policy-rate 2e-3 --decay 0 --target-kl".split()
 

@@ -12,9 +12,9 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.model import ModelConfig, ScalarModel
+from minillm.model import ModelConfig, ScalarModel, score_rows
 from minillm.preferences import MARGIN, Ranking, ranking_by
-from minillm.reward import EncodedSet, encode_rankings, encode_response, score_rows
+from minillm.reward import EncodedSet, encode_rankings, encode_response
 from minillm.tokenizer import Tokenizer
 from minillm.tools import report as report_module
 from minillm.tools.measures import written

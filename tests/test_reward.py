@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
-from minillm.model import ModelConfig, ScalarModel
+from minillm.model import ModelConfig, ScalarModel, score_rows
 from minillm.preferences import Ranking, ranking_by
 from minillm.reward import (
     EncodedSet,
@@ -28,7 +28,6 @@ from minillm.reward import (
     ranking_backward,
     ranking_loss,
     ranking_stream,
-    score_rows,
     scores_of,
     split_by_prompt,
 )

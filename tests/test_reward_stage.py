@@ -21,10 +21,10 @@ import rlhf
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.io.rankings import read_rankings
-from minillm.model import scalar_from_language_model
+from minillm.model import scalar_from_language_model, score_rows
 from minillm.optim import LearningRates
 from minillm.preferences import Ranking, ranking_by
-from minillm.reward import encode_response, score_rows
+from minillm.reward import encode_response
 from minillm.tools.report import report_text
 from minillm.world import KINDS, World
 

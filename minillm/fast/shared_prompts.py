@@ -6,14 +6,13 @@ a row of its own (data.py); sharing saves four positions of ten in the little wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from kernels.attention import attention
-from minillm.data import forward_passes, pack_sequences
+from minillm.data import forward_passes
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,9 @@ def pack_sets(
             positions += range(shared, len(sequence))
             whole.append([*stem, *own])
             begins.append(own.start - shared)
-    (rows,) = forward_passes(range(len(whole)), whole, 1 << 62)
-    in_rows, start, firsts = pack_sequences(whole, rows)
+    ((numbers, firsts, in_rows, start),) = forward_passes(range(len(whole)), whole, 1 << 62)
     back = torch.empty(len(tokens), dtype=torch.int64)
-    for i, first in zip(chain(*rows), firsts.tolist(), strict=True):
+    for i, first in zip(numbers.tolist(), firsts.tolist(), strict=True):
         back[whole[i]] = torch.arange(first, first + len(whole[i]))
     shared_prompts = SharedPrompts(torch.tensor(positions), in_rows, start, back)
     return torch.tensor([tokens]), shared_prompts, torch.tensor(begins)

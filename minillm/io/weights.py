@@ -24,7 +24,9 @@ from minillm.errors import InputError, reading, writing
 from minillm.io.disk import read_json, write_atomically, write_json
 from minillm.model import ModelConfig
 
-SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model*-of-*.safetensors"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = "model*-of-*.safetensors"
 SHARD_BYTES = 5 * 10**9
 """The most that a file holds, but for a single tensor that is larger."""
 STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

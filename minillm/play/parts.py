@@ -14,11 +14,11 @@ from minillm.corpus import split_documents
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.io.text import open_sources, text_sources
-from minillm.model import LanguageModel
+from minillm.model import LanguageModel, score_rows
 from minillm.play.shelf import Shelf
 from minillm.play.words import LONGEST, likeliest_words
 from minillm.preferences import ResponseSet
-from minillm.reward import encode_response, score_rows
+from minillm.reward import encode_response
 from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import read_run
 from minillm.tools.ranking import RankingSession, parse_ranking

@@ -41,9 +41,9 @@ from minillm.io.disk import read_text
 from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_causal_model
 from minillm.io.rankings import RankingFile, open_rankings, read_responses, record_ranking
-from minillm.model import LanguageModel, ScalarModel
+from minillm.model import LanguageModel, ScalarModel, score_rows
 from minillm.preferences import MARGIN, Ranking, ResponseSet, new_ranking, ranking_by
-from minillm.reward import encode_response, score_rows
+from minillm.reward import encode_response
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import values_of

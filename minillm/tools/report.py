@@ -42,9 +42,9 @@ from jaxtyping import Float64
 from minillm.chat import ChatTemplate
 from minillm.errors import InputError
 from minillm.io.disk import write_json
-from minillm.model import ScalarModel
+from minillm.model import ScalarModel, score_rows
 from minillm.preferences import MARGIN, Message, Ranking
-from minillm.reward import EncodedSet, encode_rankings, prompt_key, score_rows
+from minillm.reward import EncodedSet, encode_rankings, prompt_key
 from minillm.tools.annotators import prefer
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, table_text
 from minillm.tools.streams import tables
