@@ -224,7 +224,8 @@ def sample(options: Options, runtime: Runtime) -> None:
     repeating = sum(len({text.strip() for text in one.responses}) < len(one.responses) for one in written)
     print(f"{path}: {len(prompts):,} prompts with {options.responses} responses each")
     print(f"{repeating:,} of them hold a response that repeats another")
-    print(f"{sum(len(one.cut) for one in written):,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
+    cut = sum(len(one.cut) for one in written)
+    print(f"{cut:,} of all responses are cut at --max-new-tokens {options.max_new_tokens}")
 
 
 def prompts_of(options: Options) -> list[Prompt]:
