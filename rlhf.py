@@ -504,7 +504,7 @@ def align(options: Options, runtime: Runtime) -> None:
 def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
     """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates over it."""
     state, prompt_count = run.state, options.rollout_batch // options.responses_per_prompt
-    most_updates = options.ppo_epochs * options.minibatches  # of an iteration
+    each = options.updates_per_step
     while run.goes_on():
         began = time.perf_counter()
         rollout, metrics = aligner.rollout(aligner.stream.next(prompt_count), state.step)
@@ -515,8 +515,8 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
         updates: list[dict[str, float]] = []
         for _ in range(options.ppo_epochs):
             for minibatch in rollout.minibatches:
-                done = state.step * most_updates + len(updates)  # passes left out count too
-                multiplier = lr_schedule(done, run.steps * most_updates, options.warmup, options.decay)
+                done = state.step * each + len(updates)  # passes left out count too
+                multiplier = lr_schedule(done, run.steps * each, options.warmup, options.decay)
                 critic_only = aligner.critic is not None and state.step < options.critic_warmup
                 updates.append(aligner.update(rollout, minibatch, multiplier, critic_only))
             moved = [one.get("old_kl", 0.0) for one in updates[-options.minibatches :]]

@@ -102,6 +102,11 @@ class TrainingOptions:
         """Where the run is: --out itself, unless a script keeps several runs there."""
         return Path(self.out)
 
+    @property
+    def updates_per_step(self) -> int:
+        """What --warmup counts, of a step of the run."""
+        return 1
+
     def __post_init__(self) -> None:
         check_limits(self)
         if self.resume and self.overwrite:
@@ -222,6 +227,10 @@ class PolicyOptions(TrainingOptions):
             raise InputError(
                 f"--group-size {self.group_size}: {self.algorithm} compares responses; give at least 2"
             )
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.ppo_epochs * self.minibatches if self.algorithm in ("ppo", "grpo") else 1
 
     @property
     def responses_per_prompt(self) -> int:

@@ -230,8 +230,9 @@ class Run:
 
         self.state, self.steps, self.save_model, tenth = state, steps, save_model, max(1, steps // 10)
         self.val_every, self.save_every = self.options.val_every or tenth, self.options.save_every or tenth
-        if self.options.warmup > max(steps, TrainingOptions.warmup):
-            raise InputError(f"--warmup {self.options.warmup}: the run has {steps:,} steps; give fewer")
+        updates = steps * self.options.updates_per_step
+        if self.options.warmup > max(updates, TrainingOptions.warmup):
+            raise InputError(f"--warmup {self.options.warmup}: the run has {updates:,} updates; give fewer")
         if self.resuming:
             self.logged = resume(state, steps, self.folder, self.logged)
         self.saved_step, self.earlier_seconds = state.step if self.resuming else None, state.seconds

@@ -518,7 +518,18 @@ REFUSED = [
     (["--algorithm", "best-of-n", "--resume"], "best-of-n"),
     (["--ppo-epochs", "0"], "--ppo-epochs"),
     (["--missing-eos-score", "nan"], "--missing-eos-score"),
+    (["--warmup", "25", "--iterations", "6"], "the run has 24 updates"),
+    (["--warmup", "25", "--algorithm", "dpo"], "the run has 8 updates"),
 ]
+
+
+def test_the_rates_may_rise_over_all_updates_of_a_run(places, tmp_path, monkeypatch):
+    def die(*_) -> None:
+        raise Killed
+
+    monkeypatch.setattr(rlhf.Aligner, "rollout", die)
+    with pytest.raises(Killed):
+        rlhf.main(arguments(places, tmp_path, "--warmup", "24", "--iterations", "6"))
 
 
 @pytest.mark.parametrize(("options", "said"), REFUSED, ids=[" ".join(case[0]) for case in REFUSED])
