@@ -21,74 +21,86 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kernels.attention import attention
 from minillm.model import Block, KVCache, LanguageModel, RMSNorm
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One block's weights, inputs first; those that meet the same input lie in one matrix."""
+    """One block's weights, inputs first, as is faster with one row; those that meet the same input lie in one
+    matrix."""
 
-    qkv: Float[Tensor, "D qkv_heads_width"]
     qk_norm: Float[Tensor, "qk_heads C"] | None
+    qkv: Float[Tensor, "D qkv_heads_width"]
     out: Float[Tensor, "heads_width D"]
     gate_up: Float[Tensor, "D gate_up_width"]
     down: Float[Tensor, "F D"]
 
 
-class FoldedCache(KVCache):
-    """A KVCache with steps of its own, by the weights that the model had when this was made."""
+class FoldedCache:
+    """What a KVCache does, by the weights that the model had when this was made."""
 
+    positions: Tensor  # of the prompts' tokens, which the model reads
+    lengths: Tensor  # how many tokens each row holds
+    longest: int
     slots: Tensor  # [blocks, B·(keys or values)·K], where in the cache a row writes next, in heads
     mask: Tensor | None  # [B·K, 1, size], -inf for what a row does not see; None for equal lengths
 
     def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
-        config, trunk = model.config, model.model
-        self.dtype = trunk.compute_dtype
+        config, trunk, device = model.config, model.model, model.lm_head.weight.device
+        self.model, self.dtype = model, trunk.compute_dtype
         self.exact = torch.promote_types(self.dtype, torch.float32)
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.heads, C = (config.num_attention_heads, config.num_key_value_heads), config.head_dim
+        self.pairs = torch.arange(C, device=device).view(2, -1).T.flatten()
+        """Channels i and i + C/2, which turn together, side by side."""
         self.blocks = [self._weights(cast(Block, block)) for block in trunk.layers]
-        self.output = self._matrix(model.lm_head.weight, norm=trunk.norm)
-        device = self.output.device
-        widths = torch.tensor((config.hidden_size, config.head_dim), device=device, dtype=self.exact)
+        output = model.lm_head.weight * (trunk.norm.weight * config.hidden_size**0.5)
+        self.output = output.to(self.dtype).T.contiguous()
+        widths = torch.tensor((config.hidden_size, C), device=device, dtype=self.exact)
         self.floors = (widths * config.rms_norm_eps).sqrt().unbind()
         # Angles in float32: bfloat16 cannot tell position 256 from 257.
         angles = torch.arange(size, device=device)[:, None, None] * trunk.frequencies
         self.rotation = torch.polar(torch.ones_like(angles), angles).to(self.exact.to_complex())
-        super().__init__(model, rows, size)
-
-    def _matrix(
-        self, *matrices: Float[Tensor, "_ D"], norm: RMSNorm | None = None
-    ) -> Float[Tensor, "D outputs"]:
-        """Matrices of one input as one, in the faster layout where there is one row. Behind a norm it reads
-        what `_length` divides."""
-        matrix = torch.cat(matrices)
-        if norm is not None:
-            matrix = matrix * (norm.weight * norm.weight.numel() ** 0.5)
-        return matrix.to(self.dtype).T.contiguous()
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, C)
+        self.kept = torch.zeros(shape, device=device, dtype=self.dtype)
 
     def _weights(self, block: Block) -> Weights:
         attn, mlp, qk_norm, C = block.self_attn, block.mlp, None, block.self_attn.head_dim
-        q, k = (_paired(x.weight.unflatten(0, (-1, C)), 1).flatten(0, 1) for x in (attn.q_proj, attn.k_proj))
+        q, k = (
+            x.weight.unflatten(0, (-1, C))[:, self.pairs].flatten(0, 1) for x in (attn.q_proj, attn.k_proj)
+        )
         if isinstance(attn.q_norm, RMSNorm) and isinstance(attn.k_norm, RMSNorm):
             # The norms owe sqrt(C) to queries and keys, the scores are divided by it: the keys have it.
-            norms = _paired(attn.q_norm.weight, 0), _paired(attn.k_norm.weight, 0) * C**0.5
-            pairs = zip(norms, self.heads, strict=True)
-            qk_norm = torch.cat([norm.expand(heads, -1) for norm, heads in pairs])
+            both = attn.q_norm.weight[self.pairs], attn.k_norm.weight[self.pairs] * C**0.5
+            qk_norm = torch.cat([norm.expand(n, -1) for norm, n in zip(both, self.heads, strict=True)])
         else:
             q = q * C**-0.5
-        return Weights(
-            self._matrix(q, k, attn.v_proj.weight, norm=block.input_layernorm),
-            qk_norm,
-            self._matrix(attn.o_proj.weight),
-            self._matrix(mlp.gate_proj.weight, mlp.up_proj.weight, norm=block.post_attention_layernorm),
-            self._matrix(mlp.down_proj.weight),
+        # Behind a norm a matrix reads what `_length` divides, and makes up for the rest of the norm.
+        norms = block.input_layernorm, block.post_attention_layernorm
+        first, second = (norm.weight * norm.weight.numel() ** 0.5 for norm in norms)
+        matrices = (
+            torch.cat((q, k, attn.v_proj.weight)) * first,
+            attn.o_proj.weight,
+            torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)) * second,
+            mlp.down_proj.weight,
         )
+        return Weights(qk_norm, *(matrix.to(self.dtype).T.contiguous() for matrix in matrices))
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        logits = super().prefill(tokens, lengths)
-        keys = self.kept[0, :, :, :, : self.longest]
-        keys.copy_(_paired(keys, -1))
-        return logits
+        rows, T = tokens.shape
+        self.positions = torch.arange(T, device=tokens.device)
+        hidden = self.model.model(tokens, attend=self)
+        self.place(lengths, T)
+        return self.model.logits(hidden[torch.arange(rows, device=tokens.device), lengths - 1])
+
+    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The model's attention while it reads the prompts: keeps their keys and values."""
+        self.kept[:, block, :, :, : k.shape[2]] = torch.stack((k[..., self.pairs], v))
+        return attention(q, k, v, causal=True)
+
+    def keep(self, rows: Bool[Tensor, " B"]) -> None:
+        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
+        self.place(lengths, int(lengths.max()))
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         (H, K), (floor, head_floor), exact = self.heads, self.floors, self.exact
@@ -120,13 +132,13 @@ class FoldedCache(KVCache):
         return torch.mm((x / _length(x, floor)).to(self.dtype), self.output).float()
 
     def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
-        """Sets the lengths, and from them where each row writes next and what it may not see."""
-        super().place(lengths, longest)
+        """Sets how many tokens each row holds, where it writes the next and what it may not see."""
+        self.lengths, self.longest = lengths, longest
         _, blocks, B, K, size, _ = self.kept.shape
         heads = torch.arange(2 * blocks * B * K, device=lengths.device).view(2, blocks, B, K)
         self.slots = (heads * size + lengths[:, None]).permute(1, 2, 0, 3).flatten(1)
         self.mask = None
-        if self.ragged:
+        if (lengths < longest).any():
             unseen = torch.arange(size, device=lengths.device) >= lengths[:, None]
             mask = torch.zeros(B, size, device=lengths.device, dtype=self.dtype)
             mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(K, dim=0)
@@ -136,7 +148,9 @@ class FoldedCache(KVCache):
 # ---- Which cache, and past the model's positions
 
 
-def cache_of(model: LanguageModel, rows: int, size: int, crop: bool = False) -> "KVCache | CroppedContext":
+def cache_of(
+    model: LanguageModel, rows: int, size: int, crop: bool = False
+) -> "KVCache | FoldedCache | CroppedContext":
     """What reads the tokens, at most `size` of each row, in the fastest way that there is for the model."""
     if crop and size > model.config.max_position_embeddings:
         return CroppedContext(model, rows, size)
@@ -180,13 +194,7 @@ class CroppedContext:
         return self.model.logits(hidden[rows, self.lengths - first - 1])
 
 
-# ---- What the fast form is made of
-
-
-def _paired(x: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:
-    """Channels i and i + C/2 of an axis of C, which turn together, side by side."""
-    axis %= x.ndim
-    return x.unflatten(axis, (2, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+# ---- A norm's divisor
 
 
 def _length(x: Float[Tensor, "... width"], floor: Float[Tensor, ""]) -> Float[Tensor, "... 1"]:
