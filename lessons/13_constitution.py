@@ -30,9 +30,10 @@ from matplotlib.axes import Axes
 
 from minillm.io.disk import read_text
 from minillm.io.rankings import read_rankings, read_responses
-from minillm.preferences import ResponseSet, new_ranking, ranking_by, simulated_annotators
+from minillm.preferences import ResponseSet, new_ranking, ranking_by
 from minillm.tools.evaluate import Reply, prompts_of_each_kind, sample_replies
 from minillm.world import World, assistant, user
+from minillm.world.annotators import simulated_annotators
 
 LINES = read_text(Path(__file__).with_name("principles.txt")).splitlines()
 PRINCIPLES = dict(line.split(": ") for line in LINES)  # the part of the rubric that each asks about, first

@@ -17,19 +17,13 @@ from minillm.chat import with_chat_template
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_rankings
 from minillm.model import LanguageModel, config_of_depth, initialize
-from minillm.preferences import (
-    MARGIN,
-    ResponseSet,
-    assign_annotators,
-    new_ranking,
-    ranking_by,
-    simulated_annotators,
-)
+from minillm.preferences import ResponseSet, new_ranking, ranking_by
 from minillm.tokenizer import Tokenizer
 from minillm.tools.annotators import DEFAULT_PRINCIPLES, Judge, read_principles
 from minillm.tools.ranking import RankingSession, run_command, screen
 from minillm.tools.report import agreement_report
 from minillm.world import World
+from minillm.world.annotators import MARGIN, assign_annotators, simulated_annotators
 
 # ---- A person
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.model import ModelConfig, ScalarModel, score_rows
-from minillm.preferences import MARGIN, Ranking, ranking_by
+from minillm.preferences import Ranking, ranking_by
 from minillm.reward import EncodedSet, encode_rankings, encode_response
 from minillm.tokenizer import Tokenizer
 from minillm.tools import report as report_module
@@ -30,6 +30,7 @@ from minillm.tools.report import (
     tricks,
     write_report,
 )
+from minillm.world.annotators import MARGIN
 
 LAW = settings(max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)

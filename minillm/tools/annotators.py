@@ -42,13 +42,14 @@ from minillm.io.files import parse_specs
 from minillm.io.huggingface import load_causal_model
 from minillm.io.rankings import RankingFile, open_rankings, read_responses, record_ranking
 from minillm.model import LanguageModel, ScalarModel, score_rows
-from minillm.preferences import MARGIN, Ranking, ResponseSet, new_ranking, ranking_by
+from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
 from minillm.reward import encode_response
 from minillm.run import Runtime
 from minillm.tokenizer import Tokenizer
 from minillm.tools.evaluate import values_of
 from minillm.tools.ranking import RankingSession, rank_in_terminal
-from minillm.world import World
+from minillm.world import World, annotators
+from minillm.world.annotators import MARGIN
 
 DEFAULT_PRINCIPLES = Path(__file__).with_name("principles.txt")
 OPENING = "The better reply is"
@@ -199,9 +200,9 @@ def jobs_of(options: Any, runtime: Runtime) -> tuple[list[Job], dict[str, Any]]:
 
 def simulated(options: Any, sets: Sequence[ResponseSet]) -> list[Job]:
     """Each set to some of the simulated annotators."""
-    people, world = preferences.simulated_annotators(options.annotators), World(sets[0].world or 0)
+    people, world = annotators.simulated_annotators(options.annotators), World(sets[0].world or 0)
 
-    def make(person: preferences.Simulated, given: ResponseSet, prompt: Any) -> Ranking:
+    def make(person: annotators.Simulated, given: ResponseSet, prompt: Any) -> Ranking:
         ranking = person.rank(partial(world.score, prompt), given, options.noise, options.seed)
         return new_ranking(given, ranking, person.name, options.seed)
 
@@ -213,7 +214,7 @@ def simulated(options: Any, sets: Sequence[ResponseSet]) -> list[Job]:
                 f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "
                 "know; give --annotator person or model"
             )
-        who = preferences.assign_annotators(given.key, len(people), options.opinions, options.seed)
+        who = annotators.assign_annotators(given.key, len(people), options.opinions, options.seed)
         jobs += [(people[i].name, given.key, partial(make, people[i], given, prompt)) for i in who]
     return jobs
 

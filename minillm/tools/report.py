@@ -43,11 +43,12 @@ from minillm.chat import ChatTemplate
 from minillm.errors import InputError
 from minillm.io.disk import write_json
 from minillm.model import ScalarModel, score_rows
-from minillm.preferences import MARGIN, Message, Ranking
+from minillm.preferences import Message, Ranking
 from minillm.reward import EncodedSet, encode_rankings, prompt_key
 from minillm.tools.annotators import prefer
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, table_text
 from minillm.tools.streams import tables
+from minillm.world.annotators import MARGIN
 
 WORDS = tables(__file__)
 """What the tables say, and tricks: what might score without being good, made of an honest answer and of the
