@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 from minillm.chat import ChatTemplate, with_chat_template
-from minillm.corpus import split_by_hash, tokenize
+from minillm.corpus import split_by_hash, tokenize, unit_hash
 from minillm.data import Mixture, Shuffled, seed_of
 from minillm.digest import digest
 from minillm.dpo import rewards_of
@@ -604,7 +604,8 @@ def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], li
     runtime, length = aligner.runtime, options.max_new_tokens
     if options.data:
         prompts = prompts_of(options)
-        training, held_out = split_by_hash(prompts, lambda p: json.dumps(p.messages), options.val_fraction)
+        hashes = [unit_hash(json.dumps(prompt.messages)) for prompt in prompts]
+        training, held_out = split_by_hash(prompts, hashes, options.val_fraction)
     else:
         check_world_is_meant(options)
         training = prompts_of(options)

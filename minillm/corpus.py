@@ -1,7 +1,7 @@
 """Documents and conversations → what is trained on and what is held out → tokens.
 
     text:           Source ──split_documents──tokenize──► TokenizedSource, on disk
-    conversations:  messages ──split_conversations──encode_source──► EncodedSource, in memory
+    conversations:  messages ──encode_source──split_by_hash──► EncodedSource, in memory
 
 data.py makes rows and batches of both. Copies of a text, and two answers to one question, land on one side.
 """
@@ -87,37 +87,18 @@ def split_documents(
             yield SIDES[held_out], text
 
 
-def hold_out(hashes: Sequence[float], fraction: float) -> list[Side]:
-    """The side of each item by its hash: about a share `fraction` is held out, equal ones together, always
-    the smallest hash and never the largest, so that no side is empty where there are two."""
-    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
-    return [
-        SIDES[fraction > 0 and (value < fraction or value == smallest) and value < largest]
-        for value in hashes
-    ]
-
-
 def split_by_hash(
-    items: Sequence[Item], key: Callable[[Item], str], fraction: float
+    items: Sequence[Item], hashes: Sequence[float], fraction: float
 ) -> tuple[list[Item], list[Item]]:
-    """The items to train on and those held out, see `hold_out`."""
-    sides = hold_out([unit_hash(key(item)) for item in items], fraction)
-    train, val = ([item for own, item in zip(sides, items, strict=True) if own == side] for side in SIDES)
+    """The items to train on and those held out, by a hash of each: about a share `fraction` is held out,
+    equal ones together, always the smallest hash and never the largest, so that no side is empty where there
+    are two."""
+    smallest, largest = min(hashes, default=0.0), max(hashes, default=0.0)
+    train, val = list[Item](), list[Item]()
+    for item, value in zip(items, hashes, strict=True):
+        held_out = fraction > 0 and (value < fraction or value == smallest) and value < largest
+        (val if held_out else train).append(item)
     return train, val
-
-
-def split_conversations(source: Any, val_fraction: float) -> Iterator[tuple[Side, Conversation]]:
-    """Every conversation of `source` (io/conversations.py) and its side, by its first user message: two
-    answers to one question never land on two sides. Where all first messages are equal, by all messages."""
-    for key in (_first_question, json.dumps):
-        hashes = [unit_hash(key(conversation)) for conversation in source.conversations()]
-        if len(set(hashes)) > 1:
-            break
-    yield from zip(hold_out(hashes, val_fraction), source.conversations(), strict=True)
-
-
-def _first_question(conversation: Conversation) -> str:
-    return next((message["content"] for message in conversation if message["role"] == "user"), "")
 
 
 def text_sample(sources: Sequence[Source], val_fraction: float, characters: int = 4_000_000) -> Iterator[str]:
@@ -205,13 +186,13 @@ def encode_source(
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
     A longer one is cut after the last reply with which it fits. Where none does, where `encode` raises
-    InputError, or where no token of it is the assistant's, it is left out; all is counted. InputError where
-    nothing is left to train on; there may be nothing to validate on.
+    InputError, or where no token of it is the assistant's, it is left out; all is counted. Two answers to one
+    question land on one side: the first user message decides, or all messages where that is always the same.
+    InputError where nothing is left to train on; there may be nothing to validate on.
     """
-    skipped, kept = Skipped(), {side: list[Encoded]() for side in SIDES}
-    parts = split_conversations(source, val_fraction)
-    bar = tqdm(parts, f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
-    for number, (side, conversation) in enumerate(bar, start=1):
+    skipped, kept, hashes = Skipped(), list[Encoded](), list[tuple[float, float]]()
+    bar = tqdm(source.conversations(), f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
+    for number, conversation in enumerate(bar, start=1):
         place = f"conversation {number} of {source.name!r}"
         try:
             dialogue, reason = _fitted(conversation, encode, block_size + 1)
@@ -221,17 +202,20 @@ def encode_source(
         if dialogue:
             ids = np.array(dialogue.tokens, np.uint32)
             small = ids.astype(np.uint16) if ids.max() < 2**16 else ids
-            kept[side].append((small, np.array(dialogue.loss_mask)))
+            kept.append((small, np.array(dialogue.loss_mask)))
+            question = next((m["content"] for m in conversation if m["role"] == "user"), "")
+            hashes.append((unit_hash(question), unit_hash(json.dumps(conversation))))
             if dialogue.unlearned:
                 skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
             skipped.add(reason, f"{place} is among the {reason}")
     skipped.update(source.skipped)
     skipped.first = source.skipped.first or skipped.first
-    train, val = kept["train"], kept["val"]
-    if not train:
+    if not kept:
         what = f"data source {source.name!r}: no conversation to train on ({skipped.first or 'too few'})"
-        raise InputError(f"{what}; give more, a larger block size or another validation fraction")
+        raise InputError(f"{what}; give more, or a larger block size")
+    by_question, by_all = zip(*hashes, strict=True)
+    train, val = split_by_hash(kept, by_question if len(set(by_question)) > 1 else by_all, val_fraction)
     fingerprint = digest(len(train), *(numbers for dialogue in train + val for numbers in dialogue))
     return EncodedSource(source.name, source.weight, fingerprint, train, val, skipped)
 

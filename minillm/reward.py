@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from minillm.chat import ChatTemplate
-from minillm.corpus import split_by_hash
+from minillm.corpus import split_by_hash, unit_hash
 from minillm.data import Shuffled, flat_index, pad
 from minillm.digest import digest
 from minillm.errors import InputError
@@ -115,7 +115,8 @@ def split_by_prompt(
 ) -> tuple[list[EncodedSet], list[EncodedSet]]:
     """The sets to train on and those held out, of about a share `val_fraction` of the prompts. InputError
     where there is only one prompt."""
-    training, held_out = split_by_hash(encoded, lambda one: prompt_key(one.rankings[0]), val_fraction)
+    hashes = [unit_hash(prompt_key(one.rankings[0])) for one in encoded]
+    training, held_out = split_by_hash(encoded, hashes, val_fraction)
     if not held_out:
         raise InputError("the rankings are of one prompt or none: give some of at least two prompts")
     return training, held_out

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import tracemalloc
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.corpus import split_conversations
+from minillm.chat import Dialogue
+from minillm.corpus import encode_source
 from minillm.errors import InputError
 from minillm.io.conversations import (
     ConversationSource,
@@ -296,6 +298,21 @@ exchanges = st.lists(st.builds(exchange, words, words), max_size=30)
 fractions = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99])
 
 
+def split(conversations: list, fraction: float) -> dict[str, list]:
+    """The conversations of each side, as encode_source splits them."""
+
+    def encode(conversation: list) -> Dialogue:
+        return Dialogue([numbers[json.dumps(conversation)]] * 2, [True] * 2)
+
+    texts = list(map(json.dumps, conversations))
+    numbers = {text: i for i, text in enumerate(texts)}
+    if not conversations:
+        return {"train": [], "val": []}
+    source = encode_source(a_source(conversations), encode, 4, fraction)
+    parts = {"train": source.train, "val": source.val}
+    return {side: [json.loads(texts[ids[0]]) for ids, _ in own] for side, own in parts.items()}
+
+
 @given(exchanges, fractions, st.randoms(use_true_random=False))
 @example([exchange("a", "a"), exchange("a", "b")], 0.01, Random(0))
 @example([exchange("a", "a")] * 2, 0.5, Random(0))
@@ -304,22 +321,22 @@ fractions = st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.99])
 def test_the_split_keeps_every_conversation_and_no_question_on_two_sides_in_whatever_order(
     conversations, fraction, random
 ):
-    parts = list(split_conversations(a_source(conversations), fraction))
-    assert [conversation for _, conversation in parts] == conversations
-    side_of = {json.dumps(conversation[-2:]): side for side, conversation in parts}
-    assert all(side_of[json.dumps(conversation[-2:])] == side for side, conversation in parts)
+    parts = split(conversations, fraction)
+    assert Counter(map(json.dumps, parts["train"] + parts["val"])) == Counter(map(json.dumps, conversations))
+    side_of = {json.dumps(conversation[-2:]): side for side in parts for conversation in parts[side]}
+    assert all(side_of[json.dumps(one[-2:])] == side for side in parts for one in parts[side])
     sides = set(side_of.values())
     assert ("val" in sides) == (fraction > 0 and len(side_of) > 1) and ("train" in sides) == bool(side_of)
-    questions = {side: {c[-2]["content"] for s, c in parts if s == side} for side in ("train", "val")}
+    questions = {side: {c[-2]["content"] for c in parts[side]} for side in parts}
     if len(questions["train"] | questions["val"]) > 1:
         assert not questions["train"] & questions["val"]
     shuffled = random.sample(conversations, len(conversations))
-    for side, conversation in split_conversations(a_source(shuffled), fraction):
-        assert side_of[json.dumps(conversation[-2:])] == side
+    for side, own in split(shuffled, fraction).items():
+        assert all(side_of[json.dumps(conversation[-2:])] == side for conversation in own)
 
 
 def test_about_the_fraction_asked_for_goes_to_validation():
     # The hash is fixed, so this either always holds or never; 4 standard deviations.
     conversations = [exchange(str(i), "yes") for i in range(10_000)]
-    sides = [side for side, _ in split_conversations(a_source(conversations), 0.1)]
-    assert abs(sides.count("val") / 10_000 - 0.1) < 4 * (0.1 * 0.9 / 10_000) ** 0.5
+    held_out = split(conversations, 0.1)["val"]
+    assert abs(len(held_out) / 10_000 - 0.1) < 4 * (0.1 * 0.9 / 10_000) ** 0.5
