@@ -27,7 +27,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with writing(path, "what was there before is unchanged; free some space or choose another folder"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_left(path)
+            scratch.unlink(missing_ok=True)
+            remove_left(path.parent, escape(path.name[:60]))
             scratch.touch()
             mode = scratch.stat().st_mode  # as the umask has it, whatever the writer chooses
             write(scratch)
@@ -44,11 +45,10 @@ def scratch_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
 
-def remove_left(path: Path) -> None:
-    """Removes what a process that was killed had written of a file; on Windows, where asking after a process
-    would end it, only what one of this number had."""
-    scratch_of(path).unlink(missing_ok=True)
-    for left in path.parent.glob(f".{escape(path.name[:60])}.*.tmp") if fcntl is not None else ():
+def remove_left(folder: Path, pattern: str) -> None:
+    """Removes what processes that were killed had written of a folder's files. Not on Windows, where asking
+    after a process would end it."""
+    for left in folder.glob(f".{pattern}.*.tmp") if fcntl is not None else ():
         try:
             os.kill(int(left.name.split(".")[-2]), 0)
         except ProcessLookupError:

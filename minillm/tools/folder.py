@@ -1,7 +1,6 @@
 """A run folder: one run's at a time, never two mixed, nothing half-written; and its restart point."""
 
 import errno
-import fnmatch
 import importlib
 import itertools
 import json
@@ -21,7 +20,7 @@ from torch import Tensor
 from minillm.digest import digest
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.io import disk
-from minillm.io.disk import read_json, write_json, write_text
+from minillm.io.disk import read_json, remove_left, write_json, write_text
 from minillm.io.files import parse_specs
 from minillm.io.weights import INDEX, SHARDS, SINGLE, cut_like, load_weights, read_tensors, write_tensors
 from minillm.optim import Optimizers
@@ -37,7 +36,6 @@ RUN_FILES = (
     "responses.jsonl", *MODEL_FILES, "run.json",
 )  # fmt: skip
 """What a run leaves, where one is a pattern."""
-SCRATCH = re.compile("|".join(fnmatch.translate(f".{Path(name).name}.tmp") for name in RUN_FILES))
 
 
 @contextmanager
@@ -118,11 +116,8 @@ def claim_folder(options: TrainingOptions, runtime: Runtime) -> None:
             if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source)):
                 what = f"{folder}: is inside {source}, which would hold its files when it is read again"
                 raise InputError(f"{what}; {hint}")
-        for path in [*folder.glob(".*"), *folder.glob("resume/.*")]:
-            # Scratch of io/disk.py, of whatever process, and what safetensors leaves where it is killed.
-            name = re.sub(r"\.\d+(?=\.tmp$)", "", path.name)
-            if SCRATCH.match(name) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name):
-                disk.remove(path)
+        for place in [folder / name for name in RUN_FILES]:
+            remove_left(place.parent, place.name)
 
 
 def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
