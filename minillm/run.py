@@ -52,15 +52,13 @@ Sharded = TypeVar("Sharded", bound=Tensor | nn.Module)
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place in a run."""
+    """One process's place in a run; with --shard it is of fast/sharding.py's kind."""
 
     device: torch.device
     dtype: torch.dtype
     """The precision of matrix products and of the residual stream; weights stay float32."""
     rank: int = 0
     world_size: int = 1
-    sharded: bool = False
-    """Whether each process keeps a part of the weights, gradients and optimizer state, and no more."""
     recomputes: bool = False
     """Whether the backward pass computes the activations inside blocks anew."""
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
@@ -75,12 +73,12 @@ class Runtime:
     def saves(self) -> bool:
         """Whether this process takes part in saving a model: where it is sharded, all do, and the first
         writes."""
-        return self.is_main or self.sharded
+        return self.is_main
 
     @property
     def opens_on(self) -> torch.device:
         """Where a model is opened that `wrap` or `shard` is given: whole it may not fit on the device."""
-        return torch.device("cpu") if self.sharded else self.device
+        return self.device
 
     def wrap(self, model: nn.Module, compiled: bool | None = None) -> Callable[..., Tensor]:
         """The model as the training loop calls it, averaging over processes; compiled, unless said
@@ -92,8 +90,7 @@ class Runtime:
             from minillm.fast.sharding import recompute_blocks
 
             recompute_blocks(model)
-        if self.sharded:
-            self.shard(model, compiled)
+        if self.shard(model, compiled):
             return model
         if compiled:
             model.compile()
@@ -101,30 +98,20 @@ class Runtime:
             return model
         return DistributedDataParallel(model, device_ids=[self.device.index] if on_cuda else None)
 
-    def shard(self, model: nn.Module, compiled: bool = False) -> None:
+    def shard(self, model: nn.Module, compiled: bool = False) -> bool:
         """Where the run is sharded, leaves of the model what this process keeps; its parameters are others
-        from then on."""
-        if self.sharded:
-            from minillm.fast.sharding import shard
-
-            shard(model, self.device, compiled)
+        from then on. Returns whether it is."""
+        return False
 
     def whole(self, part: Sharded) -> Sharded:
         """A sharded tensor, or a model to sample or score with, gathered from all processes, which all must
         ask for it; where nothing is sharded, what was given."""
-        if not self.sharded:
-            return part
-        from minillm.fast.sharding import whole
-
-        return whole(part, self.device)
+        return part
 
     def even(self, parts: list[Item], idle: Item) -> list[Item]:
         """As many parts as the process with the most has, where the run is sharded: all must make as many
         forward passes. `idle` makes up for those missing."""
-        if not self.sharded:
-            return parts
-        most = self.largest(torch.tensor(float(len(parts)), device=self.device))
-        return parts + [idle] * (int(most.item()) - len(parts))
+        return parts
 
     def rows_of_step(self, batch_tokens: int, block_size: int) -> int:
         """Rows of a step, over all processes. InputError where they cannot be shared out evenly."""

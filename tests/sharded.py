@@ -124,7 +124,7 @@ def main(words: list[str]) -> None:
     with start_runtime("cpu", "float32", shard=True) as runtime:
         is_silent = getattr(sys.stdout, "name", None) == os.devnull
         assert is_silent == (runtime.rank > 0), "what each would say, the first says"
-        if runtime.sharded:
+        if runtime.world_size > 1:
             whole, half = Runtime(runtime.device, runtime.dtype), replace(runtime, dtype=torch.bfloat16)
             check_files(folder / "32", runtime, whole, "muon", tied=False)
             check_files(folder / "16", half, replace(whole, dtype=half.dtype), "adamw", tied=True)

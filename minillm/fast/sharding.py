@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -26,51 +25,59 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from minillm.io.weights import whole_tensor
+from minillm.run import Runtime
 
 
-def shard(model: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Leaves of a model with a trunk (`model.model`) what this process keeps, on its device."""
-    trunk = cast(Any, model.model)
-    how: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "reshard_after_forward": True,
-    }
-    for block in trunk.layers:
-        if compiled:
-            block.compile()
-        policy = MixedPrecisionPolicy(param_dtype=trunk.compute_dtype, reduce_dtype=torch.float32)
-        fully_shard(block, mp_policy=policy, **how)
-    fully_shard(model, **how)
-    if hasattr(model, "logits"):
-        register_fsdp_forward_method(model, "logits")
+class ShardedRuntime(Runtime):
+    """Each process keeps a part of the weights, gradients and optimizer state, and no more."""
+
+    saves = True
+    opens_on = torch.device("cpu")
+
+    def shard(self, model: nn.Module, compiled: bool = False) -> bool:
+        trunk = cast(Any, model.model)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+        for block in trunk.layers:
+            if compiled:
+                block.compile()
+            policy = MixedPrecisionPolicy(param_dtype=trunk.compute_dtype, reduce_dtype=torch.float32)
+            fully_shard(block, mp_policy=policy, **how)
+        fully_shard(model, **how)
+        if hasattr(model, "logits"):
+            register_fsdp_forward_method(model, "logits")
+        return True
+
+    def even(self, parts: list[Any], idle: Any) -> list[Any]:
+        most = self.largest(torch.tensor(float(len(parts)), device=self.device))
+        return parts + [idle] * (int(most.item()) - len(parts))
+
+    def whole(self, part: Any) -> Any:
+        """A tensor gathered from all processes; or a copy of a model with all weights, in the precision that
+        it computes in."""
+        if isinstance(part, Tensor):
+            return whole_tensor(part)
+        config, dtype, device = part.config, part.model.compute_dtype, self.device
+        with torch.device("meta"):
+            copy = type(part)(config, dtype)
+        # The scalar head computes in the precision of its weights, whatever the trunk's is.
+        weights = {
+            name: whole_tensor(weight.detach()).to(device, weight.dtype if name == "score.weight" else dtype)
+            for name, weight in part.named_parameters()
+        }
+        copy.load_state_dict(weights, strict=False, assign=True)
+        for name, buffer in part.named_buffers():
+            owner, _, last = name.rpartition(".")
+            setattr(copy.get_submodule(owner), last, buffer)
+        if config.tie_word_embeddings and hasattr(copy, "lm_head"):
+            copy.lm_head.weight = copy.model.embed_tokens.weight
+        return copy.requires_grad_(False)
 
 
 def recompute_blocks(model: nn.Module) -> None:
     """Lets the backward pass compute each block's activations anew: only the blocks' inputs are kept."""
     for block in cast(Any, model.model).layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def whole(part: Any, device: torch.device) -> Any:
-    """A tensor gathered from all processes; or a copy of a model with all weights, in the precision that it
-    computes in, to sample or to score with."""
-    if isinstance(part, Tensor):
-        return whole_tensor(part)
-    config, dtype = part.config, part.model.compute_dtype
-    with torch.device("meta"):
-        copy = type(part)(config, dtype)
-    # The scalar head computes in the precision of its weights, whatever the trunk's is.
-    weights = {
-        name: whole_tensor(weight.detach()).to(device, weight.dtype if name == "score.weight" else dtype)
-        for name, weight in part.named_parameters()
-    }
-    copy.load_state_dict(weights, strict=False, assign=True)
-    for name, buffer in part.named_buffers():
-        owner, _, last = name.rpartition(".")
-        setattr(copy.get_submodule(owner), last, buffer)
-    if config.tie_word_embeddings and hasattr(copy, "lm_head"):
-        copy.lm_head.weight = copy.model.embed_tokens.weight
-    return copy.requires_grad_(False)
 
 
 def part_of(tensor: Tensor, like: DTensor) -> DTensor:

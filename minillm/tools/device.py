@@ -43,7 +43,12 @@ def start_runtime(
         with ExitStack() as closing:
             if rank:  # the first process alone speaks, but for errors
                 closing.enter_context(redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
-            yield Runtime(chosen, dtype, rank, world_size, shard and world_size > 1, recompute, closing)
+            kind: type[Runtime] = Runtime
+            if shard and world_size > 1:
+                from minillm.fast.sharding import ShardedRuntime
+
+                kind = ShardedRuntime
+            yield kind(chosen, dtype, rank, world_size, recompute, closing)
         if world_size > 1:
             dist.barrier()  # the main process has more to do at the end: the others wait for it
     finally:
