@@ -393,12 +393,14 @@ def encoded_rankings(
     InputError where there are none, none fits, or none prefers anything.
     """
     from minillm.io.conversations import rankings_of_file
+    from minillm.io.rankings import read_rankings
 
-    files = options.rankings or (str(Path(options.out) / "rankings.jsonl"),)
-    rankings = [ranking for file in files for ranking in rankings_of_file(file)]
+    own, files = Path(options.out) / "rankings.jsonl", options.rankings
+    rankings = [one for file in files for one in rankings_of_file(file)] if files else read_rankings(own)
     if not any(ranking.pairs() for ranking in rankings):
         what = "every response is tied with all others" if rankings else "no ranking"
-        raise InputError(f"{', '.join(files)}: {what}, so there is nothing to learn; rank some responses")
+        where = ", ".join(files) or own
+        raise InputError(f"{where}: {what}, so there is nothing to learn; rank some responses")
     encoded, skipped = encode_rankings(rankings, template, longest)
     if not encoded:
         raise InputError(f"no ranking can be used: {', '.join(f'{n} {why}' for why, n in skipped.items())}")
@@ -582,7 +584,7 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     reward_model = critic = None
     if folder.exists():
         reward_model, own = load_scalar_model(folder, runtime.opens_on, runtime.dtype)
-        if with_chat_template(own).vocabulary != tokenizer.vocabulary:
+        if own.vocabulary != tokenizer.vocabulary:
             raise InputError(f"{folder}: has another tokenizer than --init; train it from the same assistant")
     elif options.algorithm != "dpo" or options.reward:
         raise InputError(f"{folder}: no such folder; python rlhf.py --stage reward makes a reward model")

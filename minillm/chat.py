@@ -155,6 +155,7 @@ def with_chat_template(tokenizer: Tokenizer) -> Tokenizer:
                 f"tokenizer: has neither the tokens {' '.join(CONTROL_TOKENS)} nor an eos_token, so no reply "
                 "could end; name an eos_token in tokenizer_config.json"
             )
+        print("the model comes without a chat template, and gets a plain one (minillm/io/plain.j2)")
     return Tokenizer(tokenizer.vocabulary, {**tokenizer.config, "chat_template": template})
 
 

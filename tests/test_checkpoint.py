@@ -133,6 +133,12 @@ def test_a_byte_order_mark_is_no_part_of_a_text_or_of_json(tmp_path):
     assert read_text(tmp_path / "x.json") == '{"a": 1}' and read_json(tmp_path / "x.json") == {"a": 1}
 
 
+def test_a_field_that_stands_twice_is_refused_for_readers_take_either(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": {"b": 1, "c": 2, "b": 1}}')
+    with pytest.raises(InputError, match=r"x\.json: .*field 'b' twice"):
+        read_json(tmp_path / "x.json")
+
+
 # ---- A kill between any two file operations
 
 DEADLY = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")

@@ -85,6 +85,9 @@ HELD = [
     ("a.ndjson", json.dumps(QA), 1),
     ("a.csv", "\ufeffid,instruction,output\r\n1,Why?,Because.\r\n2,Why?,Because.\r\n", 2),
     ("a.tsv", "question\tanswer\nWhy?\tBecause.\n", 1),
+    ("a.json", json.dumps({"prompt": ["Why?"] * 2, "completion": ["Because."] * 2, "id": [1, 2]}), 2),
+    ("a.json", json.dumps({"conversations": [ASKED] * 3, "id": [1, 2, 3]}), 3),
+    ("a.json", json.dumps({"dialog": ["Why?", "Because."], "act": [3, 4]}), 1),
     ("a.jsonl", json.dumps({"id": "x" * 70_000, **GOOD}) + "\n" + json.dumps(GOOD), 2),
     ("a.json", json.dumps({"rows": [{"id": "x" * 70_000, **GOOD}, GOOD]}), 2),
 ]
@@ -111,9 +114,10 @@ def test_conversations_in_another_encoding_are_read_where_it_is_named(tmp_path, 
 def test_specs_folders_and_globs_are_those_of_text(tmp_path):
     for name in ("b.json", "a/c.jsonl", "d.txt", ".hidden.json"):
         write(tmp_path / "x" / name, [{"question": name, "answer": "yes"}])
+    write(tmp_path / "x" / "e.csv", "question,answer\ne.csv,yes\n")
     source = open_one(f"talk={tmp_path}/x:0.5")
     assert (source.name, source.weight) == ("talk", 0.5)
-    assert [c[0]["content"] for c in source.conversations()] == ["a/c.jsonl", "b.json"]
+    assert [c[0]["content"] for c in source.conversations()] == ["a/c.jsonl", "b.json", "e.csv"]
     assert source.skipped == {"files of another kind (1 .txt)": 1}
     assert [c[0]["content"] for c in open_one(f"{tmp_path}/x/*.json").conversations()] == ["b.json"]
     with pytest.raises(InputError, match="'x'"):
@@ -131,6 +135,14 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ("a.jsonl", "[1]\nrest", "line 2"),
         ("a.jsonl", json.dumps(GOOD) + "\n\n{\n", "line 3"),
         ("a.jsonl", "5\n", "no JSON object"),
+        *(
+            (
+                name,
+                '{"prompt": "Why?", "completion": "a", "meta": {"id": 1, "id": 2}}' + more,
+                "field 'id' twice",
+            )
+            for name, more in (("a.jsonl", "\n{}"), ("a.json", ""), ("noname", "\n{}"), ("noname", ""))
+        ),
         ("a.json", b"[\xff]", "byte 1"),
         ("a.json", "", "empty files: 1"),
         ("a.json", b"\0\1\2", "binary"),
@@ -232,8 +244,36 @@ def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
         assert [ranking.key for ranking in rankings_of_file(str(several))] == [theirs[0].key]
     ours = rankings_of_file(str(write(tmp_path / "rankings.jsonl", [vars(theirs[0])])))
     assert [ranking.key for ranking in ours] == [theirs[0].key]
-    with pytest.raises(InputError, match=r"missing\.jsonl"):
+    with pytest.raises(InputError, match=r"no such file or folder: .*missing\.jsonl"):
         rankings_of_file(str(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers", "best"),
+    [
+        ("12", (1, 0, 1), "bab"), ("12", (1, 2, 1), "aba"), ("12", (0, 0), "aa"), ("12", (1, 1), None),
+        ("01", (1, 0, 1), "bab"), ("01", (1, 2, 1), "aba"), ("01", (1, 1), None), ("ab", (1, 0), "ba"),
+        ("12", (0, 1, 2), "ab"), ("123", (0, 2), "ac"),
+    ],
+)  # fmt: skip
+def test_a_number_calls_a_reply_as_the_others_of_its_file_count_them_or_is_left_out(
+    tmp_path, names, numbers, best
+):
+    replies = {f"response_{name}": text for name, text in zip(names, "abc", strict=False)}
+    records = [{"prompt": f"{i}?", **replies, "label": number} for i, number in enumerate(numbers)]
+    for name in ("a.json", "a.jsonl"):
+        file = str(write(tmp_path / name, records))
+        if best is None:
+            assert all("from 0 or from 1" in refusal(file, by) for by in (conversations_of, rankings_of))
+            continue
+        rankings = rankings_of([file])
+        assert "".join(one.responses[one.ranking[0][0]] for one in rankings) == best
+        assert "".join(said[1]["content"] for said in conversations_of([file])) == best
+
+
+def test_a_winner_that_no_other_contradicts_is_the_reply_of_that_name(tmp_path):
+    record = {"prompt": "Why?", "response_1": "Because.", "response_2": "No.", "winner": 1}
+    assert conversations_of([str(write(tmp_path / "a.jsonl", [record] * 2))]) == [ASKED] * 2
 
 
 # ---- Real data and the little world

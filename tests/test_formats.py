@@ -112,6 +112,9 @@ CONVERSATIONS = [
     ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "response": " Because."}, ASKED),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant:  c\n\nHuman: d\n\nAssistant: e"},
      chat("a", "b\n\nc", "d", "e")),  # a speaker who goes on
+    *(({"text": f"{who}: Why?\nAssistant: Because.\n"}, ASKED) for who in ("Human", "\nUser")),
+    ({"text": "Human: Why?\n\nAssistant: Because\nHuman: no."}, chat("Why?", "Because\nHuman: no.")),
+    ({"text": "### Human: Why?\nUser: me### Assistant: Because."}, chat("Why?\nUser: me", "Because.")),
     # of a preference, what is preferred
     ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, ASKED),
     ({"instruction": "Why?", "output": "x", "chosen": "Because.", "rejected": "x"}, ASKED),

@@ -58,7 +58,7 @@ class Options:
 
 VALUES = {
     "out": st.sampled_from(["a", "b/c", "with space"]),
-    "data": st.lists(st.sampled_from(["a.txt", "b=c:0.5", "*.md"]), max_size=3).map(tuple),
+    "data": st.lists(st.sampled_from(["a.txt", "b=c:0.5", "*.md"]), min_size=1, max_size=3).map(tuple),
     "steps": st.integers(1, 10**6),
     "rate": st.floats(allow_infinity=False, min_value=0, exclude_min=True),
     "kind": st.sampled_from(["causal", "masked"]),
@@ -121,6 +121,8 @@ def test_every_flag_reaches_its_field_and_the_others_keep_their_defaults(given_v
         ("--steps three", "--steps"),
         ("--steps 1.5", "--steps"),
         ("--steps", "--steps"),
+        ("--steps 3 --data --rate 1", "--data: names nothing"),
+        ("--data", "--data: names nothing"),
         ("--rate fast", "--rate"),
         ("--kind other", "--kind"),
         ("--qk-norm perhaps", "--qk-norm"),
@@ -133,6 +135,10 @@ def test_every_flag_reaches_its_field_and_the_others_keep_their_defaults(given_v
 )
 def test_a_command_line_that_does_not_fit_is_refused_in_one_line(arguments, named):
     assert named in refusal(arguments.split())
+
+
+def test_a_missing_option_is_told_without_the_marks_of_a_help_page():
+    assert "--stage" in (said := refusal([], rlhf.Options)) and "(required)" not in said
 
 
 WORDS = st.text(min_size=1, max_size=8) | st.sampled_from(

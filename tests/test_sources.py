@@ -174,6 +174,7 @@ REFUSED = [
     ("a.txt", "你好世界".encode("gb18030"), "--encoding"),
     ("a.json", '{\n  "name": "x"\n}\n', "neither records, one a line, nor an array"),
     ("a.jsonl", '{"body": "x"}\n', "it has body); name it by --field"),
+    ("a.jsonl", '{"text": "x", "text": "y"}\n{"text": "z"}', "line 1: an object has the field 'text' twice"),
     ("a.csv", "id,text\n1,one, and more\n2,two\n", "record 1: has more values"),
     *(
         ("a.jsonl.gz", damaged, "cannot be unpacked")
@@ -234,6 +235,24 @@ def test_packed_files_of_several_parts_are_whole_and_one_that_is_cut_off_is_refu
         for size in (len(whole) - 1, len(whole) // 2, 8):
             assert "cannot be unpacked" in refusal(write(tmp_path / name, whole[:size]))
     assert "cannot be unpacked" in refusal(write(tmp_path / "b.zst", "no zstd"))
+
+
+class ParquetFile:
+    """Stands for the library's, which seeks in what it is given."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        file.seek(4)
+        self.text = file.read().decode()
+
+    def iter_batches(self, batch_size: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(to_pylist=lambda: [{"text": self.text}])]
+
+
+def test_parquet_may_be_packed_too(tmp_path, monkeypatch):
+    library = SimpleNamespace(ParquetFile=ParquetFile)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", library)
+    for name, content in (("a.parquet", b"PAR1rows"), ("a.parquet.gz", gzip.compress(b"PAR1rows"))):
+        assert texts(write(tmp_path / name, content)) == ["rows"]
 
 
 # ---- Documents

@@ -449,6 +449,18 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize(("special", "lines"), [(SPECIAL_TOKENS, 0), (("<|endoftext|>",), 1)])
+def test_a_plain_template_in_place_of_none_is_told(capsys, special, lines):
+    roles = {"eos_token": "<|endoftext|>"}
+    chatty = with_chat_template(Tokenizer(Tokenizer.train([CORPUS], 300, special).vocabulary, roles))
+    assert with_chat_template(chatty) is chatty
+    assert (
+        len(capsys.readouterr().out.splitlines())
+        == lines
+        == (chatty.config["chat_template"] != DEFAULT_TEMPLATE)
+    )
+
+
 @pytest.mark.parametrize(("template", "words"), BROKEN)
 def test_a_template_that_cannot_work_is_refused_before_the_first_message(monkeypatch, template, words):
     monkeypatch.setattr("minillm.io.sandbox.SECONDS", 0.3)

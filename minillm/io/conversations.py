@@ -10,22 +10,28 @@ counted by reason, and the first such record is shown.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from minillm.data import Skipped
 from minillm.errors import InputError
-from minillm.io.files import KINDS, Errors, Reading, kind_of, list_files, parse_specs, records
-from minillm.io.formats import FORMATS, Purpose, compared, known, nearest, read_record
+from minillm.io.files import (
+    KINDS,
+    RECORD_EXTENSIONS,
+    Errors,
+    Reading,
+    kind_of,
+    list_files,
+    parse_specs,
+    records,
+)
+from minillm.io.formats import FORMATS, TURNS, Purpose, compared, firsts_of, known, nearest, read_record
 from minillm.io.rankings import read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
 from minillm.tools.sources import counts_text
 from minillm.world import World
-
-EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
-"""What is read of a folder. A file given by name or glob may have any name."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def open_conversations(
     for name, path, weight in parse_specs(specs):
         if weight != 1 and purpose != "conversation":
             raise InputError(f"data source {name!r}: a {purpose} has no weight; leave the {weight:g} out")
-        files, unread = list_files(name, [path], EXTENSIONS)
+        files, unread = list_files(name, [path], RECORD_EXTENSIONS)
         skipped = Skipped()
         read_again = partial(_read, files, read, purpose, unread, skipped)
         sources.append(ConversationSource(name, weight, read_again, skipped))
@@ -99,7 +105,8 @@ def _rankings(source: ConversationSource) -> Iterator[Ranking]:
 def rankings_of_file(file: str) -> list[Ranking]:
     """The rankings in a rankings.jsonl of ours, or in anybody's preferences (a file, folder or glob), saying
     what was read."""
-    return read_rankings(Path(file)) if are_ours(file) else read_all([file], "ranking")
+    is_ours = Path(file).exists() and are_ours(file)
+    return read_rankings(Path(file)) if is_ours else read_all([file], "ranking")
 
 
 def are_ours(file: str) -> bool:
@@ -123,9 +130,9 @@ def _read(
     skipped.clear()
     skipped.update(unread)
     for file in files:
-        found, own = False, Skipped()
+        found, own, firsts = False, Skipped(), cache(partial(_firsts, file, read))
         for place, record in _records(file, read, skipped):
-            for result in read_record(record, purpose):
+            for result in read_record(record, purpose, firsts):
                 if isinstance(result, str):
                     line = f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}"
                     own.add(result, line)
@@ -135,6 +142,10 @@ def _read(
                     yield result
         if not found:
             raise _nothing_found(file, purpose, own.first)
+
+
+def _firsts(file: str, read: Reading) -> Sequence[int]:
+    return firsts_of(record for _, record in _records(file, read, Counter()))
 
 
 def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
@@ -156,6 +167,9 @@ def _unwrapped(record: Any) -> Iterator[Any]:
     if isinstance(record, list) and not _are_turns(record):
         yield from record
         return
+    if isinstance(record, dict) and _are_columns(record):
+        yield from (dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True))
+        return
     if isinstance(record, dict):
         lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
         lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
@@ -163,6 +177,14 @@ def _unwrapped(record: Any) -> Iterator[Any]:
             yield from lists[0]
             return
     yield record
+
+
+def _are_columns(record: dict[str, Any]) -> bool:
+    """Whether each field of an object holds a list, with a value for each of several records."""
+    if not all(isinstance(value, list) and len(value) > 1 for value in record.values()):
+        return False
+    turns = [v for n, v in record.items() if _are_turns(v) and (n in TURNS or isinstance(v[0], dict))]
+    return not turns and len(record) > 1 and len(set(map(len, record.values()))) == 1
 
 
 def _are_turns(value: list[Any]) -> bool:

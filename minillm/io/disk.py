@@ -75,10 +75,19 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError where there is none."""
     with reading(path, "was it copied whole?", "read as JSON", (ValueError, RecursionError)):
-        content = json.loads(read_text(path), parse_constant=_refuse_constant)
+        content = json.loads(read_text(path), parse_constant=_refuse_constant, object_pairs_hook=fields_once)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object; restore it")
     return content
+
+
+def fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of some fields; ValueError where one is there twice, of which readers take either."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"an object has the field {name!r:.60} twice")
+    return fields
 
 
 def _refuse_constant(word: str) -> None:

@@ -3,8 +3,9 @@
     data/*.jsonl:0.5 ──► parse_specs, list_files ──► kind_of ──► open_text, or records
 
 What a file is, its content says: text; JSON, a record a line, in one array, or in objects over many lines;
-a table (.csv, .tsv) or a Parquet file, a record a row. All but Parquet may be packed by gzip or zstd. Lines,
-rows and text are read as streams; a JSON array is held in memory. Left out: other formats, downloads.
+a table (.csv, .tsv) or a Parquet file, a record a row. All may be packed by gzip or zstd. Lines, rows and
+text are read as streams; a JSON array and a packed Parquet file are held in memory. Left out: other formats,
+downloads.
 """
 
 import codecs
@@ -28,7 +29,10 @@ from itertools import chain
 from typing import IO, Any, Literal, cast
 
 from minillm.errors import InputError, reading
+from minillm.io.disk import fields_once
 
+RECORD_EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""What holds records, of a folder. A file given by name or glob may have any name."""
 LINE_LIMIT = 256 * 2**20  # characters of one record
 WHOLE_LIMIT = 2**31  # characters of JSON that is not a record a line, and is held in memory
 UNNAMED = "values_without_a_column"  # the field of what a table's row has too much, as by a comma not quoted
@@ -230,8 +234,8 @@ def kind_of(path: str, read: Reading) -> str:
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     line, newline, rest = start.partition(b"\n")
     record, named = None, name.endswith((".json", ".jsonl", ".ndjson"))
-    with suppress(ValueError):
-        record = parse_json(line.decode("utf-8", "replace"))
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line.decode("utf-8", "replace"))
     is_array = start[:1] == b"[" and (named or start[1:].lstrip()[:1] == b"{")
     begins_a_line = start[:1] == b"{" and not newline and len(head) == HEAD
     if isinstance(record, dict) or begins_a_line or (is_array and record is not None and rest.strip()):
@@ -303,21 +307,22 @@ def counting(errors: Errors, dropped: Counter[str], place: str) -> Iterator[None
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds. ValueError where it is none."""
+    """What a JSON text holds. ValueError where it is none, or names a field of an object twice."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=fields_once)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError("not valid JSON") from error
 
 
 def _whole(path: str, read: Reading) -> Iterator[Any]:
     """The JSON texts that a file holds one behind the other, each perhaps over many lines."""
     with open_text(path, read) as file:
-        text, decoder, at = file.read(WHOLE_LIMIT + 1).strip(), json.JSONDecoder(), 0
+        text, at = file.read(WHOLE_LIMIT + 1).strip(), 0
     if len(text) > WHOLE_LIMIT:
         long = f"{path!r}: JSON of over {WHOLE_LIMIT >> 20} million characters"
         raise InputError(f"{long}; make a record a line of it, as by jq -c '.[]'")
-    with reading(repr(path), "is it whole?", "read as JSON", (ValueError, RecursionError)):
+    decoder = json.JSONDecoder(object_pairs_hook=fields_once)
+    with reading(repr(path), "mend it; is it whole?", "read as JSON", (ValueError, RecursionError)):
         while at < len(text):
             record, at = decoder.raw_decode(text, at)
             yield record
@@ -340,8 +345,10 @@ def _table(path: str, read: Reading) -> Iterator[Any]:
 
 def _parquet(path: str, read: Reading) -> Iterator[Any]:
     parquet = _library("pyarrow.parquet", "pyarrow", path, "Parquet", "make .jsonl of it")
-    with reading(repr(path), "fetch it again", "read as Parquet", (OSError, ValueError)):
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+    wrong = reading(repr(path), "fetch it again", "read as Parquet", (OSError, ValueError))
+    with unpacked(path) as file, wrong:
+        whole = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
+        for batch in parquet.ParquetFile(whole).iter_batches(batch_size=256):
             yield from batch.to_pylist()
 
 

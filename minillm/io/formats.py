@@ -40,6 +40,8 @@ Replies = Sequence[tuple[Any, Score]]
 """The replies in a record, each a text, a message or a whole conversation."""
 Example = Sequence[tuple[Conversation, Score]]
 """Conversations alike but for their last message. One alone is a demonstration, or a prompt without reply."""
+Firsts = Callable[[], Sequence[int]]
+"""The numbers by which verdicts may call the first of several replies; with none, by that in its name."""
 Comparison = tuple[Conversation, dict[str, float]]
 """What is asked, and the score of each reply: of one alone, until others to the same prompt are found."""
 
@@ -64,17 +66,17 @@ class Format:
     """The records of other rows that a record holds in place of replies of its own."""
 
 
-def read_record(record: object, purpose: Purpose) -> Iterator[Any]:
+def read_record(record: object, purpose: Purpose, firsts: Firsts = tuple) -> Iterator[Any]:
     """What a record gives for a purpose and, as texts, the reasons why some or all of it is left out."""
     try:
-        for example in _examples(record, purpose):
+        for example in _examples(record, purpose, firsts):
             yield from USES[purpose](example)
     except LeftOutError as reason:
         yield str(reason)
 
 
-def _examples(record: object, purpose: Purpose) -> list[Example]:
-    form, fields = known(record)
+def _examples(record: object, purpose: Purpose, firsts: Firsts) -> list[Example]:
+    form, fields = known(record, firsts)
     if form is None:
         raise LeftOutError("records in no known format")
     understood = {name for group in form.known_by for name in group} | set(form.obeys)
@@ -83,7 +85,8 @@ def _examples(record: object, purpose: Purpose) -> list[Example]:
             raise LeftOutError(f"records with {name!r}, which changes what they say and is not understood")
     try:
         if form.parts:
-            return [example for part in form.parts(fields, purpose) for example in _examples(part, purpose)]
+            parts = form.parts(fields, purpose)
+            return [example for part in parts for example in _examples(part, purpose, firsts)]
         try:
             replies = form.replies(fields)
         except LeftOutError:
@@ -95,7 +98,7 @@ def _examples(record: object, purpose: Purpose) -> list[Example]:
         raise LeftOutError("records whose fields hold something else than their format has") from error
 
 
-def known(record: object) -> tuple[Format | None, Record]:
+def known(record: object, firsts: Firsts = tuple) -> tuple[Format | None, Record]:
     """The format of a record, and its fields, with names in small letters."""
     if isinstance(record, list):
         record = {"messages": record}
@@ -116,7 +119,7 @@ def known(record: object) -> tuple[Format | None, Record]:
         for name in REPLIES:  # samples that nobody judged
             if isinstance(held := fields.get(name), list) and not any(isinstance(r, dict) for r in held):
                 del fields[name]
-    fields |= _numbered(fields)
+    fields |= _numbered(fields, firsts)
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
         fields[TREE] = fields["prompt"]
     has = {name for name, value in fields.items() if value is not None}
@@ -259,14 +262,16 @@ def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conv
     return [message for turn in said for message in _turn(turn)]
 
 
-SPEAKER = re.compile(r"\n\n(Human|Assistant|User|System):|(?:^|\n|(?<=\S))### (Human|Assistant):")
+SPEAKER = r"{}(Human|Assistant|User|System):|(?:^|\n|(?<=\S))### (Human|Assistant):"
 
 
 def _parse_transcript(text: str) -> Conversation:
     """The conversation in a transcript; nothing where the text is not one. An open last turn is no message.
-    Where somebody speaks twice in a row, the second is a paragraph of the first: replies that begin a
-    paragraph with their speaker's name look like that."""
-    before, *parts = SPEAKER.split("\n\n" + text.lstrip())
+    Turns follow empty lines, or just begin lines, where none does. Where somebody speaks twice in a row, the
+    second is a paragraph of the first: replies that begin a paragraph with their speaker's name look like
+    that."""
+    apart = "\n\n" if re.search(SPEAKER.format("\n\n"), text.lstrip()) else "\n"
+    before, *parts = re.split(SPEAKER.format(apart), apart + text.lstrip())
     if before.strip() or not parts:
         return []
     messages: Conversation = []
@@ -386,7 +391,7 @@ MARKED = re.compile(
 )
 
 
-def _numbered(fields: Record) -> Record:
+def _numbered(fields: Record, firsts: Firsts) -> Record:
     """The replies that several fields hold, as in response_a and response_b: a list of them, with the names
     by which a verdict may call each."""
     stems: dict[str, dict[str, Any]] = {}
@@ -394,12 +399,26 @@ def _numbered(fields: Record) -> Record:
         if (match := MARKED.fullmatch(name)) and not _is_empty(value):
             stems.setdefault(match[1], {})[match[2]] = value
     stem, replies = max(stems.items(), key=lambda stem: len(stem[1]), default=("", {}))
+    starts = firsts() if len(replies) > 1 and _verdict_of(fields).isdecimal() else ()
     named = {
-        mark: (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
-        for mark in sorted(replies)
-    }
+        mark: (f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}",
+               *([str(start + i) for start in starts] or [mark]))
+        for i, mark in enumerate(sorted(replies))
+    }  # fmt: skip
     found = [{"text": replies[m], "score": _score_beside(fields, *of), CALLED: of} for m, of in named.items()]
     return {NUMBERED: found} if len(found) > 1 else {}
+
+
+def firsts_of(records: Iterable[object]) -> Sequence[int]:
+    """The numbers by which the verdicts of `records` may call a first reply, such as response_1: 0, 1, either
+    where a `label` is 1 in all of them; none where they fit neither, or where the reply's own does."""
+    numbers, count, name = set[int](), 0, ""
+    for fields in (known(record)[1] for record in records):
+        if NUMBERED in fields and (word := _verdict_of(fields)).isdecimal():
+            numbers.add(int(word))
+            count, name = len(fields[NUMBERED]), next(name for name in VERDICTS if name in fields)
+    fit = [first for first in (0, 1) if all(first <= number < first + count for number in numbers)]
+    return fit if len(fit) == 1 or name == "label" else ()
 
 
 def _listed_replies(fields: Record) -> Replies:
@@ -417,18 +436,24 @@ def _listed_replies(fields: Record) -> Replies:
 
 def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | None:
     """The scores by a field that names the best of some replies, or a tie; None where there is none."""
-    verdict, signed = _first(fields, VERDICTS), _first(fields, SIGNED)
-    if verdict is None:
+    word, signed = _verdict_of(fields), _first(fields, SIGNED)
+    if not word:
         return [0.0, float(signed)] if signed is not None and len(names) == 2 else None
-    word = str(verdict).strip().lower().removesuffix(".0")
     if word.endswith(("bad", "bad)")) or word in ("neither", "none"):
         return [BAD] * len(names)
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
         return [0.0] * len(names)
     scores = [float(word in name) for name in names]
     if sum(scores) != 1:
-        raise LeftOutError("records with a verdict that names none of their replies")
+        how = "names none of their replies" if not sum(scores) else "may count them from 0 or from 1"
+        raise LeftOutError(f"records with a verdict that {how}")
     return scores
+
+
+def _verdict_of(fields: Record) -> str:
+    """The word or number by which a field names the best of some replies; nothing where there is none."""
+    verdict = _first(fields, VERDICTS)
+    return "" if verdict is None else str(verdict).strip().lower().removesuffix(".0")
 
 
 def _scores_beside(fields: Record, count: int) -> list[Any] | None:

@@ -23,6 +23,7 @@ from minillm.errors import InputError
 from minillm.io.files import (
     BLOCK,
     KINDS,
+    RECORD_EXTENSIONS,
     UNNAMED,
     Errors,
     Reading,
@@ -38,7 +39,7 @@ from minillm.io.files import (
 from minillm.tokenizer import ENDOFTEXT
 from minillm.world import SHARES, World
 
-EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+EXTENSIONS = (".txt", ".md", ".py", *RECORD_EXTENSIONS)
 """What is read of a folder. A file given by name or glob may have any name."""
 DOCUMENT_LIMIT = 4 * 2**20  # characters; longer than War and Peace: only dumps of many texts are cut
 SEPARATOR = re.compile(rf"{re.escape(ENDOFTEXT)}(?:(?<![\"'`]{re.escape(ENDOFTEXT)})|(?![\"'`]))")

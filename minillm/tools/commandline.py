@@ -84,6 +84,10 @@ def words_as_meant(kind: type[Any], arguments: list[str]) -> list[str]:
             # A place may stand behind --flag= or NAME=.
             word = re.sub(r"^(--[^=/]*=)?([^/~]*=)?~(?=/|$)", rf"\1\2{os.path.expanduser('~')}", word)
         words.append(word)
+    lists = {name for name, kind in get_type_hints(kind).items() if "tuple" in str(kind)}
+    for word, after in itertools.pairwise([*words, "--"]):
+        if word[:2] == "--" and word[2:].replace("-", "_") in lists and after[:2] == "--":
+            raise InputError(f"{word}: names nothing; give one value or more, or leave it out")
     return words
 
 
@@ -100,7 +104,7 @@ def options_of(kind: type[Any], words: list[str], **how: Any) -> Any:
         # What tyro says inside its frame, up to the first ruler; in ASCII one stands in front, too.
         lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
         said = next(filter(None, re.split("(?:──|-----)[─-]*", " ".join(lines))))
-        raise InputError(f"{said.strip()}; see --help") from None
+        raise InputError(f"{said.replace('(required)', '').strip()}; see --help") from None
 
 
 def stored_options(kind: type[Any], path: Path) -> Any:
