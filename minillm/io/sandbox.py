@@ -13,9 +13,10 @@ import sys
 import threading
 from contextlib import suppress
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from minillm.errors import InputError, reason_of
 
@@ -23,10 +24,14 @@ SECONDS = 10.0
 """For one rendering; the longest conversation takes milliseconds."""
 MEMORY = 2**30
 """Bytes of the process, where the system can limit them (not on Windows; macOS does not heed it)."""
+UTF8: Any = {"encoding": "utf-8", "errors": "surrogatepass"}
 
 
 class Program:
     """A template, compiled. InputError for what is no Jinja."""
+
+    lock, waiting = threading.Lock(), list[Any]()
+    """The process for all templates, while it waits for a question; begun anew where it had to be ended."""
 
     def __init__(self, source: str) -> None:
         # The clock stands still: a template that writes the time must not change in a conversation.
@@ -35,7 +40,8 @@ class Program:
 
     def render(self, variables: dict[str, Any] | None) -> str:
         """What it writes. InputError for whatever it raises, and for too much time or memory."""
-        text, error = _process().ask([self.source, self.now, variables])
+        with self.lock:
+            text, error = _ask(self.waiting, [self.source, self.now, variables])
         if error is not None:
             what = "the chat template refuses these messages"
             if variables is None:
@@ -44,48 +50,41 @@ class Program:
         return text
 
 
-@cache
-def _process() -> "_Process":
-    return _Process()
+def _ask(waiting: list[Any], question: Any) -> tuple[str, str | None]:
+    """What was written, and what went wrong if anything did."""
+    process = waiting.pop() if waiting else _start()  # until all has gone well: Ctrl-C leaves no answer there
+    timer = threading.Timer(SECONDS, process.kill)
+    try:
+        timer.start()
+        with suppress(BrokenPipeError):
+            _send(process.stdin, question)
+        if not (answer := process.stdout.readline()).endswith("\n"):
+            late = not timer.is_alive()
+            return "", f"takes longer than {SECONDS:g} seconds" if late else "takes too much memory"
+        waiting.append(process)
+        text, error = json.loads(answer)
+        return text, error
+    finally:
+        timer.cancel()
+        if not waiting:
+            process.kill()
+            process.communicate()
 
 
-class _Process:
-    """The process, begun anew where it had to be ended."""
+def _start() -> Any:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.io.sandbox as s; s._serve()"
+    # A session of its own, so that Ctrl-C reaches the main process only.
+    process: Any = subprocess.Popen(
+        [sys.executable, "-c", code, str(Path(__file__).parents[2])], start_new_session=True, **UTF8,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    process.stdout.readline()  # when Jinja is imported the time begins
+    return process
 
-    def __init__(self) -> None:
-        self.lock, self.running = threading.Lock(), None
 
-    def ask(self, question: Any) -> tuple[str, str | None]:
-        """What was written, and what went wrong if anything did."""
-        with self.lock:
-            process: Any = self.running or self._start()
-            timer = threading.Timer(SECONDS, process.kill)
-            self.running = None  # until all has gone well: Ctrl-C must not leave an answer behind
-            try:
-                timer.start()
-                with suppress(BrokenPipeError):
-                    _send(process.stdin, question)
-                if not (answer := process.stdout.readline()).endswith(b"\n"):
-                    late = not timer.is_alive()
-                    return "", f"takes longer than {SECONDS:g} seconds" if late else "takes too much memory"
-                self.running = process
-                text, error = _read(answer)
-                return text, error
-            finally:
-                timer.cancel()
-                if self.running is None:
-                    process.kill()
-                    process.communicate()
-
-    def _start(self) -> Any:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.io.sandbox as s; s._serve()"
-        # A session of its own, so that Ctrl-C reaches the main process only.
-        process: Any = subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parents[2])], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        process.stdout.readline()  # when Jinja is imported the time begins
-        return process
+def _send(stream: Any, message: Any) -> None:
+    # Not in ASCII, where two surrogates side by side would be read as one character.
+    print(json.dumps(message, ensure_ascii=False), file=stream, flush=True)
 
 
 # ---- In the process
@@ -99,27 +98,19 @@ def _serve() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     program("", datetime.now().isoformat())
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for stream in (sys.stdin, answers):
+        cast(TextIOWrapper, stream).reconfigure(**UTF8)
     _send(answers, "ready")
-    for line in sys.stdin.buffer:
+    for line in sys.stdin:
         text, error = "", None
         try:
-            source, now, variables = _read(line)
+            source, now, variables = json.loads(line)
             template = program(source, now)
             text = template.render(variables) if variables is not None else ""
         except Exception as wrong:  # someone's program: whatever it raises is bad input
             error = reason_of(wrong)
         _send(answers, [text, error])
-
-
-def _send(stream: Any, message: Any) -> None:
-    # Not in ASCII, where two surrogates side by side would be read as one character.
-    stream.write(json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-    stream.flush()
-
-
-def _read(line: bytes) -> Any:
-    return json.loads(line.decode("utf-8", "surrogatepass"))
 
 
 def _compile(source: str, now: str) -> Any:
