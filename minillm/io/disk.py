@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from minillm.errors import InputError, reading, writing
 
@@ -100,6 +101,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
+    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if get_origin(option) in (tuple, list) and isinstance(value, list):
+            return get_origin(option)(typed(name, item, get_args(option)[0]) for item in value)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option or option is Any:
+            return value
+    raise TypeError(f"{name} is {value!r:.60}")
 
 
 def sync(path: Path) -> None:

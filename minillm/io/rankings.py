@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from minillm.errors import BAD_FILE, InputError, reading, writing
-from minillm.io.disk import read_json, sync, sync_open, write_json
+from minillm.io.disk import read_json, sync, sync_open, typed, write_json
 from minillm.io.messages import check_messages
 from minillm.preferences import Ranking, Record, ResponseSet, now
 from minillm.tools.folder import lock, read_run
@@ -119,7 +119,7 @@ def read_responses(path: Path) -> list[ResponseSet]:
     for place, record in read_json_lines(path, "python rlhf.py --stage sample makes it"):
         with _mending(place):
             cut = [k for k, draw in enumerate(record.get("draws", ())) if draw.get("ended") is False]
-            sets.append(ResponseSet(**_given(record), world=_value(record, "world", int, None), cut=cut))
+            sets.append(_line_as(ResponseSet, record, cut=cut))
     if not sets:
         raise InputError(f"{path}: holds no responses; python rlhf.py --stage sample makes them")
     return sets
@@ -141,37 +141,26 @@ def _mending(place: str) -> Any:
     return reading(place, "mend the line or take it out", errors=(InputError, *BAD_FILE))
 
 
-def _given(record: Record) -> dict[str, Any]:
-    """Messages, responses and kind of a line. ValueError or InputError says what is wrong."""
-    responses = _value(record, "responses", list)
-    if len(responses) < 2 or not all(isinstance(text, str) for text in responses):
-        raise ValueError(f"it has {len(responses)} responses; give at least 2, each a text")
-    kind = _value(record, "kind", str, None)
-    return {"messages": check_messages(record.get("messages")), "responses": responses, "kind": kind}
+def _line_as(kind: type[Any], record: Record, **more: Any) -> Any:
+    """What a line holds, as a set or a ranking. An exception says what is wrong."""
+    kinds = get_type_hints(kind) | {"messages": Any}
+    found = {name: typed(name, record[name], kinds[name]) for name in kinds if name in record}
+    made = kind(**found | {"messages": check_messages(record.get("messages"))} | more)
+    if len(made.responses) < 2:
+        raise ValueError(f"it has {len(made.responses)} responses; give at least 2")
+    return made
 
 
 def _ranking(record: Record) -> Ranking:
-    given, ranking = _given(record), _value(record, "ranking", list)
-    named = [index for tied in ranking for index in _value({"ranking": tied}, "ranking", list)]
-    whole = all(type(index) is int for index in named) and all(ranking)  # a bool is no number here
-    if not whole or sorted(named) != list(range(len(given["responses"]))):
-        raise ValueError(f"its ranking is {ranking!r:.60}; let every index be in it once, and no group empty")
-    annotator, time = _value(record, "annotator", str), _value(record, "time", str)
-    if not annotator.strip():
-        raise ValueError("its annotator has no name")
-    datetime.fromisoformat(time)
-    cut = [index for index in _value(record, "cut", list, []) if index in named]
-    return Ranking(
-        **given, ranking=ranking, annotator=annotator, seed=_value(record, "seed", int), time=time, cut=cut
-    )
-
-
-def _value(record: Record, name: str, kind: type, *default: object) -> Any:
-    """A field of a type, or the default, if one is given, where there is none."""
-    value = record.get(name, *default)
-    if type(value) is not kind and value not in default:
-        raise ValueError(f"its {name} is {value!r:.40}; give a {kind.__name__}")
-    return value
+    made = _line_as(Ranking, record)
+    named = [index for tied in made.ranking for index in tied]
+    if not all(made.ranking) or sorted(named) != list(range(len(made.responses))):
+        wrong = f"its ranking is {made.ranking!r:.60}"
+        raise ValueError(f"{wrong}; let every index be in it once, and no group empty")
+    if not made.annotator.strip() or set(made.cut) - set(named):
+        raise ValueError("its annotator has no name, or it has a cut response that is none of its own")
+    datetime.fromisoformat(made.time)
+    return made
 
 
 def _withdraw(rankings: list[Ranking], annotator: object, key: object) -> Ranking:

@@ -17,13 +17,12 @@ from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields, make_dataclass, replace
 from dataclasses import field as new_field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
 from minillm.errors import InputError
-from minillm.io.disk import read_json
+from minillm.io.disk import read_json, typed
 from minillm.tools.streams import tables
 
 GROWING = frozenset({"steps", "iterations"})
@@ -120,23 +119,9 @@ def stored_options(kind: type[Any], path: Path) -> Any:
     if isinstance(stored.get("field"), str):  # one name in the release before
         stored["field"] = [stored["field"]]
     try:
-        return kind(**{name: _typed(name, value, kinds[name]) for name, value in stored.items()})
+        return kind(**{name: typed(name, value, kinds[name]) for name, value in stored.items()})
     except (InputError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: holds an option that does not fit ({error})") from None
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
-    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
-        if get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_typed(name, item, get_args(option)[0]) for item in value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and type(value) is int:
-            return float(value)
-        if type(value) is option:
-            return value
-    raise TypeError(f"{name} is {value!r:.60}")
 
 
 # ---- --help
