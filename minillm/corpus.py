@@ -40,19 +40,20 @@ FORMAT_VERSION = 2  # of the tokens on disk and the split: part of every cache's
 
 @dataclass(frozen=True)
 class Source:
-    """A named stream of documents with a weight in the mixture; `documents()` starts a new pass over it."""
+    """A named stream of documents (texts, conversations, prompts, comparisons) with a weight in the mixture;
+    `documents()` starts a new pass over it."""
 
     name: str
     weight: float
-    documents: Callable[[], Iterator[str]]
-    fingerprint: str
-    """Changes with the documents."""
+    documents: Callable[[], Iterator[Any]]
+    fingerprint: str = ""
+    """Changes with the documents, if they are texts."""
     size: int | None = None
     """About how many bytes they have; None where the order is random: the first ones are a fair sample."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Files that were left out, by reason."""
+    skipped: Skipped = field(default_factory=Skipped)
+    """Files that were left out, by reason; and, but for texts, what the latest pass left out."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What the latest pass over the documents left out or replaced, by reason."""
+    """What the latest pass over texts left out or replaced, by reason."""
 
 
 def unit_hash(text: str) -> float:
@@ -181,7 +182,7 @@ def _marked_documents(
 
 
 def encode_source(
-    source: Any, encode: Callable[[Conversation], Dialogue], block_size: int, val_fraction: float = 0.05
+    source: Source, encode: Callable[[Conversation], Dialogue], block_size: int, val_fraction: float = 0.05
 ) -> EncodedSource:
     """The conversations of `source` (io/conversations.py) as tokens, none longer than a row.
 
@@ -191,7 +192,7 @@ def encode_source(
     InputError where nothing is left to train on; there may be nothing to validate on.
     """
     skipped, kept, hashes = Skipped(), list[Encoded](), list[tuple[float, float]]()
-    bar = tqdm(source.conversations(), f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
+    bar = tqdm(source.documents(), f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
     for number, conversation in enumerate(bar, start=1):
         place = f"conversation {number} of {source.name!r}"
         try:

@@ -14,10 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minillm.chat import Dialogue
-from minillm.corpus import encode_source
+from minillm.corpus import Source, encode_source
 from minillm.errors import InputError
 from minillm.io.conversations import (
-    ConversationSource,
     open_conversations,
     rankings_of_file,
     read_all,
@@ -44,13 +43,13 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def open_one(spec: object, **options) -> ConversationSource:
+def open_one(spec: object, **options) -> Source:
     (source,) = open_conversations([str(spec)], **options)
     return source
 
 
 def conversations_of(specs: list[str], **options) -> list:
-    return [held for source in open_conversations(specs, **options) for held in source.conversations()]
+    return [held for source in open_conversations(specs, **options) for held in source.documents()]
 
 
 rankings_of = partial(read_all, purpose="ranking")
@@ -96,7 +95,7 @@ HELD = [
 @pytest.mark.parametrize(("name", "content", "count"), HELD)
 def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, count):
     source = open_one(write(tmp_path / name, content))
-    assert list(source.conversations()) == [ASKED] * count and not source.skipped
+    assert list(source.documents()) == [ASKED] * count and not source.skipped
     assert (source.name, source.weight) == (name, 1)
 
 
@@ -108,7 +107,7 @@ def test_conversations_in_another_encoding_are_read_where_it_is_named(tmp_path, 
     file = write(tmp_path / name, (text[1:-1] if name == "a.jsonl" else text).encode(encoding))
     assert "convert it" in refusal(file)
     (source,) = open_conversations([str(file)], encoding=encoding)
-    assert [m["content"] for m in next(source.conversations())] == ["为什么?", "因为."]
+    assert [m["content"] for m in next(source.documents())] == ["为什么?", "因为."]
 
 
 def test_specs_folders_and_globs_are_those_of_text(tmp_path):
@@ -117,9 +116,9 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
     write(tmp_path / "x" / "e.csv", "question,answer\ne.csv,yes\n")
     source = open_one(f"talk={tmp_path}/x:0.5")
     assert (source.name, source.weight) == ("talk", 0.5)
-    assert [c[0]["content"] for c in source.conversations()] == ["a/c.jsonl", "b.json", "e.csv"]
+    assert [c[0]["content"] for c in source.documents()] == ["a/c.jsonl", "b.json", "e.csv"]
     assert source.skipped == {"files of another kind (1 .txt)": 1}
-    assert [c[0]["content"] for c in open_one(f"{tmp_path}/x/*.json").conversations()] == ["b.json"]
+    assert [c[0]["content"] for c in open_one(f"{tmp_path}/x/*.json").documents()] == ["b.json"]
     with pytest.raises(InputError, match="'x'"):
         open_conversations([f"{tmp_path}/x", f"x={tmp_path}/x"])
 
@@ -173,14 +172,14 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_is_shown(tmp_path, 
     unusable = {"title": 1, "text": "x"}
     source = open_one(write(tmp_path / f"a{suffix}", [GOOD, unusable, unusable, {"messages": []}, GOOD]))
     for _ in range(2):  # the count is that of one pass
-        assert list(source.conversations()) == [ASKED, ASKED]
+        assert list(source.documents()) == [ASKED, ASKED]
         assert list(source.skipped.values()) == [2, 1]
     place, fields = "record 2" if suffix == ".json" else "line 2", "its fields: title, text"
     for words in (place, f"a{suffix}", fields, *source.skipped):
         assert words in source.skipped.first or words.startswith("conversations")
     write(tmp_path / f"0{suffix}", [GOOD, {"other": 1}])
     both = open_one(tmp_path)
-    assert len(list(both.conversations())) == 3
+    assert len(list(both.documents())) == 3
     assert both.skipped["records in no known format"] == 1 and f"0{suffix}" in both.skipped.first
 
 
@@ -190,7 +189,7 @@ def test_lines_are_read_one_at_a_time_and_one_that_does_not_parse_is_skipped_whe
     assert "line 3" in refusal(file)
     tracemalloc.start()
     source = open_one(file, errors="replace")
-    count = sum(1 for _ in source.conversations())
+    count = sum(1 for _ in source.documents())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 1000 and peak < file.stat().st_size / 20
@@ -224,7 +223,7 @@ def test_prompts_and_rankings_are_opened_as_such(tmp_path, capsys):
     records = [PAIR, {**QA, "label": True}, {**QA, "label": False, "completion": "No."}, {"id": 1}]
     path = str(write(tmp_path / "p.jsonl", records))
     (source,) = open_conversations([path], purpose="prompt")
-    assert list(source.conversations()) == [ASKED[:1]] * 3
+    assert list(source.documents()) == [ASKED[:1]] * 3
     rankings = rankings_of([f"friends={path}"])
     assert [ranking.responses for ranking in rankings] == [["b", "a"], ["Because.", "No."]]
     assert [ranking.annotator for ranking in rankings] == ["friends"] * 2
@@ -297,7 +296,7 @@ REAL = {  # conversations and what is left out of them; the same of rankings, wh
 @pytest.mark.parametrize("file", REAL)
 def test_published_data_is_read_in_full(shared_data, capsys, file):
     source = open_one(shared_data / file)
-    conversations = list(source.conversations())
+    conversations = list(source.documents())
     found = [len(conversations), source.skipped.total()]
     assert all(conversation[-1]["role"] == "assistant" for conversation in conversations)
     roles = {message["role"] for conversation in conversations for message in conversation}
@@ -315,9 +314,9 @@ def test_published_data_is_read_in_full(shared_data, capsys, file):
 def test_the_little_world_speaks_in_the_same_form():
     world = World(0)
     source = world_conversations(world, "train", 50)
-    conversations = list(source.conversations())
+    conversations = list(source.documents())
     expected = [conversation.messages for conversation in world.conversations("train", 50)]
-    assert conversations == expected == list(source.conversations())
+    assert conversations == expected == list(source.documents())
     assert source.name not in SHARES  # so that it can be mixed with the world's text
     assert [next(read_record({"messages": said}, "conversation")) for said in conversations] == conversations
 
@@ -325,8 +324,8 @@ def test_the_little_world_speaks_in_the_same_form():
 # ---- Train and validation
 
 
-def a_source(conversations: list) -> ConversationSource:
-    return ConversationSource("s", 1.0, lambda: iter(conversations))
+def a_source(conversations: list) -> Source:
+    return Source("s", 1.0, lambda: iter(conversations))
 
 
 def exchange(question: str, answer: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from runs import a_stream
 
 from minillm.chat import Dialogue
-from minillm.corpus import encode_source
+from minillm.corpus import Source, encode_source
 from minillm.data import (
     IGNORED,
     STRETCH,
@@ -27,7 +27,6 @@ from minillm.data import (
     validation_batches,
 )
 from minillm.errors import InputError
-from minillm.io.conversations import ConversationSource
 from minillm.model import LanguageModel, ModelConfig
 from minillm.tools.sources import tell_shares
 from minillm.world import assistant, user
@@ -54,8 +53,8 @@ def encode(messages: list[dict[str, str]]) -> Dialogue:
     return Dialogue(tokens, owed)
 
 
-def a_source(conversations: list, name: str = "s", weight: float = 1.0) -> ConversationSource:
-    return ConversationSource(name, weight, lambda: iter(conversations))
+def a_source(conversations: list, name: str = "s", weight: float = 1.0) -> Source:
+    return Source(name, weight, lambda: iter(conversations))
 
 
 def encoded(conversations: list, block_size: int, name: str = "s", weight: float = 1.0) -> EncodedSource:

@@ -165,7 +165,7 @@ def open_prompts(
     else:
         asked: list[Prompt] = []
         for source in conversations.open_conversations(options.data, options.errors, "prompt"):
-            asked += [Prompt(messages, UNNAMED, "") for messages in source.conversations()]
+            asked += [Prompt(messages, UNNAMED, "") for messages in source.documents()]
             left_out += source.skipped
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])
         prompts = asked[: options.prompts]

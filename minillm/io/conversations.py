@@ -1,6 +1,6 @@
 """Other people's conversations, prompts and rankings, and the little world's conversations.
 
-    files ──► records (files.py) ──► formats.py ──► ConversationSource, or rankings
+    files ──► records (files.py) ──► formats.py ──► Source, or rankings
 
 A conversation is a list of messages {"role", "content"}, the roles being system, user, assistant and tool;
 it ends with the assistant. A reply with "train": False is not learned. What cannot be used is left out and
@@ -8,13 +8,13 @@ counted by reason, and the first such record is shown.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from minillm.corpus import Source
 from minillm.data import Skipped
 from minillm.errors import InputError
 from minillm.io.files import (
@@ -34,24 +34,12 @@ from minillm.tools.sources import counts_text
 from minillm.world import World
 
 
-@dataclass(frozen=True)
-class ConversationSource:
-    """A named stream of conversations, with a weight in the mixture, or of prompts or comparisons."""
-
-    name: str
-    weight: float
-    conversations: Callable[[], Iterator[Any]]
-    """Starts a new pass over it."""
-    skipped: Skipped = field(default_factory=Skipped)
-    """What the latest pass left out, and files that every pass does."""
-
-
 def open_conversations(
     specs: Sequence[str],
     errors: Errors = "strict",
     purpose: Purpose = "conversation",
     encoding: str = "utf-8",
-) -> list[ConversationSource]:
+) -> list[Source]:
     """Open conversations given as files, folders or globs of JSON, tables or Parquet; or prompts, which are
     all messages before the last reply, or all where nobody has replied; or what compares replies.
 
@@ -65,14 +53,14 @@ def open_conversations(
         files, unread = list_files(name, [path], RECORD_EXTENSIONS)
         skipped = Skipped()
         read_again = partial(_read, files, read, purpose, unread, skipped)
-        sources.append(ConversationSource(name, weight, read_again, skipped))
+        sources.append(Source(name, weight, read_again, skipped=skipped))
     return sources
 
 
-def world_conversations(world: World, split: str, n: int) -> ConversationSource:
+def world_conversations(world: World, split: str, n: int) -> Source:
     """`n` demonstrations of the little world. Its splits share no question."""
     messages = [conversation.messages for conversation in world.conversations(split, n)]
-    return ConversationSource("conversations", 1.0, lambda: iter(messages))
+    return Source("conversations", 1.0, lambda: iter(messages))
 
 
 # ---- Prompts and rankings, all at once
@@ -83,7 +71,7 @@ def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") 
     of the annotator."""
     found: list[Any] = []
     for source in open_conversations(specs, errors, purpose):
-        own = list(_rankings(source) if purpose == "ranking" else source.conversations())
+        own = list(_rankings(source) if purpose == "ranking" else source.documents())
         if not own:
             raise _nothing_found(source.name, purpose, source.skipped.first)
         print(counts_text(f"{source.name}: {len(own):,} {purpose}s", source.skipped))
@@ -91,9 +79,9 @@ def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") 
     return found
 
 
-def _rankings(source: ConversationSource) -> Iterator[Ranking]:
+def _rankings(source: Source) -> Iterator[Ranking]:
     """Replies that were judged one by one are compared with those to the same prompt."""
-    for result in compared(source.conversations()):
+    for result in compared(source.documents()):
         if isinstance(result, str):
             source.skipped.add(result, f"one in {source.name!r} is among the {result}")
         else:
@@ -162,21 +150,19 @@ def _records(path: str, read: Reading, dropped: Counter[str]) -> Iterator[tuple[
     return records(path, kind, read, dropped, _unwrapped)
 
 
-def _unwrapped(record: Any) -> Iterator[Any]:
-    """The records in a list of them, or in an object that wraps one such list; else the record itself."""
+def _unwrapped(record: Any) -> list[Any]:
+    """The records in a list of them, in an object of columns, or in an object that wraps one such list; else
+    the record itself."""
     if isinstance(record, list) and not _are_turns(record):
-        yield from record
-        return
-    if isinstance(record, dict) and _are_columns(record):
-        yield from (dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True))
-        return
-    if isinstance(record, dict):
-        lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
-        lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
-        if len(lists) == 1 and (known(record)[0] is None or lists[0] is record.get("data")):
-            yield from lists[0]
-            return
-    yield record
+        return record
+    if not isinstance(record, dict):
+        return [record]
+    if _are_columns(record):
+        return [dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True)]
+    lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
+    lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
+    wraps = len(lists) == 1 and (known(record)[0] is None or lists[0] is record.get("data"))
+    return lists[0] if wraps else [record]
 
 
 def _are_columns(record: dict[str, Any]) -> bool:

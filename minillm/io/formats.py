@@ -500,16 +500,12 @@ def _instances(fields: Record, purpose: Purpose) -> list[Record]:
 def _branches(fields: Record, purpose: Purpose) -> list[Record]:
     """Of a tree, the path along the replies ranked best (unranked ones last, ties to the first); or, to rank,
     the replies to each message that bear a rank, where there are two or more."""
-    if purpose != "ranking":
-        path, nodes = [], [fields[TREE]]
-        while nodes:
-            path.append(min(nodes, key=lambda node: (node.get("rank") is None, node.get("rank") or 0)))
-            nodes = _kept(path[-1])
-        return [{"messages": path}]
     records, paths = [], [[fields[TREE]]]
     while paths:
         path = paths.pop()
         replies = _kept(path[-1])
+        if purpose != "ranking" and not replies:
+            return [{"messages": path}]
         paths += [[*path, reply] for reply in reversed(replies)]
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len(ranked) >= 2 and all(reply["role"] == "assistant" for reply in ranked):
@@ -520,8 +516,8 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
 
 
 def _kept(node: Record) -> list[Record]:
-    """The replies to a node that its readers have not thrown out."""
-    replies = node.get("replies") or []
+    """The replies to a node that its readers have not thrown out, best first, unranked ones last."""
+    replies = sorted(node.get("replies") or [], key=lambda r: (r.get("rank") is None, r.get("rank") or 0))
     return [r for r in replies if not r.get("deleted") and r.get("review_result") is not False]
 
 

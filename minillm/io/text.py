@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from minillm.corpus import Source
+from minillm.data import Skipped
 from minillm.digest import digest, digest_of
 from minillm.errors import InputError
 from minillm.io.files import (
@@ -110,7 +111,13 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
     dropped = Counter[str]()
     fingerprint = digest(vars(read), DOCUMENT_LIMIT, digests)
     return Source(
-        name, weight, partial(_documents, name, kinds, read, dropped), fingerprint, size, skipped, dropped
+        name,
+        weight,
+        partial(_documents, name, kinds, read, dropped),
+        fingerprint,
+        size,
+        Skipped(skipped),
+        dropped,
     )
 
 
