@@ -131,16 +131,12 @@ def nearest(record: object, purpose: Purpose) -> str:
     if not isinstance(record, dict):
         return "it is a list" if isinstance(record, list) else "it is no JSON object"
     fields = known(record)[1]
-
-    def lacking(form: Format) -> list[tuple[str, ...]]:
-        return [group for group in form.known_by if not set(group) & fields.keys()]
-
-    forms = [form for form in FORMATS if purpose in form.gives]
-    form = min(forms, key=lambda form: (len(lacking(form)) / len(form.known_by), form.name != "messages"))
-    wanted = " and ".join(" or ".join(group[:6]) for group in lacking(form))
-    has = ", ".join(map(str, record)) or "none"
+    lacking = {form: [group for group in form.known_by if not set(group) & fields.keys()]
+               for form in FORMATS if purpose in form.gives}  # fmt: skip
+    form = min(lacking, key=lambda form: (len(lacking[form]) / len(form.known_by), form.name != "messages"))
+    wanted = " and ".join(" or ".join(group[:6]) for group in lacking[form])
     near = f"; the nearest format is {form.name}, for which it lacks {wanted}" if wanted else ""
-    return f"its fields: {has}{near}"
+    return f"its fields: {', '.join(map(str, record)) or 'none'}{near}"
 
 
 # ---- Fields

@@ -24,7 +24,7 @@ from minillm.io.config import config_from_json, config_to_json, number
 from minillm.io.disk import read_json, write_json
 from minillm.io.vocabulary import load_tokenizer, save_tokenizer
 from minillm.io.weights import load_weights, read_weights, write_weights, writes
-from minillm.model import LanguageModel, ModelConfig, ScalarModel
+from minillm.model import LanguageModel, ScalarModel
 from minillm.tokenizer import Tokenizer, Vocabulary
 from minillm.tools.device import parameter_count
 
@@ -133,9 +133,7 @@ def load_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[LanguageModel, Tokenizer]:
     """Opens a run folder or a Hugging Face folder of a layout that config.toml has."""
-    config, tokenizer, tensors = _open_folder(folder, labels=0)
-    model = LanguageModel(config, compute_dtype)
-    load_weights(model, tensors, folder)
+    model, tokenizer, tensors = _open_folder(folder, LanguageModel, compute_dtype)
     if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
         model.stored_dtype = torch.bfloat16
     return model.to(device), tokenizer
@@ -156,9 +154,7 @@ def load_scalar_model(
     folder: Path, device: torch.device, compute_dtype: torch.dtype
 ) -> tuple[ScalarModel, Tokenizer]:
     """Opens a reward model: a run folder or a Hugging Face sequence classifier with one label."""
-    config, tokenizer, tensors = _open_folder(folder, labels=1)
-    model = ScalarModel(config, compute_dtype)
-    load_weights(model, tensors, folder)
+    model, tokenizer, _ = _open_folder(folder, ScalarModel, compute_dtype)
     path = folder / "config.json"
     bias = number(read_json(path), "minillm_score_bias", float, path, 0.0)
     if not math.isfinite(bias):
@@ -167,9 +163,10 @@ def load_scalar_model(
     return model.to(device), tokenizer
 
 
-def _open_folder(folder: Path, labels: int) -> tuple[ModelConfig, Tokenizer, dict[str, Tensor]]:
-    """What the folder of a model holds, which scores a text by so many `labels` or none, checked to be of one
-    model."""
+def _open_folder(
+    folder: Path, kind: type[Any], compute_dtype: torch.dtype
+) -> tuple[Any, Tokenizer, dict[str, Tensor]]:
+    """What the folder of a model of this kind holds, checked to be of one model, and its tensors."""
     if advice := _instead_of_a_model(folder):
         raise InputError(f"{folder}: {advice}")
     config = config_from_json(folder / "config.json")
@@ -179,7 +176,7 @@ def _open_folder(folder: Path, labels: int) -> tuple[ModelConfig, Tokenizer, dic
         raise InputError(f"{folder}: {what}; the two belong to different models")
     tensors = read_weights(folder)
     found = sum(tensors.get("score.weight", torch.empty(0)).shape[:1])
-    kinds = "a language model", "a reward model"
+    kinds, labels = ("a language model", "a reward model"), int(kind is ScalarModel)
     if found != labels:
         what = kinds[found] if found < 2 else f"a classifier of {found} labels"
         raise InputError(f"{folder}: is {what}, by score.weight; give {kinds[labels]}'s folder")
@@ -192,7 +189,9 @@ def _open_folder(folder: Path, labels: int) -> tuple[ModelConfig, Tokenizer, dic
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors and len(tensors[name]) == config.vocab_size:
             tensors[name] = tensors[name][: tokenizer.vocab_size]
-    return replace(config, vocab_size=tokenizer.vocab_size), tokenizer, tensors
+    model = kind(replace(config, vocab_size=tokenizer.vocab_size), compute_dtype)
+    load_weights(model, tensors, folder)
+    return model, tokenizer, tensors
 
 
 def _instead_of_a_model(folder: Path) -> str | None:

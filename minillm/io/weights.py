@@ -10,7 +10,6 @@ first process writes.
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -47,13 +46,10 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     The old ones are there, whole, until the one file that says what there is has been replaced: new shards
     are called otherwise than those of the index.
     """
-    parts = list(_parts(weights))
-    old = set[str]()
-    with suppress(InputError):  # an index that cannot be read names nothing
-        old = set(_places(folder).values())
-    numbers = [f"{number:05}-of-{len(parts):05}" for number in range(1, len(parts) + 1)]
-    new = [[f"model{mark}-{number}.safetensors" for number in numbers] for mark in ("", "-b")]
-    names = [SINGLE] if len(parts) == 1 else next(names for names in new if old.isdisjoint(names))
+    parts, index = list(_parts(weights)), folder / INDEX
+    mark = "-b" if index.exists() and b'"model-0' in index.read_bytes() else ""
+    names = [f"model{mark}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    names = [SINGLE] if len(parts) == 1 else names
     for name, part in zip(names, parts, strict=True):
         write_tensors(folder / name, part, {"format": "pt"})
     if not writes(weights):
@@ -61,9 +57,9 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     if len(parts) > 1:
         size = sum(tensor.nbytes for tensor in weights.values())
         places = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        write_json(index, {"metadata": {"total_size": size}, "weight_map": places})
         names.append(INDEX)
-    for path in [folder / SINGLE, folder / INDEX, *folder.glob(SHARDS)]:
+    for path in [folder / SINGLE, index, *folder.glob(SHARDS)]:
         if path.name not in names:
             with writing(path, "the new model is complete; remove this file of the old one"):
                 path.unlink(missing_ok=True)
