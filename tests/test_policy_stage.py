@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 import rlhf
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
+from minillm.io.conversations import read_all
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.optim import lr_schedule
@@ -243,7 +244,9 @@ def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_th
     capfd.readouterr()
     unnamed = {"--init": places["--init"]}
     scored = unnamed | {"--reward": places["--reward"]}
-    assert places["--data"] in refusal(rlhf, arguments(scored, tmp_path / "own"), capfd)
+    responses = str(tmp_path / "own" / "responses.jsonl")
+    assert f"as in --data {responses}" in refusal(rlhf, arguments(scored, tmp_path / "own"), capfd)
+    assert len(read_all([responses], "prompt")) == 8
     for algorithm in ("ppo", "grpo", "dpo", "best-of-n"):
         line = refusal(rlhf, arguments(unnamed, tmp_path, algorithm=algorithm), capfd)
         assert "rankings.jsonl" in line and "--data" in line

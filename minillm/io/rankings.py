@@ -244,24 +244,18 @@ def check_world_is_meant(options: Any) -> None:
     from minillm.world import KINDS
 
     out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
-    ranked = [reward.parent / "rankings.jsonl", *map(Path, _stored(reward, "rankings"))]
+    stored = read_run(reward)[1].get("rankings")
+    ranked = [reward.parent / "rankings.jsonl", *(stored if isinstance(stored, list) else [])]
     if options.algorithm == "dpo":
-        ranked = [Path(path) for path in options.rankings] or [out / "rankings.jsonl"]
-    if theirs := [str(path) for path in ranked if not are_ours(str(path))]:
-        raise InputError(f"no --data: name the prompts to train on, as in --data {' '.join(theirs)}")
-    for path in (out / "responses.jsonl", *ranked):
-        kinds = [record.get("kind") for _, record in read_json_lines(path, "")] if path.exists() else []
+        ranked = options.rankings or [out / "rankings.jsonl"]
+    for path in map(Path, (out / "responses.jsonl", *ranked)):
+        kinds = [None]
+        if are_ours(str(path)):
+            kinds = [line.get("kind") for _, line in read_json_lines(path, "")] if path.exists() else []
         others = sum(kind not in KINDS for kind in kinds)
-        what = f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's"
         if others and others == len(kinds):
-            known = " ".join(_stored(out, "data")) if path.name == "responses.jsonl" else ""
-            way = f"name the prompts to train on with --data{known and f', as in --data {known}'}"
-            raise InputError(f"{what}; {way}")
+            what = f"no --data: {path} holds no prompt of the little world's"
+            raise InputError(f"{what}; name the prompts to train on, as in --data {path}")
         if others:
+            what = f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's"
             print(f"{what}, and the policy trains on the little world's alone; see --data")
-
-
-def _stored(folder: Path, option: str) -> list[str]:
-    """A list of files among the options of an earlier run."""
-    files = read_run(folder)[1].get(option)
-    return [str(file) for file in files] if isinstance(files, list) else []
