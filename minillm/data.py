@@ -417,17 +417,6 @@ def forward_passes(
     return passes
 
 
-def flat_index(
-    begins: Int64[Tensor, " B"], ends: Int64[Tensor, " B"]
-) -> tuple[Bool[Tensor, "B R"], Int64[Tensor, " N"]]:
-    """Of responses from index begins[b] to ends[b] (exclusive): the mask, true where response b has a token
-    r, R being the size of the longest; and the index of all their tokens."""
-    sizes = ends - begins
-    offsets = torch.arange(int(sizes.max()), device=sizes.device)
-    mask = offsets < sizes[:, None]
-    return mask, (begins[:, None] + offsets)[mask]
-
-
 def pad(per_token: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Numbers of the tokens [N] as rows [B, R], 0 where a response has no token."""
     # Not padded[mask] = per_token: a device would be waited for, to learn how many places that are.

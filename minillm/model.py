@@ -419,22 +419,16 @@ class KVCache:
 
     def _read(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """The hidden states of the next tokens of each row."""
-        _, _, B, K, size, _ = self.kept.shape
-        device = tokens.device
-        self.positions = self.lengths[:, None, None] + torch.arange(tokens.shape[1], device=device)
-        heads = torch.arange(B * K, device=device).view(B, K, 1)
-        self.slots = (heads * size + self.positions).flatten()
+        self.positions = self.lengths[:, None, None] + torch.arange(tokens.shape[1], device=tokens.device)
         # In rows of equal lengths the queries are the last of all keys: that is what causal means.
         self.end = self.positions[:, 0].int() + 1 if self.ragged else None
         return self.model.model(tokens, attend=self)
 
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of one block: keeps the new keys and values and looks at all that are kept."""
-        C, seen = q.shape[3], self.longest + q.shape[2]
-        keys, values = self.kept[0, block], self.kept[1, block]
-        keys.view(-1, C).index_copy_(0, self.slots, k.reshape(-1, C))
-        values.view(-1, C).index_copy_(0, self.slots, v.reshape(-1, C))
-        keys, values = keys[:, :, :seen], values[:, :, :seen]
+        slots = self.positions[..., None].expand_as(k)
+        kept = self.kept[:, block].scatter_(3, slots.expand(2, *k.shape), torch.stack((k, v)))
+        keys, values = kept[:, :, :, : self.longest + q.shape[2]]
         return attention(q, keys, values, end=self.end, causal=self.end is None)
 
 

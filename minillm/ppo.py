@@ -417,10 +417,7 @@ class Aligner:
 
     def metrics(self, rollout: Rollout, **sums: float) -> dict[str, float]:
         """Means over the responses of all processes; `sums` are further sums over those of this process."""
-        scores = rollout.scores.cpu().double()
         sums = {
-            "score": scores.sum().item(),
-            "score_square": scores.square().sum().item(),
             "unended": float(rollout.samples.ended.count(False)),
             "length": float(rollout.mask.sum()),
             "kl": float(rollout.kl.cpu().double().sum()),
@@ -430,9 +427,8 @@ class Aligner:
         *total_sums, count = self.runtime.total(totals).tolist()
         means = {name: total / count for name, total in zip(sums, total_sums, strict=True)}
         means["entropy"] /= means["length"]  # a token's
-        means["score_deviation"] = max(0.0, means.pop("score_square") - means["score"] ** 2) ** 0.5
-        if self.reward_model is None:
-            del means["score"], means["score_deviation"]
+        if self.reward_model:
+            means["score"], means["score_deviation"] = moments(rollout.scores, self.runtime)
         return means
 
     @property

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from minillm.chat import ChatTemplate
 from minillm.corpus import split_by_hash, unit_hash
-from minillm.data import Shuffled, flat_index, pad
+from minillm.data import Shuffled, pad
 from minillm.digest import digest
 from minillm.errors import InputError
 from minillm.model import ScalarModel, score_rows
@@ -153,11 +153,10 @@ class RankedBatch:
     tokens: Int64[Tensor, "1 T"]
     shared: Any
     """A prompt is there once among the tokens, and attended to by each of its responses (SharedPrompts)."""
-    last: Int64[Tensor, " B"]
-    """The index of each response's last token."""
     mask: Bool[Tensor, "B R"]
+    """True where response b has a token r."""
     index: Int64[Tensor, " N"]
-    """Of all their tokens (data.flat_index)."""
+    """Which of the tokens those of the responses are, response by response."""
     better: Int64[Tensor, " M"]
     worse: Int64[Tensor, " M"]
     weight: Float[Tensor, " M"]
@@ -179,19 +178,24 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)  # indices too
-    mask, index = flat_index(starts, ends)
-    batch: list[Any] = [tokens, shared, ends - 1, mask, index, better.long(), worse.long(), weights.float()]
+    offsets = torch.arange(int((ends - starts).max()))
+    mask = offsets < (ends - starts)[:, None]
+    index = (starts[:, None] + offsets)[mask]
+    batch: list[Any] = [tokens, shared, mask, index, better.long(), worse.long(), weights.float()]
     return RankedBatch(*(part.to(device) for part in batch))
 
 
-def micro_batches(encoded: Sequence[EncodedSet], micro_tokens: int) -> list[list[EncodedSet]]:
-    """Sets in groups of at most `micro_tokens` positions, or of one: its responses stay together."""
+def micro_batches(
+    encoded: Sequence[EncodedSet], micro_tokens: int, runtime: Runtime
+) -> list[list[EncodedSet]]:
+    """This process's sets, dealt in turn, in groups of at most `micro_tokens` positions, or of one: its
+    responses stay together."""
     groups: list[list[EncodedSet]] = []
-    for one in encoded:
+    for one in encoded[runtime.rank :: runtime.world_size]:
         if not groups or sum(other.size for other in groups[-1]) + one.size > micro_tokens:
             groups.append([])
         groups[-1].append(one)
-    return groups
+    return runtime.even(groups, [replace(encoded[0], rankings=[])])  # no pairs, no loss
 
 
 Scores = Callable[[RankedBatch], Tensor]
@@ -203,11 +207,10 @@ def scores_of(forward: Callable[..., Tensor], means: bool = False) -> Scores:
     [2, B]. `forward` is the model, or what the runtime wrapped it in."""
 
     def scores(batch: RankedBatch) -> Tensor:
-        values = forward(batch.tokens, attend=batch.shared).flatten()
-        last = values[batch.last]
-        if not means:
-            return last
-        return torch.stack((last, pad(values[batch.index], batch.mask).sum(1) / batch.mask.sum(1)))
+        values = forward(batch.tokens, attend=batch.shared).flatten()[batch.index]
+        sizes = batch.mask.sum(1)
+        last = values[sizes.cumsum(0) - 1]
+        return torch.stack((last, pad(values, batch.mask).sum(1) / sizes)) if means else last
 
     return scores
 
@@ -223,14 +226,12 @@ def ranking_backward(
 
     `scores` calls `forward`. Sorted by size, the sets are dealt to the processes in turn, for equal work.
     """
-    own = sorted(step, key=lambda one: one.size)[runtime.rank :: runtime.world_size]
 
     def summed_loss(micro: Sequence[EncodedSet]) -> Tensor:
         batch = collate(micro, runtime.device)
         return ranking_loss(scores(batch), batch.better, batch.worse, batch.weight)
 
-    idle = [replace(step[0], rankings=[])]  # no pairs, no loss
-    micros = runtime.even(micro_batches(own, micro_tokens), idle)
+    micros = micro_batches(sorted(step, key=lambda one: one.size), micro_tokens, runtime)
     return accumulate(forward, summed_loss, micros, len(step), runtime)
 
 
@@ -241,8 +242,7 @@ def held_out_rankings(
     """How well scores agree with all rankings of these sets, shared out among the processes: the loss, nats a
     set as in training, and the accuracy, the share of untied pairs in order; equal scores count half."""
     totals = torch.zeros(3, dtype=torch.float64)
-    own = encoded[runtime.rank :: runtime.world_size]
-    for micro in runtime.even(micro_batches(own, micro_tokens), [replace(encoded[0], rankings=[])]):
+    for micro in micro_batches(encoded, micro_tokens, runtime):
         batch = collate(micro, runtime.device)
         s = scores(batch)
         totals[0] += ranking_loss(s, batch.better, batch.worse, batch.weight).item()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.data import flat_index, forward_passes, pad
+from minillm.data import forward_passes, pad
 from minillm.fast.shared_prompts import pack_sets
 
 
@@ -14,7 +14,9 @@ def test_places_are_those_behind_each_prompt_and_no_prompt_sees_another(sizes):
     rows = [[100 * b + t for t in range(prompt + length)] for b, (prompt, length) in enumerate(sizes)]
     prompts, lengths = torch.tensor([prompt for prompt, _ in sizes]), torch.tensor([len(row) for row in rows])
     for numbers, begins, tokens, start in forward_passes(range(len(rows)), rows, 24):
-        mask, places = flat_index(begins + prompts[numbers], begins + lengths[numbers])
+        mask = torch.arange(6) < (lengths - prompts)[numbers][:, None]
+        which, r = mask.nonzero(as_tuple=True)
+        places = (begins + prompts[numbers])[which] + r
         expected = [token for i in numbers.tolist() for token in rows[i][prompts[i] :]]
         assert tokens.flatten()[places].tolist() == expected
         first_seen = tokens.gather(1, start.long()).flatten()[places]

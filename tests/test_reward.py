@@ -231,7 +231,7 @@ def test_after_centering_the_demonstrations_score_zero_on_average():
 @given(drawn_rankings(most=12), st.integers(1, 400))
 def test_micro_batches_keep_responses_together_within_the_limit(drawn, micro_tokens):
     encoded = encoded_of(drawn)
-    groups = micro_batches(encoded, micro_tokens)
+    groups = micro_batches(encoded, micro_tokens, HERE)
     assert [id(one) for group in groups for one in group] == [id(one) for one in encoded]
     sizes = [sum(one.size for one in group) for group in groups]
     assert all(len(group) == 1 or size <= micro_tokens for group, size in zip(groups, sizes, strict=True))
