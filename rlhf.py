@@ -273,40 +273,9 @@ def with_room(
 
 def rank(options: Options, runtime: Runtime) -> None:
     """Adds to rankings.jsonl what the chosen annotators have not ranked yet."""
-    from minillm.io.rankings import open_rankings, record_ranking
-    from minillm.tools.annotators import jobs_of, rank_as_person
+    from minillm.tools.annotators import add_rankings
 
-    if options.annotator == "person":
-        rank_as_person(options)
-        return
-    jobs, origin = jobs_of(options, runtime)
-    with open_rankings(options, origin) as file:
-        existing, missing = file.made(), []  # counts by annotator and set; what makes the other rankings
-        for annotator, key, make in jobs:
-            if existing[annotator, key]:  # a count, for some files rank a set twice
-                existing[annotator, key] -= 1
-            else:
-                missing.append(make)
-        before, keys = len(file.rankings), {key for _, key, _ in jobs}
-        others = sum(ranking.key not in keys for ranking in file.rankings)
-        if others and options.annotator != "file":
-            print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
-        for first in tqdm(range(0, len(missing), 64), unit="×64 rankings", dynamic_ncols=True):
-            rankings = [ranking for make in missing[first : first + 64] if (ranking := make())]
-            if rankings and len(file.rankings) == before:
-                record_ranking(options, origin)
-            file.append(rankings)
-        made = file.rankings[before:]
-    print(f"{file.path}: {len(made):,} rankings added to {before:,}")
-    if tied := sum(not ranking.pairs() for ranking in made):
-        print(f"{tied:,} of them prefer nothing")
-    if missing and not made:
-        raise InputError(
-            f"--judge {options.judge}: no set fits its context; name a judge that reads more tokens at once "
-            "(--block-size of train.py)"
-        )
-    if len(made) < len(missing):
-        print(f"{len(missing) - len(made):,} sets left out: too long for the judge")
+    add_rankings(options, runtime)
 
 
 # ---- agreement: rankings → how far annotators agree

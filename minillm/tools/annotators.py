@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 from torch import Tensor
+from tqdm import tqdm
 
 from minillm import preferences
 from minillm.chat import ChatTemplate, chat_format
@@ -247,9 +248,39 @@ def published(options: Any) -> list[Job]:
     return [(one.annotator, one.key, partial(replace, one)) for one in rankings]
 
 
-def rank_as_person(options: Any) -> None:
-    """At the terminal."""
-    sets = read_responses(options.folder / "responses.jsonl")
-    with open_rankings(options, {}) as file:
-        record_ranking(options, {})
-        rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
+def add_rankings(options: Any, runtime: Runtime) -> None:
+    """The stage: a person ranks at the terminal, others all that they have not ranked yet."""
+    if options.annotator == "person":
+        sets = read_responses(options.folder / "responses.jsonl")
+        with open_rankings(options, {}) as file:
+            record_ranking(options, {})
+            rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
+        return
+    jobs, origin = jobs_of(options, runtime)
+    with open_rankings(options, origin) as file:
+        existing, missing = file.made(), []  # counts by annotator and set; what makes the other rankings
+        for annotator, key, make in jobs:
+            if existing[annotator, key]:  # a count, for some files rank a set twice
+                existing[annotator, key] -= 1
+            else:
+                missing.append(make)
+        before, keys = len(file.rankings), {key for _, key, _ in jobs}
+        others = sum(ranking.key not in keys for ranking in file.rankings)
+        if others and options.annotator != "file":
+            print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
+        for first in tqdm(range(0, len(missing), 64), unit="×64 rankings", dynamic_ncols=True):
+            rankings = [ranking for make in missing[first : first + 64] if (ranking := make())]
+            if rankings and len(file.rankings) == before:
+                record_ranking(options, origin)
+            file.append(rankings)
+        made = file.rankings[before:]
+    print(f"{file.path}: {len(made):,} rankings added to {before:,}")
+    if tied := sum(not ranking.pairs() for ranking in made):
+        print(f"{tied:,} of them prefer nothing")
+    if missing and not made:
+        raise InputError(
+            f"--judge {options.judge}: no set fits its context; name a judge that reads more tokens at once "
+            "(--block-size of train.py)"
+        )
+    if len(made) < len(missing):
+        print(f"{len(missing) - len(made):,} sets left out: too long for the judge")
