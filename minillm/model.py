@@ -377,8 +377,8 @@ class KVCache:
     padding (-) left in the shorter one is overwritten by its next tokens before any query may see it:
 
         slot         0  1  2  3  4
-        row 0        a  b  c  d  e      lengths[0] = 5    ragged, for the lengths differ; longest = 5;
-        row 1        x  y  z  .  .      lengths[1] = 3    queries of row b see the slots below lengths[b]
+        row 0        a  b  c  d  e      lengths[0] = 5 = longest
+        row 1        x  y  z  .  .      lengths[1] = 3: queries of row b see the slots below lengths[b]
 
     It calls the trunk, so that a compiled model is not compiled anew for every length. Source: Shazeer 2019
     (arXiv 1911.02150), section 2.4.
@@ -387,19 +387,18 @@ class KVCache:
     positions: Int[Tensor, "B 1 T"]  # of the tokens being read
     lengths: Int[Tensor, " B"]
     longest: int  # the largest of them, known without asking the device
-    ragged: bool  # whether they differ
 
     def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
         """Room for `rows` rows of at most `size` tokens. To be used under torch.inference_mode()."""
         config, device = model.config, model.lm_head.weight.device
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
         self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
-        self.place(torch.zeros(rows, dtype=torch.int64, device=device), 0)
+        self.lengths, self.longest = torch.zeros(rows, dtype=torch.int64, device=device), 0
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Reads the prompts, row b's first `lengths[b]` tokens; the logits after the last of each."""
         hidden = self._read(tokens)
-        self.place(lengths, tokens.shape[1])
+        self.lengths, self.longest = lengths, tokens.shape[1]
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
@@ -410,18 +409,12 @@ class KVCache:
 
     def keep(self, rows: Bool[Tensor, " B"]) -> None:
         """Drops every row that is not marked in `rows`."""
-        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
-        self.place(lengths, int(lengths.max()))
-
-    def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
-        """Sets how many tokens each row holds."""
-        self.lengths, self.longest, self.ragged = lengths, longest, bool((lengths < longest).any())
+        self.kept, self.lengths = self.kept[:, :, rows], self.lengths[rows]
+        self.longest = int(self.lengths.max())
 
     def _read(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """The hidden states of the next tokens of each row."""
         self.positions = self.lengths[:, None, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        # In rows of equal lengths the queries are the last of all keys: that is what causal means.
-        self.end = self.positions[:, 0].int() + 1 if self.ragged else None
         return self.model.model(tokens, attend=self)
 
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -429,7 +422,8 @@ class KVCache:
         slots = self.positions[..., None].expand_as(k)
         kept = self.kept[:, block].scatter_(3, slots.expand(2, *k.shape), torch.stack((k, v)))
         keys, values = kept[:, :, :, : self.longest + q.shape[2]]
-        return attention(q, keys, values, end=self.end, causal=self.end is None)
+        end = self.positions[:, 0].int() + 1 if self.longest else None  # of prompts, all from slot 0 on
+        return attention(q, keys, values, end=end, causal=end is None)
 
 
 # ---- Shape and first weights
