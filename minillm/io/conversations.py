@@ -17,16 +17,7 @@ from typing import Any
 from minillm.corpus import Source
 from minillm.data import Skipped
 from minillm.errors import InputError
-from minillm.io.files import (
-    KINDS,
-    RECORD_EXTENSIONS,
-    Errors,
-    Reading,
-    kind_of,
-    list_files,
-    parse_specs,
-    records,
-)
+from minillm.io.files import RECORD_EXTENSIONS, Errors, Reading, list_files, parse_specs, records
 from minillm.io.formats import FORMATS, TURNS, Purpose, compared, firsts_of, known, nearest, read_record
 from minillm.io.rankings import read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
@@ -101,7 +92,7 @@ def are_ours(file: str) -> bool:
     """Whether rankings are a file of ours, or missing, and not anybody's preferences."""
     if not Path(file).is_file():
         return not Path(file).is_dir() and not has_magic(file)
-    _, first = next(_records(file, Reading("replace"), Counter()), ("", None))
+    _, first = next(records(file, Reading("replace"), Counter(), _unwrapped), ("", None))
     return first is None or (
         isinstance(first, dict) and not first.keys().isdisjoint({"ranking", "withdraws"})
     )
@@ -118,8 +109,10 @@ def _read(
     skipped.clear()
     skipped.update(unread)
     for file in files:
-        found, own, firsts = False, Skipped(), cache(partial(_firsts, file, read))
-        for place, record in _records(file, read, skipped):
+        found, own = False, Skipped()
+        again = (record for _, record in records(file, read, Counter(), _unwrapped))
+        firsts = cache(partial(firsts_of, again))
+        for place, record in records(file, read, skipped, _unwrapped):
             for result in read_record(record, purpose, firsts):
                 if isinstance(result, str):
                     line = f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}"
@@ -132,22 +125,9 @@ def _read(
             raise _nothing_found(file, purpose, own.first)
 
 
-def _firsts(file: str, read: Reading) -> Sequence[int]:
-    return firsts_of(record for _, record in _records(file, read, Counter()))
-
-
 def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
     names = "; ".join(form.name for form in FORMATS if purpose in form.gives)
     return InputError(f"{file!r} holds no {purpose}: {first or 'it has no record'}; known formats: {names}")
-
-
-def _records(path: str, read: Reading, dropped: Counter[str]) -> Iterator[tuple[str, Any]]:
-    """Every record of a file and its place in it; InputError where it is of no kind that has any."""
-    kind = kind_of(path, read)
-    kind = "objects" if kind == "text" else kind
-    if kind not in KINDS:
-        raise InputError(f"{path!r}: {kind}; convert it to lines of JSON")
-    return records(path, kind, read, dropped, _unwrapped)
 
 
 def _unwrapped(record: Any) -> list[Any]:

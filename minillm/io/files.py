@@ -269,10 +269,13 @@ def open_text(path: str, read: Reading) -> Iterator[io.TextIOWrapper]:
 
 
 def records(
-    path: str, kind: str, read: Reading, dropped: Counter[str], unwrap: Callable[[Any], Iterable[Any]]
+    path: str, read: Reading, dropped: Counter[str], unwrap: Callable[[Any], Iterable[Any]]
 ) -> Iterator[tuple[str, Any]]:
     """Every record of a file and its place, as in "line 3"; `unwrap` gives those in a line or a JSON text. A
     line that is no JSON, or longer than LINE_LIMIT, raises InputError or is counted in `dropped`."""
+    kind = kind_of(path, read)
+    if kind not in KINDS:
+        raise InputError(f"{path!r}: {kind}; convert it to lines of JSON")
     if kind == "lines":
         for number, record in _lines(path, read, dropped):
             yield from ((f"line {number}", held) for held in unwrap(record))
@@ -353,7 +356,7 @@ def _parquet(path: str, read: Reading) -> Iterator[Any]:
 
 
 RECORDS: dict[str, Callable[[str, Reading], Iterator[Any]]] = {
-    "array": _whole, "objects": _whole, "csv": _table, "tsv": _table, "parquet": _parquet,
+    "array": _whole, "objects": _whole, "text": _whole, "csv": _table, "tsv": _table, "parquet": _parquet,
 }  # fmt: skip
 """What gives the records of a file that are not one a line, by its kind."""
 KINDS = {"lines", *RECORDS}

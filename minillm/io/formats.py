@@ -495,11 +495,14 @@ def _instances(fields: Record, purpose: Purpose) -> list[Record]:
 
 def _branches(fields: Record, purpose: Purpose) -> list[Record]:
     """Of a tree, the path along the replies ranked best (unranked ones last, ties to the first); or, to rank,
-    the replies to each message that bear a rank, where there are two or more."""
+    the replies to each message that bear a rank, where there are two or more. Those that its readers have
+    thrown out are no part of it."""
     records, paths = [], [[fields[TREE]]]
     while paths:
         path = paths.pop()
-        replies = _kept(path[-1])
+        found = path[-1].get("replies") or []
+        replies = [r for r in found if not r.get("deleted") and r.get("review_result") is not False]
+        replies.sort(key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
         if purpose != "ranking" and not replies:
             return [{"messages": path}]
         paths += [[*path, reply] for reply in reversed(replies)]
@@ -509,12 +512,6 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
     if not records:
         raise LeftOutError("records with no two ranked responses")
     return records
-
-
-def _kept(node: Record) -> list[Record]:
-    """The replies to a node that its readers have not thrown out, best first, unranked ones last."""
-    replies = sorted(node.get("replies") or [], key=lambda r: (r.get("rank") is None, r.get("rank") or 0))
-    return [r for r in replies if not r.get("deleted") and r.get("review_result") is not False]
 
 
 ANYTHING: tuple[Purpose, ...] = ("conversation", "prompt", "ranking")

@@ -12,8 +12,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,7 +28,7 @@ from minillm.tools.folder import lock, read_run
 # ---- Lines
 
 
-class JsonLines:
+class JsonLines(AbstractContextManager):
     """A file of JSON lines that only grows. A line is on the disk when `append` returns. One process writes
     at a time. A last line that a crash tore is moved to FILE.torn at opening, which is said."""
 
@@ -43,9 +45,6 @@ class JsonLines:
                 self.file.close()
                 raise InputError(f"{path}: another process is writing there; wait for it or end it") from None
             self._mend(path.read_bytes())
-
-    def __enter__(self) -> Any:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -113,6 +112,9 @@ def _json_object(line: bytes) -> Record | None:
 # ---- Responses and rankings
 
 
+_mending = partial(reading, hint="mend the line or take it out", errors=(InputError, *BAD_FILE))
+
+
 def read_responses(path: Path) -> list[ResponseSet]:
     """The sets of responses.jsonl, one at least."""
     sets = []
@@ -135,10 +137,6 @@ def read_rankings(path: Path) -> list[Ranking]:
             else:
                 rankings.append(_ranking(record))
     return rankings
-
-
-def _mending(place: str) -> Any:
-    return reading(place, "mend the line or take it out", errors=(InputError, *BAD_FILE))
 
 
 def _line_as(kind: type[Any], record: Record, **more: Any) -> Any:

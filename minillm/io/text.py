@@ -97,7 +97,7 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
         kind = kind_of(file, read)
         if kind == "objects":
             kind = "JSON, but neither records, one a line, nor an array of them"
-        if kind != "text" and kind not in KINDS:
+        if kind not in KINDS:
             if set(files) <= set(paths):
                 raise InputError(f"{file!r}: {kind}; leave it out, or give its --encoding if it is text")
             skipped[f"files left out ({kind})"] += 1
@@ -131,7 +131,7 @@ def _documents(
     dropped.clear()
     found = False
     for file, kind in files:
-        texts = _texts(file, read) if kind == "text" else _fields(file, kind, read, dropped)
+        texts = _texts(file, read) if kind == "text" else _fields(file, read, dropped)
         for text in texts:
             if read.errors == "replace" and (count := text.count("\ufffd")):
                 dropped["characters U+FFFD, in place of what is not of the encoding"] += count
@@ -161,13 +161,9 @@ def _texts(path: str, read: Reading) -> Iterator[str]:
         yield rest
 
 
-def _fields(path: str, kind: str, read: Reading, dropped: Counter[str]) -> Iterator[str]:
+def _fields(path: str, read: Reading, dropped: Counter[str]) -> Iterator[str]:
     """The texts of a file's records."""
-
-    def elements(held: Any) -> list[Any]:
-        return held if isinstance(held, list) and held else [held]
-
-    for place, record in records(path, kind, read, dropped, elements):
+    for place, record in records(path, read, dropped, lambda x: x if isinstance(x, list) and x else [x]):
         with counting(read.errors, dropped, f"{path!r}, {place}"):
             yield _text_of(record, read.field)
 
