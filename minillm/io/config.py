@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm.chat import chat_format
-from minillm.errors import InputError
-from minillm.io.disk import read_json
+from minillm.errors import InputError, reading
+from minillm.io.disk import read_json, typed
 from minillm.model import ModelConfig
 from minillm.tokenizer import Tokenizer
 from minillm.tools.streams import tables
@@ -150,9 +150,5 @@ def _magnitude(factor: float, scale: float = 1.0) -> float:
 
 def number(raw: dict[str, Any], name: str, kind: type, path: Path, default: Any = None) -> Any:
     """raw[name], or the default where it is absent or null; InputError where it is not of its kind."""
-    value: Any = default if raw.get(name) is None else raw[name]
-    if kind is float and type(value) is int and abs(value) < 2**63:
-        value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"{path}: {name} is {value!r:.60}, which is no {kind.__name__}; restore the file")
-    return value
+    with reading(path, "restore the file", "used", (TypeError, OverflowError)):
+        return typed(name, default if raw.get(name) is None else raw[name], kind)

@@ -110,15 +110,8 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
         raise InputError(f"data source {name!r}: nothing to read in {paths[0]!r} ({'; '.join(skipped)})")
     dropped = Counter[str]()
     fingerprint = digest(vars(read), DOCUMENT_LIMIT, digests)
-    return Source(
-        name,
-        weight,
-        partial(_documents, name, kinds, read, dropped),
-        fingerprint,
-        size,
-        Skipped(skipped),
-        dropped,
-    )
+    documents = partial(_documents, name, kinds, read, dropped)
+    return Source(name, weight, documents, fingerprint, size, Skipped(skipped), dropped)
 
 
 # ---- Files → documents
