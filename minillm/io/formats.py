@@ -119,7 +119,7 @@ def known(record: object, firsts: Firsts = tuple) -> tuple[Format | None, Record
         for name in REPLIES:  # samples that nobody judged
             if isinstance(held := fields.get(name), list) and not any(isinstance(r, dict) for r in held):
                 del fields[name]
-    fields |= _numbered(fields, firsts)
+    fields |= _numbered(fields) | {FIRSTS: firsts}
     if isinstance(fields.get("prompt"), dict) and "text" in fields["prompt"]:
         fields[TREE] = fields["prompt"]
     has = {name for name, value in fields.items() if value is not None}
@@ -149,7 +149,7 @@ CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected"
 RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
 NUMBERED, TREE = "response_a and response_b", "a prompt with replies"  # made by `known`
-CALLED = "called by a verdict"  # made by `_numbered`
+CALLED, FIRSTS = "called by a verdict", "numbers of a first reply"  # made by `_numbered` and `known`
 PLACEHOLDER = re.compile(r"<\|?(image|video|audio|extra_id)[ _]?\d*\|?>")  # of NeMo's, the last opens a turn
 SPELLED = re.compile(r"\s*\[\s*\{\s*[\"'](role|content|from|value)[\"']")  # as tables hold messages
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
@@ -387,7 +387,7 @@ MARKED = re.compile(
 )
 
 
-def _numbered(fields: Record, firsts: Firsts) -> Record:
+def _numbered(fields: Record) -> Record:
     """The replies that several fields hold, as in response_a and response_b: a list of them, with the names
     by which a verdict may call each."""
     stems: dict[str, dict[str, Any]] = {}
@@ -395,12 +395,10 @@ def _numbered(fields: Record, firsts: Firsts) -> Record:
         if (match := MARKED.fullmatch(name)) and not _is_empty(value):
             stems.setdefault(match[1], {})[match[2]] = value
     stem, replies = max(stems.items(), key=lambda stem: len(stem[1]), default=("", {}))
-    starts = firsts() if len(replies) > 1 and _verdict_of(fields).isdecimal() else ()
     named = {
-        mark: (f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}",
-               *([str(start + i) for start in starts] or [mark]))
-        for i, mark in enumerate(sorted(replies))
-    }  # fmt: skip
+        mark: (mark, f"{stem}_{mark}", f"{stem}{mark}", f"model_{mark}", f"option_{mark}")
+        for mark in sorted(replies)
+    }
     found = [{"text": replies[m], "score": _score_beside(fields, *of), CALLED: of} for m, of in named.items()]
     return {NUMBERED: found} if len(found) > 1 else {}
 
@@ -410,9 +408,9 @@ def firsts_of(records: Iterable[object]) -> Sequence[int]:
     where a `label` is 1 in all of them; none where they fit neither, or where the reply's own does."""
     numbers, count, name = set[int](), 0, ""
     for fields in (known(record)[1] for record in records):
-        if NUMBERED in fields and (word := _verdict_of(fields)).isdecimal():
+        if (word := _verdict_of(fields)).isdecimal() and (held := _first(fields, (NUMBERED, *REPLIES))):
             numbers.add(int(word))
-            count, name = len(fields[NUMBERED]), next(name for name in VERDICTS if name in fields)
+            count, name = max(count, len(held)), next(name for name in VERDICTS if name in fields)
     fit = [first for first in (0, 1) if all(first <= number < first + count for number in numbers)]
     return fit if len(fit) == 1 or name == "label" else ()
 
@@ -440,6 +438,8 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
         return [0.0] * len(names)
     scores = [float(word in name) for name in names]
+    if word.isdecimal() and (starts := fields[FIRSTS]()):
+        scores = [float(int(word) - i in starts) for i in range(len(names))]
     if sum(scores) != 1:
         how = "names none of their replies" if not sum(scores) else "may count them from 0 or from 1"
         raise LeftOutError(f"records with a verdict that {how}")
