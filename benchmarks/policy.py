@@ -37,7 +37,7 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         runs = ["base", "sft", *made(place, seed, arguments.variants)]
         options_of = ["--split", "test", "--seed", seed, "--out", "compare"]
-        script("-m", "minillm.compare", *runs, *options_of, folder=place)
+        script("minillm/compare/__main__.py", *runs, *options_of, folder=place)
         compared = read_json(place / "compare" / "compare.json")["metrics"]
         found[seed] = {
             "compared": {name: section["tables"] for name, section in compared.items()},

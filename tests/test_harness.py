@@ -35,8 +35,7 @@ def test_a_record_is_written_with_what_made_it_and_nothing_without_a_path(tmp_pa
 
 def test_a_script_that_fails_is_named_with_its_last_words(tmp_path):
     (tmp_path / "x.py").write_text("import minillm, sys; print('said'); sys.exit(*sys.argv[1:])")
-    for words in ((tmp_path / "x.py",), ("-m", "x")):  # by its path, and as a module of the folder
-        taken, printed = script(*words, folder=tmp_path)
-        assert taken > 0 and printed == "said\n"
-        with pytest.raises(InputError, match=r"x(.py)? no: no$"):
-            script(*words, "no", folder=tmp_path)
+    taken, printed = script(tmp_path / "x.py", folder=tmp_path)
+    assert taken > 0 and printed == "said\n"
+    with pytest.raises(InputError, match=r"x.py no: no$"):
+        script(tmp_path / "x.py", "no", folder=tmp_path)

@@ -29,6 +29,7 @@ from minillm.play.shelf import answers
 from minillm.play.web import words_for
 from minillm.play.worker import Event, Worker
 from minillm.tools.folder import hold
+from minillm.tools.stage import ROOT
 
 FEWEST_RANKINGS = 10
 REWARD = "--epochs 8 --batch-sets 4 --val-every 1000"
@@ -109,7 +110,8 @@ class Training:
         run = self.folder / self.name / ("reward" if stage == "reward" else "ppo")
         with tempfile.TemporaryFile() as output:
             process: Any = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "minillm.tools.stage", "-m", "rlhf", "--stage", stage, *arguments,
+                sys.executable, "-m", "minillm.tools.stage", str(ROOT / "rlhf.py"),
+                "--stage", stage, *arguments,
                 stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
             ending, told, over = asyncio.create_task(process.wait()), 0, False

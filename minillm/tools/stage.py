@@ -1,11 +1,10 @@
-"""A Python file, or "-m" and a module, that stops as by Ctrl-C once its standard input ends.
+"""A Python file that stops as by Ctrl-C once its standard input ends.
 
 Whoever starts it, as `script` does for lessons and benchmarks, holds the other end of that pipe, and closes
 it to stop it. If it dies, however suddenly, the system does. So no training goes on that nobody can see or
 stop.
 
     python -m minillm.tools.stage train.py --out out/base
-    python -m minillm.tools.stage -m rlhf --stage reward
 """
 
 import os
@@ -26,12 +25,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def script(name: str | Path, *options: object, folder: Path | None = None) -> tuple[float, str]:
-    """Runs a Python file, whose path is from the repository's root, or "-m" and a module, in the current or
-    another folder: the seconds, and what it printed. InputError with its last line where it fails."""
+    """Runs a Python file, whose path is from the repository's root, in the current or another folder: the
+    seconds, and what it printed. InputError with its last line where it fails."""
     began, words = time.perf_counter(), [str(name), *map(str, options)]
-    what = ["-m", *words[1:]] if name == "-m" else [str(ROOT / name), *words[1:]]
-    command = [sys.executable, "-m", "minillm.tools.stage", *what]
-    own = os.environ | {"PYTHONPATH": str(ROOT)}  # for "-m" in another folder
+    command = [sys.executable, "-m", "minillm.tools.stage", str(ROOT / name), *words[1:]]
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
     watched, held = os.pipe()
     try:
         done = subprocess.run(command, cwd=folder, env=own, stdin=watched, capture_output=True, text=True)
@@ -51,9 +49,5 @@ def stop_at_end_of_input() -> None:
 if __name__ == "__main__":
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     del sys.argv[0]
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__")
-    else:
-        sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python has it for a file
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python has it for a file
+    runpy.run_path(sys.argv[0], run_name="__main__")
