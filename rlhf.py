@@ -570,7 +570,7 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
 def policy_prompts(options: Options, aligner: Aligner) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and those held out, for which the little world has a split of its own; as many
     for each process. InputError where a prompt with its response may outgrow the reward model."""
-    from minillm.io.rankings import check_world_is_meant
+    from minillm.io.conversations import check_world_is_meant
 
     runtime, length = aligner.runtime, options.max_new_tokens
     if options.data:

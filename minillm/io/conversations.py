@@ -19,10 +19,11 @@ from minillm.data import Skipped
 from minillm.errors import InputError
 from minillm.io.files import RECORD_EXTENSIONS, Errors, Reading, list_files, parse_specs, records
 from minillm.io.formats import FORMATS, TURNS, Purpose, compared, firsts_of, known, nearest, read_record
-from minillm.io.rankings import read_rankings
+from minillm.io.rankings import read_json_lines, read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
+from minillm.tools.folder import read_run
 from minillm.tools.sources import counts_text
-from minillm.world import World
+from minillm.world import KINDS, World
 
 
 def open_conversations(
@@ -96,6 +97,27 @@ def are_ours(file: str) -> bool:
     return first is None or (
         isinstance(first, dict) and not first.keys().isdisjoint({"ranking", "withdraws"})
     )
+
+
+def check_world_is_meant(options: Any) -> None:
+    """InputError where a policy would train on the little world's prompts, none being named, but what was
+    sampled or ranked were prompts of somebody's own alone; says so where some of them were."""
+    out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
+    stored = read_run(reward)[1].get("rankings")
+    ranked = [reward.parent / "rankings.jsonl", *(stored if isinstance(stored, list) else [])]
+    if options.algorithm == "dpo":
+        ranked = options.rankings or [out / "rankings.jsonl"]
+    for path in map(Path, (out / "responses.jsonl", *ranked)):
+        kinds = [None]
+        if are_ours(str(path)):
+            kinds = [line.get("kind") for _, line in read_json_lines(path, "")] if path.exists() else []
+        others = sum(kind not in KINDS for kind in kinds)
+        if others and others == len(kinds):
+            what = f"no --data: {path} holds no prompt of the little world's"
+            raise InputError(f"{what}; name the prompts to train on, as in --data {path}")
+        if others:
+            what = f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's"
+            print(f"{what}, and the policy trains on the little world's alone; see --data")
 
 
 # ---- Files → what their records hold

@@ -12,6 +12,7 @@ every score larger by exactly `-minillm_score_bias`, which no ranking notices.
 import math
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +131,20 @@ def model_tensors(model: LanguageModel | ScalarModel) -> dict[str, Tensor]:
 
 
 def load_model(
-    folder: Path, device: torch.device, compute_dtype: torch.dtype
+    folder: Path, device: torch.device, compute_dtype: torch.dtype, causal: bool = False
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Opens a run folder or a Hugging Face folder of a layout that config.toml has."""
+    """Opens a run folder or a Hugging Face folder of a layout that config.toml has; or a causal one only."""
     model, tokenizer, tensors = _open_folder(folder, LanguageModel, compute_dtype)
+    if causal and not model.config.causal:
+        what = f"{folder}: was trained on masked tokens and cannot go on with a text"
+        raise InputError(f"{what}; give a causal model")
     if all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
         model.stored_dtype = torch.bfloat16
     return model.to(device), tokenizer
 
 
-def load_causal_model(
-    folder: Path, device: torch.device, compute_dtype: torch.dtype
-) -> tuple[LanguageModel, Tokenizer]:
-    """Opens a model that goes on with a text. InputError for one that sees both sides of a token."""
-    model, tokenizer = load_model(folder, device, compute_dtype)
-    if not model.config.causal:
-        what = f"{folder}: was trained on masked tokens and cannot go on with a text"
-        raise InputError(f"{what}; give a causal model")
-    return model, tokenizer
+load_causal_model = partial(load_model, causal=True)
+"""Opens a model that goes on with a text. InputError for one that sees both sides of a token."""
 
 
 def load_scalar_model(

@@ -23,7 +23,7 @@ from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.io.disk import read_json, sync, sync_open, typed, write_json
 from minillm.io.messages import check_messages
 from minillm.preferences import Ranking, Record, ResponseSet, now
-from minillm.tools.folder import lock, read_run
+from minillm.tools.folder import lock
 
 # ---- Lines
 
@@ -230,30 +230,3 @@ def check_origin(record: Path, origin: Mapping[str, Any]) -> None:
         if (was := earlier.get(name, value)) != value:
             what = f"{record}: was begun with other {name}, {was} and not {value}"
             raise InputError(f"{what}; put back the old ones, or --overwrite")
-
-
-# ---- Whose prompts they are of
-
-
-def check_world_is_meant(options: Any) -> None:
-    """InputError where a policy would train on the little world's prompts, none being named, but what was
-    sampled or ranked were prompts of somebody's own alone; says so where some of them were."""
-    from minillm.io.conversations import are_ours
-    from minillm.world import KINDS
-
-    out, reward = Path(options.out), Path(options.reward or Path(options.out) / "reward")
-    stored = read_run(reward)[1].get("rankings")
-    ranked = [reward.parent / "rankings.jsonl", *(stored if isinstance(stored, list) else [])]
-    if options.algorithm == "dpo":
-        ranked = options.rankings or [out / "rankings.jsonl"]
-    for path in map(Path, (out / "responses.jsonl", *ranked)):
-        kinds = [None]
-        if are_ours(str(path)):
-            kinds = [line.get("kind") for _, line in read_json_lines(path, "")] if path.exists() else []
-        others = sum(kind not in KINDS for kind in kinds)
-        if others and others == len(kinds):
-            what = f"no --data: {path} holds no prompt of the little world's"
-            raise InputError(f"{what}; name the prompts to train on, as in --data {path}")
-        if others:
-            what = f"{path}: {others:,} of {len(kinds):,} are of other prompts than the little world's"
-            print(f"{what}, and the policy trains on the little world's alone; see --data")

@@ -19,7 +19,7 @@ Left out: tools and their calls, documents, images. Added tokens that a vocabula
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -52,7 +52,14 @@ class ForeignFormat:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """InputError if the template does not work."""
         self.tokenizer = tokenizer
-        source = _source_of(tokenizer.config)
+        source = tokenizer.config.get("chat_template")
+        if isinstance(source, list):  # several, of which one is the default
+            several = {
+                entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)
+            }
+            source = several.get("default")
+        if not isinstance(source, str):
+            raise InputError("tokenizer_config.json: has no chat_template; train a chat model from it first")
         self._program = Program(source)
         named = {name: token for name, token in tokenizer.config.items() if name.endswith("_token")}
         texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in named.items()}
@@ -109,11 +116,8 @@ class ForeignFormat:
     def _new_frame(self, shape: Shape, generate: bool, thinking: bool) -> tuple[list[str], Plan]:
         """What the template writes, every second text a marker, and the plan."""
         rendered = self._marked(shape, generate, thinking)
-        if generate:
-            plan = self._plan(self._asked(shape, thinking), {})
-        else:
-            plan = self._plan(*self._learned(shape, rendered))
-        return MARKER.split(rendered), plan
+        encoded = (self._asked(shape, thinking), {}) if generate else self._learned(shape, rendered)
+        return MARKER.split(rendered), self._plan(*encoded)
 
     def _marked(self, shape: Shape, generate: bool, thinking: bool) -> str:
         """What it writes, with markers. InputError unless each text is in it, and once."""
@@ -236,14 +240,3 @@ def _find(pieces: list[str], contents: dict[str, str], rendered: str) -> dict[st
             )
         written[marker] = found[0]
     return written
-
-
-def _source_of(config: Mapping[str, Any]) -> str:
-    """The template in a tokenizer's config, of several named ones the default. InputError for none."""
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
-        raise InputError("tokenizer_config.json: has no chat_template; train a chat model from it first")
-    return source

@@ -79,12 +79,9 @@ def _parts(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from the shards its index names."""
-    places = _places(folder)
-    if not places:
-        return read_tensors(folder / SINGLE)[0]
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        tensors |= read_tensors(folder / shard)[0]
+    for file in sorted({*_places(folder).values()} or {SINGLE}):
+        tensors |= read_tensors(folder / file)[0]
     return tensors
 
 
