@@ -56,19 +56,18 @@ def config_from_json(path: Path) -> ModelConfig:
     family = raw.get("model_type")
     if family not in list(TABLE["families"]):
         raise InputError(f"{path}: model_type is {family!r:.40}; this opens {', '.join(TABLE['families'])}")
-    usual: dict[str, Any] = TABLE["families"][family].get("defaults", {})
-    _refuse_unknown({**usual, **raw}, path)
+    raw = TABLE["families"][family].get("defaults", {}) | raw
+    _refuse_unknown(raw, path)
     heads = number(raw, "num_attention_heads", int, path)
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": number(raw, "hidden_size", int, path) // max(1, heads),
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-        **{name: value for name, value in usual.items() if name not in raw},
     }
     kinds: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
     shape = {name: number(raw, name, kinds[name], path, defaults.get(name)) for name in SAME_NAME}
-    shape |= _rope_from_json(raw, path, usual.get("rope_theta", 10_000.0))
+    shape |= _rope_from_json(raw, path, TABLE["families"][family].get("rope_theta", 10_000.0))
     if family == "smollm3":
         shape["no_rope_layers"] = _no_rope_from_json(raw, shape["num_hidden_layers"], path)
     causal = all(number(raw, name, bool, path, True) for name in ("is_causal", "minillm_causal"))

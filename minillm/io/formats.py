@@ -308,9 +308,7 @@ def _asked(fields: Record) -> Conversation:
 
 
 def _question(fields: Record) -> Conversation:
-    turns = _one(fields, TURNS[:-1])
-    turns = fields.get("data") if turns is None else turns
-    if turns is not None:
+    if turns := _one(fields, TURNS[:-1]) or fields.get("data"):
         messages = _messages(turns, "user" if turns is fields.get("turns") else "")  # as MT-Bench has them
         said = "\n".join(message["content"] for message in messages)
         for name in QUESTIONS + ABOUT:
