@@ -138,7 +138,7 @@ def open_data(options: Options) -> tuple[list[Any], list[Source]]:
     if options.on_world:
         chats = [world_conversations(World(options.seed), "train", options.world_conversations)]
     else:
-        chats = open_conversations(options.data, options.errors, encoding=options.encoding)
+        chats = open_conversations(options.data, "conversation", options.errors, options.encoding)
     with_text = options.text_share and (options.text or options.on_world)
     how = options.seed, options.world_megabytes, options.errors, options.encoding, options.field
     texts = text_sources(options.text, *how) if with_text else []

@@ -167,11 +167,12 @@ def files(folder: Path, rng: random.Random) -> None:
     """A file is damaged, and read by whatever may read it."""
     path = rng.choice(files_of(folder))
     whole, run = path.read_bytes(), folder / rng.choice(("base", "sft"))
+    how = "strict", "replace"
     readers: list[Callable[[], Any]] = [
         lambda: load_model(path.parent, torch.device("cpu"), torch.float32),
         lambda: load_scalar_model(folder / "rlhf" / "reward", torch.device("cpu"), torch.float32),
-        lambda: list(open_sources([str(path)], rng.choice(("strict", "replace")))[0].documents()),
-        lambda: list(open_conversations([str(path)], rng.choice(("strict", "replace")))[0].documents()),
+        lambda: list(open_sources([str(path)], errors=rng.choice(how))[0].documents()),
+        lambda: list(open_conversations([str(path)], errors=rng.choice(how))[0].documents()),
         lambda: rankings_of_file(str(path)), lambda: read_responses(path),
         lambda: RankingFile(path).file.close(), lambda: read_metrics(path.parent),
         lambda: parse_options(importlib.import_module("train").Options, ["--resume", "--out", str(run)]),

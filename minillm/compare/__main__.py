@@ -164,7 +164,7 @@ def open_prompts(
         prompts = prompts_of_each_kind(world, options.split, options.prompts)
     else:
         asked: list[Prompt] = []
-        for source in conversations.open_conversations(options.data, options.errors, "prompt"):
+        for source in conversations.open_conversations(options.data, "prompt", options.errors):
             asked += [Prompt(messages, UNNAMED, "") for messages in source.documents()]
             left_out += source.skipped
         left_out["prompts beyond --prompts"] = len(asked[options.prompts :])

@@ -27,18 +27,15 @@ from minillm.world import KINDS, World
 
 
 def open_conversations(
-    specs: Sequence[str],
-    errors: Errors = "strict",
-    purpose: Purpose = "conversation",
-    encoding: str = "utf-8",
+    specs: Sequence[str], purpose: Purpose = "conversation", *how: Any, **named: Any
 ) -> list[Source]:
     """Open conversations given as files, folders or globs of JSON, tables or Parquet; or prompts, which are
     all messages before the last reply, or all where nobody has replied; or what compares replies.
 
-    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`); `errors` and `encoding` are as there.
+    A spec is [NAME=]PATH[:WEIGHT], as for text (`text.open_sources`); `how` they are read, too, is as there.
     Only a pass over a source meets what is wrong in its files.
     """
-    sources, read = [], Reading(errors, encoding)
+    sources, read = [], Reading(*how, **named)
     for name, path, weight in parse_specs(specs):
         if weight != 1 and purpose != "conversation":
             raise InputError(f"data source {name!r}: a {purpose} has no weight; leave the {weight:g} out")
@@ -62,7 +59,7 @@ def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") 
     """All prompts, or rankings, that files hold, saying what was read. The name of a spec [NAME=]PATH is that
     of the annotator."""
     found: list[Any] = []
-    for source in open_conversations(specs, errors, purpose):
+    for source in open_conversations(specs, purpose, errors):
         own = list(_rankings(source) if purpose == "ranking" else source.documents())
         if not own:
             raise _nothing_found(source.name, purpose, source.skipped.first)

@@ -26,7 +26,6 @@ from minillm.io.files import (
     KINDS,
     RECORD_EXTENSIONS,
     UNNAMED,
-    Errors,
     Reading,
     counting,
     extension_of,
@@ -47,13 +46,9 @@ SEPARATOR = re.compile(rf"{re.escape(ENDOFTEXT)}(?:(?<![\"'`]{re.escape(ENDOFTEX
 """Between quotes somebody writes about it. The word stands first: a search for it is thirty times as fast."""
 
 
-def open_sources(
-    specs: Sequence[str],
-    errors: Errors = "strict",
-    encoding: str = "utf-8",
-    field: tuple[str, ...] | None = None,
-) -> list[Source]:
-    """Open data given as text: a path with, if wanted, a name before it and a weight after it.
+def open_sources(specs: Sequence[str], *how: Any, **named: Any) -> list[Source]:
+    """Open data given as text: a path with, if wanted, a name before it and a weight after it; read as a
+    `Reading` of the further arguments says.
 
     `books=../books:0.15`, `code=src:0.045`, `../books`, `a.txt:2`, `notes/**/*.md`. Files of one folder and
     one kind that are given without name and weight, as a shell expands *.txt, are one source.
@@ -62,7 +57,7 @@ def open_sources(
     end in one of EXTENSIONS, or cannot be read, are counted in `skipped`. Every byte is read here once, for
     the fingerprint, but only `documents()` meets what is wrong in it.
     """
-    read = Reading(errors, encoding, field)
+    read = Reading(*how, **named)
     alike: dict[Any, list[tuple[str, str, float]]] = defaultdict(list)
     for spec, parsed in zip(specs, parse_specs(specs), strict=True):
         path = parsed[1]
