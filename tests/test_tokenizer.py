@@ -551,6 +551,10 @@ def change(document: dict, path: str, value) -> None:
         ("model/vocab", [["a", 0.0]], "cannot be read"),
         ("model/type", "Abacus", "tokenizers library"),
         ("added_tokens/0/content", "", "special token"),
+        ("added_tokens/0/content", 0, "special token"),
+        ("added_tokens/0/id", 289.0, "each once"),
+        ("added_tokens", {"a": 1}, "cannot be read"),
+        ("added_tokens/0/special", "no", "tokenizers library"),
     ],
 )
 def test_a_file_that_is_not_whole_is_refused_in_one_line(tmp_path, path, value, fragment):

@@ -110,7 +110,7 @@ def _read_own(document: Mapping[str, Any]) -> Vocabulary | None:
             return None
     found = {name: document.get(name) for name in form}
     found["model"] = {name: value for name, value in model.items() if name not in ("vocab", "merges")}
-    special = all(token["special"] and not any(map(token.get, SWITCHES)) for token in added)
+    special = all(token["special"] is True and not any(map(token.get, SWITCHES)) for token in added)
     if not special or _bare(found) != _bare(form):
         return None
     names = {token["content"]: token["id"] for token in added}
@@ -131,10 +131,10 @@ def _check(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]], special: 
             if token not in vocab:
                 raise ValueError(f"the merge {left!r} {right!r} lacks a token {token!r}")
     ids = sorted([*vocab.values(), *special.values()])
-    if ids != list(range(len(ids))):
+    if ids != list(range(len(ids))) or not all(type(i) is int for i in ids):
         raise ValueError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
-    if "" in special:
-        raise ValueError("a special token must have at least one character")
+    if not all(isinstance(name, str) and name for name in special):
+        raise ValueError("a special token must be a text of at least one character")
 
 
 def _form(pattern: str) -> dict[str, Any]:
