@@ -99,12 +99,6 @@ def encode_rankings(
     return encoded, skipped
 
 
-def distinct_pairs(ranking: Ranking) -> list[tuple[int, int]]:
-    """The ranking's pairs (better, worse) of different texts: no score can order equal ones."""
-    texts = ranking.responses
-    return [(better, worse) for better, worse in ranking.pairs() if texts[better] != texts[worse]]
-
-
 def prompt_key(ranking: Ranking) -> str:
     """The same for every ranking of one prompt, whoever made it."""
     return json.dumps(ranking.messages, sort_keys=True)
@@ -173,8 +167,10 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
     for one in encoded:
         first = len(bounds)
         for ranking in one.rankings:
-            weight = 1 / (comb(len(one.rows), 2) * len(one.rankings))
-            pairs += [(first + better, first + worse, weight) for better, worse in distinct_pairs(ranking)]
+            weight, texts = 1 / (comb(len(one.rows), 2) * len(one.rankings)), ranking.responses
+            for better, worse in ranking.pairs():
+                if texts[better] != texts[worse]:  # no score can order equal ones
+                    pairs.append((first + better, first + worse, weight))
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)  # indices too
