@@ -375,12 +375,12 @@ class Aligner:
         for micro in chain(*passes):
             reference = self.reference(micro)
             how = {"temperature": T, "allowed": micro.allowed, "reference": reference}
-            numbers = policy(micro.tokens, micro.start, index=micro.index, **how)._asdict()
+            found = policy(micro.tokens, micro.start, index=micro.index, **how)._asdict()
             taken = micro.tokens.flatten()[micro.index]
-            numbers["ref_logprobs"], _ = linear_token_logprobs(*reference, taken, T)
+            found["ref_logprobs"], _ = linear_token_logprobs(*reference, taken, T)
             if critic:
-                numbers["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
-            for name, per_token in numbers.items():
+                found["values"] = critic(micro.tokens, micro.start).flatten(0, 1)[micro.index - 1]
+            for name, per_token in found.items():
                 grids[name][micro.cells] = per_token
         return Rollout(samples, scores, passes, mask.to(device), **grids)
 
