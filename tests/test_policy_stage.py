@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 import rlhf
 from minillm.chat import with_chat_template
 from minillm.errors import InputError
-from minillm.io.conversations import read_all
+from minillm.io.conversations import check_world_is_meant, read_all
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
 from minillm.model import ScalarModel, scalar_from_language_model
 from minillm.optim import lr_schedule
@@ -238,8 +238,8 @@ def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_th
     rlhf.main([*words, "--out", str(tmp_path / "own"), "--max-new-tokens", "4", "--prompts", "8"])
     pairs = [{"instruction": f"Add {i} and 1.", "chosen": f"{i + 1}", "rejected": "0"} for i in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    words = ["--stage", "rank", "--annotator", "file", "--data", str(tmp_path / "pairs.jsonl")]
-    rlhf.main([*words, "--out", str(tmp_path)])
+    ranked = ["--stage", "rank", "--annotator", "file", "--data", str(tmp_path / "pairs.jsonl")]
+    rlhf.main([*ranked, "--out", str(tmp_path)])
     (tmp_path / "reward").symlink_to(places["--reward"])
     capfd.readouterr()
     unnamed = {"--init": places["--init"]}
@@ -256,6 +256,8 @@ def test_without_named_prompts_the_little_worlds_are_taken_only_where_some_of_th
     assert f"as in --data {packed}" in refusal(rlhf, dpo, capfd)
     elsewhere = unnamed | {"--reward": str(tmp_path / "reward")}
     assert "--data" in refusal(rlhf, arguments(elsewhere, tmp_path / "other"), capfd)
+    rlhf.main([*words[:4], "--out", str(tmp_path / "little"), "--max-new-tokens", "4", "--prompts", "30"])
+    check_world_is_meant(rlhf.Options(stage="policy", out=str(tmp_path / "little")))
 
 
 def test_no_prompt_is_trained_on_and_held_out(places):

@@ -87,13 +87,12 @@ def rankings_of_file(file: str) -> list[Ranking]:
 
 
 def are_ours(file: str) -> bool:
-    """Whether rankings are a file of ours, or missing, and not anybody's preferences."""
+    """Whether rankings or responses are a file of ours, or missing, and not anybody's preferences."""
     if not Path(file).is_file():
         return not Path(file).is_dir() and not has_magic(file)
     _, first = next(records(file, Reading("replace"), Counter(), _unwrapped), ("", None))
-    return first is None or (
-        isinstance(first, dict) and not first.keys().isdisjoint({"ranking", "withdraws"})
-    )
+    own = {"ranking", "withdraws", "draws"}
+    return first is None or (isinstance(first, dict) and not first.keys().isdisjoint(own))
 
 
 def check_world_is_meant(options: Any) -> None:
