@@ -168,9 +168,9 @@ def collate(encoded: Sequence[EncodedSet], device: torch.device) -> RankedBatch:
         first = len(bounds)
         for ranking in one.rankings:
             weight, texts = 1 / (comb(len(one.rows), 2) * len(one.rankings)), ranking.responses
-            for better, worse in ranking.pairs():
-                if texts[better] != texts[worse]:  # no score can order equal ones
-                    pairs.append((first + better, first + worse, weight))
+            for high, low in ranking.pairs():
+                if texts[high] != texts[low]:  # no score can order equal ones
+                    pairs.append((first + high, first + low, weight))
         bounds += [(one.start, len(row)) for row in one.rows]
     starts, ends = (begins[:, None] + torch.tensor(bounds)).unbind(1)
     better, worse, weights = torch.tensor(pairs, dtype=torch.float64).view(-1, 3).unbind(1)  # indices too
