@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ from minillm.io.rankings import RankingFile, read_rankings
 from minillm.model import LanguageModel, config_of_depth, initialize
 from minillm.preferences import ResponseSet, new_ranking, ranking_by
 from minillm.tokenizer import Tokenizer
-from minillm.tools.annotators import DEFAULT_PRINCIPLES, Judge, read_principles
-from minillm.tools.ranking import RankingSession, run_command, screen
+from minillm.tools.annotators import DEFAULT_PRINCIPLES, ByPrinciples, outcomes_of, read_principles
+from minillm.tools.ranking import RankingSession, rank_in_terminal, run_command, screen
 from minillm.tools.report import agreement_report
 from minillm.world import World
 from minillm.world.annotators import MARGIN, assign_annotators, simulated_annotators
@@ -73,7 +73,8 @@ def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
         assert run_command(session, "A > B = C > D") == "kept: 5 comparisons"
         assert len(read_rankings(session.file.path)) == number
     assert "Nothing is left" in screen(session)
-    assert run_command(session, "A > B > C > D").startswith("not a ranking: there is nothing left")
+    with pytest.raises(InputError, match="there is nothing left"):
+        run_command(session, "A > B > C > D")
 
 
 @pytest.mark.parametrize(
@@ -81,22 +82,32 @@ def test_each_ranking_is_on_the_disk_before_the_next_set_shows(session):
 )
 def test_a_wrong_ranking_is_answered_in_one_line_and_nothing_is_written(session, typed):
     before = session.file.path.read_bytes()
-    answer = run_command(session, typed)
-    assert answer.startswith("not a ranking: ") and len(answer.splitlines()) == 1
+    with pytest.raises(InputError) as refused:
+        run_command(session, typed)
+    assert len(str(refused.value).splitlines()) == 1
     assert session.file.path.read_bytes() == before and session.current == SETS[0]
 
 
-def test_a_ranking_that_cannot_be_kept_is_no_wrong_ranking(session, monkeypatch):
+def test_what_is_refused_at_the_terminal_is_said_there_and_can_be_typed_again(session, monkeypatch, capsys):
+    """A wrong ranking, and one that cannot be kept."""
+    typed, append = iter(["A > A", "A > B > C > D", "A > B > C > D", "q"]), session.file.append
+
     def full(_):
+        session.file.append = append
         raise InputError("no space left")
 
-    monkeypatch.setattr(session.file, "append", full)
-    with pytest.raises(InputError, match="no space left"):
-        run_command(session, "A > B > C > D")
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    session.file.append = full
+    rank_in_terminal(session)
+    printed = capsys.readouterr().out
+    assert [
+        line in printed for line in ("A is there 2 times", "no space left", "kept: 6", "1 of 5 ranked")
+    ] == [True] * 4
 
 
 def test_undo_brings_the_last_set_back_and_skip_puts_one_off(session):
-    assert run_command(session, "u") == "nothing to take back"
+    with pytest.raises(InputError, match="nothing to take back"):
+        run_command(session, "u")
     run_command(session, "A > B > C > D")
     run_command(session, "s")
     assert session.current == SETS[2] and session.skipped == {SETS[1].key}
@@ -112,7 +123,9 @@ def test_undo_brings_the_last_set_back_and_skip_puts_one_off(session):
 def test_people_do_not_see_or_undo_each_others_rankings(session):
     run_command(session, "A > B > C > D")
     bob = RankingSession(SETS, session.file, "Bob", 0)
-    assert bob.current == SETS[0] and bob.done == 0 and run_command(bob, "u") == "nothing to take back"
+    assert bob.current == SETS[0] and bob.done == 0
+    with pytest.raises(InputError, match="nothing to take back"):
+        run_command(bob, "u")
     assert session.done == 1
 
 
@@ -255,18 +268,18 @@ def test_each_set_has_as_many_opinions_as_asked_for_and_all_annotators_have_thei
 # ---- A judge
 
 
-def tiny_judge(seed: int, chat: bool) -> Judge:
+def tiny_judge(seed: int, chat: bool) -> ByPrinciples:
     tokenizer = Tokenizer.train(["Which reply is better? The better reply is A"], 262)
     model = LanguageModel(config_of_depth(1, tokenizer.vocab_size, 512))
     initialize(model, torch.Generator().manual_seed(seed))
-    return Judge(model, with_chat_template(tokenizer) if chat else tokenizer, "Better is shorter.")
+    return ByPrinciples(model, with_chat_template(tokenizer) if chat else tokenizer, "Better is shorter.")
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_choice_is_the_difference_of_the_letters_log_probabilities(chat):
     judge = tiny_judge(0, chat)
     pairs = [replace(SETS[0], responses=[first, "b"]) for first in ("a", "a much longer one")]
-    questions = [judge.question(pair) for pair in pairs]
+    questions = [judge.questions(pair)[0] for pair in pairs]
     for question, margin in zip(questions, judge.margins(questions), strict=True):
         logits = judge.model.logits(judge.model.model(torch.tensor([question]))[0, -1])
         a, b = logits.log_softmax(0)[list(judge.letters)].tolist()
@@ -280,27 +293,22 @@ def test_the_choice_is_the_difference_of_the_letters_log_probabilities(chat):
 def test_a_choice_that_goes_with_the_place_is_a_tie(margins):
     judge = tiny_judge(0, True)
     judge.margins = lambda questions: np.array(margins).flatten()
-    for (as_a, as_b), outcome in zip(
-        margins, judge([replace(SETS[0], responses=["a", "b"])] * len(margins)), strict=True
-    ):
+    outcomes = outcomes_of(judge, [replace(SETS[0], responses=["a", "b"])] * len(margins))
+    for (as_a, as_b), outcome in zip(margins, outcomes, strict=True):
         wins = np.sign(as_a), -np.sign(as_b)
         assert outcome == (wins[0] if wins[0] == wins[1] else 0)
 
 
 @given(st.permutations(range(5)))
 def test_a_judge_of_one_mind_ranks_as_it_judges(best_first):
-    class OfOneMind(Judge):
-        def __init__(self) -> None: ...
-
-        def __call__(self, pairs):
-            places = [[best_first.index(int(text)) for text in pair.responses] for pair in pairs]
-            return [1 if first < second else -1 for first, second in places]
-
-    assert OfOneMind().rank(replace(SETS[0], responses=list("01234"))) == [[i] for i in best_first]
+    judge = tiny_judge(0, True)
+    pairs = permutations(map(best_first.index, range(5)), 2)
+    judge.margins = lambda questions: np.array([second - first for first, second in pairs])
+    assert judge([replace(SETS[0], responses=list("01234"))]) == [[[i] for i in best_first]]
 
 
 def test_a_set_beyond_the_judges_context_is_not_ranked():
-    assert tiny_judge(0, True).rank(ResponseSet(SETS[0].messages, ["a" * 600, "b"])) is None
+    assert tiny_judge(0, True)([ResponseSet(SETS[0].messages, ["a" * 600, "b"])]) == [None]
 
 
 def test_the_principles_are_a_text_of_ones_own(tmp_path):

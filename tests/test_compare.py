@@ -32,9 +32,9 @@ from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import world_sources
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
-from minillm.preferences import ChatModel, ResponseSet
+from minillm.preferences import ChatModel, ResponseSet, ranking_by
 from minillm.tokenizer import Tokenizer
-from minillm.tools.annotators import Judge, by_person, by_reward, by_rubric, outcomes_of, prefer
+from minillm.tools.annotators import ByPrinciples, by_person, by_reward, by_rubric, outcomes_of
 from minillm.tools.evaluate import Reply, sample_replies, text_loss, token_values
 from minillm.tools.measures import estimate
 from minillm.world import KINDS, World
@@ -196,7 +196,7 @@ def judges(chat):
         "rubric": by_rubric(WORLD),
         "reward": by_reward(reward, ChatTemplate(chat.tokenizer)),
         # Weights so large that its choices go with the text and not with the place alone.
-        "model": Judge(tiny(8, noise=1.0)[0], chat.tokenizer, "Be kind."),
+        "model": ByPrinciples(tiny(8, noise=1.0)[0], chat.tokenizer, "Be kind."),
     }
 
 
@@ -251,7 +251,7 @@ def test_two_runs_exchanged_mirror_their_contest(replies):
     )
 
     def later_letter(pairs):
-        return [prefer(map(ord, one.responses)) for one in pairs]
+        return [ranking_by([*map(ord, one.responses)]) for one in pairs]
 
     there, back = (
         contests("x", later_letter, prompts, {"greedy": said})

@@ -309,20 +309,20 @@ def test_a_model_ranks_by_principles_and_published_rankings_are_added_under_thei
 
 
 def test_sets_that_the_judge_cannot_read_are_counted(out, tmp_path, monkeypatch, capsys):
-    asked, rank_set = [], annotators.Judge.rank
+    asked, rank_set = [], annotators.ByPrinciples.__call__
 
     def rank_or_not(self, given):
         asked.append(given)
-        return rank_set(self, given) if len(asked) > 3 else None
+        return rank_set(self, given) if len(asked) > 3 else [None]
 
-    monkeypatch.setattr(annotators.Judge, "rank", rank_or_not)
+    monkeypatch.setattr(annotators.ByPrinciples, "__call__", rank_or_not)
     (tmp_path / "short.txt").write_text("Short is better.")
     judge, principles = folder_of(tmp_path / "judge", 0, 400), tmp_path / "short.txt"
     options = ["--annotator", "model", "--judge", str(judge), "--principles", str(principles)]
     assert len(rank(out, *options)) == 20
     assert "3 sets left out: too long for the judge" in capsys.readouterr().out
     (out / "rankings.jsonl").unlink()
-    monkeypatch.setattr(annotators.Judge, "rank", lambda self, given: None)
+    monkeypatch.setattr(annotators.ByPrinciples, "__call__", lambda self, given: [None])
     with pytest.raises(SystemExit):
         rank(out, *options)
     assert "no set fits its context" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_a_person_ranks_undoes_quits_and_goes_on_at_a_terminal(out):
     assert "1 of 23 ranked" in ada.type("A > B > C")
     assert stored() == asked[:1], "on the disk before the next set shows"
     assert "2 of 23 ranked" in ada.type("b>A=c")
-    assert "not a ranking: C missing" in ada.type("A>B")
+    assert "C missing; rank them all" in ada.type("A>B")
     assert stored() == asked[:2]
     assert "1 of 23 ranked" in ada.type("u")
     assert stored() == asked[:1]

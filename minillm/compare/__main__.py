@@ -182,7 +182,7 @@ def open_prompts(
 
 def open_judge(
     name: JudgeName, options: Options, world: Any, runtime: Runtime, stack: ExitStack
-) -> tuple[str, annotators.PairJudge]:
+) -> tuple[str, annotators.Judge]:
     """What a judge is called, and the judge."""
     match name:
         case "reward":
@@ -192,7 +192,7 @@ def open_judge(
         case "model":
             principles = annotators.read_principles(Path(options.principles))
             model = load_causal_model(Path(str(options.judge_model)), runtime.device, runtime.dtype)
-            return f"the model {options.judge_model}", annotators.Judge(*model, principles)
+            return f"the model {options.judge_model}", annotators.ByPrinciples(*model, principles)
         case "person":
             file = stack.enter_context(RankingFile(Path(options.out) / "verdicts.jsonl"))
             return options.name, annotators.by_person(file, options.name, options.seed)

@@ -22,7 +22,7 @@ import numpy as np
 
 from minillm.corpus import Source, split_documents
 from minillm.preferences import ChatModel, ResponseSet
-from minillm.tools.annotators import PairJudge, outcomes_of
+from minillm.tools.annotators import Judge, outcomes_of
 from minillm.tools.evaluate import Reply, Row, prompts_of_each_kind, sample_replies, text_loss, token_values
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, win_rates, written
 from minillm.tools.streams import tables
@@ -136,7 +136,7 @@ def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:
 # ---- Who wins
 
 
-def contests(name: str, judge: PairJudge, prompts: Sequence[Prompt], said: Said) -> dict[str, Rows]:
+def contests(name: str, judge: Judge, prompts: Sequence[Prompt], said: Said) -> dict[str, Rows]:
     """How often each later model wins, ties and loses against each earlier one; in the last sampling, for
     neighbours, by kind too. The judge is given all pairs at once."""
     keys = [(sampling, *two) for sampling in said for two in combinations(said[sampling], 2)]

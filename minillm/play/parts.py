@@ -21,7 +21,7 @@ from minillm.preferences import ResponseSet
 from minillm.reward import encode_response
 from minillm.tokenizer import Tokenizer
 from minillm.tools.folder import read_run
-from minillm.tools.ranking import RankingSession, parse_ranking
+from minillm.tools.ranking import RankingSession, run_command
 from minillm.tools.streams import stream_text
 
 PASSAGES = 12
@@ -81,7 +81,7 @@ class Guessing:
 
     def _passages(self, run: str) -> Iterator[tuple[str, str]]:
         """Documents: those given, or what this run or the base model held out; else the little world's."""
-        stages = {one["name"]: one["stage"] for one in self.shelf.runs()}
+        stages = {one["name"]: one["stage"] for one in self.shelf.look()[0]}
         bases = [name for name in (run, *stages) if stages.get(name) == "train"]
         options = read_run(self.shelf.folder / bases[0])[1] if bases else {}
         how = options.get("errors", "strict"), options.get("encoding", "utf-8"), options.get("field")
@@ -118,7 +118,7 @@ class Picking:
         if not name.strip() or len(name) > 60:
             raise InputError(f"name {name!r:.80}: give 1 to 60 characters")
         session = RankingSession(self.sets, self.file, name, 0)
-        session.skipped |= self.skipped.get(name, set())
+        session.skipped = self.skipped[name]
         return session
 
     def current(self, name: str) -> dict[str, Any]:
@@ -130,30 +130,22 @@ class Picking:
             given = session.current
             if given is None:
                 return shown
-            responses = [given.responses[i] for i in session.blind_order(given)]
-            return shown | {"key": given.key, "messages": given.messages, "responses": responses}
+            return shown | {"key": given.key, "messages": given.messages, "responses": session.blind(given)}
 
     def act(self, name: str, key: str, action: str) -> tuple[Any, list[str]] | None:
-        """A ranking in letters ("B > A = C"), "skip", "undo" or "" for nothing; messages and responses that
-        were ranked. InputError where another set than that of `key` is to be ranked: the page is out of date.
-        """
+        """What can be typed at the terminal, as "B > A = C", "skip" or "undo", or "" for nothing; messages
+        and responses that were ranked. InputError where another set than that of `key` is to be ranked: the
+        page is out of date."""
         with self.lock:
-            session = self._session(name)
-            if not action:
-                return None
-            if action == "undo":
-                if (undone := session.undo()) is None:
-                    raise InputError("nothing to take back")
-                self.skipped[name].discard(undone.key)
-                return None
+            session, before = self._session(name), len(self.file.rankings)
             given = session.current
-            if given is None or given.key != key:
+            if action not in ("", "undo") and (given is None or given.key != key):
                 raise InputError("this set has been ranked in another window; load the page again")
-            if action == "skip":
-                self.skipped[name].add(given.key)
+            if action:
+                run_command(session, action)
+            if given is None or len(self.file.rankings) <= before:
                 return None
-            session.rank(given, parse_ranking(action, len(given.responses)))
-            return given.messages, [given.responses[i] for i in session.blind_order(given)]
+            return given.messages, session.blind(given)
 
     def scores(self, messages: Any, responses: list[str]) -> dict[str, Any]:
         """What the reward model says of the responses; nothing where there is none."""

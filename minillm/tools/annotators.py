@@ -1,11 +1,11 @@
 """Who says which response is better: the rubric, a reward model, a language model, people, files.
 
-    a judge, asked of pairs    by_rubric, by_reward, Judge, by_person     compare
-    an annotator of sets       simulated people, Judge, files, a person   rlhf.py --stage rank
+    the rubric, a reward model, a language model, a person     compare, of sets of two
+    simulated people, a language model, a person, files        rlhf.py --stage rank
 
-A judge is called with pairs, which are sets of two responses. It says of each 1 where the first is better, -1
-where the second, 0 where neither, and None where it does not know. Which side is whose tells it nothing: a
-person sees them in a blind order, the language model in both.
+A judge is called with sets of responses and ranks each, best first, ties together; None where it does not
+know. Which response is whose tells it nothing: a person sees them in a blind order, the language model every
+two in both.
 
 The language model is shown the principles, the conversation and two responses, called A and B, and begins its
 reply with "The better reply is"; whether " A" or " B" is likelier to come next is its choice. Judges favour a
@@ -20,10 +20,10 @@ log-probabilities; both orders as in Zheng et al. 2023 (arXiv 2306.05685), secti
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import compress, permutations
 from os.path import realpath
 from pathlib import Path
 from typing import Any
@@ -55,67 +55,64 @@ from minillm.world.annotators import MARGIN
 DEFAULT_PRINCIPLES = Path(__file__).with_name("principles.txt")
 OPENING = "The better reply is"
 
-Outcome = int | None
-PairJudge = Callable[[Sequence[ResponseSet]], list[Outcome]]
+Judged = list[list[int]] | None
+Judge = Callable[[Sequence[ResponseSet]], list[Judged]]
 
 
-def outcomes_of(judge: PairJudge, pairs: Sequence[ResponseSet]) -> list[Outcome]:
-    """What a judge says of pairs. Equal responses tie unseen."""
+def outcomes_of(judge: Judge, pairs: Sequence[ResponseSet]) -> list[int | None]:
+    """Of sets of two 1 where a judge prefers the first, -1 the second, 0 neither. Equal ones tie unseen."""
     asked = [i for i, pair in enumerate(pairs) if pair.responses[0] != pair.responses[1]]
     found = dict(zip(asked, judge([pairs[i] for i in asked]), strict=True))
-    return [found.get(i, 0) for i in range(len(pairs))]
+    signs = {"[[0], [1]]": 1, "[[1], [0]]": -1, "[[0, 1]]": 0}
+    return [signs.get(str(found.get(i, [[0, 1]]))) for i in range(len(pairs))]
 
 
-def prefer(scores: Iterable[float | int | None], margin: float = 0.0) -> Outcome:
-    """The higher of two scores wins; those within the margin tie."""
-    first, second = scores
-    if first is None or second is None:
-        return None
-    return 0 if abs(first - second) <= margin else 1 if first > second else -1
+def ranked(values: Sequence[float | int | None], margin: float = 0.0) -> Judged:
+    """The highest first; None where one is unknown."""
+    known = [value for value in values if value is not None]
+    return ranking_by(known, margin) if len(known) == len(values) else None
 
 
-def by_rubric(world: World) -> PairJudge:
+def by_rubric(world: World) -> Judge:
     """By the rubric's scores. None of prompts that are none of this world's."""
-    return lambda pairs: [
-        prefer((world.utility(pair.messages, text) for text in pair.responses), MARGIN) for pair in pairs
+    return lambda sets: [
+        ranked([world.utility(one.messages, text) for text in one.responses], MARGIN) for one in sets
     ]
 
 
-def by_reward(model: ScalarModel, template: ChatTemplate) -> PairJudge:
+def by_reward(model: ScalarModel, template: ChatTemplate) -> Judge:
     """By the reward model's scores. None where a response ends beyond its context."""
 
-    def judge(pairs: Sequence[ResponseSet]) -> list[Outcome]:
+    def judge(sets: Sequence[ResponseSet]) -> list[Judged]:
         rows = [
-            [tuple(encode_response(template, pair.messages, text)) for text in pair.responses]
-            for pair in pairs
+            [tuple(encode_response(template, one.messages, text)) for text in one.responses] for one in sets
         ]
         longest = model.config.max_position_embeddings
-        fitting = list(dict.fromkeys(row for two in rows for row in two if len(row) <= longest))
+        fitting = list(dict.fromkeys(row for own in rows for row in own if len(row) <= longest))
         scores = dict(zip(fitting, score_rows(model, fitting), strict=True))  # each row once
-        return [prefer(map(scores.get, two)) for two in rows]
+        return [ranked([*map(scores.get, own)]) for own in rows]
 
     return judge
 
 
-def by_person(file: RankingFile, name: str, seed: int) -> PairJudge:
-    """A person at the terminal: pairs in an order that tells nothing, and so the sides of each
+def by_person(file: RankingFile, name: str, seed: int) -> Judge:
+    """A person at the terminal: sets in an order that tells nothing, and so the responses of each
     (ranking.py). None where they have not judged.
 
     Every answer is kept in the file, so that another sitting goes on where this one ended.
     """
 
-    def judge(pairs: Sequence[ResponseSet]) -> list[Outcome]:
-        order = list({pair.key: pair for pair in pairs}.values())
+    def judge(sets: Sequence[ResponseSet]) -> list[Judged]:
+        order = list({one.key: one for one in sets}.values())
         random.Random(f"{seed} order").shuffle(order)
         rank_in_terminal(RankingSession(order, file, name, seed))
-        ranks = {
-            (made.key, text): rank
+        values = {
+            (made.key, text): -rank
             for made in file.rankings
             if made.annotator == name
             for text, rank in zip(made.responses, made.ranks(), strict=True)
         }
-        # Rank 0 is the best.
-        return [prefer(ranks.get((pair.key, text)) for text in pair.responses[::-1]) for pair in pairs]
+        return [ranked([values.get((one.key, text)) for text in one.responses]) for one in sets]
 
     return judge
 
@@ -131,7 +128,7 @@ def read_principles(path: Path) -> str:
     return text
 
 
-class Judge:
+class ByPrinciples:
     """A model that says which of two responses is better, by principles."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, principles: str) -> None:
@@ -141,34 +138,27 @@ class Judge:
         same = next(i for i in range(len(a)) if a[i] != b[i])  # one token for the space, in some vocabularies
         self.opening, self.letters = [*tokenizer.encode(OPENING), *a[:same]], (a[same], b[same])
 
-    def question(self, pair: ResponseSet) -> list[int]:
-        """The tokens behind which the judge's choice is read, the first response being A."""
-        said = "\n".join(f"{message['role']}: {message['content']}" for message in pair.messages)
-        first, second = pair.responses
-        text = f"{self.principles}\n\n{said}\n\nReply A: {first}\n\nReply B: {second}\n"
-        return [*self.form.prompt([{"role": "user", "content": text}]), *self.opening]
+    def questions(self, given: ResponseSet) -> list[list[int]]:
+        """For every two responses, in both orders, the tokens behind which the choice is read."""
+        said = "\n".join(f"{message['role']}: {message['content']}" for message in given.messages)
+        texts = [
+            f"{self.principles}\n\n{said}\n\nReply A: {first}\n\nReply B: {second}\n"
+            for first, second in permutations(given.responses, 2)
+        ]
+        return [[*self.form.prompt([{"role": "user", "content": text}]), *self.opening] for text in texts]
 
-    def __call__(self, pairs: Sequence[ResponseSet]) -> list[Outcome]:
-        """For each pair who wins; None where a question is longer than the judge's context."""
-        orders = ((pair, replace(pair, responses=pair.responses[::-1])) for pair in pairs)
-        both = [(self.question(one), self.question(other)) for one, other in orders]
-        longest = self.model.config.max_position_embeddings
-        fitting = [i for i, two in enumerate(both) if max(map(len, two)) <= longest]
-        signs = np.sign(self.margins([question for i in fitting for question in both[i]])).astype(int)
-        # In the second order the first response is B: it wins where the margin is negative.
-        found = dict(zip(fitting, np.where(signs[::2] == -signs[1::2], signs[::2], 0).tolist(), strict=True))
-        return [found.get(i) for i in range(len(pairs))]
-
-    def rank(self, given: ResponseSet) -> list[list[int]] | None:
-        """The ranking of a set; None where a question is longer than the judge's context."""
-        scores, pairs = [0] * len(given.responses), list(combinations(range(len(given.responses)), 2))
-        found = self([replace(given, responses=[given.responses[i], given.responses[j]]) for i, j in pairs])
-        for (i, j), outcome in zip(pairs, found, strict=True):
-            if outcome is None:
-                return None
-            scores[i] += outcome
-            scores[j] -= outcome
-        return ranking_by(scores)
+    def __call__(self, sets: Sequence[ResponseSet]) -> list[Judged]:
+        """By wins less losses; None where a question is longer than the judge's context."""
+        asked, longest = [*map(self.questions, sets)], self.model.config.max_position_embeddings
+        fits = [max(map(len, own)) <= longest for own in asked]
+        margins = iter(self.margins([question for own in compress(asked, fits) for question in own]))
+        found = list[Judged]()
+        for one, own, fit in zip(sets, asked, fits, strict=True):
+            won = np.zeros((len(one.responses),) * 2)  # of row and column the row's, as the first of the two
+            won[~np.eye(len(won), dtype=bool)] = np.sign([next(margins) for _ in own]) if fit else 0
+            scores = np.where(won == -won.T, won, 0).sum(1)
+            found.append(ranking_by(scores.tolist()) if fit else None)
+        return found
 
     def margins(self, questions: Sequence[Sequence[int]]) -> Float64[np.ndarray, " N"]:
         """log P(" A") - log P(" B") behind each question: the difference of two logits."""
@@ -226,10 +216,10 @@ def judged(options: Any, runtime: Runtime, sets: Sequence[ResponseSet]) -> tuple
         raise InputError("--annotator model: name a --judge, as in out/sft")
     principles = read_principles(Path(options.principles or DEFAULT_PRINCIPLES))
     loaded = load_causal_model(Path(options.judge), runtime.device, runtime.dtype)
-    model, judge = preferences.ChatModel(f"model-{options.judge}", *loaded), Judge(*loaded, principles)
+    model, judge = preferences.ChatModel(f"model-{options.judge}", *loaded), ByPrinciples(*loaded, principles)
 
     def make(given: ResponseSet) -> Ranking | None:
-        ranking = judge.rank(given)
+        (ranking,) = judge([given])
         return None if ranking is None else new_ranking(given, ranking, model.name, options.seed)
 
     origin = {"--judge": options.judge, "weights of --judge": model.fingerprint}

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile
-from minillm.preferences import MOST_RESPONSES, Ranking, ResponseSet, new_ranking
+from minillm.preferences import MOST_RESPONSES, ResponseSet, new_ranking
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:MOST_RESPONSES]
 """Names for the responses while they are ranked."""
@@ -71,19 +71,9 @@ class RankingSession:
         random.Random(f"{self.seed} {self.annotator} {given.key}").shuffle(order)
         return order
 
-    def rank(self, given: ResponseSet, places: list[list[int]]) -> Ranking:
-        """Puts a ranking of the places in the blind order on the disk."""
-        order = self.blind_order(given)
-        ranking = [[order[place] for place in tied] for tied in places]
-        made = new_ranking(given, ranking, self.annotator, self.seed)
-        self.file.append([made])
-        return made
-
-    def undo(self) -> Ranking | None:
-        """Takes the last ranking of this person back, and returns it."""
-        undone = self.file.withdraw(self.annotator)
-        self.skipped -= {undone.key} if undone else set()
-        return undone
+    def blind(self, given: ResponseSet) -> list[str]:
+        """The responses in this order."""
+        return [given.responses[i] for i in self.blind_order(given)]
 
 
 def screen(session: RankingSession) -> str:
@@ -93,34 +83,33 @@ def screen(session: RankingSession) -> str:
     if given is None:
         return "\n".join([*lines, "Nothing is left to rank.   u undo   q quit"])
     lines += [f"{message['role']}: {message['content']}" for message in given.messages]
-    for letter, index in zip(LETTERS, session.blind_order(given), strict=False):
-        lines += ["", f"  {letter}   " + given.responses[index].replace("\n", "\n      ")]
+    for letter, text in zip(LETTERS, session.blind(given), strict=False):
+        lines += ["", f"  {letter}   " + text.replace("\n", "\n      ")]
     return "\n".join([*lines, "", HELP])
 
 
 def run_command(session: RankingSession, typed: str) -> str | None:
     """Carries out what was typed under the screen; a ranking is then on the disk. Returns what to say about
-    it; None to end."""
+    it; None to end. InputError for what cannot be done."""
     given = session.current
     match typed.strip().lower():
         case "q":
             return None
-        case "s":
-            if given:
-                session.skipped.add(given.key)
+        case "s" | "skip":
+            session.skipped |= {given.key} if given else set()
             return "skipped: it comes again at the next sitting"
-        case "u":
-            undone = session.undo()
-            if undone is None:
-                return "nothing to take back"
+        case "u" | "undo":
+            if (undone := session.file.withdraw(session.annotator)) is None:
+                raise InputError("nothing to take back")
+            session.skipped.discard(undone.key)
             return f"taken back: the ranking of {undone.messages[-1]['content']!r:.60}"
     if given is None:
-        return "not a ranking: there is nothing left to rank"
-    try:
-        places = parse_ranking(typed, len(given.responses))
-    except InputError as error:
-        return f"not a ranking: {error}"
-    return f"kept: {len(session.rank(given, places).pairs())} comparisons"
+        raise InputError("not a ranking: there is nothing left to rank")
+    places, order = parse_ranking(typed, len(given.responses)), session.blind_order(given)
+    ranking = [[order[place] for place in tied] for tied in places]
+    made = new_ranking(given, ranking, session.annotator, session.seed)
+    session.file.append([made])
+    return f"kept: {len(made.pairs())} comparisons"
 
 
 def rank_in_terminal(session: RankingSession) -> None:
@@ -135,6 +124,8 @@ def rank_in_terminal(session: RankingSession) -> None:
             shown = text
         try:
             answer = run_command(session, input("> "))
+        except InputError as error:
+            answer = str(error)
         except (EOFError, KeyboardInterrupt):
             answer = None
         print(answer or "")

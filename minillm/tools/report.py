@@ -45,7 +45,7 @@ from minillm.io.disk import write_json
 from minillm.model import ScalarModel, score_rows
 from minillm.preferences import Message, Ranking
 from minillm.reward import EncodedSet, encode_rankings, prompt_key
-from minillm.tools.annotators import prefer
+from minillm.tools.annotators import ranked
 from minillm.tools.measures import Estimate, Rows, estimate, mean, reliability, table_text
 from minillm.tools.streams import tables
 from minillm.world.annotators import MARGIN
@@ -195,7 +195,7 @@ def tricks(rankings: Sequence[Ranking], rubric: RubricScore) -> Iterator[Ranking
     for name, made in WORDS["tricks"].items():
         for one, answer, other in zip(asked, honest, [*honest[1:], *honest[:1]], strict=True):
             trick = made.format(answer=answer, other=other)
-            is_worse = prefer(rubric(one.messages, text) for text in (answer, trick)) in (1, None)
+            is_worse = ranked([rubric(one.messages, text) for text in (answer, trick)]) in ([[0], [1]], None)
             if answer.strip() and answer != trick and is_worse:
                 yield replace(one, responses=[answer, trick], ranking=[[0], [1]], annotator=name, cut=[])
 
