@@ -144,8 +144,14 @@ def test_the_better_response_is_picked_and_taken_back(page, by, runs):
     page.locator("#pick-all").check()
     for number in (3, 1, 2, 4):
         press(str(number), f"#pick-responses li:nth-child({number}) button")
+        if number == 1:  # the key for a tie, which is said until the next is named
+            page.keyboard.press("=")
+            visible(page, "as a tie at place 2").wait_for()
+    assert page.locator("#pick-pending").inner_text() == ""
     press("Enter", "#pick-send")
     visible(page, f"2 of 24 ranked by {name}").wait_for()
+    made = read_rankings(runs / "play" / "rankings.jsonl")[-1]
+    assert (made.annotator, [len(tied) for tied in made.ranking]) == (name, [1, 2, 1])
     press("u", "#pick-undo")
     visible(page, f"1 of 24 ranked by {name}").wait_for()
     press("s", "#pick-skip")
@@ -209,12 +215,14 @@ def test_calls_of_tools_are_run_and_shown_with_their_results(page, runs):
     page.goto(f"{page.url.partition('#')[0]}#chat")
     page.get_by_label("base", exact=True).uncheck()
     with a_model_that_calls(load_tokenizer(runs / "sft")):
+        assert "several" not in page.locator("#chat").inner_text()
         for _ in range(2):  # what was called stays part of the talk
             page.locator("#chat-text").fill("2+3?")
             page.keyboard.press("Enter")
             visible(page, r"calculator \{.expression.: .2\+3.\} → 5").wait_for()
             visible(page, "It is 5").wait_for()
             page.locator("#chat-stop").wait_for(state="hidden")
+            visible(page, "It has answered").wait_for()
 
 
 @pytest.mark.parametrize("by", ["mouse", "keyboard"])
@@ -254,6 +262,8 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_p
             page.locator("#train-state:focus").wait_for()
             page.locator("#train-answers > div").nth(4).wait_for()
             assert page.locator("#train-answers > div").count() == 5
+            visible(page, r"iteration \d+ of").wait_for()  # shown, and not read aloud
+            assert "iteration" not in page.locator("#train [aria-live]").inner_text()
             page.locator("#train-answers .good").first.wait_for()
             if by == "keyboard":
                 press(page, by, "Stop and keep what is learned")

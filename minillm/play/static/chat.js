@@ -52,7 +52,9 @@ async function send() {
   try {
     const asked = [...$("chat-columns").children].map((column) => ask(column, text, stopping.signal));
     const failed = (await Promise.allSettled(asked)).find((one) => one.status === "rejected");
-    $("chat-token").textContent = failed ? "Not all have answered." : "All have answered.";
+    const several = asked.length > 1;
+    $("chat-token").textContent = failed ? (several ? "Not all have answered." : "It has not answered.")
+      : several ? "All have answered." : "It has answered.";
     if (failed) throw failed.reason;
   } finally {
     $("chat-stop").hidden = true;
@@ -65,30 +67,33 @@ async function ask(column, text, signal) {
   const note = make("p", { class: "quiet" });
   let said = line("assistant");
   column.append(line("user", text), note, said);
+  const talk = [...messages];
   let whole = "";
-  let talk = null;
   try {
     const asked = { run: name, messages, temperature: Number($("chat-temperature").value), seed };
     for await (const event of events("/api/chat", asked, signal)) {
       if (event.waiting) note.textContent = `waiting: ${event.waiting} in the queue`;
-      else if (event.note) note.textContent = event.note;
+      else if (event.note && !event.call) note.textContent = event.note;
       else if (event.piece !== undefined) {
         if (note.textContent.startsWith("waiting")) note.textContent = "";
         whole += event.piece;
         said.append(event.piece);
       } else if (event.end) {
         said.replaceChildren(said.firstChild, ...event.tokens.map(token), event.end === "length" ? " [cut]" : "");
-      } else if (event.called) {
-        said = line("assistant");
-        column.append(line("tool", `${event.called} → ${event.result}`), said);
+        talk.push(event.message);
         whole = "";
-      } else if (event.messages) talk = event.messages;
+      } else if (event.call) {
+        said = line("assistant");
+        column.append(line("tool", `${event.call} → ${event.result.content}`), said);
+        talk.push(event.result);
+      }
     }
   } catch (error) {
     if (error.name !== "AbortError") note.textContent = error.message;
     throw error;
   } finally {
-    talks.set(name, talk ?? [...messages, { role: "assistant", content: whole }]);
+    if (whole || talk.length === messages.length) talk.push({ role: "assistant", content: whole });
+    talks.set(name, talk);
   }
 }
 

@@ -18,7 +18,7 @@ export function begin() {
   $("pick-undo").addEventListener("click", doing(() => send("undo")));
   keys("pick", (event) => {
     if (/^[1-9]$/.test(event.key) && shown?.responses[event.key - 1] !== undefined) choose(event.key - 1);
-    else if (event.key === "=" && $("pick-all").checked && order.length) tie = true;
+    else if (event.key === "=" && $("pick-all").checked && order.length) setTie(true);
     else if (event.key === "Escape") reorder([]);
     else if (event.key === "Enter" && !event.target.matches("button, a") && !$("pick-send").hidden) $("pick-send").click();
     else ({ t: $("pick-tie"), s: $("pick-skip"), u: $("pick-undo") })[event.key]?.click();
@@ -71,13 +71,18 @@ const choose = doing(async (index) => {
   reorder(without);
 });
 
+function setTie(pending) {
+  tie = pending;
+  $("pick-pending").textContent = pending ? `The next goes beside the last, as a tie at place ${order.length}.` : "";
+}
+
 const buttons = () => [...$("pick-responses").querySelectorAll("button"), $("pick-send")];
 
 // Draws the responses with their places. The focus stays where it was, or goes on to what keeps the order.
 function reorder(groups) {
   const focused = buttons().indexOf(document.activeElement);
   order = groups;
-  tie = false;
+  setTie(false);
   const all = $("pick-all").checked;
   const placed = order.flat();
   const rest = shown.responses.map((_, i) => i).filter((i) => !placed.includes(i));

@@ -78,6 +78,7 @@ function tell(event) {
       failed: [`It failed: ${event.error}`],
     };
     $("train-state").replaceChildren(...said[event.stage]);
+    $("train-progress").textContent = "";
     if (event.stage === "done" || event.stage === "stopped") {
       $("train-after").hidden = false;
       $("train-name").value = run;
@@ -95,9 +96,9 @@ function tell(event) {
     for (const name of Object.keys(CURVES)) if (event[name] !== undefined) curves[name].push([event.step, event[name]]);
     draw();
   } else if (event.of === "reward" && event.event === "train") {
-    $("train-state").textContent = `A reward model learns from the picks: step ${event.step}, loss ${event.loss.toFixed(2)}`;
+    $("train-progress").textContent = `step ${event.step}, loss ${event.loss.toFixed(2)}`;
   } else if (event.event === "train") {
-    $("train-state").textContent = `The assistant learns by PPO, iteration ${event.step} of ${iterations}: score ${event.score.toFixed(2)}, KL ${event.kl.toFixed(2)}`;
+    $("train-progress").textContent = `iteration ${event.step} of ${iterations}: score ${event.score.toFixed(2)}, KL ${event.kl.toFixed(2)}`;
   }
 }
 
