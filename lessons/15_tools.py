@@ -17,7 +17,7 @@ What would refute the claim: of either kind less than 80% right with tools, or l
 without; or more than 2% false calls.
 """
 
-from common import Figures, Options, Seeds, imitates, load, means, span, teach
+from common import Figures, Options, Seeds, converse, imitates, load, means, span, teach
 import json
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 
 from minillm.chat import Conversation, new_call
 from minillm.generate import SamplingOptions
-from minillm.tools.calls import calculator, converse, search
+from minillm.tools.calls import calculator, search
 from minillm.world import World, assistant, user
 from minillm.world.facts import Entity, Facts, attributes_of, pick, shuffled, state
 from minillm.world.phrases import NAME_PARTS

@@ -39,11 +39,14 @@ from matplotlib.figure import Figure
 from minillm.chat import ChatTemplate, Conversation
 from minillm.digest import digest
 from minillm.errors import InputError
+from minillm.generate import SamplingOptions
 from minillm.io.disk import read_json, read_text, write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.model import score_rows
 from minillm.preferences import ChatModel, Ranking, ResponseSet
 from minillm.reward import encode_response
+from minillm.tools.chat import Chat
+from minillm.tools.chat import Options as ChatOptions
 from minillm.tools.commandline import parse_options
 from minillm.tools.ending import one_line_errors
 from minillm.tools.evaluate import token_values
@@ -90,6 +93,19 @@ class Options:
 def load(run: Path) -> ChatModel:
     """The model of a run folder, with the format in which it is asked."""
     return ChatModel(run.name, *load_causal_model(run, CPU, torch.float32))
+
+
+def converse(model: ChatModel, prompts: Any, tools: Any, how: SamplingOptions, seeds: Any) -> list[Any]:
+    """What follows each prompt: calls of the tools, their results, and the reply."""
+    options = ChatOptions(max_new_tokens=how.max_new_tokens, temperature=how.temperature)
+    chat, found = Chat(model.model, model.tokenizer, options), []
+    chat.tools, chat.seeds = tools, iter(seeds)
+    for prompt in prompts:
+        chat.messages = tuple(prompt[:-1])
+        for _ in chat.events(prompt[-1]):
+            pass
+        found.append(list(chat.messages[len(prompt) :]))
+    return found
 
 
 def response_logprobs(model: ChatModel, sets: Sequence[ResponseSet]) -> list[np.ndarray]:

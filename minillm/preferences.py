@@ -30,7 +30,7 @@ from torch import nn
 from minillm.chat import ChatTemplate, Completion, Message, chat_format
 from minillm.data import seed_of
 from minillm.digest import digest
-from minillm.generate import ROWS, SamplingOptions, generate
+from minillm.generate import ROWS, Samples, SamplingOptions, generate
 from minillm.model import LanguageModel
 from minillm.tokenizer import Tokenizer
 
@@ -172,12 +172,11 @@ class ChatModel:
 
     def replies(
         self, prompts: Sequence[list[Message]], sampling: SamplingOptions, seeds: Sequence[int]
-    ) -> Iterator[tuple[str, bool]]:
-        """The text of a reply to each, and whether it ended."""
+    ) -> tuple[list[str], Samples]:
+        """The texts of a reply to each, and the replies as tokens."""
         sampling = replace(sampling, stop_ids=self.form.stop_ids)
-        asked = [self.prompt(messages) for messages in prompts]
-        samples = generate(self.model, asked, sampling, seeds)
-        return zip(samples.texts(self.tokenizer.decode), samples.ended, strict=True)
+        samples = generate(self.model, [self.prompt(messages) for messages in prompts], sampling, seeds)
+        return samples.texts(self.tokenizer.decode), samples
 
 
 def sample_sets(
@@ -207,8 +206,8 @@ def sample_sets(
             asked = [
                 i if k < count - distractors else another(i, s) for (i, k), s in zip(own, seeds, strict=True)
             ]
-            replies = model.replies([prompts[j].messages for j in asked], sampling, seeds)
-            for slot, j, s, (text, ended) in zip(own, asked, seeds, replies, strict=True):
+            texts, samples = model.replies([prompts[j].messages for j in asked], sampling, seeds)
+            for slot, j, s, text, ended in zip(own, asked, seeds, texts, samples.ended, strict=True):
                 drawn[slot] = {"text": text, "model": model.name, "prompt": j, "seed": s, "ended": ended}
         return drawn
 

@@ -18,8 +18,8 @@ from minillm.io.disk import write_json
 from minillm.io.huggingface import save_model, save_scalar_model
 from minillm.model import LanguageModel, config_of_depth, initialize, scalar_from_language_model
 from minillm.play import __main__ as play
-from minillm.play import shelf
 from minillm.tokenizer import Tokenizer
+from minillm.tools import chat
 from minillm.world import World
 
 
@@ -84,8 +84,8 @@ def a_model_that_calls(tokenizer: Tokenizer) -> Iterator[None]:
             yield from tokenizer.encode('calculator {"expression": "2+3"}')
         yield sampling.stop_ids[0]
 
-    before, shelf.stream = shelf.stream, stream
+    before, chat.stream = chat.stream, stream
     try:
         yield
     finally:
-        shelf.stream = before
+        chat.stream = before

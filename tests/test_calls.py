@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import time
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,22 +13,19 @@ from hypothesis import strategies as st
 from runs import tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from minillm.chat import TEMPLATE, ChatTemplate, new_call, with_chat_template
+from minillm.chat import ChatTemplate, new_call, with_chat_template
 from minillm.errors import InputError
-from minillm.generate import Samples, SamplingOptions
+from minillm.generate import SamplingOptions
 from minillm.io.messages import check_messages, with_tools
 from minillm.io.template import PLAIN_TEMPLATE
 from minillm.io.vocabulary import save_tokenizer
-from minillm.preferences import ChatModel
 from minillm.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minillm.tools import calls as calls_module
 from minillm.tools import chat as chat_module
 from minillm.tools.calls import (
     LONGEST_RESULT,
     Tool,
     calculate,
     calculator,
-    converse,
     open_tools,
     run_call,
     search,
@@ -298,35 +294,6 @@ def test_a_search_prefers_rare_words_and_says_when_it_finds_nothing():
 # ---- The loop
 
 
-@pytest.fixture
-def scripted(monkeypatch):
-    """A chat model that says what is scripted, turn by turn, to each prompt; and the prompts it was asked."""
-    model, plain = tiny_model(longest=400)
-    chat = ChatModel("m", model, with_chat_template(plain))
-
-    def script(*turns: list[str]) -> tuple[ChatModel, list[list[list[int]]]]:
-        seen, coming = [], iter(turns)
-        call = chat.tokenizer.special_tokens["<|system|>"]
-
-        def sample(model, prompts, sampling, seeds):
-            seen.append([list(prompt) for prompt in prompts])
-            said = [text.split("CALL ") for text in next(coming)]
-            rows = [
-                [token for part in parts for token in [call, *chat.tokenizer.encode(part)]][1:]
-                for parts in said
-            ]
-            ends = [
-                [] if text.endswith("CUT") else [chat.form.end_id] for parts in said for text in parts[-1:]
-            ]
-            responses = [[*row, *end] for row, end in zip(rows, ends, strict=True)]
-            return Samples(prompts, responses, [bool(end) for end in ends])
-
-        monkeypatch.setattr(calls_module, "generate", sample)
-        return chat, seen
-
-    return script
-
-
 def ask(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
@@ -334,63 +301,13 @@ def ask(text: str) -> list[dict]:
 SUM = 'CALL calculator {"expression": "2+3"}'
 
 
-def test_a_call_is_run_its_result_is_read_and_the_reply_follows(scripted):
-    chat, seen = scripted([SUM, "No sum."], ["So 5."])
-    first, second = converse(chat, [ask("2+3?"), ask("Hi")], TOOLS, SAMPLING, [0, 1])
-    call = new_call("call_0", "calculator", '{"expression": "2+3"}')
-    assert first == [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_0", "content": "5"},
-        {"role": "assistant", "content": "So 5."},
-    ]
-    assert second == [{"role": "assistant", "content": "No sum."}]
-    assert seen[1] == [chat.form.prompt(ask("2+3?") + first[:2])]
-
-
-def test_calls_of_one_turn_are_answered_in_their_order_and_errors_are_results(scripted):
-    chat, _ = scripted(["Well, " + SUM + "CALL nobody {}CALL "], ["Done."])
-    ((said, one, two, three, _),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
-    assert said["content"] == "Well, " and [one["content"], two["content"][:5]] == ["5", "error"]
-    assert three["content"].startswith("error: there is no tool '?'")
-
-
-def test_a_reply_calls_no_more_often_than_it_may(scripted):
-    chat, seen = scripted(*[[SUM]] * 9)
-    (said,) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0], most_calls=3)
-    assert [m["role"] for m in said] == ["assistant", "tool"] * 3 + ["assistant"] and len(seen) == 4
-    chat, seen = scripted([SUM * 3])
-    ((said,),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0], most_calls=2)
-    assert len(said["tool_calls"]) == 3
-
-
-def test_a_call_that_was_cut_or_leaves_no_room_is_not_run(scripted):
-    chat, _ = scripted([SUM + "CUT"])
-    ((said,),) = converse(chat, [ask("x")], TOOLS, SAMPLING, [0])
-    assert said["tool_calls"]
-    chat, seen = scripted([SUM])
-    room = 400 - len(chat.form.prompt(ask("x"))) - 20
-    ((said,),) = converse(chat, [ask("x")], TOOLS, replace(SAMPLING, max_new_tokens=room), [0])
-    assert said["tool_calls"] and len(seen) == 1
-
-
-def test_a_model_that_knows_no_calls_says_so(scripted):
-    chat, _ = scripted([SUM])
-    base = ChatModel("m", chat.model, Tokenizer(chat.tokenizer.vocabulary))
-    with pytest.raises(InputError, match="no chat template that knows calls"):
-        converse(base, [ask("x")], TOOLS, SAMPLING, [0])
-    assert chat.tokenizer.config["chat_template"] == TEMPLATE
-
-
-# ---- In the terminal's conversation
-
-
 @pytest.fixture
-def talk(monkeypatch, scripted):
+def talk(monkeypatch):
     """A `Chat` that says what is scripted, turn by turn; `asked` are the prompts of these."""
 
     def script(*turns: str, **options: object) -> Chat:
-        model, _ = scripted()
-        chat, coming = Chat(model.model, model.tokenizer, Options("run", **options)), iter(turns)
+        model, plain = tiny_model(longest=400)
+        chat, coming = Chat(model, with_chat_template(plain), Options("run", **options)), iter(turns)
         chat.asked = []
 
         def say(model, prompt, sampling, seed):
@@ -399,7 +316,8 @@ def talk(monkeypatch, scripted):
             yield from chat.tokenizer.encode(first)
             for call in calls:
                 yield from [chat.format.call_id, *chat.tokenizer.encode(call)]
-            yield chat.format.end_id
+            if not calls or "CUT" not in calls[-1]:
+                yield chat.format.end_id
 
         monkeypatch.setattr(chat_module, "stream", say)
         return chat
@@ -407,12 +325,39 @@ def talk(monkeypatch, scripted):
     return script
 
 
+def test_a_call_is_run_its_result_is_read_and_the_reply_follows(talk):
+    chat = talk(SUM, "So 5.", tools=("calculator",))
+    ends = [event["end"] for event in chat.events(ask("2+3?")[0]) if "end" in event]
+    call = new_call("call_0", "calculator", '{"expression": "2+3"}')
+    assert chat.messages == (
+        *ask("2+3?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_0", "content": "5"},
+        {"role": "assistant", "content": "So 5."},
+    )
+    assert ends == ["tool_calls", "stop"]
+
+
+def test_calls_of_one_turn_are_answered_in_their_order_and_errors_are_results(talk):
+    chat = talk("Well, " + SUM + "CALL nobody {}CALL ", "Done.", tools=("calculator",))
+    assert "".join(chat.reply("x")) == "Well, Done."
+    _, said, one, two, three, _ = chat.messages
+    assert said["content"] == "Well, " and [one["content"], two["content"][:5]] == ["5", "error"]
+    assert three["content"].startswith("error: there is no tool '?'")
+
+
+def test_a_call_that_was_cut_is_not_run(talk):
+    chat, notes = talk(SUM + "CUT", tools=("calculator",)), []
+    assert "".join(chat.reply("x", notes.append)) == "" and chat.end == "length"
+    assert notes == [] and chat.messages == (*ask("x"), {"role": "assistant", "content": ""})
+
+
 def test_a_chat_shows_calls_and_results_and_says_the_rest(talk):
     chat, notes = talk("Well. " + SUM, "So 5.", tools=("calculator",)), []
     assert "".join(chat.reply("2+3?", notes.append)) == "Well. So 5."
     assert notes == ['[calculator {"expression": "2+3"} → 5]']
     assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
-    assert chat.asked == [chat.prompt(chat.messages[:1]), chat.prompt(chat.messages[:3])] and not chat.cut
+    assert chat.asked == [chat.format.prompt(chat.messages[:n]) for n in (1, 3)] and chat.end == "stop"
     assert chat_module.run_command(chat, "/undo") and not chat.messages
 
 
@@ -425,18 +370,20 @@ def test_a_model_is_told_of_its_tools_only_where_asked_for(talk):
 
 
 def test_a_chat_without_tools_runs_nothing(talk):
-    chat = talk(SUM)
-    assert "".join(chat.reply("2+3?")) == "<|system|>" + SUM.removeprefix("CALL ")
-    assert len(chat.messages) == 2 and "tool_calls" not in chat.messages[1]
+    chat, notes = talk("Well. " + SUM), []
+    assert "".join(chat.reply("2+3?", notes.append)) == "Well. "
+    assert len(chat.messages) == 2 and "not run; 0 calls" in notes[-1]
 
 
 def test_a_chat_calls_no_more_often_than_it_may_and_ends_where_no_room_is_left(talk):
     chat, notes = talk(*[SUM] * 9, tools=("calculator",)), []
     assert "".join(chat.reply("x", notes.append)) == ""
-    assert notes[-1] == "(5 calls: no more than 4 are run in a reply)" and len(notes) == 5
-    chat, notes = talk("y" * 360 + SUM, "Never said.", tools=("calculator",), max_new_tokens=380), []
-    assert len("".join(chat.reply("x" * 12, notes.append))) == 360
-    assert notes[-1] == "(no room for a reply after the results)"
+    assert "not run; 4 calls are the most" in notes[-1]
+    assert len(notes) == 5
+    chat, said = talk("y" * 360 + SUM, "Never said.", tools=("calculator",), max_new_tokens=380), []
+    with pytest.raises(InputError, match="too long"):
+        said.extend(chat.reply("x" * 12, notes.append))
+    assert len("".join(said)) == 360 and chat.messages[-1]["content"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -475,6 +422,10 @@ def test_the_search_is_over_given_files_or_the_text_that_the_runs_base_was_train
         (tmp_path / "alone" / "run.json").write_text(json.dumps({"stage": "train", "options": damaged}))
         with pytest.raises(InputError, match="does not say on what text"):
             open_tools(["search"], tmp_path / "alone", [])
+    (tmp_path / "b.txt").write_text("Zoë keeps hens.\n" * 20, encoding="latin-1")
+    told = {"data": [str(tmp_path / "b.txt")], "encoding": "latin-1", "init": None}
+    (tmp_path / "alone" / "run.json").write_text(json.dumps({"stage": "train", "options": told}))
+    assert open_tools(["search"], tmp_path / "alone", [])["search"].run("hens") == "Zoë keeps hens."
     world = {"data": [], "seed": 3, "world_megabytes": 0.02, "init": None}
     (tmp_path / "base" / "run.json").write_text(json.dumps({"stage": "train", "options": world}))
     page = next(World(3).documents("wiki", 0.001))

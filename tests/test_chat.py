@@ -1,5 +1,6 @@
 """The conversation as a value, its commands, and the real thing in a terminal."""
 
+import itertools
 import os
 import re
 import signal
@@ -93,18 +94,18 @@ def conversation(system: str | None, pairs: list[tuple[str, str]], last: str) ->
 @example("It is.", [("cat", "a" * 9), ("é" * 9, "c"), ("t" * 9, "x")], "é" * 9, 60)
 def test_the_oldest_exchanges_go_first_no_more_than_must_and_are_told(system, pairs, last, room):
     """What is asked is the system message and as many exchanges as leave room for the reply."""
-    chat, notes = new_chat(random_model(room + 6), max_new_tokens=6), []
+    chat = new_chat(random_model(room + 6), max_new_tokens=6)
     *chat.messages, said = messages = conversation(system, pairs, last)
     head = messages[: system is not None]
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
     kept = [head + messages[i:] for i in users if len(chat.format.prompt(head + messages[i:])) <= room]
     if not kept:
         with pytest.raises(InputError, match="too long"):
-            chat.ask(last, notes.append)
-        assert chat.messages == list(messages[:-1]) and not notes
+            list(chat.reply(last))
+        assert chat.messages == list(messages[:-1])
         return
-    asked, prompt, _ = chat.ask(last, notes.append)
-    assert asked == kept[0] and asked[-1] == said and prompt == chat.format.prompt(asked)
+    asked, prompt, _, notes = chat.ask(messages)
+    assert asked == list(kept[0]) and asked[-1] == said and prompt == chat.format.prompt(asked)
     dropped = len(messages) - len(asked)
     assert notes == [f"(no room for the {dropped} oldest messages: dropped)"] * bool(dropped)
 
@@ -177,19 +178,23 @@ def test_the_streamed_text_is_what_generate_gives_for_the_same_seed(said, seed, 
         options = SamplingOptions(16, temperature, 0, 0.999, stop_ids=chat.format.stop_ids)
         samples = generate(MODEL, [prompt], options, [seed + number])
         (response,), stopped = samples.responses, samples.ended[0]
-        assert "".join(chat.reply(text)) == plain_tokenizer().decode(response[:-1] if stopped else response)
-        assert chat.cut == (not stopped)
+        spoken = itertools.takewhile(
+            lambda token: token != chat.format.call_id, response[: len(response) - stopped]
+        )
+        assert "".join(chat.reply(text)) == plain_tokenizer().decode(spoken)
+        assert chat.end == ("stop" if stopped else "length")
 
 
 @LAW
 @given(st.integers(1, 8), st.integers(0, 100))
-def test_a_reply_that_is_stopped_leaves_what_was_said_marked_as_cut(count, seed):
+def test_a_reply_that_is_stopped_leaves_what_was_said(count, seed):
     chat, shown = new_chat(max_new_tokens=12, seed=seed, top_k=20), []
-    for piece in chat.reply("Where is the cat?", stopped=lambda: len(shown) >= count):
+    for piece in chat.reply("Where is the cat?"):
         assert chat.messages == (), "nothing changes before the reply is whole"
         shown.append(piece)
-    assert len(shown) <= count
-    said = {"role": "assistant", "content": "".join(shown), "cut": True}
+        chat.stopped = len(shown) == count
+    assert len(shown) <= count and chat.end == "length"
+    said = message("assistant", "".join(shown))
     assert chat.messages == (message("user", "Where is the cat?"), said)
     list(chat.reply("And the mat?"))  # which can go on from it
 
@@ -197,7 +202,7 @@ def test_a_reply_that_is_stopped_leaves_what_was_said_marked_as_cut(count, seed)
 @pytest.mark.parametrize("longest", [20, 512])
 def test_without_a_length_a_reply_takes_what_the_context_leaves_up_to_a_limit(longest, monkeypatch):
     monkeypatch.setattr(chat_module, "LONGEST_REPLY", longest)
-    _, prompt, sampling = new_chat(random_model(64), top_k=20).ask("a")
+    _, prompt, sampling, _ = new_chat(random_model(64), top_k=20).ask([message("user", "a")])
     assert len(prompt) == 5 and sampling.max_new_tokens == min(longest, 64 - 5)
 
 

@@ -21,7 +21,7 @@ from runs import ROOT
 LESSONS = ROOT / "lessons"
 FILES = sorted(LESSONS.glob("[0-9]*.py"))
 RECORDS = LESSONS / "records"
-LONGEST, ALL = 148, 2_039  # lines of a lesson, and of all with common.py
+LONGEST, ALL = 148, 2_056  # lines of a lesson, and of all with common.py
 NAMES = [file.stem for file in FILES]
 
 

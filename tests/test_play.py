@@ -30,9 +30,9 @@ from minillm.io.disk import write_json
 from minillm.io.rankings import read_rankings
 from minillm.io.vocabulary import load_tokenizer
 from minillm.play import __main__ as play
-from minillm.play import shelf
+from minillm.play import app
 from minillm.play.parts import Picking
-from minillm.play.shelf import Shelf, until
+from minillm.play.shelf import Shelf, Until
 from minillm.play.training import Training
 from minillm.play.words import kinds_of_tokens, likeliest_words
 from minillm.play.worker import MOST_WAITING, Busy, Worker
@@ -49,7 +49,7 @@ def test_the_likeliest_words_have_the_probabilities_of_all_their_spellings_in_to
     """Each found word is spelled in all ways that tokens allow; none of the words of one token, or of a space
     and one, is more probable."""
     model, tokenizer = Shelf(runs, torch.device("cpu")).model("base")
-    begins, goes_on = kinds_of_tokens(tokenizer)
+    begins, goes_on, _ = kinds_of_tokens(tokenizer)
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     context, asked = tokenizer.encode("Who likes the"), {}
 
@@ -88,12 +88,14 @@ def test_the_likeliest_words_have_the_probabilities_of_all_their_spellings_in_to
 def test_a_reply_is_cut_before_its_first_stop_however_it_comes_in_pieces(texts, stops):
     whole = "".join(texts)
     places = [place for stop in stops if (place := whole.find(stop)) >= 0]
-    found = list(until(texts, stops))
+    until, said = Until(stops), ""
+    for text in texts:
+        said += "" if until.found else until.feed(text)
+    said += until.feed("", last=True)
     # Two stops may end in one piece: then the one that begins first cuts. Else the first that is complete.
-    said = "".join(text for text, _ in found)
     assert whole.startswith(said) and not any(stop in said for stop in stops)
-    assert any(stopped for _, stopped in found) == bool(places)
-    assert bool(places) or said == whole
+    assert until.found == bool(places)
+    assert until.found or said == whole
 
 
 def test_pieces_join_to_the_text_whatever_characters_tokens_cut(runs):
@@ -486,7 +488,7 @@ def test_too_little_memory_is_said_in_a_line(asking, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate memory")
         yield {}
 
-    monkeypatch.setattr(shelf, "reply", reply)
+    monkeypatch.setattr(app, "reply", reply)
     said = asking.post("api/chat", json={"run": "sft", "messages": [{"role": "user", "content": "Hi"}]}).text
     assert "error" in said and "not enough memory" in said and "fault of the server" not in said
 

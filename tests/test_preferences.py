@@ -21,7 +21,7 @@ from minillm import generate as generate_module
 from minillm.chat import with_chat_template
 from minillm.data import seed_of
 from minillm.errors import InputError
-from minillm.generate import SamplingOptions, generate
+from minillm.generate import Samples, SamplingOptions, generate
 from minillm.io import rankings as rankings_on_disk
 from minillm.io.rankings import JsonLines, RankingFile, read_json_lines, read_rankings, read_responses
 from minillm.preferences import (
@@ -268,7 +268,8 @@ def test_a_response_can_be_made_again_from_its_recorded_draw(model):
     record = all_records([model], PLAN)[4]
     for text, draw in zip(record["responses"], record["draws"], strict=True):
         prompt = [QUESTIONS[draw["prompt"]].messages]
-        assert next(model.replies(prompt, PLAN["sampling"], [draw["seed"]])) == (text, draw["ended"])
+        texts, samples = model.replies(prompt, PLAN["sampling"], [draw["seed"]])
+        assert (texts, samples.ended) == ([text], [draw["ended"]])
 
 
 def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(model):
@@ -289,9 +290,7 @@ def test_no_two_responses_of_a_set_are_alike_unless_the_note_says_so(model):
 
 def test_a_response_that_differs_in_spaces_alone_repeats(model, monkeypatch):
     monkeypatch.setattr(
-        ChatModel,
-        "replies",
-        lambda self, prompts, sampling, seeds: ((" " * (s % 3) + "Yes.", True) for s in seeds),
+        Samples, "texts", lambda self, decode: [" " * (i % 3) + "Yes." for i in range(len(self.responses))]
     )
     records = all_records([model], PLAN)
     assert all(record["note"].startswith("2 of the responses repeat") for record in records)

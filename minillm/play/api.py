@@ -8,22 +8,22 @@ sampling.
 Source: OpenAI's API reference, "Chat" and "Completions".
 """
 
-import json
 import math
+import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from minillm.errors import InputError
-from minillm.play.shelf import NoSuchRun, Shelf, reply
-from minillm.play.web import Fields, fields_of, status_of, words_for
+from minillm.play.shelf import Shelf, reply
+from minillm.play.web import Fields, fields_of, status_of, stream_of, words_for
 from minillm.play.worker import Event, Worker
 
 COMMON: dict[str, tuple[Any, Any]] = {
@@ -39,7 +39,7 @@ CHAT: Fields = COMMON | {
 }  # fmt: skip
 COMPLETIONS: Fields = COMMON | {
     "prompt": (str, ...), "logprobs": (int, None), "echo": (bool, False), "suffix": (str, ""),
-    "best_of": (int, 1),
+    "best_of": (int, 1), "max_tokens": (int, 16),
 }  # fmt: skip
 NOT_DONE = "n presence_penalty frequency_penalty logit_bias response_format echo suffix best_of".split()
 """Fields that must ask for nothing, as their defaults do."""
@@ -50,10 +50,10 @@ LONGEST = 8192
 def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
     """The three addresses."""
 
-    async def models(request: Request) -> Response:
+    def models(request: Request) -> Response:
         listed = [
             {"id": run["name"], "object": "model", "created": 0, "owned_by": "minillm"}
-            for run in shelf.runs()
+            for run in shelf.look()[0]
         ]
         return JSONResponse({"object": "list", "data": listed})
 
@@ -67,20 +67,22 @@ def openai_routes(shelf: Shelf, worker: Worker) -> list[Route]:
                 return JSONResponse(await asked.answer(events, request))
             while "waiting" in (first := await anext(events)):
                 pass  # up to the first piece: what is refused is refused with its status
-            return StreamingResponse(asked.chunks(first, events), media_type="text/event-stream")
+            return stream_of(asked.chunks(first, events), error_of, "data: [DONE]\n\n")
         except Exception as error:
-            status, line = status_of(error), words_for(error).replace("--max-new-tokens", "max_tokens")
-            kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-            if isinstance(error, NoSuchRun):
-                status = 404
-            told = {"message": line, "type": kind, "param": None, "code": None}
-            return JSONResponse({"error": told}, status)
+            return JSONResponse(error_of(error), status_of(error))
 
     return [
         Route("/v1/models", models),
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
     ]
+
+
+def error_of(error: Exception) -> Event:
+    """What went wrong, as OpenAI has it."""
+    kind = {429: "rate_limit_error", 500: "server_error"}.get(status_of(error), "invalid_request_error")
+    line = words_for(error).replace("--max-new-tokens", "max_tokens")
+    return {"error": {"message": line, "type": kind, "param": None, "code": None}}
 
 
 class Asked:
@@ -103,27 +105,35 @@ class Asked:
             self.top = given["top_logprobs"] if given["logprobs"] else None
         if not 0 <= (self.top or 0) <= 20:
             raise InputError(f"log-probabilities of {self.top} tokens: give 0 to 20")
-        wanted = [given.get("max_completion_tokens"), given["max_tokens"], None if self.chat else 16]
-        longest = next((n for n in wanted if n is not None), None)
+        newer, longest = given.get("max_completion_tokens"), given["max_tokens"]
+        longest = longest if newer is None else newer
         if (longest or 0) > LONGEST:
             raise InputError(f"max_tokens is {longest}; give {LONGEST} or less")
-        self.options = {name: given[name] for name in ("temperature", "top_p")}
-        self.options |= {
-            "seed": int.from_bytes(uuid.uuid4().bytes[:4]) if given["seed"] is None else given["seed"],
-            "max_new_tokens": longest,
-        }
+        seed = random.getrandbits(32) if given["seed"] is None else given["seed"]
+        self.options = {"seed": seed, "max_new_tokens": longest}
+        self.options |= {name: given[name] for name in ("temperature", "top_p")}
         messages = given["messages"] if self.chat else [{"role": "user", "content": given["prompt"]}]
         self.messages = [plain(one) for one in messages]
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, chunk: bool, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """An answer, or a chunk of one."""
+    def whole(self, text: str, last: Event | None, chunk: bool = False) -> Event:
+        """An answer, or a chunk of one: the text, and with the last event why it ended and its calls."""
+        said: Event = {"text": text}
+        if self.chat:
+            made = last["message"].get("tool_calls", []) if last else []
+            calls = made if self.given["parallel_tool_calls"] else made[:1]
+            said = {"role": "assistant", "content": text} | ({} if chunk else {"refusal": None})
+            if calls:  # their ids are unlike any other's
+                named = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in calls]
+                said["tool_calls"] = [{"index": i} | one for i, one in enumerate(named)] if chunk else named
+            said = {"delta" if chunk else "message": said}
+        more = {"finish_reason": last["end"], "logprobs": self.logprobs(last["tokens"])} if last else {}
+        choice = {"index": 0, "logprobs": None, "finish_reason": None} | said | more
         kind = f"chat.completion{'.chunk' * chunk}" if self.chat else "text_completion"
-        choices = [{"index": 0, "logprobs": None, "finish_reason": None} | choice] if choice else []
         known = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return known | {"choices": choices} | more
+        return known | {"choices": [choice]} | ({"usage": usage_of(last)} if last and not chunk else {})
 
-    async def answer(self, events: AsyncGenerator[Event], request: Request) -> dict[str, Any]:
+    async def answer(self, events: AsyncGenerator[Event], request: Request) -> Event:
         """The answer as one object. InputError once nobody waits for it any more, which ends the work."""
         text, last = "", Event()
         async with aclosing(events):
@@ -131,50 +141,22 @@ class Asked:
                 text += last.get("piece", "")
                 if await request.is_disconnected():
                     raise InputError("whoever asked has gone")
-        message = {"role": "assistant", "content": text, "refusal": None} | self.calls(last)
-        choice: Event = {"message": message} if self.chat else {"text": text}
-        choice |= {"finish_reason": last["end"], "logprobs": self.logprobs(last["tokens"])}
-        return self.whole(False, choice, usage=usage_of(last))
+        return self.whole(text, last)
 
-    async def chunks(self, first: Event, events: AsyncGenerator[Event]) -> AsyncIterator[str]:
-        """The answer piece by piece, as server-sent events; in one piece where log-probabilities are asked
-        for, which are known at its end."""
-
-        def line(choice: dict[str, Any], **more: Any) -> str:
-            return f"data: {json.dumps(self.whole(True, choice, **more))}\n\n"
-
-        def piece(text: str, last: Event | None = None, **more: Any) -> str:
-            calls = self.calls(last or {})
-            for index, call in enumerate(calls.get("tool_calls", [])):
-                call["index"] = index
-            said = {"delta": {"role": "assistant", "content": text} | calls} if self.chat else {"text": text}
-            return line(said | more)
-
-        async def coming() -> AsyncIterator[Event]:
-            yield first
-            async for event in events:
-                yield event
-
-        text = ""
-        try:
-            async with aclosing(events):
-                async for event in coming():
-                    text += event.get("piece", "")
-                    if self.top is None and "piece" in event:
-                        yield piece(event["piece"])
-                    elif "end" in event:
-                        told = self.logprobs(event["tokens"])
-                        yield piece(text if told else "", event, finish_reason=event["end"], logprobs=told)
-                        if self.given["stream_options"].get("include_usage"):
-                            yield line({}, usage=usage_of(event))
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            yield f"data: {json.dumps({'error': {'message': words_for(error), 'type': 'server_error'}})}\n\n"
-
-    def calls(self, last: Event) -> dict[str, Any]:
-        """What a message with calls of tools has besides its text."""
-        calls = last.get("calls", [])
-        return {"tool_calls": calls if self.given["parallel_tool_calls"] else calls[:1]} if calls else {}
+    async def chunks(self, first: Event, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+        """The answer piece by piece; in one piece where log-probabilities are asked for, which are known at
+        its end."""
+        text, event = "", first
+        async with aclosing(events):
+            while event:
+                text += event.get("piece", "")
+                if "piece" in event and self.top is None:
+                    yield self.whole(event["piece"], None, chunk=True)
+                elif "end" in event:
+                    yield self.whole("" if self.top is None else text, event, chunk=True)
+                    if self.given["stream_options"].get("include_usage"):
+                        yield self.whole("", None, chunk=True) | {"choices": [], "usage": usage_of(event)}
+                event = await anext(events, Event())
 
     def logprobs(self, tokens: list[Event]) -> dict[str, Any] | None:
         """The log-probabilities of the tokens, in the form of the endpoint; None where none are asked for."""
@@ -219,13 +201,10 @@ def plain(message: Any) -> Any:
     """A message as ours are: a content in parts as one text, a developer as the system."""
     if not isinstance(message, dict):
         return message
-    content, role = message.get("content"), message.get("role")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
-        content = "".join(str(part.get("text", "")) for part in content)
-    calls = {name: message[name] for name in ("tool_calls", "tool_call_id") if message.get(name)}
-    return {"role": "system" if role == "developer" else role, "content": content} | calls
+    parts, role = message.get("content"), message.get("role")
+    if isinstance(parts, list) and all(isinstance(one, dict) and one.get("type") == "text" for one in parts):
+        message = message | {"content": "".join(str(one.get("text", "")) for one in parts)}
+    return message | ({"role": "system"} if role == "developer" else {})
 
 
 def usage_of(last: Event) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""The addresses of the page, and what each does."""
+"""The addresses of the page, and what each does. What is no coroutine runs in a thread: it reads files."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from minillm.errors import InputError, reading
 from minillm.io.disk import read_json
 from minillm.play.api import openai_routes
 from minillm.play.parts import Guessing, Picking
-from minillm.play.shelf import Shelf, talk
+from minillm.play.shelf import Shelf, reply
 from minillm.play.training import FEWEST_RANKINGS, Training, pack
 from minillm.play.web import posted, status_of, stream_of, words_for
 from minillm.play.worker import Event, Worker
@@ -31,35 +32,32 @@ def build_app(
     """The application; `auto` trains after every tenth pick, as the button does."""
     results, records = shelf.folder / "compare" / "compare.html", shelf.folder / "lessons"
 
-    async def state(request: Request) -> Response:
-        def found() -> Event:
-            runs, wrong = shelf.look()
-            known = {"runs": runs, "ranked": picking.count(), "results": results.exists()}
-            known["needed"] = FEWEST_RANKINGS
-            known["note"] = "; ".join(filter(None, [*wrong, picking.doubt(runs)]))
-            return known | {"training": {"name": training.name, "running": training.running}}
-
-        return JSONResponse(await run_in_threadpool(found))
+    def state(request: Request) -> Response:
+        runs, wrong = shelf.look()
+        known = {"runs": runs, "ranked": picking.count(), "results": results.exists()}
+        known["needed"] = FEWEST_RANKINGS
+        known["note"] = "; ".join(filter(None, [*wrong, picking.doubt(runs)]))
+        return JSONResponse(known | {"training": {"name": training.name, "running": training.running}})
 
     async def guess(run: str, number: int, temperature: float = 1.0) -> Event:
-        return await worker.result(lambda: guessing.ask(run, number, temperature))
+        return await worker.result(partial(guessing.ask, run, number, temperature))
 
     async def rank(name: str, key: str = "", action: str = "") -> Event:
         ranked = await run_in_threadpool(picking.act, name, key, action)
         told: Event = {}
         if ranked:  # it is on the disk; what the reward model says of it is an extra
-            told = await worker.result(lambda: picking.scores(*ranked))
-            count = await run_in_threadpool(picking.count)
+            told = await worker.result(partial(picking.scores, *ranked))
+            count = picking.count()
             if auto and not training.running and count % FEWEST_RANKINGS == 0:
                 training.start(count)
         return told | await run_in_threadpool(picking.current, name)
 
     async def chat(run: str, messages: list[Any], temperature: float = 0.7, seed: int = 0) -> Response:
-        how = {"temperature": temperature, "seed": seed}
-        return stream_of(worker.events(lambda: talk(shelf, run, messages, **how)))
+        how = partial(reply, shelf, run, messages, calls_run=True, temperature=temperature, seed=seed)
+        return stream_of(worker.events(how))
 
     async def train(beside: bool = False, iterations: int = 20) -> Event:
-        return {"run": training.start(await run_in_threadpool(picking.count), beside, iterations)}
+        return {"run": training.start(picking.count(), beside, iterations)}
 
     async def train_events(request: Request) -> Response:
         return stream_of(training.follow())
@@ -76,36 +74,32 @@ def build_app(
                 raise InputError(f"what is {what!r:.40}; give stop, undo or keep")
         return {}
 
-    async def export(request: Request) -> Response:
+    def export(request: Request) -> Response:
         folder = shelf.folder_of(request.query_params.get("run", ""))
         with tempfile.NamedTemporaryFile(suffix=".zip", delete=False) as file:
-            path = Path(file.name)
-        await run_in_threadpool(pack, folder, path)
+            pack(folder, path := Path(file.name))
         return FileResponse(path, filename=f"{folder.name}.zip", background=BackgroundTask(path.unlink))
 
-    async def compared(request: Request) -> Response:
+    def compared(request: Request) -> Response:
         with reading(results, "make demo makes it, or python -m minillm.compare"):
-            text = await run_in_threadpool(results.read_text, encoding="utf-8")
+            text = results.read_text(encoding="utf-8")
         return HTMLResponse(text, headers={"content-security-policy": RESULTS_POLICY})
 
-    async def lessons(request: Request) -> Response:
-        def found() -> Event:
-            read = [read_json(path) for path in sorted(records.glob("[0-9]*.json"))]
-            shown = ("lesson", "claim", "verdict", "sentence")
-            return {"lessons": [{name: str(one.get(name, "")) for name in shown} for one in read]}
+    def lessons(request: Request) -> Response:
+        read = [read_json(path) for path in sorted(records.glob("[0-9]*.json"))]
+        shown = ("lesson", "claim", "verdict", "sentence")
+        return JSONResponse({"lessons": [{name: str(one.get(name, "")) for name in shown} for one in read]})
 
-        return JSONResponse(await run_in_threadpool(found))
-
-    async def picture(request: Request) -> Response:
+    def picture(request: Request) -> Response:
         path = records / f"{request.path_params['lesson']}.png"
         if not path.is_file():
             raise InputError(f"{path.name}: no such picture; make lessons makes them")
         return FileResponse(path)
 
-    async def page(request: Request) -> Response:
+    def page(request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
 
-    async def refused(request: Request, error: Exception) -> Response:
+    def refused(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": words_for(error)}, status_of(error))
 
     return Starlette(

@@ -13,13 +13,13 @@ from minillm.chat import ChatTemplate, Completion
 from minillm.corpus import split_documents
 from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
-from minillm.io.text import open_sources, text_sources
 from minillm.model import LanguageModel, score_rows
 from minillm.play.shelf import Shelf
 from minillm.play.words import LONGEST, likeliest_words
 from minillm.preferences import ResponseSet
 from minillm.reward import encode_response
 from minillm.tokenizer import Tokenizer
+from minillm.tools.calls import sources_of
 from minillm.tools.folder import read_run
 from minillm.tools.ranking import RankingSession, run_command
 from minillm.tools.streams import stream_text
@@ -84,13 +84,9 @@ class Guessing:
         stages = {one["name"]: one["stage"] for one in self.shelf.look()[0]}
         bases = [name for name in (run, *stages) if stages.get(name) == "train"]
         options = read_run(self.shelf.folder / bases[0])[1] if bases else {}
-        how = options.get("errors", "strict"), options.get("encoding", "utf-8"), options.get("field")
-        if given := self.text or options.get("val_data"):
-            sources, held_out = open_sources(given, *how), 1.0
-        else:
-            megabytes, held_out = options.get("world_megabytes", 12.0), options.get("val_fraction", 0.05)
-            sources = text_sources(options.get("data", []), options.get("seed", 0), megabytes, *how)
-        for source in sources:
+        given = self.text or options.get("val_data") or ()
+        held_out = 1.0 if given else options.get("val_fraction", 0.05)
+        for source in sources_of(options, given):
             sides = split_documents(source.documents(), held_out, source.size)
             for text in itertools.islice((text for side, text in sides if side == "val"), PASSAGES):
                 if sum(c.isalpha() or c == " " for c in text) > PROSE * len(text):

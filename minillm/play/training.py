@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 import zipfile
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +28,7 @@ from minillm.play.parts import Picking
 from minillm.play.shelf import answers
 from minillm.play.web import words_for
 from minillm.play.worker import Event, Worker
-from minillm.tools.folder import hold
+from minillm.tools.folder import hold, read_metrics
 from minillm.tools.stage import ROOT
 
 FEWEST_RANKINGS = 10
@@ -44,7 +44,7 @@ class Training:
     def __init__(self, picking: Picking, worker: Worker, device: str) -> None:
         self.picking, self.shelf, self.worker, self.device = picking, picking.shelf, worker, device
         self.folder = self.shelf.folder / "play"
-        self.events, self.grown = list[Event](), asyncio.Condition()
+        self.events = list[Event]()
         self.task: asyncio.Task[None] | None = None
         self.name, self.stopped, self.began, self.iterations = "", False, 0.0, 0
 
@@ -61,21 +61,17 @@ class Training:
             raise InputError(f"{max(0, count)} picks so far; it takes {FEWEST_RANKINGS}")
         if not 1 <= iterations <= 1000:
             raise InputError(f"iterations {iterations}: give 1 to 1000")
-        init, simulated = self.shelf.folder / "sft", self.shelf.folder / "rlhf" / "rankings.jsonl"
-        for needed in (init, *([simulated] if beside else [])):
+        init, others = self.shelf.folder / "sft", [self.shelf.folder / "rlhf" / "rankings.jsonl"] * beside
+        for needed in (init, *others):
             if not needed.exists():
                 raise InputError(f"{needed}: is not there; make demo makes it")
         self._clear()
         visits = (f"visit-{number}" for number in range(1, 100_000))
         self.name = next(name for name in visits if not (self.folder / name).exists())
         shared = ["--init", str(init), "--out", str(self.folder / self.name), "--device", self.device]
-        ranked = [
-            "--rankings",
-            str(self.picking.file.path),
-            *([str(simulated)] if beside else REWARD.split()),
-        ]
+        ranked = ["--rankings", *map(str, [self.picking.file.path, *others])]
         stages = {
-            "reward": [*ranked, *shared],
+            "reward": [*ranked, *([] if beside else REWARD.split()), *shared],
             "policy": ["--iterations", str(iterations), *POLICY.split(), *self._prompts(), *shared],
         }
         self.events, self.stopped, self.began = [], False, time.monotonic()
@@ -98,50 +94,41 @@ class Training:
             await self._ask("sft", 0)
             for stage, arguments in stages.items():
                 if not self.stopped:
-                    await self._say({"stage": stage})
+                    self._say(stage)
                     await self._stage(stage, arguments)
-            end: Event = {"stage": "stopped" if self.stopped else "done"}
+            self._say("stopped" if self.stopped else "done")
         except Exception as error:  # whatever it is, nobody must wait for what will not come
-            end = {"stage": "failed", "error": words_for(error)}
-        await self._say(end)
+            self._say("failed", error=words_for(error))
 
     async def _stage(self, stage: str, arguments: list[str]) -> None:
         """Runs a stage and tells what it logs. InputError with the line of its error, if it ends in one."""
         run = self.folder / self.name / ("reward" if stage == "reward" else "ppo")
-        with tempfile.TemporaryFile() as output:
-            process: Any = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "minillm.tools.stage", str(ROOT / "rlhf.py"),
-                "--stage", stage, *arguments,
-                stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-            ending, told, over = asyncio.create_task(process.wait()), 0, False
-            try:
-                while not over:
-                    await asyncio.wait([ending], timeout=0.3)
-                    over = ending.done()  # once more after its end: its last lines
-                    told = await self._tell(stage, run, told)
-                    if self.stopped:
-                        process.stdin.close()
-            finally:
-                process.stdin.close()
-            output.seek(0)
-            lines = output.read().decode(errors="replace").splitlines()
-        if ending.result() and not self.stopped:
+        process: Any = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "minillm.tools.stage", ROOT / "rlhf.py", "--stage", stage, *arguments,
+            stdin=PIPE, stdout=PIPE, stderr=STDOUT, start_new_session=True,
+        )  # fmt: skip
+        printed, told, over = asyncio.create_task(process.stdout.read()), 0, False
+        try:
+            while not over:
+                await asyncio.wait([printed], timeout=0.3)
+                over = printed.done()  # once more after its end: its last lines
+                told = await self._tell(stage, run, told)
+                if self.stopped:
+                    process.stdin.close()
+        finally:
+            process.stdin.close()
+        if (code := await process.wait()) and not self.stopped:
+            lines = printed.result().decode(errors="replace").splitlines()
             errors = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
-            raise InputError(next(errors, f"the stage {stage} ended with code {ending.result()}"))
+            raise InputError(next(errors, f"the stage {stage} ended with code {code}"))
 
     async def _tell(self, stage: str, run: Path, told: int) -> int:
-        """Tells the whole lines of metrics.jsonl behind its first `told` bytes; how far it is told then."""
-        path = run / "metrics.jsonl"
-        coming = path.read_bytes()[told:] if path.exists() else b""
-        whole = coming[: coming.rfind(b"\n") + 1]
-        events = [json.loads(line) for line in whole.splitlines()]
-        for event in events:
-            if event["event"] in ("train", "val"):
-                await self._say({"of": stage} | event)
+        """Tells the events of metrics.jsonl behind the first `told`; how many are told then."""
+        events = read_metrics(run)[told:]
+        self.events += [{"of": stage} | event for event in events if event["event"] in ("train", "val")]
         if stage == "policy" and any(event["event"] == "val" for event in events):
             await self._ask(run.relative_to(self.shelf.folder).as_posix(), events[-1]["step"])
-        return told + len(whole)
+        return told + len(events)
 
     async def _ask(self, name: str, step: int) -> None:
         """Tells what a run answers to the prompts that are watched."""
@@ -149,15 +136,11 @@ class Training:
         def asked() -> Event:
             return {"answers": answers(self.shelf, name, self.picking.watched), "step": step}
 
-        await self._say(await self.worker.result(asked))
+        self.events.append(await self.worker.result(asked))
 
-    async def _say(self, event: Event) -> None:
-        if "stage" in event:
-            event |= {"run": self.name, "seconds": time.monotonic() - self.began}
-            event |= {"iterations": self.iterations}
-        async with self.grown:
-            self.events.append(event)
-            self.grown.notify_all()
+    def _say(self, stage: str, **more: Any) -> None:
+        now = {"seconds": time.monotonic() - self.began, "iterations": self.iterations}
+        self.events.append({"stage": stage, "run": self.name} | now | more)
 
     async def follow(self) -> AsyncGenerator[Event]:
         """All events of the latest training, from its beginning to its end."""
@@ -166,9 +149,7 @@ class Training:
             for event in events[told:]:
                 told += 1
                 yield event
-            async with self.grown:
-                while told == len(events) and self.running and events is self.events:
-                    await self.grown.wait()
+            await asyncio.sleep(0.1)
 
     def stop(self) -> None:
         """As Ctrl-C does, within a second: the run is saved, and can be used."""
@@ -192,7 +173,6 @@ class Training:
     def undo(self, name: str) -> None:
         """Takes the run of a visit away."""
         shutil.rmtree(self._visit(name))
-        self._forget(name)
 
     def keep(self, name: str, new: str) -> None:
         """Gives the run of a visit a name."""
@@ -201,18 +181,15 @@ class Training:
         if new != name and (self.folder / new).exists():
             raise InputError(f"{new}: is there already; give another name")
         os.rename(self._visit(name), self.folder / new)
-        self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        """What was told of the latest training, if it was this one: another can begin."""
-        if name == self.name:
-            self.events, self.name = [], ""
 
     def _visit(self, name: str) -> Path:
+        """The folder of a visit, of which nothing is told any more: another training can begin."""
         if self.running and name == self.name:
             raise InputError("it is still training; stop it first")
         if name not in [path.parent.name for path in self.folder.glob("*/*")]:
             raise InputError(f"{name!r:.60}: no such run of a visit")
+        if name == self.name:
+            self.events, self.name = [], ""
         return self.folder / name
 
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minillm.errors import InputError
-from minillm.play.worker import Busy, Event
+from minillm.play.worker import Event
 from minillm.tools.ending import last_words
 
 LARGEST_BODY = 1_000_000
@@ -54,7 +54,11 @@ def posted(path: str, answer: Callable[..., Awaitable[Event | Response]]) -> Rou
 async def fields_of(request: Request, fields: Fields) -> dict[str, Any]:
     """The fields of the JSON object that came, those left out by default. InputError for what is wrong."""
     try:
-        found = await request.json()
+        body = b""
+        async for part in request.stream():
+            if len(body := body + part) > LARGEST_BODY:
+                raise InputError(f"the body is larger than {LARGEST_BODY:,} bytes")
+        found = json.loads(body)
         json.dumps(found, ensure_ascii=False).encode()  # half a character of UTF-16 is no text
     except (ValueError, RecursionError) as error:
         raise InputError("the body is not JSON in UTF-8") from error
@@ -75,16 +79,22 @@ async def fields_of(request: Request, fields: Fields) -> dict[str, Any]:
     return values
 
 
-def stream_of(events: AsyncGenerator[Event]) -> StreamingResponse:
-    """Server-sent events; an error is the last of them."""
+def stream_of(
+    events: AsyncGenerator[Event],
+    error_of: Callable[[Exception], Event] = lambda error: {"error": words_for(error)},
+    end: str = "",
+) -> StreamingResponse:
+    """Server-sent events, and the end; or, as the last of them, an error."""
 
     async def lines() -> AsyncIterator[str]:
         try:
             async with aclosing(events):
                 async for event in events:
                     yield f"data: {json.dumps(event)}\n\n"
+            if end:
+                yield end
         except Exception as error:
-            yield f"data: {json.dumps({'error': words_for(error)})}\n\n"
+            yield f"data: {json.dumps(error_of(error))}\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")
 
@@ -98,7 +108,7 @@ def words_for(error: Exception) -> str:
 
 
 def status_of(error: Exception) -> int:
-    return 429 if isinstance(error, Busy) else 400 if isinstance(error, InputError) else 500
+    return getattr(error, "status", 400) if isinstance(error, InputError) else 500
 
 
 class Door:
@@ -111,18 +121,10 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request, taken = Request(scope), 0
+        request = Request(scope)
         if objection := self._objection(request):
             await JSONResponse({"error": objection}, 403)(scope, receive, send)
             return
-
-        async def bounded() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > LARGEST_BODY:
-                raise InputError(f"the body is larger than {LARGEST_BODY:,} bytes")
-            return message
 
         async def sealed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -133,7 +135,7 @@ class Door:
                     headers["set-cookie"] = f"minillm={self.token}; HttpOnly; SameSite=Strict; Path=/"
             await send(message)
 
-        await self.app(scope, bounded, sealed)
+        await self.app(scope, receive, sealed)
 
     def _is_token(self, given: str) -> bool:
         return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())

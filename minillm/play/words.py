@@ -25,12 +25,12 @@ LONGEST = 8
 
 
 @lru_cache(maxsize=16)
-def kinds_of_tokens(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Which tokens begin a word (the space alone is one), and which go on with one: masks [V]."""
+def kinds_of_tokens(tokenizer: Tokenizer) -> tuple[Tensor, Tensor, list[int]]:
+    """Which tokens begin a word, and which go on with one: masks [V]; of the first, the space alone."""
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     begins = [bool(re.fullmatch(r" [^\W\d_]*", text)) for text in texts]
     goes_on = [bool(re.fullmatch(r"[^\W\d_]+", text)) for text in texts]
-    return torch.tensor(begins), torch.tensor(goes_on)
+    return torch.tensor(begins), torch.tensor(goes_on), [i for i, text in enumerate(texts) if text == " "]
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def likeliest_words(
     temperature: float = 1.0,
 ) -> tuple[list[tuple[str, float]], float]:
     """The `count` likeliest words behind the context, and the probability of the true one."""
-    begins, goes_on = kinds_of_tokens(tokenizer)
+    begins, goes_on, spaces = kinds_of_tokens(tokenizer)
     device, true_tokens = model.lm_head.weight.device, tuple(tokenizer.encode(f" {truth}"))
     words: dict[str, float] = {}
     any_word = 0.0  # the probability of one: of what begins it but the space, and of what follows that
@@ -58,26 +58,21 @@ def likeliest_words(
             if word:
                 words[word] = words.get(word, 0.0) + reach * (1 - going_on)
             else:
-                space = 0.0 if prefix else sum(float(p[i]) for i in spaces(tokenizer))
+                space = 0.0 if prefix else sum(float(p[i]) for i in spaces)
                 any_word += reach * (going_on - space)
-            best = p.topk(min(WIDTH, len(p)))
-            for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                coming[*prefix, token] = reach * value
-            for token in [*true_tokens[length : length + 1], *([] if prefix else spaces(tokenizer))]:
-                if true_tokens[:length] == prefix:
-                    coming[*prefix, token] = reach * float(p[token])
-        kept = sorted(coming, key=lambda prefix: -coming[prefix])[:WIDTH]
-        on_the_way = {(space,) for space in spaces(tokenizer)} | {true_tokens[: length + 1]}
-        kept += [prefix for prefix in coming if prefix in on_the_way and prefix not in kept]
+            best, true = p.topk(min(WIDTH, len(p))).indices.tolist(), true_tokens[length : length + 1]
+            for token in {
+                *best,
+                *(true if prefix == true_tokens[:length] else ()),
+                *(() if prefix else spaces),
+            }:
+                coming[*prefix, token] = reach * float(p[token])
         least = sorted(words.values(), reverse=True)[count - 1 : count] or [0.0]
-        if length > len(true_tokens) and coming[kept[0]] <= least[0]:
+        if length > len(true_tokens) and max(coming.values()) <= least[0]:
             break
+        # The way to the true word and the space are kept whatever they have.
+        always = {true_tokens[: length + 1], *((space,) for space in spaces)}
+        kept = sorted(coming, key=lambda prefix: (prefix not in always, -coming[prefix]))[:WIDTH]
         reached = {prefix: coming[prefix] for prefix in kept}
     found = sorted(((word, p / any_word) for word, p in words.items()), key=lambda item: -item[1])
     return found[:count], dict(found).get(truth, 0.0)
-
-
-@lru_cache(maxsize=16)
-def spaces(tokenizer: Tokenizer) -> list[int]:
-    """The token that is a space and nothing else."""
-    return [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]) == " "]

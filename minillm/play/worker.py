@@ -23,6 +23,8 @@ MOST_WAITING = 256
 class Busy(InputError):
     """Too many wait already."""
 
+    status = 429
+
 
 class Worker:
     """The thread. Models are used here and nowhere else."""
@@ -56,12 +58,5 @@ class Worker:
 
     async def result(self, compute: Callable[[], Event]) -> Event:
         """The one event of a job without steps."""
-
-        def once() -> Job:
-            yield compute()
-
-        async with aclosing(self.events(once)) as events:
-            async for event in events:
-                if "waiting" not in event:
-                    return event
-        raise AssertionError("a job without an event")
+        async with aclosing(self.events(lambda: (step() for step in [compute]))) as events:
+            return [event async for event in events][-1]

@@ -1,13 +1,13 @@
-"""Tools that a model may call: a calculator, a search over texts, and the loop that runs what it calls.
+"""Tools that a model may call: a calculator, a search over texts; and what runs a call.
 
     user ──► model ──► a call? ──no──► the reply
                ▲         │ yes
                └─ result ◄─ tool, in at most SECONDS
 
-`converse` is that loop for many conversations at once. What a model asks of a tool is never trusted: a name
-that no tool has, arguments that are no JSON, a sum that would fill the memory and a tool that fails or takes
-too long all become one line, "error: …", which the model reads as the result. Nothing is evaluated: the
-calculator walks the syntax tree of an expression and knows numbers and seven operators, with bounds on size.
+`Chat.events` (tools/chat.py) is that loop. What a model asks of a tool is never trusted: a name that no tool
+has, arguments that are no JSON, a sum that would fill the memory and a tool that fails or takes too long all
+become one line, "error: …", which the model reads as the result. Nothing is evaluated: the calculator walks
+the syntax tree of an expression and knows numbers and seven operators, with bounds on size.
 
 Where a client runs its own tools, as by OpenAI's API, there is nothing to run here: `ChatTemplate.message`
 makes a message with `tool_calls` of a reply's tokens, `with_tools` tells a model of tools (io/messages.py).
@@ -24,15 +24,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.chat import Completion, Conversation
+from minillm.corpus import Source
 from minillm.errors import InputError, reason_of
-from minillm.generate import SamplingOptions, generate
 from minillm.io.text import text_sources
-from minillm.preferences import ChatModel
 from minillm.tools.folder import read_run
 
 SECONDS = 2.0
@@ -201,10 +199,14 @@ def open_tools(names: Iterable[str], run: Path, files: Sequence[str]) -> dict[st
 
 def texts_of_run(run: Path, files: Sequence[str] = ()) -> Iterable[str]:
     """The documents of `files`; without any those that a run was trained on, or the one it began with."""
-    options = {} if files else text_options(run)
-    size = options.get("world_megabytes", 0.0)
-    sources = text_sources(files or options["data"], options.get("seed", 0), size)
+    sources = sources_of({} if files else text_options(run), files)
     return (text for source in sources for text in source.documents())
+
+
+def sources_of(options: Mapping[str, Any], files: Sequence[str] = ()) -> list[Source]:
+    """What a run of train.py with these options reads, or `files` as it would read them."""
+    known = {"seed": 0, "world_megabytes": 12.0, "errors": "strict", "encoding": "utf-8", "field": None}
+    return text_sources(files or options.get("data", ()), *(options.get(name, known[name]) for name in known))
 
 
 def text_options(run: Path) -> dict[str, Any]:
@@ -216,49 +218,3 @@ def text_options(run: Path) -> dict[str, Any]:
         what = f"{run / 'run.json'}: does not say on what text the run was trained"
         raise InputError(f"{what}; give files, --search-in")
     return options
-
-
-# ---- Conversations that call
-
-
-def converse(
-    model: ChatModel,
-    prompts: Sequence[Conversation],
-    tools: Mapping[str, Tool],
-    sampling: SamplingOptions,
-    seeds: Sequence[int],
-    most_calls: int = MOST_CALLS,
-) -> list[Conversation]:
-    """What follows each prompt: calls and results, at most so many, and then the reply.
-
-    Every message is as OpenAI has it, a result with the tool_call_id of its call. The last one is the
-    assistant's; it still holds calls where there were more than `most_calls`, and is cut where the context
-    has no room for `sampling.max_new_tokens` more. InputError for a model that knows no calls.
-    """
-    if isinstance(model.form, Completion) or model.form.call_id is None:
-        raise InputError(f"{model.name}: has no chat template that knows calls; train it with sft.py")
-    form, added = model.form, [Conversation() for _ in prompts]
-    sampling, calling, turn = replace(sampling, stop_ids=form.stop_ids), list(range(len(prompts))), 0
-    while calling:
-        asked = [form.prompt([*prompts[i], *added[i]]) for i in calling]
-        said = generate(model.model, asked, sampling, [seeds[i] + turn for i in calling])
-        responses = zip(calling, said.responses, said.ended, strict=True)
-        calling = []
-        for i, response, ended in responses:
-            message = form.message(response[: len(response) - ended])
-            added[i].append(message)
-            done = sum(m["role"] == "tool" for m in added[i])
-            calls = message.get("tool_calls", []) if ended else []
-            if not calls or done + len(calls) > most_calls:
-                continue
-            results = results_of(tools, calls)
-            if model.has_room([*prompts[i], *added[i], *results], sampling.max_new_tokens):
-                added[i] += results
-                calling.append(i)
-        turn += 1
-    return added
-
-
-def results_of(tools: Mapping[str, Tool], calls: Iterable[Mapping[str, Any]]) -> Conversation:
-    """The messages with the results of calls."""
-    return [{"role": "tool", "tool_call_id": call["id"], "content": run_call(tools, call)} for call in calls]

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from minillm.chat import ChatTemplate, chat_format
+from minillm.chat import ChatTemplate, Message, chat_format
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions, stream
 from minillm.io.disk import read_text
@@ -32,7 +32,7 @@ from minillm.io.messages import with_tools
 from minillm.model import LanguageModel
 from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
 from minillm.tokenizer import Tokenizer
-from minillm.tools.calls import MOST_CALLS, open_tools, results_of
+from minillm.tools.calls import MOST_CALLS, open_tools, run_call
 from minillm.tools.commandline import parse_options
 from minillm.tools.device import choose_device, choose_dtype
 from minillm.tools.ending import one_line_errors
@@ -96,9 +96,9 @@ class Options:
 
 # --- the conversation -----------------------------------------------------------------------------
 
-Message = dict[str, Any]
-"""As in minillm/chat.py; in a reply that did not come to its end, cut = True."""
-Note = Callable[[str], None]
+Event = dict[str, Any]
+"""Of a reply: {"piece": text}; {"note": line} of what there is to say, of a call with "call" and "result", a
+message; and at a turn's end {"end": "stop", "length" or "tool_calls", "message", "prompt", "tokens"}."""
 
 
 class Chat:
@@ -122,102 +122,102 @@ class Chat:
             raise InputError(f"--tools: {options.run} has no chat template that knows calls; leave it out")
         self.tools = open_tools(options.tools, Path(options.run), options.search_in)
         self.messages: tuple[Message, ...] = ()
-        self.seeds, self.cut = count(options.seed), False
+        self.seeds, self.end, self.stopped = count(options.seed), "", False
         self.set_system(options.system or "")
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens after which the model is to reply."""
-        told = [tool.schema() for tool in self.tools.values() if self.options.describe_tools]
-        return self.format.prompt(with_tools(list(messages), told), self.options.thinking)
-
-    def ask(
-        self, text: str | Message, note: Note = print
-    ) -> tuple[tuple[Message, ...], list[int], SamplingOptions]:
-        """The messages with a text of the user's, or a message such as a tool's result, the oldest exchanges
-        dropped; their tokens; how to reply. `note` is told what there is to say about that."""
-        said = (*self.messages, {"role": "user", "content": text} if isinstance(text, str) else text)
-        system = said[: said[0]["role"] == "system"]
-        for asked in (system + said[i:] for i, message in enumerate(said) if message["role"] == "user"):
-            prompt = self.prompt(asked)
-            if self.is_base or len(prompt) + self.reserved <= self.positions:
+    def ask(self, said: Sequence[Message]) -> tuple[list[Message], list[int], SamplingOptions, list[str]]:
+        """The messages, the oldest exchanges dropped where they have no room; their tokens; how to reply; and
+        what there is to say about that. The reply to a tool's result takes what room is left."""
+        system, o = said[: said[0]["role"] == "system"], self.options
+        for first in (i for i, message in enumerate(said) if message["role"] == "user"):
+            asked = [*system, *said[first:]]
+            prompt = self.format.prompt(asked, o.thinking)
+            room = max(self.positions - len(prompt), self.reserved if self.is_base else 0)
+            if room >= self.reserved:
                 break
-        else:
+        if room < (least := 1 if said[-1]["role"] == "tool" else self.reserved):
             raise InputError(
-                f"too long: of the model's {self.positions} tokens {self.reserved} are kept for "
+                f"too long: of the model's {self.positions} tokens {least} are kept for "
                 "the reply; shorten the message, the system message or --max-new-tokens"
             )
-        most = min(LONGEST_REPLY, max(self.positions - len(prompt), self.reserved))
-        longest = self.options.max_new_tokens or most
+        longest, notes = min(o.max_new_tokens or LONGEST_REPLY, room), []
         if dropped := len(said) - len(asked):
-            note(f"(no room for the {dropped} oldest messages: dropped)")
+            notes.append(f"(no room for the {dropped} oldest messages: dropped)")
         if len(prompt) + longest > self.positions:
-            note(f"(trained on {self.positions} tokens: past them, each follows the last {self.positions})")
-        o, stop_ids = self.options, self.format.stop_ids
-        how = SamplingOptions(longest, o.temperature, o.top_k, o.top_p, stop_ids=stop_ids, crop=self.is_base)
-        return asked, prompt, how
+            past = f"past them, each follows the last {self.positions}"
+            notes.append(f"(trained on {self.positions} tokens: {past})")
+        how = longest, o.temperature, o.top_k, o.top_p, self.format.stop_ids, self.is_base
+        return asked, prompt, SamplingOptions(*how), notes
 
-    def reply(
-        self, text: str, note: Note = print, stopped: Callable[[], bool] = lambda: False
-    ) -> Iterator[str]:
-        """The reply to a text of the user's, piece by piece, until its end or until it is to be stopped; then
-        it becomes part of the conversation, and `cut` says whether its end is missing. `note` is told of
-        calls and results."""
-        messages, prompt, sampling = self.ask(text, note)
-        seed, called = next(self.seeds), 0
+    def reply(self, text: str, note: Callable[[str], None] = print) -> Iterator[str]:
+        """The reply to a text of the user's, piece by piece; `note` is told what else there is to say."""
+        for event in self.events({"role": "user", "content": text}):
+            if "piece" in event:
+                yield event["piece"]
+            elif "note" in event:
+                note(event["note"])
+
+    def events(self, last: Message) -> Iterator[Event]:
+        """The reply to a message of the user's or a tool's, until it ends or is to be `stopped`; then it is
+        part of the conversation. Calls in it are run, and another turn answers to their results."""
+        said, seed, called, self.stopped = [*self.messages, last], next(self.seeds), 0, False
         while True:
-            content, tokens = "", list[int]()
+            said, prompt, sampling, notes = self.ask(said)
+            yield from ({"note": line} for line in notes)
+            content, tokens, self.end = "", list[int](), "length"
             for piece in self._pieces(prompt, sampling, seed, tokens):
                 content += piece
-                yield piece
-                if stopped():
+                yield {"piece": piece}
+                if self.stopped:
                     break
-            message: Message = {"role": "assistant", "content": content} | ({"cut": True} if self.cut else {})
-            if self.tools and isinstance(self.format, ChatTemplate) and not self.cut:
-                message = self.format.message(tokens)
+            message: Message = {"role": "assistant", "content": content}
+            if tokens and tokens[-1] in sampling.stop_ids:
+                self.end = "stop"
+                tokens.pop()
+                if isinstance(self.format, ChatTemplate):
+                    message = self.format.message(tokens)
             calls = message.get("tool_calls", [])
-            if not self.is_base and (content or calls or not self.cut):
-                self.messages = messages = (*messages, message)
-            called += len(calls)
+            self.end = "tool_calls" if calls else self.end
+            said.append(message)
+            if not self.is_base:
+                self.messages = tuple(said)
+            yield {"end": self.end, "message": message, "prompt": prompt, "tokens": tokens}
             if not calls:
                 return
-            if called > MOST_CALLS:
-                return note(f"({called} calls: no more than {MOST_CALLS} are run in a reply)")
-            results = results_of(self.tools, calls)
-            for call, result in zip(calls, results, strict=True):
-                note(f"[{{name}} {{arguments}} → {result['content']}]".format_map(call["function"]))
-            self.messages = messages = (*messages, *results)
-            prompt = self.prompt(messages)
-            if (room := self.positions - len(prompt)) < 1:
-                return note("(no room for a reply after the results)")
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+            called, most = called + len(calls), MOST_CALLS if self.tools else 0
+            for call in calls:
+                told = "{name} {arguments}".format_map(call["function"])
+                if called > most:
+                    yield {"note": f"({told}: not run; {most} calls are the most in a reply)"}
+                    return
+                found = run_call(self.tools, call)
+                said.append({"role": "tool", "tool_call_id": call["id"], "content": found})
+                yield {"note": f"[{told} → {found}]", "call": told, "result": said[-1]}
+            self.messages = tuple(said)
 
     def _pieces(
         self, prompt: list[int], sampling: SamplingOptions, seed: int, tokens: list[int]
     ) -> Iterator[str]:
-        """The text of one turn of the model, up to its first call where it has tools; `tokens` get all."""
-        self.cut, shown = True, True
+        """The text of one turn of the model, up to its first call; `tokens` get all."""
+        ends = {*sampling.stop_ids, self.format.call_id}
 
-        def until_end() -> Iterator[int]:
-            nonlocal shown
+        def spoken() -> Iterator[int]:
             for token in stream(self.model, prompt, sampling, seed):
-                if token in sampling.stop_ids:
-                    self.cut = False
-                    return
                 tokens.append(token)
-                shown = shown and not (self.tools and token == self.format.call_id)
-                if shown:
+                if ends.isdisjoint(tokens):
                     yield token
 
-        return stream_text(self.tokenizer.decode_bytes, until_end())
+        return stream_text(self.tokenizer.decode_bytes, spoken())
 
     def set_system(self, text: str) -> None:
-        """Sets, or with an empty text removes, the system message."""
+        """Sets, or with an empty text removes, the system message, all but what it tells of tools."""
         if text and self.is_base:
             raise InputError("a base model takes no system message; it only goes on with a text")
-        system = ({"role": "system", "content": text},) if text else ()
+        told = [tool.schema() for tool in self.tools.values() if self.options.describe_tools]
+        system = with_tools([{"role": "system", "content": text}] if text else [], told)
         if system:  # some templates have no place for it
             self.format.prompt([*system, {"role": "user", "content": "Hello"}])
-        self.messages = system + tuple(message for message in self.messages if message["role"] != "system")
+        self.messages = (*system, *(message for message in self.messages if message["role"] != "system"))
 
 
 def run_command(chat: Chat, command: str) -> str | None:
@@ -290,14 +290,13 @@ def read_entry() -> str:
 def show_reply(chat: Chat, text: str) -> None:
     """Prints a reply as it comes. Ctrl-C stops it, but raises nothing, which could strike in the middle of
     any operation."""
-    interrupts: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    previous = signal.signal(signal.SIGINT, lambda *_: setattr(chat, "stopped", True))
     try:
-        for piece in chat.reply(text, stopped=lambda: bool(interrupts)):
+        for piece in chat.reply(text):
             print(piece, end="", flush=True)
     finally:
         signal.signal(signal.SIGINT, previous)
-    print(" [cut]" if chat.cut else "")
+    print(" [cut]" if chat.end == "length" else "")
 
 
 def answer(chat: Chat, text: str) -> None:
@@ -312,7 +311,7 @@ def answer(chat: Chat, text: str) -> None:
         for piece in chat.reply(text, note_once):
             print(piece, end="", flush=True)
         print()
-        if chat.cut:
+        if chat.end == "length":
             note("[cut]")
         chat.messages = before
 

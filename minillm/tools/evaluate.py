@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minillm.corpus import document_marks
-from minillm.generate import SamplingOptions, generate
+from minillm.generate import SamplingOptions
 from minillm.io.files import Errors
 from minillm.io.huggingface import load_causal_model
 from minillm.io.text import open_sources
@@ -97,10 +97,8 @@ def sample_replies(
     world: World | None = None,
 ) -> list[Reply]:
     """A reply to each prompt, the i-th drawn with `seed` + i; with the rubric's score in a `world`."""
-    options = SamplingOptions(max_new_tokens, temperature, stop_ids=one.form.stop_ids)
-    rows = [one.prompt(prompt.messages) for prompt in prompts]
-    said = generate(one.model, rows, options, range(seed, seed + len(rows)))
-    texts = said.texts(one.tokenizer.decode)
+    options, seeds = SamplingOptions(max_new_tokens, temperature), range(seed, seed + len(prompts))
+    texts, said = one.replies([prompt.messages for prompt in prompts], options, seeds)
     scores = [world and world.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     return list(map(Reply, prompts, texts, said.ended, map(tuple, said.responses), scores))
 
