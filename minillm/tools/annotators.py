@@ -21,7 +21,6 @@ log-probabilities; both orders as in Zheng et al. 2023 (arXiv 2306.05685), secti
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import compress, permutations
 from os.path import realpath
@@ -171,63 +170,53 @@ class ByPrinciples:
         return np.array(values_of(self.model, rows, values)).flatten()
 
 
-# ---- Whose rankings are made
+# ---- The stage: whose rankings are made
 
-Job = tuple[str, str, Callable[[], Ranking | None]]
-"""Whose ranking of which set is to be made (annotator and key), and how; None comes of a set that cannot be
-ranked."""
-
-
-def jobs_of(options: Any, runtime: Runtime) -> tuple[list[Job], dict[str, Any]]:
-    """What there is to rank for anybody but a person, and what a file of rankings must not mix."""
-    if options.annotator == "file":
-        return published(options), {}
-    sets = read_responses(options.folder / "responses.jsonl")
-    if options.annotator == "model":
-        return judged(options, runtime, sets)
-    origin = {f"--{name}": getattr(options, name) for name in ("seed", "annotators", "opinions", "noise")}
-    return simulated(options, sets), origin
+Plan = tuple[list[tuple[str, Any]], Callable[[str, Any], Ranking | None], dict[str, Any]]
+"""Who is to rank which set; what ranks a set for an annotator, or cannot; what a file must not mix."""
 
 
-def simulated(options: Any, sets: Sequence[ResponseSet]) -> list[Job]:
+def simulated(options: Any, runtime: Runtime) -> Plan:
     """Each set to some of the simulated annotators."""
-    people, world = annotators.simulated_annotators(options.annotators), World(sets[0].world or 0)
-
-    def make(person: annotators.Simulated, given: ResponseSet, prompt: Any) -> Ranking:
-        ranking = person.rank(partial(world.score, prompt), given, options.noise, options.seed)
-        return new_ranking(given, ranking, person.name, options.seed)
-
-    jobs: list[Job] = []
+    sets = read_responses(options.folder / "responses.jsonl")
+    people = {person.name: person for person in annotators.simulated_annotators(options.annotators)}
+    names, world, asked = [*people], World(sets[0].world or 0), list[tuple[str, Any]]()
     for number, given in enumerate(sets, start=1):
-        prompt = world.prompt_of(given.messages)
-        if prompt is None or given.world != world.seed:
+        if world.prompt_of(given.messages) is None or given.world != world.seed:
             raise InputError(
                 f"prompt {number} is none of the little world's, whose rubric alone simulated annotators "
                 "know; give --annotator person or model"
             )
         who = annotators.assign_annotators(given.key, len(people), options.opinions, options.seed)
-        jobs += [(people[i].name, given.key, partial(make, people[i], given, prompt)) for i in who]
-    return jobs
+        asked += [(names[i], given) for i in who]
+
+    def rank(name: str, given: ResponseSet) -> Ranking:
+        prompt: Any = world.prompt_of(given.messages)
+        ranking = people[name].rank(partial(world.score, prompt), given, options.noise, options.seed)
+        return new_ranking(given, ranking, name, options.seed)
+
+    origin = {f"--{name}": getattr(options, name) for name in ("seed", "annotators", "opinions", "noise")}
+    return asked, rank, origin
 
 
-def judged(options: Any, runtime: Runtime, sets: Sequence[ResponseSet]) -> tuple[list[Job], dict[str, Any]]:
-    """Each set to the judge; the fingerprints of it and of its principles."""
+def judged(options: Any, runtime: Runtime) -> Plan:
+    """Each set to the judge, which must stay the same, and its principles."""
+    sets = read_responses(options.folder / "responses.jsonl")
     if options.judge is None:
         raise InputError("--annotator model: name a --judge, as in out/sft")
     principles = read_principles(Path(options.principles or DEFAULT_PRINCIPLES))
     loaded = load_causal_model(Path(options.judge), runtime.device, runtime.dtype)
     model, judge = preferences.ChatModel(f"model-{options.judge}", *loaded), ByPrinciples(*loaded, principles)
 
-    def make(given: ResponseSet) -> Ranking | None:
+    def rank(name: str, given: ResponseSet) -> Ranking | None:
         (ranking,) = judge([given])
-        return None if ranking is None else new_ranking(given, ranking, model.name, options.seed)
+        return None if ranking is None else new_ranking(given, ranking, name, options.seed)
 
     origin = {"--judge": options.judge, "weights of --judge": model.fingerprint}
-    origin["--principles"] = digest(principles)
-    return [(model.name, given.key, partial(make, given)) for given in sets], origin
+    return [(model.name, given) for given in sets], rank, origin | {"--principles": digest(principles)}
 
 
-def published(options: Any) -> list[Job]:
+def published(options: Any, runtime: Runtime) -> Plan:
     """The rankings of other people's files, under the names of the files."""
     if not options.data:
         raise InputError("--annotator file: name the files with --data, as in --data hh.jsonl.gz")
@@ -235,31 +224,32 @@ def published(options: Any) -> list[Job]:
         if realpath(path) == realpath(options.folder / "rankings.jsonl"):
             raise InputError(f"--data {path}: is where the rankings go; give another file, or another --out")
     rankings = read_all(options.data, "ranking", options.errors)
-    return [(one.annotator, one.key, partial(replace, one)) for one in rankings]
+    return [(one.annotator, one) for one in rankings], lambda name, one: one, {}
 
 
 def add_rankings(options: Any, runtime: Runtime) -> None:
-    """The stage: a person ranks at the terminal, others all that they have not ranked yet."""
+    """A person ranks at the terminal, others all that they have not ranked yet."""
     if options.annotator == "person":
         sets = read_responses(options.folder / "responses.jsonl")
         with open_rankings(options, {}) as file:
             record_ranking(options, {})
             rank_in_terminal(RankingSession(sets, file, options.name, options.seed))
         return
-    jobs, origin = jobs_of(options, runtime)
+    plans = {"simulated": simulated, "model": judged, "file": published}
+    asked, rank, origin = plans[options.annotator](options, runtime)
     with open_rankings(options, origin) as file:
-        existing, missing = file.made(), []  # counts by annotator and set; what makes the other rankings
-        for annotator, key, make in jobs:
-            if existing[annotator, key]:  # a count, for some files rank a set twice
-                existing[annotator, key] -= 1
+        existing, missing = file.made(), []  # counts by annotator and set; who has not ranked which
+        for name, given in asked:
+            if existing[name, given.key]:  # a count, for some files rank a set twice
+                existing[name, given.key] -= 1
             else:
-                missing.append(make)
-        before, keys = len(file.rankings), {key for _, key, _ in jobs}
+                missing.append((name, given))
+        before, keys = len(file.rankings), {given.key for _, given in asked}
         others = sum(ranking.key not in keys for ranking in file.rankings)
         if others and options.annotator != "file":
             print(f"{others:,} of the rankings there are of other responses than responses.jsonl holds")
         for first in tqdm(range(0, len(missing), 64), unit="×64 rankings", dynamic_ncols=True):
-            rankings = [ranking for make in missing[first : first + 64] if (ranking := make())]
+            rankings = [made for one in missing[first : first + 64] if (made := rank(*one))]
             if rankings and len(file.rankings) == before:
                 record_ranking(options, origin)
             file.append(rankings)
