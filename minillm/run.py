@@ -221,7 +221,7 @@ class Run:
         if self.options.warmup > max(updates, TrainingOptions.warmup):
             raise InputError(f"--warmup {self.options.warmup}: the run has {updates:,} updates; give fewer")
         if self.resuming:
-            self.logged = resume(state, steps, self.folder, self.logged)
+            resume(self)
         self.saved_step, self.earlier_seconds = state.step if self.resuming else None, state.seconds
         self.latest = {event["event"]: event for event in self.logged}
         self.shown: dict[str, str] = {}

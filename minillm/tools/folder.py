@@ -226,22 +226,19 @@ def earlier_events(options: TrainingOptions) -> list[dict[str, Any]] | None:
 # ---- What an exact restart needs, in one file
 
 
-def resume(
-    state: TrainingState, steps: int, folder: Path, logged: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Goes back to the restart point of a run of `steps` steps; returns the logged events up to there.
+def resume(run: Run) -> None:
+    """Goes back to the restart point of a run, and leaves of its events those up to there.
 
     Those are synced before the restart point is written, so no crash can have lost one.
     """
-    restore_state(state, folder)
-    step = state.step
-    if step and all(event["step"] != step for event in logged):
-        path = folder / "metrics.jsonl"
-        raise InputError(f"{path}: holds no step {step}, where the run goes on; restore it or --overwrite")
-    if step > steps:
-        raise InputError(f"{folder}: has done {step:,} steps already; ask for no fewer")
-    ends = "final" if step < steps else None
-    return [e for e in logged if e["step"] <= step and e["event"] != ends]
+    restore_state(run.state, run.folder)
+    step, hint = run.state.step, "restore it or --overwrite"
+    if step and all(event["step"] != step for event in run.logged):
+        raise InputError(f"{run.path}: holds no step {step}, where the run goes on; {hint}")
+    if step > run.steps:
+        raise InputError(f"{run.folder}: has done {step:,} steps already; ask for no fewer")
+    ends = "final" if step < run.steps else None
+    run.logged = [e for e in run.logged if e["step"] <= step and e["event"] != ends]
 
 
 def save_state(state: TrainingState, folder: Path) -> None:
