@@ -350,8 +350,6 @@ def learn_rankings(
         run.log_step(tokens, loss=loss, gradient_norm=norm, rate=multiplier)
         if state.step % run.val_every == 0 or state.step == run.steps:
             validate()
-        if state.step % run.save_every == 0:
-            run.save()
 
 
 def encoded_rankings(
@@ -504,8 +502,6 @@ def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]
         run.log_step(tokens, **means, updates=len(updates), **metrics, shown=shown)
         if state.step % run.val_every == 0 or state.step == run.steps:
             validate()
-        if state.step % run.save_every == 0:
-            run.save()
 
 
 def best_of_n(options: Options, runtime: Runtime) -> None:

@@ -118,8 +118,6 @@ def train(options: Options, runtime: Runtime) -> None:
             if validation and (state.step % run.val_every == 0 or state.step == options.steps):
                 val = validation_loss(model, validation, token_bytes, runtime).per_target
                 run.log("val", f"val {val:.3f} nats/token", loss=val, perplexity=math.exp(val))
-            if state.step % run.save_every == 0:
-                run.save()
         run.end()
         if runtime.is_main:
             finish(run, mixture, options, bool(validation))

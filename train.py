@@ -155,8 +155,6 @@ def train(options: Options, runtime: Runtime) -> None:
                     best = val
                     if runtime.saves:
                         save_model(run.folder, model, tokenizer)
-            if state.step % run.save_every == 0:
-                run.save()
         run.end()
         if runtime.is_main:
             finish(run, best, mixture, options)

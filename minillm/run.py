@@ -4,10 +4,9 @@
         run = Run("train", options, runtime)              claims the folder; knows whether it resumes a run
         ...                                               data, model, state
         with run.training(state, steps, save_model):
-            while run.goes_on():
+            while run.goes_on():                          saves every so many steps
                 ...                                       one update: the script's own lines
                 run.log_step(tokens, loss=loss, ...)
-                if state.step % run.save_every == 0: run.save()
             run.end()
 
     config.json  model.safetensors  tokenizer.json  tokenizer_config.json    io/huggingface.py
@@ -269,10 +268,13 @@ class Run:
 
     def goes_on(self) -> bool:
         """Whether there is another step to take: none is left at the end, or once any process was told to
-        stop."""
+        stop. Saves where that is due, but for the end, where `end` does."""
+        step = self.state.step
+        if 0 < step < self.steps and step != self.saved_step and step % self.save_every == 0:
+            self.save()
         self.step_began = time.perf_counter()
         told = self.runtime.total(torch.tensor(float(math.isfinite(self.told_to_stop))))
-        return self.state.step < self.steps and not told.item()
+        return step < self.steps and not told.item()
 
     def log_step(
         self, tokens: int, *, loss: float, gradient_norm: float, shown: str = "", **metrics: float

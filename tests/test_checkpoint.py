@@ -171,7 +171,6 @@ def small_run(folder: Path, **options) -> None:
         while run.goes_on():
             advance(state)
             run.log_step(7, loss=1.0 + state.step, gradient_norm=float(state.data.position))
-            run.save()
         run.end()
         write_json(folder / "report.json", {})
         run.finish()
