@@ -173,15 +173,11 @@ def _matches(path: str) -> list[str]:
 
 def _fits(parts: list[str], patterns: list[str]) -> bool:
     match patterns:
-        case []:
-            return not parts
-        case ["**"]:
-            return bool(parts)
         case ["**", *rest]:
-            return any(_fits(parts[i:], rest) for i in range(len(parts)))
-        case _:
-            is_first = bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0])
-            return is_first and _fits(parts[1:], patterns[1:])
+            return any(_fits(parts[i:], rest) for i in range(len(parts) + 1))
+        case [first, *rest]:
+            return bool(parts) and fnmatch.fnmatchcase(parts[0], first) and _fits(parts[1:], rest)
+    return not parts
 
 
 # ---- A file → bytes, and what they are

@@ -212,9 +212,7 @@ def _turn(turn: Record) -> list[Message]:
         raise LeftOutError("conversations with a message that is not text")
     if turn.get("channel") not in (None, "final"):
         raise LeftOutError("conversations with a message in another channel than the final one")
-    calls = turn.get("tool_calls") or (
-        [{"function": turn["function_call"]}] if turn.get("function_call") else []
-    )
+    calls = turn.get("tool_calls") or [{"function": one} for one in [turn.get("function_call")] if one]
     if not calls and not turn.keys() & set(TEXTS):
         raise KeyError("content")
     message = _message(role, _one(turn, TEXTS))

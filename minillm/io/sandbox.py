@@ -131,6 +131,4 @@ def _compile(source: str, now: str) -> Any:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+    raise ValueError(message)
