@@ -235,6 +235,14 @@ def test_prompts_and_rankings_are_opened_as_such(tmp_path, capsys):
             opener([f"{path}:2"])
 
 
+def test_replies_rated_one_by_one_are_compared_where_their_prompts_repeat(tmp_path, capsys):
+    rows = [("Why?", "a", False), ("Who?", "x", True), ("Why?", "b", True), ("Why?", "c", False)]
+    records = [{"prompt": question, "completion": reply, "label": label} for question, reply, label in rows]
+    (ranking,) = rankings_of([str(write(tmp_path / "a.jsonl", records))])
+    assert (ranking.responses, ranking.ranking) == (["a", "b", "c"], [[1], [0, 2]])
+    assert "1 replies judged one by one, each alone with its prompt" in capsys.readouterr().out
+
+
 def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
     theirs = rankings_of_file(str(write(tmp_path / "pairs.jsonl", [PAIR, {"id": 1}])))
     assert [ranking.responses for ranking in theirs] == [["b", "a"]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minillm.io.formats import compared, read_record
+from minillm.io.formats import read_record
 from minillm.preferences import ranking_by
 
 
@@ -236,14 +236,6 @@ def test_a_tree_gives_a_ranking_wherever_several_replies_to_a_message_have_a_ran
     first, second = read_record({"prompt": tree}, "ranking")
     assert (spelled(first), spelled(second)) == ("a > b", "d0 > d1")
     assert second[0] == [*chat("Why?", "b"), *chat("And then?")]
-
-
-def test_replies_rated_one_by_one_are_compared_where_their_prompts_repeat():
-    rows = [("Why?", "a", False), ("Who?", "x", True), ("Why?", "b", True), ("Why?", "c", False)]
-    records = [{"prompt": question, "completion": reply, "label": label} for question, reply, label in rows]
-    alone = [result for record in records for result in read_record(record, "ranking")]
-    ranking, reason = compared(alone)
-    assert spelled(ranking) == "b > a = c" and "each alone with its prompt" in reason
 
 
 KTO = {"prompt": "Why?", "completion": "Because."}

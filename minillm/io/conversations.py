@@ -17,8 +17,9 @@ from typing import Any
 from minillm.corpus import Source
 from minillm.data import Skipped
 from minillm.errors import InputError
+from minillm.io import formats
 from minillm.io.files import RECORD_EXTENSIONS, Errors, Reading, list_files, parse_specs, records
-from minillm.io.formats import FORMATS, TURNS, Purpose, compared, firsts_of, known, nearest, read_record
+from minillm.io.formats import Comparison, LeftOutError, Purpose
 from minillm.io.rankings import read_json_lines, read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
 from minillm.tools.folder import read_run
@@ -60,7 +61,7 @@ def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") 
     of the annotator."""
     found: list[Any] = []
     for source in open_conversations(specs, purpose, errors):
-        own = list(_rankings(source) if purpose == "ranking" else source.documents())
+        own = _rankings(source) if purpose == "ranking" else list(source.documents())
         if not own:
             raise _nothing_found(source.name, purpose, source.skipped.first)
         print(counts_text(f"{source.name}: {len(own):,} {purpose}s", source.skipped))
@@ -68,15 +69,25 @@ def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") 
     return found
 
 
-def _rankings(source: Source) -> Iterator[Ranking]:
-    """Replies that were judged one by one are compared with those to the same prompt."""
-    for result in compared(source.documents()):
-        if isinstance(result, str):
-            source.skipped.add(result, f"one in {source.name!r} is among the {result}")
-        else:
-            asked, scores = result
-            given = ResponseSet(asked, list(scores))
-            yield new_ranking(given, ranking_by(list(scores.values())), source.name, 0)
+def _rankings(source: Source) -> list[Ranking]:
+    """The rankings in comparisons; replies that were judged one by one are compared with all others to their
+    prompt."""
+    compared, alone = list[Comparison](), dict[str, list[Comparison]]()
+    for asked, scores in source.documents():
+        (compared if len(scores) > 1 else alone.setdefault(repr(asked), [])).append((asked, scores))
+    for same in alone.values():
+        replies = [reply for _, scores in same for reply in scores.items()]
+        try:
+            if len({score for _, score in replies}) < 2:
+                how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
+                raise LeftOutError(f"replies judged one by one, {how}")
+            compared.append((same[0][0], formats.different(replies)))
+        except LeftOutError as reason:
+            source.skipped.add(str(reason), f"one in {source.name!r} is among the {reason}")
+    return [
+        new_ranking(ResponseSet(asked, list(scores)), ranking_by(list(scores.values())), source.name, 0)
+        for asked, scores in compared
+    ]
 
 
 def rankings_of_file(file: str) -> list[Ranking]:
@@ -129,11 +140,11 @@ def _read(
     for file in files:
         found, own = False, Skipped()
         again = (record for _, record in records(file, read, Counter(), _unwrapped))
-        firsts = cache(partial(firsts_of, again))
+        firsts = cache(partial(formats.firsts_of, again))
         for place, record in records(file, read, skipped, _unwrapped):
-            for result in read_record(record, purpose, firsts):
+            for result in formats.read_record(record, purpose, firsts):
                 if isinstance(result, str):
-                    line = f"{place} of {file!r} is among the {result}; {nearest(record, purpose)}"
+                    line = f"{place} of {file!r} is among the {result}; {formats.nearest(record, purpose)}"
                     own.add(result, line)
                     skipped.add(result, line)
                 else:
@@ -144,7 +155,7 @@ def _read(
 
 
 def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
-    names = "; ".join(form.name for form in FORMATS if purpose in form.gives)
+    names = "; ".join(form.name for form in formats.FORMATS if purpose in form.gives)
     return InputError(f"{file!r} holds no {purpose}: {first or 'it has no record'}; known formats: {names}")
 
 
@@ -159,7 +170,7 @@ def _unwrapped(record: Any) -> list[Any]:
         return [dict(zip(record, row, strict=True)) for row in zip(*record.values(), strict=True)]
     lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
     lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
-    wraps = len(lists) == 1 and (known(record)[0] is None or lists[0] is record.get("data"))
+    wraps = len(lists) == 1 and (formats.known(record)[0] is None or lists[0] is record.get("data"))
     return lists[0] if wraps else [record]
 
 
@@ -167,7 +178,7 @@ def _are_columns(record: dict[str, Any]) -> bool:
     """Whether each field of an object holds a list, with a value for each of several records."""
     if not all(isinstance(value, list) and len(value) > 1 for value in record.values()):
         return False
-    turns = [v for n, v in record.items() if _are_turns(v) and (n in TURNS or isinstance(v[0], dict))]
+    turns = [v for n, v in record.items() if _are_turns(v) and (n in formats.TURNS or isinstance(v[0], dict))]
     return not turns and len(record) > 1 and len(set(map(len, record.values()))) == 1
 
 

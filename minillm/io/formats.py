@@ -608,35 +608,15 @@ def comparison(example: Example) -> Iterator[Comparison]:
         raise LeftOutError("comparisons of replies to different prompts")
     if example[0][1] is None or isnan(example[0][1]):
         raise LeftOutError("records with one reply and nothing that compares it")
-    yield asked, _different([(messages[-1]["content"], score) for messages, score in example])
+    yield asked, different([(messages[-1]["content"], score) for messages, score in example])
 
 
-def _different(replies: Replies) -> dict[str, float]:
+def different(replies: Replies) -> dict[str, float]:
     """The scores of replies, which must be as different as they are."""
     scores: dict[str, Any] = dict(replies)
     if len(scores) < min(2, len(replies)) or any(scores[text] != score for text, score in replies):
         raise LeftOutError("comparisons of equal responses")
     return scores
-
-
-def compared(judged: Iterable[Comparison]) -> Iterator[Comparison | str]:
-    """Comparisons, the replies that were judged one by one with all others to their prompt; or, as texts,
-    why they compare nothing."""
-    by_prompt: dict[str, list[Comparison]] = {}
-    for asked, scores in judged:
-        if len(scores) > 1:
-            yield asked, scores
-        else:
-            by_prompt.setdefault(repr(asked), []).append((asked, scores))
-    for same in by_prompt.values():
-        replies = [reply for _, scores in same for reply in scores.items()]
-        try:
-            if len({score for _, score in replies}) < 2:
-                how = "all to their prompt alike" if len(same) > 1 else "each alone with its prompt"
-                raise LeftOutError(f"replies judged one by one, {how}")
-            yield same[0][0], _different(replies)
-        except LeftOutError as reason:
-            yield str(reason)
 
 
 USES: dict[Purpose, Callable[[Example], Iterator[Any]]] = {
