@@ -88,6 +88,8 @@ class TrainingOptions:
     checkpoint_activations: bool = False
     """Keep only what enters each block and compute the rest anew in the backward pass: less memory, a third
     more work."""
+    cache: str = "out/cache"
+    """Where tokenized text is kept between runs."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send the metrics there."""
 
@@ -130,8 +132,6 @@ class DataOptions(TrainingOptions):
     field: tuple[str, ...] | None = None
     """The fields of a JSON record, or columns of a table, of which the first with text is the document.
     Default text and content."""
-    cache: str = "out/cache"
-    """Where tokenized text is kept between runs."""
     workers: Count = 1
     """Processes that tokenize."""
 
@@ -202,8 +202,6 @@ class PolicyOptions(TrainingOptions):
     """ppo, grpo: raw text for ptx, as train.py's --data. Nothing: the little world's, with its prompts."""
     world_megabytes: Positive = 12.0
     """ppo, grpo: size of the little world's text, where that is used."""
-    cache: str = "out/cache"
-    """Where tokenized text is kept between runs."""
     ema_decay: Share = 0.0
     """ppo, grpo: a moving average of the policy keeps this share of itself an iteration; 0 for no average."""
     val_prompts: Count = 256
