@@ -71,6 +71,7 @@ from minillm.model import LanguageModel, ScalarModel, score_rows
 from minillm.optim import LearningRates, Optimizers, accumulate, backward, build_optimizers
 from minillm.options import PolicyOptions
 from minillm.preferences import Message, Prompt, fingerprint
+from minillm.reward import encode_response
 from minillm.run import Runtime
 
 # ---- KL(π || π_ref) from samples of π
@@ -318,8 +319,8 @@ class Aligner:
         if self.reward_model is None:
             return torch.zeros(len(texts), device=self.runtime.device)
         longest = self.reward_model.config.max_position_embeddings
-        encode, end = self.template.tokenizer.encode, self.template.end_id
-        rows = [[*p.tokens, *encode(text), end] for p, text in zip(prompts, texts, strict=True)]
+        both = zip(prompts, texts, strict=True)
+        rows = [encode_response(self.template, prompt.messages, text) for prompt, text in both]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
         model = self.runtime.whole(self.reward_model)
         scores = torch.tensor(score_rows(model, rows), device=self.runtime.device)

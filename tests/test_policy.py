@@ -37,6 +37,7 @@ from minillm.ppo import (
 from minillm.preferences import Prompt, Ranking, ranking_by
 from minillm.reward import collate, encode_rankings, encode_response
 from minillm.run import Runtime
+from minillm.tokenizer import Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -390,6 +391,21 @@ def test_a_response_may_end_with_each_stop_token_and_its_text_has_one_score_whic
         seen |= {response[-1] for response, ended in own if ended}
         assert texts == [TOKENIZER.decode(response[: len(response) - ended]) for response, ended in own]
     assert seen == set(TEMPLATE.stop_ids)
+
+
+TRIMMED = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_where_a_chat_template_trims_replies_the_reward_model_is_asked_about_trimmed_ones():
+    aligner = aligner_of(missing_eos_score=None)
+    config = {**TOKENIZER.config, "chat_template": TRIMMED}
+    aligner.template = ChatTemplate(Tokenizer(TOKENIZER.vocabulary, config))
+    found = aligner.score(PROMPTS[:2], [" 7 cats.\n", "7 cats."], [True] * 2)
+    rows = [encode_response(aligner.template, messages, "7 cats.") for messages in ASKED[:2]]
+    assert found.tolist() == pytest.approx(score_rows(REWARD, rows), abs=1e-4)
 
 
 # ---- Updates
