@@ -191,7 +191,7 @@ def encode_source(
     question land on one side: the first user message decides, or all messages where that is always the same.
     InputError where nothing is left to train on; there may be nothing to validate on.
     """
-    skipped, kept, hashes = Skipped(), list[Encoded](), list[tuple[float, float]]()
+    skipped, kept, by_question, by_all = Skipped(), list[Encoded](), list[float](), list[float]()
     bar = tqdm(source.documents(), f"encode {source.name}", delay=1, leave=False, dynamic_ncols=True)
     for number, conversation in enumerate(bar, start=1):
         place = f"conversation {number} of {source.name!r}"
@@ -205,7 +205,8 @@ def encode_source(
             small = ids.astype(np.uint16) if ids.max() < 2**16 else ids
             kept.append((small, np.array(dialogue.loss_mask)))
             question = next((m["content"] for m in conversation if m["role"] == "user"), "")
-            hashes.append((unit_hash(question), unit_hash(json.dumps(conversation))))
+            by_question.append(unit_hash(question))
+            by_all.append(unit_hash(json.dumps(conversation)))
             if dialogue.unlearned:
                 skipped["replies not learned: the chat template writes them anew later"] += dialogue.unlearned
         if reason:
@@ -215,7 +216,6 @@ def encode_source(
     if not kept:
         what = f"data source {source.name!r}: no conversation to train on ({skipped.first or 'too few'})"
         raise InputError(f"{what}; give more, or a larger block size")
-    by_question, by_all = zip(*hashes, strict=True)
     train, val = split_by_hash(kept, by_question if len(set(by_question)) > 1 else by_all, val_fraction)
     fingerprint = digest(len(train), *(numbers for dialogue in train + val for numbers in dialogue))
     return EncodedSource(source.name, source.weight, fingerprint, train, val, skipped)
