@@ -651,8 +651,7 @@ def validate(
     # β may have changed since the kept policy was validated, so its objective is computed anew.
     if not aligner.kept or options.keep == "last" or metrics["objective"] > aligner.objective(aligner.kept):
         aligner.kept = {"step": run.state.step} | metrics
-        if run.runtime.saves:
-            save_model(run.folder, aligner.best, aligner.template.tokenizer)
+        save_model(run.folder, aligner.best, aligner.template.tokenizer)
     shown = ", ".join(f"{k} {metrics[k]:.2f}" for k in ("score", "rubric", "kl") if k in metrics)
     run.log("val", f"val {shown}", **metrics, kept_step=aligner.kept["step"])
 

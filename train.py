@@ -153,8 +153,7 @@ def train(options: Options, runtime: Runtime) -> None:
                 run.say(f"step {state.step:,}: loss {loss:.3f}, val {val:.4f} nats/byte")
                 if val <= best:
                     best = val
-                    if runtime.saves:
-                        save_model(run.folder, model, tokenizer)
+                    save_model(run.folder, model, tokenizer)
         run.end()
         if runtime.is_main:
             finish(run, best, mixture, options)

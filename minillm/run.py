@@ -69,12 +69,6 @@ class Runtime:
         return self.rank == 0
 
     @property
-    def saves(self) -> bool:
-        """Whether this process takes part in saving a model: where it is sharded, all do, and the first
-        writes."""
-        return self.is_main
-
-    @property
     def opens_on(self) -> torch.device:
         """Where a model is opened that `wrap` or `shard` is given: whole it may not fit on the device."""
         return self.device
@@ -227,8 +221,7 @@ class Run:
         self.told_to_stop = math.inf
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals(self._stop))
-            if self.runtime.saves:
-                begin_folder(self)
+            begin_folder(self)
             if self.runtime.is_main:
                 # Unbuffered: a line is on its way to the disk when written, and none is left to close().
                 self.file = stack.enter_context(open(self.path, "ab", buffering=0))
@@ -333,9 +326,8 @@ class Run:
         if self.file:
             with writing(self.path, "free some space and --resume"):
                 sync_open(self.file.fileno())  # before a restart point counts on what was logged
-        if self.runtime.saves:
-            self.save_model()
-            save_state(self.state, self.folder)
+        self.save_model()
+        save_state(self.state, self.folder)
         self.saved_step = self.state.step
 
     def exploded(self, what: str) -> InputError:

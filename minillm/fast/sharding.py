@@ -31,7 +31,6 @@ from minillm.run import Runtime
 class ShardedRuntime(Runtime):
     """Each process keeps a part of the weights, gradients and optimizer state, and no more."""
 
-    saves = True
     opens_on = torch.device("cpu")
 
     def shard(self, model: nn.Module, compiled: bool = False) -> bool:

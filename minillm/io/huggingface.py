@@ -34,19 +34,19 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
     """config.json, tokenizer files and weights, these last: in float32, or in bfloat16 where they came so.
     For a chat model also generation_config.json: transformers looks there where a reply ends.
 
-    All processes of a sharded model must call this; the first writes.
+    All processes of a run must call this; the first writes.
     """
     named = str(model.stored_dtype).removeprefix("torch.")
     raw = config_to_json(model.config, tokenizer) | {"dtype": named, "torch_dtype": named}
     weights = {name: tensor.to(model.stored_dtype) for name, tensor in model_tensors(model).items()}
-    if writes(weights) and tokenizer.config.get("chat_template") is not None:
+    if writes() and tokenizer.config.get("chat_template") is not None:
         stops = list(ChatTemplate(tokenizer).stop_ids)
         write_json(folder / "generation_config.json", {"eos_token_id": stops})
     _save(folder, raw, tokenizer, weights)
 
 
 def _save(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
-    if writes(weights):
+    if writes():
         write_json(folder / "config.json", raw)
         save_tokenizer(folder, _for_others(tokenizer))
     write_weights(folder, weights)

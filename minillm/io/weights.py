@@ -4,8 +4,8 @@
     model-00001-of-00003.safetensors …    some of them each, and
     model.safetensors.index.json          which file has which
 
-Where a model is cut among processes, all must call what writes it: each tensor is gathered from all, and the
-first process writes.
+Of several processes all must call what writes: each tensor that is cut among them is gathered from all, and
+the first process writes.
 """
 
 import json
@@ -52,7 +52,7 @@ def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     names = [SINGLE] if len(parts) == 1 else names
     for name, part in zip(names, parts, strict=True):
         write_tensors(folder / name, part, {"format": "pt"})
-    if not writes(weights):
+    if not writes():
         return
     if len(parts) > 1:
         size = sum(tensor.nbytes for tensor in weights.values())
@@ -146,7 +146,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             for _, tensor in ordered:
                 out.write(whole_tensor(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
 
-    if writes(tensors):
+    if writes():
         write_atomically(path, write)
     else:
         for _, tensor in ordered:
@@ -159,9 +159,9 @@ def _code(dtype: torch.dtype) -> str:
     return name.replace("float", "f").replace("uint", "u").replace("int", "i").upper()
 
 
-def writes(tensors: dict[str, Tensor]) -> bool:
-    """Whether this process writes them: of those that hold parts of them the first alone."""
-    return not any(map(_is_part, tensors.values())) or dist.get_rank() == 0
+def writes() -> bool:
+    """Whether this process writes what all of a run hold, or have a part of: the first alone does."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
