@@ -73,7 +73,7 @@ def test_a_model_in_shards_opens_here_and_in_transformers_and_on_the_page(tmp_pa
             ).logits
             torch.testing.assert_close(theirs[0], ours, rtol=0, atol=1e-4)
     shelf = Shelf(tmp_path, CPU)
-    assert [run["name"] for run in shelf.runs()] == ["run"]
+    assert [run["name"] for run in shelf.look()[0]] == ["run"]
     opened, _ = shelf.model("run")
     assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
     model.lm_head.weight.data.zero_()
