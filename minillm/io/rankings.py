@@ -52,10 +52,7 @@ class JsonLines(AbstractContextManager):
     def append(self, records: Sequence[Any]) -> None:
         """Writes a line for each record and waits until they are on the disk."""
         # In ASCII: JSON can spell what UTF-8 cannot hold, and no reader splits a line elsewhere.
-        self._write("".join(json.dumps(record) + "\n" for record in records).encode())
-
-    def _write(self, data: bytes) -> None:
-        handle = self.file.fileno()
+        data, handle = "".join(json.dumps(record) + "\n" for record in records).encode(), self.file.fileno()
         with writing(self.path, "what was there before is unchanged; free some space and go on"):
             size = os.fstat(handle).st_size
             try:
@@ -77,7 +74,7 @@ class JsonLines(AbstractContextManager):
             what = f"{self.path}: line {len(lines) + 1} was cut short, by a crash perhaps"
             print(f"{what}; it is now in {aside.name}")
         elif content and not content.endswith(b"\n"):
-            self._write(b"\n")
+            self.file.write(b"\n")
 
 
 def read_json_lines(path: Path, hint: str) -> Iterator[tuple[str, Record]]:
