@@ -307,7 +307,7 @@ LEFT_OUT = [
     ("conversation", {"history": [["Hi", "Hello"]], "instruction": "", "output": "x"}, "two replies"),
     ("conversation", {"instruction": 3, "input": "x", "output": "y"}, "something else"),
     ("conversation", {"prompt": {"text": "x", "replies": 3}}, "something else"),
-    ("conversation", {"instruction": "a", "instances": []}, "without a conversation"),
+    ("conversation", {"instruction": "a", "instances": []}, "that hold no conversation"),
     *(("conversation", {"text": text}, "without a conversation")
       for text in ("A play.\n\nHuman: Why?\n\nAssistant: Because.", "", "Humans: x")),
     ("conversation", turns(("user", "a"), ("assistant", " ")), "empty message"),
@@ -331,7 +331,7 @@ LEFT_OUT = [
     ("ranking", {"chosen": "Assistant: Yes", "rejected": "Assistant: No"}, "replies to nothing"),
     ("ranking", {**HH, "rejected": HH["chosen"]}, "equal responses"),
     ("ranking", {**HH, "chosen": "\n\nHuman: Hi\n\nAssistant: "}, "empty message"),
-    ("ranking", {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])}, "no two ranked responses"),
+    ("ranking", {"prompt": node("Why?", "prompter", replies=[node("a", rank=0)])}, "that hold no ranking"),
 ]  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def _examples(record: object, purpose: Purpose, firsts: Firsts) -> list[Example]
             raise LeftOutError(f"records with {name!r}, which changes what they say and is not understood")
     try:
         if form.parts:
-            parts = form.parts(fields, purpose)
+            if not (parts := form.parts(fields, purpose)):
+                raise LeftOutError(f"records that hold no {purpose}")
             return [example for part in parts for example in _examples(part, purpose, firsts)]
         try:
             replies = form.replies(fields)
@@ -484,8 +485,6 @@ def _rating(fields: Record) -> float | None:
 
 
 def _instances(fields: Record, purpose: Purpose) -> list[Record]:
-    if not fields["instances"]:
-        raise LeftOutError("records without a conversation")
     return [{"instruction": fields["instruction"], **instance} for instance in fields["instances"]]
 
 
@@ -505,8 +504,6 @@ def _branches(fields: Record, purpose: Purpose) -> list[Record]:
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len(ranked) >= 2 and all(reply["role"] == "assistant" for reply in ranked):
             records.append({"messages": path, "replies": ranked})
-    if not records:
-        raise LeftOutError("records with no two ranked responses")
     return records
 
 

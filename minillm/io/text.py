@@ -90,8 +90,7 @@ def _open_source(name: str, paths: list[str], weight: float, read: Reading) -> S
     kinds, digests, size = [], [], 0
     for file in files:
         kind = kind_of(file, read)
-        if kind == "objects":
-            kind = "JSON, but neither records, one a line, nor an array of them"
+        kind = "JSON, but neither records, one a line, nor an array of them" if kind == "objects" else kind
         if kind not in KINDS:
             if set(files) <= set(paths):
                 raise InputError(f"{file!r}: {kind}; leave it out, or give its --encoding if it is text")
