@@ -291,19 +291,22 @@ def test_the_critic_starts_as_a_copy_of_the_reward_model_or_on_one_of_the_policy
 
 
 @pytest.mark.parametrize(("beta", "kept"), [(0.1, 0), (1.0, 4), (3.0, 4)])
-def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(beta, kept):
+def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(beta, kept, monkeypatch):
     """Where β falls, a policy that went farther for its score becomes the better one, where it rises the
     worse one: the one kept so far and the new one are held against each other at the β of now."""
     found = iter([{"score": 3.0, "kl": 2.0, "unended": 0.0}, {"score": 2.5, "kl": 1.0, "unended": 0.0}])
     aligner = SimpleNamespace(beta=1.0, kept={}, validate=lambda prompts: next(found))
     aligner.objective = lambda metrics: metrics["score"] - aligner.beta * metrics["kl"]
-    logged, elsewhere = [], replace(HERE, rank=1)  # where no model is written
-    run = SimpleNamespace(runtime=elsewhere, log=lambda *_, **metrics: logged.append(metrics))
+    aligner.best, aligner.template = "best", SimpleNamespace(tokenizer="tokenizer")
+    logged, saved = [], []
+    monkeypatch.setattr(rlhf, "save_model", lambda *what: saved.append(what))
+    run = SimpleNamespace(folder="out", runtime=HERE, log=lambda *_, **metrics: logged.append(metrics))
     for step, aligner.beta in ((0, 1.0), (4, beta)):
         run.state = SimpleNamespace(step=step)
         rlhf.validate(run, rlhf.Options(stage="policy"), aligner, [], [])
     assert [metrics["kept_step"] for metrics in logged] == [0, kept] == [0, aligner.kept["step"]]
     assert [metrics["objective"] for metrics in logged] == [1.0, 2.5 - beta]
+    assert saved == [("out", "best", "tokenizer")] * (1 + (kept == 4))
 
 
 def test_dpo_starts_from_a_validated_start_keeps_nothing_worse_and_stops_where_it_runs_away(
