@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -137,6 +138,15 @@ def test_a_field_that_stands_twice_is_refused_for_readers_take_either(tmp_path):
     (tmp_path / "x.json").write_text('{"a": {"b": 1, "c": 2, "b": 1}}')
     with pytest.raises(InputError, match=r"x\.json: .*field 'b' twice"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_field_that_stands_twice_is_found_soon_among_as_many_as_a_vocabulary_has(tmp_path):
+    names = [*map(str, range(100_000)), "99999"]
+    (tmp_path / "x.json").write_text("{" + ", ".join(f'"{name}": 1' for name in names) + "}")
+    began = time.process_time()
+    with pytest.raises(InputError, match="field '99999' twice"):
+        read_json(tmp_path / "x.json")
+    assert time.process_time() - began < 10  # were each field held against all before it, it took hours
 
 
 # ---- A kill between any two file operations

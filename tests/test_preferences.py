@@ -144,6 +144,26 @@ def test_a_line_that_is_no_ranking_is_refused_with_file_and_line(fault, tmp_path
         read_rankings(path)
 
 
+LACKING = object()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("ranking", LACKING, r"\(it has no ranking\)"),
+        ("seed", "0", "seed is '0', which is no int"),
+        ("annotator", " ", r"\(its annotator has no name\)"),
+        ("cut", [9], r"its cut is \[9\]"),
+    ],
+)
+def test_of_a_line_that_is_no_ranking_the_field_is_named_that_is_wrong(field, value, said, tmp_path):
+    line = vars(ranking_of([[0], [1, 2]])) | {field: value}
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps({name: held for name, held in line.items() if held is not LACKING}) + "\n")
+    with pytest.raises(InputError, match=said):
+        read_rankings(path)
+
+
 # ---- On disk
 
 

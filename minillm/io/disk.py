@@ -7,6 +7,7 @@ reader, or a machine that stops in between, finds the old file or the new one an
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from glob import escape
@@ -86,7 +87,7 @@ def fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The JSON object of some fields; ValueError where one is there twice, of which readers take either."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"an object has the field {name!r:.60} twice")
     return fields
 
@@ -114,7 +115,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return float(value)
         if type(value) is option or option is Any:
             return value
-    raise TypeError(f"{name} is {value!r:.60}")
+    raise TypeError(f"{name} is {value!r:.60}, which is no {kind if get_args(kind) else kind.__name__}")
 
 
 def sync(path: Path) -> None:

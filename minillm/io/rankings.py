@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,9 @@ def read_rankings(path: Path) -> list[Ranking]:
 def _line_as(kind: type[Any], record: Record, **more: Any) -> Any:
     """What a line holds, as a set or a ranking. An exception says what is wrong."""
     kinds = get_type_hints(kind) | {"messages": Any}
+    needed = (one.name for one in fields(kind) if one.default is one.default_factory is MISSING)
+    if lacking := [name for name in needed if name not in record]:
+        raise ValueError(f"it has no {', '.join(lacking)}")
     found = {name: typed(name, record[name], kinds[name]) for name in kinds if name in record}
     made = kind(**found | {"messages": check_messages(record.get("messages"))} | more)
     if len(made.responses) < 2:
@@ -152,8 +155,10 @@ def _ranking(record: Record) -> Ranking:
     if not all(made.ranking) or sorted(named) != list(range(len(made.responses))):
         wrong = f"its ranking is {made.ranking!r:.60}"
         raise ValueError(f"{wrong}; let every index be in it once, and no group empty")
-    if not made.annotator.strip() or set(made.cut) - set(named):
-        raise ValueError("its annotator has no name, or it has a cut response that is none of its own")
+    if not made.annotator.strip():
+        raise ValueError("its annotator has no name")
+    if set(made.cut) - set(named):
+        raise ValueError(f"its cut is {made.cut!r:.60}; give indices of its responses")
     datetime.fromisoformat(made.time)
     return made
 
