@@ -61,9 +61,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """InputError if the tokenizer has no chat template, or one that does not work."""
-        self.tokenizer, special = tokenizer, tokenizer.special_tokens
-        self.foreign: Any = None
-        """Another template than ours (io/template.py)."""
+        self.tokenizer, self._foreign, special = tokenizer, None, tokenizer.special_tokens
         self.call_id: int | None = None
         """The token that begins a call in a reply; None where another template than ours writes it."""
         if tokenizer.config.get("chat_template") == TEMPLATE:
@@ -75,8 +73,8 @@ class ChatTemplate:
         else:
             from minillm.io.template import ForeignFormat
 
-            self.foreign = ForeignFormat(tokenizer)
-            ends = self.foreign.ends
+            self._foreign = ForeignFormat(tokenizer)
+            ends = self._foreign.ends
         self.end_id = ends[0]
         """The token that ends a reply."""
         kept = tokenizer.config.get("minillm_stop_tokens")  # that an imported model came with
@@ -86,8 +84,8 @@ class ChatTemplate:
 
     def encode(self, messages: Conversation) -> Dialogue:
         """A whole conversation. InputError for what the template refuses."""
-        if self.foreign:
-            return self.foreign.encode(messages)
+        if self._foreign:
+            return self._foreign.encode(messages)
         tokens, mask = list(self._begin), [False] * len(self._begin)
         for message in messages:
             role = message["role"].replace("tool", "system")
@@ -114,8 +112,8 @@ class ChatTemplate:
     def prompt(self, messages: Conversation, thinking: bool = False) -> list[int]:
         """The tokens after which the model is to reply to these messages; with `thinking`, where its
         template knows thoughts, it is to think first."""
-        if self.foreign:
-            return self.foreign.prompt(messages, thinking)
+        if self._foreign:
+            return self._foreign.prompt(messages, thinking)
         return [*self.encode(messages).tokens, self.tokenizer.special_tokens["<|assistant|>"]]
 
 

@@ -319,12 +319,8 @@ class Aligner:
         if self.reward_model is None:
             return torch.zeros(len(texts), device=self.runtime.device)
         longest = self.reward_model.config.max_position_embeddings
-        pairs, template = zip(prompts, texts, strict=True), self.template
-        if template.foreign:  # which may trim a text, or write more than a token behind it
-            rows = [encode_response(template, prompt.messages, text) for prompt, text in pairs]
-        else:
-            encode, end = template.tokenizer.encode, template.end_id
-            rows = [[*prompt.tokens, *encode(text), end] for prompt, text in pairs]
+        both = zip(prompts, texts, strict=True)
+        rows = [encode_response(self.template, prompt.messages, text) for prompt, text in both]
         rows = [row if len(row) <= longest else [*row[: longest - 1], row[-1]] for row in rows]
         model = self.runtime.whole(self.reward_model)
         scores = torch.tensor(score_rows(model, rows), device=self.runtime.device)

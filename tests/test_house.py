@@ -10,7 +10,7 @@ import pytest
 from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
 
 CORE_LINES, ALL_LINES = 6_983, 17_099
-STEPS = {"train.py": (30, 8), "sft.py": (30, 8), "PPO": (80, 12)}
+STEPS = {"train.py": (30, 8), "sft.py": (30, 8), "PPO": (82, 14)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {
     "minillm/chat.py": {"minillm/io/template.py", "minillm/tools/chat.py", "minillm/tools/start.py"},
