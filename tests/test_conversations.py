@@ -99,6 +99,17 @@ def test_records_are_found_however_a_file_holds_them(tmp_path, name, content, co
     assert (source.name, source.weight) == (name, 1)
 
 
+def test_a_table_without_a_conversation_is_counted_where_other_files_of_its_folder_have_some(tmp_path):
+    write(tmp_path / "chats.jsonl", '{"question": "Why?", "answer": "Because."}\n')
+    write(tmp_path / "prices.csv.gz", "name,price\ntea,3\n")
+    (source,) = open_conversations([str(tmp_path)])
+    assert len(list(source.documents())) == 1
+    assert source.skipped == {"tables without a conversation": 1, "records in no known format": 1}
+    (tmp_path / "chats.jsonl").unlink()
+    with pytest.raises(InputError, match=r"prices\.csv\.gz' holds no conversation"):
+        list(open_conversations([str(tmp_path)])[0].documents())
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "gb18030"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_conversations_in_another_encoding_are_read_where_it_is_named(tmp_path, name, encoding):

@@ -18,7 +18,15 @@ from minillm.corpus import Source
 from minillm.data import Skipped
 from minillm.errors import InputError
 from minillm.io import formats
-from minillm.io.files import RECORD_EXTENSIONS, Errors, Reading, list_files, parse_specs, records
+from minillm.io.files import (
+    RECORD_EXTENSIONS,
+    Errors,
+    Reading,
+    extension_of,
+    list_files,
+    parse_specs,
+    records,
+)
 from minillm.io.formats import Comparison, LeftOutError, Purpose
 from minillm.io.rankings import read_json_lines, read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
@@ -134,9 +142,11 @@ def _read(
     files: Sequence[str], read: Reading, purpose: Purpose, unread: Counter[str], skipped: Skipped
 ) -> Iterator[Any]:
     """One pass over what the records of `files` give for a purpose; `skipped` becomes what it leaves out, and
-    the files that are `unread`."""
+    the files that are `unread`. InputError for a file without any; tables beside others are counted, for much
+    may lie in a folder that is none of it."""
     skipped.clear()
     skipped.update(unread)
+    empty = list[InputError]()
     for file in files:
         found, own = False, Skipped()
         again = (record for _, record in records(file, read, Counter(), _unwrapped))
@@ -151,7 +161,12 @@ def _read(
                     found = True
                     yield result
         if not found:
-            raise _nothing_found(file, purpose, own.first)
+            empty.append(_nothing_found(file, purpose, own.first))
+            if not extension_of(file).startswith((".csv", ".tsv")):
+                raise empty[-1]
+            skipped.add(f"tables without a {purpose}", str(empty[-1]))
+    if len(empty) == len(files):
+        raise empty[0]
 
 
 def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError:
