@@ -84,8 +84,8 @@ def encode_rankings(
     for ranked in sets.values():
         messages, cut = ranked[0].messages, ranked[0].cut
         try:
-            # An empty response keeps its end token even if cut: it must have one to be scored at.
-            rows = [encode_response(template, messages, text, ended=k not in cut or not text)
+            # A blank response, which a template may trim, keeps its end even if cut: it is scored at one.
+            rows = [encode_response(template, messages, text, ended=k not in cut or not text.strip())
                     for k, text in enumerate(ranked[0].responses)]  # fmt: skip
             columns = zip(template.prompt(messages), *rows, strict=False)  # to the end of the shortest
         except InputError:

@@ -192,6 +192,16 @@ def test_a_response_that_was_cut_has_no_end_in_its_row():
     assert all(len(row) > encoded.start for row in encoded.rows), "every row has a token to be judged by"
 
 
+def test_a_cut_response_of_which_a_template_leaves_nothing_is_scored_at_its_end():
+    chat = ChatTemplate(tokenizer_of(LINES.replace("['content']", "['content'] | trim")))
+    blank = replace(ranked([0, 1]), responses=[" \n", "No cats"], cut=[0])
+    encoded, _ = encode_rankings([blank], chat, 60)
+    model = model_of(chat.tokenizer.vocab_size)
+    last, means = scores_of(model, means=True)(collate(encoded, CPU)).detach()
+    assert last.tolist() == pytest.approx(score_rows(model, encoded[0].rows), abs=1e-5)
+    assert means.isfinite().all()
+
+
 def test_equal_texts_make_no_pair_and_the_others_keep_their_weight():
     twins = replace(ranked([0, 1, 2]), responses=["yes", "no", "yes"])
     batch = collate([EncodedSet([twins], [[1], [2], [1]])], CPU)
