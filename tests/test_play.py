@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -96,6 +97,19 @@ def test_a_reply_is_cut_before_its_first_stop_however_it_comes_in_pieces(texts, 
     assert whole.startswith(said) and not any(stop in said for stop in stops)
     assert until.found == bool(places)
     assert until.found or said == whole
+
+
+def test_of_a_model_that_learns_the_newest_alone_is_in_memory(runs, tmp_path):
+    folder = shutil.copytree(runs / "base", tmp_path / "base")
+    shelf = Shelf(tmp_path, torch.device("cpu"))
+    first, again = shelf.model("base"), shelf.model("base")
+    assert first[0] is again[0]
+    older = weakref.ref(first[0])
+    del first, again
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    newer, _ = shelf.model("base")
+    gc.collect()
+    assert older() is None and newer is shelf.model("base")[0]
 
 
 def test_pieces_join_to_the_text_whatever_characters_tokens_cut(runs):

@@ -92,12 +92,17 @@ class Shelf:
         return found
 
     def _open(self, load: Any, folder: Path) -> Any:
-        weights = weights_file(folder)
-        return self._load(load, folder, weights.stat().st_mtime_ns if weights else 0)
+        weights, held = weights_file(folder), self._held(folder)
+        changed = weights.stat().st_mtime_ns if weights else 0
+        if changed not in held:
+            held.clear()
+            held[changed] = load(folder, self.device, torch.float32)
+        return held[changed]
 
     @lru_cache(maxsize=MOST_OPEN)  # noqa: B019  (one shelf a server)
-    def _load(self, load: Any, folder: Path, changed: int) -> Any:
-        return load(folder, self.device, torch.float32)
+    def _held(self, folder: Path) -> dict[int, Any]:
+        """The model of a folder, by the time of its weights: while it learns, no earlier one is kept."""
+        return {}
 
 
 def kind_of(config: Path) -> str:
