@@ -199,6 +199,13 @@ def test_a_reply_that_is_stopped_leaves_what_was_said(count, seed):
     list(chat.reply("And the mat?"))  # which can go on from it
 
 
+def test_a_message_that_has_no_room_takes_no_seed_from_the_reply_to_the_next():
+    chat, other = (new_chat(random_model(64), seed=3, max_new_tokens=8) for _ in range(2))
+    with pytest.raises(InputError, match="too long"):
+        list(chat.reply("cat " * 99))
+    assert list(chat.reply("a")) == list(other.reply("a"))
+
+
 @pytest.mark.parametrize("longest", [20, 512])
 def test_without_a_length_a_reply_takes_what_the_context_leaves_up_to_a_limit(longest, monkeypatch):
     monkeypatch.setattr(chat_module, "LONGEST_REPLY", longest)

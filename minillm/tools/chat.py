@@ -160,10 +160,11 @@ class Chat:
     def events(self, last: Message) -> Iterator[Event]:
         """The reply to a message of the user's or a tool's, until it ends or is to be `stopped`; then it is
         part of the conversation. Calls in it are run, and another turn answers to their results."""
-        said, seed, called, self.stopped = [*self.messages, last], next(self.seeds), 0, False
+        said, seed, called, self.stopped = [*self.messages, last], -1, 0, False
         while True:
             said, prompt, sampling, notes = self.ask(said)
             yield from ({"note": line} for line in notes)
+            seed = seed if called else next(self.seeds)  # one a reply; what has no room takes none
             content, tokens, self.end = "", list[int](), "length"
             for piece in self._pieces(prompt, sampling, seed, tokens):
                 content += piece
@@ -172,12 +173,11 @@ class Chat:
                     break
             message: Message = {"role": "assistant", "content": content}
             if tokens and tokens[-1] in sampling.stop_ids:
-                self.end = "stop"
-                tokens.pop()
+                self.end, _ = "stop", tokens.pop()
                 if isinstance(self.format, ChatTemplate):
                     message = self.format.message(tokens)
-            calls = message.get("tool_calls", [])
-            self.end = "tool_calls" if calls else self.end
+            if calls := message.get("tool_calls", []):
+                self.end = "tool_calls"
             said.append(message)
             if not self.is_base:
                 self.messages = tuple(said)
