@@ -578,6 +578,57 @@ def test_a_server_that_is_killed_loses_no_ranking_and_leaves_no_training_behind(
         assert httpx.get(f"{address}/api/state").json()["ranked"] == 10
 
 
+STRUCK = """
+import asyncio, os, signal, sys, threading
+from contextlib import suppress
+from urllib.request import urlopen
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+from minillm.play.__main__ import Options, bind, serve
+from minillm.tools.ending import one_line_errors
+
+async def answer():
+    yield "begun"
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+        await asyncio.sleep(0.1)
+    except KeyboardInterrupt:
+        print("struck in the middle of an answer")
+        raise
+    yield "ended"
+
+async def stream(request):
+    return StreamingResponse(answer())
+
+class Training:
+    async def close(self):
+        print("closed")
+
+def ask(port):
+    with suppress(OSError):
+        print(urlopen(f"http://127.0.0.1:{port}/").read().decode(), flush=True)
+
+with one_line_errors():
+    listening = bind(Options(runs=".", port=0))
+    visitor = threading.Thread(target=ask, args=listening.getsockname()[1:], daemon=True)
+    visitor.start()
+    try:
+        asyncio.run(serve(Starlette(routes=[Route("/", stream)]), Training(), listening))
+    finally:
+        visitor.join()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_after_the_answers_under_way_and_strikes_in_none(number):
+    """Now and then Interrupted was raised between two lines of another library: a traceback."""
+    command = [sys.executable, "-c", STRUCK, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert sorted(done.stdout.split()) == ["begunended", "closed"]
+    assert (done.stderr, done.returncode) == ("interrupted\n", 128 + number)
+
+
 def test_what_is_left_of_a_training_that_was_killed_goes_with_the_next_one(tmp_path, monkeypatch):
     """All but policies, which the page shows, and what a stage still works at. What is half taken away can be
     taken away, and nothing else can."""

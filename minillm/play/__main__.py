@@ -18,12 +18,13 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
-from minillm.errors import InputError
+from minillm.errors import InputError, Interrupted
 from minillm.options import Count, Limit, check_limits
 from minillm.tools.commandline import parse_options
-from minillm.tools.ending import one_line_errors
+from minillm.tools.ending import one_line_errors, signals
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,24 @@ def main(arguments: list[str]) -> None:
 
 
 async def serve(app: Any, training: Any, listening: socket.socket) -> None:
-    """Until Ctrl-C, which ends a training as it ends one at the terminal."""
+    """Until a signal, which ends a training as it ends one at the terminal; none is an exception here, which
+    could strike in the middle of any answer."""
     import uvicorn
 
     # Errors are told by words_for(); else this server logs windows closed in the middle of an answer.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, lifespan="off")
-    try:
-        await uvicorn.Server(config).serve([listening])
-    finally:
-        await training.close()
+    server, told = uvicorn.Server(config), list[int]()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        server.should_exit = True
+
+    with signals(stop):  # uvicorn takes two of them itself, and hands them on at its end
+        try:
+            await server.serve([listening])
+        finally:
+            await training.close()
+    raise Interrupted(*told)
 
 
 def bind(options: Options) -> socket.socket:
