@@ -28,6 +28,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from harness import at_least_one, parser, write  # which finds the minillm beside it
+
+# isort: split
+
 import torch
 from safetensors.torch import load, save
 from starlette.testclient import TestClient
@@ -50,9 +55,6 @@ from minillm.tools.commandline import parse_options
 from minillm.tools.ending import last_words
 from minillm.tools.folder import read_metrics
 from minillm.tools.stage import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from harness import at_least_one, parser, write
 
 LONGEST = 60
 """Seconds that a case may take."""
