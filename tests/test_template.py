@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from minillm.chat import TEMPLATE as DEFAULT_TEMPLATE
 from minillm.chat import ChatTemplate, with_chat_template
 from minillm.errors import InputError
+from minillm.io import sandbox
 from minillm.io.messages import check_messages
 from minillm.io.template import PLAIN_TEMPLATE, ForeignFormat
 from minillm.io.vocabulary import LibraryVocabulary, load_tokenizer, save_tokenizer, to_json
@@ -487,6 +488,18 @@ def test_what_ends_a_rendering_ends_no_other_and_none_is_needed_on_the_main_thre
     thread.start()
     thread.join(30)
     assert found[1:] == [expected]
+
+
+def test_a_rendering_ends_in_time_though_nobody_waits_for_it():
+    """The process that asked may have been killed meanwhile: nothing was left that would have ended this."""
+    process = sandbox._start()
+    endless = [LOOP * 9 + "{% endfor %}" * 9, "2026-01-31T12:00:00", {}, 0.3]
+    try:
+        sandbox._send(process.stdin, endless)
+        assert process.wait(20) != 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_end_that_any_text_may_contain_is_refused():

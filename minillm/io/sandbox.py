@@ -1,22 +1,24 @@
 """Chat templates of other people, run in a process of their own: for some seconds, in some memory.
 
 A template is a Jinja program, in the dialect of transformers. Jinja's sandbox keeps it from the system, and
-from nothing that takes for ever or all the memory: a single call may, and no signal or thread can end that. A
-process can be ended. It starts with the first template, answers a line of JSON by a line, and ends with this
-one.
+from nothing that takes for ever or all the memory: a single call may, and no signal or thread of Python's can
+end that. A process can end itself, also once this one is gone. It starts with the first template, answers a
+line of JSON by a line, and ends with its input.
 """
 
+import faulthandler
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from minillm.errors import InputError, reason_of
 
@@ -24,7 +26,6 @@ SECONDS = 10.0
 """For one rendering; the longest conversation takes milliseconds."""
 MEMORY = 2**30
 """Bytes of the process, where the system can limit them (not on Windows; macOS does not heed it)."""
-UTF8: Any = {"encoding": "utf-8", "errors": "surrogatepass"}
 
 
 class Program:
@@ -41,7 +42,7 @@ class Program:
     def render(self, variables: dict[str, Any] | None) -> str:
         """What it writes. InputError for whatever it raises, and for too much time or memory."""
         with self.lock:
-            text, error = _ask(self.waiting, [self.source, self.now, variables])
+            text, error = _ask(self.waiting, [self.source, self.now, variables, SECONDS])
         if error is not None:
             what = "the chat template refuses these messages"
             if variables is None:
@@ -53,19 +54,17 @@ class Program:
 def _ask(waiting: list[Any], question: Any) -> tuple[str, str | None]:
     """What was written, and what went wrong if anything did."""
     process = waiting.pop() if waiting else _start()  # until all has gone well: Ctrl-C leaves no answer there
-    timer = threading.Timer(SECONDS, process.kill)
+    began = time.monotonic()
     try:
-        timer.start()
         with suppress(BrokenPipeError):
             _send(process.stdin, question)
         if not (answer := process.stdout.readline()).endswith("\n"):
-            late = not timer.is_alive()
+            late = time.monotonic() > began + SECONDS
             return "", f"takes longer than {SECONDS:g} seconds" if late else "takes too much memory"
         waiting.append(process)
         text, error = json.loads(answer)
         return text, error
     finally:
-        timer.cancel()
         if not waiting:
             process.kill()
             process.communicate()
@@ -75,8 +74,9 @@ def _start() -> Any:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import minillm.io.sandbox as s; s._serve()"
     # A session of its own, so that Ctrl-C reaches the main process only.
     process: Any = subprocess.Popen(
-        [sys.executable, "-c", code, str(Path(__file__).parents[2])], start_new_session=True, **UTF8,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", code, str(Path(__file__).parents[2])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        encoding="utf-8", errors="surrogatepass", env=os.environ | {"PYTHONIOENCODING": "utf-8:surrogatepass"}
     )  # fmt: skip
     process.stdout.readline()  # when Jinja is imported the time begins
     return process
@@ -99,17 +99,17 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     program("", datetime.now().isoformat())
     answers, sys.stdout = sys.stdout, sys.stderr
-    for stream in (sys.stdin, answers):
-        cast(TextIOWrapper, stream).reconfigure(**UTF8)
     _send(answers, "ready")
     for line in sys.stdin:
         text, error = "", None
         try:
-            source, now, variables = json.loads(line)
+            source, now, variables, most = json.loads(line)
+            faulthandler.dump_traceback_later(most, exit=True)  # by a thread that needs nothing of Python's
             template = program(source, now)
             text = template.render(variables) if variables is not None else ""
         except Exception as wrong:  # someone's program: whatever it raises is bad input
             error = reason_of(wrong)
+        faulthandler.cancel_dump_traceback_later()
         _send(answers, [text, error])
 
 
