@@ -106,16 +106,19 @@ def remove(path: Path) -> None:
 
 def typed(name: str, value: Any, kind: Any) -> Any:
     """A value as JSON has it, as one of a field's kind. TypeError where it is of another."""
-    for option in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
-        if get_origin(option) in (tuple, list) and isinstance(value, list):
-            return get_origin(option)(typed(name, item, get_args(option)[0]) for item in value)
-        if get_origin(option) is Literal and value in get_args(option):
-            return value
-        if option is float and type(value) is int:
-            return float(value)
-        if type(value) is option or option is Any:
-            return value
-    raise TypeError(f"{name} is {value!r:.60}, which is no {kind if get_args(kind) else kind.__name__}")
+    if type(value) is kind or kind is Any:
+        return value
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (tuple, list) and isinstance(value, list):
+        return origin([item if type(item) is inner[0] else typed(name, item, inner[0]) for item in value])
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is Literal and value in inner:
+        return value
+    for option in inner if origin in (Union, UnionType) else ():
+        with suppress(TypeError):
+            return typed(name, value, option)
+    raise TypeError(f"{name} is {value!r:.60}, which is no {kind if inner else kind.__name__}")
 
 
 def sync(path: Path) -> None:

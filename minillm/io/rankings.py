@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -109,6 +109,7 @@ def _json_object(line: bytes) -> Record | None:
 # ---- Responses and rankings
 
 
+_kinds: Any = cache(get_type_hints)  # which takes longer than all else, for each of 35,000 lines
 _mending = partial(reading, hint="mend the line or take it out", errors=(InputError, *BAD_FILE))
 
 
@@ -138,7 +139,7 @@ def read_rankings(path: Path) -> list[Ranking]:
 
 def _line_as(kind: type[Any], record: Record, **more: Any) -> Any:
     """What a line holds, as a set or a ranking. An exception says what is wrong."""
-    kinds = get_type_hints(kind) | {"messages": Any}
+    kinds = _kinds(kind) | {"messages": Any}
     needed = (one.name for one in fields(kind) if one.default is one.default_factory is MISSING)
     if lacking := [name for name in needed if name not in record]:
         raise ValueError(f"it has no {', '.join(lacking)}")

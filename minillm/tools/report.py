@@ -58,9 +58,8 @@ next prompt's. A good reward model puts each below the honest answer."""
 def gaps(ranking: Ranking, values: Sequence[float | int]) -> Float64[np.ndarray, " _"]:
     """By how much the value of each response exceeds that of each further one in the order of the alphabet;
     of equal texts the highest value counts."""
-    own = np.array([*dict(sorted(zip(ranking.responses, values, strict=True))).values()], np.float64)
-    first, second = np.triu_indices(len(own), 1)
-    return own[first] - own[second]
+    own = dict(sorted(zip(ranking.responses, values, strict=True))).values()
+    return np.array([first - second for first, second in combinations(own, 2)], np.float64)
 
 
 def preferences(ranking: Ranking) -> Float64[np.ndarray, " _"]:
