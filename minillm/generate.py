@@ -1,7 +1,8 @@
 """Sampling: prompts in, continuations out.
 
 Prompts of different lengths share a batch by right padding. One forward pass fills the key/value
-cache (model.KVCache, mostly in the faster form of fast/decode.py); after it every step feeds one token a row.
+cache (model.KVCache, mostly in the faster form of fast/decode.py), where a prompt that is to have several
+responses is read once and copied; after it every step feeds one token a row.
 Rows that have stopped are dropped once they are a quarter of the batch. Computation is in the model's
 `compute_dtype`; on a CPU float32 is the faster one.
 
@@ -150,8 +151,9 @@ def _steps(
     from minillm.fast.decode import cache_of
 
     device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    different = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    lengths = torch.tensor([len(prompt) for prompt in different], device=device)
+    padded = [torch.tensor(prompt, dtype=torch.int64) for prompt in different]
     tokens = nn.utils.rnn.pad_sequence(padded, batch_first=True).to(device)
     # The last token chosen is never read, so a row is at most this long.
     cache = cache_of(model, len(prompts), tokens.shape[1] + options.max_new_tokens - 1, options.crop)
@@ -159,13 +161,19 @@ def _steps(
     stop_ids = torch.tensor(options.stop_ids, dtype=torch.int64, device=device)
     rows = torch.arange(len(prompts), device=device)
     running, left, token = torch.ones_like(rows, dtype=torch.bool), float(len(prompts)), rows
+    with torch.inference_mode():
+        logits = cache.prefill(tokens, lengths)
+        if len(different) < len(prompts):
+            places = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=device)
+            cache.keep(places)
+            logits = logits[places]
     for step in range(options.max_new_tokens):
         with torch.inference_mode():
             # Measured on 64 rows of 30 tokens on average, 128 at most: 2.5 times as fast as keeping all.
             if left <= 0.75 * len(rows):
                 cache.keep(running)
                 rows, uniforms, token, running = (x[running] for x in (rows, uniforms, token, running))
-            logits = cache.step(token) if step else cache.prefill(tokens, lengths)
+            logits = cache.step(token) if step else logits
             token = _choose(logits, uniforms[:, step], options)
             running = running & (token[:, None] != stop_ids).all(dim=1)
             # The only wait for the device in a step. NaN if a logit is not finite.

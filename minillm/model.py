@@ -392,11 +392,12 @@ class KVCache:
         """Room for `rows` rows of at most `size` tokens. To be used under torch.inference_mode()."""
         config, device = model.config, model.lm_head.weight.device
         shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
-        self.model, self.kept = model, torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
-        self.lengths, self.longest = torch.zeros(rows, dtype=torch.int64, device=device), 0
+        self.model, self.longest = model, 0
+        self.kept = torch.zeros(shape, device=device, dtype=model.model.compute_dtype)
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Reads the prompts, row b's first `lengths[b]` tokens; the logits after the last of each."""
+        self.lengths = torch.zeros_like(lengths)
         hidden = self._read(tokens)
         self.lengths, self.longest = lengths, tokens.shape[1]
         return self.model.logits(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
@@ -407,10 +408,11 @@ class KVCache:
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.model.logits(hidden[:, 0])
 
-    def keep(self, rows: Bool[Tensor, " B"]) -> None:
-        """Drops every row that is not marked in `rows`."""
-        self.kept, self.lengths = self.kept[:, :, rows], self.lengths[rows]
-        self.longest = int(self.lengths.max())
+    def keep(self, rows: Bool[Tensor, " B"] | Int[Tensor, " b"]) -> None:
+        """Goes on with the rows that are marked, or with these in this order, some of them several times."""
+        lengths, filled = self.lengths[rows], self.kept[..., : self.longest, :]
+        filled[:, :, : len(lengths)] = filled[:, :, : len(self.lengths)][:, :, rows]
+        self.lengths, self.longest = lengths, int(lengths.max())
 
     def _read(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """The hidden states of the next tokens of each row."""
@@ -420,7 +422,7 @@ class KVCache:
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of one block: keeps the new keys and values and looks at all that are kept."""
         slots = self.positions[..., None].expand_as(k)
-        kept = self.kept[:, block].scatter_(3, slots.expand(2, *k.shape), torch.stack((k, v)))
+        kept = self.kept[:, block, : len(k)].scatter_(3, slots.expand(2, *k.shape), torch.stack((k, v)))
         keys, values = kept[:, :, :, : self.longest + q.shape[2]]
         end = self.positions[:, 0].int() + 1 if self.longest else None  # of prompts, all from slot 0 on
         return attention(q, keys, values, end=end, causal=end is None)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -97,24 +98,36 @@ def assert_drawn(
 
 @pytest.mark.parametrize("kind", [KVCache, FoldedCache])
 @LAW
-@given(shape=st.sampled_from(sorted(SHAPES)), prompts=PROMPTS, steps=st.integers(1, 5), drop=st.booleans())
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    prompts=PROMPTS,
+    steps=st.integers(1, 5),
+    keep=st.lists(st.sampled_from(["marked", "numbers"]), max_size=3),
+)
 # Equal lengths need no mask, nor do those that keep() leaves.
-@example(shape="grouped heads", prompts=[[1, 2, 3], [4, 5, 6], [7, 8, 9]], steps=3, drop=False)
-@example(shape="grouped heads", prompts=[[1, 2], [4, 5, 6], [7], [8, 9, 3]], steps=3, drop=True)
-@example(shape="llama3 angles", prompts=[[1, 2], [4, 5, 6]], steps=3, drop=False)
-def test_decoding_over_a_cache_gives_the_logits_of_the_plain_forward(kind, shape, prompts, steps, drop):
+@example(shape="grouped heads", prompts=[[1, 2, 3], [4, 5, 6], [7, 8, 9]], steps=3, keep=[])
+@example(shape="grouped heads", prompts=[[1, 2], [4, 5, 6], [7], [8, 9, 3]], steps=3, keep=["marked"])
+@example(shape="grouped heads", prompts=[[1], [4, 5, 6]], steps=4, keep=["numbers", "marked", "numbers"])
+@example(shape="llama3 angles", prompts=[[1, 2], [4, 5, 6]], steps=3, keep=[])
+def test_decoding_over_a_cache_gives_the_logits_of_the_plain_forward(kind, shape, prompts, steps, keep):
     # float64, so that only a wrong computation can differ by more than 1e-10.
     model, size = random_model(SHAPES[shape], torch.float64), 20
     lengths = torch.tensor([len(p) for p in prompts])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     rows = [list(p) for p in prompts]
     with torch.inference_mode():
-        cache = kind(model, len(rows), size)
+        most = 2 * len(rows)
+        cache = kind(model, most, size)
         logits = cache.prefill(padded, lengths)
-        for step in range(steps):
-            if drop and step == 1 and len(rows) > 1:
+        for how in [*keep, *["all"] * steps][:steps]:
+            numbers = list(range(len(rows)))
+            if how == "marked" and len(rows) > 1:
+                numbers = numbers[1::2]
                 cache.keep(torch.arange(len(rows)) % 2 == 1)
-                rows, logits = rows[1::2], logits[1::2]
+            elif how == "numbers":  # in another order, some of them twice
+                numbers = [*reversed(numbers), *numbers[: most - len(rows)]]
+                cache.keep(torch.tensor(numbers))
+            rows, logits = [rows[i] for i in numbers], logits[numbers]
             for row, found in zip(rows, logits, strict=True):
                 expected = model.logits(model.model(torch.tensor([row])))[0, -1]
                 torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # logits are float32
@@ -135,6 +148,7 @@ def test_bfloat16_weights_sample_close_to_the_bfloat16_forward():
 
 @LAW
 @given(PROMPTS, st.randoms(use_true_random=False), st.sampled_from([(), (3, 9), tuple(range(20))]))
+@example([[1, 2], [5], [1, 2], [1, 2], [5]], Random(0), (3, 9))  # each is read once
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(prompts, random, stop_ids):
     options = SamplingOptions(8, top_p=0.9, stop_ids=stop_ids)
     seeds = [random.randrange(2**40) for _ in prompts]
@@ -278,6 +292,7 @@ def test_streamed_text_is_the_decoded_text_and_never_half_a_character(text, tail
 @LAW
 @given(PROMPTS, st.integers(1, 16), st.sampled_from([(), (3, 9, 20, 31)]))
 @example([[1, 2, 3] * 5, [4]], 12, ())
+@example([[1, 2, 3] * 5, [4], [4], [1, 2, 3] * 5, [5, 6]], 12, (3,))
 def test_past_its_positions_a_model_sees_the_last_tokens_alone(prompts, count, stop_ids):
     model = random_model(replace(BASE, max_position_embeddings=8))
     options = SamplingOptions(count, stop_ids=stop_ids, crop=True)

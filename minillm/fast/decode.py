@@ -13,6 +13,7 @@ in a batch of 1 and two thirds in a batch of 64.
 Prompts are read by the model itself. Left out: gradients, several tokens a step, CUDA graphs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -95,18 +96,19 @@ class FoldedCache:
 
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's attention while it reads the prompts: keeps their keys and values."""
-        self.kept[:, block, :, :, : k.shape[2]] = torch.stack((k[..., self.pairs], v))
+        self.kept[:, block, : len(k), :, : k.shape[2]] = torch.stack((k[..., self.pairs], v))
         return attention(q, k, v, causal=True)
 
-    def keep(self, rows: Bool[Tensor, " B"]) -> None:
-        self.kept, lengths = self.kept[:, :, rows], self.lengths[rows]
+    def keep(self, rows: Bool[Tensor, " B"] | Int[Tensor, " b"]) -> None:
+        lengths, filled = self.lengths[rows], self.kept[..., : self.longest, :]
+        filled[:, :, : len(lengths)] = filled[:, :, : len(self.lengths)][:, :, rows]
         self.place(lengths, int(lengths.max()))
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         (H, K), (floor, head_floor), exact = self.heads, self.floors, self.exact
-        _, blocks, B, _, size, C = self.kept.shape
+        B, (_, blocks, _, _, size, C) = len(tokens), self.kept.shape
         seen, mask, cache, slots = self.longest + 1, self.mask, self.kept.view(-1, C), self.slots.unbind()
-        keys, values = self.kept.view(2, blocks, B * K, size, C).narrow(3, 0, seen)
+        keys, values = self.kept[:, :, :B].view(2, blocks, B * K, size, C).narrow(3, 0, seen)
         keys, values = keys.transpose(2, 3).unbind(), values.unbind()
         if mask is not None:
             mask.view(-1).index_fill_(0, slots[0].view(B, 2, K)[:, 0].flatten(), 0)
@@ -134,14 +136,14 @@ class FoldedCache:
     def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
         """Sets how many tokens each row holds, where it writes the next and what it may not see."""
         self.lengths, self.longest = lengths, longest
-        _, blocks, B, K, size, _ = self.kept.shape
-        heads = torch.arange(2 * blocks * B * K, device=lengths.device).view(2, blocks, B, K)
+        (*shape, size, _), B = self.kept.shape, len(lengths)
+        heads = torch.arange(math.prod(shape), device=lengths.device).view(shape)[:, :, :B]
         self.slots = (heads * size + lengths[:, None]).permute(1, 2, 0, 3).flatten(1)
         self.mask = None
         if (lengths < longest).any():
             unseen = torch.arange(size, device=lengths.device) >= lengths[:, None]
             mask = torch.zeros(B, size, device=lengths.device, dtype=self.dtype)
-            mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(K, dim=0)
+            mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(shape[-1], dim=0)
             self.mask = mask[:, None]
 
 
@@ -180,7 +182,7 @@ class CroppedContext:
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
         return self.cache.step(tokens) if self.longest <= self.most else self._anew()
 
-    def keep(self, rows: Bool[Tensor, " B"]) -> None:
+    def keep(self, rows: Bool[Tensor, " B"] | Int[Tensor, " b"]) -> None:
         self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
         if self.longest <= self.most:
             self.cache.keep(rows)
