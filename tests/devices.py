@@ -129,7 +129,7 @@ def test_an_update_on_a_rollout_waits_once_and_takes_nothing_but_text_there(case
 def test_a_rollout_waits_once_for_each_token_and_a_few_times_for_all(device, places, tmp_path):
     """Six tokens, and eight updates: four minibatches, twice. The rest are texts, scores and metrics."""
     waits, uploads = step_of(device, (rlhf, "align", ROLLOUTS), places, tmp_path)
-    sampled = [line for line in waits if line.startswith("minillm/generate.py") and "left = " in line]
+    sampled = [line for line in waits if line.startswith("minillm/generate.py") and "chosen = " in line]
     assert len(sampled) == 6 and sum("*metrics" in line for line in waits) == 8
     assert len(waits) <= 6 + 8 + 14, waits
     assert len(uploads) <= 26, uploads
