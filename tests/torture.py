@@ -1,8 +1,8 @@
 """Accidents: stages are killed, signalled or given a full disk, go on, and end as they would have in peace.
 
-    python benchmarks/torture.py --json benchmarks/torture.json          500 trials, 23 minutes on two cores
-    python benchmarks/torture.py --trials 4 --stages train sample        as the tests run it
-    python benchmarks/torture.py --first 217 --trials 1                  a trial again, by its number
+    python tests/torture.py --json benchmarks/torture.json          500 trials, 23 minutes on two cores
+    python tests/torture.py --trials 4 --stages train sample        as test_accidents.py runs it
+    python tests/torture.py --first 217 --trials 1                  a trial again, by its number
 
 A project grows in peace, stage by stage. A trial copies it as it was before a stage and starts that stage,
 which meets one to three accidents and goes on after each as the Makefile does, with --resume where there is a
@@ -46,8 +46,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
-from harness import at_least_one, parser, write
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from harness import at_least_one, parser, write  # which finds the minillm beside it
 from page import ask, pick_longest
+
+# isort: split
 
 from minillm.tools.stage import ROOT
 
