@@ -202,10 +202,12 @@ class Chat:
         ends = {*sampling.stop_ids, self.format.call_id}
 
         def spoken() -> Iterator[int]:
-            for token in stream(self.model, prompt, sampling, seed):
+            for token in (coming := stream(self.model, prompt, sampling, seed)):
                 tokens.append(token)
-                if ends.isdisjoint(tokens):
-                    yield token
+                if token in ends:
+                    break
+                yield token
+            tokens.extend(coming)
 
         return stream_text(self.tokenizer.decode_bytes, spoken())
 
