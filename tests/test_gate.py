@@ -1,5 +1,5 @@
-"""The rules of the compile gate (kernels/dev/gate.py), and that every kernel keeps them; what it says of toys that
-break one, and that the table in docs/kernels.md is true.
+"""The rules of the compile gate (kernels/dev/gate.py), and that every kernel keeps them; what it says of toys
+that break one, and that the table in docs/kernels.md is true.
 
 Builds run in processes without Triton's interpreter, which cannot be switched off once imported. Sources of
 the rules: NVIDIA, "CUDA C++ Programming Guide", section "Compute Capabilities" (shared memory per block);
