@@ -54,6 +54,8 @@ CONVERSATIONS = [
     ({"messages": [EARLIER[0], {**EARLIER[1], "weight": 0}, *ASKED]},
      [EARLIER[0], {**EARLIER[1], "train": False}, *ASKED]),
     ({"messages": ASKED, "prompt": "Why?", "prompt_id": "7"}, ASKED),
+    ({"messages": ASKED, "label": {"ability": ["reasoning"]}}, ASKED),  # of what kind it is
+    ({"messages": json.dumps(ASKED), "tools": "[]"}, ASKED),  # as tables hold lists
     ({"messages": [USER], "answer": "Because."}, ASKED),
     ({"problem": "Why?", "solution": "Yes", "generations": ["a", "b"], "messages": ASKED}, ASKED),
     ({"problem": "Why?", "solution": "Yes", "answer": "4", "messages": ASKED}, ASKED),
@@ -270,6 +272,9 @@ LEFT_OUT = [
         *(("ranking", {"prompt": "Why?", "responses": ["a", "b"], "scores": scores}, "no verdict")
           for scores in ([nan, nan], [nan, 1])),
         ("conversation", {"prompt": "Why?", **TWO, "overall_preference": nan}, "no verdict"))),
+    *(("ranking", {"prompt": "Why?", "responses": ["a", "b"]} | odd, "no list")  # of keys, of letters
+      for odd in ({"responses": {"gpt": "a", "llama": "b"}, "scores": [1, 2]}, {"scores": {"0": 5, "1": 2}},
+                  {"responses": "ab", "scores": [1, 2]}, {"scores": "21"}, {"ranking": {"0": [1]}})),
     *((purpose, {"prompt": spelled(ASKED), "chosen": "b", "rejected": "a"}, "spelled as a text")
       for purpose in ("conversation", "prompt", "ranking") for spelled in (json.dumps, str)),
     ("conversation", {"messages": [USER, CALL, TOOL, BOT]}, "tool call"),  # of no function
@@ -291,7 +296,7 @@ LEFT_OUT = [
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
-    ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no verdict"),
+    ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no list"),
     ("conversation", {"prompt": "Who?", "chosen": ASKED, "rejected": chat("Why?", "No.")}, "another prompt"),
     ("conversation", {"prompt": node("Why?", replies=[BOT]), "system": "Be kind."}, "'system'"),
     ("conversation", {"chosen": "Because.", "rejected": "No."}, "replies to nothing"),

@@ -16,6 +16,7 @@ and preferences, and calls as a text; images; roles beside system, user, assista
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from json import loads
 from math import isnan
@@ -112,6 +113,12 @@ def known(record: object, firsts: Firsts = tuple) -> tuple[Format | None, Record
         fields["earlier turns"] = fields.pop("history")  # a text is the question
     # "reasoning": "on" says that a reply holds its thoughts, and is none.
     fields = {n: value for n, value in fields.items() if n not in THOUGHT or value not in ("on", "off")}
+    if isinstance(fields.get("label"), dict):
+        del fields["label"]  # of what kind a record is
+    for name in TURNS:  # as tables hold them
+        if isinstance(held := fields.get(name), str) and SPELLED.match(held):
+            with suppress(ValueError, RecursionError):
+                fields[name] = loads(held)
     for name in ("input", "info", "chat_template_kwargs"):  # where OpenAI and SmolTalk2 have what is asked
         fields |= fields.pop(name) if isinstance(fields.get(name), dict) else {}
     if "instruction" in fields and "### Instruction:" in str(fields.get("prompt")):
@@ -416,7 +423,7 @@ def _listed_replies(fields: Record) -> Replies:
     """Replies by a field that names the best of them, else by their own scores; without those of none."""
     texts = ("text", "response", "answer", "completion", "content", "output", "value")
     held = _first(fields, (NUMBERED, *REPLIES))
-    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in held]
+    replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _listed(held)]
     names = [reply.get(CALLED) or (str(i),) for i, reply in enumerate(replies)]
     scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or map(_score, replies)
     rated = [(_first(reply, texts), score) for reply, score in zip(replies, scores, strict=True)]
@@ -452,12 +459,19 @@ def _verdict_of(fields: Record) -> str:
 def _scores_beside(fields: Record, count: int) -> list[Any] | None:
     """The scores by a list beside the replies; our own rankings hold lists of places, best first."""
     if ranking := fields.get("ranking"):
-        place = {i: rank for rank, tied in enumerate(ranking) for i in tied}
+        place = {i: rank for rank, tied in enumerate(_listed(ranking)) for i in tied}
         return [-place[i] for i in range(count)]
     for names, sign in ((RATINGS[:3], 1), (RATINGS[3:], -1)):
         if values := next((fields[name] for name in names if fields.get(name)), None):
-            return [None if value is None else sign * float(value) for value in values]
+            return [None if value is None else sign * float(value) for value in _listed(values)]
     return None
+
+
+def _listed(values: Any) -> list[Any]:
+    """A list, and nothing else that has members: the keys of an object, the letters of a text."""
+    if not isinstance(values, list):
+        raise LeftOutError("records whose replies or their ratings are no list")
+    return values
 
 
 def _score(reply: Record) -> Score:
