@@ -258,7 +258,8 @@ LEFT_OUT = [
       for word in ("both_bad", "tie (bothbad)", "Neither")),
     ("conversation", {"messages": [USER, {"role": "assistant", "channel": "analysis", "content": "Hm."},
                                    {"role": "assistant", "channel": "final", "content": "So."}]}, "channel"),
-    ("conversation", {**KTO, "is_safe": False}, "judged bad"),
+    *(("conversation", {**KTO, judged: False}, "judged bad")
+      for judged in ("is_safe", "is_response_safe", "is_correct", "verified", "passed")),
     ("conversation", {**KTO, "helpfulness": 0, "verbosity": 2}, "judged bad"),
     ("conversation", {**KTO, "label": "spam"}, "'label' that is no truth"),
     ("conversation", {**KTO, "weight": 0.5}, "'weight'"),
@@ -283,7 +284,7 @@ LEFT_OUT = [
     *(("conversation", {"instruction": f"What is it?\n{mark}", "output": "A cat."}, "placeholder")
       for mark in ("<image>", "<|image|>", "<image_1>", "<video>", "<extra_id_1>Assistant")),
     *(("conversation", {"question": "What is it?", "answer": "A cat.", name: "x"}, repr(name))
-      for name in ("definition", "passage", "article", "image_path")),
+      for name in ("definition", "passage", "article", "table", "schema", "docs", "image_path")),
     ("conversation", {"contents": [{"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": [
         {"text": "Hm", "thought": True}, {"text": "Because."}]}]}, "not text"),
     ("conversation", {"prompt": "Why?", "response": "Because.", "output": "No."}, "'output' and 'response'"),
