@@ -323,6 +323,9 @@ LEFT_OUT = [
     ("conversation", turns(("user", "a"), ("narrator", "b"), ("assistant", "c")), "a role other"),
     ("conversation", turns(("user", "\ud800"), ("assistant", "a")), "surrogate"),
     ("prompt", {"system": "Be kind.", "messages": [BOT]}, "replies to nothing"),
+    *((purpose, {"prompt": "Why?", "response_0": "a", "response_1": "b", "better_response_id": 1,
+                 "safer_response_id": 0}, "'safer_response_id' and 'better_response_id'")
+      for purpose in ("conversation", "ranking")),
     ("ranking", {"prompt": "Why?", **TWO, "winner": "c"}, "verdict that names none"),
     ("ranking", {"prompt": "Why?", **TWO, "label": 1}, "verdict that names none"),
     ("ranking", {"prompt": "Why?", **TWO}, "no verdict"),

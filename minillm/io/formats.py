@@ -434,6 +434,7 @@ def _listed_replies(fields: Record) -> Replies:
 
 def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | None:
     """The scores by a field that names the best of some replies, or a tie; None where there is none."""
+    _one(fields, VERDICTS)  # PKU-SafeRLHF has two, the better reply and the safer one
     word, signed = _verdict_of(fields), _first(fields, SIGNED)
     if not word:
         return [0.0, float(signed)] if signed is not None and len(names) == 2 else None
