@@ -133,7 +133,12 @@ def orthogonalized(
     first division makes them at most 1; after five steps nearly all lie between 0.7 and 1.2.
     """
     a, b, c = NEWTON_SCHULZ
-    x, tall = updates.to(dtype), updates.shape[1] > updates.shape[2]
+    tall = updates.shape[1] > updates.shape[2]
+    x: Any = updates.to(dtype)
+    if hasattr(x, "redistribute"):  # sharded: gathered here, once, and not for each of the products
+        from torch.distributed.tensor import Replicate
+
+        x = x.redistribute(placements=[Replicate()])
     x = x.mT if tall else x  # the smaller product of the two
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
