@@ -155,6 +155,7 @@ def test_specs_folders_and_globs_are_those_of_text(tmp_path):
         ),
         ("a.json", b"[\xff]", "byte 1"),
         ("a.json", "", "empty files: 1"),
+        ("a.json", json.dumps({"system": "Be kind.", "rows": [QA]}), "its fields: system, rows"),
         ("a.json", b"\0\1\2", "binary"),
         ("a.json", b"PAR1 and so on", "Parquet"),
         ("a.json", b"PK\3\4 and so on", "zip"),

@@ -293,7 +293,24 @@ LEFT_OUT = [
     ("conversation", {"question": "Why?", "answer": ["Because.", "So."]}, "something else"),
     *((purpose, {name: ["Why?", "And so?"]}, "something else")  # no reply among the questions
       for purpose in ("conversation", "prompt") for name in ("turns", "prompt")),
-    ("conversation", {"input": "Why?", "targets": {"choices": ["a", "b"]}}, "something else"),
+    ("conversation", {"input": "Why?", "targets": {"choices": ["a", "b"]}}, "'choices' in a message"),
+    # in a message, a part of one or a reply, as beside them
+    *((purpose, {"messages": [{**SYSTEM, **odd}, {**USER, **odd}, {**BOT, **odd}]}, "in a message")
+      for purpose in ("conversation", "prompt") for odd in (
+          {"functions": "f()"}, {"documents": ["a"]}, {"context": "a"}, {"label": False}, {"rating": 0},
+          {"image": "a"}, {"masked": True}, {"train_detail": [{"train": False}]}, {"rejected": "No."})),
+    ("conversation", turns(("user", [{"text": "Why?", "image": "a"}]), ("assistant", "a")), "'image'"),
+    ("conversation", {"conversation": [{"input": "Why?", "output": "So.", "system": "a"}]}, "'system'"),
+    *(("ranking", {"prompt": "Why?", "responses": [{"text": "a", "score": 1, **odd}, {"text": "b"}]}, "reply")
+      for odd in ({"tool_calls": ADDS}, {"image": "a"}, {"reasoning_content": "Hm"})),
+    # verdicts and scores of which one has it the other way round
+    *(("ranking", {"prompt": "Why?", **TWO, "winner": "a", **other}, "contradict each other")
+      for other in ({"score_a": 1, "score_b": 9}, {"preference_strength": 2})),
+    ("ranking", {"prompt": "Why?", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 2}],
+                 "rank": [1, 2]}, "contradict each other"),
+    ("conversation", {"Prompt": "Who?", **KTO}, "spelled in two ways"),
+    *(("conversation", {"question": "Why?", "answer": "B", **given}, "which changes them")
+      for given in ({"A": "x", "B": "y"}, {"opa": "x", "opb": "y"}, {"option1": "x", "option2": "y"})),
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),

@@ -175,8 +175,8 @@ def _nothing_found(file: str, purpose: Purpose, first: str | None) -> InputError
 
 
 def _unwrapped(record: Any) -> list[Any]:
-    """The records in a list of them, in an object of columns, or in an object that wraps one such list; else
-    the record itself."""
+    """The records in a list of them, in an object of columns, or in an object that wraps one such list and
+    says nothing of them; else the record itself."""
     if isinstance(record, list) and not _are_turns(record):
         return record
     if not isinstance(record, dict):
@@ -186,7 +186,8 @@ def _unwrapped(record: Any) -> list[Any]:
     lists = [value for value in record.values() if isinstance(value, list) and not _are_turns(value)]
     lists = [value for value in lists if value and all(isinstance(held, dict) for held in value)]
     wraps = len(lists) == 1 and (formats.known(record)[0] is None or lists[0] is record.get("data"))
-    return lists[0] if wraps else [record]
+    beside = (name.lower() for name, value in record.items() if wraps and value is not lists[0])
+    return lists[0] if wraps and formats.MEANING.isdisjoint(beside) else [record]
 
 
 def _are_columns(record: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, combinations
 from json import loads
 from math import isnan
 from operator import itemgetter
@@ -80,10 +81,7 @@ def _examples(record: object, purpose: Purpose, firsts: Firsts) -> list[Example]
     form, fields = known(record, firsts)
     if form is None:
         raise LeftOutError("records in no known format")
-    understood = {name for group in form.known_by for name in group} | set(form.obeys)
-    for name, value in fields.items():
-        if name in MEANING and name not in understood and not _is_empty(value):
-            raise LeftOutError(f"records with {name!r}, which changes what they say and is not understood")
+    _check_understood(fields, [*chain(*form.known_by, form.obeys)])
     try:
         if form.parts:
             if not (parts := form.parts(fields, purpose)):
@@ -107,6 +105,7 @@ def known(record: object, firsts: Firsts = tuple) -> tuple[Format | None, Record
     if not isinstance(record, dict):
         return None, {}
     fields = {re.sub("[- ]", "_", str(name).strip().lower()): value for name, value in record.items()}
+    fields[TWICE] = len(fields) < len(record) or None
     if isinstance(fields.get("turns"), int):
         del fields["turns"]  # how many there are
     if isinstance(fields.get("history"), list):
@@ -154,20 +153,30 @@ FIELDS = {of: tuple(names) for of, names in NAMES["fields"].items()}
 TURNS, QUESTIONS, ABOUT, ANSWERS = (FIELDS[of] for of in ("turns", "questions", "about", "answers"))
 REPLIES, SYSTEM, HISTORY, THOUGHT = (FIELDS[of] for of in ("replies", "system", "history", "thought"))
 CHOSEN, REJECTED, VERDICTS, SIGNED = (FIELDS[of] for of in ("chosen", "rejected", "verdicts", "signed"))
-RATING, RATINGS, SCORES, MEDIA = (FIELDS[of] for of in ("rating", "ratings", "scores", "media"))
+RATING, RATINGS, SCORES = (FIELDS[of] for of in ("rating", "ratings", "scores"))
+IN_TURNS = (*THOUGHT, *FIELDS["weights"], "tool_calls", "function_call", "rank", "replies")
+IN_REPLIES, IN_MESSAGE = (*ANSWERS, *RATING, "rank", "replies"), " in a message"
 PAIR_SCORES = tuple(form.format(name) for form in SCORES for name in ("chosen", "rejected"))
 NUMBERED, TREE = "response_a and response_b", "a prompt with replies"  # made by `known`
 CALLED, FIRSTS = "called by a verdict", "numbers of a first reply"  # made by `_numbered` and `known`
+TWICE = "one name spelled in two ways"
 PLACEHOLDER = re.compile(r"<\|?(image|video|audio|extra_id)[ _]?\d*\|?>")  # of NeMo's, the last opens a turn
 SPELLED = re.compile(r"\s*\[\s*\{\s*[\"'](role|content|from|value)[\"']")  # as tables hold messages
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half of a pair, and no UTF-8 can hold it
 ASKED = (*QUESTIONS, *ABOUT, *SYSTEM, *HISTORY)
-MEANING = {*PAIR_SCORES, NUMBERED, UNNAMED}.union(*FIELDS.values()).difference(FIELDS["origins"])
+MEANING = {*PAIR_SCORES, NUMBERED, UNNAMED, TWICE}.union(*FIELDS.values()).difference(FIELDS["origins"])
 """The fields that change what a record says."""
 
 
 def _is_empty(value: object) -> bool:
     return value is None or value in ("", [], {}, "[]", "<noinput>")
+
+
+def _check_understood(fields: Record, understood: Iterable[str], where: str = "") -> None:
+    """LeftOutError where one of these fields changes what a record says, and is not understood."""
+    for name in sorted(fields.keys() & MEANING.difference(understood)):
+        if not _is_empty(fields[name]):
+            raise LeftOutError(f"records with {name!r}{where}, which changes them and is not understood")
 
 
 def _first(fields: Record, names: Iterable[str]) -> Any:
@@ -205,6 +214,7 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "\n".join(map(_text, content))
     if isinstance(content, dict) and content.get("type", "text") in PARTS and not content.get("thought"):
+        _check_understood(content, (), IN_MESSAGE)
         return _text(content["text"] if "text" in content else content["parts"])
     if not isinstance(content, str | None):
         raise LeftOutError("conversations with a message that is not text")
@@ -215,9 +225,9 @@ def _turn(turn: Record) -> list[Message]:
     """The message in an element of a list of turns, or the two of an exchange."""
     role: Any = turn.get("role") or turn.get("from")
     if role is None and (turn.keys() & set(QUESTIONS + ABOUT)) and turn.keys() & set(ANSWERS):
+        _check_understood(turn, QUESTIONS + ABOUT + ANSWERS, IN_MESSAGE)
         return [_message("user", _one(turn, QUESTIONS + ABOUT)), _message("assistant", _one(turn, ANSWERS))]
-    if any(not _is_empty(turn.get(name)) for name in MEDIA):
-        raise LeftOutError("conversations with a message that is not text")
+    _check_understood(turn, IN_TURNS, IN_MESSAGE)
     if turn.get("channel") not in (None, "final"):
         raise LeftOutError("conversations with a message in another channel than the final one")
     calls = turn.get("tool_calls") or [{"function": one} for one in [turn.get("function_call")] if one]
@@ -424,20 +434,32 @@ def _listed_replies(fields: Record) -> Replies:
     texts = ("text", "response", "answer", "completion", "content", "output", "value")
     held = _first(fields, (NUMBERED, *REPLIES))
     replies = [reply if isinstance(reply, dict) else {"text": reply} for reply in _listed(held)]
+    for reply in replies:
+        _check_understood(reply, IN_REPLIES, " in a reply")
     names = [reply.get(CALLED) or (str(i),) for i, reply in enumerate(replies)]
-    scores = _verdict(fields, names) or _scores_beside(fields, len(replies)) or map(_score, replies)
+    signed = _first(fields, SIGNED) if len(replies) == 2 else None
+    given: list[Any] = [_verdict(fields, names), None if signed is None else [0.0, float(signed)]]
+    given += [_scores_beside(fields, len(replies)), list(map(_score, replies))]
+    scores = _agreed([scores for scores in given if scores is not None])
     rated = [(_first(reply, texts), score) for reply, score in zip(replies, scores, strict=True)]
     if len(known := [(t, float(s)) for t, s in rated if s is not None and not isnan(float(s))]) < 2:
         raise LeftOutError("records with no verdict on two replies")
     return known
 
 
+def _agreed(given: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """The first of these scores. LeftOutError where others have two replies in the other order."""
+    for one, other in combinations(zip(*given, strict=True), 2):
+        if {1, -1} <= {(a > b) - (a < b) for a, b in zip(one, other, strict=True) if None not in (a, b)}:
+            raise LeftOutError("records with verdicts or scores that contradict each other")
+    return given[0]
+
+
 def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | None:
     """The scores by a field that names the best of some replies, or a tie; None where there is none."""
     _one(fields, VERDICTS)  # PKU-SafeRLHF has two, the better reply and the safer one
-    word, signed = _verdict_of(fields), _first(fields, SIGNED)
-    if not word:
-        return [0.0, float(signed)] if signed is not None and len(names) == 2 else None
+    if not (word := _verdict_of(fields)):
+        return None
     if word.endswith(("bad", "bad)")) or word in ("neither", "none"):
         return [BAD] * len(names)
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
@@ -488,7 +510,7 @@ def _score(reply: Record) -> Score:
 
 def _rating(fields: Record) -> float | None:
     """What a reply is rated: a truth, or a number."""
-    name, value = next(((n, fields[n]) for n in RATING if fields.get(n) is not None), ("", None))
+    name, value = next(((n, fields[n]) for n in RATING if not _is_empty(fields.get(n))), ("", None))
     truths, word = {"true": "1", "false": "0"}, str(value).lower()  # as tables spell them
     try:
         return None if value is None else float(truths.get(word, word))
