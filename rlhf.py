@@ -310,9 +310,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     template, longest = ChatTemplate(tokenizer), model.config.max_position_embeddings
     training, held_out = encoded_rankings(options, template, longest)
     stream, steps = ranking_stream(training, options.seed), steps_of(training, options, runtime)
-    rates = LearningRates(
-        options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
-    )
+    rates = LearningRates(options.matrix_rate, options.embedding_rate, options.weight_decay)
     forward = runtime.wrap(model)
     state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
 

@@ -99,9 +99,7 @@ def train(options: Options, runtime: Runtime) -> None:
     cache, workers = Path(options.cache), options.workers
     text = [tokenize(source, tokenizer, cache, options.val_fraction, workers) for source in texts]
     mixture = Mixture(mixed(conversations, text, options.text_share), block_size, options.seed)
-    rates = LearningRates(
-        options.matrix_rate, options.embedding_rate, 0.1 * options.matrix_rate, options.weight_decay
-    )
+    rates = LearningRates(options.matrix_rate, options.embedding_rate, options.weight_decay)
     forward = runtime.wrap(model)
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
 

@@ -176,8 +176,8 @@ def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> tuple[in
     rates = LearningRates(
         matrix=options.matrix_rate or (0.03 if options.optimizer == "muon" else 5e-3 * 128 / width),
         embedding=options.embedding_rate or 0.02 * (128 / width) ** 0.5,
-        norm=0.01,
         weight_decay=options.weight_decay,
+        norm=0.01,
     )
     return steps, runtime.rows_of_step(tokens, options.block_size), rates
 

@@ -111,10 +111,10 @@ class LearningRates:
     """Of the matrices inside the blocks: Muon's, or AdamW's where that is the only optimizer."""
     embedding: float
     """Of the embedding and the output matrix or scalar head, by AdamW."""
-    norm: float
-    """Of the RMSNorm weights, by AdamW."""
     weight_decay: float
     """Decoupled, on the matrices inside the blocks only."""
+    norm: float | None = None
+    """Of the RMSNorm weights, by AdamW; None for a tenth of the matrices'."""
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -226,9 +226,10 @@ def build_optimizers(
             matrices.append(parameter)
         else:
             embeddings.append(parameter)
+    norm = 0.1 * rates.matrix if rates.norm is None else rates.norm
     groups = [
         {"params": embeddings, "lr": rates.embedding, "weight_decay": 0.0},
-        {"params": norms, "lr": rates.norm, "weight_decay": 0.0},
+        {"params": norms, "lr": norm, "weight_decay": 0.0},
     ]
     blocks = {"params": matrices, "lr": rates.matrix, "weight_decay": rates.weight_decay}
     adamw: dict[str, Any] = {"betas": (0.9, 0.95), "eps": eps, "fused": True}

@@ -516,7 +516,6 @@ def policy_optimizers(
 ) -> Optimizers:
     """An AdamW for each: while the critic learns alone, the policy's has no state."""
     # Embedding and output matrix at the rate of the rest: unlike in SFT, no token is new.
-    rate = options.policy_rate
-    rates = LearningRates(rate, rate, 0.1 * rate, options.weight_decay)
+    rates = LearningRates(options.policy_rate, options.policy_rate, options.weight_decay)
     models: list[LanguageModel | ScalarModel] = [policy, critic] if critic else [policy]
     return Optimizers([o for m in models for o in build_optimizers(m, rates, "adamw", 1e-5).optimizers])

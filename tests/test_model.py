@@ -440,7 +440,7 @@ def test_after_one_step_a_gradient_reaches_every_parameter(config, seed):
 
     model, tokens = LanguageModel(config), random_tokens(config, 4, 9, seed)
     initialize(model, generator(seed))
-    optimizers = build_optimizers(model, LearningRates(0.02, 0.01, 0.01, 0.0), "adamw")
+    optimizers = build_optimizers(model, LearningRates(0.02, 0.01, 0.0, 0.01), "adamw")
     for _ in range(2):
         optimizers.step(1.0, 1.0)
         logits = model.logits(model.model(tokens[:, :-1]))

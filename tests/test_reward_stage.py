@@ -156,7 +156,7 @@ def test_training_is_at_the_rates_asked_for_and_learns_from_the_mean_values_too(
     assert updates == [(1 / 3, 0.3), (2 / 3, 0.3)], "the schedule's rates after --warmup 2, and --clip"
     ((generator, blocks), _), *seen = seen
     assert (generator.initial_seed(), blocks) == (7, 1)
-    assert seen == [((LearningRates(1e-3, 2e-3, 1e-4, 0.1), "adamw"), {}), ((), {"means": True})]
+    assert seen == [((LearningRates(1e-3, 2e-3, 0.1), "adamw"), {}), ((), {"means": True})]
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
