@@ -287,11 +287,14 @@ def agreement(options: Options, runtime: Runtime) -> None:
     from minillm.io.rankings import read_rankings
     from minillm.tools.measures import table_text
     from minillm.tools.provenance import provenance
-    from minillm.tools.report import agreement_report
+    from minillm.tools.report import agreements
 
-    report = agreement_report(read_rankings(options.folder / "rankings.jsonl"))
-    print(table_text(report["rows"]))
-    write_json(options.folder / "agreement.json", report | provenance())
+    if not (rows := agreements(read_rankings(options.folder / "rankings.jsonl"))):
+        raise InputError(
+            "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
+        )
+    print(table_text(rows))
+    write_json(options.folder / "agreement.json", {"rows": rows} | provenance())
 
 
 # ---- reward: rankings → a model that scores responses

@@ -21,7 +21,7 @@ from minillm.preferences import ResponseSet, new_ranking, ranking_by
 from minillm.tokenizer import Tokenizer
 from minillm.tools.annotators import DEFAULT_PRINCIPLES, ByPrinciples, outcomes_of, read_principles
 from minillm.tools.ranking import RankingSession, rank_in_terminal, run_command, screen
-from minillm.tools.report import agreement_report
+from minillm.tools.report import agreements
 from minillm.world import World
 from minillm.world.annotators import MARGIN, assign_annotators, simulated_annotators
 
@@ -243,7 +243,7 @@ def test_five_people_agree_about_as_often_as_the_labelers_of_instructgpt():
         ResponseSet(prompt.messages, [good, rude, rng.choice(triples)[1], "I don't know."], prompt.kind, 0)
         for prompt, good, rude in triples
     ]
-    rate = agreement_report(simulate(sets, 1, count=5))["rows"]["all"]["agreement"]["value"]
+    rate = agreements(simulate(sets, 1, count=5))["all"]["agreement"]["value"]
     assert 0.70 < rate < 0.77
 
 

@@ -40,7 +40,6 @@ import numpy as np
 from jaxtyping import Float64
 
 from minillm.chat import ChatTemplate
-from minillm.errors import InputError
 from minillm.io.disk import write_json
 from minillm.model import ScalarModel, score_rows
 from minillm.preferences import Message, Ranking
@@ -70,15 +69,6 @@ def preferences(ranking: Ranking) -> Float64[np.ndarray, " _"]:
 # ---- How far annotators agree
 
 ALL = "all"
-
-
-def agreement_report(rankings: Iterable[Ranking]) -> dict[str, Any]:
-    """The rows of `agreements`. InputError where no prompt has the rankings of two annotators."""
-    if rows := agreements(rankings):
-        return {"rows": rows}
-    raise InputError(
-        "no prompt was ranked by two annotators; rank with more --opinions, or by another --name"
-    )
 
 
 def agreements(rankings: Iterable[Ranking]) -> Rows:
