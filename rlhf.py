@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 if __name__ == "__main__":
     import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
@@ -55,7 +55,7 @@ from minillm.io.huggingface import (
 )
 from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
-from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
+from minillm.options import Count, Fraction, Limit, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
 from minillm.ppo import Aligner, adapted_beta
 from minillm.preferences import MOST_RESPONSES, ChatModel, Prompt, sample_sets
 from minillm.reward import (
@@ -94,7 +94,7 @@ class Options(PolicyOptions):
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
     prompts: Count = 7000
     """sample, policy: how many prompts; of --data at most this many."""
-    responses: int = 4
+    responses: Annotated[int, Limit(f"2 to {MOST_RESPONSES}", lambda k: 2 <= k <= MOST_RESPONSES)] = 4
     """sample: K, the responses to a prompt, 2 to 9."""
     distractors: Whole = 1
     """sample: how many of the K are responses to another prompt: without any, the reward model does not learn
@@ -149,8 +149,6 @@ class Options(PolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.responses <= MOST_RESPONSES:
-            raise InputError(f"--responses {self.responses}: give 2 to {MOST_RESPONSES}")
         if self.distractors >= self.responses:
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
         if not self.models:
@@ -174,11 +172,6 @@ class Options(PolicyOptions):
         """The folder that the stage writes."""
         inside = {"reward": "reward", "policy": self.algorithm}.get(self.stage, "")
         return Path(self.out, inside)
-
-    @property
-    def learns(self) -> bool:
-        """Whether a model is trained, which may be in several processes."""
-        return self.stage == "reward" or (self.stage == "policy" and self.algorithm != "best-of-n")
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -240,16 +233,11 @@ def prompts_of(options: Options) -> list[Prompt]:
     return prompts[: options.prompts]
 
 
-def little_world(seed: int) -> Any:
-    """The world of a seed (minillm/world): its prompts, its conversations and its rubric."""
-    from minillm.world import World
-
-    return World(seed)
-
-
 def world_prompts(seed: int, split: str, count: int) -> list[Prompt]:
     """Prompts of the little world of a seed."""
-    return [Prompt(p.messages, p.kind, seed) for p in little_world(seed).prompts(split, n=count)]
+    from minillm.world import World
+
+    return [Prompt(p.messages, p.kind, seed) for p in World(seed).prompts(split, n=count)]
 
 
 def with_room(
@@ -324,23 +312,18 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     with run.training(state, steps, lambda: save_scalar_model(run.folder, model, tokenizer)):
         if run.already_finished():
             return
-        learn_rankings(run, stream, forward, scores_of(forward, means=True), validate, options)
+        learn_rankings(run, stream, forward, scores_of(forward, means=True), validate)
         run.end()
         if runtime.is_main:
-            finish_reward_model(run, template, training, held_out, options)
+            finish_reward_model(run, template, training, held_out)
 
 
 def learn_rankings(
-    run: Run,
-    stream: Shuffled[Any],
-    forward: Callable[..., Any],
-    scores: Scores,
-    validate: Callable[[], None],
-    options: Options,
+    run: Run, stream: Shuffled[Any], forward: Any, scores: Scores, validate: Callable[[], None]
 ) -> None:
     """Learns from rankings to the end of the run: a reward model, or by DPO a policy, whose implicit rewards
     (dpo.py) are then the scores."""
-    state = run.state
+    state, options = run.state, cast(Options, run.options)
     while run.goes_on():
         batch = stream.next(options.batch_sets)
         mean = ranking_backward(forward, scores, batch, options.micro_tokens, run.runtime)
@@ -392,24 +375,20 @@ def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime)
 
 
 def finish_reward_model(
-    run: Run,
-    template: ChatTemplate,
-    training: Sequence[EncodedSet],
-    held_out: Sequence[EncodedSet],
-    options: Options,
+    run: Run, template: ChatTemplate, training: Sequence[EncodedSet], held_out: Sequence[EncodedSet]
 ) -> None:
     """The bias, the report, the plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss
     from minillm.tools.report import report_card, report_text, write_report
-    from minillm.world import KINDS
+    from minillm.world import KINDS, World
 
     val_loss = run.metric("val", "loss")
     rankings = [ranking for one in (*training, *held_out) for ranking in one.rankings]
-    world = little_world(options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
+    world = World(run.options.seed) if any(ranking.kind in KINDS for ranking in rankings) else None
     model, tokenizer = load_scalar_model(run.folder, run.runtime.device, run.runtime.dtype)
     center(model, demonstrations(training, world, template))
     save_scalar_model(run.folder, model, tokenizer)
-    card = report_card(model, template, held_out, rankings, world and world.utility)
+    card = report_card(model, template, held_out, rankings, world.utility if world else None)
     write_report(run.folder, card)
     plot_loss(run.folder, "loss", "nats per ranking")
     run.say(report_text(card))
@@ -449,7 +428,7 @@ def align(options: Options, runtime: Runtime) -> None:
     state = TrainingState(aligner.models, aligner.optimizers, aligner)
 
     def validate_all() -> None:
-        validate(run, options, aligner, prompts, held_out[: options.val_sets])
+        validate(run, aligner, prompts, held_out[: options.val_sets])
 
     with run.training(state, steps, lambda: None):  # validate() saves the policy
         if run.resuming and aligner.kept:  # InputError where what may not be written anew is damaged
@@ -463,18 +442,18 @@ def align(options: Options, runtime: Runtime) -> None:
         if options.algorithm == "dpo":
             forward = aligner.wrapped_policy
             rewards = rewards_of(forward, aligner.ref_model, options.beta)
-            learn_rankings(run, aligner.stream, forward, rewards, validate_all, options)
+            learn_rankings(run, aligner.stream, forward, rewards, validate_all)
         else:
-            learn_from_rollouts(run, aligner, validate_all, options)
+            learn_from_rollouts(run, aligner, validate_all)
         run.end()
         if runtime.is_main:
-            finish_policy(run, options, aligner)
+            finish_policy(run, aligner)
 
 
-def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None], options: Options) -> None:
+def learn_from_rollouts(run: Run, aligner: Aligner, validate: Callable[[], None]) -> None:
     """PPO or GRPO to the end of the run: an iteration is a rollout and some passes of updates over it."""
-    state, prompt_count = run.state, options.rollout_batch // options.responses_per_prompt
-    each = options.updates_per_step
+    state, options = run.state, aligner.options
+    prompt_count, each = options.rollout_batch // options.responses_per_prompt, options.updates_per_step
     while run.goes_on():
         began = time.perf_counter()
         rollout, metrics = aligner.rollout(aligner.stream.next(prompt_count), state.step)
@@ -544,6 +523,8 @@ def best_of_n(options: Options, runtime: Runtime) -> None:
 
 def start_aligner(options: Options, runtime: Runtime) -> Aligner:
     """The models: the assistant as the policy and as the reference, reward model, critic; and the rubric."""
+    from minillm.world import World
+
     policy, tokenizer = load_causal_model(Path(options.init), runtime.opens_on, runtime.dtype)
     tokenizer = with_chat_template(tokenizer)
     folder = Path(options.reward or Path(options.out) / "reward")
@@ -559,7 +540,7 @@ def start_aligner(options: Options, runtime: Runtime) -> Aligner:
         if options.critic == "policy":
             generator = torch.Generator().manual_seed(options.seed)
             critic = scalar_from_language_model(deepcopy(policy), generator)
-    rubric = None if options.data else little_world(options.seed).utility
+    rubric = None if options.data else World(options.seed).utility
     models = policy, reward_model, critic
     return Aligner(options, options.sampling, runtime, ChatTemplate(tokenizer), *models, rubric)
 
@@ -629,12 +610,10 @@ def text_mixture(options: Options, aligner: Aligner) -> Mixture | None:
 # -- which policy is kept
 
 
-def validate(
-    run: Run, options: Options, aligner: Aligner, prompts: Sequence[Prompt], held_out: Sequence[EncodedSet]
-) -> None:
+def validate(run: Run, aligner: Aligner, prompts: Sequence[Prompt], held_out: Sequence[EncodedSet]) -> None:
     """Metrics of held-out prompts, for DPO of held-out rankings too; the policy is written where its
     objective is the highest so far, or with --keep last."""
-    metrics = aligner.validate(prompts)
+    metrics, options = aligner.validate(prompts), aligner.options
     if held_out:
         rewards = rewards_of(aligner.policy, aligner.ref_model, options.beta)
         metrics |= held_out_rankings(rewards, held_out, options.micro_tokens, run.runtime)
@@ -644,7 +623,7 @@ def validate(
             price = f"score {options.missing_eos_score:g} deviations from the mean of all"
         run.say(
             f"{metrics['unended']:.0%} of the assistant's responses do not end within --max-new-tokens "
-            f"{options.max_new_tokens}: they are cut, and {price}"
+            f"{aligner.sampling.max_new_tokens}: they are cut, and {price}"
         )
     if metrics["kl"] > options.max_kl:
         raise run.exploded(f"the policy is {metrics['kl']:.0f} nats a response from the reference")
@@ -657,18 +636,17 @@ def validate(
     run.log("val", f"val {shown}", **metrics, kept_step=aligner.kept["step"])
 
 
-def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
+def finish_policy(run: Run, aligner: Aligner) -> None:
     """The plots and the last line of metrics.jsonl."""
     from minillm.tools.plots import plot_loss, plot_policy
 
     run.metric("val", "objective")  # InputError where a damaged file has none
-    plot_loss(
-        run.folder, "loss", "nats per ranking" if options.algorithm == "dpo" else "loss of an iteration"
-    )
+    unit = "nats per ranking" if aligner.options.algorithm == "dpo" else "loss of an iteration"
+    plot_loss(run.folder, "loss", unit)
     plot_policy(run.folder)
     step = aligner.kept["step"]
     what = f"the policy of step {step} is kept, the best on held-out prompts"
-    if options.keep == "last":
+    if aligner.options.keep == "last":
         what = f"the policy of step {step} is kept, the last"
     elif step == 0:
         what = "no step was better on held-out prompts than the start, which is kept"
@@ -681,7 +659,8 @@ def finish_policy(run: Run, options: Options, aligner: Aligner) -> None:
 
 def work(options: Options, runtime: Runtime) -> None:
     """The stage asked for."""
-    if runtime.world_size > 1 and not options.learns:
+    learns = options.stage == "reward" or (options.stage == "policy" and options.algorithm != "best-of-n")
+    if runtime.world_size > 1 and not learns:
         raise InputError(f"--stage {options.stage} runs in one process; start it without torchrun")
     stages = {
         "sample": sample, "rank": rank, "agreement": agreement, "reward": train_reward_model, "policy": align,

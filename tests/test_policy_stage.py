@@ -296,6 +296,7 @@ def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(beta, kept, 
     worse one: the one kept so far and the new one are held against each other at the β of now."""
     found = iter([{"score": 3.0, "kl": 2.0, "unended": 0.0}, {"score": 2.5, "kl": 1.0, "unended": 0.0}])
     aligner = SimpleNamespace(beta=1.0, kept={}, validate=lambda prompts: next(found))
+    aligner.options = rlhf.Options(stage="policy")
     aligner.objective = lambda metrics: metrics["score"] - aligner.beta * metrics["kl"]
     aligner.best, aligner.template = "best", SimpleNamespace(tokenizer="tokenizer")
     logged, saved = [], []
@@ -303,7 +304,7 @@ def test_the_policy_that_is_kept_is_the_best_by_the_beta_that_moved(beta, kept, 
     run = SimpleNamespace(folder="out", runtime=HERE, log=lambda *_, **metrics: logged.append(metrics))
     for step, aligner.beta in ((0, 1.0), (4, beta)):
         run.state = SimpleNamespace(step=step)
-        rlhf.validate(run, rlhf.Options(stage="policy"), aligner, [], [])
+        rlhf.validate(run, aligner, [], [])
     assert [metrics["kept_step"] for metrics in logged] == [0, kept] == [0, aligner.kept["step"]]
     assert [metrics["objective"] for metrics in logged] == [1.0, 2.5 - beta]
     assert saved == [("out", "best", "tokenizer")] * (1 + (kept == 4))

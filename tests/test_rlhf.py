@@ -15,7 +15,7 @@ import pytest
 from runs import ROOT, Killed, folder_bytes, missing_words, refusal, tiny_model
 
 import rlhf
-from minillm import preferences
+from minillm import preferences, world
 from minillm.chat import with_chat_template
 from minillm.generate import SamplingOptions
 from minillm.io.huggingface import save_model
@@ -45,7 +45,7 @@ WORLD_OF = functools.cache(World)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(preferences, "ROWS", 12)  # four prompts of three responses
-    for place, name in ((rlhf, "little_world"), (annotators, "World")):  # slow to make, and never changed
+    for place, name in ((world, "World"), (annotators, "World")):  # slow to make, and never changed
         monkeypatch.setattr(place, name, WORLD_OF)
 
 
@@ -59,7 +59,7 @@ def sampled(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "rlhf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preferences, "ROWS", 12)
-        patch.setattr(rlhf, "little_world", WORLD_OF)
+        patch.setattr(world, "World", WORLD_OF)
         sample(model, out)
     return out
 
