@@ -304,6 +304,7 @@ def train_reward_model(options: Options, runtime: Runtime) -> None:
     rates = LearningRates(options.matrix_rate, options.embedding_rate, options.weight_decay)
     forward = runtime.wrap(model)
     state = TrainingState(model, build_optimizers(model, rates, "adamw"), stream)
+    state.held_out = ranking_stream(held_out, 0).fingerprint
 
     def validate() -> None:
         val = held_out_rankings(scores_of(model), held_out[: options.val_sets], options.micro_tokens, runtime)
@@ -426,6 +427,7 @@ def align(options: Options, runtime: Runtime) -> None:
         aligner.stream = Shuffled.of(training, "prompts", options.seed, digest([p.tokens for p in training]))
         aligner.text, steps = text_mixture(options, aligner), options.iterations
     state = TrainingState(aligner.models, aligner.optimizers, aligner)
+    state.held_out = digest([prompt.tokens for prompt in prompts], ranking_stream(held_out, 0).fingerprint)
 
     def validate_all() -> None:
         validate(run, aligner, prompts, held_out[: options.val_sets])

@@ -122,6 +122,7 @@ def train(options: Options, runtime: Runtime) -> None:
     mixture = Mixture(tokenized, options.block_size, options.seed)
     forward = runtime.wrap(model, options.compile)
     state = TrainingState(model, build_optimizers(model, rates, options.optimizer), mixture)
+    state.held_out = " ".join(source.fingerprint for source in val_tokenized)
     best = math.inf  # the lowest validation loss so far; the run folder holds the model that had it
 
     def save() -> None:

@@ -259,7 +259,7 @@ class Shuffled(Generic[Item]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. InputError if the items have changed since."""
-        _check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
+        check_same(f"content of {self.name!r}", state["fingerprint"], self.fingerprint)
         self.seek(state["epoch"], state["position"])
 
 
@@ -317,9 +317,9 @@ class Mixture:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. InputError, naming what differs, for that of another mixture."""
         for what in ("block_size", "seed"):
-            _check_same(what, state[what], getattr(self, what))
+            check_same(what, state[what], getattr(self, what))
         saved = state["sources"]
-        _check_same("data sources", ", ".join(saved), ", ".join(s.name for s in self.sources))
+        check_same("data sources", ", ".join(saved), ", ".join(s.name for s in self.sources))
         for i, stream in enumerate(self.streams):
             stream.load_state_dict(saved[stream.name])
             self.drawn[i] = saved[stream.name]["rows"]
@@ -327,7 +327,7 @@ class Mixture:
         self.choices.bit_generator.advance(sum(self.drawn))  # type: ignore[attr-defined]
 
 
-def _check_same(what: str, was: Any, now: Any) -> None:
+def check_same(what: str, was: Any, now: Any) -> None:
     if was != now:
         raise InputError(f"cannot resume: {what} was {was} and is now {now}; put back the old one")
 

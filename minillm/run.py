@@ -164,6 +164,8 @@ class TrainingState:
     """Tokens seen."""
     seconds: float = 0.0
     """Time spent training, over all sittings (processes) of the run."""
+    held_out: str = ""
+    """A digest of what is validated on that `data` has no part of: by it the best model is chosen."""
 
 
 # ---- The run

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 import rlhf
 from minillm.chat import with_chat_template
+from minillm.corpus import split_by_hash, unit_hash
 from minillm.errors import InputError
 from minillm.io.conversations import check_world_is_meant, read_all
 from minillm.io.huggingface import load_model, save_model, save_scalar_model
@@ -196,17 +197,27 @@ def test_resuming_a_finished_run_changes_nothing(reference, places):
     assert folder_bytes(out) == before
 
 
-def test_a_run_does_not_go_on_with_other_prompts_or_rankings(reference, places, tmp_path, capfd):
+@pytest.mark.parametrize(("day", "without"), [("on Day", 0), ("on day", 1)], ids=["to learn", "held out"])
+def test_a_run_does_not_go_on_with_other_prompts_or_rankings(
+    reference, places, tmp_path, capfd, day, without
+):
     algorithm, out = reference
     shutil.copytree(out, tmp_path / algorithm)
     name = "rankings" if algorithm == "dpo" else "data"
-    (tmp_path / "other.jsonl").write_text(Path(places[f"--{name}"]).read_text().replace("on day", "on Day"))
+    lines = Path(places[f"--{name}"]).read_text().replace("on day", day).splitlines()
+    asked = [
+        [message for message in json.loads(line)["messages"] if message["role"] == "user"] for line in lines
+    ]
+    _, held_out = split_by_hash(lines, [unit_hash(json.dumps(messages)) for messages in asked], 0.3)
+    less = set(held_out[:without])
+    (tmp_path / "other.jsonl").write_text("".join(f"{line}\n" for line in lines if line not in less))
     run = json.loads((out / "run.json").read_text())
     run["options"][name] = [str(tmp_path / "other.jsonl")]
     (tmp_path / algorithm / "run.json").write_text(json.dumps(run))
     again = ["--stage", "policy", "--algorithm", algorithm, "--out", str(tmp_path), "--resume"]
     what = "rankings" if algorithm == "dpo" else "prompts"
-    assert f"content of '{what}'" in refusal(rlhf, again, capfd, shown=True)
+    what = "what is held out" if without else f"content of '{what}'"
+    assert what in refusal(rlhf, again, capfd, shown=True)
 
 
 @pytest.fixture(scope="module")

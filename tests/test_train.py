@@ -263,6 +263,16 @@ def test_where_validation_rises_the_best_model_is_kept_and_sampled(text, tmp_pat
     assert "rose" in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_on_with_another_validation_text(text, tmp_path, capfd):
+    """The lowest loss on the old one would decide which model is kept, with losses on the new."""
+    other, out = tmp_path / "val.txt", tmp_path / "run"
+    other.write_text("Val day.\n" * 40)
+    run_in_process(text, out, "--val-data", str(other))
+    other.write_text("Val Day.\n" * 40)
+    again = ["--out", str(out), "--resume", "--cache", str(tmp_path / "cache"), "--steps", "13"]
+    assert "what is held out" in refusal(train, again, capfd, shown=True)
+
+
 # Bad input: one line, exit 2, nothing lost
 
 

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from minillm.data import check_same
 from minillm.digest import digest
 from minillm.errors import BAD_FILE, InputError, reading, writing
 from minillm.io import disk
@@ -245,7 +246,7 @@ def save_state(state: TrainingState, folder: Path) -> None:
     """Writes the restart file, the same for sharded weights as for whole ones."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(state.optimizers).items()}
-    numbers = {name: getattr(state, name) for name in ("step", "tokens", "seconds")}
+    numbers = {name: getattr(state, name) for name in ("step", "tokens", "seconds", "held_out")}
     saved = json.dumps(numbers | {"data": state.data.state_dict()})
     metadata = {"state": saved, "seal": _seal(state, saved, tensors)}
     write_tensors(folder / RESUME_FILE, tensors, metadata)
@@ -266,6 +267,7 @@ def restore_state(state: TrainingState, folder: Path) -> None:
         saved = json.loads(metadata["state"])
         state.step, state.tokens, state.seconds = (saved[name] for name in ("step", "tokens", "seconds"))
         state.data.load_state_dict(saved["data"])
+        check_same("what is held out", saved.get("held_out", state.held_out), state.held_out)
         load_optimizer_tensors(state.optimizers, parts["optimizer"])
     except BAD_FILE as error:
         raise InputError(f"{path}: is not a restart point of this run; use --overwrite") from error
