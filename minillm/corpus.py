@@ -143,11 +143,11 @@ def tokenize(
 
 
 def document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens (bos, eos) around a document; one the tokenizer lacks is replaced by the other. Without a
-    bos, eos may be the end of a chat's reply (Qwen's): then <|endoftext|> is both, if there is one."""
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    if tokenizer.config.get("bos_token") is None:
-        bos = eos = tokenizer.special_tokens.get(ENDOFTEXT, eos)
+    """The tokens (bos, eos) around a document; one that it lacks is replaced by the other. What is called eos
+    may be the end of a reply (Qwen, Llama 3): a token whose name says it ends a text goes first."""
+    special, eos = tokenizer.special_tokens, tokenizer.eos_id
+    eos = special.get("<|end_of_text|>", special.get(ENDOFTEXT, eos))
+    bos = eos if tokenizer.config.get("bos_token") is None else tokenizer.bos_id
     if bos is None:
         raise InputError("the tokenizer has no bos or eos token to mark documents with: add one")
     return bos, bos if eos is None else eos

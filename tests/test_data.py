@@ -152,11 +152,11 @@ def test_about_the_fraction_asked_for_goes_to_validation():
 # ---- Tokens on disk
 
 
-@pytest.mark.parametrize("eos", ["<|endoftext|>", "<|end|>"])
-def test_a_stream_holds_every_document_between_its_marks(tmp_path, eos):
+@pytest.mark.parametrize("bos_token", ["<|endoftext|>", "<|user|>"])
+def test_a_stream_holds_every_document_between_its_marks(tmp_path, bos_token):
     tokenizer = Tokenizer.train(DOCUMENTS, 280)
-    tokenizer.config["eos_token"] = eos
-    bos, end = tokenizer.bos_id, [] if eos == "<|endoftext|>" else [tokenizer.eos_id]
+    tokenizer.config["bos_token"] = bos_token
+    bos, end = tokenizer.bos_id, [] if bos_token == "<|endoftext|>" else [tokenizer.eos_id]
     found = tokenize(a_source([*DOCUMENTS, "<|endoftext|>"]), tokenizer, tmp_path, 0.1)
     for side in ("train", "val"):
         texts = [t for where, t in split_documents([*DOCUMENTS, "<|endoftext|>"], 0.1) if where == side]

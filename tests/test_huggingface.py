@@ -333,15 +333,27 @@ def test_a_template_that_another_tokenizer_left_in_a_folder_does_not_become_that
     assert load_tokenizer(tmp_path).config["chat_template"] == tokenizer.config["chat_template"]
 
 
-def test_documents_are_not_framed_by_the_end_of_a_chats_reply():
-    special = TOKENIZER.special_tokens
-    end, document = special["<|end|>"], special["<|endoftext|>"]
-    for config, marks in (
-        ({"eos_token": "<|end|>"}, (document, document)),
-        ({"eos_token": "<|end|>", "bos_token": "<|user|>"}, (special["<|user|>"], end)),
-        ({"eos_token": "<|endoftext|>"}, (document, document)),
-    ):
-        assert document_marks(Tokenizer(TOKENIZER.vocabulary, config)) == marks
+@pytest.mark.parametrize("named", ["<|endoftext|>", "<|end_of_text|>"])
+def test_documents_are_not_framed_by_the_end_of_a_chats_reply(named):
+    """What Qwen calls eos, without a bos, and Llama 3, with one, ends a reply."""
+    for special in (["<|begin|>", "<|eot|>", named], ["<|begin|>", "<|eot|>"]):
+        vocabulary = Tokenizer.train(["a b"], 256 + len(special), special).vocabulary
+        begin, eot, document = (vocabulary.added_tokens.get(name) for name in ("<|begin|>", "<|eot|>", named))
+        end = eot if document is None else document
+        qwen, llama = {"eos_token": "<|eot|>"}, {"eos_token": "<|eot|>", "bos_token": "<|begin|>"}
+        assert document_marks(Tokenizer(vocabulary, qwen)) == (end, end)
+        assert document_marks(Tokenizer(vocabulary, llama)) == (begin, end)
+
+
+def test_a_chat_folder_calls_the_end_of_a_reply_eos_and_opens_with_the_end_of_a_document(tmp_path):
+    """Some tools stop at eos alone; that a document ends with another token is ours to know."""
+    tokenizer = with_chat_template(TOKENIZER)
+    save_model(tmp_path, LanguageModel(CONFIG), tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|end|>"
+    again = load_model(tmp_path, CPU, torch.float32)[1]
+    assert again.eos_id == tokenizer.eos_id == TOKENIZER.special_tokens["<|endoftext|>"]
+    assert again.fingerprint == tokenizer.fingerprint
+    assert ChatTemplate(again).stop_ids == ChatTemplate(tokenizer).stop_ids
 
 
 def test_the_stops_of_a_chat_model_are_in_every_file_and_those_it_came_with_are_kept(tmp_path):

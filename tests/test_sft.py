@@ -23,7 +23,6 @@ import sft
 import train
 from minillm.chat import ChatTemplate
 from minillm.io.huggingface import load_model
-from minillm.io.vocabulary import load_tokenizer
 from minillm.tools.sources import tell_rise
 from minillm.world import KINDS
 
@@ -155,7 +154,7 @@ def test_without_a_conversation_to_validate_on_all_are_trained_on(base, chats, t
 
 
 def test_the_saved_folder_opens_in_transformers_with_the_same_chat_format_and_end(reference, tmp_path):
-    tokenizer = load_tokenizer(reference)
+    _, tokenizer = load_model(reference, torch.device("cpu"), torch.float32)
     theirs = transformers.AutoTokenizer.from_pretrained(reference)
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "3 cats."}]
     template = ChatTemplate(tokenizer)

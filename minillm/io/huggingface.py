@@ -77,11 +77,13 @@ def padding_token(tokenizer: Tokenizer) -> str | None:
 
 def _for_others(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with what other people's tools want to be told. Every document of a base model began with
-    bos, so a text that is encoded for one must; a chat template writes its own."""
+    bos, so a text that is encoded for one must; a chat template writes its own, and where its replies end
+    some look for eos alone (CTranslate2)."""
     config: dict[str, Any] = {"model_input_names": ["input_ids", "attention_mask"], **tokenizer.config}
     vocabulary, bos = tokenizer.vocabulary, _bos_in_front(tokenizer)
     if config.get("chat_template") == TEMPLATE:
         ends = [name for name, i in tokenizer.special_tokens.items() if i in ChatTemplate(tokenizer).stop_ids]
+        config |= {"minillm_eos_token": config.get("eos_token"), "eos_token": "<|end|>"}
         config["response_template"] = {
             "defaults": {"role": "assistant"},
             "start_anchor": "<|assistant|>",
@@ -108,8 +110,12 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def _from_others(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, with the stops that came in generation_config.json, or else config.json."""
+    """The tokenizer of a folder, with the end of its documents as eos, and the stops that came in
+    generation_config.json, or else config.json."""
     tokenizer = load_tokenizer(folder)
+    if "minillm_eos_token" in (config := dict(tokenizer.config)):
+        config["eos_token"] = config.pop("minillm_eos_token")
+        tokenizer = Tokenizer(tokenizer.vocabulary, config)
     # A template that does not work is told where it is used; that file is no part of the model.
     with suppress(InputError, TypeError):
         path = folder / "generation_config.json"
