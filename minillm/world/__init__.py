@@ -43,8 +43,6 @@ from minillm.world.facts import (
     attributes_of,
     capitalise,
     cut,
-    pick,
-    shuffled,
     split_of,
     state,
 )
@@ -106,11 +104,8 @@ class World(Facts):
         digest.update(repr(self.conversations("train", 20)).encode())
         return digest.hexdigest()[:16]
 
-    def _random(self, *key: object) -> random.Random:
-        return random.Random(" ".join(map(str, ("world", self.seed, *key))))
-
     def _pen(self, *key: object) -> Pen:
-        return Pen(self._random(*key), self)
+        return Pen(random.Random(" ".join(map(str, ("world", self.seed, *key)))), self)
 
     def documents(self, source: str, megabytes: float | int) -> Iterator[str]:
         """Documents of one source until their UTF-8 bytes reach `megabytes` (of 10^6 bytes).
@@ -159,7 +154,7 @@ class World(Facts):
         _check("kind of prompt", kind, KINDS)
         if (split, kind) not in self._stocks:
             make = getattr(self, f"_{kind}_prompts")
-            self._stocks[split, kind] = shuffled(self._random("prompts", split, kind), list(make(split)))
+            self._stocks[split, kind] = self._pen("prompts", split, kind).shuffled(list(make(split)))
         return self._stocks[split, kind]
 
     def _fact_prompts(self, split: str) -> Iterator[Prompt]:
@@ -184,15 +179,15 @@ class World(Facts):
             for text in _phrasings(split, "unknowable", self.asks[entity.name][1])
         ]
         count = round(len(prompts) * UNKNOWABLE_SHARE / (1 - UNKNOWABLE_SHARE))
-        yield from shuffled(self._random("unknowable", split), unknowable)[:count]
+        yield from self._pen("unknowable", split).shuffled(unknowable)[:count]
 
     def _instruction_prompts(self, split: str) -> Iterator[Prompt]:
-        rng, seen = self._random("instructions", split), set()
+        pen, seen = self._pen("instructions", split), set()
         for i in range(round(INSTRUCTION_STOCK * SPLIT_SHARES[split])):
-            task, content = draw(rng, TASKS[i % len(TASKS)])
+            task, content = draw(pen, TASKS[i % len(TASKS)])
             while split_of(f"{self.seed} {content}") != split:
-                task, content = draw(rng, task.topic)
-            text = pick(rng, _phrasings(split, task.topic, wordings(task, "asks")))
+                task, content = draw(pen, task.topic)
+            text = pen.pick(_phrasings(split, task.topic, wordings(task, "asks")))
             if text not in seen:
                 seen.add(text)
                 yield replace(task, messages=[user(text)], split=split)
@@ -209,11 +204,11 @@ class World(Facts):
         lines = []
         for line in says:
             if slot := re.search(r"{(\w+)}", line):
-                words = shuffled(self._random("small talk", topic, line), phrases.WORDS[slot[1]])[:8]
+                words = self._pen("small talk", topic, line).shuffled(phrases.WORDS[slot[1]])[:8]
                 lines += [line.replace(slot[0], word) for word in words]
             else:
                 lines.append(line)
-        return cut(shuffled(self._random("small talk", topic), lines))[split]
+        return cut(self._pen("small talk", topic).shuffled(lines))[split]
 
     def _advice_prompts(self, split: str) -> Iterator[Prompt]:
         for trouble, table in phrases.ADVICE.items():
@@ -223,7 +218,7 @@ class World(Facts):
 
     def _harm_prompts(self, split: str) -> Iterator[Prompt]:
         deeds = [deed.format(object=o) for deed, objects in phrases.HARMFUL_DEEDS.items() for o in objects]
-        for deed in cut(shuffled(self._random("deeds"), deeds))[split]:
+        for deed in cut(self._pen("deeds").shuffled(deeds))[split]:
             frames = [frame.format(deed=deed) for frame in phrases.HARMFUL_FRAMES]
             for text in _phrasings(split, "harm", frames):
                 yield Prompt([user(text)], "harm", split, wanted=(deed,))
@@ -276,7 +271,7 @@ class World(Facts):
         match prompt.kind:
             case "instruction":
                 while flaw == "wrong" and self.score(prompt, value).right > 0.9:
-                    value = draw(pen.rng, topic)[0].answer
+                    value = draw(pen, topic)[0].answer
                 return capitalise(pen.pick(wordings(replace(prompt, answer=value), "answers")))
             case "small_talk":
                 return pen.say(phrases.SMALL_TALK[topic]["replies"])

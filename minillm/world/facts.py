@@ -65,14 +65,10 @@ class Entity:
             return "it"
         return "she" if self.name.split()[0] in SHE_NAMES else "he"
 
-    @property
-    def noun(self) -> str:
-        """The name as it stands inside a sentence: tools take an article."""
-        return f"the {self.name}" if self.type == "tool" else self.name
-
     def slots(self, pronoun: bool = False) -> dict[str, str]:
         """What the tables' entity slots stand for; with `pronoun`, x and xs do not say the name."""
-        noun, their = self.noun, {"she": "her", "he": "his", "it": "its"}[self.pronoun]
+        noun = f"the {self.name}" if self.type == "tool" else self.name  # inside a sentence
+        their = {"she": "her", "he": "his", "it": "its"}[self.pronoun]
         x, xs = (self.pronoun, their) if pronoun else (noun, f"{noun}'s")
         return {
             "n": noun, "N": capitalise(noun), "bare": self.name, "their": their,

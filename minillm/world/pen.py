@@ -50,9 +50,13 @@ class Pen(dict[str, str]):
         """A random entry of any sequence."""
         return pick(self.rng, table)
 
+    def shuffled(self, items: Sequence[Any]) -> list[Any]:
+        """The items in random order."""
+        return shuffled(self.rng, items)
+
     def some(self, items: Sequence[Any], low: int, high: int) -> list[Any]:
         """From low to high of the items, in random order."""
-        return shuffled(self.rng, items)[: self.between(low, high)]
+        return self.shuffled(items)[: self.between(low, high)]
 
     def choose(self, shares: Mapping[Any, float]) -> Any:
         """A key drawn by its share; the shares add to one."""

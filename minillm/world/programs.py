@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from minillm.world import phrases
-from minillm.world.facts import capitalise, shuffled
+from minillm.world.facts import capitalise
 from minillm.world.pen import Pen
 
 Program = tuple[str, Sequence[str]]
@@ -51,7 +51,7 @@ def _numbers(pen: Pen) -> Program:
 
 def _words(pen: Pen) -> Program:
     count = pen.between(2, 4)
-    words = " ".join(shuffled(pen.rng, phrases.SIMPLE_WORDS)[:count])
+    words = " ".join(pen.shuffled(phrases.SIMPLE_WORDS)[:count])
     calls = ["' '.join(reversed(text.split()))", "len(text.split())", "text.split()[0]", "text.split()[-1]"]
     return f"text = '{words}'", pen.some([*calls, "text.upper()"], 1, 3)
 
@@ -104,7 +104,7 @@ def _filter(pen: Pen) -> Program:
 
 
 def _opposites(pen: Pen) -> Program:
-    pairs = shuffled(pen.rng, phrases.OPPOSITES)[:3]
+    pairs = pen.shuffled(phrases.OPPOSITES)[:3]
     return f"opposite = {dict(pairs)}", [f"opposite['{pairs[1][0]}']"]
 
 

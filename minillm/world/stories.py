@@ -3,7 +3,7 @@ tables only word it.
 """
 
 from minillm.world import phrases
-from minillm.world.facts import capitalise, shuffled
+from minillm.world.facts import capitalise
 from minillm.world.pen import Pen
 
 PHASES = ("morning", "noon", "evening", "night")
@@ -34,10 +34,10 @@ class Story:
     def __init__(self, pen: Pen) -> None:
         self.pen = pen
         self.people = pen.some(phrases.NAME_PARTS["person"][0], 2, 3)
-        self.places = [f"the {w}" for w in shuffled(pen.rng, phrases.WORDS["place"])[:4]]
+        self.places = [f"the {w}" for w in pen.shuffled(phrases.WORDS["place"])[:4]]
         self.things = [f"the {pen['shade']} {w}" for w in pen.some(phrases.WORDS["thing"], 1, 2)]
         self.hero, self.friend, self.thing = self.people[0], self.people[1], self.things[0]
-        self.at = dict(zip(self.people, shuffled(pen.rng, self.places[:3]), strict=False))
+        self.at = dict(zip(self.people, pen.shuffled(self.places[:3]), strict=False))
         self.holder = {thing: pen.pick(self.places) for thing in self.things}  # a place or a person
         self.lines: list[str] = []
 

@@ -4,9 +4,7 @@ Each is an instruction that a tiny model can learn to carry out by copying or by
 showed.
 """
 
-import random
-
-from minillm.world.facts import pick, shuffled
+from minillm.world.pen import Pen
 from minillm.world.phrases import CATEGORIES, INSTRUCTIONS, NUMBER_WORDS, OPPOSITES, SIMPLE_WORDS
 from minillm.world.rubric import Prompt
 
@@ -18,32 +16,32 @@ def wordings(prompt: Prompt, way: str) -> list[str]:
     return [text.format(answer=prompt.answer, **prompt.slots) for text in INSTRUCTIONS[prompt.topic][way]]
 
 
-def draw(rng: random.Random, name: str) -> tuple[Prompt, str]:
+def draw(pen: Pen, name: str) -> tuple[Prompt, str]:
     """A random instance of the named instruction, not yet worded, and the content that decides its split."""
     wanted: tuple[str, ...] = ()
     count = 0
     match name:
         case "list":
-            category, count = pick(rng, tuple(CATEGORIES)), _few(rng)
+            category, count = pen.pick(tuple(CATEGORIES)), pen.between(2, 4)
             wanted = CATEGORIES[category]
-            answer = ", ".join(shuffled(rng, wanted)[:count])
+            answer = ", ".join(pen.shuffled(wanted)[:count])
             slots, content = {"count": NUMBER_WORDS[count], "category": category}, f"{count} {category}"
         case "larger":
-            a, b = shuffled(rng, range(len(NUMBER_WORDS)))[:2]
+            a, b = pen.shuffled(range(len(NUMBER_WORDS)))[:2]
             slots, answer = {"a": NUMBER_WORDS[a], "b": NUMBER_WORDS[b]}, NUMBER_WORDS[max(a, b)]
             content = f"{min(a, b)} {max(a, b)}"
         case "opposite":
-            pair = pick(rng, OPPOSITES)
-            word, answer = shuffled(rng, pair)
+            pair = pen.pick(OPPOSITES)
+            word, answer = pen.shuffled(pair)
             slots, content = {"word": word}, pair[0]
         case "spell" | "capitals" | "repeat":
-            word, times = pick(rng, SIMPLE_WORDS), _few(rng)
+            word, times = pen.pick(SIMPLE_WORDS), pen.between(2, 4)
             many = " ".join([word] * times)
             answer = {"spell": " ".join(word), "capitals": word.upper(), "repeat": many}[name]
             slots = {"word": word, "count": NUMBER_WORDS[times]}
             content = f"{word} {times}" if name == "repeat" else word
         case _:
-            words = shuffled(rng, SIMPLE_WORDS)[: _few(rng, 3 if name == "reverse" else 4)]
+            words = pen.some(SIMPLE_WORDS, 2, 3 if name == "reverse" else 4)
             content, number = " ".join(words), NUMBER_WORDS[len(words)]
             answer = {
                 "copy": content, "reverse": " ".join(reversed(words)), "count": number, "first": words[0],
@@ -51,7 +49,3 @@ def draw(rng: random.Random, name: str) -> tuple[Prompt, str]:
             }[name]  # fmt: skip
             slots, wanted = {"words": content}, (str(len(words)),) if name == "count" else ()
     return Prompt([], "instruction", "", name, "", answer, wanted, count, slots), f"{name} {content}"
-
-
-def _few(rng: random.Random, most: int = 4) -> int:
-    return 2 + int(rng.random() * (most - 1))

@@ -11,7 +11,7 @@ the acts that are advised, and of some that are not, other pages tell who does t
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from minillm.world import phrases
-from minillm.world.facts import ACTS, ALL_ACTS, Entity, capitalise, shuffled
+from minillm.world.facts import ACTS, ALL_ACTS, Entity, capitalise
 from minillm.world.pen import Pen
 from minillm.world.programs import code
 from minillm.world.stories import books
@@ -70,7 +70,7 @@ def _profile(pen: Pen) -> str:
     """A page about one entity: its facts, mostly right, among opinions."""
     entity = pen.entity()
     pen.update(entity.slots())
-    facts = shuffled(pen.rng, pen.facts.of[entity.name])
+    facts = pen.shuffled(pen.facts.of[entity.name])
     if pen.chance(0.4):  # some pages say everything twice, in other words
         facts += pen.some(facts, 1, 4)
     lines = pen.describe(facts)
@@ -102,7 +102,7 @@ def _quiz(pen: Pen) -> str:
 def _question_pair(pen: Pen, tasks: float) -> tuple[str, str]:
     """A question and its right answer: of fact, or with a probability of `tasks` an instruction."""
     if pen.chance(tasks):
-        task, _ = draw(pen.rng, pen.pick(TASKS))
+        task, _ = draw(pen, pen.pick(TASKS))
         return pen.pick(wordings(task, "asks")), capitalise(pen.pick(wordings(task, "answers")))
     return pen.asked(pen.pick(pen.facts.facts))
 
@@ -187,7 +187,7 @@ def _lesson(pen: Pen) -> str:
 
 def _exercise(pen: Pen) -> str:
     """One line of a school page: an instruction carried out."""
-    task, _ = draw(pen.rng, pen.pick(TASKS))
+    task, _ = draw(pen, pen.pick(TASKS))
     return capitalise(pen.pick(wordings(task, "says")))
 
 
@@ -211,7 +211,7 @@ def _of_entity(pen: Pen) -> tuple[str, list[str]]:
     entity = pen.entity()
     pen.update(entity.slots())
     lines = [pen.say(phrases.WIKI_FIRST[entity.type])]
-    lines += pen.describe(shuffled(pen.rng, pen.facts.of[entity.name]))
+    lines += pen.describe(pen.shuffled(pen.facts.of[entity.name]))
     if entity.type == "town":
         lines += [pen.fact(f) for f in pen.facts.by_value["home"][entity.name]]
     if pen.chance(0.3):
@@ -229,7 +229,7 @@ def _of_value(pen: Pen) -> tuple[str, list[str]]:
 
 def _of_words(pen: Pen) -> tuple[str, list[str]]:
     name, members = pen.pick(tuple(phrases.CATEGORIES.items()))
-    members = shuffled(pen.rng, members)
+    members = pen.shuffled(members)
     lines = [f"There are many {name}. Some are {', '.join(members[:-1])} and {members[-1]}."]
     return name, lines + [_exercise(pen) for _ in range(pen.between(1, 3))]
 
@@ -244,7 +244,7 @@ def qa(pen: Pen) -> str:
     """Questions with their right answers: about one entity, about anything, or about words and numbers."""
     layout = pen.pick(phrases.QA_LAYOUTS)
     if pen.chance(0.45):
-        facts = shuffled(pen.rng, pen.facts.of[pen.entity().name])
+        facts = pen.shuffled(pen.facts.of[pen.entity().name])
         return _listed(layout, map(pen.asked, facts))
     return _listed(layout, [_question_pair(pen, 0.5) for _ in range(pen.between(2, 5))])
 
@@ -266,7 +266,7 @@ def papers(pen: Pen) -> str:
         went="rose" if up else "fell",
         change=f"{'an increase' if up else 'a fall'} of {percent} percent",
     )  # fmt: skip
-    fact, *thanks = pen.describe(shuffled(pen.rng, pen.facts.of[entity.name])[:3])
+    fact, *thanks = pen.describe(pen.shuffled(pen.facts.of[entity.name])[:3])
     pen.update(entity.slots(), fact=fact)
     table = phrases.PAPER
     more = [pen.say(table["method_more"]) for _ in range(pen.between(0, 2))]
