@@ -24,11 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import in_turn, medians, parser, seconds, write
-from kernels import losses
-from kernels.attention import attention
-from kernels.dev.peers import LINEAR, LOGITS, PLAIN, TABLE, Peers, attention_peers, row_peers
-
-OPERATIONS: dict[str, Callable] = {"attention": attention, **{n: getattr(losses, n) for n in LOGITS + LINEAR}}
+from kernels.dev.peers import TABLE, Peers, contestants
 
 # --- Contests -------------------------------------------------------------------------------------
 
@@ -70,14 +66,9 @@ def attention_contest(name, B, H, K, T, S, C, device, dtype) -> Contest:
         edges = torch.tensor([0, 1, 4, 5, 10, 13], device=device) * S // 16
         first = edges[torch.bucketize(t, edges, right=True) - 1]
         pairs, start = B * H * int((t + 1 - first).sum()), first.to(torch.int32).repeat(B, 1)
-    contestants: Peers = {
-        "minillm": partial(OPERATIONS["attention"], start=start),
-        "plain PyTorch": partial(PLAIN["attention"], start=start),
-    }
-    if device == "cuda":
-        contestants |= attention_peers(q, k, start)
+    everybody = contestants("attention", (q, k, v), start=start)
     moved = 2 * (q.numel() + k.numel()) * dtype.itemsize * (3 if backward else 1)
-    return Contest((q, k, v), contestants, (14 if backward else 4) * C * pairs, moved, backward)
+    return Contest((q, k, v), everybody, (14 if backward else 4) * C * pairs, moved, backward)
 
 
 def row_contest(operation, N, V, device, dtype, D: int | None = None) -> Contest:
@@ -89,13 +80,9 @@ def row_contest(operation, N, V, device, dtype, D: int | None = None) -> Contest
         operands = tuple(x * D**-0.25 for x in operands)
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(0)).to(device)
     rest = {} if sides == 2 else {"targets": targets}
-    plain = partial(PLAIN[operation], **rest)
-    contestants: Peers = {"minillm": partial(OPERATIONS[operation], **rest), "plain PyTorch": plain}
-    if device == "cuda":
-        contestants["torch.compile"] = torch.compile(plain)
-    contestants |= row_peers(operation, targets)
+    everybody = contestants(operation, operands, **rest)
     moved = 2 * sum(x.numel() for x in operands) * dtype.itemsize
-    return Contest(operands, contestants, sides * 6 * N * (D or 0) * V, moved)
+    return Contest(operands, everybody, sides * 6 * N * (D or 0) * V, moved)
 
 
 def normal(shapes, device, dtype: torch.dtype) -> tuple[Tensor, ...]:

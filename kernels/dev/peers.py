@@ -1,4 +1,4 @@
-"""The operations of this folder as others compute them: what bench.py measures the kernels against.
+"""The operations of the folder above, and as others compute them: what bench.py measures the kernels against.
 
 Plain PyTorch says what an operation is in a few lines. The libraries are imported where they run: what makes
 one's version of an operation raises ImportError, in its first run at the latest, where it is not installed.
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from kernels import losses
+from kernels.attention import attention
 from minillm.tools.streams import tables
 
 TABLE: dict[str, Any] = tables(__file__)
-Peers = dict[str, Callable]  # library -> a function of the operands
+Peers = dict[str, Callable]  # who computes it -> a function of the operands
 
 # --- Plain PyTorch, with softmaxes in float32 or better --------------------------------------------
 
@@ -41,6 +43,10 @@ def visible(start, T: int, S: int, device) -> Tensor:
     return seen if start is None else (seen & (key >= start[:, :, None]))[:, None]
 
 
+def plain_cross_entropy(logits, targets):
+    return F.cross_entropy(exact(logits), targets)
+
+
 def plain_token_logprobs(logits, targets, temperature=1.0):
     log_p = (exact(logits) / temperature).log_softmax(1)
     return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
@@ -57,17 +63,37 @@ def over_products(operation: Callable, *operands: Tensor, **rest):
     return operation(*(hidden @ weight.T for hidden, weight in pairs), **rest)
 
 
-PLAIN: dict[str, Callable] = {
-    "attention": plain_attention,
-    "cross_entropy": lambda logits, targets: F.cross_entropy(exact(logits), targets),
-    "token_logprobs": plain_token_logprobs,
-    "kl": plain_kl,
+# Ours, and plain PyTorch.
+OPERATIONS: dict[str, tuple[Callable, Callable]] = {
+    "attention": (attention, plain_attention),
+    "cross_entropy": (losses.cross_entropy, plain_cross_entropy),
+    "token_logprobs": (losses.token_logprobs, plain_token_logprobs),
+    "kl": (losses.kl, plain_kl),
+    "linear_cross_entropy": (losses.linear_cross_entropy, partial(over_products, plain_cross_entropy)),
+    "linear_token_logprobs": (losses.linear_token_logprobs, partial(over_products, plain_token_logprobs)),
+    "linear_kl": (losses.linear_kl, partial(over_products, plain_kl)),
 }
-LOGITS = ("cross_entropy", "token_logprobs", "kl")
-LINEAR = tuple(f"linear_{name}" for name in LOGITS)
-PLAIN |= {f"linear_{name}": partial(over_products, PLAIN[name]) for name in LOGITS}
 
-# --- Libraries ------------------------------------------------------------------------------------
+# --- Everybody ------------------------------------------------------------------------------------
+
+
+def contestants(operation: str, operands: tuple[Tensor, ...], **rest: Any) -> Peers:
+    """All who have an operation, ours first; without a GPU only torch's own, of which one came in 2.13."""
+    ours, plain = (partial(function, **rest) for function in OPERATIONS[operation])
+    found: Peers = {"minillm": ours, "plain PyTorch": plain}
+    on_gpu = operands[0].is_cuda
+    if on_gpu and operation == "attention":
+        return found | attention_peers(*operands[:2], **rest)
+    if on_gpu:
+        found["torch.compile"] = torch.compile(plain)
+    if operation == "linear_cross_entropy":
+        found["torch in chunks"] = lambda hidden, weight: F.linear_cross_entropy(
+            hidden, weight, rest["targets"], options=torch.nn.LinearCrossEntropyOptions()
+        )
+    for of, library, module, function, keyword in TABLE["libraries"]:
+        if on_gpu and of == operation:
+            found[library] = partial(imported, module, function, {keyword: rest["targets"]})
+    return found
 
 
 def attention_peers(q: Tensor, k: Tensor, start: Tensor | None) -> Peers:
@@ -91,19 +117,6 @@ def attention_peers(q: Tensor, k: Tensor, start: Tensor | None) -> Peers:
 def sdpa(backend: SDPBackend, options: dict, q, k, v):
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, **options)
-
-
-def row_peers(operation: str, targets: Tensor) -> Peers:
-    """Those who have an operation on rows; without a GPU only torch, which has one since 2.13."""
-    found: Peers = {}
-    if operation == "linear_cross_entropy":
-        found["torch in chunks"] = lambda hidden, weight: F.linear_cross_entropy(
-            hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions()
-        )
-    for of, library, module, function, keyword in TABLE["libraries"]:
-        if targets.is_cuda and of == operation:
-            found[library] = partial(imported, module, function, {keyword: targets})
-    return found
 
 
 def imported(module: str, function: str, options: dict, *operands: Tensor):
