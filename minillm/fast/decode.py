@@ -15,6 +15,7 @@ Prompts are read by the model itself. Left out: gradients, several tokens a step
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,6 +25,11 @@ from torch import Tensor
 
 from kernels.attention import attention
 from minillm.model import Block, KVCache, LanguageModel, RMSNorm
+
+norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+"""`norm(x).hypot_(floor)` is sqrt(|x|² + floor²), with floor² = width · eps: x divided by it is RMSNorm of x
+but for a factor sqrt(width), which is in the weights behind. F.rms_norm is eight operations on a CPU, these
+are three."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,16 @@ class Weights:
     down: Float[Tensor, "F D"]
 
 
-class FoldedCache:
-    """What a KVCache does, by the weights that the model had when this was made."""
+class FoldedCache(KVCache):
+    """A KVCache that steps by the weights that the model had when this was made."""
 
-    positions: Tensor  # of the prompts' tokens, which the model reads
-    lengths: Tensor  # how many tokens each row holds
-    longest: int
+    placed: Tensor | None = None  # the lengths for which the next two are right
     slots: Tensor  # [blocks, B·(keys or values)·K], where in the cache a row writes next, in heads
     mask: Tensor | None  # [B·K, 1, size], -inf for what a row does not see; None for equal lengths
 
     def __init__(self, model: LanguageModel, rows: int, size: int) -> None:
         config, trunk, device = model.config, model.model, model.lm_head.weight.device
-        self.model, self.dtype = model, trunk.compute_dtype
+        self.model, self.dtype, self.longest = model, trunk.compute_dtype, 0
         self.exact = torch.promote_types(self.dtype, torch.float32)
         self.heads, C = (config.num_attention_heads, config.num_key_value_heads), config.head_dim
         self.pairs = torch.arange(C, device=device).view(2, -1).T.flatten()
@@ -76,7 +80,7 @@ class FoldedCache:
             qk_norm = torch.cat([norm.expand(n, -1) for norm, n in zip(both, self.heads, strict=True)])
         else:
             q = q * C**-0.5
-        # Behind a norm a matrix reads what `_length` divides, and makes up for the rest of the norm.
+        # Behind a norm a matrix reads what `norm` divides, and makes up for the rest of the norm.
         norms = block.input_layernorm, block.post_attention_layernorm
         first, second = (norm.weight * norm.weight.numel() ** 0.5 for norm in norms)
         matrices = (
@@ -87,24 +91,14 @@ class FoldedCache:
         )
         return Weights(qk_norm, *(matrix.to(self.dtype).T.contiguous() for matrix in matrices))
 
-    def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        rows, T = tokens.shape
-        self.positions = torch.arange(T, device=tokens.device)
-        hidden = self.model.model(tokens, attend=self)
-        self.place(lengths, T)
-        return self.model.logits(hidden[torch.arange(rows, device=tokens.device), lengths - 1])
-
     def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The model's attention while it reads the prompts: keeps their keys and values."""
         self.kept[:, block, : len(k), :, : k.shape[2]] = torch.stack((k[..., self.pairs], v))
         return attention(q, k, v, causal=True)
 
-    def keep(self, rows: Bool[Tensor, " B"] | Int[Tensor, " b"]) -> None:
-        lengths, filled = self.lengths[rows], self.kept[..., : self.longest, :]
-        filled[:, :, : len(lengths)] = filled[:, :, : len(self.lengths)][:, :, rows]
-        self.place(lengths, int(lengths.max()))
-
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        if self.placed is not self.lengths:
+            self._place()
         (H, K), (floor, head_floor), exact = self.heads, self.floors, self.exact
         B, (_, blocks, _, _, size, C) = len(tokens), self.kept.shape
         seen, mask, cache, slots = self.longest + 1, self.mask, self.kept.view(-1, C), self.slots.unbind()
@@ -116,10 +110,11 @@ class FoldedCache:
         rotation = self.rotation.index_select(0, self.lengths)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight).to(self.dtype)
         for number, block in enumerate(self.blocks):
-            qkv = torch.mm((x / _length(x, floor)).to(self.dtype), block.qkv).view(B, H + 2 * K, C).to(exact)
+            length = norm(x, dtype=exact).hypot_(floor)
+            qkv = torch.mm((x / length).to(self.dtype), block.qkv).view(B, H + 2 * K, C).to(exact)
             qk = qkv.narrow(1, 0, H + K)
             if block.qk_norm is not None:
-                qk.div_(_length(qk, head_floor)).mul_(block.qk_norm)
+                qk.div_(norm(qk, dtype=exact).hypot_(head_floor)).mul_(block.qk_norm)
             qk.view(rotation.dtype).mul_(rotation)
             q, kv = qkv.to(self.dtype).split_with_sizes((H, 2 * K), dim=1)
             cache.index_copy_(0, slots[number], kv.reshape(-1, C))
@@ -128,19 +123,21 @@ class FoldedCache:
             scores = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
             gathered = torch.bmm(scores.softmax(dim=-1), values[number])
             x = torch.addmm(x, gathered.view(B, H * C), block.out)
-            gate, up = torch.mm((x / _length(x, floor)).to(self.dtype), block.gate_up).chunk(2, dim=-1)
+            length = norm(x, dtype=exact).hypot_(floor)
+            gate, up = torch.mm((x / length).to(self.dtype), block.gate_up).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate).mul_(up), block.down)
-        self.lengths, self.longest, self.slots = self.lengths + 1, seen, self.slots + 1
-        return torch.mm((x / _length(x, floor)).to(self.dtype), self.output).float()
+        self.lengths = self.placed = self.lengths + 1
+        self.longest, self.slots = seen, self.slots + 1
+        return torch.mm((x / norm(x, dtype=exact).hypot_(floor)).to(self.dtype), self.output).float()
 
-    def place(self, lengths: Int[Tensor, " B"], longest: int) -> None:
-        """Sets how many tokens each row holds, where it writes the next and what it may not see."""
-        self.lengths, self.longest = lengths, longest
+    def _place(self) -> None:
+        """Where each row, of so many tokens, writes the next, and what it may not see."""
+        self.placed = lengths = self.lengths
         (*shape, size, _), B = self.kept.shape, len(lengths)
         heads = torch.arange(math.prod(shape), device=lengths.device).view(shape)[:, :, :B]
         self.slots = (heads * size + lengths[:, None]).permute(1, 2, 0, 3).flatten(1)
         self.mask = None
-        if (lengths < longest).any():
+        if (lengths < self.longest).any():
             unseen = torch.arange(size, device=lengths.device) >= lengths[:, None]
             mask = torch.zeros(B, size, device=lengths.device, dtype=self.dtype)
             mask = mask.masked_fill_(unseen, -torch.inf).repeat_interleave(shape[-1], dim=0)
@@ -150,9 +147,7 @@ class FoldedCache:
 # ---- Which cache, and past the model's positions
 
 
-def cache_of(
-    model: LanguageModel, rows: int, size: int, crop: bool = False
-) -> "KVCache | FoldedCache | CroppedContext":
+def cache_of(model: LanguageModel, rows: int, size: int, crop: bool = False) -> "KVCache | CroppedContext":
     """What reads the tokens, at most `size` of each row, in the fastest way that there is for the model."""
     if crop and size > model.config.max_position_embeddings:
         return CroppedContext(model, rows, size)
@@ -175,31 +170,21 @@ class CroppedContext:
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         self.lengths, self.longest = lengths, tokens.shape[1]
         self.tokens = F.pad(tokens, (0, self.size - self.longest))
-        return self.cache.prefill(tokens, lengths) if self.longest <= self.most else self._anew()
+        return self._read()
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         self.tokens.scatter_(1, self.lengths[:, None], tokens[:, None])
         self.lengths, self.longest = self.lengths + 1, self.longest + 1
-        return self.cache.step(tokens) if self.longest <= self.most else self._anew()
+        return self.cache.step(tokens) if self.longest <= self.most else self._read()
 
     def keep(self, rows: Bool[Tensor, " B"] | Int[Tensor, " b"]) -> None:
         self.tokens, self.lengths = self.tokens[rows], self.lengths[rows]
         if self.longest <= self.most:
             self.cache.keep(rows)
 
-    def _anew(self) -> Float[Tensor, "B V"]:
+    def _read(self) -> Float[Tensor, "B V"]:
         """The logits behind every row, from its last tokens."""
         first = (self.lengths - self.most).clamp(min=0)
-        index = torch.arange(self.most, device=first.device)
-        hidden = self.model.model(self.tokens.gather(1, first[:, None] + index))
-        rows = torch.arange(len(first), device=first.device)
-        return self.model.logits(hidden[rows, self.lengths - first - 1])
-
-
-# ---- A norm's divisor
-
-
-def _length(x: Float[Tensor, "... width"], floor: Float[Tensor, ""]) -> Float[Tensor, "... 1"]:
-    """sqrt(|x|² + floor²), with floor² = width · eps: x divided by it is RMSNorm of x but for a factor
-    sqrt(width), which is in the weights behind. F.rms_norm is eight operations on a CPU, these are three."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=floor.dtype).hypot_(floor)
+        index = torch.arange(min(self.longest, self.most), device=first.device)
+        self.cache.longest = 0  # it forgets what it has read
+        return self.cache.prefill(self.tokens.gather(1, first[:, None] + index), self.lengths - first)
