@@ -27,11 +27,9 @@ BATCH_LENGTH = 1 << 20  # characters that go to a worker process at a time
 def encode_in_processes(tokenizer: Tokenizer, texts: Iterable[str], workers: int) -> Iterator[np.ndarray]:
     """What `tokenizer.encode_documents` gives, of more than one batch by `workers` processes."""
     batches = _batches(texts)
-    head, encode = list(islice(batches, 2)), partial(_encode, tokenizer)
-    if len(head) < 2:
-        yield from chain.from_iterable(map(encode, head))
-    else:
-        yield from chain.from_iterable(map_in_processes(encode, chain(head, batches), workers))
+    head = list(islice(batches, 2))
+    run: Any = map if len(head) < 2 else partial(map_in_processes, workers=workers)
+    yield from chain.from_iterable(run(partial(_encode, tokenizer), chain(head, batches)))
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
