@@ -23,8 +23,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that refuses in one line, "error: what", without the usage before it; exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see --help", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"error: {message}; see --help\n")
 
 
 def parser(doc: str, runs: int | None = None) -> Parser:

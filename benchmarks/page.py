@@ -82,9 +82,8 @@ def visit(address: str, seed: int) -> None:
     rng = random.Random(seed)
     match rng.randrange(5):
         case 0:
-            ask(
-                address, "/api/guess", {"run": "base", "number": seed, "temperature": 1 + rng.random()}
-            ).read()
+            asked = {"run": "base", "number": seed, "temperature": 1 + rng.random()}
+            ask(address, "/api/guess", asked).read()
         case 1:
             name = f"visitor {seed}"
             pick_longest(address, name, json.load(ask(address, "/api/rank", {"name": name})))
@@ -131,16 +130,13 @@ def resident(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1000
 
 
-def wait_for(address: str, seconds: int = 60) -> None:
-    """Until the server answers; its last error where it does not."""
-    for left in reversed(range(seconds)):
-        try:
-            ask(address, "/api/state").read()
-            return
-        except OSError:
-            if not left:
-                raise
-            time.sleep(1)
+def wait_for(address: str, seconds: int = 60) -> bytes:
+    """What the server answers, once it does; its last error where it does not."""
+    for _ in range(seconds - 1):
+        with suppress(OSError):
+            return ask(address, "/api/state").read()
+        time.sleep(1)
+    return ask(address, "/api/state").read()
 
 
 def main(arguments: list[str]) -> None:
