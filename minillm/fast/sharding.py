@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from minillm.io.weights import whole_tensor
@@ -77,9 +76,3 @@ def recompute_blocks(model: nn.Module) -> None:
     """Lets the backward pass compute each block's activations anew: only the blocks' inputs are kept."""
     for block in cast(Any, model.model).layers:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def part_of(tensor: Tensor, like: DTensor) -> DTensor:
-    """This process's part of a tensor that every process has, cut as `like` is."""
-    whole = tensor.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -164,23 +164,18 @@ def writes() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+def cut_like(tensor: Tensor, like: Any) -> Tensor:
     """Of a tensor that every process has, this process's part, as `like` is cut; all where that is whole."""
-    if not _is_part(like) or tensor.shape != like.shape:
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:  # as DTensors alone have it
         return tensor
-    from minillm.fast.sharding import part_of
+    from torch.distributed.tensor import distribute_tensor  # which takes seconds
 
-    return part_of(tensor, cast(Any, like))
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Any) -> Tensor:
     """A tensor gathered from all processes, which all must ask for it; one that is not cut as it is."""
-    return cast(Any, tensor).full_tensor() if _is_part(tensor) else tensor
-
-
-def _is_part(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked so, as torch's module for them takes seconds to import."""
-    return hasattr(tensor, "full_tensor")
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
