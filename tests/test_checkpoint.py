@@ -25,7 +25,7 @@ from minillm.chat import with_chat_template
 from minillm.digest import digest
 from minillm.errors import InputError
 from minillm.io import weights
-from minillm.io.disk import read_json, read_text, scratch_of, write_atomically, write_json
+from minillm.io.disk import read_json, read_text, write_atomically, write_json
 from minillm.io.huggingface import load_model, load_scalar_model, save_model, save_scalar_model
 from minillm.io.weights import read_tensors, read_weights, write_weights
 from minillm.model import LanguageModel, ModelConfig, initialize, scalar_from_language_model
@@ -75,7 +75,8 @@ def test_whatever_ends_a_write_at_whatever_step_leaves_the_old_file_and_no_other
 ):
     path = tmp_path / "weights"
     path.write_bytes(b"old")
-    scratch_of(path).symlink_to(tmp_path / "not ours")  # must not be written through
+    scratch = tmp_path / f".weights.{os.getpid()}.tmp"
+    scratch.symlink_to(tmp_path / "not ours")  # must not be written through
 
     def fail(*_, **__):
         raise error

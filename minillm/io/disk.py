@@ -25,7 +25,7 @@ with suppress(ImportError):  # Windows has none
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file, syncs it, and renames it to `path`. Raises InputError where the
     disk is full or the folder cannot be written; `path` is then as it was."""
-    scratch = scratch_of(path)
+    scratch = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     with writing(path, "what was there before is unchanged; free some space or choose another folder"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +40,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             sync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
-
-
-def scratch_of(path: Path) -> Path:
-    """The name under which this process writes a file."""
-    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
 
 def remove_left(folder: Path, pattern: str) -> None:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, asdict, fields
@@ -183,10 +182,6 @@ class RankingFile(JsonLines):
         except InputError:
             self.file.close()
             raise
-
-    def made(self) -> Counter[tuple[str, str]]:
-        """How many rankings of each set each annotator has made, by (annotator, key)."""
-        return Counter((ranking.annotator, ranking.key) for ranking in self.rankings)
 
     def append(self, rankings: Sequence[Ranking]) -> None:
         super().append([{k: v for k, v in vars(r).items() if v not in (None, [])} for r in rankings])

@@ -20,6 +20,7 @@ log-probabilities; both orders as in Zheng et al. 2023 (arXiv 2306.05685), secti
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress, permutations
@@ -238,7 +239,8 @@ def add_rankings(options: Any, runtime: Runtime) -> None:
     plans = {"simulated": simulated, "model": judged, "file": published}
     asked, rank, origin = plans[options.annotator](options, runtime)
     with open_rankings(options, origin) as file:
-        existing, missing = file.made(), []  # counts by annotator and set; who has not ranked which
+        existing = Counter((ranking.annotator, ranking.key) for ranking in file.rankings)
+        missing = []  # who has not ranked which
         for name, given in asked:
             if existing[name, given.key]:  # a count, for some files rank a set twice
                 existing[name, given.key] -= 1
