@@ -79,22 +79,15 @@ def _parts(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from one file or from the shards its index names."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted({*_places(folder).values()} or {SINGLE}):
+    index, files, tensors = folder / INDEX, [SINGLE], dict[str, Tensor]()
+    if weights_file(folder) == index:
+        places = read_json(index).get("weight_map")
+        files = list(places.values()) if isinstance(places, dict) else []
+        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise InputError(f"{index}: has no weight_map from weights to files; download the model again")
+    for file in sorted({*files}):
         tensors |= read_tensors(folder / file)[0]
     return tensors
-
-
-def _places(folder: Path) -> dict[str, str]:
-    """Which shard has which weight; none where one file has all."""
-    index = weights_file(folder)
-    if index is None or index.name == SINGLE:
-        return {}
-    places = read_json(index).get("weight_map")
-    files = list(places.values()) if isinstance(places, dict) else []
-    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-        raise InputError(f"{index}: has no weight_map from weights to files; download the model again")
-    return cast(dict[str, str], places)
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path) -> None:
