@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 if __name__ == "__main__":
     import minillm.tools.start  # noqa: F401  (first: Ctrl-C while torch loads ends in one word)
@@ -55,7 +55,7 @@ from minillm.io.huggingface import (
 )
 from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
-from minillm.options import Count, Fraction, Limit, Mass, NotNegative, PolicyOptions, Positive, Share, Whole
+from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Text, Whole
 from minillm.ppo import Aligner, adapted_beta
 from minillm.preferences import MOST_RESPONSES, ChatModel, Prompt, sample_sets
 from minillm.reward import (
@@ -94,7 +94,7 @@ class Options(PolicyOptions):
     """sample: the models that respond, in turn: run folders or Hugging Face folders."""
     prompts: Count = 7000
     """sample, policy: how many prompts; of --data at most this many."""
-    responses: Annotated[int, Limit(f"2 to {MOST_RESPONSES}", lambda k: 2 <= k <= MOST_RESPONSES)] = 4
+    responses: int = 4
     """sample: K, the responses to a prompt, 2 to 9."""
     distractors: Whole = 1
     """sample: how many of the K are responses to another prompt: without any, the reward model does not learn
@@ -110,7 +110,7 @@ class Options(PolicyOptions):
 
     annotator: Literal["person", "simulated", "model", "file"] = "simulated"
     """rank: who ranks."""
-    name: str = "person"
+    name: Text = "person"
     """rank --annotator person: your name, under which your rankings are kept."""
     annotators: Count = 5
     """rank --annotator simulated: how many people."""
@@ -149,12 +149,12 @@ class Options(PolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 2 <= self.responses <= MOST_RESPONSES:
+            raise InputError(f"--responses {self.responses}: give 2 to {MOST_RESPONSES}")
         if self.distractors >= self.responses:
             raise InputError(f"--distractors {self.distractors}: leave one of {self.responses} responses")
         if not self.models:
             raise InputError("--models: name at least one, as in out/sft")
-        if not self.name.strip():
-            raise InputError("--name: is empty; give a name")
         if self.stage in ("rank", "agreement") and self.resume:
             raise InputError(f"--resume: --stage {self.stage} needs none; it goes on by itself")
         if self.stage == "policy" and self.algorithm == "best-of-n" and self.resume:

@@ -17,10 +17,10 @@ from minillm.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """Which numbers an option takes, and the words for refusing others. An option that is None passes."""
+    """Which values an option takes, and the words for refusing others. An option that is None passes."""
 
     wanted: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], object]
 
 
 Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
@@ -34,6 +34,7 @@ Share = Annotated[float, Limit("a number from 0 to 1", lambda value: 0 <= value 
 Mass = Annotated[float, Limit("a share above 0 and at most 1", lambda value: 0 < value <= 1)]
 Part = Annotated[float, Limit("a share of at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, Limit("a share above 0 and below 1", lambda value: 0 < value < 1)]
+Text = Annotated[str, Limit("a text that is not blank", str.strip)]
 
 
 def check_limits(options: Any) -> None:
@@ -43,7 +44,8 @@ def check_limits(options: Any) -> None:
         marks = [mark for part in (kind, *get_args(kind)) for mark in getattr(part, "__metadata__", ())]
         for limit in marks if value is not None else []:
             if isinstance(limit, Limit) and not limit.holds(value):
-                raise InputError(f"--{name.replace('_', '-')} {value}: give {limit.wanted}")
+                given = f"--{name.replace('_', '-')} {value}".strip()
+                raise InputError(f"{given}: give {limit.wanted}")
 
 
 # ---- What scripts ask for

@@ -36,7 +36,7 @@ from minillm.io.disk import write_json, write_text
 from minillm.io.huggingface import load_causal_model, load_scalar_model
 from minillm.io.rankings import RankingFile
 from minillm.io.text import text_sources
-from minillm.options import Count, NotNegative, Seed, Whole, check_limits
+from minillm.options import Count, NotNegative, Seed, Text, Whole, check_limits
 from minillm.preferences import ChatModel
 from minillm.run import Runtime
 from minillm.tools import annotators
@@ -91,7 +91,7 @@ class Options:
     """--judge model: the model that judges, a run folder or a Hugging Face folder."""
     principles: str = str(annotators.DEFAULT_PRINCIPLES)
     """--judge model: a text file that says what makes a reply better."""
-    name: str = "person"
+    name: Text = "person"
     """--judge person: your name, under which your judgments are kept in --out."""
 
     pairs: Count = 100
@@ -113,8 +113,6 @@ class Options:
             raise InputError("--judge rubric: knows the little world's prompts alone; leave --data out")
         if "model" in self.judges and self.judge_model is None:
             raise InputError("--judge model: name a --judge-model, as in out/sft")
-        if not self.name.strip():
-            raise InputError("--name: is empty; give a name")
 
     @property
     def judges(self) -> tuple[JudgeName, ...]:

@@ -30,7 +30,7 @@ from minillm.io.disk import read_text
 from minillm.io.huggingface import load_causal_model
 from minillm.io.messages import with_tools
 from minillm.model import LanguageModel
-from minillm.options import Count, Mass, NotNegative, Seed, Whole, check_limits
+from minillm.options import Count, Mass, NotNegative, Seed, Text, Whole, check_limits
 from minillm.tokenizer import Tokenizer
 from minillm.tools.calls import MOST_CALLS, open_tools, run_call
 from minillm.tools.commandline import parse_options
@@ -50,7 +50,7 @@ class Options:
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = "out/sft"
     """A run folder, or a Hugging Face folder (Llama, Qwen, Mistral)."""
-    prompt: str | None = None
+    prompt: Text | None = None
     """Print the answer to this and end, instead of a conversation."""
     prompt_file: str | None = None
     """The same with the text of a file."""
@@ -84,8 +84,6 @@ class Options:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if self.prompt is not None and not self.prompt.strip():
-            raise InputError("--prompt: is empty; give a text")
         if self.prompt is not None and self.prompt_file is not None:
             raise InputError("--prompt-file: --prompt gives a text already; leave one out")
         if self.samples > 1 and self.prompt is None and self.prompt_file is None:
