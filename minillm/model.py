@@ -51,7 +51,7 @@ class ModelConfig:
     max_position_embeddings: int  # the longest row the model was trained on, in tokens
     rope_theta: float = 10_000.0  # the base of the rotary wavelengths
     rope: tuple[Any, ...] = ("default",)
-    """How they are stretched, and by what numbers (io/rope.py): llama3, linear or yarn."""
+    """How they are stretched, and by what numbers (io/config.py): llama3, linear or yarn."""
     rms_norm_eps: float = 1e-6  # added to the mean square before the root
     tie_word_embeddings: bool = False  # whether the output matrix is the embedding
     qk_norm: bool = True  # whether queries and keys are normalised per head (the Qwen3 layout)
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         half = config.head_dim // 2
         frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
         if config.rope != ("default",):
-            from minillm.io.rope import stretched
+            from minillm.io.config import stretched
 
             frequencies = stretched(frequencies, config)
         self.register_buffer("frequencies", frequencies, persistent=False)

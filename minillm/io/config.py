@@ -10,6 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from minillm.chat import chat_format
 from minillm.errors import InputError, reading
 from minillm.io.disk import read_json, typed
@@ -151,3 +155,31 @@ def number(raw: dict[str, Any], name: str, kind: type, path: Path, default: Any 
     """raw[name], or the default where it is absent or null; InputError where it is not of its kind."""
     with reading(path, "restore the file", "used", (TypeError, OverflowError)):
         return typed(name, default if raw.get(name) is None else raw[name], kind)
+
+
+def stretched(frequencies: Float[Tensor, " half"], config: ModelConfig) -> Float[Tensor, " half"]:
+    """The frequencies, in radians per position, as `config` stretches them to longer rows than a model was
+    first trained on.
+
+    The pairs of channels that turn often within the original length keep theirs; the others are slowed down
+    by a factor, so that positions beyond that length stay within known angles. The ramp between the two is
+    linear in the turns (Llama 3.1), or in the number of the pair (YaRN: Peng et al. 2023, arXiv 2309.00071,
+    section 3.2). The older linear stretching slows down all pairs alike.
+    """
+    kind, factor, *more = config.rope
+    if kind == "llama3":
+        low, high, length = more
+        turns = length * frequencies / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":
+        fast, slow, _, length = more
+        C, theta = config.head_dim, config.rope_theta
+        first, last = (
+            C * math.log(length / (2 * math.pi) / turns) / (2 * math.log(theta)) for turns in (fast, slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), C - 1)
+        pair = torch.arange(len(frequencies))
+        kept = 1 - ((pair - first) / ((last - first) or 0.001)).clamp(0, 1)
+    else:
+        return frequencies / factor
+    return frequencies * (kept + (1 - kept) / factor)
