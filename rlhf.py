@@ -46,13 +46,7 @@ from minillm.digest import digest
 from minillm.dpo import rewards_of
 from minillm.errors import InputError
 from minillm.generate import SamplingOptions
-from minillm.io.huggingface import (
-    load_causal_model,
-    load_model,
-    load_scalar_model,
-    save_model,
-    save_scalar_model,
-)
+from minillm.io.huggingface import load_causal_model, load_scalar_model, save_model, save_scalar_model
 from minillm.model import scalar_from_language_model
 from minillm.optim import LearningRates, build_optimizers, lr_schedule
 from minillm.options import Count, Fraction, Mass, NotNegative, PolicyOptions, Positive, Share, Text, Whole
@@ -434,7 +428,7 @@ def align(options: Options, runtime: Runtime) -> None:
 
     with run.training(state, steps, lambda: None):  # validate() saves the policy
         if run.resuming and aligner.kept:  # InputError where what may not be written anew is damaged
-            load_model(run.folder, runtime.opens_on, runtime.dtype)
+            load_causal_model(run.folder, runtime.opens_on, runtime.dtype)
         if run.already_finished():
             return
         if aligner.critic and options.critic_warmup >= steps:

@@ -32,7 +32,7 @@ from minillm.chat import ChatTemplate, with_chat_template
 from minillm.corpus import Source, encode_source, tokenize
 from minillm.data import EncodedSource, Mixture, RowSource, TokenizedSource, validation_batches
 from minillm.errors import InputError
-from minillm.io.huggingface import load_causal_model, load_model, save_model
+from minillm.io.huggingface import load_causal_model, save_model
 from minillm.model import LanguageModel
 from minillm.optim import LearningRates, backward, build_optimizers, lr_schedule, validation_loss
 from minillm.options import Count, DataOptions, Length, Part, Positive, Whole
@@ -179,7 +179,7 @@ def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> Non
     val_loss, perplexity = (run.metric("val", name) if validated else None for name in ("loss", "perplexity"))
     if options.on_world and options.eval_prompts:
         folders, how = (options.init, str(run.folder)), (run.runtime.device, run.runtime.dtype)
-        models = [ChatModel(folder, *load_model(Path(folder), *how)) for folder in folders]
+        models = [ChatModel(folder, *load_causal_model(Path(folder), *how)) for folder in folders]
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)
         for caption, rows in metrics.items():
             run.say(f"{caption}:\n{table_text(rows)}")
