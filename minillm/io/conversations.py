@@ -18,15 +18,7 @@ from minillm.corpus import Source
 from minillm.data import Skipped
 from minillm.errors import InputError
 from minillm.io import formats
-from minillm.io.files import (
-    RECORD_EXTENSIONS,
-    Errors,
-    Reading,
-    extension_of,
-    list_files,
-    parse_specs,
-    records,
-)
+from minillm.io.files import RECORD_EXTENSIONS, Reading, extension_of, list_files, parse_specs, records
 from minillm.io.formats import Comparison, LeftOutError, Purpose
 from minillm.io.rankings import read_json_lines, read_rankings
 from minillm.preferences import Ranking, ResponseSet, new_ranking, ranking_by
@@ -64,11 +56,11 @@ def world_conversations(world: World, split: str, n: int) -> Source:
 # ---- Prompts and rankings, all at once
 
 
-def read_all(specs: Sequence[str], purpose: Purpose, errors: Errors = "strict") -> list[Any]:
+def read_all(specs: Sequence[str], purpose: Purpose, *how: Any) -> list[Any]:
     """All prompts, or rankings, that files hold, saying what was read. The name of a spec [NAME=]PATH is that
-    of the annotator."""
+    of the annotator; `how` they are read is as for `open_conversations`."""
     found: list[Any] = []
-    for source in open_conversations(specs, purpose, errors):
+    for source in open_conversations(specs, purpose, *how):
         own = _rankings(source) if purpose == "ranking" else list(source.documents())
         if not own:
             raise _nothing_found(source.name, purpose, source.skipped.first)
