@@ -291,26 +291,19 @@ def _lines(path: str, read: Reading, dropped: Counter[str]) -> Iterator[tuple[in
                         line = file.readline(BLOCK)
                     raise ValueError(f"longer than {LINE_LIMIT >> 20} million characters")
                 if line.strip():
-                    yield number, parse_json(line)
+                    yield number, json.loads(line, object_pairs_hook=fields_once)
 
 
 @contextmanager
 def counting(errors: Errors, dropped: Counter[str], place: str) -> Iterator[None]:
-    """Turns a ValueError into an InputError that begins with the place, or into a count."""
+    """Turns what is wrong with a record into an InputError that begins with the place, or into a count."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if errors == "strict":
-            raise InputError(f"{place}: {error}; mend it or use --errors replace") from error
+            what = "not valid JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+            raise InputError(f"{place}: {what}; mend it or use --errors replace") from error
         dropped["lines that do not parse"] += 1
-
-
-def parse_json(text: str) -> Any:
-    """What a JSON text holds. ValueError where it is none, or names a field of an object twice."""
-    try:
-        return json.loads(text, object_pairs_hook=fields_once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError("not valid JSON") from error
 
 
 def _whole(path: str, read: Reading) -> Iterator[Any]:
