@@ -4,7 +4,6 @@ A script's options are one frozen dataclass, whose fields are the flags: tools/c
 words of the command line, with `--resume` from what run.json holds.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,10 @@ Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
 Whole = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
 Length = Annotated[int, Limit("at least 2, a token and the next", lambda value: value >= 2)]
 Seed = Annotated[int, Limit("a number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)]
-Real = Annotated[float, Limit("a finite number", math.isfinite)]
-Positive = Annotated[float, Limit("a number above 0", lambda value: 0 < value < math.inf)]
-NotNegative = Annotated[float, Limit("a number of at least 0", lambda value: 0 <= value < math.inf)]
+# Beyond these float32 has no room for a product or a sum.
+Real = Annotated[float, Limit("a number from -1e30 to 1e30", lambda value: -1e30 <= value <= 1e30)]
+Positive = Annotated[float, Limit("a number from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30)]
+NotNegative = Annotated[float, Limit("a number from 0 to 1e30", lambda value: 0 <= value <= 1e30)]
 Share = Annotated[float, Limit("a number from 0 to 1", lambda value: 0 <= value <= 1)]
 Mass = Annotated[float, Limit("a share above 0 and at most 1", lambda value: 0 < value <= 1)]
 Part = Annotated[float, Limit("a share of at least 0 and below 1", lambda value: 0 <= value < 1)]

@@ -60,7 +60,7 @@ VALUES = {
     "out": st.sampled_from(["a", "b/c", "with space"]),
     "data": st.lists(st.sampled_from(["a.txt", "b=c:0.5", "*.md"]), min_size=1, max_size=3).map(tuple),
     "steps": st.integers(1, 10**6),
-    "rate": st.floats(allow_infinity=False, min_value=0, exclude_min=True),
+    "rate": st.floats(min_value=1e-30, max_value=1e30),
     "kind": st.sampled_from(["causal", "masked"]),
     "loud": st.just(True),
     "quick": st.just(False),
@@ -131,6 +131,8 @@ def test_every_flag_reaches_its_field_and_the_others_keep_their_defaults(given_v
         ("--steps 0", "--steps 0: give at least 1"),
         ("--steps 0 --resume", "--steps 0"),
         ("--rate inf", "--rate inf"),
+        ("--rate 1e39", "from 1e-30 to 1e30"),  # no float32
+        ("--rate 1e-320", "from 1e-30 to 1e30"),
     ],
 )
 def test_a_command_line_that_does_not_fit_is_refused_in_one_line(arguments, named):
@@ -165,7 +167,7 @@ def test_a_limit_is_met_wherever_options_are_made(value):
         seed: Seed = 0
         rate: Positive = 1.0
 
-    holds = {"count": value >= 1, "seed": 0 <= value < 2**63, "rate": 0 < value < float("inf")}
+    holds = {"count": value >= 1, "seed": 0 <= value < 2**63, "rate": 1e-30 <= value <= 1e30}
     for name, fits in holds.items():
         if fits:
             check_limits(Limited(**{name: value}))

@@ -82,7 +82,7 @@ def test_a_relative_name_with_an_equals_sign_is_a_file_if_it_exists(tmp_path, mo
     assert open_one(".").name == tmp_path.name
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-inf", "x", "", "1,5"])
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-inf", "1e308", "1e-320", "x", "", "1,5"])
 def test_a_weight_that_is_no_positive_number_is_refused(tmp_path, weight):
     file = write(tmp_path / "a.txt", "text")
     assert str(file) in (message := refusal(f"{file}:{weight}")) and "weight" in message

@@ -16,7 +16,6 @@ import gzip
 import importlib
 import io
 import json
-import math
 import os
 import sys
 import zlib
@@ -83,9 +82,9 @@ def _parse(spec: str) -> tuple[str, str, float]:
     for name, path, weight in readings:
         if os.path.exists(path) or _matches(path):
             with suppress(ValueError):
-                if 0 < float(weight) < math.inf:
+                if 1e-30 <= float(weight) <= 1e30:
                     return name or os.path.basename(os.path.abspath(path)) or path, path, float(weight)
-            wrong = f"weight {weight!r} is not a positive number, as in books:0.15"
+            wrong = f"weight {weight!r} is no number from 1e-30 to 1e30, as in books:0.15"
             raise InputError(f"data source {spec!r}: {wrong}")
     path = min((path for _, path, _ in readings), key=len)
     what = "no file matches" if glob.has_magic(path) else "no such file or folder:"
