@@ -550,6 +550,7 @@ def change(document: dict, path: str, value) -> None:
         ("model", None, "cannot be read"),
         ("model/vocab", [["a", 0.0]], "cannot be read"),
         ("model/type", "Abacus", "tokenizers library"),
+        ("model/continuing_subword_prefix", "##", "tokenizers library"),  # it panics
         ("added_tokens/0/content", "", "special token"),
         ("added_tokens/0/content", 0, "special token"),
         ("added_tokens/0/id", 289.0, "each once"),

@@ -197,7 +197,7 @@ class LibraryVocabulary:
         try:
             return self._library.encode(text, add_special_tokens=False).ids
         except BaseException as error:
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            if _is_the_librarys(error):
                 what = f"the tokenizers library cannot encode a text ({error})"
                 raise InputError(f"{what}; use another tokenizer.json") from None
             raise
@@ -250,9 +250,16 @@ def _read_foreign(file: Path, document: Mapping[str, Any]) -> LibraryVocabulary:
     except ImportError:
         what = f"{file}: is another program's vocabulary"
         raise InputError(f"{what}; pip install tokenizers, which opens it") from None
-    except Exception as error:
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
         raise ValueError(f"the tokenizers library says: {error}") from None
     return vocabulary
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    """Whether it is no interrupt of ours: where the library panics, what it raises is no Exception either."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _bytes_of_token(document: Mapping[str, Any]) -> Any:
