@@ -65,22 +65,20 @@ def pack_sets(
     Of a set [prompt, a], [prompt, b] the tokens are prompt, a, b and the rows prompt, a, prompt, b.
     """
     tokens: list[int] = []
-    positions: list[int] = []
     whole: list[list[int]] = []
     begins: list[int] = []
     for sequences, shared in zip(sets, common, strict=True):
         stem = range(len(tokens), len(tokens) + shared)
         tokens += sequences[0][:shared]
-        positions += range(shared)
         for sequence in sequences:
             own = range(len(tokens), len(tokens) + len(sequence) - shared)
             tokens += sequence[shared:]
-            positions += range(shared, len(sequence))
             whole.append([*stem, *own])
             begins.append(own.start - shared)
     ((numbers, firsts, in_rows, start),) = forward_passes(range(len(whole)), whole, 1 << 62)
     back = torch.empty(len(tokens), dtype=torch.int64)
     for i, first in zip(numbers.tolist(), firsts.tolist(), strict=True):
         back[whole[i]] = torch.arange(first, first + len(whole[i]))
-    shared_prompts = SharedPrompts(torch.tensor(positions), in_rows, start, back)
+    positions = (torch.arange(start.shape[1]) - start).flatten()[back]
+    shared_prompts = SharedPrompts(positions, in_rows, start, back)
     return torch.tensor([tokens]), shared_prompts, torch.tensor(begins)
