@@ -75,11 +75,6 @@ class Options(DataOptions):
     world_conversations: Count = 16_000
     """Conversations that the little world offers, where they are the data."""
 
-    @property
-    def on_world(self) -> bool:
-        """Whether the conversations are the little world's."""
-        return not self.data
-
 
 def train(options: Options, runtime: Runtime) -> None:
     """One run, from the conversations to the finished folder."""
@@ -131,11 +126,11 @@ def open_data(options: Options) -> tuple[list[Any], list[Source]]:
     from minillm.io.text import text_sources
     from minillm.world import World
 
-    if options.on_world:
-        chats = [world_conversations(World(options.seed), "train", options.world_conversations)]
-    else:
+    if options.data:
         chats = open_conversations(options.data, "conversation", options.errors, options.encoding)
-    with_text = options.text_share and (options.text or options.on_world)
+    else:
+        chats = [world_conversations(World(options.seed), "train", options.world_conversations)]
+    with_text = options.text_share and (options.text or not options.data)
     how = options.seed, options.world_megabytes, options.errors, options.encoding, options.field
     texts = text_sources(options.text, *how) if with_text else []
     check_names([source.name for source in chats] + [source.name for source in texts])
@@ -177,7 +172,7 @@ def finish(run: Run, mixture: Mixture, options: Options, validated: bool) -> Non
 
     metrics = {}
     val_loss, perplexity = (run.metric("val", name) if validated else None for name in ("loss", "perplexity"))
-    if options.on_world and options.eval_prompts:
+    if options.eval_prompts and not options.data:
         folders, how = (options.init, str(run.folder)), (run.runtime.device, run.runtime.dtype)
         models = [ChatModel(folder, *load_causal_model(Path(folder), *how)) for folder in folders]
         metrics = world_metrics(models, World(options.seed), options.eval_prompts)

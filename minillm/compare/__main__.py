@@ -120,12 +120,6 @@ class Options:
             return self.judge
         return () if self.data else ("rubric",)
 
-    @property
-    def samplings(self) -> dict[str, float]:
-        """The temperature of each way to reply."""
-        sampled = {f"sampled at temperature {self.temperature:g}": self.temperature}
-        return {metrics.GREEDY: 0.0} | (sampled if self.temperature else {})
-
 
 # ---- What is compared
 
@@ -211,6 +205,9 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
     kinds = dict(Counter(prompt.kind for prompt in prompts))
     with_text, origin = options.text or world, ", ".join(options.text) or "the little world"
     sources = text_sources(options.text, seed, WORLD_MEGABYTES, options.errors) if with_text else []
+    temperatures = {metrics.GREEDY: 0.0}  # of each way to reply
+    if options.temperature:
+        temperatures[f"sampled at temperature {options.temperature:g}"] = options.temperature
     with writing(options.out, "give another --out"):
         Path(options.out).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -218,7 +215,7 @@ def compare(options: Options, runtime: Runtime) -> dict[str, Any]:
         judges = {name: open_judge(name, options, world, runtime, stack) for name in options.judges}
         said = {
             name: {one.name: sample_replies(one, prompts, T, length, seed, world) for one in models}
-            for name, T in options.samplings.items()
+            for name, T in temperatures.items()
         }
         contests: dict[str, metrics.Rows] = {}
         for name, judge in judges.items():
