@@ -361,12 +361,7 @@ def encoded_rankings(
 
 def steps_of(training: Sequence[EncodedSet], options: Options, runtime: Runtime) -> int:
     """The steps in which every set is seen `epochs` times; the last one is filled up with sets once more."""
-    if options.batch_sets % runtime.world_size:
-        raise InputError(
-            f"--batch-sets {options.batch_sets}: cannot be shared by {runtime.world_size} processes; "
-            f"give a multiple of {runtime.world_size}"
-        )
-    return ceil(options.epochs * len(training) / options.batch_sets)
+    return ceil(options.epochs * len(training) / runtime.rows_of_step("--batch-sets", options.batch_sets))
 
 
 def finish_reward_model(

@@ -86,7 +86,8 @@ def train(options: Options, runtime: Runtime) -> None:
         run.folder if run.resuming else Path(options.init), runtime.opens_on, runtime.dtype
     )
     tokenizer, block_size = with_chat_template(tokenizer), block_size_of(options, model)
-    rows, encode = runtime.rows_of_step(options.batch_tokens, block_size), ChatTemplate(tokenizer).encode
+    rows = runtime.rows_of_step("--batch-tokens", options.batch_tokens, block_size)
+    encode = ChatTemplate(tokenizer).encode
     conversations = [encode_source(chat, encode, block_size, options.val_fraction) for chat in chats]
     print(*map(conversation_lines, conversations), sep="\n")
     validation = validation_batches(conversations, block_size, options.val_tokens)

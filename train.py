@@ -180,7 +180,7 @@ def plan_of(options: Options, config: ModelConfig, runtime: Runtime) -> tuple[in
         weight_decay=options.weight_decay,
         norm=0.01,
     )
-    return steps, runtime.rows_of_step(tokens, options.block_size), rates
+    return steps, runtime.rows_of_step("--batch-tokens", tokens, options.block_size), rates
 
 
 def start_model(

@@ -458,7 +458,7 @@ class Aligner:
         if not critic_only:
             metrics |= self.learn_policy(rollout, passes, tokens)
             if self.text:
-                rows = runtime.rows_of_step(options.ptx_tokens, self.text.block_size)
+                rows = runtime.rows_of_step("--ptx-tokens", options.ptx_tokens, self.text.block_size)
                 metrics["text_loss"] = backward(
                     self.wrapped_policy, self.text.next_rows(rows), options.micro_tokens, runtime, options.ptx
                 )

@@ -106,14 +106,13 @@ class Runtime:
         forward passes. `idle` makes up for those missing."""
         return parts
 
-    def rows_of_step(self, batch_tokens: int, block_size: int) -> int:
-        """Rows of a step, over all processes. InputError where they cannot be shared out evenly."""
-        rows = max(1, batch_tokens // block_size)
+    def rows_of_step(self, option: str, size: int, row: int = 1) -> int:
+        """Rows of a step of this size, over all processes. InputError, by the option that sets it, where they
+        cannot be shared out evenly."""
+        rows = max(1, size // row)
         if rows % self.world_size:
-            raise InputError(
-                f"a step of {rows} rows cannot be shared by {self.world_size} processes; "
-                f"give --batch-tokens a multiple of {self.world_size * block_size}"
-            )
+            what = f"{option} {size}: cannot be shared by {self.world_size} processes"
+            raise InputError(f"{what}; give a multiple of {self.world_size * row}")
         return rows
 
     def total(self, value: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import train
 from minillm.errors import InputError
 from minillm.optim import Optimizers
 from minillm.options import TrainingOptions
-from minillm.run import RESUME_FILE, Run, TrainingState
+from minillm.run import RESUME_FILE, Run, Runtime, TrainingState
 from minillm.tools import folder as folder_rules
 from minillm.tools import plots
 from minillm.tools.device import start_runtime
@@ -155,6 +155,15 @@ def events_of(out: Path) -> list[tuple[str, int]]:
 
 def failing(*_: object) -> None:
     raise Killed
+
+
+def test_a_step_that_processes_cannot_share_is_refused_by_the_option_that_sets_it():
+    three = Runtime(torch.device("cpu"), torch.float32, world_size=3)
+    assert three.rows_of_step("--batch-tokens", 800, 128) == 6 and three.rows_of_step("--batch-sets", 6) == 6
+    for option, size, row, least in (("--batch-tokens", 640, 128, 384), ("--ptx-tokens", 9, 128, 384),
+                                     ("--batch-sets", 4, 1, 3)):  # fmt: skip
+        with pytest.raises(InputError, match=rf"{option} {size}: .* 3 processes; .* multiple of {least}$"):
+            three.rows_of_step(option, size, row)
 
 
 # ---- One run in a folder at a time
