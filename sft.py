@@ -131,6 +131,8 @@ def open_data(options: Options) -> tuple[list[Any], list[Source]]:
         chats = open_conversations(options.data, "conversation", options.errors, options.encoding)
     else:
         chats = [world_conversations(World(options.seed), "train", options.world_conversations)]
+    if options.text and not options.text_share:
+        raise InputError("--text-share 0: takes nothing of --text; leave one of the two out")
     with_text = options.text_share and (options.text or not options.data)
     how = options.seed, options.world_megabytes, options.errors, options.encoding, options.field
     texts = text_sources(options.text, *how) if with_text else []

@@ -216,6 +216,8 @@ class PolicyOptions(TrainingOptions):
                 f"--target-kl {self.target_kl:g}: give nats a token, below 1; for nats a response, which it "
                 f"was in the release before, give --adaptive-kl-target {self.target_kl:g}"
             )
+        if self.text and not self.ptx:
+            raise InputError("--text: is read for --ptx alone; say how much of it, as in --ptx 0.5")
         group = self.responses_per_prompt
         dealt = group * self.minibatches
         if self.algorithm in ("ppo", "grpo") and self.rollout_batch % dealt:

@@ -533,6 +533,7 @@ REFUSED = [
     (["--reward", "nowhere"], "nowhere"),
     (["--init", "nowhere"], "nowhere"),
     (["--ptx", "1"], "--text"),
+    (["--text", "nowhere.txt"], "--ptx"),
     (["--max-new-tokens", "79"], "--max-new-tokens"),
     (["--algorithm", "dpo", "--rankings", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--algorithm", "best-of-n", "--resume"], "best-of-n"),

@@ -217,6 +217,7 @@ BAD_INPUT = {
     "init from a folder that is no model": ("--init {d}", "config.json"),
     "longer rows than the model has positions": ("--block-size 257", "--block-size 257"),
     "text for all": ("--text-share 1", "--text-share"),
+    "text of which nothing is read": ("--text {t} --text-share 0", "--text-share 0"),
     "validation of everything": ("--val-fraction 1", "--val-fraction"),
     "out holds a run": ("--out {r}", "--overwrite"),
     "out is another stage's run": ("--out {b} --resume", "another stage"),
