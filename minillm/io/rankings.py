@@ -23,6 +23,7 @@ from minillm.io.disk import read_json, sync, sync_open, typed, write_json
 from minillm.io.messages import check_messages
 from minillm.preferences import Ranking, Record, ResponseSet, now
 from minillm.tools.folder import lock
+from minillm.tools.provenance import provenance
 
 # ---- Lines
 
@@ -214,8 +215,6 @@ def open_rankings(options: Any, origin: Mapping[str, Any]) -> RankingFile:
 
 def record_ranking(options: Any, origin: Mapping[str, Any]) -> None:
     """Says beside the rankings how those of this kind of annotator are made."""
-    from minillm.tools.provenance import provenance
-
     how = {"options": asdict(options), "origin": dict(origin)}
     write_json(options.folder / f"rank-{options.annotator}.json", how | provenance())
 
