@@ -272,8 +272,8 @@ def test_rankings_may_be_anybodys_file_of_preferences_or_ours(tmp_path, capsys):
     [
         ("12", (1, 0, 1), "bab"), ("12", (1, 2, 1), "aba"), ("12", (0, 0), "aa"), ("12", (1, 1), None),
         ("01", (1, 0, 1), "bab"), ("01", (1, 2, 1), "aba"), ("01", (1, 1), None), ("ab", (1, 0), "ba"),
-        ("12", (0, 1, 2), "ab"), ("123", (0, 2), "ac"),
-        ("", (0, 2), "ac"), ("", (1, 3), "ac"), ("", (1, 2), None),
+        ("12", (0, 1, 2), None), ("12", (0, 2), None), ("123", (0, 2), "ac"), ("34", (3, 4), "ab"),
+        ("", (0, 2), "ac"), ("", (1, 3), "ac"), ("", (1, 2), None), ("", (0, 3), None),
     ],
 )  # fmt: skip
 def test_a_number_calls_a_reply_as_the_others_of_its_file_count_them_or_is_left_out(

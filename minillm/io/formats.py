@@ -42,7 +42,7 @@ Replies = Sequence[tuple[Any, Score]]
 """The replies in a record, each a text, a message or a whole conversation."""
 Example = Sequence[tuple[Conversation, Score]]
 """Conversations alike but for their last message. One alone is a demonstration, or a prompt without reply."""
-Firsts = Callable[[], Sequence[int]]
+Firsts = Callable[[], Sequence[int] | None]
 """The numbers by which verdicts may call the first of several replies; with none, by that in its name."""
 Comparison = tuple[Conversation, dict[str, float]]
 """What is asked, and the score of each reply: of one alone, until others to the same prompt are found."""
@@ -417,15 +417,19 @@ def _numbered(fields: Record) -> Record:
     return {NUMBERED: found} if len(found) > 1 else {}
 
 
-def firsts_of(records: Iterable[object]) -> Sequence[int]:
+def firsts_of(records: Iterable[object]) -> Sequence[int] | None:
     """The numbers by which the verdicts of `records` may call a first reply, such as response_1: 0, 1, either
-    where a `label` is 1 in all of them; none where they fit neither, or where the reply's own does."""
-    numbers, count, name = set[int](), 0, ""
+    where a `label` is 1 in all of them; none where the replies' own names do. None where nothing does: of two
+    replies, one of the labels 0, 1 and 2 is a tie, the first or the last."""
+    numbers, count, name, named = set[int](), 0, "", True
     for fields in (known(record)[1] for record in records):
         if (word := _verdict_of(fields)).isdecimal() and (held := _first(fields, (NUMBERED, *REPLIES))):
             numbers.add(int(word))
+            named &= any(word in reply.get(CALLED, ()) for reply in held if isinstance(reply, dict))
             count, name = max(count, len(held)), next(name for name in VERDICTS if name in fields)
-    fit = [first for first in (0, 1) if all(first <= number < first + count for number in numbers)]
+    fit = tuple(first for first in (0, 1) if all(first <= number < first + count for number in numbers))
+    if not (fit or named):
+        return None
     return fit if len(fit) == 1 or name == "label" else ()
 
 
@@ -465,8 +469,8 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
         return [0.0] * len(names)
     scores = [float(word in name) for name in names]
-    if word.isdecimal() and (starts := fields[FIRSTS]()):
-        scores = [float(int(word) - i in starts) for i in range(len(names))]
+    if word.isdecimal() and (starts := fields[FIRSTS]()) != ():
+        scores = [float(starts is None or int(word) - i in starts) for i in range(len(names))]
     if sum(scores) != 1:
         how = "names none of their replies" if not sum(scores) else "may count them from 0 or from 1"
         raise LeftOutError(f"records with a verdict that {how}")
