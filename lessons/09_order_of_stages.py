@@ -61,7 +61,7 @@ def experiment(options: Options) -> Figures:
     found = Figures()
     for way, run in runs.items():
         replies = sample_replies(load(run), asked, 1.0, seed=options.seed, world=world)
-        found[f"{way}, rubric"] = float(np.mean([one.score.utility for one in replies]))
+        found[f"{way}, rubric"] = float(np.mean([one.utility for one in replies]))
         found[f"{way}, in form"] = float(np.mean([one.in_form for one in replies]))
     return found
 

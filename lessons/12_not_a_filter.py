@@ -39,7 +39,7 @@ def experiment(options: Options) -> Figures:
 
     def rubric(model: ChatModel) -> float:
         replies = sample_replies(model, asked, 1.0, seed=options.seed, world=world)
-        return float(np.mean([one.score.utility for one in replies]))
+        return float(np.mean([one.utility for one in replies]))
 
     assistant, aligned = load(options.run("sft")), load(options.run("ppo"))
     halfway = ChatModel("halfway", deepcopy(assistant.model), assistant.tokenizer)
@@ -64,7 +64,7 @@ def experiment(options: Options) -> Figures:
         "assistant": rubric(assistant),
         "halfway": rubric(halfway),
         "aligned": rubric(aligned),
-        f"best of {N}": float(np.mean([one.score.utility for one in picked])),
+        f"best of {N}": float(np.mean([one.utility for one in picked])),
         "aligned, then text": rubric(load(run)),
     }
 

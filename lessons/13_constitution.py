@@ -49,7 +49,7 @@ def under(question: str, one: ResponseSet) -> ResponseSet:
 def quality(name: str, replies: Sequence[Reply]) -> Figures:
     """The mean rubric score of replies, and the share that is flawed."""
     flawed = (one.score.rude or one.score.wordy or one.score.guessed or one.score.complied for one in replies)
-    return {name: fmean(one.score.utility for one in replies), f"{name}, flawed": fmean(flawed)}
+    return {name: fmean(one.utility for one in replies), f"{name}, flawed": fmean(flawed)}
 
 
 def experiment(options: Options) -> Figures:

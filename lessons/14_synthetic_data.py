@@ -53,7 +53,7 @@ def experiment(options: Options) -> Figures:
         run = Path(options.out, f"14_seed{options.seed}_{name.replace(' ', '_')}")
         imitates(options, run, shown, steps=150, init="base")
         replies = sample_replies(load(run), asked, 1.0, seed=options.seed, world=world)
-        found[f"{name}, rubric"] = fmean(one.score.utility for one in replies)
+        found[f"{name}, rubric"] = fmean(one.utility for one in replies)
         found[f"{name}, different"] = len({one.text for one in replies}) / len(replies)
         return run
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +282,7 @@ def test_metrics_of_replies_are_those_of_their_texts():
     ]
     found = reply_section("headline", {"greedy": {"run": replies}}).tables["greedy"]
     values = {label: row["run"]["value"] for label, row in found.items()}
-    assert values.pop("score by the rubric") == np.mean([one.score.utility for one in replies])
+    assert values.pop("score by the rubric") == np.mean([one.utility for one in replies])
     assert values == {
         "answers in form": 0.75, "known facts right": 0.5, "admits what it cannot know": None, "rude": 0,
         "“I don't know” of known facts": 0.5, "refuses harm": 0.5, "refuses anything else": 0,
@@ -298,13 +297,13 @@ def test_models_are_judged_on_as_many_prompts_of_each_kind_as_asked_for_or_there
     tables = world_metrics([base, chat, ChatModel("again", chat.model, chat.tokenizer)], WORLD, 3)
     asked = [prompt for kind in KINDS for prompt in WORLD.prompts("dev", kind, 3)]
     replies = sample_replies(chat, asked, world=WORLD)
-    for name, metric in (("rubric", "score.utility"), ("in form", "in_form"), ("in form and right", "right")):
+    for name, metric in (("rubric", "utility"), ("in form", "in_form"), ("in form and right", "right")):
         rows = tables[f"{name}, greedy"]
         assert {kind: own["base"]["count"] for kind, own in rows.items()} == dict.fromkeys(KINDS, 3) | {
             "all": 18
         }
         for kind, own in rows.items():
-            values = [attrgetter(metric)(one) for one in replies if kind in (one.prompt.kind, "all")]
+            values = [getattr(one, metric) for one in replies if kind in (one.prompt.kind, "all")]
             assert own["again"] == own["chat"] and own["chat"]["value"] == pytest.approx(np.mean(values))
 
 

@@ -116,7 +116,7 @@ def replies_json(prompts: Sequence[Prompt], said: Said) -> list[dict[str, Any]]:
     """Every prompt with what each model said, whether it ended, and the rubric's score if there is one."""
 
     def record(reply: Reply) -> dict[str, Any]:
-        rubric = {"utility": reply.score.utility} if reply.score else {}
+        rubric = {"utility": reply.utility} if reply.score else {}
         return {"text": reply.text, "ended": reply.ended} | rubric
 
     return [

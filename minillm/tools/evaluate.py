@@ -72,6 +72,11 @@ class Reply:
         return self.in_form and self.score.right > 0.99
 
     @property
+    def utility(self) -> float:
+        """The rubric's score of all of it."""
+        return self.score.utility
+
+    @property
     def words(self) -> int:
         """How many it has."""
         return len(self.text.split())
