@@ -316,10 +316,11 @@ def test_sft_over_its_base_model_goes_on_from_that_after_a_kill_at_its_first_sav
 
 @pytest.mark.parametrize("save_every", ["1", "4"])
 def test_after_an_explosion_the_message_is_true_and_its_advice_works(here, capfd, save_every):
-    exploding = ["--matrix-rate", "1e30", "--weight-decay", "1e30", "--save-every", save_every]
+    exploding = ["--matrix-rate", "1e30", "--weight-decay", "1e-15", "--save-every", save_every]
     line = refusal_at_end(["--data", "tale.txt", "--out", "base", *TINY, *exploding], capfd)
     saved = Path("base", RESUME_FILE).exists()
     assert ("a restart point is kept, of step" in line) == saved and ("nothing was saved" in line) != saved
+    assert saved == (save_every == "1")
     assert "--overwrite" in line and "lower --matrix-rate" in line
     pretrain("--overwrite")
 
