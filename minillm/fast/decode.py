@@ -26,10 +26,10 @@ from torch import Tensor
 from kernels.attention import attention
 from minillm.model import Block, KVCache, LanguageModel, RMSNorm
 
-norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
-"""`norm(x).hypot_(floor)` is sqrt(|x|² + floor²), with floor² = width · eps: x divided by it is RMSNorm of x
-but for a factor sqrt(width), which is in the weights behind. F.rms_norm is eight operations on a CPU, these
-are three."""
+vector_norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+"""`vector_norm(x).hypot_(floor)` is sqrt(|x|² + floor²), with floor² = width · eps: x divided by it is
+RMSNorm of x but for a factor sqrt(width), which is in the weights behind. F.rms_norm is eight operations on
+a CPU, these are three."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FoldedCache(KVCache):
             qk_norm = torch.cat([norm.expand(n, -1) for norm, n in zip(both, self.heads, strict=True)])
         else:
             q = q * C**-0.5
-        # Behind a norm a matrix reads what `norm` divides, and makes up for the rest of the norm.
+        # Behind a norm a matrix reads what `vector_norm` divides, and makes up for the rest of the norm.
         norms = block.input_layernorm, block.post_attention_layernorm
         first, second = (norm.weight * norm.weight.numel() ** 0.5 for norm in norms)
         matrices = (
@@ -110,11 +110,11 @@ class FoldedCache(KVCache):
         rotation = self.rotation.index_select(0, self.lengths)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight).to(self.dtype)
         for number, block in enumerate(self.blocks):
-            length = norm(x, dtype=exact).hypot_(floor)
+            length = vector_norm(x, dtype=exact).hypot_(floor)
             qkv = torch.mm((x / length).to(self.dtype), block.qkv).view(B, H + 2 * K, C).to(exact)
             qk = qkv.narrow(1, 0, H + K)
             if block.qk_norm is not None:
-                qk.div_(norm(qk, dtype=exact).hypot_(head_floor)).mul_(block.qk_norm)
+                qk.div_(vector_norm(qk, dtype=exact).hypot_(head_floor)).mul_(block.qk_norm)
             qk.view(rotation.dtype).mul_(rotation)
             q, kv = qkv.to(self.dtype).split_with_sizes((H, 2 * K), dim=1)
             cache.index_copy_(0, slots[number], kv.reshape(-1, C))
@@ -123,12 +123,12 @@ class FoldedCache(KVCache):
             scores = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
             gathered = torch.bmm(scores.softmax(dim=-1), values[number])
             x = torch.addmm(x, gathered.view(B, H * C), block.out)
-            length = norm(x, dtype=exact).hypot_(floor)
+            length = vector_norm(x, dtype=exact).hypot_(floor)
             gate, up = torch.mm((x / length).to(self.dtype), block.gate_up).chunk(2, dim=-1)
             x = torch.addmm(x, F.silu(gate).mul_(up), block.down)
         self.lengths = self.placed = self.lengths + 1
         self.longest, self.slots = seen, self.slots + 1
-        return torch.mm((x / norm(x, dtype=exact).hypot_(floor)).to(self.dtype), self.output).float()
+        return torch.mm((x / vector_norm(x, dtype=exact).hypot_(floor)).to(self.dtype), self.output).float()
 
     def _place(self) -> None:
         """Where each row, of so many tokens, writes the next, and what it may not see."""
