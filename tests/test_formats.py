@@ -186,6 +186,9 @@ RANKINGS = [
     ({"input": "Why?", "output_1": "a", "output_2": "b", "label": 1}, "a > b"),
     *(({"input": "Why?", "output_1": "a", "output_2": "b", "label": two}, "b > a") for two in (2.0, "2.0")),
     ({"prompt": "Why?", **TWO, "winner": "B"}, "b > a"),
+    *(({"question": "Why?", "response_A": "a", "response_B": "b", "label": order}, said)
+      for order, said in (("B>A", "b > a"), ("[[A>>B]]", "a > b"), ("A=B", "a = b"))),
+    ({"prompt": "Why?", "chosen": ["b", "c"], "rejected": ["a", "d"]}, "b = c > a = d"),
     ({"question": "Why?", "response_j": "b", "response_k": "a"}, "b > a"),
     *(({**PAIR, "chosen_score": none, "rejected_score": none}, "b > a") for none in ("", float("nan"))),
     *(({"prompt": "Why?", **TWO, "winner": word}, "a = b")
@@ -313,6 +316,8 @@ LEFT_OUT = [
       for given in ({"A": "x", "B": "y"}, {"opa": "x", "opb": "y"}, {"option1": "x", "option2": "y"})),
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
+    ("conversation", {**PAIR, "chosen": []}, "a message of the assistant's"),  # and does not teach what was rejected
+    ("ranking", {"question": "Why?", **TWO, "label": "A>B>C"}, "names none of their replies"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
     ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no list"),
     ("conversation", {"prompt": "Who?", "chosen": ASKED, "rejected": chat("Why?", "No.")}, "another prompt"),

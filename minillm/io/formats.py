@@ -388,7 +388,13 @@ def _chosen_and_rejected(fields: Record) -> Replies:
     better, worse = (1.0, 0.0) if {"None", "nan", ""} & {*map(str, scores)} else map(float, scores)
     if better < worse:
         raise LeftOutError("pairs whose scores contradict their order")
-    return [(_one(fields, CHOSEN), better), (_one(fields, REJECTED), worse)]
+    both = (_one(fields, CHOSEN), better), (_one(fields, REJECTED), worse)
+    return [(reply, score) for side, score in both for reply in (side if _are_texts(side) else [side])]
+
+
+def _are_texts(side: Any) -> bool:
+    """Whether these are several replies, as RewardBench 2 has them, and not the messages of one."""
+    return isinstance(side, list) and bool(side) and all(isinstance(text, str) for text in side)
 
 
 def _score_beside(fields: Record, *names: str) -> Any:
@@ -480,7 +486,9 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
 def _verdict_of(fields: Record) -> str:
     """The word or number by which a field names the best of some replies; nothing where there is none."""
     verdict = _first(fields, VERDICTS)
-    return "" if verdict is None else str(verdict).strip().lower().removesuffix(".0")
+    word = "" if verdict is None else str(verdict).strip().lower().removesuffix(".0")
+    order = re.fullmatch(r"\[*(\w)(>+|=)\w\]*", word)  # as in A>B
+    return (order[1] if ">" in order[2] else "tie") if order else word
 
 
 def _scores_beside(fields: Record, count: int) -> list[Any] | None:
