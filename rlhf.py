@@ -79,8 +79,8 @@ class Options(PolicyOptions):
     out: str = "out/rlhf"
     """The folder of responses and rankings; the reward model has one of its own inside."""
     data: tuple[str, ...] = ()
-    """sample, policy: prompts, or conversations, used without their last reply. Nothing: the little world's
-    prompts. rank --annotator file: rankings that others published (minillm/io/formats.py)."""
+    """sample, policy, rank --annotator file: prompts, or conversations, used without their last reply
+    (nothing: the little world's prompts); to rank, what others published (minillm/io/formats.py)."""
     errors: Literal["strict", "replace"] = "strict"
     """Stop at data that is not UTF-8 or does not parse, or replace and skip it, counted."""
 

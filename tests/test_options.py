@@ -324,6 +324,22 @@ def test_a_name_that_now_means_another_option_is_explained_and_never_misread(cap
         assert "--target-kl 6:" in message and "--adaptive-kl-target 6" in message
 
 
+@pytest.mark.parametrize(("line", "unread"), [
+    ("policy --algorithm dpo --beta 0.3 --epochs 2 --iterations 4 --rankings x", "--iterations"),
+    ("policy --no-whiten --iterations 4 --epochs=2 --data x --rankings x", "--epochs=2, --rankings"),
+    ("policy --algorithm grpo --no-whiten --kl-estimator k2 --top-k 3", "--no-whiten"),
+    ("policy --algorithm best-of-n --group-size 4 --minibatches 1 --seed 3", "--minibatches"),
+    ("reward --epochs 2 --algorithm dpo --beta 1 --seed 3 --warmup 3", "--algorithm, --beta"),
+    ("rank --annotator person --name Ada --noise 2 --data x", "--noise, --data"),
+    ("rank --annotator file --data x --out y", ""),
+    ("sample --data x --temperature 2 --keep last --annotator person", "--keep, --annotator"),
+])  # fmt: skip
+def test_options_that_a_stage_does_not_read_are_said_at_its_start_and_no_others(line, unread, capsys):
+    parse_options(rlhf.Options, ["--stage", *line.split()])
+    said = f"note: {unread}: not read by this stage, see --help\n" if unread else ""
+    assert capsys.readouterr() == (said, "")
+
+
 def test_a_run_of_the_release_before_resumes_with_all_options_under_their_new_names(tmp_path):
     stored = {"inner_epochs": 7, "stop_kl": 0.1, "target_kl": 6.0, "out": "elsewhere"}
     (tmp_path / "run.json").write_text(json.dumps({"options": stored}))

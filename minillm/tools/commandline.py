@@ -39,6 +39,8 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
         print_help(kind)
     words = words_as_meant(kind, arguments)
     given = options_of(kind, words)
+    if idle := unread(given, words):
+        print(f"note: {', '.join(idle)}: not read by this stage, see --help")
     if not getattr(given, "resume", False):
         return given
     stored = stored_options(kind, given.folder / "run.json")
@@ -122,6 +124,24 @@ def stored_options(kind: type[Any], path: Path) -> Any:
         return kind(**{name: typed(name, value, kinds[name]) for name, value in stored.items()})
     except (InputError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: holds an option that does not fit ({error})") from None
+
+
+def unread(options: Any, words: list[str]) -> list[str]:
+    """The flags among the words that the options' stage does not read. Of an option that is not for all, the
+    explanation begins with the stages, algorithms or annotators that read it: "sample, policy: ..."."""
+    explained, kinds = explanations(type(options)), get_type_hints(type(options))
+    choices = [name for name in ("stage", "algorithm", "annotator") if name in kinds]
+    names, active = {choice for name in choices for choice in get_args(kinds[name])}, set[str]()
+
+    def is_read(name: str) -> bool:
+        some = explained[name].split(": ")[0].split(",")
+        readers = [[word for word in one.split() if word[:2] != "--"] for one in some]
+        return not names.issuperset(itertools.chain(*readers)) or any(map(active.issuperset, readers))
+
+    for name in filter(is_read, choices):
+        active.add(getattr(options, name))
+    given = {word: word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words}
+    return [word for word, name in given.items() if name in explained and not is_read(name)]
 
 
 # ---- --help
