@@ -316,7 +316,7 @@ LEFT_OUT = [
       for given in ({"A": "x", "B": "y"}, {"opa": "x", "opb": "y"}, {"option1": "x", "option2": "y"})),
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
-    ("conversation", {**PAIR, "chosen": []}, "a message of the assistant's"),  # and does not teach what was rejected
+    ("conversation", {**PAIR, "chosen": []}, "a message of the assistant's"),  # no lesson in "a"
     ("ranking", {"question": "Why?", **TWO, "label": "A>B>C"}, "names none of their replies"),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
     ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no list"),
