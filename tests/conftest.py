@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -26,6 +28,21 @@ CHECKED = [
     if "jaxtyping" in file.read_text(encoding="utf-8")
 ]
 install_import_hook(CHECKED, "beartype.beartype")
+
+if DEVICE == "cpu" and find_spec("triton"):
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # At each call of a function in a kernel the interpreter looks through all of Triton's language for what
+    # is to be replaced, though nothing is left of it behind the first: half of the time that kernels took.
+    replace_language = interpreter._patch_lang
+
+    def replace_language_once(function: Any) -> Any:
+        languages = [one for one in function.__globals__.values() if one is tl or one is tl.core]
+        is_left = any(tl.core.is_builtin(language.arange) for language in languages)
+        return replace_language(function) if is_left else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = replace_language_once
 
 # Whether a write has reached the disk can be seen by a loss of power alone, and waiting for it takes longer
 # than many a test: the file must be open, no more.
