@@ -99,16 +99,15 @@ class Pretend(TorchDispatchMode):
     def _note(self, op, args, tensors, there, goes) -> None:
         """Writes down what waits and what is sent. RuntimeError where tensors are of two devices."""
         name = op._schema.name.removeprefix("aten::")
-        noted = f"{place()}  {op}"
         if name in ("_to_copy", "copy_"):
             if goes and len(there) < len(tensors):
-                self.uploads.append(noted)
+                self.uploads.append(f"{place()}  {op}")
             elif not goes:
-                self.waits.append(noted)
+                self.waits.append(f"{place()}  {op}")
         elif len(there) < len(tensors):
-            raise RuntimeError(f"{noted}: some tensors are on the device and some are not")
+            raise RuntimeError(f"{place()}  {op}: some tensors are on the device and some are not")
         elif name in WAITS or (name.startswith("index") and any(map(is_mask, tree_leaves(args[1])))):
-            self.waits.append(noted)
+            self.waits.append(f"{place()}  {op}")
 
 
 def is_mask(x: Any) -> bool:

@@ -162,7 +162,7 @@ PLAIN_DECODING = DECODING | {"T": 1, "C": 40, "bounds": "none"}
 
 
 @both_versions
-@settings(max_examples=25)
+@settings(max_examples=18)
 @given(case=cases, dtype=st.sampled_from(list(TOLERANCE)))
 @example(case=EMPTY_ROWS, dtype=torch.float32)
 @example(case=MANY, dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_output_and_every_gradient_equal_the_reference(device, impl, case, dtype
 
 
 @both_versions
-@settings(max_examples=15)
+@settings(max_examples=11)
 @given(case=cases, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 @example(case=EMPTY_ROWS, dtype=torch.bfloat16)
 @example(case=MANY, dtype=torch.bfloat16)
