@@ -16,11 +16,12 @@ import re
 import shutil
 import signal
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from minillm.errors import InputError
 from minillm.io.rankings import RankingFile, read_responses
 from minillm.preferences import new_ranking
 from minillm.tools import chat
-from minillm.tools.commandline import parse_options
+from minillm.tools.commandline import options_of, parse_options
 
 pytestmark = pytest.mark.usefixtures("quick_plots")
 
@@ -592,28 +593,33 @@ def test_a_name_that_no_disk_can_hold_ends_in_one_line(made, restored, capfd, li
 # ---- Options
 
 SCRIPTS = {"train": train, "sft": sft, "rlhf": rlhf, "chat": chat, "compare": compare}
-FIRST = {"rlhf": ["--stage", "policy"], "compare": ["x"]}
+FIRST = defaultdict[str, list[str]](list, rlhf=["--stage", "policy"], compare=["x"])
 NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "", " ", "0x10", "1e-400", str(10**40), "-0.0", "None")
 
 
-def numeric_fields() -> Iterator[tuple[str, str, type]]:
+def numeric_fields() -> Iterator[tuple[str, str, Any]]:
     for script, module in SCRIPTS.items():
+        kinds = get_type_hints(module.Options, include_extras=True)
         for option in fields(module.Options):
-            kinds = str(option.type)
-            if "int" in kinds or "float" in kinds:
-                yield script, option.name, option.type
+            if "int" in str(option.type) or "float" in str(option.type):
+                yield script, option.name, kinds[option.name]
 
 
-@pytest.mark.parametrize(("script", "name"), [found[:2] for found in numeric_fields()])
-def test_a_number_that_is_nonsense_is_refused_in_one_line_or_is_a_finite_number(script, name):
+@pytest.mark.parametrize(("script", "name", "kind"), list(numeric_fields()))
+def test_a_number_that_is_nonsense_is_refused_in_one_line_or_is_a_finite_number(script, name, kind):
+    """Read as one option alone, which is soon done, and put among the others."""
+    alone, others = (
+        make_dataclass("Alone", [(name, kind)]),
+        parse_options(SCRIPTS[script].Options, FIRST[script]),
+    )
     for text in NUMBERS:
         flag = f"--{name.replace('_', '-')}"
         try:
-            options = parse_options(SCRIPTS[script].Options, [*FIRST.get(script, []), f"{flag}={text}"])
+            value = getattr(options_of(alone, [f"{flag}={text}"]), name)
+            replace(others, **{name: value})
         except InputError as error:
             assert len(str(error).splitlines()) == 1 and name in str(error).replace("-", "_")
         else:
-            value = getattr(options, name)
             assert value is None or math.isfinite(value), f"{flag} {text}"
 
 

@@ -16,6 +16,7 @@ import textwrap
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields, make_dataclass, replace
 from dataclasses import field as new_field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -180,6 +181,7 @@ def grouped(kind: type[Any]) -> dict[str, dict[str, Field]]:
     return found | ({"more": known} if known else {})
 
 
+@cache
 def explanations(kind: type[Any]) -> dict[str, str]:
     """The string under each field, in one line; a subclass's stands for its base's."""
     found = {}
