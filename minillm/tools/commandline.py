@@ -16,7 +16,6 @@ import textwrap
 from contextlib import redirect_stderr
 from dataclasses import MISSING, Field, fields, make_dataclass, replace
 from dataclasses import field as new_field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -130,8 +129,10 @@ def stored_options(kind: type[Any], path: Path) -> Any:
 def unread(options: Any, words: list[str]) -> list[str]:
     """The flags among the words that the options' stage does not read. Of an option that is not for all, the
     explanation begins with the stages, algorithms or annotators that read it: "sample, policy: ..."."""
-    explained, kinds = explanations(type(options)), get_type_hints(type(options))
-    choices = [name for name in ("stage", "algorithm", "annotator") if name in kinds]
+    kinds = get_type_hints(type(options))
+    if not (choices := [name for name in ("stage", "algorithm", "annotator") if name in kinds]):
+        return []
+    explained = explanations(type(options))
     names, active = {choice for name in choices for choice in get_args(kinds[name])}, set[str]()
 
     def is_read(name: str) -> bool:
@@ -181,7 +182,6 @@ def grouped(kind: type[Any]) -> dict[str, dict[str, Field]]:
     return found | ({"more": known} if known else {})
 
 
-@cache
 def explanations(kind: type[Any]) -> dict[str, str]:
     """The string under each field, in one line; a subclass's stands for its base's."""
     found = {}
