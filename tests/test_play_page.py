@@ -55,9 +55,15 @@ def window(browser, address: str, width: int, scheme: str) -> Iterator:
     context.close()
 
 
-@pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
-def page(browser, request, address) -> Iterator:
-    with window(browser, address, *request.param) as opened:
+@pytest.fixture(params=["mouse", "keyboard"])
+def by(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def page(browser, by, address) -> Iterator:
+    """By mouse on a phone in the dark, by keyboard on a desk in the light."""
+    with window(browser, address, *(PHONE if by == "mouse" else DESK)) as opened:
         yield opened
 
 
@@ -80,7 +86,6 @@ def press(page, by: str, name: str) -> None:
     raise AssertionError(f"the Tab key does not lead to {name}")
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
 def test_a_word_is_guessed(page, by):
     page.locator("#guess-choices button").first.wait_for()
     if by == "mouse":
@@ -122,7 +127,6 @@ def test_a_question_that_comes_late_does_not_undo_a_guess(browser, address):
     page.close()
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
 def test_the_better_response_is_picked_and_taken_back(page, by, runs):
     page.goto(f"{page.url.partition('#')[0]}#pick")
     name = f"{by}{page.viewport_size['width']}"
@@ -188,7 +192,6 @@ def test_what_a_model_writes_is_never_markup(page):
     assert page.locator("b").count() == 0
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
 def test_models_answer_side_by_side_and_say_how_sure_they_were(page, by):
     page.goto(f"{page.url.partition('#')[0]}#chat")
     page.locator("#chat-columns > div").nth(1).wait_for()
@@ -225,7 +228,6 @@ def test_calls_of_tools_are_run_and_shown_with_their_results(page, runs):
             visible(page, "It has answered").wait_for()
 
 
-@pytest.mark.parametrize("by", ["mouse", "keyboard"])
 def test_results_are_shown(page, by):
     press(page, by, "5 Results")
     page.frame_locator("iframe").get_by_text("Three models").wait_for()
@@ -236,15 +238,14 @@ def test_results_are_shown(page, by):
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
 
-@pytest.mark.parametrize(("by", "where"), [("mouse", PHONE), ("keyboard", DESK)])
-def test_ten_picks_train_a_policy_whose_answers_change(by, where, browser, tmp_path, monkeypatch):
+def test_ten_picks_train_a_policy_whose_answers_change(by, browser, tmp_path, monkeypatch):
     """By mouse to the end, then kept and downloaded; by keyboard stopped after a change, and removed."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     # Ten steps of the usual size change too little in a model that knows nothing.
     monkeypatch.setattr(training, "POLICY", f"{training.POLICY} --policy-rate 0.02")
     folder = make_runs(tmp_path / "out")
     for address in serve(play.Options(runs=str(folder), port=0)):
-        with window(browser, address, *where) as page:
+        with window(browser, address, *(PHONE if by == "mouse" else DESK)) as page:
             press(page, by, "3 Train")
             visible(page, "Picks so far: 0").wait_for()
             press(page, by, "2 Pick")
