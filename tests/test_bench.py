@@ -129,7 +129,7 @@ def test_the_program_writes_figures_hardware_versions_and_commit(tmp_path, capsy
     shown, record = capsys.readouterr().out, json.loads(path.read_text())
     if not torch.cuda.is_available():
         assert "no Triton kernel is timed" in shown and record["gpu"] is None
-    assert record["cpu"] and record["cores"] and record["versions"]["torch"] == torch.__version__
+    assert record["cpu"] and record["cores"] and torch.__version__.startswith(record["versions"]["torch"])
     assert set(record) >= {"commit", "dirty", "threads", "libraries", "ceilings"}
     [(name, contest)] = record["contests"].items()
     assert name in shown and name.startswith("attention, decoding")

@@ -90,7 +90,7 @@ def test_a_finished_run_leaves_a_complete_folder_and_a_final_line(reference):
     }  # fmt: skip
     record = json.loads((reference / "run.json").read_text())
     assert record["options"]["seed"] == 0 and record["options"]["steps"] == 12
-    assert record["commit"] and record["versions"]["torch"] == torch.__version__
+    assert record["commit"] and torch.__version__.startswith(record["versions"]["torch"])
     assert (reference / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
