@@ -317,7 +317,8 @@ LEFT_OUT = [
     ("prompt", {"messages": [USER], "document": "A cat sat.", "answers": ["It."]}, "'document'"),
     ("conversation", {**PAIR, "chosen_rating": 1, "rejected_rating": 2}, "contradict"),
     ("conversation", {**PAIR, "chosen": []}, "a message of the assistant's"),  # no lesson in "a"
-    ("ranking", {"question": "Why?", **TWO, "label": "A>B>C"}, "names none of their replies"),
+    *(("ranking", {"question": "Why?", **replies, "label": order}, "names none of their replies")
+      for replies, order in ((TWO, "A>B>C"), ({**TWO, "response_c": "c"}, "A=B"))),
     ("conversation", {"conversations": ASKED, "chosen": "Other.", "rejected": "No."}, "two replies"),
     ("conversation", {"question": "Why?", "answers": {"text": ["x"], "answer_start": [0]}}, "no list"),
     ("conversation", {"prompt": "Who?", "chosen": ASKED, "rejected": chat("Why?", "No.")}, "another prompt"),

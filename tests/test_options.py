@@ -331,7 +331,7 @@ def test_a_name_that_now_means_another_option_is_explained_and_never_misread(cap
     ("policy --algorithm best-of-n --group-size 4 --minibatches 1 --seed 3", "--minibatches"),
     ("reward --epochs 2 --algorithm dpo --beta 1 --seed 3 --warmup 3", "--algorithm, --beta"),
     ("rank --annotator person --name Ada --noise 2 --data x", "--noise, --data"),
-    ("rank --annotator file --data x --out y", ""),
+    ("rank --annotator file --data x --out xxbeta", ""),
     ("sample --data x --temperature 2 --keep last --annotator person", "--keep, --annotator"),
 ])  # fmt: skip
 def test_options_that_a_stage_does_not_read_are_said_at_its_start_and_no_others(line, unread, capsys):

@@ -470,6 +470,8 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
     _one(fields, VERDICTS)  # PKU-SafeRLHF has two, the better reply and the safer one
     if not (word := _verdict_of(fields)):
         return None
+    if len(names) == 2 and (order := re.fullmatch(r"\[*(\w)(>+|=)\w\]*", word)):  # as in A>B
+        word = order[1] if ">" in order[2] else "tie"
     if word.endswith(("bad", "bad)")) or word in ("neither", "none"):
         return [BAD] * len(names)
     if word.startswith(("tie", "both")) or word in ("equal", "same"):
@@ -486,9 +488,7 @@ def _verdict(fields: Record, names: Sequence[tuple[str, ...]]) -> list[float] | 
 def _verdict_of(fields: Record) -> str:
     """The word or number by which a field names the best of some replies; nothing where there is none."""
     verdict = _first(fields, VERDICTS)
-    word = "" if verdict is None else str(verdict).strip().lower().removesuffix(".0")
-    order = re.fullmatch(r"\[*(\w)(>+|=)\w\]*", word)  # as in A>B
-    return (order[1] if ">" in order[2] else "tie") if order else word
+    return "" if verdict is None else str(verdict).strip().lower().removesuffix(".0")
 
 
 def _scores_beside(fields: Record, count: int) -> list[Any] | None:

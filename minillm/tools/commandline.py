@@ -142,7 +142,8 @@ def unread(options: Any, words: list[str]) -> list[str]:
 
     for name in filter(is_read, choices):
         active.add(getattr(options, name))
-    given = {word: word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words}
+    flags = {word: word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
+    given = {word: name.removeprefix("no_") for word, name in flags.items()}
     return [word for word, name in given.items() if name in explained and not is_read(name)]
 
 
