@@ -144,7 +144,7 @@ class DataOptions(TrainingOptions):
 
 @dataclass(frozen=True)
 class PolicyOptions(TrainingOptions):
-    """The options for aligning a policy; an option that only some algorithms read begins with their names."""
+    """The options for aligning a policy; each names first the algorithms that read it, or policy."""
 
     algorithm: Literal["ppo", "grpo", "dpo", "best-of-n"] = "ppo"
     """policy: how it learns. best-of-n learns nothing: of --group-size responses the best-scored is given."""
@@ -163,16 +163,16 @@ class PolicyOptions(TrainingOptions):
     target_kl: Positive = 0.05
     """ppo, grpo: no further pass once KL(π_old ‖ π), π_old having sampled, exceeds this, in nats a token."""
     policy_rate: Positive = 5e-4
-    """policy: learning rate of its matrices, by AdamW; the critic's are the same."""
+    """ppo, grpo, dpo: learning rate of the policy's matrices, by AdamW; the critic's are the same."""
     beta: NotNegative = 0.15
-    """policy: β, the price of a nat of KL(π ‖ π_ref), both at the temperature sampled at, π after top-k and
-    top-p; for dpo the β of its loss, which sets how far it may go."""
+    """ppo, grpo, dpo: β, the price of a nat of KL(π ‖ π_ref), both at the temperature sampled at, π after
+    top-k and top-p; for dpo the β of its loss, which sets how far it may go."""
     adaptive_kl_target: Positive | None = None
     """ppo, grpo: the KL, nats a response, that β steers to, by at most 2% an iteration. Default: β stays."""
     max_kl: Positive = 200.0
-    """policy: nats a response beyond which the run ends, with the best policy so far kept."""
+    """ppo, grpo, dpo: nats a response beyond which the run ends, with the best policy so far kept."""
     keep: Literal["best", "last"] = "best"
-    """policy: which is kept: that of the highest held-out score - β KL (dpo: lowest loss), or the last."""
+    """ppo, grpo, dpo: the policy of the highest held-out score - β KL (dpo: lowest loss), or the last."""
     clip_range: Positive = 0.2
     """ppo, grpo: how far from 1 the ratio π/π_old of a token still has a gradient."""
     kl_estimator: Literal["k2", "k3", "exact"] = "k3"
@@ -192,7 +192,7 @@ class PolicyOptions(TrainingOptions):
     whiten: bool = True
     """ppo: shift and scale advantages to mean 0 and standard deviation 1."""
     scale_scores: bool = True
-    """policy: divide scores by the standard deviation of the assistant's own, on held-out prompts."""
+    """ppo, grpo: divide scores by the standard deviation of the assistant's own, on held-out prompts."""
     missing_eos_score: Real | None = -1.0
     """policy: score of a response that was cut before its end, in standard deviations from the mean of the
     assistant's own; None for what the reward model says of its text."""

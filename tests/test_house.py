@@ -9,7 +9,7 @@ from configparser import ConfigParser
 import pytest
 from house import ENTRANCES, OUTER, ROOT, files, imports, is_core, lines
 
-CORE_LINES, ALL_LINES = 6_752, 16_447
+CORE_LINES, ALL_LINES = 6_752, 16_450
 STEPS = {"train.py": (30, 8), "sft.py": (29, 8), "PPO": (83, 14)}
 """Of each stage: the functions that a step enters, those of the progress bar included, and their files."""
 SEAMS = {

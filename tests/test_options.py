@@ -328,16 +328,21 @@ def test_a_name_that_now_means_another_option_is_explained_and_never_misread(cap
     ("policy --algorithm dpo --beta 0.3 --epochs 2 --iterations 4 --rankings x", "--iterations"),
     ("policy --no-whiten --iterations 4 --epochs=2 --data x --rankings x", "--epochs=2, --rankings"),
     ("policy --algorithm grpo --no-whiten --kl-estimator k2 --top-k 3", "--no-whiten"),
-    ("policy --algorithm best-of-n --group-size 4 --minibatches 1 --seed 3", "--minibatches"),
+    ("policy --algorithm best-of-n --group-size 4 --minibatches 1 --beta 1", "--minibatches, --beta"),
     ("reward --epochs 2 --algorithm dpo --beta 1 --seed 3 --warmup 3", "--algorithm, --beta"),
     ("rank --annotator person --name Ada --noise 2 --data x", "--noise, --data"),
     ("rank --annotator file --data x --out xxbeta", ""),
     ("sample --data x --temperature 2 --keep last --annotator person", "--keep, --annotator"),
 ])  # fmt: skip
-def test_options_that_a_stage_does_not_read_are_said_at_its_start_and_no_others(line, unread, capsys):
+def test_options_that_a_stage_does_not_read_are_said_at_its_start_and_no_others(
+    line, unread, capsys, monkeypatch
+):
     parse_options(rlhf.Options, ["--stage", *line.split()])
     said = f"note: {unread}: not read by this stage, see --help\n" if unread else ""
     assert capsys.readouterr() == (said, "")
+    monkeypatch.setenv("RANK", "1")  # another process of torchrun's
+    parse_options(rlhf.Options, ["--stage", *line.split()])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_run_of_the_release_before_resumes_with_all_options_under_their_new_names(tmp_path):

@@ -40,7 +40,7 @@ def parse_options(kind: type[Any], arguments: list[str]) -> Any:
     words = words_as_meant(kind, arguments)
     given = options_of(kind, words)
     if idle := unread(given, words):
-        print(f"note: {', '.join(idle)}: not read by this stage, see --help")
+        say(f"{', '.join(idle)}: not read by this stage, see --help")
     if not getattr(given, "resume", False):
         return given
     stored = stored_options(kind, given.folder / "run.json")
@@ -79,7 +79,7 @@ def words_as_meant(kind: type[Any], arguments: list[str]) -> list[str]:
                 else:
                     note = f"{flag} is now {now}; the old name works for one more release"
                     word = f"{now}{equals}{value}"
-                print(f"note: {note}", file=sys.stderr)
+                say(note, file=sys.stderr)
             flag = name
         if flag not in TEXTS:
             # A place may stand behind --flag= or NAME=.
@@ -142,9 +142,15 @@ def unread(options: Any, words: list[str]) -> list[str]:
 
     for name in filter(is_read, choices):
         active.add(getattr(options, name))
-    flags = {word: word[2:].partition("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
-    given = {word: name.removeprefix("no_") for word, name in flags.items()}
+    flags = {word: match[1] for word in words if (match := re.match(r"--(?:no[-_])?([^=]*)", word))}
+    given = {word: name.replace("-", "_") for word, name in flags.items()}
     return [word for word, name in given.items() if name in explained and not is_read(name)]
+
+
+def say(note: str, **where: Any) -> None:
+    """A line about the command line; under torchrun one process says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", **where)
 
 
 # ---- --help
