@@ -269,7 +269,7 @@ def _messages(said: Any, role: str = "", may_be_transcript: bool = True) -> Conv
         said = [said if "from" in said or not role else {**said, "role": said.get("role") or role}]
     if not isinstance(said, list):
         raise TypeError(said)
-    if said and all(isinstance(turn, str) for turn in said) and not (role and len(said) > 1):
+    if _are_texts(said) and not (role and len(said) > 1):
         return [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
     return [message for turn in said for message in _turn(turn)]
 
@@ -392,9 +392,9 @@ def _chosen_and_rejected(fields: Record) -> Replies:
     return [(reply, score) for side, score in both for reply in (side if _are_texts(side) else [side])]
 
 
-def _are_texts(side: Any) -> bool:
-    """Whether these are several replies, as RewardBench 2 has them, and not the messages of one."""
-    return isinstance(side, list) and bool(side) and all(isinstance(text, str) for text in side)
+def _are_texts(held: Any) -> bool:
+    """Whether this is a list of texts: of replies, as in RewardBench 2, or of turns; and not of messages."""
+    return isinstance(held, list) and bool(held) and all(isinstance(text, str) for text in held)
 
 
 def _score_beside(fields: Record, *names: str) -> Any:
