@@ -101,23 +101,23 @@ class Pretend(TorchDispatchMode):
         name = op._schema.name.removeprefix("aten::")
         if name in ("_to_copy", "copy_"):
             if goes and len(there) < len(tensors):
-                self.uploads.append(f"{place()}  {op}")
+                self.uploads.append(noted(op))
             elif not goes:
-                self.waits.append(f"{place()}  {op}")
+                self.waits.append(noted(op))
         elif len(there) < len(tensors):
-            raise RuntimeError(f"{place()}  {op}: some tensors are on the device and some are not")
+            raise RuntimeError(f"{noted(op)}: some tensors are on the device and some are not")
         elif name in WAITS or (name.startswith("index") and any(map(is_mask, tree_leaves(args[1])))):
-            self.waits.append(f"{place()}  {op}")
+            self.waits.append(noted(op))
 
 
 def is_mask(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dtype == torch.bool
 
 
-def place() -> str:
-    """The innermost line of the project, tests left out."""
+def noted(op: Any) -> str:
+    """The innermost line of the project, tests left out, and the operation."""
     for frame in reversed(traceback.extract_stack()):
         file = Path(frame.filename)
         if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] not in ("tests", ".venv"):
-            return f"{file.relative_to(ROOT)}:{frame.lineno} {frame.line}"
-    return "?"
+            return f"{file.relative_to(ROOT)}:{frame.lineno} {frame.line}  {op}"
+    return f"?  {op}"

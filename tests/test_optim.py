@@ -323,7 +323,7 @@ def test_muons_steps_are_those_of_torchs(shapes, idle, most, seed):
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "TOGETHER", most)
-        patch.setattr(Tensor, "bfloat16", Tensor.clone)  # torch up to 2.14; from then on it says .to(…)
+        patch.setattr(Tensor, "bfloat16", Tensor.clone)  # torch 2.13; 2.15 says .to(torch.bfloat16)
         patch.setattr(torch, "bfloat16", torch.float64)
         one = Muon({"params": ours, "lr": 0.3, "weight_decay": 0.2}, momentum=0.95, dtype=torch.float64)
         other = torch.optim.Muon(theirs, lr=0.3, weight_decay=0.2, momentum=0.95)

@@ -32,8 +32,8 @@ def browser() -> Iterator:
         opened.close()
 
 
-PHONE, DESK = (390, "dark"), (1280, "light")
-"""The width of a window, and how the machine is set."""
+WINDOWS = {"mouse": (390, "dark"), "keyboard": (1280, "light")}
+"""The width of a window and how the machine is set: a phone in the dark, a desk in the light."""
 
 
 @contextmanager
@@ -62,8 +62,7 @@ def by(request) -> str:
 
 @pytest.fixture
 def page(browser, by, address) -> Iterator:
-    """By mouse on a phone in the dark, by keyboard on a desk in the light."""
-    with window(browser, address, *(PHONE if by == "mouse" else DESK)) as opened:
+    with window(browser, address, *WINDOWS[by]) as opened:
         yield opened
 
 
@@ -129,10 +128,9 @@ def test_a_question_that_comes_late_does_not_undo_a_guess(browser, address):
 
 def test_the_better_response_is_picked_and_taken_back(page, by, runs):
     page.goto(f"{page.url.partition('#')[0]}#pick")
-    name = f"{by}{page.viewport_size['width']}"
-    page.locator("#pick-name").fill(name)
+    page.locator("#pick-name").fill(by)
     page.keyboard.press("Tab")
-    visible(page, f"0 of 24 ranked by {name}").wait_for()
+    visible(page, f"0 of 24 ranked by {by}").wait_for()
 
     def press(key: str, button: str) -> None:
         if by == "mouse":
@@ -142,7 +140,7 @@ def test_the_better_response_is_picked_and_taken_back(page, by, runs):
             page.keyboard.press(key)
 
     press("1", "#pick-responses li:nth-child(1) button")
-    visible(page, f"1 of 24 ranked by {name}").wait_for()
+    visible(page, f"1 of 24 ranked by {by}").wait_for()
     page.locator("#pick-candy").wait_for()
     assert page.locator("#pick-scores .bar").count() == 4
     page.locator("#pick-all").check()
@@ -153,14 +151,14 @@ def test_the_better_response_is_picked_and_taken_back(page, by, runs):
             visible(page, "as a tie at place 2").wait_for()
     assert page.locator("#pick-pending").inner_text() == ""
     press("Enter", "#pick-send")
-    visible(page, f"2 of 24 ranked by {name}").wait_for()
+    visible(page, f"2 of 24 ranked by {by}").wait_for()
     made = read_rankings(runs / "play" / "rankings.jsonl")[-1]
-    assert (made.annotator, [len(tied) for tied in made.ranking]) == (name, [1, 2, 1])
+    assert (made.annotator, [len(tied) for tied in made.ranking]) == (by, [1, 2, 1])
     press("u", "#pick-undo")
-    visible(page, f"1 of 24 ranked by {name}").wait_for()
+    visible(page, f"1 of 24 ranked by {by}").wait_for()
     press("s", "#pick-skip")
     visible(page, "1 skipped").wait_for()
-    made = [one for one in read_rankings(runs / "play" / "rankings.jsonl") if one.annotator == name]
+    made = [one for one in read_rankings(runs / "play" / "rankings.jsonl") if one.annotator == by]
     assert len(made) == 1 and [len(tied) for tied in made[0].ranking] == [1, 3]
 
 
@@ -245,7 +243,7 @@ def test_ten_picks_train_a_policy_whose_answers_change(by, browser, tmp_path, mo
     monkeypatch.setattr(training, "POLICY", f"{training.POLICY} --policy-rate 0.02")
     folder = make_runs(tmp_path / "out")
     for address in serve(play.Options(runs=str(folder), port=0)):
-        with window(browser, address, *(PHONE if by == "mouse" else DESK)) as page:
+        with window(browser, address, *WINDOWS[by]) as page:
             press(page, by, "3 Train")
             visible(page, "Picks so far: 0").wait_for()
             press(page, by, "2 Pick")
