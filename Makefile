@@ -33,7 +33,7 @@ lessons: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS)
 
-lint: style types types-benchmarks types-lessons
+lint: style types
 
 style: .venv/installed
 	$(BIN)/ruff check .
@@ -41,9 +41,8 @@ style: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
-
-types-%: .venv/installed
-	MYPYPATH=$* $(BIN)/mypy --cache-dir .mypy_cache/$* $*
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
+	MYPYPATH=lessons $(BIN)/mypy lessons
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
